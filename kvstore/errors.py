@@ -1,0 +1,29 @@
+"""The errors this package raises. Each message says what is wrong and what to do."""
+
+
+class KVStoreError(Exception):
+    """Base of every error that KVStore raises on purpose."""
+
+
+class ConfigError(KVStoreError, ValueError):
+    """A configuration value is missing, unknown or out of range."""
+
+
+class SpecError(KVStoreError, ValueError):
+    """A model identity, group, layout, shard or block description is not valid."""
+
+
+class ProtocolError(KVStoreError):
+    """The other side of a connection sent something it must not send."""
+
+
+class StoreUnavailable(KVStoreError, ConnectionError):
+    """The daemon cannot be reached, refused the session, or did not answer in time."""
+
+
+class TierUnavailable(KVStoreError, OSError):
+    """A tier's medium cannot be used now; the store goes on without it."""
+
+
+class FormatError(KVStoreError):
+    """A file of ours has an unknown version, or is not ours, or is damaged beyond its records."""

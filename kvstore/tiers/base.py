@@ -1,0 +1,85 @@
+"""What the store asks of a tier below memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+from kvstore.slots import Slot, SlotPool
+from kvstore.spec import Namespace, Part
+
+
+class ObjectName(NamedTuple):
+    """Names one object: what, of which block, in which layout."""
+
+    namespace: Namespace
+    key: bytes
+    part: Part
+
+
+class Recovered(NamedTuple):
+    """An object that a tier holds after a restart."""
+
+    name: ObjectName
+    offset: int
+    nbytes: int
+    checksum: int
+    sequence: int
+
+
+class Done(Protocol):
+    """Called once per job, on one of the tier's I/O threads."""
+
+    def __call__(self, checksum: int | None, error: str | None) -> None:
+        """`checksum` of the object's bytes on success, otherwise a reason (see `Tier`)."""
+
+
+class Tier(Protocol):
+    """A tier with fixed capacity and places of its own, such as a disk.
+
+    The store's loop owns `pool` and calls every method; the jobs run on the tier's threads. A job
+    never raises and always calls `done`. Reasons: `corrupt` (the bytes are not what was written;
+    the object must be forgotten), `full`, `read_only`, `io_error`, `closed`.
+    """
+
+    name: str
+    pool: SlotPool[Any]
+
+    @property
+    def healthy(self) -> bool:
+        """Reads can be tried."""
+
+    @property
+    def writable(self) -> bool:
+        """Writes can be tried now; False while the medium is full, read-only or broken."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why the tier is not writable, for people."""
+
+    def recover(self) -> Iterator[Recovered]:
+        """What the tier held when it was opened, oldest first; once, before any job."""
+
+    def write(
+        self, slot: Slot[Any], name: ObjectName, address: int, nbytes: int,
+        checksum: int | None, done: Done,
+    ) -> None:
+        """Store `nbytes` bytes at `address` into `slot`, and make them findable after a restart.
+
+        A given `checksum` is compared with the bytes read; a mismatch fails with `corrupt`.
+        """
+
+    def read(
+        self, slot: Slot[Any], name: ObjectName, address: int, nbytes: int, checksum: int,
+        done: Done,
+    ) -> None:
+        """Bring an object to `address`, verified against `checksum`."""
+
+    def forget(self, slot: Slot[Any]) -> None:
+        """The object must not come back after a restart; call before `pool.free`."""
+
+    def flush(self) -> None:
+        """Return when all jobs are done and written data would survive a power loss."""
+
+    def close(self) -> None:
+        """Finish running jobs, fail queued ones with `closed`, and let go of the medium."""
