@@ -74,6 +74,12 @@ Size = Annotated[int, BeforeValidator(parse_size)]
 PolicyName = Literal["lru", "s3fifo"]
 
 
+def default_run_dir() -> Path:
+    """`$XDG_RUNTIME_DIR/kvstore`, or a folder of this user under /tmp."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(runtime) / "kvstore" if runtime else Path(f"/tmp/kvstore-{os.getuid()}")
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
@@ -101,7 +107,9 @@ class DiskConfig(_Section):
     queue: Size = Field(
         256 * 2**20, description="bytes waiting to be written; what comes on top is dropped"
     )
-    sync_seconds: float = Field(5.0, description="longest time a finished write stays unsynced", gt=0)
+    sync_seconds: float = Field(
+        5.0, description="longest time a finished write stays unsynced", gt=0
+    )
     retry_seconds: float = Field(
         5.0, description="time between attempts while the disk is full or broken", gt=0
     )
@@ -145,7 +153,7 @@ class Config(BaseSettings):
         None, description="unix:///path of a daemon; none: a private one is started on demand"
     )
     run_dir: Path = Field(
-        default_factory=lambda: default_run_dir(), description="folder for sockets and locks"
+        default_factory=default_run_dir, description="folder for sockets and locks"
     )
     lease_seconds: float = Field(30.0, description="life of a lease that is not renewed", gt=0)
     linger_seconds: float = Field(
@@ -188,12 +196,6 @@ class Config(BaseSettings):
         """Names the embedded daemon that serves exactly this configuration."""
         text = self.model_dump_json(exclude={"session", "planner", "log_level", "address"})
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def default_run_dir() -> Path:
-    """`$XDG_RUNTIME_DIR/kvstore`, or a folder of this user under /tmp."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(runtime) / "kvstore" if runtime else Path(f"/tmp/kvstore-{os.getuid()}")
 
 
 def _known_keys() -> list[str]:

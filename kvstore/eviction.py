@@ -6,7 +6,7 @@ told what happened. Not thread-safe; the store's loop owns it.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Final, Generic, Protocol, TypeVar
 
@@ -103,9 +103,7 @@ class S3Fifo(Generic[K]):
                 self._main.move_to_end(key)
 
     def _next(self) -> K:
-        while self._small and (
-            not self._main or len(self._small) > self._SMALL_SHARE * len(self)
-        ):
+        while self._small and (not self._main or len(self._small) > self._SMALL_SHARE * len(self)):
             key = next(iter(self._small))
             if self._small[key] == 0:
                 return key

@@ -255,9 +255,7 @@ class PlaneStrides(msgspec.Struct, frozen=True):
     channel: int
 
 
-def plane_strides(
-    group: Group, axes: str, tokens: int, layer: int, plane: int
-) -> PlaneStrides:
+def plane_strides(group: Group, axes: str, tokens: int, layer: int, plane: int) -> PlaneStrides:
     """Byte offset and strides of one (layer, plane) inside a dense object of `tokens` tokens.
 
     Planes may differ in width, so a stride inside the plane axis depends on the plane.

@@ -1,0 +1,116 @@
+"""Native core: block copies, XXH3 checksums and token-chain keys.
+
+Addresses are plain integers (``array.ctypes.data``, ``tensor.data_ptr()``); the caller keeps the
+memory alive and mapped during the call. Sizes are in bytes. Every argument is checked before any
+memory is touched: a bad value, shape or dtype raises ``ValueError`` naming the argument, an object
+of the wrong kind ``TypeError``. The functions release the GIL while they work on memory and may be
+called from several threads at once, as long as no two calls write to the same bytes.
+
+The instructions in use are chosen once, at import; the environment variable ``KVSTORE_CPU``
+(a comma-separated list such as ``avx2,sha``, or ``portable``) limits the choice.
+"""
+
+import array
+
+import numpy as np
+from numpy.typing import NDArray
+
+def cpu_features() -> list[str]:
+    """The optional instruction sets in use: any of ``avx2``, ``avx512``, ``sha``."""
+
+def xxh3_64(address: int, nbytes: int) -> int:
+    """XXH3 (64 bits, seed 0, default secret) of ``nbytes`` bytes at ``address``."""
+
+def copy(dst: int, src: int, nbytes: int, threads: int = 1) -> None:
+    """Copy ``nbytes`` bytes with non-temporal stores: the data does not displace the caches.
+
+    Any alignment. The ranges must not overlap (``ValueError``). ``threads`` (1 to 256) share the
+    work from 4 MiB on.
+    """
+
+def copy_blocks(
+    to_slots: bool,
+    segments: NDArray[np.int64],
+    page_ids: NDArray[np.int64],
+    slots: NDArray[np.uint64],
+    page_tokens: int,
+    elem_size: int,
+    threads: int = 1,
+    checksum: bool = False,
+) -> NDArray[np.uint64] | None:
+    """Copy B blocks of P pages each between an engine's paged memory and slots.
+
+    ``to_slots=True`` gathers memory into slots, ``False`` scatters slots into memory.
+
+    ``page_ids``
+        int64 ``(B, P)``, C-contiguous: page p of block b is page ``page_ids[b, p]`` of the
+        memory. -1 skips the page, which only scattering allows; its memory is left as it is.
+    ``slots``
+        uint64 ``(B,)``: the address of each block's object.
+    ``segments``
+        int64 ``(S, 11)``, C-contiguous, one row per (layer, plane): ``mem_address, page_stride,
+        token_stride, head_stride, channel_stride, slot_offset, slot_token_stride,
+        slot_head_stride, slot_channel_stride, heads, channels``. Strides and offsets are in
+        bytes; memory strides may be negative, slot strides and ``slot_offset`` may not.
+    ``page_tokens``
+        tokens in a page, 1 to 2**24.
+    ``elem_size``
+        bytes of an element: 1, 2, 4 or 8.
+    ``threads``
+        1 to 256; they take whole blocks, and only from 4 MiB in total on.
+
+    Element (token t of page p, head h, channel c) is in memory at ``mem_address +
+    page_ids[b, p] * page_stride + t * token_stride + h * head_stride + c * channel_stride`` and in
+    the slot at ``slots[b] + slot_offset + (p * page_tokens + t) * slot_token_stride +
+    h * slot_head_stride + c * slot_channel_stride``.
+
+    With ``checksum=True`` returns a uint64 array ``(B,)``: the XXH3 of each whole slot, from byte
+    0 to the end of the last segment (also if pages were skipped). The segments must then cover
+    the slot without holes (``ValueError``). If they do so in memory runs that are multiples of
+    64 bytes and follow each other in the slot, the hash is computed while copying; otherwise in a
+    second pass. Returns ``None`` without ``checksum``.
+
+    The memory of the engine and the slots must not overlap, nor may two pages or slots that are
+    written: neither is checked. The arrays are copied before the GIL is released.
+    """
+
+def chain_keys(
+    parent: bytes, tokens: NDArray[np.uint32] | array.array[int] | memoryview, block_tokens: int
+) -> bytes:
+    """The chained SHA-256 keys of all whole blocks of ``tokens``, 32 bytes each, concatenated.
+
+    ``key[i] = SHA-256(key[i-1] || tokens of block i as little-endian uint32)`` with ``key[-1] =
+    parent`` (32 bytes). ``tokens`` is a one-dimensional C-contiguous array or buffer of uint32;
+    those after the last whole block of ``block_tokens`` (1 to 2**24) are ignored. ``tokens`` must
+    not change during the call.
+    """
+
+def prefault(address: int, nbytes: int) -> None:
+    """Map the pages of a range for writing now; their content stays.
+
+    Raises ``OSError`` if the kernel cannot (not mapped, not writable, out of memory). Kernels
+    before Linux 5.14 are served by touching each page, where a bad range is a crash.
+    """
+
+class Xxh3Stream:
+    """XXH3 of data that comes in pieces. Only one thread at a time may use an object.
+
+    Every piece but the last must be a multiple of 64 bytes: once a piece was not, further
+    non-empty pieces raise ``ValueError`` until :meth:`reset`.
+    """
+
+    def __init__(self) -> None: ...
+    def copy(self, dst: int, src: int, nbytes: int) -> None:
+        """Copy a piece and add it to the hash in one pass; the ranges must not overlap.
+
+        Uses non-temporal stores if ``dst`` is a multiple of 64.
+        """
+
+    def update(self, src: int, nbytes: int) -> None:
+        """Add a piece to the hash."""
+
+    def digest(self) -> int:
+        """The hash of all pieces so far, equal to ``xxh3_64`` of their concatenation."""
+
+    def reset(self) -> None:
+        """Start again with no data."""

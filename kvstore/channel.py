@@ -1,0 +1,242 @@
+"""One connection to a daemon: requests with deadlines, many threads at once, no thread of its own.
+
+Whoever waits for a reply reads the socket for all: the first waiting thread reads frames and hands
+each to the thread it belongs to; when its own has come, the next one takes over. So a round trip
+costs no hand-over between threads in the common case of one caller.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import select
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Final
+
+from kvstore import __version__, protocol
+from kvstore.arena import Arena
+from kvstore.errors import ProtocolError, StoreUnavailable
+from kvstore.protocol import Failure, Hello, Message, Release, Reply, Welcome
+
+_READ_SIZE: Final = 1 << 18
+
+
+class _Waiter:
+    __slots__ = ("reply",)
+
+    def __init__(self) -> None:
+        self.reply: Reply | None = None
+
+
+class Channel:
+    """A connected socket and the arena behind it; thread-safe.
+
+    The connection ends all leases with it, so it stays open until the last user has left: `enter`
+    and `leave` count them, and `retire` closes once nobody is inside. A copy that is still running
+    when a daemon is given up so never writes into a slot that belongs to somebody else by now.
+    """
+
+    def __init__(self, connection: socket.socket, welcome: Welcome, arena: Arena) -> None:
+        self.arena = arena
+        self.welcome = welcome
+        self._socket = connection
+        self._send_lock = threading.Lock()
+        self._state = threading.Condition()
+        self._reading = False
+        self._buffer = bytearray()
+        self._waiters: dict[int, _Waiter] = {}
+        self._ids = itertools.count(1)
+        self._broken: str | None = None
+        self._users = 0
+        self._retired = False
+
+    @classmethod
+    def connect(cls, path: Path, timeout: float) -> Channel:
+        """Connect, say hello and map the arena.
+
+        Raises:
+            StoreUnavailable: nobody answers there in `timeout` seconds, or the daemon refuses.
+        """
+        deadline = time.monotonic() + timeout
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        fds: list[int] = []
+        try:
+            connection.settimeout(timeout)
+            connection.connect(str(path))
+            hello = Hello(protocol.VERSION, f"kvstore {__version__}", os.getpid())
+            connection.sendall(protocol.encode(1, hello))
+            reply = _read_welcome(connection, deadline, fds)
+            if isinstance(reply, Failure):
+                raise StoreUnavailable(f"the daemon at {path} refused: {reply.reason}")
+            if not isinstance(reply, Welcome) or not fds:
+                raise StoreUnavailable(f"the daemon at {path} sent no arena")
+            arena = Arena.attach(fds[0], reply.arena_bytes, reply.arena_pages)
+            del fds[0]
+            return cls(connection, reply, arena)
+        except (OSError, ProtocolError) as e:
+            connection.close()
+            if isinstance(e, StoreUnavailable):
+                raise
+            raise StoreUnavailable(f"no daemon answers at {path}: {e}") from e
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    @property
+    def broken(self) -> str | None:
+        """Why the connection cannot be used any more; None while it can."""
+        return self._broken
+
+    def call(self, message: Message, timeout: float, *, lease: int | None = None) -> Reply:
+        """Send a request and wait for its reply.
+
+        A `lease` that the request asks for is released again if the reply comes too late.
+
+        Raises:
+            StoreUnavailable: no reply in `timeout` seconds (the connection stays usable), or the
+                connection broke, or the daemon reported a fatal failure.
+        """
+        deadline = time.monotonic() + timeout
+        request_id = next(self._ids)
+        waiter = _Waiter()
+        with self._state:
+            self._waiters[request_id] = waiter
+        try:
+            self._send(protocol.encode(request_id, message), deadline)
+            self._await(waiter, deadline)
+        finally:
+            with self._state:
+                self._waiters.pop(request_id, None)
+        reply = waiter.reply
+        if reply is None:
+            if lease is not None and self._broken is None:
+                self.notify(Release(lease))
+            raise StoreUnavailable(self._broken or f"no reply within {timeout:.3g} s")
+        if isinstance(reply, Failure) and reply.fatal:
+            self._break(reply.reason)
+            raise StoreUnavailable(reply.reason)
+        return reply
+
+    def notify(self, message: Message) -> None:
+        """Send a request that wants no reply; a broken connection has ended the lease already."""
+        try:
+            self._send(protocol.encode(0, message), time.monotonic() + 1.0)
+        except StoreUnavailable:
+            return
+
+    def enter(self) -> bool:
+        """Begin to use the arena; False when the channel was retired meanwhile."""
+        with self._state:
+            if self._retired:
+                return False
+            self._users += 1
+            return True
+
+    def leave(self) -> None:
+        """End what `enter` began."""
+        with self._state:
+            self._users -= 1
+            last = self._retired and self._users == 0
+        if last:
+            self._close()
+
+    def retire(self) -> None:
+        """Close as soon as nobody uses the arena any more."""
+        with self._state:
+            if self._retired:
+                return
+            self._retired = True
+            self._broken = self._broken or "closed"
+            self._state.notify_all()
+            last = self._users == 0
+        if last:
+            self._close()
+
+    def _close(self) -> None:
+        self._socket.close()
+        self.arena.close()
+
+    def _break(self, reason: str) -> None:
+        with self._state:
+            self._broken = self._broken or reason
+            self._state.notify_all()
+
+    def _send(self, frame: bytes, deadline: float) -> None:
+        if self._broken is not None:
+            raise StoreUnavailable(self._broken)
+        with self._send_lock:
+            try:
+                # A frame sent in part cannot be taken back, so the connection is given up then.
+                self._socket.settimeout(max(0.001, deadline - time.monotonic()))
+                self._socket.sendall(frame)
+            except OSError as e:
+                self._break(f"connection lost: {e}")
+                raise StoreUnavailable(f"connection lost: {e}") from e
+
+    def _await(self, waiter: _Waiter, deadline: float) -> None:
+        while True:
+            with self._state:
+                while waiter.reply is None and self._broken is None and self._reading:
+                    left = deadline - time.monotonic()
+                    if left <= 0 or not self._state.wait(left):
+                        return
+                if waiter.reply is not None or self._broken is not None:
+                    return
+                if time.monotonic() >= deadline:
+                    return
+                self._reading = True
+            try:
+                self._read(deadline)
+            except (OSError, ProtocolError) as e:
+                self._break(f"connection lost: {e}")
+            finally:
+                with self._state:
+                    self._reading = False
+                    self._state.notify_all()
+
+    def _read(self, deadline: float) -> None:
+        """Wait for bytes until `deadline`, and hand out the frames that are whole."""
+        if not _readable(self._socket, deadline - time.monotonic()):
+            return
+        received = self._socket.recv(_READ_SIZE, socket.MSG_DONTWAIT)
+        if not received:
+            raise ConnectionResetError("the daemon closed the connection")
+        self._buffer += received
+        while len(self._buffer) >= protocol.HEADER.size:
+            length, request_id = protocol.frame_size(self._buffer)
+            end = protocol.HEADER.size + length
+            if len(self._buffer) < end:
+                return
+            reply = protocol.decode_reply(bytes(self._buffer[protocol.HEADER.size : end]))
+            del self._buffer[:end]
+            with self._state:
+                waiter = self._waiters.get(request_id)
+                if waiter is not None:
+                    waiter.reply = reply
+                elif request_id == 0 and isinstance(reply, Failure):
+                    self._broken = self._broken or reply.reason
+
+
+def _readable(connection: socket.socket, timeout: float) -> bool:
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(max(0.0, timeout) * 1000))
+
+
+def _read_welcome(connection: socket.socket, deadline: float, fds: list[int]) -> Reply:
+    """The first reply; the descriptors that came with it are added to `fds`."""
+    data = bytearray()
+    need = protocol.HEADER.size
+    while len(data) < need:
+        connection.settimeout(max(0.001, deadline - time.monotonic()))
+        piece, received, _, _ = socket.recv_fds(connection, need - len(data), 4)
+        fds += received
+        if not piece:
+            raise ConnectionResetError("the daemon closed the connection during the greeting")
+        data += piece
+        if need == protocol.HEADER.size and len(data) == need:
+            need += protocol.frame_size(data)[0]
+    return protocol.decode_reply(bytes(data[protocol.HEADER.size :]))

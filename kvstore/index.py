@@ -1,0 +1,144 @@
+"""Which objects there are, where they lie, and who holds rights to them.
+
+Everything here belongs to the store's loop; nothing is thread-safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+from kvstore.slots import Slot
+from kvstore.spec import Part
+from kvstore.tiers.base import ObjectName
+
+
+class Entry:
+    """One object and its copies.
+
+    `slot` is its place in the arena, `place` the one on disk. `in_memory` and `on_disk` say whether
+    the bytes there are whole; between reserving or promoting and that moment the slot is set but
+    the flag is not. Bytes that are whole never change.
+    """
+
+    __slots__ = (
+        "checksum", "disk_io", "gone", "in_memory", "name", "nbytes", "on_disk", "pins", "place",
+        "readers", "slot", "waiting", "writer",
+    )  # fmt: skip
+
+    def __init__(self, name: ObjectName, nbytes: int) -> None:
+        self.name = name
+        self.nbytes = nbytes
+        self.checksum: int | None = None
+        self.slot: Slot[Entry] | None = None
+        self.place: Slot[Entry] | None = None
+        self.in_memory = False
+        self.on_disk = False
+        self.writer: Lease | None = None
+        self.readers = 0
+        self.pins = 0
+        self.disk_io = 0
+        self.waiting: list[Callable[[str | None], None]] = []  # for the running promotion
+        self.gone = False
+
+    @property
+    def stored(self) -> bool:
+        """Whether some tier holds the whole object."""
+        return self.in_memory or self.on_disk
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody reads, writes or moves it."""
+        return not (self.readers or self.disk_io or self.writer or self.waiting)
+
+
+class Index:
+    """Objects by block key and part."""
+
+    def __init__(self) -> None:
+        self._by_key: dict[bytes, list[Entry]] = {}
+        self._count = 0
+
+    def get(self, key: bytes, part: Part) -> Entry | None:
+        """The object in exactly this layout."""
+        variant = part.variant
+        for entry in self._by_key.get(key, ()):
+            if entry.name.part.variant == variant:
+                return entry
+        return None
+
+    def usable(self, key: bytes, part: Part) -> Entry | None:
+        """A stored object that a reader of `part` can use: an equal layout, else a convertible."""
+        second = None
+        variant = part.variant
+        for entry in self._by_key.get(key, ()):
+            if not entry.stored:
+                continue
+            if entry.name.part.variant == variant:
+                return entry
+            if second is None and entry.name.part.converts_to(part):
+                second = entry
+        return second
+
+    def why_not(self, key: bytes, part: Part) -> str:
+        """The reason why `usable` has nothing: `absent`, `writing` or `layout`."""
+        reason = "absent"
+        for entry in self._by_key.get(key, ()):
+            if entry.name.part.content != part.content:
+                continue
+            if not entry.stored and entry.name.part.converts_to(part):
+                return "writing"
+            reason = "layout"
+        return reason
+
+    def add(self, entry: Entry) -> None:
+        """A new object; no other of the same name may be there."""
+        self._by_key.setdefault(entry.name.key, []).append(entry)
+        self._count += 1
+
+    def remove(self, entry: Entry) -> None:
+        """Forget an object."""
+        entries = self._by_key[entry.name.key]
+        entries.remove(entry)
+        if not entries:
+            del self._by_key[entry.name.key]
+        self._count -= 1
+
+    def __iter__(self) -> Iterator[Entry]:
+        for entries in self._by_key.values():
+            yield from entries
+
+    def __len__(self) -> int:
+        return self._count
+
+
+class LeaseKind(Enum):
+    """What a lease is a right to."""
+
+    WRITE = "write"
+    READ = "read"
+    PIN = "pin"
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """A right to a set of objects, held by `owner` until `expires` (monotonic seconds).
+
+    An expired read or write lease is *withdrawn*: nothing is committed under it any more, but its
+    slots stay out of circulation until the owner releases it or is gone, since a stalled process
+    may still be copying.
+    """
+
+    owner: Hashable
+    id: int
+    kind: LeaseKind
+    expires: float
+    blocks: list[list[Entry]] = field(default_factory=list)
+    withdrawn: bool = False
+    released: bool = False
+
+    def entries(self) -> Iterator[Entry]:
+        """The objects under this lease, block by block."""
+        for block in self.blocks:
+            yield from block

@@ -1,0 +1,93 @@
+"""Load or recompute: which of the blocks found are worth loading.
+
+Loading `n` blocks costs their bytes times the measured time per byte of the tiers they lie in;
+not loading them costs computing their tokens at the measured prefill rate. Only a prefix can be
+loaded, so the plan is the prefix length with the least total. Both sides are running averages of
+what this session saw; until the prefill rate is known, loading is taken to be cheaper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from kvstore.telemetry import Average
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """What to load for one request, and why.
+
+    `blocks` of the `found` blocks are to be loaded, the rest computed. `tiers` names the tier of
+    each block found. Times are estimates in seconds: to load the plan's blocks, and to compute
+    their tokens instead (None: not known yet).
+    """
+
+    blocks: int
+    found: int
+    tiers: tuple[str, ...]
+    load_seconds: float
+    compute_seconds: float | None
+    reason: str
+
+
+class Planner:
+    """Keeps the measurements and decides. Not thread-safe; the session locks around it."""
+
+    def __init__(self, mode: Literal["auto", "load", "recompute"] = "auto") -> None:
+        self._mode = mode
+        self._copy = Average()  # seconds per byte, slots to pages
+        self._token = Average()  # seconds per token computed
+
+    def loaded(self, nbytes: int, seconds: float) -> None:
+        """A copy of `nbytes` out of memory took `seconds`."""
+        if nbytes > 0 and seconds > 0:
+            self._copy.add(seconds / nbytes)
+
+    def computed(self, tokens: int, seconds: float) -> None:
+        """The engine computed `tokens` prompt tokens in `seconds`."""
+        if tokens > 0 and seconds > 0:
+            self._token.add(seconds / tokens)
+
+    def load_seconds(
+        self, tiers: Sequence[str], block_bytes: int, below_memory: float
+    ) -> list[float]:
+        """Estimated seconds to load the first 0, 1, 2 … blocks.
+
+        `below_memory` is the measured seconds per byte from disk to memory.
+        """
+        copy = (self._copy.value or 0.0) * block_bytes
+        times = [0.0]
+        for tier in tiers:
+            extra = 0.0 if tier == "memory" else below_memory * block_bytes
+            times.append(times[-1] + copy + extra)
+        return times
+
+    def plan(
+        self,
+        tiers: Sequence[str],
+        *,
+        block_tokens: int,
+        block_bytes: int,
+        below_memory: float,
+    ) -> LoadPlan:
+        """Decide for blocks found in `tiers`, in order."""
+        found = len(tiers)
+        times = self.load_seconds(tiers, block_bytes, below_memory)
+        per_token = self._token.value
+        if not found:
+            blocks, reason = 0, "nothing found"
+        elif self._mode != "auto":
+            blocks = found if self._mode == "load" else 0
+            reason = f"forced by planner.mode={self._mode}"
+        elif per_token is None:
+            blocks, reason = found, "prefill rate not measured yet"
+        else:
+            saved = per_token * block_tokens
+            blocks = min(range(found + 1), key=lambda n: (times[n] - saved * n, -n))
+            reason = "loading is faster" if blocks == found else "recomputing is faster"
+            if 0 < blocks < found:
+                reason = "loading is faster up to here, recomputing beyond"
+        compute = None if per_token is None else per_token * block_tokens * (blocks or found)
+        return LoadPlan(blocks, found, tuple(tiers), times[blocks or found], compute, reason)

@@ -1,0 +1,328 @@
+"""The client: every engine talks to a store through a `Session`.
+
+No failure of the store crosses into the caller: without a daemon, in time or at all, lookups find
+nothing and saves are dropped, with a reason, until a background thread has reconnected.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from kvstore import protocol
+from kvstore.channel import Channel
+from kvstore.config import Config, load_config
+from kvstore.copier.base import Copier, PagedMemory
+from kvstore.copier.cpu import CpuCopier
+from kvstore.errors import SpecError
+from kvstore.keys import block_keys
+from kvstore.link import Link
+from kvstore.planner import LoadPlan, Planner
+from kvstore.protocol import TIER_NAMES, Message, Release, Reply
+from kvstore.spec import Namespace, Part
+from kvstore.transfer import Loaded, Saved, Transfer
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["LoadPlan", "Loaded", "Lookup", "Pin", "Saved", "Session"]
+
+_WINDOW_BYTES: Final = 128 << 20
+
+_log = logging.getLogger("kvstore.session")
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """The usable prefix: its blocks' tiers, why it ends (None: all found), seconds to load it."""
+
+    blocks: int
+    tiers: tuple[str, ...]
+    reason: str | None
+    seconds: float
+    disk_seconds_per_byte: float = 0.0
+
+
+class Pin:
+    """Blocks that stay until `release`, the end of their time, or of the session."""
+
+    def __init__(self, session: Session, channel: Channel | None, lease: int, blocks: int) -> None:
+        self.blocks = blocks
+        self._session = session
+        self._channel = channel
+        self._lease = lease
+
+    def release(self) -> None:
+        """Let them be evicted again."""
+        if self._channel is not None and self._channel.broken is None:
+            self._channel.notify(Release(self._lease))
+        self._channel = None
+
+
+class Session:
+    """A client of one store for one namespace; thread-safe.
+
+    Use `Session.open`. `parts` says what is stored of every block: one part per group and shard
+    that this process reads and writes.
+    """
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        parts: Sequence[Part],
+        config: Config,
+        copier: Copier | None = None,
+    ) -> None:
+        if not parts or len(parts) > protocol.MAX_PARTS:
+            raise SpecError(f"a session needs 1 to {protocol.MAX_PARTS} parts, not {len(parts)}")
+        if len({part.variant for part in parts}) < len(parts):
+            raise SpecError("two parts of a session are the same; name each group and shard once")
+        self.namespace = namespace
+        self.parts = tuple(parts)
+        self.block_tokens = namespace.block_tokens
+        self.part_bytes = tuple(part.nbytes(namespace.block_tokens) for part in parts)
+        self.block_bytes = sum(self.part_bytes)
+        self._config = config
+        self._link = Link(namespace, self.parts, config)
+        self.counters = self._link.counters
+        self._transfer = Transfer(
+            self._link,
+            self.parts,
+            namespace.block_tokens,
+            copier or CpuCopier(config.session.copy_threads),
+            config.session.checksum,
+            self._copied,
+        )
+        self._planner = Planner(config.planner.mode)
+        self._planner_lock = threading.Lock()
+
+    @classmethod
+    def open(
+        cls,
+        namespace: Namespace,
+        parts: Sequence[Part],
+        config: Config | None = None,
+        *,
+        copier: Copier | None = None,
+    ) -> Self:
+        """A session with the configured daemon, or with a private one started on demand.
+
+        A daemon that is away is no error: the session finds nothing until it comes.
+
+        Raises:
+            SpecError: the parts are not valid, or the store can never hold such blocks.
+            ConfigError: the configuration is not usable.
+        """
+        session = cls(namespace, parts, config or load_config(), copier)
+        try:
+            session._link.open()
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    # -- what a caller does -----------------------------------------------------------------------
+
+    def keys(
+        self,
+        tokens: Sequence[int] | NDArray[np.integer[Any]],
+        *,
+        extras: Mapping[int, Sequence[bytes]] | None = None,
+    ) -> list[bytes]:
+        """Keys of the whole blocks of `tokens`; see `kvstore.keys.block_keys`."""
+        return block_keys(self.namespace, tokens, extras=extras)
+
+    def lookup(self, keys: Sequence[bytes], *, timeout: float | None = None) -> Lookup:
+        """The longest prefix of `keys` that can be loaded. One round trip; moves nothing."""
+        keys = keys[: protocol.MAX_KEYS]
+        if not keys:
+            return Lookup(0, (), None, 0.0)
+        with self._link.using() as link:
+            if link is None:
+                return Lookup(0, (), "unavailable", 0.0)
+            channel, handle = link
+            request = protocol.Lookup(handle, b"".join(keys))
+            reply = self._link.call(
+                channel, request, timeout or self._config.session.lookup_timeout
+            )
+        if not isinstance(reply, protocol.Found):
+            return Lookup(0, (), "unavailable", 0.0)
+        tiers = tuple(TIER_NAMES.get(code, "unknown") for code in reply.tiers[: len(keys)])
+        with self._planner_lock:
+            seconds = self._planner.load_seconds(
+                tiers, self.block_bytes, reply.disk_seconds_per_byte
+            )[-1]
+        return Lookup(len(tiers), tiers, reply.reason or None, seconds, reply.disk_seconds_per_byte)
+
+    def plan(self, keys: Sequence[bytes], *, timeout: float | None = None) -> LoadPlan:
+        """Look up `keys` and decide how many blocks to load; the decision is counted and logged."""
+        found = self.lookup(keys, timeout=timeout)
+        with self._planner_lock:
+            plan = self._planner.plan(
+                found.tiers,
+                block_tokens=self.block_tokens,
+                block_bytes=self.block_bytes,
+                below_memory=found.disk_seconds_per_byte,
+            )
+            self.counters.add("plan", plan.reason)
+        _log.debug("plan: load %d of %d blocks (%s)", plan.blocks, plan.found, plan.reason)
+        return plan
+
+    def report_prefill(self, tokens: int, seconds: float) -> None:
+        """Tell the planner that the engine computed `tokens` prompt tokens in `seconds`."""
+        with self._planner_lock:
+            self._planner.computed(tokens, seconds)
+
+    def load(
+        self,
+        keys: Sequence[bytes],
+        memory: Sequence[PagedMemory],
+        page_ids: Sequence[NDArray[np.int64]],
+        *,
+        timeout: float | None = None,
+    ) -> Loaded:
+        """Copy the blocks of `keys` into the engine's pages, from the start as far as they arrive.
+
+        `memory` has one entry per part, `page_ids` one array (blocks, pages per block) per part;
+        a page id of -1 leaves that page out. Blocks below memory are brought up first.
+
+        Raises:
+            SpecError: memory or page ids do not fit the parts.
+        """
+        self._transfer.check_pages(keys, memory, page_ids)
+        started = time.monotonic()
+        deadline = started + (timeout or self._config.session.load_timeout)
+        result = Loaded()
+        with self._link.using() as link:
+            if link is None:
+                result.reason = "unavailable"
+                return result
+            channel, handle = link
+            windows = self._windows(len(keys))
+            if len(windows) > 1:
+                # Later windows come up from disk while the first ones are copied.
+                ahead = protocol.Prefetch(handle, b"".join(keys[: protocol.MAX_KEYS]))
+                channel.notify(ahead)
+            for first, end in windows:
+                pages = [ids[first:end] for ids in page_ids]
+                self._transfer.load_window(
+                    channel, handle, keys[first:end], memory, pages, deadline, result
+                )
+                if result.blocks < end:
+                    break
+        result.seconds = time.monotonic() - started
+        for tier, blocks in result.tiers.items():
+            self.counters.add("load.blocks", tier, by=blocks)
+        if result.reason is not None:
+            self.counters.add("load.short", result.reason)
+        return result
+
+    def save(
+        self,
+        keys: Sequence[bytes],
+        memory: Sequence[PagedMemory],
+        page_ids: Sequence[NDArray[np.int64]],
+        *,
+        timeout: float | None = None,
+    ) -> Saved:
+        """Copy those blocks of `keys` that the store lacks out of the engine's pages.
+
+        Arguments as for `load`. Dropped, not waited for, when there is no room.
+
+        Raises:
+            SpecError: memory or page ids do not fit the parts.
+        """
+        self._transfer.check_pages(keys, memory, page_ids)
+        started = time.monotonic()
+        wait = timeout or self._config.session.save_timeout
+        result = Saved()
+        with self._link.using() as link:
+            if link is None:
+                result.dropped, result.reason = len(keys), "unavailable"
+            else:
+                channel, handle = link
+                for first, end in self._windows(len(keys)):
+                    pages = [ids[first:end] for ids in page_ids]
+                    self._transfer.save_window(
+                        channel, handle, keys[first:end], memory, pages, wait, result
+                    )
+        result.seconds = time.monotonic() - started
+        self.counters.add("save.stored", by=result.stored)
+        if result.dropped:
+            self.counters.add("save.dropped", result.reason or "", by=result.dropped)
+        return result
+
+    def prefetch(self, keys: Sequence[bytes]) -> int:
+        """Start to bring blocks into memory; returns how many the store has."""
+        reply = self._request(
+            lambda handle: protocol.Prefetch(handle, b"".join(keys[: protocol.MAX_KEYS])),
+            self._config.session.lookup_timeout,
+        )
+        return reply.blocks if isinstance(reply, protocol.Count) else 0
+
+    def pin(self, keys: Sequence[bytes], *, ttl: float = 300.0) -> Pin:
+        """Keep a prefix from eviction for `ttl` seconds, or until released or closed."""
+        lease = next(self._transfer.leases)
+        with self._link.using() as link:
+            if link is not None:
+                channel, handle = link
+                request = protocol.Pin(handle, lease, b"".join(keys[: protocol.MAX_KEYS]), ttl)
+                reply = self._link.call(
+                    channel, request, self._config.session.lookup_timeout, lease=lease
+                )
+                if isinstance(reply, protocol.Count):
+                    return Pin(self, channel, lease, reply.blocks)
+        return Pin(self, None, lease, 0)
+
+    def flush(self, timeout: float = 60.0) -> int:
+        """Wait until all is on disk; returns how many objects are not (-1: unknown)."""
+        reply = self._request(lambda _: protocol.Flush(timeout), timeout + 1.0)
+        return reply.unwritten if isinstance(reply, protocol.Flushed) else -1
+
+    def stats(self) -> dict[str, Any]:
+        """What the daemon says of itself, with this session's counters under `session`."""
+        reply = self._request(lambda _: protocol.Stats(), self._config.session.connect_timeout)
+        known = json.loads(reply.text) if isinstance(reply, protocol.StatsReply) else {}
+        return known | {"session": self.counters.snapshot(), "problem": self.problem}
+
+    @property
+    def problem(self) -> str | None:
+        """Why the store cannot be used now; None while it can."""
+        return self._link.problem
+
+    def close(self) -> None:
+        """End the session; what it holds is released once running copies are done."""
+        self._link.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _copied(self, nbytes: int, seconds: float) -> None:
+        with self._planner_lock:
+            self._planner.loaded(nbytes, seconds)
+
+    def _windows(self, blocks: int) -> list[tuple[int, int]]:
+        size = max(1, min(_WINDOW_BYTES // self.block_bytes, protocol.MAX_KEYS // len(self.parts)))
+        return [(i, min(i + size, blocks)) for i in range(0, blocks, size)]
+
+    def _request(self, make: Callable[[int], Message], timeout: float) -> Reply | None:
+        with self._link.using() as link:
+            if link is None:
+                return None
+            channel, handle = link
+            return self._link.call(channel, make(handle), timeout)

@@ -1,0 +1,254 @@
+// Python bindings. Every argument is checked here, or in make_plan, before memory is touched;
+// then the GIL is released.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "copy.hpp"
+#include "cpu.hpp"
+#include "plan.hpp"
+#include "sha256.hpp"
+#include "xxh3.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kvstore {
+namespace {
+
+using Array = nb::ndarray<nb::ro, nb::device::cpu>;
+using HashArray = nb::ndarray<nb::numpy, std::uint64_t, nb::ndim<1>>;
+
+constexpr std::int64_t kMaxThreads = 256;
+constexpr std::size_t kMaxSegments = 1 << 20;
+constexpr std::size_t kMaxPageIds = std::size_t{1} << 32;
+constexpr std::int64_t kMaxPageTokens = 1 << 24;
+constexpr std::int64_t kMaxBlockTokens = 1 << 24;
+
+[[noreturn]] void reject(const std::string& message) { throw std::invalid_argument(message); }
+
+// A memory range from Python: a positive address and a size that do not wrap around.
+struct Range {
+  std::uint8_t* data;
+  std::size_t size;
+};
+
+Range checked_range(const char* name, std::int64_t address, std::int64_t nbytes) {
+  if (nbytes < 0) reject("nbytes must not be negative");
+  if (address < 0 || (address == 0 && nbytes > 0)) {
+    reject(std::string(name) + " must be a valid address, not null or negative");
+  }
+  if (nbytes > INT64_MAX - address) reject(std::string(name) + " + nbytes overflows");
+  return {reinterpret_cast<std::uint8_t*>(address), static_cast<std::size_t>(nbytes)};
+}
+
+void check_disjoint(const Range& dst, const Range& src) {
+  if (dst.data < src.data + src.size && src.data < dst.data + dst.size) {
+    reject("dst and src must not overlap");
+  }
+}
+
+unsigned checked_threads(std::int64_t threads) {
+  if (threads < 1 || threads > kMaxThreads) reject("threads must be between 1 and 256");
+  return static_cast<unsigned>(threads);
+}
+
+template <class T>
+const T* checked_array(const char* name, const Array& array, std::size_t ndim, const char* shape) {
+  bool fits = array.dtype() == nb::dtype<T>() && array.ndim() == ndim;
+  std::int64_t expected = 1;
+  for (std::size_t i = ndim; fits && i-- > 0;) {
+    fits = array.stride(i) == expected || array.shape(i) <= 1 || array.size() == 0;
+    expected *= static_cast<std::int64_t>(array.shape(i));
+  }
+  if (!fits) reject(std::string(name) + " must be a C-contiguous array " + shape);
+  return static_cast<const T*>(array.data());
+}
+
+std::vector<std::string> cpu_feature_names() {
+  const CpuFeatures& features = cpu_features();
+  std::vector<std::string> names;
+  if (features.avx2) names.emplace_back("avx2");
+  if (features.avx512) names.emplace_back("avx512");
+  if (features.sha) names.emplace_back("sha");
+  return names;
+}
+
+std::uint64_t hash_range(std::int64_t address, std::int64_t nbytes) {
+  const Range range = checked_range("address", address, nbytes);
+  nb::gil_scoped_release unlocked;
+  return xxh3_64(range.data, range.size);
+}
+
+void copy_range(std::int64_t dst, std::int64_t src, std::int64_t nbytes, std::int64_t threads) {
+  const Range to = checked_range("dst", dst, nbytes);
+  const Range from = checked_range("src", src, nbytes);
+  check_disjoint(to, from);
+  const unsigned workers = checked_threads(threads);
+  nb::gil_scoped_release unlocked;
+  linear_copy(to.data, from.data, to.size, workers);
+}
+
+void check_open(const Xxh3Stream& stream, const Range& piece) {
+  if (piece.size > 0 && !stream.open()) {
+    reject("nbytes of every piece but the last must be a multiple of 64");
+  }
+}
+
+void stream_copy(Xxh3Stream& stream, std::int64_t dst, std::int64_t src, std::int64_t nbytes) {
+  const Range to = checked_range("dst", dst, nbytes);
+  const Range from = checked_range("src", src, nbytes);
+  check_disjoint(to, from);
+  check_open(stream, from);
+  nb::gil_scoped_release unlocked;
+  stream.update(to.data, from.data, from.size);
+}
+
+void stream_update(Xxh3Stream& stream, std::int64_t src, std::int64_t nbytes) {
+  const Range from = checked_range("src", src, nbytes);
+  check_open(stream, from);
+  nb::gil_scoped_release unlocked;
+  stream.update(nullptr, from.data, from.size);
+}
+
+// Copies the page numbers, so that they stay as checked, and notes their range in `shape`.
+std::vector<std::int64_t> checked_pages(const Array& page_ids, Shape& shape) {
+  const auto* data = checked_array<std::int64_t>("page_ids", page_ids, 2, "(B, P) of int64");
+  if (page_ids.shape(1) < 1) reject("page_ids must have at least one page per block");
+  if (page_ids.size() > kMaxPageIds) reject("page_ids has too many entries");
+  std::vector<std::int64_t> pages(data, data + page_ids.size());
+  bool any = false;
+  for (const std::int64_t page : pages) {
+    if (page < -1) reject("page_ids must not be below -1");
+    if (page == -1) {
+      if (shape.to_slots) reject("page_ids may be -1 (skip) only if to_slots is false");
+      continue;
+    }
+    shape.min_page = any ? std::min(shape.min_page, page) : page;
+    shape.max_page = std::max(shape.max_page, page);
+    any = true;
+  }
+  shape.pages = static_cast<std::int64_t>(page_ids.shape(1));
+  return pages;
+}
+
+std::vector<std::uint64_t> checked_slots(const Array& slots, std::size_t blocks) {
+  const auto* data = checked_array<std::uint64_t>("slots", slots, 1, "(B,) of uint64");
+  if (slots.shape(0) != blocks) reject("slots must have one address per row of page_ids");
+  return std::vector<std::uint64_t>(data, data + blocks);
+}
+
+HashArray hash_array(std::unique_ptr<std::uint64_t[]> values, std::size_t count) {
+  std::uint64_t* data = values.get();
+  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<std::uint64_t*>(p); });
+  values.release();
+  return HashArray(data, {count}, owner);
+}
+
+nb::object copy_blocks_checked(bool to_slots, const Array& segments, const Array& page_ids,
+                               const Array& slots, std::int64_t page_tokens,
+                               std::int64_t elem_size, std::int64_t threads, bool checksum) {
+  Shape shape;
+  shape.to_slots = to_slots;
+  shape.checksum = checksum;
+  shape.page_tokens = page_tokens;
+  shape.elem_size = elem_size;
+  if (page_tokens < 1 || page_tokens > kMaxPageTokens) {
+    reject("page_tokens must be between 1 and 2**24");
+  }
+  if (elem_size != 1 && elem_size != 2 && elem_size != 4 && elem_size != 8) {
+    reject("elem_size must be 1, 2, 4 or 8");
+  }
+  const unsigned workers = checked_threads(threads);
+  const std::vector<std::int64_t> pages = checked_pages(page_ids, shape);
+  const std::size_t blocks = page_ids.shape(0);
+  const std::vector<std::uint64_t> addresses = checked_slots(slots, blocks);
+  const auto* rows = checked_array<std::int64_t>("segments", segments, 2, "(S, 11) of int64");
+  const std::size_t count = segments.shape(0);
+  if (segments.shape(1) != kSegmentFields) {
+    reject("segments must be a C-contiguous array (S, 11) of int64");
+  }
+  if (count < 1 || count > kMaxSegments) reject("segments must have between 1 and 2**20 rows");
+  const Plan plan = make_plan(reinterpret_cast<const Segment*>(rows), count, shape);
+  for (const std::uint64_t slot : addresses) {
+    if (slot == 0) reject("slots must not be null");
+    if (slot > INT64_MAX - plan.object_bytes) reject("slots: address overflows");
+  }
+  if (blocks > INT64_MAX / plan.block_bytes) reject("page_ids has too many rows");
+
+  std::unique_ptr<std::uint64_t[]> hashes;
+  if (checksum) hashes = std::make_unique<std::uint64_t[]>(blocks);
+  {
+    nb::gil_scoped_release unlocked;
+    copy_blocks(plan, pages.data(), page_ids.shape(1), addresses.data(), blocks, workers,
+                hashes.get());
+  }
+  if (!checksum) return nb::none();
+  return nb::cast(hash_array(std::move(hashes), blocks));
+}
+
+nb::bytes chain_keys_checked(const nb::bytes& parent, const Array& tokens,
+                             std::int64_t block_tokens) {
+  if (parent.size() != kKeyBytes) reject("parent must be 32 bytes");
+  const auto* data = checked_array<std::uint32_t>("tokens", tokens, 1, "(N,) of uint32");
+  if (block_tokens < 1 || block_tokens > kMaxBlockTokens) {
+    reject("block_tokens must be between 1 and 2**24");
+  }
+  const std::size_t blocks = tokens.shape(0) / static_cast<std::size_t>(block_tokens);
+  std::vector<std::uint8_t> keys(blocks * kKeyBytes);
+  const auto* parent_key = reinterpret_cast<const std::uint8_t*>(parent.c_str());
+  {
+    nb::gil_scoped_release unlocked;
+    chain_keys(parent_key, data, blocks, static_cast<std::uint32_t>(block_tokens), keys.data());
+  }
+  return nb::bytes(keys.data(), keys.size());
+}
+
+void prefault_range(std::int64_t address, std::int64_t nbytes) {
+  const Range range = checked_range("address", address, nbytes);
+  if (range.size == 0) return;
+  int error = 0;
+  {
+    nb::gil_scoped_release unlocked;
+    error = prefault(range.data, range.size);
+  }
+  if (error != 0) {
+    errno = error;
+    PyErr_SetFromErrno(PyExc_OSError);
+    throw nb::python_error();
+  }
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "Native core of KVStore: block copies, XXH3 checksums and token-chain keys.";
+  cpu_features();  // reads KVSTORE_CPU now
+
+  m.def("cpu_features", &cpu_feature_names);
+  m.def("xxh3_64", &hash_range, "address"_a, "nbytes"_a);
+  m.def("copy", &copy_range, "dst"_a, "src"_a, "nbytes"_a, "threads"_a = 1);
+  m.def("copy_blocks", &copy_blocks_checked, "to_slots"_a, "segments"_a.noconvert(),
+        "page_ids"_a.noconvert(), "slots"_a.noconvert(), "page_tokens"_a, "elem_size"_a,
+        "threads"_a = 1, "checksum"_a = false);
+  m.def("chain_keys", &chain_keys_checked, "parent"_a, "tokens"_a.noconvert(), "block_tokens"_a);
+  m.def("prefault", &prefault_range, "address"_a, "nbytes"_a);
+
+  nb::class_<Xxh3Stream>(m, "Xxh3Stream")
+      .def(nb::init<>())
+      .def("copy", &stream_copy, "dst"_a, "src"_a, "nbytes"_a)
+      .def("update", &stream_update, "src"_a, "nbytes"_a)
+      .def("digest", &Xxh3Stream::digest)
+      .def("reset", &Xxh3Stream::reset);
+}
+
+}  // namespace kvstore

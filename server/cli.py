@@ -1,0 +1,198 @@
+"""The `kvstore` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from kvstore import __version__, protocol
+from kvstore.channel import Channel
+from kvstore.config import Config, format_size, load_config
+from kvstore.embedded import prepare_run_dir
+from kvstore.errors import KVStoreError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="KV-cache storage and transfer for LLM inference.",
+    pretty_exceptions_enable=False,
+)
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML file (default: $KVSTORE_CONFIG).")
+]
+AddressOption = Annotated[
+    str | None, typer.Option("--address", help="unix:///path of the daemon (default: configured).")
+]
+
+
+def main() -> None:
+    """Run the command; our own errors become one line and exit code 1."""
+    try:
+        app()
+    except KVStoreError as e:
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {_plain(str(e))}")
+        sys.exit(1)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+@contextmanager
+def _byte_progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over bytes on stderr, when that is a terminal."""
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn(title),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    ) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+@app.command()
+def serve(
+    config: ConfigOption = None,
+    socket: Annotated[Path | None, typer.Option(help="Unix socket to listen on.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Size of the memory tier, e.g. 8GiB.")] = None,
+    disk: Annotated[Path | None, typer.Option(help="Folder of the disk tier.")] = None,
+    disk_size: Annotated[str | None, typer.Option(help="Size of the disk tier.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Serve a store to the engines of this machine until stopped (SIGTERM or Ctrl-C).
+
+    Prints one line once sessions may come: `ready: unix:///path (...)`.
+    """
+    from kvstore.server.daemon import describe, start_logging
+    from kvstore.server.daemon import serve as run
+
+    overrides: dict[str, Any] = {}
+    if socket is not None:
+        overrides["address"] = f"unix://{socket.absolute()}"
+    if memory is not None:
+        overrides["memory"] = {"size": memory}
+    sizes = {"path": disk, "size": disk_size}
+    if given := {name: value for name, value in sizes.items() if value is not None}:
+        overrides["disk"] = given
+    if log_level is not None:
+        overrides["log_level"] = log_level
+    settings = load_config(config, overrides)
+    start_logging(settings.log_level)
+    path = settings.socket
+    if settings.address is None:
+        prepare_run_dir(settings.run_dir)
+    with _byte_progress("touching memory") as progress:
+
+        def ready() -> None:
+            typer.echo(f"ready: unix://{path} ({describe(settings)}, pid {os.getpid()})")
+            sys.stdout.flush()
+
+        run(settings, path, ready=ready, progress=progress)
+
+
+def _connect(config: Path | None, address: str | None) -> Channel:
+    overrides = {} if address is None else {"address": address}
+    settings: Config = load_config(config, overrides)
+    return Channel.connect(settings.socket, settings.session.connect_timeout)
+
+
+@app.command()
+def stats(
+    config: ConfigOption = None,
+    address: AddressOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a running daemon holds and has counted."""
+    channel = _connect(config, address)
+    reply = channel.call(protocol.Stats(), 5.0)
+    channel.retire()
+    assert isinstance(reply, protocol.StatsReply)
+    if as_json:
+        typer.echo(reply.text)
+        return
+    found = json.loads(reply.text)
+    tiers = Table("tier", "used", "free", "fragmented", "capacity", "state")
+    for name in ("memory", "disk"):
+        tier = found[name]
+        if tier is not None:
+            sizes = [format_size(tier[k]) for k in ("used", "free", "fragmented", "capacity")]
+            tiers.add_row(name, *sizes, tier.get("problem") or "healthy")
+        elif found["disk_problem"]:
+            tiers.add_row(name, "", "", "", "", found["disk_problem"])
+    counts = Table("counter", "value")
+    for name, value in found["counters"].items():
+        counts.add_row(name, str(value))
+    console = Console()
+    console.print(tiers)
+    console.print(
+        f"{found['objects']} objects, {found['unwritten']} not on disk yet, "
+        f"{found['leases']} leases"
+    )
+    console.print(counts)
+
+
+@app.command()
+def clear(config: ConfigOption = None, address: AddressOption = None) -> None:
+    """Remove everything that is not pinned from a running daemon, disk included."""
+    channel = _connect(config, address)
+    reply = channel.call(protocol.Clear(), 60.0)
+    channel.retire()
+    assert isinstance(reply, protocol.Count)
+    typer.echo(f"removed {reply.blocks} objects")
+
+
+@app.command()
+def fsck(
+    folder: Annotated[Path, typer.Argument(help="Folder of a disk tier that no daemon serves.")],
+    repair: Annotated[bool, typer.Option(help="Drop what is damaged.")] = False,
+) -> None:
+    """Verify every object of a disk tier; exit code 2 when something is damaged."""
+    from kvstore.tiers import slabcheck
+
+    with _byte_progress("verifying") as progress:
+        report = slabcheck.fsck(folder, repair=repair, progress=progress)
+    _print_struct(report)
+    if report.damaged:
+        raise typer.Exit(2)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Folder of a disk tier.")],
+) -> None:
+    """Show what a disk tier holds, without reading the data."""
+    from kvstore.tiers import slabcheck
+
+    _print_struct(slabcheck.inspect(folder))
+
+
+def _print_struct(value: object) -> None:
+    import msgspec
+
+    Console().print_json(msgspec.json.encode(value).decode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,359 @@
+"""The node daemon: one event loop that owns the store and serves sessions on a unix socket."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from kvstore.server.sessions import SessionConnection
+
+from kvstore import __version__, protocol
+from kvstore.arena import Arena
+from kvstore.config import Config, format_size
+from kvstore.errors import ConfigError, KVStoreError, ProtocolError
+from kvstore.eviction import make_policy
+from kvstore.protocol import Failure, Hello, Welcome
+from kvstore.slots import Slot
+from kvstore.store import Store
+from kvstore.tiers.base import Tier
+
+_TICK: Final = 0.5
+_HELLO_SECONDS: Final = 5.0
+_FIRST_SESSION_SECONDS: Final = 30.0
+_SHUTDOWN_FLUSH_SECONDS: Final = 30.0
+_MAX_HELLO: Final = 4096
+_PEER: Final = struct.Struct("3i")
+
+_log = logging.getLogger("kvstore.daemon")
+
+
+class Daemon:
+    """Serves one store on `path` until told to stop.
+
+    Args:
+        config: what to serve.
+        path: the socket; its folder must exist.
+        embedded: end once the last session has left.
+        progress: told (done, total) bytes while the arena is touched.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        path: Path,
+        *,
+        embedded: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.path = path
+        self._config = config
+        self._embedded = embedded
+        self._progress = progress
+        self._sessions: set[SessionConnection] = set()
+        self._greeting: set[asyncio.Task[None]] = set()
+        self._stop = asyncio.Event()
+        self._store: Store | None = None
+        self._lock = -1
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        """Open everything, call `ready`, serve, and on `stop` put everything away.
+
+        Raises:
+            ConfigError: another daemon serves there, or the configuration cannot be had.
+        """
+        loop = asyncio.get_running_loop()
+        self._take_lock()
+        try:
+            arena = Arena.create(
+                self._config.memory.size,
+                huge_dir=self._config.memory.huge_dir,
+                prefault=self._config.memory.prefault,
+                progress=self._progress,
+            )
+            advice = arena.advice()
+            if advice is not None:
+                _log.info(advice)
+            store = self._store = Store(
+                arena,
+                lambda task: _post(loop, task),
+                chunk=self._config.memory.chunk,
+                policy=self._config.memory.policy,
+                lease_seconds=self._config.lease_seconds,
+                open_disk=disk_opener(self._config, direct=advice is None),
+                write_queue=self._config.disk.queue,
+                retry_seconds=self._config.disk.retry_seconds,
+            )
+            listener = self._listen()
+            try:
+                ticking = loop.create_task(self._tick(store))
+                accepting = loop.create_task(self._accept(listener, store, arena))
+                ready()
+                await self._stop.wait()
+            finally:
+                self.path.unlink(missing_ok=True)
+                accepting.cancel()
+                listener.close()
+            await self._drain(store)
+            ticking.cancel()
+            for session in list(self._sessions):
+                session.close()
+            await asyncio.to_thread(store.close)
+        finally:
+            os.close(self._lock)
+
+    def stop(self) -> None:
+        """Ask `run` to end."""
+        self._stop.set()
+
+    def _take_lock(self) -> None:
+        """One daemon per socket; the lock ends with the process, however it ends."""
+        path = self.path.with_suffix(".lock")
+        try:
+            self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            raise ConfigError(f"cannot write {path}: {e.strerror}; choose another socket") from e
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(self._lock, 32).decode(errors="replace").strip()
+            os.close(self._lock)
+            raise ConfigError(
+                f"a daemon (pid {holder or '?'}) serves {self.path} already; stop it or choose "
+                "another socket"
+            ) from None
+        os.truncate(self._lock, 0)
+        os.write(self._lock, f"{os.getpid()}\n".encode())
+
+    def _listen(self) -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        # Under our lock, so a socket found here is one that a killed daemon left.
+        self.path.unlink(missing_ok=True)
+        mask = os.umask(0o177)
+        try:
+            listener.bind(str(self.path))
+        except OSError as e:
+            raise ConfigError(f"cannot listen on {self.path}: {e}; choose another socket") from e
+        finally:
+            os.umask(mask)
+        listener.listen(128)
+        listener.setblocking(False)
+        return listener
+
+    async def _accept(self, listener: socket.socket, store: Store, arena: Arena) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(listener)
+            except OSError as e:  # Out of descriptors, say: others go on, and so do we.
+                _log.warning("a connection could not be accepted: %s", e)
+                await asyncio.sleep(_TICK)
+                continue
+            connection.setblocking(False)
+            task = loop.create_task(self._greet(connection, store, arena))
+            self._greeting.add(task)
+            task.add_done_callback(self._greeting.discard)
+
+    async def _greet(self, connection: socket.socket, store: Store, arena: Arena) -> None:
+        """Hear the hello, hand over the arena, and serve from then on."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(_HELLO_SECONDS):
+                hello = await _read_hello(connection)
+            refusal = self._refusal(connection, hello)
+            if refusal is not None:
+                _log.warning("session refused: %s", refusal)
+                await loop.sock_sendall(
+                    connection, protocol.encode(1, Failure(refusal, fatal=True))
+                )
+                connection.close()
+                return
+            welcome = Welcome(
+                protocol.VERSION,
+                f"kvstore {__version__}",
+                arena.size,
+                arena.pages,
+                self._config.lease_seconds,
+            )
+            socket.send_fds(connection, [protocol.encode(1, welcome)], [arena.fd])
+
+            def serve() -> SessionConnection:
+                session = SessionConnection(store, self._left)
+                self._sessions.add(session)
+                return session
+
+            await loop.connect_accepted_socket(serve, connection)
+        except (OSError, ProtocolError, TimeoutError) as e:
+            _log.warning("a connection ended before its greeting: %s", e)
+            connection.close()
+
+    def _refusal(self, connection: socket.socket, hello: Hello) -> str | None:
+        peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+        uid = _PEER.unpack(peer)[1]
+        if uid not in (os.getuid(), 0):
+            return f"user {uid} may not use the store of user {os.getuid()}"
+        if hello.version != protocol.VERSION:
+            return (
+                f"protocol version: the session speaks {hello.version} ({hello.software}), the "
+                f"daemon {protocol.VERSION} (kvstore {__version__}); install the same release"
+            )
+        if len(self._sessions) >= self._config.max_sessions:
+            return f"max_sessions: {self._config.max_sessions} sessions are open; raise it"
+        return None
+
+    def _left(self, session: SessionConnection) -> None:
+        self._sessions.discard(session)
+        if self._embedded and not self._sessions:
+            loop = asyncio.get_running_loop()
+            loop.call_later(self._config.linger_seconds, self._stop_if_alone)
+
+    def _stop_if_alone(self) -> None:
+        if not self._sessions and not self._greeting:
+            self.stop()
+
+    async def _tick(self, store: Store) -> None:
+        if self._embedded:
+            asyncio.get_running_loop().call_later(_FIRST_SESSION_SECONDS, self._stop_if_alone)
+        while True:
+            store.tick()
+            await asyncio.sleep(_TICK)
+
+    async def _drain(self, store: Store) -> None:
+        """Let write-behind finish, as long as it gets on."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _SHUTDOWN_FLUSH_SECONDS
+        while store.unwritten and loop.time() < until:
+            if store.disk is None or not store.disk.writable:
+                break
+            await asyncio.sleep(0.02)
+        if store.unwritten:
+            _log.warning("%d objects did not reach the disk before the stop", store.unwritten)
+
+
+async def _read_hello(connection: socket.socket) -> Hello:
+    loop = asyncio.get_running_loop()
+    data = bytearray()
+    need = protocol.HEADER.size
+    while len(data) < need:
+        piece = await loop.sock_recv(connection, need - len(data))
+        if not piece:
+            raise ConnectionResetError("closed by the client")
+        data += piece
+        if need == protocol.HEADER.size and len(data) == need:
+            length, _ = protocol.frame_size(data)
+            if length > _MAX_HELLO:
+                raise ProtocolError(f"a hello of {length} bytes; {_MAX_HELLO} are allowed")
+            need += length
+    hello = protocol.decode_request(bytes(data[protocol.HEADER.size :]))
+    if not isinstance(hello, Hello):
+        raise ProtocolError("the first message must be a hello")
+    return hello
+
+
+def _post(loop: asyncio.AbstractEventLoop, task: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # The loop is closed: nobody is left to tell.
+        loop.call_soon_threadsafe(task)
+
+
+def disk_opener(
+    config: Config, *, direct: bool
+) -> Callable[[Callable[[Slot[Any]], bool], Callable[[Slot[Any]], None]], Tier] | None:
+    """What opens the configured disk tier; None when there is none."""
+    disk = config.disk
+    if disk.path is None:
+        return None
+    from kvstore.tiers.disk import DiskTier
+
+    folder = disk.path
+
+    def open_disk(
+        evictable: Callable[[Slot[Any]], bool], evict: Callable[[Slot[Any]], None]
+    ) -> Tier:
+        return DiskTier.open(
+            folder,
+            disk.size,
+            chunk=disk.chunk,
+            policy=make_policy(disk.policy),
+            evictable=evictable,
+            evict=evict,
+            threads=disk.threads,
+            sync_seconds=disk.sync_seconds,
+            retry_seconds=disk.retry_seconds,
+            direct_to_arena=direct,
+        )
+
+    return open_disk
+
+
+def serve(
+    config: Config,
+    path: Path,
+    *,
+    embedded: bool = False,
+    ready: Callable[[], None] = lambda: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Run a daemon in this process until SIGTERM or SIGINT (or, embedded, until it is alone).
+
+    Raises:
+        ConfigError: see `Daemon.run`.
+    """
+
+    async def main() -> None:
+        daemon = Daemon(config, path, embedded=embedded, progress=progress)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, daemon.stop)
+        await daemon.run(ready)
+
+    asyncio.run(main())
+
+
+def describe(config: Config) -> str:
+    """One line on what a daemon of this configuration offers."""
+    disk = "no disk tier"
+    if config.disk.path is not None:
+        disk = f"disk {format_size(config.disk.size)} in {config.disk.path}"
+    return f"memory {format_size(config.memory.size)}, {disk}"
+
+
+def start_logging(level: str) -> None:
+    """Log lines to stderr."""
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+
+
+def main() -> None:
+    """Entry of the embedded daemon: configuration as JSON on stdin."""
+    parser = argparse.ArgumentParser(prog="kvstore.server.daemon")
+    parser.add_argument("--embedded", type=Path, required=True, metavar="SOCKET")
+    parser.add_argument("--ready-fd", type=int, required=True)
+    arguments = parser.parse_args()
+    try:
+        config = Config.model_validate_json(sys.stdin.read())
+        start_logging(config.log_level)
+
+        def ready() -> None:
+            with contextlib.suppress(BrokenPipeError):  # The starter died; others will join.
+                os.write(arguments.ready_fd, b"1")
+            os.close(arguments.ready_fd)
+
+        serve(config, arguments.embedded, embedded=True, ready=ready)
+    except (KVStoreError, ValueError) as e:
+        print(e, file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
