@@ -100,7 +100,7 @@ class DiskConfig(_Section):
     """The disk tier: one slab file in a folder of its own."""
 
     path: Path | None = Field(None, description="folder for the slab file; none: no disk tier")
-    size: Size = Field(10 * 2**30, description="bytes on disk, everything included", ge=2**23)
+    size: Size = Field(10 * 2**30, description="bytes on disk, everything included", ge=2**22)
     chunk: Size = Field(0, description="bytes given to one size class at a time; 0 picks it")
     policy: PolicyName = Field("lru", description="what to evict first: lru or s3fifo")
     threads: int = Field(2, description="I/O threads", ge=1, le=64)

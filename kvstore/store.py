@@ -7,31 +7,18 @@ through `post`, which must run a function on the loop.
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 from kvstore.arena import Arena
 from kvstore.config import format_size
-from kvstore.errors import FormatError, TierUnavailable
-from kvstore.eviction import make_policy
-from kvstore.index import Entry, Index, Lease, LeaseKind
+from kvstore.index import Entry, Lease, LeaseKind
 from kvstore.protocol import BUSY, DISK, HAVE, MEMORY, NO_ROOM, TIER_NAMES
-from kvstore.slots import Slot, SlotPool, choose_chunk
 from kvstore.spec import Namespace, Part
-from kvstore.telemetry import Average, Counters, QuietLog
-from kvstore.tiers.base import ObjectName, Tier
-
-_GUESSED_DISK_SECONDS_PER_BYTE: Final = 1 / 1e9
-
-_log = logging.getLogger("kvstore.store")
-
-OpenDisk = Callable[[Callable[[Slot[Any]], bool], Callable[[Slot[Any]], None]], Tier]
-"""Opens the disk tier, given what may be evicted from it and how."""
+from kvstore.tiering import OpenDisk, Tiering
+from kvstore.tiers.base import ObjectName
 
 
 @dataclass(slots=True)
@@ -86,34 +73,20 @@ class Store:
         retry_seconds: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.arena = arena
-        self.index = Index()
-        self.counters = Counters()
-        self.disk: Tier | None = None
-        self.disk_problem: str | None = None
-        self.disk_seconds = Average()  # seconds per byte, disk to memory
-        self.memory: SlotPool[Entry] = SlotPool(
-            arena.size,
-            chunk or choose_chunk(arena.size),
-            make_policy(policy),
-            self._memory_evictable,
-            self._evict_from_memory,
+        self.tiering = Tiering(
+            arena,
+            post,
+            clock,
+            chunk=chunk,
+            policy=policy,
+            open_disk=open_disk,
+            write_queue=write_queue,
+            retry_seconds=retry_seconds,
         )
-        self._post = post
+        self.counters = self.tiering.counters
         self._clock = clock
         self._lease_seconds = lease_seconds
         self._leases: dict[Hashable, dict[int, Lease]] = {}
-        self._open_disk = open_disk
-        self._opening = False
-        self._retry_seconds = retry_seconds
-        self._next_open = 0.0
-        self._write_queue = write_queue
-        self._writing_bytes = 0
-        self._backlog: deque[Entry] = deque()
-        self._closed = False
-        self._quiet = QuietLog(_log)
-        if open_disk is not None:
-            self._attach(*_try_open(self._opener()))
 
     # -- saving ---------------------------------------------------------------------------------
 
@@ -139,9 +112,9 @@ class Store:
         for key in keys:
             block: list[Entry] = []
             for part in parts:
-                if self.index.usable(key, part) is not None:
+                if self.tiering.index.usable(key, part) is not None:
                     answer = HAVE
-                elif self.index.get(key, part) is not None:
+                elif self.tiering.index.get(key, part) is not None:
                     answer = BUSY
                 elif full:
                     answer = NO_ROOM
@@ -160,16 +133,14 @@ class Store:
         nbytes = part.nbytes(namespace.block_tokens)
         entry = Entry(ObjectName(namespace, key, part), nbytes)
         entry.writer = lease
-        slot = self.memory.allocate(nbytes, entry)
-        if slot is None:
-            self._quiet.warning(
+        if not self.tiering.reserve(entry):
+            self.tiering.quiet.warning(
                 "no_room", "saves dropped: the arena is full of blocks in use or being written"
             )
             return NO_ROOM
-        entry.slot = slot
-        self.index.add(entry)
+        assert entry.slot is not None
         block.append(entry)
-        return slot.offset
+        return entry.slot.offset
 
     def commit(
         self,
@@ -196,6 +167,7 @@ class Store:
         sums = iter(checksums) if checksums is not None else None
         without = set(dropped)
         stored = 0
+        ready: list[Entry] = []
         for number, block in enumerate(lease.blocks):
             for entry in block:
                 entry.checksum = next(sums, None) if sums is not None else None
@@ -203,13 +175,12 @@ class Store:
                 continue
             for entry in block:
                 entry.writer = None
-                entry.in_memory = True
-                self._backlog.append(entry)
                 self.counters.add("save.bytes", by=entry.nbytes)
+            ready += block
             stored += 1
         self.counters.add("save.blocks", by=stored)
         self.release(owner, lease_id)
-        self._pump()
+        self.tiering.committed(ready)
         return stored, "dropped" if without else ""
 
     # -- loading --------------------------------------------------------------------------------
@@ -227,13 +198,13 @@ class Store:
 
     def _find(self, keys: Sequence[bytes], parts: Sequence[Part]) -> tuple[list[int], str]:
         tiers: list[int] = []
-        usable = self.index.usable
+        usable = self.tiering.index.usable
         for key in keys:
             tier = MEMORY
             for part in parts:
                 entry = usable(key, part)
                 if entry is None:
-                    return tiers, self.index.why_not(key, part)
+                    return tiers, self.tiering.index.why_not(key, part)
                 if not entry.in_memory:
                     tier = DISK
             tiers.append(tier)
@@ -259,7 +230,7 @@ class Store:
         tiers, reason = self._find(keys, parts)
         running = Acquisition(lease, tiers, reason, done, self._clock())
         for key in keys[: len(tiers)]:
-            block = [entry for part in parts if (entry := self.index.usable(key, part))]
+            block = [entry for part in parts if (entry := self.tiering.index.usable(key, part))]
             for entry in block:
                 entry.readers += 1
             lease.blocks.append(block)
@@ -267,10 +238,10 @@ class Store:
         for entry in lease.entries():
             if entry.in_memory:
                 if entry.slot is not None:
-                    self.memory.touch(entry.slot)
+                    self.tiering.memory.touch(entry.slot)
             elif not running.failed:
                 running.promoting += 1
-                self._promote(entry, self._promotion_ended(running, entry))
+                self.tiering.promote(entry, self._promotion_ended(running, entry))
         self._arrived(running)
         return running
 
@@ -323,49 +294,8 @@ class Store:
         if running.promoting:
             return
         if running.promoted_bytes:
-            self.disk_seconds.add((self._clock() - running.started) / running.promoted_bytes)
+            self.tiering.promoted_in(running.promoted_bytes, self._clock() - running.started)
         self.settle(running)
-
-    def _promote(self, entry: Entry, ended: Callable[[str | None], None]) -> None:
-        """Read one object from disk into a slot; waits for a read that is under way already."""
-        if entry.waiting:
-            entry.waiting.append(ended)
-            return
-        disk, place, checksum = self.disk, entry.place, entry.checksum
-        if disk is None or place is None or checksum is None or not disk.healthy:
-            self.counters.add("load.failed", "no_disk")
-            ended("no_disk")
-            return
-        entry.waiting.append(ended)  # Set before allocating: the entry itself must stay.
-        slot = self.memory.allocate(entry.nbytes, entry)
-        if slot is None:
-            entry.waiting.clear()
-            self.counters.add("load.failed", "no_room")
-            ended("no_room")
-            return
-        entry.slot = slot
-        entry.disk_io += 1
-
-        def done(checksum: int | None, error: str | None) -> None:
-            self._post(lambda: self._promoted(entry, error))
-
-        disk.read(place, entry.name, self.arena.address + slot.offset, entry.nbytes, checksum, done)
-
-    def _promoted(self, entry: Entry, error: str | None) -> None:
-        entry.disk_io -= 1
-        waiting, entry.waiting = entry.waiting, []
-        if error is None:
-            entry.in_memory = True
-            self.counters.add("promote.bytes", by=entry.nbytes)
-        else:
-            self.counters.add("load.failed", error)
-            self._free_slot(entry)
-            if error == "corrupt":
-                self._quiet.warning("corrupt", "a block on disk was damaged; it is dropped")
-                self._discard(entry)
-        for ended in waiting:
-            ended(error)
-        self._settle_entry(entry)
 
     # -- leases ---------------------------------------------------------------------------------
 
@@ -402,7 +332,7 @@ class Store:
         """
         lease = self._new_lease(owner, lease_id, LeaseKind.PIN, ttl)
         for key in keys:
-            block = [entry for part in parts if (entry := self.index.usable(key, part))]
+            block = [entry for part in parts if (entry := self.tiering.index.usable(key, part))]
             if len(block) < len(parts):
                 break
             for entry in block:
@@ -431,164 +361,24 @@ class Store:
         for entry in lease.entries():
             if lease.kind is LeaseKind.PIN:
                 entry.pins -= 1
-                self._settle_entry(entry)
+                self.tiering.settle(entry)
             elif lease.kind is LeaseKind.READ:
                 self._end_reading(entry)
             elif entry.writer is lease:
                 entry.writer = None
                 self.counters.add("save.dropped", "uncommitted")
-                self._discard(entry)
+                self.tiering.discard(entry)
 
     def _end_reading(self, entry: Entry) -> None:
         entry.readers -= 1
-        self._settle_entry(entry)
-
-    # -- eviction and removal -------------------------------------------------------------------
-
-    def _memory_evictable(self, slot: Slot[Entry]) -> bool:
-        entry = slot.owner
-        return entry.in_memory and entry.idle and not entry.pins
-
-    def _disk_evictable(self, slot: Slot[Entry]) -> bool:
-        entry = slot.owner
-        return entry.on_disk and not entry.disk_io and not entry.pins and not entry.waiting
-
-    def _evict_from_memory(self, slot: Slot[Entry]) -> None:
-        entry = slot.owner
-        self._free_slot(entry, evicted=True)
-        self.counters.add("evict", "memory")
-        if not entry.on_disk:
-            if self._open_disk is not None:
-                self.counters.add("evict.lost", "not_written_yet")
-            self._discard(entry)
-
-    def _evict_from_disk(self, slot: Slot[Entry]) -> None:
-        entry = slot.owner
-        self._free_place(entry, evicted=True)
-        self.counters.add("evict", "disk")
-        if not entry.in_memory:
-            self._discard(entry)
-
-    def _free_slot(self, entry: Entry, *, evicted: bool = False) -> None:
-        if entry.slot is not None:
-            self.memory.free(entry.slot, evicted=evicted)
-            entry.slot = None
-        entry.in_memory = False
-
-    def _free_place(self, entry: Entry, *, evicted: bool = False, forget: bool = False) -> None:
-        if entry.place is not None and self.disk is not None:
-            if forget:
-                self.disk.forget(entry.place)
-            self.disk.pool.free(entry.place, evicted=evicted)
-        entry.place = None
-        entry.on_disk = False
-
-    def _discard(self, entry: Entry) -> None:
-        """Take an object out of sight; its places are freed when nobody uses them any more."""
-        if not entry.gone:
-            entry.gone = True
-            self.index.remove(entry)
-        self._settle_entry(entry)
-
-    def _settle_entry(self, entry: Entry) -> None:
-        if entry.gone and entry.idle:
-            self._free_slot(entry)
-            self._free_place(entry, forget=True)
+        self.tiering.settle(entry)
 
     def clear(self) -> int:
         """Remove every object that is not pinned or being written; returns how many."""
-        victims = [e for e in self.index if not e.pins and e.writer is None]
+        victims = [e for e in self.tiering.index if not e.pins and e.writer is None]
         for entry in victims:
-            self._discard(entry)
+            self.tiering.discard(entry)
         return len(victims)
-
-    # -- disk -----------------------------------------------------------------------------------
-
-    def _pump(self) -> None:
-        """Send committed objects to disk, as many bytes at a time as the queue allows."""
-        disk = self.disk
-        while self._backlog and disk is not None and disk.writable:
-            if self._writing_bytes >= self._write_queue:
-                return
-            entry = self._backlog.popleft()
-            if entry.gone or not entry.in_memory or entry.place is not None:
-                continue
-            place = disk.pool.allocate(entry.nbytes, entry)
-            if place is None:
-                self.counters.add("write.dropped", "no_room")
-                continue
-            entry.place = place
-            self._write(disk, entry, place)
-        if disk is None and self._open_disk is None:
-            self._backlog.clear()
-
-    def _write(self, disk: Tier, entry: Entry, place: Slot[Entry]) -> None:
-        assert entry.slot is not None
-        entry.disk_io += 1
-        self._writing_bytes += entry.nbytes
-
-        def done(checksum: int | None, error: str | None) -> None:
-            self._post(lambda: self._written(entry, checksum, error))
-
-        address = self.arena.address + entry.slot.offset
-        disk.write(place, entry.name, address, entry.nbytes, entry.checksum, done)
-
-    def _written(self, entry: Entry, checksum: int | None, error: str | None) -> None:
-        entry.disk_io -= 1
-        self._writing_bytes -= entry.nbytes
-        if error is None:
-            entry.checksum = checksum
-            entry.on_disk = True
-            self.counters.add("write.bytes", by=entry.nbytes)
-        else:
-            self.counters.add("write.failed", error)
-            self._free_place(entry)
-            if error == "corrupt":
-                self._quiet.warning("memory", "a block changed while in memory; it is dropped")
-                self._discard(entry)
-            elif not entry.gone and self.disk is not None and not self.disk.writable:
-                self._quiet.warning("disk", "writes to disk pause: %s", self.disk.problem)
-                self._backlog.append(entry)
-        self._settle_entry(entry)
-        self._pump()
-
-    def _opener(self) -> Callable[[], Tier]:
-        assert self._open_disk is not None
-        open_disk = self._open_disk
-        return lambda: open_disk(self._disk_evictable, self._evict_from_disk)
-
-    def _attach(self, disk: Tier | None, problem: str | None) -> None:
-        self._opening = False
-        self._next_open = self._clock() + self._retry_seconds
-        if disk is None or self._closed:
-            if disk is not None:
-                disk.close()
-            if problem != self.disk_problem:
-                _log.warning("no disk tier: %s; going on without, trying again", problem)
-            self.disk_problem = problem
-            return
-        self.disk_problem = None
-        for found in disk.recover():
-            name = found.name
-            entry = self.index.get(name.key, name.part)
-            if entry is not None and entry.place is not None:
-                self.counters.add("recover.dropped", "twice")
-                continue
-            known = entry is not None
-            entry = entry or Entry(name, found.nbytes)
-            place = disk.pool.claim(found.offset, found.nbytes, entry)
-            if place is None:
-                self.counters.add("recover.dropped", "overlap")
-                continue
-            if known:  # Saved again while the disk was away: that copy will be written anew.
-                disk.forget(place)
-                disk.pool.free(place)
-                continue
-            entry.place, entry.on_disk, entry.checksum = place, True, found.checksum
-            self.index.add(entry)
-            self.counters.add("recover.objects")
-        self.disk = disk
-        self._pump()
 
     # -- upkeep ---------------------------------------------------------------------------------
 
@@ -603,74 +393,26 @@ class Store:
                 self.release(lease.owner, lease.id)
             else:
                 lease.withdrawn = True
-        missing = self.disk is None and self._open_disk is not None
-        if missing and not self._opening and now >= self._next_open:
-            self._opening = True
-            threading.Thread(target=self._reopen, name="kvstore-open", daemon=True).start()
-        self._pump()
-
-    def _reopen(self) -> None:
-        disk, problem = _try_open(self._opener())
-        self._post(lambda: self._attach(disk, problem))
-
-    @property
-    def unwritten(self) -> int:
-        """Committed objects that are on their way to disk, or wait for it."""
-        if self._open_disk is None:
-            return 0
-        return sum(1 for e in self.index if e.in_memory and not e.on_disk)
+        self.tiering.look_after_disk()
 
     def close(self) -> None:
-        """Let go of the disk; objects in memory are gone with the arena."""
-        self._closed = True
-        self._backlog.clear()
-        if self.disk is not None:
-            self.disk.flush()
-            self.disk.close()
+        """Let go of the disk; objects in memory are gone with the arena. May block."""
+        self.tiering.close()
 
     def stats(self) -> dict[str, Any]:
         """Usage, leases and counters, for people and metrics."""
-        disk = self.disk
-        return {
-            "objects": len(self.index),
-            "memory": _pool_stats(self.memory),
-            "disk": None if disk is None else _pool_stats(disk.pool) | {"problem": disk.problem},
-            "disk_problem": self.disk_problem,
-            "unwritten": self.unwritten,
-            "writing_bytes": self._writing_bytes,
+        return self.tiering.stats() | {
             "leases": len(self.leases()),
             "counters": self.counters.snapshot(),
         }
 
-    @property
-    def disk_seconds_per_byte(self) -> float:
-        """Measured time from disk to memory; a guess until something was read."""
-        return self.disk_seconds.value or _GUESSED_DISK_SECONDS_PER_BYTE
-
     def check_object(self, part: Part, block_tokens: int) -> str | None:
         """Why an object of this part can never be stored here; None if it can."""
         nbytes = part.nbytes(block_tokens)
-        if self.memory.slot_bytes(nbytes) > self.memory.chunk:
+        if self.tiering.memory.slot_bytes(nbytes) > self.tiering.memory.chunk:
             return (
                 f"an object of group {part.group.name!r} takes {format_size(nbytes)}, a chunk of "
-                f"the arena holds {format_size(self.memory.chunk)}: raise memory.chunk (or "
+                f"the arena holds {format_size(self.tiering.memory.chunk)}: raise memory.chunk (or "
                 "memory.size), or use fewer block_tokens"
             )
         return None
-
-
-def _try_open(opener: Callable[[], Tier]) -> tuple[Tier | None, str | None]:
-    try:
-        return opener(), None
-    except (TierUnavailable, FormatError) as e:
-        return None, str(e)
-
-
-def _pool_stats(pool: SlotPool[Entry]) -> dict[str, int]:
-    return {
-        "capacity": pool.capacity,
-        "used": pool.used_bytes,
-        "free": pool.free_bytes,
-        "fragmented": pool.fragmented_bytes,
-        "chunk": pool.chunk,
-    }

@@ -201,7 +201,7 @@ void linear_copy(std::uint8_t* dst, const std::uint8_t* src, std::size_t size, u
   parallel(threads, (body + kCopyPiece - 1) / kCopyPiece, body, [&](std::size_t piece) {
     const std::size_t begin = piece * kCopyPiece;
     const std::size_t lines = std::min(kCopyPiece, body - begin) / kLine;
-    line_kernels().stream(nullptr, dst + begin, src + begin, lines, src + begin + kPrefetchBytes);
+    line_kernels().stream(nullptr, dst + begin, src + begin, lines, nullptr);
     store_fence();
   });
 }

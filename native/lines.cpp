@@ -27,11 +27,11 @@ inline void copy_line(std::uint8_t* dst, const std::uint8_t* src) {
   if constexpr (kStore != Store::kNone) std::memcpy(dst, src, kLine);
 }
 
-template <bool kHash, Store kStore>
+template <bool kHash, Store kStore, bool kAhead = true>
 void lines_portable(Xxh3State* state, std::uint8_t* dst, const std::uint8_t* src,
-                    std::size_t lines, const std::uint8_t* ahead) {
+                    std::size_t lines, [[maybe_unused]] const std::uint8_t* ahead) {
   for (std::size_t i = 0; i < lines; ++i) {
-    prefetch(ahead + kLine * i);
+    if constexpr (kAhead) prefetch(ahead + kLine * i);
     if constexpr (kHash) {
       if (state->stripe == kStripesPerBlock) {
         scramble(state->acc);
@@ -63,7 +63,7 @@ __attribute__((target("avx2"))) inline __m256i scramble_avx2(__m256i acc,
   return _mm256_add_epi64(_mm256_mul_epu32(acc, prime), _mm256_slli_epi64(high, 32));
 }
 
-template <bool kHash, Store kStore>
+template <bool kHash, Store kStore, bool kAhead = true>
 __attribute__((target("avx2"))) void lines_avx2(Xxh3State* state, std::uint8_t* dst,
                                                 const std::uint8_t* src, std::size_t lines,
                                                 const std::uint8_t* ahead) {
@@ -75,7 +75,7 @@ __attribute__((target("avx2"))) void lines_avx2(Xxh3State* state, std::uint8_t* 
     stripe = state->stripe;
   }
   for (std::size_t i = 0; i < lines; ++i) {
-    prefetch(ahead + kLine * i);
+    if constexpr (kAhead) prefetch(ahead + kLine * i);
     const __m256i* from = reinterpret_cast<const __m256i*>(src + kLine * i);
     const __m256i data0 = _mm256_loadu_si256(from);
     const __m256i data1 = _mm256_loadu_si256(from + 1);
@@ -110,7 +110,7 @@ __attribute__((target("avx2"))) void lines_avx2(Xxh3State* state, std::uint8_t* 
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
-template <bool kHash, Store kStore>
+template <bool kHash, Store kStore, bool kAhead = true>
 __attribute__((target("avx512f"))) void lines_avx512(Xxh3State* state, std::uint8_t* dst,
                                                      const std::uint8_t* src, std::size_t lines,
                                                      const std::uint8_t* ahead) {
@@ -122,7 +122,7 @@ __attribute__((target("avx512f"))) void lines_avx512(Xxh3State* state, std::uint
     stripe = state->stripe;
   }
   for (std::size_t i = 0; i < lines; ++i) {
-    prefetch(ahead + kLine * i);
+    if constexpr (kAhead) prefetch(ahead + kLine * i);
     const __m512i data = _mm512_loadu_si512(src + kLine * i);
     if constexpr (kHash) {
       if (stripe == kStripesPerBlock) {
@@ -161,16 +161,19 @@ __attribute__((target("avx512f"))) void lines_avx512(Xxh3State* state, std::uint
 LineKernels choose() {
 #if defined(__x86_64__)
   if (cpu_features().avx512) {
-    return {lines_avx512<false, Store::kStream>, lines_avx512<true, Store::kNone>,
-            lines_avx512<true, Store::kStream>, lines_avx512<true, Store::kOrdinary>};
+    return {lines_avx512<false, Store::kStream, false>, lines_avx512<false, Store::kStream>,
+            lines_avx512<true, Store::kNone>, lines_avx512<true, Store::kStream>,
+            lines_avx512<true, Store::kOrdinary>};
   }
   if (cpu_features().avx2) {
-    return {lines_avx2<false, Store::kStream>, lines_avx2<true, Store::kNone>,
-            lines_avx2<true, Store::kStream>, lines_avx2<true, Store::kOrdinary>};
+    return {lines_avx2<false, Store::kStream, false>, lines_avx2<false, Store::kStream>,
+            lines_avx2<true, Store::kNone>, lines_avx2<true, Store::kStream>,
+            lines_avx2<true, Store::kOrdinary>};
   }
 #endif
-  return {lines_portable<false, Store::kStream>, lines_portable<true, Store::kNone>,
-          lines_portable<true, Store::kStream>, lines_portable<true, Store::kOrdinary>};
+  return {lines_portable<false, Store::kStream, false>, lines_portable<false, Store::kStream>,
+          lines_portable<true, Store::kNone>, lines_portable<true, Store::kStream>,
+          lines_portable<true, Store::kOrdinary>};
 }
 
 }  // namespace

@@ -15,14 +15,15 @@ constexpr std::size_t kPrefetchBytes = 4096;
 
 struct LineKernels {
   // Processes `lines` lines of `src`. For each line it also prefetches one line of `ahead`, which
-  // may point anywhere: a prefetch does not fault. Kernels that do not hash ignore `state`;
-  // the one that does not copy ignores `dst`.
+  // may point anywhere: a prefetch does not fault. Kernels that do not hash ignore `state`,
+  // the one that does not copy `dst`, and `stream` also `ahead`.
   using Kernel = void (*)(Xxh3State* state, std::uint8_t* dst, const std::uint8_t* src,
                           std::size_t lines, const std::uint8_t* ahead);
-  Kernel stream;       // copy; dst must be a multiple of 64
-  Kernel hash;         // hash
-  Kernel hash_stream;  // copy and hash; dst must be a multiple of 64
-  Kernel hash_store;   // copy and hash with ordinary stores, any dst
+  Kernel stream;        // copy; dst must be a multiple of 64
+  Kernel stream_ahead;  // the same with prefetching
+  Kernel hash;          // hash
+  Kernel hash_stream;   // copy and hash; dst must be a multiple of 64
+  Kernel hash_store;    // copy and hash with ordinary stores, any dst
 };
 
 // The kernels for this processor.

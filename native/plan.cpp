@@ -92,8 +92,14 @@ void merge_loops(std::vector<Loop>& loops) {
   }
 }
 
-// `by_slot`: the order in which items follow each other is that of the slot, else of the memory.
-SegmentPlan plan_segment(const Segment& s, const Shape& shape, bool by_slot) {
+// Whether items follow each other in the order of the slot, else of the memory. A checksum needs
+// slot order, and runs of whole lines are fastest in it both ways: the slot is linear, while the
+// pages are scattered anyway. Shorter runs share lines, so the destination decides.
+bool order_by_slot(const Shape& shape, std::int64_t run) {
+  return shape.checksum || shape.to_slots || run % static_cast<std::int64_t>(kLine) == 0;
+}
+
+SegmentPlan plan_segment(const Segment& s, const Shape& shape) {
   std::vector<Loop> loops;
   for (const Loop& loop : {Loop{shape.page_tokens, s.token_stride, s.slot_token_stride},
                            Loop{s.heads, s.head_stride, s.slot_head_stride},
@@ -108,7 +114,10 @@ SegmentPlan plan_segment(const Segment& s, const Shape& shape, bool by_slot) {
   coalesce_run(loops, run);
   plan.run = static_cast<std::size_t>(run);
 
-  const auto distance = [&](const Loop& loop) { return std::llabs(by_slot ? loop.slot : loop.mem); };
+  const bool by_slot = order_by_slot(shape, run);
+  const auto distance = [&](const Loop& loop) {
+    return std::llabs(by_slot ? loop.slot : loop.mem);
+  };
   std::stable_sort(loops.begin(), loops.end(), [&](const Loop& a, const Loop& b) {
     return distance(a) > distance(b);
   });
@@ -157,7 +166,9 @@ bool is_linear(const SegmentPlan& plan) {
     return fits;
   };
   bool linear = follows(plan.inner);
-  for (int level = plan.depth - 1; level >= 0; --level) linear = follows(plan.outer[level]) && linear;
+  for (int level = plan.depth - 1; level >= 0; --level) {
+    linear = follows(plan.outer[level]) && linear;
+  }
   return linear;
 }
 
@@ -170,15 +181,13 @@ Plan make_plan(const Segment* segments, std::size_t count, const Shape& shape) {
   std::stable_sort(ordered.begin(), ordered.end(), [](const Segment& a, const Segment& b) {
     return a.slot_offset < b.slot_offset;
   });
-  // A checksum is cheapest in slot order; without one the order is that of the destination.
-  const bool by_slot = shape.to_slots || shape.checksum;
   plan.linear = true;
   plan.segments.reserve(count);
   for (const Segment& s : ordered) {
     check_segment(s, shape);
     const std::uint64_t bytes = segment_bytes(s, shape);
     plan.object_bytes = std::max(plan.object_bytes, slot_end(s, shape));
-    plan.segments.push_back(plan_segment(s, shape, by_slot));
+    plan.segments.push_back(plan_segment(s, shape));
     const SegmentPlan& last = plan.segments.back();
     plan.linear = plan.linear && last.slot_offset == plan.block_bytes && is_linear(last);
     plan.block_bytes += bytes;

@@ -232,12 +232,14 @@ class Daemon:
         """Let write-behind finish, as long as it gets on."""
         loop = asyncio.get_running_loop()
         until = loop.time() + _SHUTDOWN_FLUSH_SECONDS
-        while store.unwritten and loop.time() < until:
-            if store.disk is None or not store.disk.writable:
+        while store.tiering.unwritten and loop.time() < until:
+            if store.tiering.disk is None or not store.tiering.disk.writable:
                 break
             await asyncio.sleep(0.02)
-        if store.unwritten:
-            _log.warning("%d objects did not reach the disk before the stop", store.unwritten)
+        if store.tiering.unwritten:
+            _log.warning(
+                "%d objects did not reach the disk before the stop", store.tiering.unwritten
+            )
 
 
 async def _read_hello(connection: socket.socket) -> Hello:

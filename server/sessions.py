@@ -102,7 +102,7 @@ class SessionConnection(asyncio.Protocol):
             case protocol.Lookup():
                 _, parts = self._handle_of(request.handle)
                 tiers, reason = store.lookup(protocol.keys_of(request.keys), parts)
-                return protocol.Found(bytes(tiers), reason, store.disk_seconds_per_byte)
+                return protocol.Found(bytes(tiers), reason, store.tiering.disk_seconds_per_byte)
             case protocol.Reserve():
                 namespace, parts = self._handle_of(request.handle)
                 keys = protocol.keys_of(request.keys)
@@ -190,12 +190,12 @@ class SessionConnection(asyncio.Protocol):
         async def wait() -> None:
             loop = asyncio.get_running_loop()
             until = loop.time() + min(max(request.wait, 0.0), _MAX_WAIT)
-            while self._store.unwritten and loop.time() < until:
+            while self._store.tiering.unwritten and loop.time() < until:
                 await asyncio.sleep(_FLUSH_POLL)
-            disk = self._store.disk
+            disk = self._store.tiering.disk
             if disk is not None:
                 await asyncio.to_thread(disk.flush)
-            self._reply(request_id, protocol.Flushed(self._store.unwritten))
+            self._reply(request_id, protocol.Flushed(self._store.tiering.unwritten))
 
         task = asyncio.get_running_loop().create_task(wait())
         self._tasks.add(task)

@@ -75,8 +75,8 @@ class Header(msgspec.Struct, frozen=True):
         dictionary_bytes = min(_HUGE, max(1 << 16, align(capacity // 64)))
         chunks = max(0, capacity - RESERVE) // chunk
         row = slots_per_chunk * RECORD_BYTES
-        # Room for the capacity to grow fourfold, where that costs next to nothing.
-        table_chunks = 4 * chunks if 4 * chunks * row <= capacity // 512 else chunks
+        # Room for the capacity to grow up to fourfold, for at most 0.4 % of it.
+        table_chunks = chunks + min(3 * chunks, capacity // 256 // row)
         table_offset = META_OFFSET + dictionary_bytes
         data_offset = align(
             table_offset + table_chunks * row, _HUGE if capacity >= 128 * _HUGE else ALIGNMENT

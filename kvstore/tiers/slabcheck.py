@@ -204,7 +204,10 @@ def inspect(folder: Path) -> SlabSummary:
 
 @contextlib.contextmanager
 def _opened(folder: Path, *, write: bool) -> Iterator[tuple[Path, int, int | None]]:
-    """The slab's path, a descriptor, and who has it open (0: unknown); errors with a remedy."""
+    """The slab's path, a descriptor, and who has it open (0: unknown).
+
+    With `write` the folder's lock is held meanwhile, unless another process has it.
+    """
     path = folder / SLAB_NAME
     if not path.exists():
         raise TierUnavailable(f"there is no slab at {path}; name the folder set as disk.path")
@@ -218,6 +221,8 @@ def _opened(folder: Path, *, write: bool) -> Iterator[tuple[Path, int, int | Non
             in_use_by = holder(folder) or 0
         except FileNotFoundError:
             pass  # a read-only folder that nobody has opened yet
+        if held is not None and not write:
+            held.release()  # only looking: do not keep the store from starting
         fd = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
         yield path, fd, in_use_by
     except OSError as e:
@@ -290,10 +295,10 @@ class _Check:
                 for position, reason in verdict.bad.items():
                     self._found_bad(number, position, rows, reason)
                 for position in verdict.live:
-                    reason = self._verify(data_fd, mover, number, position, rows)
+                    damage = self._verify(data_fd, mover, number, position, rows)
                     nbytes = int(rows["nbytes"][position])
-                    if reason is not None:
-                        self._found_bad(number, position, rows, reason)
+                    if damage is not None:
+                        self._found_bad(number, position, rows, damage)
                     else:
                         self.objects += 1
                         self.nbytes += nbytes

@@ -58,12 +58,17 @@ class Dictionary:
 
     @classmethod
     def parse(cls, header: Header, raw: bytes) -> Dictionary:
-        """What the area holds; damaged entries are skipped and counted in bytes."""
+        """What the area holds; damaged entries are skipped.
+
+        `damaged_bytes` counts what was skipped in the active half; in the other one, remains of
+        a compaction that a crash cut short are nothing unusual.
+        """
         dictionary = cls(header)
         size = dictionary._half_bytes
         halves = [dictionary._parse_half(raw[:size]), dictionary._parse_half(raw[size : 2 * size])]
         active = max(halves, key=lambda half: half.generation)
         dictionary._generation = max(active.generation, 0)
+        dictionary.damaged_bytes = active.damaged
         # A half without its generation frame is read, but never written to again.
         dictionary._end = active.end if active.generation >= 0 else size
         for id_ in active.ids:
@@ -163,15 +168,15 @@ class Dictionary:
         half = _Half()
         at = 0
         while (found := raw.find(_FRAME_MAGIC, at)) >= 0:
-            self.damaged_bytes += len(raw[at:found].strip(b"\0"))
+            half.damaged += len(raw[at:found].strip(b"\0"))
             end = self._parse_frame(raw, found, half)
             if end is None:
-                self.damaged_bytes += 1
+                half.damaged += 1
                 at = found + 1
             else:
                 at = half.end = end
         rest = len(raw[at:].rstrip(b"\0"))
-        self.damaged_bytes += rest
+        half.damaged += rest
         # Never append where the remains of an entry could be taken for the start of one.
         half.end = align(at + rest, 8)
         return half
@@ -201,6 +206,7 @@ class Dictionary:
 class _Half:
     def __init__(self) -> None:
         self.generation = -1
+        self.damaged = 0
         self.next_id = 1
         self.end = 0
         self.ids: list[int] = []

@@ -247,7 +247,8 @@ class SlabFile:
         everything = self._newest_only(everything)
         self.next_sequence = int(everything["sequence"][-1]) + 1 if len(everything) else 1
         used = {int(i) for field in ("namespace", "part") for i in np.unique(everything[field])}
-        if not self.read_only and used != self.dictionary.entries:
+        stale = used != self.dictionary.entries or self.dictionary.damaged_bytes
+        if stale and not self.read_only:
             try:
                 self._compact(used)
             except (OSError, DictionaryFull) as e:

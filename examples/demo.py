@@ -1,0 +1,226 @@
+"""Three processes and a restart: what one of them has read, the next ones need not compute.
+
+Each reader is a process of its own with SmolLM2-135M-Instruct under Hugging Face transformers. The
+first reads a long document and saves its KV to a store; the second finds it in memory; then the
+store is restarted, and the third is served from disk.
+
+    python examples/demo.py           a table for people
+    python examples/demo.py --json    the same facts as one JSON object
+
+Exit code 1: an answer is not the one given without the store, or nothing was loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from model import ModelUnavailable, prepare
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+HERE: Final = Path(__file__).resolve().parent
+DOCUMENT: Final = HERE.parent / "LICENSE"
+START_SECONDS: Final = 60.0
+STOP_SECONDS: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """One reading process, and the tier that its document should come from (None: computed)."""
+
+    name: str
+    question: str
+    tier: str | None
+
+
+# Each line is one run of the store; between two lines it is restarted.
+RUNS: Final = (
+    (
+        Reader("first", "Which rights does section 3 grant?", None),
+        Reader("second", "What must a redistribution include?", "memory"),
+    ),
+    (Reader("third (store restarted)", "May trade names be used?", "disk"),),
+)
+
+
+class DemoError(RuntimeError):
+    """A process of the demo failed; the message holds its last words."""
+
+
+@contextmanager
+def running_store(folder: Path, log: Path) -> Iterator[str]:
+    """`kvstore serve` with memory and disk in `folder`; yields its address, stops it at the end."""
+    socket = folder / "kvstore.sock"
+    command = [
+        sys.executable, "-m", "kvstore.server.cli", "serve",
+        "--socket", str(socket),
+        "--memory", "512MiB",
+        "--disk", str(folder / "disk"),
+        "--disk-size", "1GiB",
+    ]  # fmt: skip
+    with log.open("a") as errors:
+        store = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
+    assert store.stdout is not None
+    try:
+        readable, _, _ = select.select([store.stdout], [], [], START_SECONDS)
+        if not readable or not store.stdout.readline().startswith(b"ready"):
+            raise DemoError(f"the store did not start:\n{last_words(log)}")
+        yield f"unix://{socket}"
+    finally:
+        store.send_signal(signal.SIGTERM)
+        try:
+            store.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            store.kill()
+            store.wait()
+        store.stdout.close()
+    if store.returncode != 0:
+        raise DemoError(f"the store ended with code {store.returncode}:\n{last_words(log)}")
+
+
+def run_reader(
+    reader: Reader, model: Path, address: str, log: Path, tokens: int, progress: Progress
+) -> dict[str, Any]:
+    """Run one reader to its end, showing its steps; returns its result."""
+    command = [
+        sys.executable, str(HERE / "demo_reader.py"),
+        "--model", str(model),
+        "--address", address,
+        "--document", str(DOCUMENT),
+        "--question", reader.question,
+        "--new-tokens", str(tokens),
+    ]  # fmt: skip
+    task = progress.add_task(f"{reader.name}: starting")
+    result: dict[str, Any] | None = None
+    with (
+        log.open("a") as errors,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            event = json.loads(line)
+            result = event.get("result", result)
+            if "step" in event:
+                progress.update(task, description=f"{reader.name}: {event['step']}")
+    if process.returncode != 0 or result is None:
+        raise DemoError(f"{reader.name}: ended with code {process.returncode}:\n{last_words(log)}")
+    progress.update(task, description=f"{reader.name}: done", total=1, completed=1)
+    return {"reader": reader.name, "expected_tier": reader.tier} | result
+
+
+def last_words(log: Path) -> str:
+    """The end of a log."""
+    return log.read_text(errors="replace").strip()[-2000:] or "(it said nothing)"
+
+
+def run(model: Path, tokens: int, console: Console) -> list[dict[str, Any]]:
+    """The whole demo in a temporary folder; one result per reader.
+
+    Raises:
+        DemoError: the store or a reader failed.
+    """
+    progress = Progress(
+        SpinnerColumn(finished_text="✓"),
+        TextColumn("{task.description}", markup=False),
+        TimeElapsedColumn(),
+        console=console,
+    )
+    results = []
+    with tempfile.TemporaryDirectory(prefix="kvstore-demo-") as name, progress:
+        folder = Path(name)
+        log = folder / "log"
+        for readers in RUNS:
+            task = progress.add_task("store: restarting" if results else "store: starting")
+            with running_store(folder, log) as address:
+                progress.update(task, description="store: ready", total=1, completed=1)
+                for reader in readers:
+                    results.append(run_reader(reader, model, address, log, tokens, progress))
+    return results
+
+
+def problems(results: list[dict[str, Any]]) -> list[str]:
+    """What a result should not be."""
+    found = []
+    for result in results:
+        name, tier, loaded = result["reader"], result["expected_tier"], result["loaded_tokens"]
+        if not result["identical"]:
+            found.append(f"{name}: the answer differs from the one without the store")
+        if tier is None and not result["blocks_saved"]:
+            found.append(f"{name}: nothing was saved")
+        if tier is not None and not loaded.get(tier):
+            found.append(f"{name}: nothing was loaded from {tier} ({result['reason']})")
+    return found
+
+
+def show(results: list[dict[str, Any]], console: Console) -> None:
+    """Print the table, and what was asked and answered."""
+    table = Table(
+        "reader",
+        title="One document, three processes",
+        caption="tokens of the prompt; time to the first token without and with the store",
+    )
+    for heading in ("computed", "loaded", "from", "without", "with", "speed-up", "same answer"):
+        table.add_column(heading, justify="right")
+    for result in results:
+        alone, stored = result["first_token_seconds_alone"], result["first_token_seconds"]
+        loaded = result["loaded_tokens"]
+        table.add_row(
+            result["reader"],
+            str(result["computed_tokens"]),
+            str(sum(loaded.values())),
+            ", ".join(loaded) or "–",
+            f"{alone:.2f} s",
+            f"{stored:.2f} s",
+            f"{alone / stored:.1f}×",
+            "yes" if result["identical"] else "[red]NO[/]",
+        )
+    console.print(table)
+    for result in results:
+        console.print(f"[bold]{result['question']}[/]", highlight=False)
+        console.print(f"  {result['answer']}", markup=False, highlight=False)
+
+
+def main() -> int:
+    """Prepare the model, run the demo, print what came out."""
+    parser = argparse.ArgumentParser(description="Three processes share a document's KV.")
+    parser.add_argument("--json", action="store_true", help="print the facts as one JSON object")
+    parser.add_argument("--new-tokens", type=int, default=32, help="length of each answer")
+    given = parser.parse_args()
+    console = Console(stderr=given.json)
+    try:
+        results = run(prepare(console), given.new_tokens, console)
+    except (DemoError, ModelUnavailable) as e:
+        console.print(f"[red]error:[/] {escape(str(e))}", highlight=False)
+        return 1
+    wrong = problems(results)
+    if given.json:
+        print(json.dumps({"readers": results, "problems": wrong}, indent=2))
+    else:
+        show(results, console)
+    for problem in wrong:
+        console.print(f"[red]wrong:[/] {escape(problem)}", highlight=False)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,296 @@
+"""The tier engine against a plain model: any order of operations, crashes and damage included.
+
+The model knows which bytes were committed under each key. Whatever the store serves must be
+byte-identical to something committed; caps hold after every step; leases never leak.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvstore.arena import Arena
+from kvstore.config import Config
+from kvstore.index import Entry
+from kvstore.server.daemon import disk_opener
+from kvstore.spec import Described, Group, ModelIdentity, Namespace, Part, Shard
+from kvstore.store import Acquired, Store
+
+NAMESPACE = Namespace(ModelIdentity("model"), "", 16)
+SMALL = Part(Group(layers=2, heads=2, channels=(16, 16), dtype="float32"))
+LARGE = Part(Group(layers=4, heads=8, channels=(24, 24), dtype="float32", name="large"))
+SHARDS = tuple(
+    Part(SMALL.group, Described("LNHPC"), Shard(i, 2)) for i in range(2)
+)
+PARTS: dict[str, tuple[Part, ...]] = {"small": (SMALL,), "large": (LARGE,), "shards": SHARDS}
+ARENA = 1 << 20
+DISK = 4 << 20
+
+keys = st.lists(st.integers(0, 11), min_size=1, max_size=6, unique=True)
+kinds = st.sampled_from(sorted(PARTS))
+
+
+def key_of(number: int, kind: str) -> bytes:
+    return hashlib.sha256(f"{kind}/{number}".encode()).digest()
+
+
+class Machine(RuleBasedStateMachine):
+    @initialize(policy=st.sampled_from(["lru", "s3fifo"]), with_disk=st.sampled_from([True, True, False]))
+    def start(self, policy: str, with_disk: bool) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="kvstore-test-"))
+        self.policy = policy
+        self.with_disk = with_disk
+        self.now = 1000.0
+        self.version = 0
+        self.lease = 0
+        self.committed: dict[tuple[bytes, Part], set[bytes]] = {}
+        self.open()
+
+    def open(self) -> None:
+        disk: dict[str, object] = {"size": DISK, "chunk": 1 << 19, "policy": self.policy}
+        if self.with_disk:
+            disk["path"] = self.folder
+        config = Config.model_validate({"disk": disk})
+        self.posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.arena = Arena.create(ARENA)
+        self.store = Store(
+            self.arena,
+            self.posted.put,
+            chunk=1 << 17,
+            policy=self.policy,
+            lease_seconds=10.0,
+            open_disk=disk_opener(config, direct=False),
+            write_queue=1 << 18,
+            clock=lambda: self.now,
+        )
+        self.held: dict[tuple[str, int], list[tuple[Entry, bytes]]] = {}
+        self.pinned: dict[tuple[str, int], tuple[float, list[Entry]]] = {}
+        self.reserved: dict[tuple[str, int], None] = {}
+
+    def drain(self) -> None:
+        while self.store.tiering.stats()["writing_bytes"] or any(
+            e.disk_io for e in self.store.tiering.index
+        ):
+            self.posted.get(timeout=20)()
+        while not self.posted.empty():
+            self.posted.get()()
+
+    def bytes_of(self, entry: Entry) -> bytes:
+        assert entry.slot is not None
+        return bytes(self.arena.view(entry.slot.offset, entry.nbytes))
+
+    @rule(numbers=keys, kind=kinds, owner=st.sampled_from("ab"), data=st.data())
+    def save(self, numbers: list[int], kind: str, owner: str, data: st.DataObject) -> None:
+        self.lease += 1
+        parts = PARTS[kind]
+        chain = [key_of(n, kind) for n in numbers]
+        answers = self.store.reserve(owner, self.lease, NAMESPACE, chain, parts)
+        assert len(answers) == len(chain) * len(parts)
+        written: dict[int, list[tuple[bytes, Part, bytes]]] = {}
+        for i, answer in enumerate(answers):
+            if answer < 0:
+                continue
+            block, column = divmod(i, len(parts))
+            self.version += 1
+            nbytes = parts[column].nbytes(NAMESPACE.block_tokens)
+            content = hashlib.shake_128(b"%d" % self.version).digest(nbytes)
+            self.arena.view(answer, nbytes)[:] = content
+            written.setdefault(block, []).append((chain[block], parts[column], content))
+        end = data.draw(st.sampled_from(["commit"] * 4 + ["drop", "abandon", "hold"]))
+        if end == "hold":
+            self.reserved[owner, self.lease] = None
+            return
+        if end == "abandon":
+            assert self.store.release(owner, self.lease)
+            return
+        dropped = {0} if end == "drop" else set()
+        stored, _ = self.store.commit(owner, self.lease, dropped=dropped)
+        visible = [block for block in written if block not in dropped]
+        assert stored == len(visible)
+        for block in visible:
+            for key, part, content in written[block]:
+                self.committed.setdefault((key, part), set()).add(content)
+
+    def likely(self, numbers: list[int], kind: str) -> list[int]:
+        """Those of `numbers` that were committed, then the others, so that prefixes are found."""
+        part = PARTS[kind][0]
+        return sorted(numbers, key=lambda n: (key_of(n, kind), part) not in self.committed)
+
+    @rule(numbers=keys, kind=kinds, owner=st.sampled_from("ab"), hold=st.booleans())
+    def load(self, numbers: list[int], kind: str, owner: str, hold: bool) -> None:
+        numbers = self.likely(numbers, kind)
+        self.lease += 1
+        results: list[Acquired] = []
+        chain = [key_of(n, kind) for n in numbers]
+        running = self.store.acquire(owner, self.lease, chain, PARTS[kind], results.append)
+        while not results:
+            self.posted.get(timeout=20)()
+        assert running.finished
+        (acquired,) = results
+        assert len(acquired.blocks) == len(acquired.tiers)
+        assert (len(acquired.blocks) < len(chain)) == bool(acquired.reason)
+        held = []
+        for key, block in zip(chain, acquired.blocks, strict=False):
+            for entry, part in zip(block, PARTS[kind], strict=True):
+                content = self.bytes_of(entry)
+                assert content in self.committed[key, part], "served what was never committed"
+                held.append((entry, content))
+        if hold:
+            self.held[owner, self.lease] = held
+        else:
+            assert self.store.release(owner, self.lease)
+
+    @rule(numbers=keys, kind=kinds, owner=st.sampled_from("ab"))
+    def give_up_loading(self, numbers: list[int], kind: str, owner: str) -> None:
+        """A release or a deadline before the blocks have arrived."""
+        numbers = self.likely(numbers, kind)
+        self.lease += 1
+        results: list[Acquired] = []
+        chain = [key_of(n, kind) for n in numbers]
+        running = self.store.acquire(owner, self.lease, chain, PARTS[kind], results.append)
+        if self.lease % 2:
+            self.store.release(owner, self.lease)
+            self.drain()
+        else:
+            self.store.settle(running)
+            self.drain()
+            self.store.release(owner, self.lease)
+        assert len(results) == 1
+
+    @rule(numbers=keys, kind=kinds)
+    def look(self, numbers: list[int], kind: str) -> None:
+        chain = [key_of(n, kind) for n in self.likely(numbers, kind)]
+        tiers, reason = self.store.lookup(chain, PARTS[kind])
+        assert (len(tiers) == len(chain)) == (not reason)
+        for key in chain[: len(tiers)]:
+            assert all((key, part) in self.committed for part in PARTS[kind])
+
+    @rule(numbers=keys, kind=kinds)
+    def prefetch(self, numbers: list[int], kind: str) -> None:
+        self.store.prefetch([key_of(n, kind) for n in self.likely(numbers, kind)], PARTS[kind])
+
+    @rule(numbers=keys, kind=kinds, ttl=st.floats(1, 20))
+    def pin(self, numbers: list[int], kind: str, ttl: float) -> None:
+        self.lease += 1
+        chain = [key_of(n, kind) for n in self.likely(numbers, kind)]
+        count = self.store.pin("a", self.lease, chain, PARTS[kind], ttl)
+        entries = []
+        for key in chain[:count]:
+            for part in PARTS[kind]:
+                entry = self.store.tiering.index.get(key, part)
+                assert entry is not None
+                entries.append(entry)
+        self.pinned["a", self.lease] = (self.now + ttl, entries)
+
+    @precondition(lambda self: self.held or self.pinned or self.reserved)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        everything = sorted([*self.held, *self.pinned, *self.reserved])
+        owner, lease = data.draw(st.sampled_from(everything))
+        assert self.store.release(owner, lease)
+        for table in (self.held, self.pinned, self.reserved):
+            table.pop((owner, lease), None)  # type: ignore[attr-defined]
+
+    @rule(owner=st.sampled_from("ab"))
+    def owner_dies(self, owner: str) -> None:
+        self.store.release_owner(owner)
+        for table in (self.held, self.pinned, self.reserved):
+            for name in [n for n in table if n[0] == owner]:  # type: ignore[attr-defined]
+                del table[name]  # type: ignore[attr-defined]
+        assert not [lease for lease in self.store.leases() if lease.owner == owner]
+
+    @rule(seconds=st.floats(0.1, 15))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.store.tick()
+        for name, (expires, _) in list(self.pinned.items()):
+            if expires <= self.now:
+                del self.pinned[name]
+
+    @rule()
+    def clear(self) -> None:
+        self.store.clear()
+        self.drain()
+        kept = {e.name.key for _, entries in self.pinned.values() for e in entries}
+        for key, part in self.committed:
+            if key not in kept and self.store.tiering.index.usable(key, part) is not None:
+                raise AssertionError("cleared, and still there")
+        self.committed = {k: v for k, v in self.committed.items() if k[0] in kept}
+
+    @rule()
+    def settle_down(self) -> None:
+        self.drain()
+
+    @rule(flip=st.one_of(st.none(), st.integers(0, DISK * 8 - 1)))
+    def crash_and_reopen(self, flip: int | None) -> None:
+        if self.store.tiering.disk is not None:
+            self.store.tiering.disk.close()
+        self.arena.close()
+        slab = self.folder / "kvstore.slab"
+        if flip is not None and slab.exists() and flip // 8 < slab.stat().st_size:
+            # Beyond the header and dictionary, whose damage refuses the file as a whole.
+            with open(slab, "r+b") as f:
+                position = max(flip // 8, 2 << 20)
+                f.seek(position)
+                old = f.read(1)
+                if old:
+                    f.seek(position)
+                    f.write(bytes([old[0] ^ (1 << flip % 8)]))
+        self.open()
+
+    @invariant()
+    def caps_hold(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        tiering = self.store.tiering
+        pools = [tiering.memory] + ([tiering.disk.pool] if tiering.disk is not None else [])
+        for pool in pools:
+            assert pool.used_bytes + pool.free_bytes + pool.fragmented_bytes == pool.capacity
+            assert pool.used_bytes == sum(slot.nbytes for slot in pool.slots())
+        assert sum(f.stat().st_size for f in self.folder.iterdir()) <= DISK
+
+    @invariant()
+    def held_bytes_stay(self) -> None:
+        for held in getattr(self, "held", {}).values():
+            for entry, content in held:
+                assert self.bytes_of(entry) == content
+
+    @invariant()
+    def pins_hold(self) -> None:
+        for _, entries in getattr(self, "pinned", {}).values():
+            assert all(entry.stored and not entry.gone for entry in entries)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        for owner in "ab":
+            self.store.release_owner(owner)
+        self.drain()
+        assert not self.store.leases()
+        for entry in self.store.tiering.index:
+            assert entry.idle, "a right outlived its lease"
+            assert not entry.pins
+            assert entry.stored
+        owned = {id(slot.owner) for slot in self.store.tiering.memory.slots()}
+        assert owned <= {id(entry) for entry in self.store.tiering.index}, "a slot leaked"
+        self.store.close()
+        self.arena.close()
+        shutil.rmtree(self.folder)
+
+
+TestStore = Machine.TestCase
+TestStore.settings = settings(
+    max_examples=int(os.environ.get("KVSTORE_TEST_EXAMPLES", "60")),
+    stateful_step_count=60,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
