@@ -35,10 +35,10 @@ class Acquisition:
     """A running acquire."""
 
     lease: Lease
-    tiers: list[int]
-    reason: str
     done: Callable[[Acquired], None]
     started: float
+    tiers: list[int] = field(default_factory=list)
+    reason: str = ""
     promoting: int = 0
     promoted_bytes: int = 0
     failed: dict[Entry, str] = field(default_factory=dict)
@@ -227,21 +227,27 @@ class Store:
             ValueError: the owner holds a lease of that id.
         """
         lease = self._new_lease(owner, lease_id, LeaseKind.READ)
-        tiers, reason = self._find(keys, parts)
-        running = Acquisition(lease, tiers, reason, done, self._clock())
-        for key in keys[: len(tiers)]:
+        running = Acquisition(lease, done, self._clock())
+        running.promoting = 1  # Held until all promotions are started.
+        # In order, and holding nothing beyond the block at hand: later blocks that lie in memory
+        # must not keep earlier ones from coming up.
+        for key in keys:
             block = [entry for part in parts if (entry := self.tiering.index.usable(key, part))]
+            if len(block) < len(parts):
+                _, running.reason = self._find([key], parts)
+                break
+            lease.blocks.append(block)
+            running.tiers.append(MEMORY if all(entry.in_memory for entry in block) else DISK)
             for entry in block:
                 entry.readers += 1
-            lease.blocks.append(block)
-        running.promoting = 1  # Held until all promotions are started.
-        for entry in lease.entries():
-            if entry.in_memory:
-                if entry.slot is not None:
+            for entry in block:
+                if entry.in_memory and entry.slot is not None:
                     self.tiering.memory.touch(entry.slot)
-            elif not running.failed:
-                running.promoting += 1
-                self.tiering.promote(entry, self._promotion_ended(running, entry))
+                elif not entry.in_memory:
+                    running.promoting += 1
+                    self.tiering.promote(entry, self._promotion_ended(running, entry))
+            if running.failed:
+                break
         self._arrived(running)
         return running
 

@@ -83,11 +83,14 @@ class Prefetcher {
 };
 
 // Sends whole lines through a kernel, in the pieces in which the prefetcher is contiguous.
-void copy_lines(LineKernels::Kernel kernel, Xxh3State* state, std::uint8_t* dst,
-                const std::uint8_t* src, std::size_t lines, Prefetcher& prefetcher) {
+// `within` is the kernel for those where it only goes on in the run that is being copied.
+void copy_lines(LineKernels::Kernel kernel, LineKernels::Kernel within, Xxh3State* state,
+                std::uint8_t* dst, const std::uint8_t* src, std::size_t lines,
+                Prefetcher& prefetcher) {
   while (lines > 0) {
     const std::size_t n = std::min(lines, prefetcher.lines());
-    kernel(state, dst, src, n, prefetcher.at());
+    const bool same_run = prefetcher.at() == src + kPrefetchBytes;
+    (same_run ? within : kernel)(state, dst, src, n, prefetcher.at());
     prefetcher.advance(n);
     dst += n * kLine;
     src += n * kLine;
@@ -105,7 +108,10 @@ void copy_run(std::uint8_t* dst, const std::uint8_t* src, std::size_t run, Prefe
   const std::size_t lines = (run - head) / kLine;
   const std::size_t tail = run - head - lines * kLine;
   if (head > 0) std::memcpy(dst, src, head);
-  copy_lines(line_kernels().stream, nullptr, dst + head, src + head, lines, prefetcher);
+  // Within a run the processor's own prefetching is faster; it is blind only to the next run.
+  const LineKernels& kernels = line_kernels();
+  copy_lines(kernels.stream_ahead, kernels.stream, nullptr, dst + head, src + head, lines,
+             prefetcher);
   if (tail > 0) std::memcpy(dst + run - tail, src + run - tail, tail);
   if (lines < run / kLine) prefetcher.touch(1);  // the line split between head and tail
 }
@@ -183,7 +189,7 @@ std::uint64_t copy_and_hash_block(const Plan& plan, const std::int64_t* pages,
     std::uint8_t* dst = plan.to_slots ? cursor.slot() : cursor.mem();
     const std::uint8_t* src = plan.to_slots ? cursor.mem() : cursor.slot();
     const auto kernel = is_line_start(dst) ? kernels.hash_stream : kernels.hash_store;
-    copy_lines(kernel, &state, dst, src, run / kLine, prefetcher);
+    copy_lines(kernel, kernel, &state, dst, src, run / kLine, prefetcher);
     last_line = src + run - kLine;
   }
   return xxh3_finish(state, plan.object_bytes, last_line);

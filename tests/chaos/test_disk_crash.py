@@ -15,9 +15,9 @@ from kvstore.tiers.slabcheck import fsck
 from kvstore.tiers.slabfile import SLAB_NAME
 from tests.disk_tools import MIB, MiniStore, content, object_name, size_of
 
-CAPACITY = 8 * MIB
+CAPACITY = 3 * MIB
 KILLS = 210
-SIZES = (4096, 12_288, 40_000, 200_000)
+SIZES = (4096, 12_288, 40_000, 100_000)
 SECTOR = 4096
 
 
@@ -145,8 +145,10 @@ def test_power_loss_with_torn_records(tmp_path: Path) -> None:
     for _ in range(20):
         before = path.read_bytes()
         with MiniStore(tmp_path, CAPACITY) as store:
-            for _ in range(60):
-                store.put(object_name(rng.randrange(100)))
+            for _ in range(min(60, len(store.objects))):
+                store.forget(rng.choice(list(store.objects)))
+            for _ in range(80):
+                store.put(object_name(rng.randrange(10**6)))
         after = bytearray(path.read_bytes())
         for at in range(header.table_offset, header.data_offset, 64):
             if rng.random() < 0.4:

@@ -27,7 +27,7 @@ from kvstore.store import Acquired, Store
 
 NAMESPACE = Namespace(ModelIdentity("model"), "", 16)
 SMALL = Part(Group(layers=2, heads=2, channels=(16, 16), dtype="float32"))
-LARGE = Part(Group(layers=4, heads=8, channels=(24, 24), dtype="float32", name="large"))
+LARGE = Part(Group(layers=4, heads=8, channels=(48, 48), dtype="float32", name="large"))
 SHARDS = tuple(
     Part(SMALL.group, Described("LNHPC"), Shard(i, 2)) for i in range(2)
 )
@@ -35,7 +35,7 @@ PARTS: dict[str, tuple[Part, ...]] = {"small": (SMALL,), "large": (LARGE,), "sha
 ARENA = 1 << 20
 DISK = 4 << 20
 
-keys = st.lists(st.integers(0, 11), min_size=1, max_size=6, unique=True)
+keys = st.lists(st.integers(0, 11), min_size=1, max_size=12, unique=True)
 kinds = st.sampled_from(sorted(PARTS))
 
 
@@ -65,7 +65,7 @@ class Machine(RuleBasedStateMachine):
         self.store = Store(
             self.arena,
             self.posted.put,
-            chunk=1 << 17,
+            chunk=1 << 18,
             policy=self.policy,
             lease_seconds=10.0,
             open_disk=disk_opener(config, direct=False),

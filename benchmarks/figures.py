@@ -1,0 +1,248 @@
+"""Figures, and how they are taken: in turns with their limit, on one machine, in one process."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from kvstore.errors import KVStoreError
+
+Param = str | int | float | bool
+
+_SCALES: Final = {"GB/s": 1e9, "Mtoken/s": 1e6, "us": 1e-6, "ms": 1e-3}
+_REFRESH_SECONDS: Final = 0.2
+
+
+class BenchmarkError(KVStoreError):
+    """A benchmark could not be run, or did not do what it meant to measure."""
+
+
+class Figure(msgspec.Struct, frozen=True):
+    """One value beside its limit, both taken from `samples` runs that took turns.
+
+    `ratio` is value ÷ limit for rates and limit ÷ value for times: at the limit it is 1.
+    `params["against"]` says what the limit is.
+    """
+
+    bench: str
+    figure: str
+    value: float
+    unit: str
+    limit: float
+    ratio: float
+    samples: int
+    params: dict[str, Param]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What takes part in a race: `run` is timed, `before` puts things in place untimed."""
+
+    run: Callable[[], object]
+    before: Callable[[], object] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Seconds per call of one run."""
+
+    seconds: tuple[float, ...]
+
+    def quantile(self, q: float = 0.5) -> float:
+        """The smallest sample that at least a share `q` of all samples does not exceed."""
+        ordered = sorted(self.seconds)
+        return ordered[max(0, math.ceil(q * len(ordered)) - 1)]
+
+
+def take_turns(
+    runs: Mapping[str, Run],
+    samples: int,
+    *,
+    repeat: int = 1,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, Samples]:
+    """Run all once to warm up, then `samples` times in turns: A, B, …, A, B, …
+
+    So a machine that gets slower or faster meanwhile does so for all of them. A sample is the mean
+    of `repeat` calls in a row; `tick` is called after each, outside of what is timed.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(samples + 1):
+        for name, contender in runs.items():
+            if contender.before is not None:
+                contender.before()
+            started = time.perf_counter()
+            for _ in range(repeat):
+                contender.run()
+            seconds = (time.perf_counter() - started) / repeat
+            if turn:
+                taken[name].append(seconds)
+            tick()
+    return {name: Samples(tuple(seconds)) for name, seconds in taken.items()}
+
+
+class Report:
+    """Takes the figures of one benchmark and prints them; a context manager.
+
+    JSON lines go to stdout as the figures come, the table for people when all are there. Progress
+    and notes go to stderr.
+    """
+
+    def __init__(self, bench: str, *, samples: int, as_json: bool) -> None:
+        self.samples = samples
+        self._bench = bench
+        self._as_json = as_json
+        self._figures: list[Figure] = []
+        self._stderr = Console(stderr=True, soft_wrap=True)
+        # Refreshed by hand, between samples: a thread that draws would be measured too.
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            console=self._stderr,
+            auto_refresh=False,
+            redirect_stdout=False,
+            transient=True,
+            disable=not self._stderr.is_terminal,
+        )
+        self._refreshed = 0.0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+        if self._figures and not self._as_json:
+            Console().print(_table(self._bench, self._figures))
+
+    def note(self, text: str) -> None:
+        """Tell people why something is missing."""
+        self._stderr.print(text, markup=False, highlight=False)
+
+    def race(
+        self, title: str, runs: Mapping[str, Run], *, times: int = 1, repeat: int = 1
+    ) -> dict[str, Samples]:
+        """`take_turns` with progress: `times` as many samples as were asked for."""
+        samples = self.samples * times
+        task = self._progress.add_task(title, total=(samples + 1) * len(runs))
+        try:
+            return take_turns(runs, samples, repeat=repeat, tick=lambda: self._tick(task))
+        finally:
+            self._progress.remove_task(task)
+
+    def rate(
+        self,
+        figure: str,
+        amount: int,
+        taken: Samples,
+        limit: Samples,
+        *,
+        unit: str = "GB/s",
+        **params: Param,
+    ) -> None:
+        """Report `amount` (bytes, tokens) per second at the median, beside the limit's."""
+        scale = _SCALES[unit]
+        self._add(
+            figure,
+            amount / taken.quantile() / scale,
+            amount / limit.quantile() / scale,
+            unit,
+            limit.quantile() / taken.quantile(),
+            len(taken.seconds),
+            params,
+        )
+
+    def duration(
+        self,
+        figure: str,
+        taken: Samples,
+        limit: Samples | float,
+        *,
+        unit: str,
+        q: float = 0.5,
+        **params: Param,
+    ) -> None:
+        """Report the time at the quantile `q`, beside that of the limit or fixed seconds."""
+        seconds = taken.quantile(q)
+        least = limit if isinstance(limit, float) else limit.quantile(q)
+        scale = _SCALES[unit]
+        count = len(taken.seconds)
+        self._add(figure, seconds / scale, least / scale, unit, least / seconds, count, params)
+
+    def _add(
+        self,
+        name: str,
+        value: float,
+        limit: float,
+        unit: str,
+        ratio: float,
+        samples: int,
+        params: Mapping[str, Param],
+    ) -> None:
+        figure = Figure(
+            self._bench,
+            name,
+            _rounded(value),
+            unit,
+            _rounded(limit),
+            _rounded(ratio),
+            samples,
+            dict(params),
+        )
+        self._figures.append(figure)
+        if self._as_json:
+            sys.stdout.write(msgspec.json.encode(figure).decode() + "\n")
+            sys.stdout.flush()
+
+    def _tick(self, task: TaskID) -> None:
+        self._progress.advance(task)
+        now = time.monotonic()
+        if now - self._refreshed > _REFRESH_SECONDS:
+            self._refreshed = now
+            self._progress.refresh()
+
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.4g}")
+
+
+def _table(bench: str, figures: list[Figure]) -> Table:
+    table = Table(title=f"kvstore bench {bench}", title_justify="left")
+    table.add_column("figure")
+    table.add_column("parameters")
+    for column in ("value", "limit", "unit", "ratio", "samples"):
+        table.add_column(column, justify="left" if column == "unit" else "right", no_wrap=True)
+    table.add_column("limit is")
+    for figure in figures:
+        params = {name: value for name, value in figure.params.items() if name != "against"}
+        table.add_row(
+            figure.figure,
+            " ".join(_param(name, value) for name, value in params.items()),
+            f"{figure.value:.4g}",
+            f"{figure.limit:.4g}",
+            figure.unit,
+            f"{figure.ratio:.2f}",
+            str(figure.samples),
+            str(figure.params.get("against", "")),
+        )
+    return table
+
+
+def _param(name: str, value: Param) -> str:
+    return (name if value else f"no-{name}") if isinstance(value, bool) else f"{name}={value}"

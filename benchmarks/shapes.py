@@ -1,0 +1,114 @@
+"""The KV caches of real models, as their engines lay them out in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from kvstore.copier.base import PagedMemory, PlaneMemory
+from kvstore.spec import Described, Group, ModelIdentity, Namespace, Part
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model's cache in an engine's memory.
+
+    `order` tells how the memory lies, outermost first: the axes of `Described` with `B` for the
+    page, e.g. `LPBNHC` for pages of (token, head, channel) in one tensor per layer and plane.
+    """
+
+    name: str
+    group: Group
+    order: str
+    page_tokens: int
+    block_tokens: int = 64
+
+    @property
+    def layout(self) -> str:
+        """The axes of a block."""
+        return self.order.replace("B", "")
+
+    @property
+    def part(self) -> Part:
+        """What is stored of a block."""
+        return Part(self.group, Described(self.layout))
+
+    @property
+    def namespace(self) -> Namespace:
+        """A namespace of this model."""
+        return Namespace(ModelIdentity(self.name), "", self.block_tokens)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        return self.group.nbytes(self.block_tokens)
+
+    @property
+    def pages_per_block(self) -> int:
+        """Pages of the engine that a block takes."""
+        return self.block_tokens // self.page_tokens
+
+    def memory(self, address: int, blocks: int) -> PagedMemory:
+        """Pages for `blocks` blocks at `address`; the caller keeps them alive."""
+        group = self.group
+        pages = blocks * self.pages_per_block
+        sizes = {
+            "L": group.layers,
+            "P": len(group.channels),
+            "B": pages,
+            "N": self.page_tokens,
+            "H": group.heads,
+            "C": group.channels[0],  # the planes of these models are equally wide
+        }
+        stride: dict[str, int] = {}
+        inner = group.elem_size
+        for axis in reversed(self.order):
+            stride[axis] = inner
+            inner *= sizes[axis]
+        planes = tuple(
+            PlaneMemory(
+                address + layer * stride["L"] + plane * stride["P"],
+                stride["B"],
+                stride["N"],
+                stride["H"],
+                stride["C"],
+            )
+            for layer in range(sizes["L"])
+            for plane in range(sizes["P"])
+        )
+        return PagedMemory(self.part, self.page_tokens, pages, planes)
+
+    def page_ids(self, blocks: int) -> NDArray[np.int64]:
+        """Pages of each block in no order, as in an engine that has run for a while."""
+        pages = np.random.default_rng(blocks).permutation(blocks * self.pages_per_block)
+        return pages.reshape(blocks, self.pages_per_block).astype(np.int64)
+
+
+_LLAMA: Final = Group(layers=32, heads=8, channels=(128, 128), dtype="bfloat16")
+_SMOLLM2: Final = {
+    dtype: Group(layers=30, heads=3, channels=(64, 64), dtype=dtype)
+    for dtype in ("float32", "bfloat16")
+}
+_MLA: Final = Group(layers=61, heads=1, channels=(576,), dtype="bfloat16", kind="mla")
+
+LLAMA_NHD: Final = Shape("llama-3.1-8b", _LLAMA, "LPBNHC", 16)
+"""K and V apart, pages of 16 tokens: runs of 32 KiB, blocks of 8 MiB."""
+
+LLAMA_HND: Final = Shape("llama-3.1-8b", _LLAMA, "LPBHNC", 16)
+"""The same with the head outside the token."""
+
+LLAMA_VLLM: Final = Shape("llama-3.1-8b", _LLAMA, "LBHNPC", 16)
+"""vLLM's pages on a GPU, K and V side by side."""
+
+SMOLLM2_F32: Final = Shape("smollm2-135m", _SMOLLM2["float32"], "LPHBNC", 64)
+"""One sequence in transformers: a (head, token, channel) tensor per layer and plane."""
+
+SMOLLM2_BF16: Final = Shape("smollm2-135m", _SMOLLM2["bfloat16"], "LPHBNC", 64)
+
+DEEPSEEK_MLA: Final = Shape("deepseek-v3", _MLA, "LPBNHC", 64)
+"""The latent of multi-head latent attention: one plane, one head."""

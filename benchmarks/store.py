@@ -1,0 +1,262 @@
+"""A session and its daemon, against the copies and the disk alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from kvstore.benchmarks import lookups, starts
+from kvstore.benchmarks.barefile import BareFile, bare_file
+from kvstore.benchmarks.disk import NO_DIRECT
+from kvstore.benchmarks.embedded import private_store
+from kvstore.benchmarks.figures import BenchmarkError, Report, Run
+from kvstore.benchmarks.shapes import LLAMA_NHD, Shape
+
+from kvstore import protocol
+from kvstore.arena import Arena
+from kvstore.channel import Channel
+from kvstore.config import Config
+from kvstore.copier.base import PagedMemory
+from kvstore.copier.cpu import CpuCopier
+from kvstore.embedded import socket_path
+from kvstore.session import Session
+from kvstore.tiers.rawio import Bounce
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SHAPE: Final = LLAMA_NHD
+_START_ARENA: Final = 256 << 20
+_CLEAR_SECONDS: Final = 60.0
+_SETS: Final = 3
+_SPARE_BLOCKS: Final = 32
+_FLUSH_SECONDS: Final = 300.0
+
+
+class _Engine:
+    """Pages as an engine has them, for `blocks` blocks, and the copies of them alone."""
+
+    def __init__(self, shape: Shape, blocks: int, config: Config) -> None:
+        self.shape = shape
+        self.blocks = blocks
+        self.nbytes = blocks * shape.block_bytes
+        self.ids = shape.page_ids(blocks)
+        self._source, self._target = Bounce(self.nbytes), Bounce(self.nbytes)
+        self.source = shape.memory(self._source.address, blocks)
+        self.target = shape.memory(self._target.address, blocks)
+        self._bytes = np.frombuffer(self._source.view, np.uint8)
+        self._bytes.view(np.uint64)[:] = np.arange(self.nbytes // 8, dtype=np.uint64)
+        self._copier = CpuCopier(config.session.copy_threads)
+        # Memory of the same kind as the daemon's, mapped by this process alone.
+        self._arena = Arena.create(self.nbytes, huge_dir=config.memory.huge_dir)
+        self.huge = self._arena.huge
+        self._slots = [self._arena.address + i * shape.block_bytes for i in range(blocks)]
+        self.keys: list[bytes] = []
+
+    def close(self) -> None:
+        """Let go of the arena."""
+        self._arena.close()
+
+    def copy_out(self) -> None:
+        """All pages into slots."""
+        self._copier.save(self.source, self.ids, self._slots, self.shape.block_tokens)
+
+    def copy_in(self) -> None:
+        """All slots into pages."""
+        self._copier.load(self.target, self.ids, self._slots, self.shape.block_tokens)
+
+    def copy_out_each(self) -> None:
+        """One block after another into slots."""
+        for i in range(self.blocks):
+            self._copier.save(
+                self.source, self.ids[i : i + 1], self._slots[i : i + 1], self.shape.block_tokens
+            )
+
+    def copy_in_each(self) -> None:
+        """One block after another into pages."""
+        for i in range(self.blocks):
+            self._copier.load(
+                self.target, self.ids[i : i + 1], self._slots[i : i + 1], self.shape.block_tokens
+            )
+
+    def save(self, session: Session, keys: list[bytes]) -> None:
+        """All blocks through a session, none of them known."""
+        _save(session, keys, self.source, self.ids)
+
+    def load(self, session: Session, keys: list[bytes], tier: str = "memory") -> None:
+        """All blocks through a session, all of them from `tier`."""
+        _load(session, keys, self.target, self.ids, tier)
+
+    def save_each(self, session: Session, keys: list[bytes]) -> None:
+        """One block after another."""
+        for i in range(self.blocks):
+            _save(session, keys[i : i + 1], self.source, self.ids[i : i + 1])
+
+    def load_each(self, session: Session, keys: list[bytes]) -> None:
+        """One block after another."""
+        for i in range(self.blocks):
+            _load(session, keys[i : i + 1], self.target, self.ids[i : i + 1], "memory")
+
+    def check(self) -> None:
+        """What was loaded last must be what was saved.
+
+        Raises:
+            BenchmarkError: it is not; no figure of it means anything.
+        """
+        if not np.array_equal(self._bytes, np.frombuffer(self._target.view, np.uint8)):
+            raise BenchmarkError("blocks came back changed; run the tests before the benchmarks")
+
+
+def _save(session: Session, keys: list[bytes], memory: PagedMemory, ids: NDArray[np.int64]) -> None:
+    saved = session.save(keys, [memory], [ids])
+    if saved.stored != len(keys):
+        raise BenchmarkError(f"{saved.stored} of {len(keys)} blocks were stored: {saved.reason}")
+
+
+def _load(
+    session: Session, keys: list[bytes], memory: PagedMemory, ids: NDArray[np.int64], tier: str
+) -> None:
+    loaded = session.load(keys, [memory], [ids])
+    if loaded.tiers != {tier: len(keys)}:
+        raise BenchmarkError(
+            f"{len(keys)} blocks were to come from {tier}, not {loaded.tiers}: {loaded.reason}"
+        )
+
+
+def run(report: Report, *, folder: Path, size: int) -> None:
+    """Measure with `size` bytes of blocks; the disk part takes four times that on disk."""
+    blocks = max(2, size // SHAPE.block_bytes)
+    arena = _arena_bytes(blocks)
+    with private_store({"size": arena}) as config:
+        with Session.open(SHAPE.namespace, [SHAPE.part], config) as session:
+            _measure_memory(report, session, blocks, config)
+        lookups.run(report, config)
+    _measure_disk(report, folder, blocks)
+    starts.run(report, SHAPE, _START_ARENA)
+
+
+def _arena_bytes(blocks: int) -> int:
+    """Room for all blocks, and for chunks that hold one."""
+    return max(blocks * 5 // 4, 16) * SHAPE.block_bytes
+
+
+@contextmanager
+def _engine(shape: Shape, blocks: int, config: Config) -> Iterator[_Engine]:
+    engine = _Engine(shape, blocks, config)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def _keys(session: Session, blocks: int, seed: int) -> list[bytes]:
+    tokens = np.random.default_rng(seed).integers(0, 128_000, blocks * session.block_tokens)
+    return session.keys(tokens)
+
+
+def _measure_memory(report: Report, session: Session, blocks: int, config: Config) -> None:
+    """Saves into an empty store, and loads of what it holds, by one client."""
+    control = Channel.connect(socket_path(config), config.session.connect_timeout)
+
+    def clear() -> None:
+        control.call(protocol.Clear(), _CLEAR_SECONDS)
+
+    with _engine(SHAPE, blocks, config) as engine:
+        keys = _keys(session, blocks, seed=0)
+        try:
+            taken = report.race(
+                "same-node save and load",
+                {
+                    "copy save": Run(engine.copy_out),
+                    "save": Run(partial(engine.save, session, keys), clear),
+                    "copy load": Run(engine.copy_in),
+                    "load": Run(partial(engine.load, session, keys)),
+                },
+            )
+            engine.check()
+            each = report.race(
+                "one block at a time",
+                {
+                    "copy save": Run(engine.copy_out_each),
+                    "save": Run(partial(engine.save_each, session, keys), clear),
+                    "copy load": Run(engine.copy_in_each),
+                    "load": Run(partial(engine.load_each, session, keys)),
+                },
+            )
+        finally:
+            control.retire()
+        for per_call, found in ((blocks, taken), (1, each)):
+            for name in ("save", "load"):
+                report.rate(
+                    f"same-node {name}",
+                    engine.nbytes,
+                    found[name],
+                    found[f"copy {name}"],
+                    shape=SHAPE.name,
+                    blocks_per_call=per_call,
+                    block_bytes=SHAPE.block_bytes,
+                    threads=config.session.copy_threads,
+                    arena_pages="huge" if engine.huge else "4 KiB",
+                    against="the copy alone",
+                )
+
+
+def _measure_disk(report: Report, folder: Path, blocks: int) -> None:
+    """Loads of blocks that memory has lost, against reading as much and then copying it."""
+    nbytes = blocks * SHAPE.block_bytes
+    # Memory has room for one set and a little; with three in turn, none is there when wanted.
+    arena = (blocks + 2) * SHAPE.block_bytes
+    slab = (_SETS * blocks + _SPARE_BLOCKS) * SHAPE.block_bytes
+    memory = {"size": arena, "chunk": SHAPE.block_bytes, "policy": "lru"}
+    with TemporaryDirectory(prefix="kvstore-bench-", dir=folder) as place:
+        disk = {"path": str(Path(place) / "tier"), "size": slab}
+        with (
+            private_store(memory, disk) as config,
+            bare_file(Path(place), nbytes, config.disk.threads) as bare,
+        ):
+            if bare is None:
+                report.note(NO_DIRECT.format(folder))
+                return
+            with (
+                Session.open(SHAPE.namespace, [SHAPE.part], config) as session,
+                _engine(SHAPE, blocks, config) as engine,
+            ):
+                _measure_evicted(report, session, engine, bare, config)
+
+
+def _measure_evicted(
+    report: Report, session: Session, engine: _Engine, bare: BareFile, config: Config
+) -> None:
+    prompts = [_keys(session, engine.blocks, seed) for seed in range(_SETS)]
+    for keys in prompts:
+        engine.save(session, keys)
+        if session.flush(_FLUSH_SECONDS) != 0:
+            raise BenchmarkError(f"blocks did not reach the disk: {session.stats()}")
+    turn = itertools.count()
+
+    def read_and_copy() -> None:
+        bare.read(SHAPE.block_bytes, engine.blocks)
+        engine.copy_in()
+
+    def load() -> None:
+        engine.load(session, prompts[next(turn) % _SETS], "disk")
+
+    taken = report.race("load from disk", {"bare": Run(read_and_copy), "load": Run(load)})
+    engine.check()
+    report.rate(
+        "load from disk",
+        engine.nbytes,
+        taken["load"],
+        taken["bare"],
+        shape=SHAPE.name,
+        blocks=engine.blocks,
+        block_bytes=SHAPE.block_bytes,
+        threads=config.disk.threads,
+        against="O_DIRECT read, then the copy",
+    )

@@ -1,0 +1,97 @@
+"""The `kvstore bench` commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from kvstore.benchmarks.figures import Report
+
+from kvstore.config import parse_size
+
+bench_app = typer.Typer(help="Measure this machine, each figure beside its limit.")
+
+_SAMPLES: Final = 9
+_QUICK_SAMPLES: Final = 3
+
+
+def _parse_size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as e:
+        raise typer.BadParameter(str(e)) from e
+
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per figure.")]
+QuickOption = Annotated[bool, typer.Option("--quick", help="Less data, fewer samples.")]
+SizeOption = Annotated[
+    int | None,
+    typer.Option("--size", parser=_parse_size, metavar="SIZE", help="Bytes to move, e.g. 1GiB."),
+]
+ThreadsOption = Annotated[int, typer.Option("--threads", min=1, max=64, help="Threads to use.")]
+SamplesOption = Annotated[
+    int | None, typer.Option("--samples", min=1, max=1000, help="Runs of which to take the median.")
+]
+FolderOption = Annotated[
+    Path,
+    typer.Option(
+        "--folder",
+        exists=True,
+        file_okay=False,
+        writable=True,
+        help="Where to write, on the disk to measure; what is written is deleted again.",
+    ),
+]
+
+
+def _report(bench: str, *, as_json: bool, quick: bool, samples: int | None) -> Report:
+    chosen = samples or (_QUICK_SAMPLES if quick else _SAMPLES)
+    return Report(bench, samples=chosen, as_json=as_json)
+
+
+@bench_app.command()
+def copy(
+    as_json: JsonOption = False,
+    quick: QuickOption = False,
+    size: SizeOption = None,
+    threads: ThreadsOption = 2,
+    samples: SamplesOption = None,
+) -> None:
+    """Copies between pages and slots, keys and checksums, against memory itself."""
+    from kvstore.benchmarks import copy as bench
+
+    with _report("copy", as_json=as_json, quick=quick, samples=samples) as report:
+        bench.run(report, size=size or (64 << 20 if quick else 512 << 20), threads=threads)
+
+
+@bench_app.command()
+def disk(
+    folder: FolderOption = Path(),
+    as_json: JsonOption = False,
+    quick: QuickOption = False,
+    size: SizeOption = None,
+    threads: ThreadsOption = 2,
+    samples: SamplesOption = None,
+) -> None:
+    """The disk tier against bare O_DIRECT reads and writes in the same folder."""
+    from kvstore.benchmarks import disk as bench
+
+    with _report("disk", as_json=as_json, quick=quick, samples=samples) as report:
+        chosen = size or (256 << 20 if quick else 2 << 30)
+        bench.run(report, folder=folder, size=chosen, threads=threads)
+
+
+@bench_app.command()
+def store(
+    folder: FolderOption = Path(),
+    as_json: JsonOption = False,
+    quick: QuickOption = False,
+    size: SizeOption = None,
+    samples: SamplesOption = None,
+) -> None:
+    """Sessions and a daemon against the copies, the socket and the disk alone."""
+    from kvstore.benchmarks import store as bench
+
+    with _report("store", as_json=as_json, quick=quick, samples=samples) as report:
+        bench.run(report, folder=folder, size=size or (128 << 20 if quick else 512 << 20))

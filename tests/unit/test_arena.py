@@ -1,0 +1,85 @@
+"""The arena: mapping, sharing by descriptor, and what it says about its pages."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvstore.arena import Arena
+from kvstore.errors import ConfigError
+
+SIZE = 4 << 20
+
+
+@pytest.fixture
+def huge_tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs that gives huge pages on advice, if this user may mount one."""
+    folder = tmp_path / "huge"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "huge=advise,size=16m", "tmpfs", str(folder)]
+    if os.getuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_bytes_written_here_are_read_there() -> None:
+    arena = Arena.create(SIZE)
+    other = Arena.attach(os.dup(arena.fd), SIZE, arena.pages)
+    arena.view(8192, 5)[:] = b"hello"
+    assert bytes(other.view(8192, 5)) == b"hello"
+    assert other.address != arena.address
+    other.close()
+    arena.close()
+
+
+def test_size_is_rounded_down_to_pages_and_progress_reaches_the_end() -> None:
+    steps: list[tuple[int, int]] = []
+    arena = Arena.create(SIZE + 100, progress=lambda done, total: steps.append((done, total)))
+    assert arena.size == SIZE
+    assert steps[0] == (0, SIZE)
+    assert steps[-1] == (SIZE, SIZE)
+    arena.close()
+
+
+def test_ordinary_pages_come_with_advice() -> None:
+    arena = Arena.create(SIZE)
+    advice = arena.advice()
+    assert arena.huge or (advice is not None and "huge_dir" in advice and "nr_hugepages" in advice)
+    arena.close()
+
+
+def test_a_huge_tmpfs_gives_huge_pages(huge_tmpfs: Path) -> None:
+    arena = Arena.create(SIZE, huge_dir=huge_tmpfs)
+    assert arena.pages == "tmpfs"
+    assert arena.huge
+    assert arena.advice() is None
+    arena.close()
+    assert os.statvfs(huge_tmpfs).f_bfree == os.statvfs(huge_tmpfs).f_blocks
+
+
+def test_a_huge_tmpfs_that_is_too_small_is_refused(huge_tmpfs: Path) -> None:
+    with pytest.raises(ConfigError, match=r"memory\.huge_dir .* has room for .*enlarge"):
+        Arena.create(64 << 20, huge_dir=huge_tmpfs)
+
+
+def test_a_missing_huge_dir_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"memory\.huge_dir .*huge=advise"):
+        Arena.create(SIZE, huge_dir=tmp_path / "nowhere")
+
+
+def test_a_descriptor_that_is_no_such_memory_is_refused(tmp_path: Path) -> None:
+    short = os.memfd_create("short")
+    os.ftruncate(short, 4096)
+    with pytest.raises(OSError, match="4096"):
+        Arena.attach(short, SIZE, "shmem")
+    os.close(short)
+    read_end, write_end = os.pipe()
+    with pytest.raises(OSError, match="no memory"):
+        Arena.attach(read_end, SIZE, "shmem")
+    os.close(read_end)
+    os.close(write_end)

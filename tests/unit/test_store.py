@@ -1,0 +1,315 @@
+"""The tier engine, scenario by scenario, on a real arena and a real disk tier."""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from kvstore.arena import Arena
+from kvstore.config import Config
+from kvstore.index import Entry
+from kvstore.protocol import BUSY, HAVE, NO_ROOM
+from kvstore.server.daemon import disk_opener
+from kvstore.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part
+from kvstore.store import Acquired, Store
+
+NAMESPACE = Namespace(ModelIdentity("model"), "", 16)
+GROUP = Group(layers=2, heads=4, channels=(32, 32), dtype="float32")
+PART = Part(GROUP)
+NBYTES = PART.nbytes(16)
+CHUNK = 4 * NBYTES
+
+
+def keys(*numbers: int) -> list[bytes]:
+    return [hashlib.sha256(b"%d" % n).digest() for n in numbers]
+
+
+def content(key: bytes, part: Part = PART) -> bytes:
+    return hashlib.shake_128(key + part.variant).digest(part.nbytes(16))
+
+
+class Bench:
+    """A store whose loop is this test."""
+
+    def __init__(self, folder: Path | None, *, slots: int = 8, disk_size: int = 16 << 20) -> None:
+        self.posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.now = 0.0
+        self.arena = Arena.create(slots * NBYTES)
+        disk: dict[str, object] = {"size": disk_size, "path": folder}
+        self.store = Store(
+            self.arena,
+            self.posted.put,
+            chunk=CHUNK,
+            policy="lru",
+            lease_seconds=10,
+            open_disk=disk_opener(Config.model_validate({"disk": disk}), direct=False),
+            retry_seconds=1.0,
+            clock=lambda: self.now,
+        )
+        self.lease = 0
+
+    def save(self, chain: list[bytes], part: Part = PART) -> list[int]:
+        self.lease += 1
+        answers = self.store.reserve("saver", self.lease, NAMESPACE, chain, [part])
+        for key, answer in zip(chain, answers, strict=True):
+            if answer >= 0:
+                data = content(key, part)
+                self.arena.view(answer, len(data))[:] = data
+        self.store.commit("saver", self.lease)
+        return answers
+
+    def load(self, chain: list[bytes], part: Part = PART, owner: str = "loader") -> Acquired:
+        self.lease += 1
+        results: list[Acquired] = []
+        self.store.acquire(owner, self.lease, chain, [part], results.append)
+        while not results:
+            self.posted.get(timeout=20)()
+        for key, (entry,) in zip(chain, results[0].blocks, strict=False):
+            assert self.bytes_of(entry) == content(key, entry.name.part)
+        return results[0]
+
+    def bytes_of(self, entry: Entry) -> bytes:
+        assert entry.slot is not None
+        return bytes(self.arena.view(entry.slot.offset, entry.nbytes))
+
+    def drain(self) -> None:
+        until = time.monotonic() + 20
+        while self.store.tiering.unwritten and time.monotonic() < until:
+            self.posted.get(timeout=20)()
+        while not self.posted.empty():
+            self.posted.get()()
+
+    def close(self) -> None:
+        self.store.close()
+        self.arena.close()
+
+
+@pytest.fixture
+def memory() -> Iterator[Bench]:
+    bench = Bench(None)
+    yield bench
+    bench.close()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path / "disk")
+    yield bench
+    bench.close()
+
+
+def test_only_committed_objects_are_seen(memory: Bench) -> None:
+    chain = keys(1, 2)
+    answers = memory.store.reserve("a", 1, NAMESPACE, chain, [PART])
+    assert all(a >= 0 for a in answers)
+    assert memory.store.lookup(chain, [PART]) == ([], "writing")
+    assert memory.store.reserve("b", 1, NAMESPACE, chain, [PART]) == [BUSY, BUSY]
+    assert memory.store.commit("a", 1) == (2, "")
+    assert memory.store.lookup(chain, [PART]) == ([1, 1], "")
+    assert memory.store.reserve("b", 2, NAMESPACE, chain, [PART]) == [HAVE, HAVE]
+
+
+def test_a_dead_writer_leaves_nothing_behind(memory: Bench) -> None:
+    memory.store.reserve("a", 1, NAMESPACE, keys(1, 2, 3), [PART])
+    memory.store.release_owner("a")
+    assert memory.store.lookup(keys(1), [PART]) == ([], "absent")
+    assert memory.store.tiering.memory.used_bytes == 0
+    assert memory.store.commit("a", 1) == (0, "lease")
+
+
+def test_blocks_of_several_parts_appear_whole_or_not_at_all(memory: Bench) -> None:
+    other = Part(Group(layers=1, heads=1, channels=(8,), dtype="float32", name="second"))
+    memory.store.reserve("a", 1, NAMESPACE, keys(1, 2), [PART, other])
+    assert memory.store.commit("a", 1, dropped=[0]) == (1, "dropped")
+    assert memory.store.lookup(keys(1), [PART, other]) == ([], "absent")
+    assert memory.store.lookup(keys(2), [PART, other]) == ([1], "")
+    assert memory.store.lookup(keys(2), [other]) == ([1], "")
+
+
+def test_a_full_arena_evicts_the_oldest_and_drops_saves_when_all_is_in_use(memory: Bench) -> None:
+    memory.save(keys(*range(8)))
+    memory.load(keys(0))
+    assert memory.save(keys(100)) != [NO_ROOM]
+    assert memory.store.lookup(keys(0), [PART])[0] == [1], "in use: not evicted"
+    assert memory.store.lookup(keys(1), [PART]) == ([], "absent")
+    held = memory.load(keys(0, 2, 3, 4, 5, 6, 7, 100))
+    assert len(held.blocks) == 8
+    assert memory.save(keys(200, 201)) == [NO_ROOM, NO_ROOM]
+    assert memory.store.counters["save.dropped.no_room"] == 2
+    memory.store.release_owner("loader")
+    assert NO_ROOM not in memory.save(keys(200, 201))
+
+
+def test_pins_survive_pressure_until_they_expire(memory: Bench) -> None:
+    memory.save(keys(1, 2))
+    assert memory.store.pin("a", 1, keys(1, 2, 3), [PART], 60.0) == 2
+    memory.save(keys(*range(10, 30)))
+    assert memory.store.lookup(keys(1, 2), [PART])[0] == [1, 1]
+    memory.now = 61
+    memory.store.tick()
+    assert memory.store.counters["lease.expired.pin"] == 1
+    for n in range(30, 50):
+        memory.save(keys(n))
+    assert memory.store.lookup(keys(1), [PART]) == ([], "absent")
+
+
+def test_an_expired_lease_commits_nothing_but_keeps_its_slots(memory: Bench) -> None:
+    memory.store.reserve("slow", 1, NAMESPACE, keys(1), [PART])
+    memory.now = 11
+    memory.store.tick()
+    used = memory.store.tiering.memory.used_bytes
+    assert used == memory.store.tiering.memory.slot_bytes(NBYTES), "it may be copying still"
+    assert memory.store.commit("slow", 1) == (0, "lease")
+    assert memory.store.tiering.memory.used_bytes == 0
+    assert memory.store.counters["commit.refused.expired"] == 1
+
+
+def test_lease_numbers_are_used_once_at_a_time(memory: Bench) -> None:
+    memory.store.reserve("a", 1, NAMESPACE, keys(1), [PART])
+    with pytest.raises(ValueError, match="lease 1 is held"):
+        memory.store.reserve("a", 1, NAMESPACE, keys(2), [PART])
+
+
+def test_a_convertible_layout_is_found_and_an_opaque_one_only_by_its_equal(memory: Bench) -> None:
+    gpu = Part(GROUP, Described("LNHPC"))
+    memory.save(keys(1), gpu)
+    assert memory.store.lookup(keys(1), [PART]) == ([1], "")
+    assert memory.load(keys(1)).blocks[0][0].name.part == gpu
+    assert memory.store.reserve("b", 1, NAMESPACE, keys(1), [PART]) == [HAVE]
+    private = Part(GROUP, Opaque("engine", 16, NBYTES // 2, (("isa", "avx2"),)))
+    assert memory.store.lookup(keys(1), [private]) == ([], "layout")
+    memory.save(keys(1), private)
+    assert memory.store.lookup(keys(1), [private]) == ([1], "")
+    elsewhere = Part(GROUP, Opaque("engine", 16, NBYTES // 2, (("isa", "avx512"),)))
+    assert memory.store.lookup(keys(1), [elsewhere]) == ([], "layout")
+
+
+def test_write_behind_eviction_and_promotion(disk: Bench) -> None:
+    disk.save(keys(*range(8)))
+    disk.drain()
+    assert disk.store.counters["write.bytes"] == 8 * NBYTES
+    disk.save(keys(*range(100, 108)))
+    disk.drain()
+    assert disk.store.lookup(keys(*range(8)), [PART])[0] == [2] * 8
+    acquired = disk.load(keys(*range(8)))
+    assert acquired.tiers == [2] * 8
+    assert disk.store.lookup(keys(*range(8)), [PART])[0] == [1] * 8
+    assert disk.store.tiering.disk_seconds_per_byte > 0
+
+
+def test_a_load_larger_than_memory_ends_early_and_never_waits_for_itself(disk: Bench) -> None:
+    disk.save(keys(*range(8)))
+    disk.drain()
+    disk.save(keys(*range(8, 16)))
+    disk.drain()
+    acquired = disk.load(keys(*range(16)))
+    assert len(acquired.blocks) == 8
+    assert acquired.reason == "no_room"
+
+
+def test_two_readers_share_one_promotion(disk: Bench) -> None:
+    disk.save(keys(*range(8)))
+    disk.drain()
+    disk.save(keys(*range(100, 108)))
+    disk.drain()
+    results: list[Acquired] = []
+    for owner in "ab":
+        disk.store.acquire(owner, 1, keys(0, 1), [PART], results.append)
+    while len(results) < 2:
+        disk.posted.get(timeout=20)()
+    assert [len(r.blocks) for r in results] == [2, 2]
+    assert disk.store.counters["promote.bytes"] == 2 * NBYTES
+
+
+def test_a_prefetch_brings_blocks_up_and_holds_no_lease(disk: Bench) -> None:
+    disk.save(keys(*range(8)))
+    disk.drain()
+    disk.save(keys(*range(100, 108)))
+    disk.drain()
+    assert disk.store.prefetch(keys(0, 1, 2, 99), [PART]) == 3
+    while disk.store.leases():
+        disk.posted.get(timeout=20)()
+    assert disk.store.lookup(keys(0, 1, 2), [PART])[0] == [1, 1, 1]
+
+
+def test_reopening_finds_what_was_written(tmp_path: Path) -> None:
+    first = Bench(tmp_path / "disk")
+    first.save(keys(*range(5)))
+    first.drain()
+    first.close()
+    second = Bench(tmp_path / "disk")
+    assert second.store.counters["recover.objects"] == 5
+    assert second.load(keys(*range(5))).tiers == [2] * 5
+    second.store.release_owner("loader")
+    assert second.store.clear() == 5
+    second.close()
+    third = Bench(tmp_path / "disk")
+    assert third.store.lookup(keys(0), [PART]) == ([], "absent"), "cleared for good"
+    third.close()
+
+
+def test_bytes_that_change_in_memory_never_reach_the_disk(tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "disk")
+    chain = keys(1)
+    (offset,) = bench.store.reserve("a", 1, NAMESPACE, chain, [PART])
+    bench.arena.view(offset, NBYTES)[:] = content(chain[0])
+    bench.store.commit("a", 1, checksums=[12345])
+    bench.drain()
+    assert bench.store.counters["write.failed.corrupt"] == 1
+    assert bench.store.lookup(chain, [PART]) == ([], "absent")
+    bench.close()
+
+
+def test_without_its_disk_the_store_goes_on_and_takes_it_up_again(tmp_path: Path) -> None:
+    folder = tmp_path / "disk"
+    folder.write_text("in the way")
+    bench = Bench(folder)
+    assert bench.store.tiering.disk is None
+    assert str(folder) in (bench.store.tiering.disk_problem or "")
+    bench.save(keys(1, 2))
+    assert bench.load(keys(1, 2)).tiers == [1, 1]
+    folder.unlink()
+    bench.now = 100
+    bench.store.tick()
+    bench.posted.get(timeout=20)()
+    assert bench.store.tiering.disk_problem is None
+    bench.drain()
+    assert bench.store.tiering.unwritten == 0
+    assert bench.store.counters["write.bytes"] == 2 * NBYTES
+    bench.close()
+
+
+def test_damage_on_disk_is_a_miss_and_the_object_is_gone(tmp_path: Path) -> None:
+    folder = tmp_path / "disk"
+    bench = Bench(folder)
+    bench.save(keys(1, 2))
+    bench.drain()
+    bench.close()
+    slab = folder / "kvstore.slab"
+    data = bytearray(slab.read_bytes())
+    at = data.index(content(keys(2)[0])[:64])
+    data[at + 1000] ^= 4
+    slab.write_bytes(data)
+    bench = Bench(folder)
+    acquired = bench.load(keys(1, 2))
+    assert len(acquired.blocks) == 1
+    assert acquired.reason == "corrupt"
+    assert bench.store.lookup(keys(2), [PART]) == ([], "absent")
+    assert bench.store.counters["load.failed.corrupt"] == 1
+    bench.store.release_owner("loader")
+    bench.save(keys(2))
+    assert len(bench.load(keys(1, 2)).blocks) == 2
+    bench.close()
+
+
+def test_an_object_larger_than_a_chunk_is_refused_with_the_remedy(memory: Bench) -> None:
+    wide = Part(Group(layers=64, heads=64, channels=(128, 128), dtype="float32"))
+    problem = memory.store.check_object(wide, 16)
+    assert problem is not None
+    assert "memory.chunk" in problem
+    assert memory.store.check_object(PART, 16) is None
