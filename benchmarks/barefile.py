@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Final
 
 from kvstore.benchmarks.figures import BenchmarkError
-
 from kvstore.tiers.rawio import Bounce, allocate, open_direct
 
 PIECE: Final = 4 << 20

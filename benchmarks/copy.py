@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any, Final
 
 import numpy as np
+
+from kvstore import _native
 from kvstore.benchmarks import shapes
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run
 from kvstore.benchmarks.shapes import Shape
-
-from kvstore import _native
 from kvstore.copier.cpu import CpuCopier
 from kvstore.keys import block_keys
 from kvstore.spec import Described, Part

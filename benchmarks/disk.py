@@ -10,16 +10,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
+from kvstore.arena import Arena
 from kvstore.benchmarks.barefile import PIECE, BareFile, bare_file
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run
-
-from kvstore.arena import Arena
 from kvstore.config import format_size, load_config
 from kvstore.eviction import Lru
 from kvstore.keys import block_keys
 from kvstore.slots import Slot, choose_chunk
 from kvstore.spec import Group, ModelIdentity, Namespace, Part
-from kvstore.tiers.base import ObjectName
+from kvstore.tiers.base import Done, ObjectName
 from kvstore.tiers.disk import DiskTier
 
 _OBJECTS: Final = (1 << 20, 8 << 20, 32 << 20)
@@ -28,7 +27,10 @@ _ARENA_BYTES: Final = 256 << 20
 _BLOCK_TOKENS: Final = 16
 _SECONDS: Final = 120.0
 
-NO_DIRECT: Final = "skipped: the file system of {} does not support O_DIRECT; name a folder on a disk with --folder"
+NO_DIRECT: Final = (
+    "skipped: the file system of {} does not support O_DIRECT; "
+    "name a folder on a disk with --folder"
+)
 
 
 def run(report: Report, *, folder: Path, size: int, threads: int) -> None:
@@ -107,7 +109,7 @@ class _Jobs:
     def write(self) -> None:
         """Write all, and wait until all are done."""
 
-        def start(number: int, done: Callable[[int | None, str | None], None]) -> None:
+        def start(number: int, done: Done) -> None:
             slot, name = self._slots[number], self._names[number]
             self._tier.write(slot, name, self._address(number), self._nbytes, None, done)
 
@@ -116,7 +118,7 @@ class _Jobs:
     def read(self) -> None:
         """Read all, verified, and wait until all are done."""
 
-        def start(number: int, done: Callable[[int | None, str | None], None]) -> None:
+        def start(number: int, done: Done) -> None:
             slot, name, checksum = self._slots[number], self._names[number], self._checksums[number]
             self._tier.read(slot, name, self._address(number), self._nbytes, checksum, done)
 
@@ -128,7 +130,7 @@ class _Jobs:
             self._tier.forget(slot)
             self._tier.pool.free(slot)
 
-    def _all(self, start: Callable[[int, Callable[[int | None, str | None], None]], None]) -> None:
+    def _all(self, start: Callable[[int, Done], None]) -> None:
         left = threading.Semaphore(0)
         errors: list[str] = []
 

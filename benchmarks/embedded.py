@@ -29,12 +29,14 @@ _PATIENCE: Final = {
 
 @contextmanager
 def private_store(
-    memory: Mapping[str, Any], disk: Mapping[str, Any] | None = None
+    memory: Mapping[str, Any],
+    disk: Mapping[str, Any] | None = None,
+    session: Mapping[str, Any] | None = None,
 ) -> Iterator[Config]:
     """The configuration of a store that sessions of this process alone start and join.
 
-    What the user has configured besides (`memory.huge_dir`, `session.copy_threads`) holds. Close
-    all sessions before leaving; then the daemon ends, and is waited for.
+    What the user has configured besides, such as `memory.huge_dir`, holds. Close all sessions
+    before leaving; then the daemon ends, and is waited for.
     """
     with TemporaryDirectory(prefix="kvstore-bench-") as run_dir:
         config = load_config(
@@ -45,7 +47,7 @@ def private_store(
                 "linger_seconds": 0.0,
                 "memory": dict(memory),
                 "disk": {"path": None} if disk is None else dict(disk),
-                "session": _PATIENCE,
+                "session": _PATIENCE | dict(session or {}),
             },
         )
         try:

@@ -11,16 +11,19 @@ from types import TracebackType
 from typing import Final, Self
 
 import msgspec
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from kvstore.config import format_size
 from kvstore.errors import KVStoreError
 
 Param = str | int | float | bool
 
 _SCALES: Final = {"GB/s": 1e9, "Mtoken/s": 1e6, "us": 1e-6, "ms": 1e-3}
 _REFRESH_SECONDS: Final = 0.2
+_FILE_WIDTH: Final = 200
 
 
 class BenchmarkError(KVStoreError):
@@ -129,7 +132,10 @@ class Report:
     ) -> None:
         self._progress.stop()
         if self._figures and not self._as_json:
-            Console().print(_table(self._bench, self._figures))
+            console = Console()
+            # A file or a pipe has no width that a table would have to fit.
+            width = console.width if console.is_terminal else _FILE_WIDTH
+            console.print(_table(self._bench, self._figures), width=width)
 
     def note(self, text: str) -> None:
         """Tell people why something is missing."""
@@ -223,26 +229,34 @@ def _rounded(number: float) -> float:
 
 
 def _table(bench: str, figures: list[Figure]) -> Table:
-    table = Table(title=f"kvstore bench {bench}", title_justify="left")
-    table.add_column("figure")
-    table.add_column("parameters")
-    for column in ("value", "limit", "unit", "ratio", "samples"):
-        table.add_column(column, justify="left" if column == "unit" else "right", no_wrap=True)
-    table.add_column("limit is")
+    table = Table(title=f"kvstore bench {bench}", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("figure", no_wrap=True)
+    for column in ("value", "limit", "ratio"):
+        table.add_column(column, justify="right", no_wrap=True)
+    against: Param | None = None
     for figure in figures:
-        params = {name: value for name, value in figure.params.items() if name != "against"}
+        if figure.params.get("against") != against:
+            against = figure.params.get("against")
+            table.add_section()
+            table.add_row(f"[dim]against: {against}[/]")
+        details = (_detail(name, value) for name, value in figure.params.items())
         table.add_row(
-            figure.figure,
-            " ".join(_param(name, value) for name, value in params.items()),
-            f"{figure.value:.4g}",
-            f"{figure.limit:.4g}",
-            figure.unit,
+            " ".join([figure.figure, *filter(None, details)]),
+            f"{figure.value:.4g} {figure.unit}",
+            f"{figure.limit:.4g} {figure.unit}",
             f"{figure.ratio:.2f}",
-            str(figure.samples),
-            str(figure.params.get("against", "")),
         )
     return table
 
 
-def _param(name: str, value: Param) -> str:
-    return (name if value else f"no-{name}") if isinstance(value, bool) else f"{name}={value}"
+def _detail(name: str, value: Param) -> str:
+    """A parameter as people need it beside the figure; JSON has them all."""
+    if name in ("against", "bytes") or value is False:
+        return ""
+    if value is True:
+        return name
+    if isinstance(value, str):
+        return value
+    if name.endswith("_bytes"):
+        return format_size(value)
+    return f"{value} {name.replace('_', ' ')}"

@@ -7,11 +7,11 @@ from functools import partial
 from typing import Final
 
 import numpy as np
+
+from kvstore import protocol
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run
 from kvstore.benchmarks.pingpong import PingPong
 from kvstore.benchmarks.shapes import Shape
-
-from kvstore import protocol
 from kvstore.config import Config
 from kvstore.session import Session
 from kvstore.spec import Group

@@ -7,11 +7,10 @@ import sys
 from contextlib import ExitStack
 from typing import Final
 
+from kvstore.arena import Arena
 from kvstore.benchmarks.embedded import private_store
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run, Samples
 from kvstore.benchmarks.shapes import Shape
-
-from kvstore.arena import Arena
 from kvstore.session import Session
 
 _SECONDS: Final = 60.0

@@ -11,15 +11,15 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+
+from kvstore import protocol
+from kvstore.arena import Arena
 from kvstore.benchmarks import lookups, starts
 from kvstore.benchmarks.barefile import BareFile, bare_file
 from kvstore.benchmarks.disk import NO_DIRECT
 from kvstore.benchmarks.embedded import private_store
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run
 from kvstore.benchmarks.shapes import LLAMA_NHD, Shape
-
-from kvstore import protocol
-from kvstore.arena import Arena
 from kvstore.channel import Channel
 from kvstore.config import Config
 from kvstore.copier.base import PagedMemory
@@ -129,21 +129,17 @@ def _load(
         )
 
 
-def run(report: Report, *, folder: Path, size: int) -> None:
+def run(report: Report, *, folder: Path, size: int, threads: int) -> None:
     """Measure with `size` bytes of blocks; the disk part takes four times that on disk."""
     blocks = max(2, size // SHAPE.block_bytes)
-    arena = _arena_bytes(blocks)
-    with private_store({"size": arena}) as config:
+    # Room for all blocks, and for chunks that hold one.
+    memory = {"size": max(blocks * 5 // 4, 16) * SHAPE.block_bytes}
+    with private_store(memory, session={"copy_threads": threads}) as config:
         with Session.open(SHAPE.namespace, [SHAPE.part], config) as session:
             _measure_memory(report, session, blocks, config)
         lookups.run(report, config)
-    _measure_disk(report, folder, blocks)
+    _measure_disk(report, folder, blocks, threads)
     starts.run(report, SHAPE, _START_ARENA)
-
-
-def _arena_bytes(blocks: int) -> int:
-    """Room for all blocks, and for chunks that hold one."""
-    return max(blocks * 5 // 4, 16) * SHAPE.block_bytes
 
 
 @contextmanager
@@ -207,7 +203,7 @@ def _measure_memory(report: Report, session: Session, blocks: int, config: Confi
                 )
 
 
-def _measure_disk(report: Report, folder: Path, blocks: int) -> None:
+def _measure_disk(report: Report, folder: Path, blocks: int, threads: int) -> None:
     """Loads of blocks that memory has lost, against reading as much and then copying it."""
     nbytes = blocks * SHAPE.block_bytes
     # Memory has room for one set and a little; with three in turn, none is there when wanted.
@@ -215,10 +211,10 @@ def _measure_disk(report: Report, folder: Path, blocks: int) -> None:
     slab = (_SETS * blocks + _SPARE_BLOCKS) * SHAPE.block_bytes
     memory = {"size": arena, "chunk": SHAPE.block_bytes, "policy": "lru"}
     with TemporaryDirectory(prefix="kvstore-bench-", dir=folder) as place:
-        disk = {"path": str(Path(place) / "tier"), "size": slab}
+        disk = {"path": str(Path(place) / "tier"), "size": slab, "threads": threads}
         with (
-            private_store(memory, disk) as config,
-            bare_file(Path(place), nbytes, config.disk.threads) as bare,
+            private_store(memory, disk, {"copy_threads": threads}) as config,
+            bare_file(Path(place), nbytes, threads) as bare,
         ):
             if bare is None:
                 report.note(NO_DIRECT.format(folder))

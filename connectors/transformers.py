@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
+
 from kvstore.connectors.transformers_model import (
     adapter_state,
     cache_group,
     cache_part,
     model_identity,
 )
-from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
-
 from kvstore.copier.base import PagedMemory, PlaneMemory
 from kvstore.errors import SpecError
 from kvstore.session import Session

@@ -111,10 +111,12 @@ def cache_group(cache: Any) -> Group:
 
 def _check_model(model: PreTrainedModel) -> None:
     config = model.config
-    name = type(model).__name__
+    # A PeftModel hides the model's own signature.
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = type(plain).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise SpecError(f"{name} is an encoder-decoder; only decoder-only models are supported")
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
+    if "past_key_values" not in inspect.signature(plain.forward).parameters:
         raise SpecError(f"{name} takes no past_key_values, so its state cannot be stored")
     text = config.get_text_config(decoder=True)
     if getattr(text, "use_bidirectional_attention", False):

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kvstore.connectors.transformers import KVStoreCache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from kvstore.config import load_config
+from kvstore.connectors.transformers import KVStoreCache
 
 
 class FirstToken:

@@ -120,12 +120,16 @@ class Channel:
             raise StoreUnavailable(reply.reason)
         return reply
 
-    def notify(self, message: Message) -> None:
-        """Send a request that wants no reply; a broken connection has ended the lease already."""
+    def notify(self, message: Message, timeout: float = 0.05) -> None:
+        """Send a request that wants no reply.
+
+        If it cannot be sent in `timeout` seconds the connection is given up: a release must arrive,
+        one way or the other.
+        """
         try:
-            self._send(protocol.encode(0, message), time.monotonic() + 1.0)
-        except StoreUnavailable:
-            return
+            self._send(protocol.encode(0, message), time.monotonic() + timeout)
+        except StoreUnavailable as e:
+            self._break(str(e))
 
     def enter(self) -> bool:
         """Begin to use the arena; False when the channel was retired meanwhile."""
@@ -167,14 +171,17 @@ class Channel:
     def _send(self, frame: bytes, deadline: float) -> None:
         if self._broken is not None:
             raise StoreUnavailable(self._broken)
-        with self._send_lock:
-            try:
-                # A frame sent in part cannot be taken back, so the connection is given up then.
-                self._socket.settimeout(max(0.001, deadline - time.monotonic()))
-                self._socket.sendall(frame)
-            except OSError as e:
-                self._break(f"connection lost: {e}")
-                raise StoreUnavailable(f"connection lost: {e}") from e
+        if not self._send_lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise StoreUnavailable("the daemon does not take requests in time")
+        try:
+            # A frame sent in part cannot be taken back, so the connection is given up then.
+            self._socket.settimeout(max(0.001, deadline - time.monotonic()))
+            self._socket.sendall(frame)
+        except OSError as e:
+            self._break(f"connection lost: {e}")
+            raise StoreUnavailable(f"connection lost: {e}") from e
+        finally:
+            self._send_lock.release()
 
     def _await(self, waiter: _Waiter, deadline: float) -> None:
         while True:

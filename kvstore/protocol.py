@@ -3,7 +3,7 @@
 A frame is ``u32 length ‖ u64 request id ‖ MessagePack``, all little-endian; `length` counts the
 MessagePack alone. Request id 0 asks for no reply. A message is a map tagged by ``type``, decoded
 into the structs below and nothing else: nothing executes from the wire, and every size is bounded
-before anything is allocated. docs/formats.md tells the same in prose.
+before anything is allocated. docs/protocol.md tells the same in prose.
 """
 
 from __future__ import annotations

@@ -209,7 +209,7 @@ class Session:
             if len(windows) > 1:
                 # Later windows come up from disk while the first ones are copied.
                 ahead = protocol.Prefetch(handle, b"".join(keys[: protocol.MAX_KEYS]))
-                channel.notify(ahead)
+                channel.notify(ahead, timeout=1.0)
             for first, end in windows:
                 pages = [ids[first:end] for ids in page_ids]
                 self._transfer.load_window(

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from kvstore.benchmarks.figures import Report
 
+from kvstore.benchmarks.figures import Report
 from kvstore.config import parse_size
 
-bench_app = typer.Typer(help="Measure this machine, each figure beside its limit.")
+bench_app = typer.Typer(
+    invoke_without_command=True,
+    help="Measure this machine, each figure beside its limit; without a command, all there is.",
+)
 
 _SAMPLES: Final = 9
 _QUICK_SAMPLES: Final = 3
@@ -48,6 +51,20 @@ FolderOption = Annotated[
 def _report(bench: str, *, as_json: bool, quick: bool, samples: int | None) -> Report:
     chosen = samples or (_QUICK_SAMPLES if quick else _SAMPLES)
     return Report(bench, samples=chosen, as_json=as_json)
+
+
+@bench_app.callback()
+def everything(
+    context: typer.Context,
+    folder: FolderOption = Path(),
+    as_json: JsonOption = False,
+    quick: QuickOption = False,
+) -> None:
+    """Without a command: all benchmarks."""
+    if context.invoked_subcommand is None:
+        copy(as_json=as_json, quick=quick)
+        disk(folder, as_json=as_json, quick=quick)
+        store(folder, as_json=as_json, quick=quick)
 
 
 @bench_app.command()
@@ -88,10 +105,12 @@ def store(
     as_json: JsonOption = False,
     quick: QuickOption = False,
     size: SizeOption = None,
+    threads: ThreadsOption = 2,
     samples: SamplesOption = None,
 ) -> None:
     """Sessions and a daemon against the copies, the socket and the disk alone."""
     from kvstore.benchmarks import store as bench
 
     with _report("store", as_json=as_json, quick=quick, samples=samples) as report:
-        bench.run(report, folder=folder, size=size or (128 << 20 if quick else 512 << 20))
+        chosen = size or (128 << 20 if quick else 512 << 20)
+        bench.run(report, folder=folder, size=chosen, threads=threads)

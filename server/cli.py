@@ -20,6 +20,7 @@ from kvstore.channel import Channel
 from kvstore.config import Config, format_size, load_config
 from kvstore.embedded import prepare_run_dir
 from kvstore.errors import KVStoreError
+from kvstore.server.bench_cli import bench_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +28,7 @@ app = typer.Typer(
     help="KV-cache storage and transfer for LLM inference.",
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench_app, name="bench")
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file (default: $KVSTORE_CONFIG).")

@@ -16,14 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from kvstore.server.sessions import SessionConnection
-
 from kvstore import __version__, protocol
 from kvstore.arena import Arena
 from kvstore.config import Config, format_size
 from kvstore.errors import ConfigError, KVStoreError, ProtocolError
 from kvstore.eviction import make_policy
 from kvstore.protocol import Failure, Hello, Welcome
+from kvstore.server.sessions import SessionConnection
 from kvstore.slots import Slot
 from kvstore.store import Store
 from kvstore.tiers.base import Tier

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.model
 
 ROOT = Path(__file__).parents[2]
 BLOCK = 64
-PROMPT = 600
+PROMPT = 400
 ANSWER = 16
 
 
@@ -30,7 +30,7 @@ ANSWER = 16
 def model(model_folder: Path) -> Any:
     """SmolLM2-135M-Instruct in float32."""
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     return transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
 
 

@@ -28,9 +28,7 @@ from kvstore.store import Acquired, Store
 NAMESPACE = Namespace(ModelIdentity("model"), "", 16)
 SMALL = Part(Group(layers=2, heads=2, channels=(16, 16), dtype="float32"))
 LARGE = Part(Group(layers=4, heads=8, channels=(48, 48), dtype="float32", name="large"))
-SHARDS = tuple(
-    Part(SMALL.group, Described("LNHPC"), Shard(i, 2)) for i in range(2)
-)
+SHARDS = tuple(Part(SMALL.group, Described("LNHPC"), Shard(i, 2)) for i in range(2))
 PARTS: dict[str, tuple[Part, ...]] = {"small": (SMALL,), "large": (LARGE,), "shards": SHARDS}
 ARENA = 1 << 20
 DISK = 4 << 20
@@ -44,7 +42,9 @@ def key_of(number: int, kind: str) -> bytes:
 
 
 class Machine(RuleBasedStateMachine):
-    @initialize(policy=st.sampled_from(["lru", "s3fifo"]), with_disk=st.sampled_from([True, True, False]))
+    @initialize(
+        policy=st.sampled_from(["lru", "s3fifo"]), with_disk=st.sampled_from([True, True, False])
+    )
     def start(self, policy: str, with_disk: bool) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="kvstore-test-"))
         self.policy = policy

@@ -1,0 +1,297 @@
+"""Which models and calls KVStoreCache takes, told with tiny random models; no download needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from kvstore.config import load_config  # noqa: E402
+from kvstore.connectors.transformers import (  # noqa: E402
+    KVStoreCache,
+    cache_part,
+    model_identity,
+)
+from kvstore.errors import SpecError  # noqa: E402
+from kvstore.session import Session  # noqa: E402
+from kvstore.spec import Group, ModelIdentity, Namespace  # noqa: E402
+
+BLOCK = 16
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
+
+
+def build(config: Any, seed: int = 0, dtype: Any = torch.float32) -> Any:
+    """A model with random weights, ready to answer."""
+    torch.manual_seed(seed)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def llama(seed: int = 0, dtype: Any = torch.float32, **settings: Any) -> Any:
+    """A tiny Llama."""
+    return build(transformers.LlamaConfig(**(SIZES | settings)), seed, dtype)
+
+
+def prompt(tokens: int = 4 * BLOCK) -> Any:
+    """Token ids [1, tokens]."""
+    return torch.arange(tokens).remainder(61).add(1).unsqueeze(0)
+
+
+@pytest.fixture
+def away(tmp_path: Path) -> Any:
+    """A configuration whose store is not there."""
+    return load_config(overrides={"address": f"unix://{tmp_path}/none.sock"})
+
+
+# -- models that work ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_prefix_comes_back_in_every_type(shared_store: Any, dtype: Any) -> None:
+    model = llama(dtype=dtype)
+    with KVStoreCache.open(model, shared_store.config(), block_tokens=BLOCK) as cache:
+        past = transformers.DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(prompt(), past_key_values=past)
+        cache.save(prompt(), past)
+        back = cache.load(prompt())
+    assert back.get_seq_length() == 3 * BLOCK
+    for here, there in zip(back.layers, past.layers, strict=True):
+        assert here.keys.dtype == dtype
+        assert torch.equal(here.keys, there.keys[:, :, : 3 * BLOCK])
+        assert torch.equal(here.values, there.values[:, :, : 3 * BLOCK])
+    # What was loaded goes on like any other cache.
+    with torch.no_grad():
+        model(prompt()[:, 3 * BLOCK :], past_key_values=back)
+    assert back.get_seq_length() == prompt().shape[1]
+
+
+def test_keys_and_values_of_different_width(shared_store: Any) -> None:
+    config = transformers.DeepseekV3Config(
+        **(SIZES | {"num_key_value_heads": 4}),
+        kv_lora_rank=12, q_lora_rank=8, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12,
+        first_k_dense_replace=2, n_routed_experts=4, num_experts_per_tok=2,
+        n_group=1, topk_group=1, moe_intermediate_size=16,
+    )  # fmt: skip
+    model = build(config)
+    assert cache_part(model).group == Group(2, 1, (12, 8), "float32")
+    with KVStoreCache.open(model, shared_store.config(), block_tokens=BLOCK) as cache:
+        alone = model.generate(prompt(), max_new_tokens=8, do_sample=False)
+        for loaded in (0, 3 * BLOCK):
+            said = cache.generate(prompt(), max_new_tokens=8, do_sample=False)
+            assert cache.last.loaded_tokens == loaded
+            assert torch.equal(said, alone)
+
+
+def test_output_objects_are_returned_as_they_are(shared_store: Any) -> None:
+    with KVStoreCache.open(llama(), shared_store.config(), block_tokens=BLOCK) as cache:
+        output = cache.generate(prompt(), max_new_tokens=2, return_dict_in_generate=True)
+        assert output.sequences.shape == (1, prompt().shape[1] + 2)
+        assert cache.last.saved is not None
+
+
+def test_short_prompts_are_computed_and_said_so(shared_store: Any) -> None:
+    with KVStoreCache.open(llama(), shared_store.config(), block_tokens=BLOCK) as cache:
+        for length in (1, BLOCK):  # of a single block, the last token is left to compute
+            assert cache.load(prompt(length)).get_seq_length() == 0
+            assert "no whole block" in cache.last.reason
+
+
+def test_a_store_that_is_away_costs_hits_only(away: Any) -> None:
+    model = llama()
+    with KVStoreCache.open(model, away, block_tokens=BLOCK) as cache:
+        said = cache.generate(prompt(), max_new_tokens=4, do_sample=False)
+        assert torch.equal(said, model.generate(prompt(), max_new_tokens=4, do_sample=False))
+        assert cache.last.computed_tokens == prompt().shape[1]
+        assert cache.last.saved.dropped == 4
+        assert cache.last.reason != "nothing found"
+
+
+# -- identity -----------------------------------------------------------------------------------
+
+
+def identity(model: Any, **kwargs: Any) -> ModelIdentity:
+    return model_identity(model, cache_part(model), **kwargs)
+
+
+def test_equal_models_have_equal_identities_wherever_they_lie(tmp_path: Path) -> None:
+    found = []
+    for folder in (tmp_path / "a" / "tiny", tmp_path / "b" / "tiny"):
+        llama().save_pretrained(folder)
+        found.append(identity(transformers.AutoModelForCausalLM.from_pretrained(folder)))
+    assert found[0] == found[1]
+    assert found[0].name == "tiny"
+
+
+def test_whatever_changes_values_changes_the_identity() -> None:
+    one_weight = llama()
+    with torch.no_grad():
+        one_weight.model.layers[1].self_attn.k_proj.weight[3, 5] += 1e-3
+    linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    models = [
+        llama(),
+        llama(seed=1),
+        one_weight,
+        llama(dtype=torch.bfloat16),
+        llama(rope_parameters=linear),
+        llama(rms_norm_eps=1e-3),
+    ]
+    assert len({identity(model) for model in models}) == len(models)
+    named = [identity(model, revision="main") for model in models]
+    assert named[0] == named[1]
+    assert named[0].revision == "main"
+    assert len({named[0], *named[3:]}) == 4
+
+
+def test_adapters_are_part_of_the_identity_and_cannot_be_switched_unseen(away: Any) -> None:
+    peft = pytest.importorskip("peft")
+    plain = identity(llama())
+    adapted = peft.get_peft_model(
+        llama(), peft.LoraConfig(target_modules=["k_proj"], init_lora_weights=False)
+    ).eval()
+    other = identity(adapted, revision=plain.revision)
+    assert other.adapter.startswith("default*1 ")
+    assert other != plain
+    with KVStoreCache.open(adapted, away, revision=plain.revision) as cache:
+        cache.load(prompt())
+        with adapted.disable_adapter():
+            assert not identity(adapted, revision="x").adapter
+            with pytest.raises(SpecError, match="adapters are now none"):
+                cache.load(prompt())
+        cache.load(prompt())
+        adapted.merge_adapter()
+        with pytest.raises(SpecError, match="merged"):
+            cache.load(prompt())
+
+
+# -- models that are refused --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: transformers.MistralConfig(**SIZES, sliding_window=32), "SlidingWindow"),
+        (
+            lambda: transformers.Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=32),
+            "SlidingWindow",
+        ),
+        (
+            lambda: transformers.LlamaConfig(
+                **SIZES,
+                rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+            ),
+            "depend on the length",
+        ),
+        (lambda: transformers.MambaConfig(vocab_size=64, hidden_size=16), "past_key_values"),
+    ],
+    ids=["sliding", "hybrid", "dynamic rope", "recurrent"],
+)
+def test_models_without_plain_full_attention_are_refused(make: Any, why: str, away: Any) -> None:
+    with pytest.raises(SpecError, match=why):
+        KVStoreCache.open(build(make()), away)
+
+
+def test_encoder_decoders_are_refused(away: Any) -> None:
+    config = transformers.T5Config(vocab_size=64, d_model=16, d_ff=32, num_layers=1, num_heads=2)
+    with pytest.raises(SpecError, match="encoder-decoder"):
+        KVStoreCache.open(transformers.T5ForConditionalGeneration(config).eval(), away)
+
+
+def test_models_in_training_are_refused(away: Any) -> None:
+    with pytest.raises(SpecError, match=r"model\.eval"):
+        KVStoreCache.open(llama().train(), away)
+
+
+def test_a_session_of_another_shape_is_refused(away: Any) -> None:
+    model = llama()
+    part = cache_part(llama(num_hidden_layers=3))
+    with (
+        Session.open(Namespace(ModelIdentity("tiny")), [part], away) as session,
+        pytest.raises(SpecError, match="parts="),
+    ):
+        KVStoreCache(session, model)
+
+
+# -- calls that are refused ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(away: Any) -> Any:
+    """A cache of a tiny model, without a store."""
+    with KVStoreCache.open(llama(), away, block_tokens=BLOCK) as cache:
+        yield cache
+
+
+def test_batches_and_padding_are_refused(cache: KVStoreCache) -> None:
+    pair = prompt().repeat(2, 1)
+    padded = torch.ones_like(prompt())
+    padded[0, :3] = 0
+    for call in (cache.load, cache.generate):
+        with pytest.raises(SpecError, match="call once per sequence"):
+            call(pair)
+        with pytest.raises(SpecError, match="without padding"):
+            call(prompt(), attention_mask=padded)
+        with pytest.raises(SpecError, match="must be equal"):
+            call(prompt(), attention_mask=padded[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("argument", "why"),
+    [
+        ({"num_beams": 2}, "num_beams is 2"),
+        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences is 2"),
+        ({"cache_implementation": "static"}, "cache_implementation"),
+        ({"prefill_chunk_size": 8}, "prefill_chunk_size"),
+        ({"use_cache": False}, "use_cache"),
+        ({"past_key_values": None}, "past_key_values"),
+        ({"position_ids": torch.ones((1, 64), dtype=torch.long)}, "position_ids"),
+        ({"generation_config": transformers.GenerationConfig(num_beams=3)}, "num_beams is 3"),
+    ],
+)
+def test_arguments_that_do_not_go_with_a_prefix_are_refused(
+    cache: KVStoreCache, argument: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(SpecError, match=why):
+        cache.generate(prompt(), **argument)
+
+
+def test_other_kinds_of_cache_are_refused(cache: KVStoreCache) -> None:
+    config = cache.model.config
+    static = transformers.StaticCache(config=config, max_cache_len=128)
+    pair = transformers.DynamicCache(config=config)
+    longer = transformers.DynamicCache(config=config)
+    with torch.no_grad():
+        cache.model(prompt(), past_key_values=static)
+        cache.model(prompt().repeat(2, 1), past_key_values=pair)
+        cache.model(prompt(), past_key_values=longer)
+    encoder_decoder = transformers.EncoderDecoderCache(longer, pair)
+    for past, why in (
+        (static, "StaticCache"),
+        (encoder_decoder, "EncoderDecoderCache"),
+        (None, "NoneType"),
+        (pair, "batch of 2"),
+        (transformers.DynamicCache(config=config), "holds no keys"),
+        (transformers.DynamicCache(), "empty"),
+    ):
+        with pytest.raises(SpecError, match=why):
+            cache.save(prompt(), past)
+    with pytest.raises(SpecError, match="everything generated"):
+        cache.save(prompt()[:, :-1], longer)
+    three = llama(num_hidden_layers=3)
+    strange = transformers.DynamicCache(config=three.config)
+    with torch.no_grad():
+        three(prompt(), past_key_values=strange)
+    with pytest.raises(SpecError, match="layers=3"):
+        cache.save(prompt(), strange)
