@@ -24,7 +24,7 @@ from kvstore.tiers.disk import DiskTier
 _OBJECTS: Final = (1 << 20, 8 << 20, 32 << 20)
 _LEAST_OBJECTS: Final = 2
 _ARENA_BYTES: Final = 256 << 20
-_BLOCK_TOKENS: Final = 16
+_BLOCK_TOKENS: Final = 64
 _SECONDS: Final = 120.0
 
 NO_DIRECT: Final = (
@@ -179,6 +179,6 @@ def _measure(
             object_bytes=nbytes,
             threads=threads,
             bytes=nbytes * count,
-            arena_pages="huge" if arena.huge else "4 KiB",
+            arena="on huge pages" if arena.huge else "on 4 KiB pages",
             against=f"O_DIRECT on huge pages, {min(nbytes, PIECE) >> 20} MiB pieces",
         )

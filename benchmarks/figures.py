@@ -23,7 +23,7 @@ Param = str | int | float | bool
 
 _SCALES: Final = {"GB/s": 1e9, "Mtoken/s": 1e6, "us": 1e-6, "ms": 1e-3}
 _REFRESH_SECONDS: Final = 0.2
-_FILE_WIDTH: Final = 200
+_FILE_WIDTH: Final = 160
 
 
 class BenchmarkError(KVStoreError):
@@ -132,10 +132,9 @@ class Report:
     ) -> None:
         self._progress.stop()
         if self._figures and not self._as_json:
-            console = Console()
             # A file or a pipe has no width that a table would have to fit.
-            width = console.width if console.is_terminal else _FILE_WIDTH
-            console.print(_table(self._bench, self._figures), width=width)
+            width = None if sys.stdout.isatty() else _FILE_WIDTH
+            Console(width=width).print(_table(self._bench, self._figures))
 
     def note(self, text: str) -> None:
         """Tell people why something is missing."""

@@ -44,7 +44,7 @@ def run(report: Report, shape: Shape, arena: int) -> None:
         taken["start"],
         taken["bare"],
         unit="ms",
-        arena=arena,
+        arena_bytes=arena,
         against="start of Python, first touch of the memory",
     )
     # The first import may still have to compile.

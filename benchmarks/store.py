@@ -198,7 +198,7 @@ def _measure_memory(report: Report, session: Session, blocks: int, config: Confi
                     blocks_per_call=per_call,
                     block_bytes=SHAPE.block_bytes,
                     threads=config.session.copy_threads,
-                    arena_pages="huge" if engine.huge else "4 KiB",
+                    arena="on huge pages" if engine.huge else "on 4 KiB pages",
                     against="the copy alone",
                 )
 

@@ -5,10 +5,11 @@ Everything here belongs to the store's loop; nothing is thread-safe.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from kvstore.protocol import DISK, MEMORY
 from kvstore.slots import Slot
 from kvstore.spec import Part
 from kvstore.tiers.base import ObjectName
@@ -24,11 +25,12 @@ class Entry:
 
     __slots__ = (
         "checksum", "disk_io", "gone", "in_memory", "name", "nbytes", "on_disk", "pins", "place",
-        "readers", "slot", "waiting", "writer",
+        "readers", "slot", "variant", "waiting", "writer",
     )  # fmt: skip
 
     def __init__(self, name: ObjectName, nbytes: int) -> None:
         self.name = name
+        self.variant = name.part.variant
         self.nbytes = nbytes
         self.checksum: int | None = None
         self.slot: Slot[Entry] | None = None
@@ -64,7 +66,7 @@ class Index:
         """The object in exactly this layout."""
         variant = part.variant
         for entry in self._by_key.get(key, ()):
-            if entry.name.part.variant == variant:
+            if entry.variant == variant:
                 return entry
         return None
 
@@ -73,13 +75,33 @@ class Index:
         second = None
         variant = part.variant
         for entry in self._by_key.get(key, ()):
-            if not entry.stored:
+            if not (entry.in_memory or entry.on_disk):
                 continue
-            if entry.name.part.variant == variant:
+            if entry.variant == variant:
                 return entry
             if second is None and entry.name.part.converts_to(part):
                 second = entry
         return second
+
+    def tiers(self, keys: Sequence[bytes], part: Part) -> list[int]:
+        """The tier of each block of the longest prefix that a reader of `part` can use.
+
+        The loop of every lookup, so the common case (an equal layout, in memory) is spelled out:
+        a 128k-token prompt has 2,048 keys and two milliseconds.
+        """
+        tiers: list[int] = []
+        variant, by_key = part.variant, self._by_key
+        for key in keys:
+            entries = by_key.get(key)
+            if entries is None:
+                break
+            entry: Entry | None = entries[0]
+            if entry is None or entry.variant != variant or not entry.in_memory:
+                entry = self.usable(key, part)
+                if entry is None:
+                    break
+            tiers.append(MEMORY if entry.in_memory else DISK)
+        return tiers
 
     def why_not(self, key: bytes, part: Part) -> str:
         """The reason why `usable` has nothing: `absent`, `writing` or `layout`."""

@@ -197,18 +197,16 @@ class Store:
         return tiers, reason
 
     def _find(self, keys: Sequence[bytes], parts: Sequence[Part]) -> tuple[list[int], str]:
-        tiers: list[int] = []
-        usable = self.tiering.index.usable
-        for key in keys:
-            tier = MEMORY
-            for part in parts:
-                entry = usable(key, part)
-                if entry is None:
-                    return tiers, self.tiering.index.why_not(key, part)
-                if not entry.in_memory:
-                    tier = DISK
-            tiers.append(tier)
-        return tiers, ""
+        index = self.tiering.index
+        tiers = index.tiers(keys, parts[0])
+        for part in parts[1:]:
+            of_part = index.tiers(keys[: len(tiers)], part)
+            tiers = [max(pair) for pair in zip(tiers, of_part, strict=False)]
+        if len(tiers) == len(keys):
+            return tiers, ""
+        end = keys[len(tiers)]
+        missing = next(part for part in parts if index.usable(end, part) is None)
+        return tiers, index.why_not(end, missing)
 
     def acquire(
         self,

@@ -61,8 +61,13 @@ class Tier(Protocol):
         """What the tier held when it was opened, oldest first; once, before any job."""
 
     def write(
-        self, slot: Slot[Any], name: ObjectName, address: int, nbytes: int,
-        checksum: int | None, done: Done,
+        self,
+        slot: Slot[Any],
+        name: ObjectName,
+        address: int,
+        nbytes: int,
+        checksum: int | None,
+        done: Done,
     ) -> None:
         """Store `nbytes` bytes at `address` into `slot`, and make them findable after a restart.
 
@@ -70,7 +75,12 @@ class Tier(Protocol):
         """
 
     def read(
-        self, slot: Slot[Any], name: ObjectName, address: int, nbytes: int, checksum: int,
+        self,
+        slot: Slot[Any],
+        name: ObjectName,
+        address: int,
+        nbytes: int,
+        checksum: int,
         done: Done,
     ) -> None:
         """Bring an object to `address`, verified against `checksum`."""
