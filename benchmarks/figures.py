@@ -241,11 +241,15 @@ def _table(bench: str, figures: list[Figure]) -> Table:
         details = (_detail(name, value) for name, value in figure.params.items())
         table.add_row(
             " ".join([figure.figure, *filter(None, details)]),
-            f"{figure.value:.4g} {figure.unit}",
-            f"{figure.limit:.4g} {figure.unit}",
+            _number(figure.value, figure.unit),
+            _number(figure.limit, figure.unit),
             f"{figure.ratio:.2f}",
         )
     return table
+
+
+def _number(value: float, unit: str) -> str:
+    return f"{value:.0f} {unit}" if value >= 1000 else f"{value:.3g} {unit}"
 
 
 def _detail(name: str, value: Param) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 
@@ -22,14 +22,10 @@ from kvstore.benchmarks.figures import BenchmarkError, Report, Run
 from kvstore.benchmarks.shapes import LLAMA_NHD, Shape
 from kvstore.channel import Channel
 from kvstore.config import Config
-from kvstore.copier.base import PagedMemory
 from kvstore.copier.cpu import CpuCopier
 from kvstore.embedded import socket_path
 from kvstore.session import Session
 from kvstore.tiers.rawio import Bounce
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 SHAPE: Final = LLAMA_NHD
 _START_ARENA: Final = 256 << 20
@@ -50,83 +46,64 @@ class _Engine:
         self._source, self._target = Bounce(self.nbytes), Bounce(self.nbytes)
         self.source = shape.memory(self._source.address, blocks)
         self.target = shape.memory(self._target.address, blocks)
-        self._bytes = np.frombuffer(self._source.view, np.uint8)
-        self._bytes.view(np.uint64)[:] = np.arange(self.nbytes // 8, dtype=np.uint64)
+        content = np.frombuffer(self._source.view, np.uint64)
+        content[:] = np.arange(len(content))
         self._copier = CpuCopier(config.session.copy_threads)
         # Memory of the same kind as the daemon's, mapped by this process alone.
         self._arena = Arena.create(self.nbytes, huge_dir=config.memory.huge_dir)
         self.huge = self._arena.huge
         self._slots = [self._arena.address + i * shape.block_bytes for i in range(blocks)]
-        self.keys: list[bytes] = []
 
     def close(self) -> None:
         """Let go of the arena."""
         self._arena.close()
 
-    def copy_out(self) -> None:
-        """All pages into slots."""
-        self._copier.save(self.source, self.ids, self._slots, self.shape.block_tokens)
-
-    def copy_in(self) -> None:
-        """All slots into pages."""
-        self._copier.load(self.target, self.ids, self._slots, self.shape.block_tokens)
-
-    def copy_out_each(self) -> None:
-        """One block after another into slots."""
-        for i in range(self.blocks):
+    def copy_out(self, step: int) -> None:
+        """All pages into slots, `step` blocks at a time."""
+        for rows in self._rows(step):
             self._copier.save(
-                self.source, self.ids[i : i + 1], self._slots[i : i + 1], self.shape.block_tokens
+                self.source, self.ids[rows], self._slots[rows], self.shape.block_tokens
             )
 
-    def copy_in_each(self) -> None:
-        """One block after another into pages."""
-        for i in range(self.blocks):
+    def copy_in(self, step: int) -> None:
+        """All slots into pages, `step` blocks at a time."""
+        for rows in self._rows(step):
             self._copier.load(
-                self.target, self.ids[i : i + 1], self._slots[i : i + 1], self.shape.block_tokens
+                self.target, self.ids[rows], self._slots[rows], self.shape.block_tokens
             )
 
-    def save(self, session: Session, keys: list[bytes]) -> None:
-        """All blocks through a session, none of them known."""
-        _save(session, keys, self.source, self.ids)
+    def save(self, session: Session, keys: list[bytes], step: int) -> None:
+        """All blocks through a session, none of them known, `step` at a time."""
+        for rows in self._rows(step):
+            saved = session.save(keys[rows], [self.source], [self.ids[rows]])
+            if saved.stored != len(keys[rows]):
+                raise BenchmarkError(
+                    f"{saved.stored} of {len(keys[rows])} blocks were stored: {saved.reason}"
+                )
 
-    def load(self, session: Session, keys: list[bytes], tier: str = "memory") -> None:
-        """All blocks through a session, all of them from `tier`."""
-        _load(session, keys, self.target, self.ids, tier)
+    def load(self, session: Session, keys: list[bytes], step: int) -> None:
+        """All blocks through a session, `step` at a time."""
+        for rows in self._rows(step):
+            loaded = session.load(keys[rows], [self.target], [self.ids[rows]])
+            if loaded.blocks != len(keys[rows]):
+                raise BenchmarkError(
+                    f"{loaded.blocks} of {len(keys[rows])} blocks were loaded: {loaded.reason}"
+                )
 
-    def save_each(self, session: Session, keys: list[bytes]) -> None:
-        """One block after another."""
-        for i in range(self.blocks):
-            _save(session, keys[i : i + 1], self.source, self.ids[i : i + 1])
-
-    def load_each(self, session: Session, keys: list[bytes]) -> None:
-        """One block after another."""
-        for i in range(self.blocks):
-            _load(session, keys[i : i + 1], self.target, self.ids[i : i + 1], "memory")
-
-    def check(self) -> None:
-        """What was loaded last must be what was saved.
+    def check(self, load: Callable[[], None]) -> None:
+        """What `load` brings must be what was saved.
 
         Raises:
-            BenchmarkError: it is not; no figure of it means anything.
+            BenchmarkError: it is not, and its figures mean nothing.
         """
-        if not np.array_equal(self._bytes, np.frombuffer(self._target.view, np.uint8)):
+        brought = np.frombuffer(self._target.view, np.uint64)
+        brought[:] = 0
+        load()
+        if not np.array_equal(np.frombuffer(self._source.view, np.uint64), brought):
             raise BenchmarkError("blocks came back changed; run the tests before the benchmarks")
 
-
-def _save(session: Session, keys: list[bytes], memory: PagedMemory, ids: NDArray[np.int64]) -> None:
-    saved = session.save(keys, [memory], [ids])
-    if saved.stored != len(keys):
-        raise BenchmarkError(f"{saved.stored} of {len(keys)} blocks were stored: {saved.reason}")
-
-
-def _load(
-    session: Session, keys: list[bytes], memory: PagedMemory, ids: NDArray[np.int64], tier: str
-) -> None:
-    loaded = session.load(keys, [memory], [ids])
-    if loaded.tiers != {tier: len(keys)}:
-        raise BenchmarkError(
-            f"{len(keys)} blocks were to come from {tier}, not {loaded.tiers}: {loaded.reason}"
-        )
+    def _rows(self, step: int) -> Iterator[slice]:
+        return (slice(i, i + step) for i in range(0, self.blocks, step))
 
 
 def run(report: Report, *, folder: Path, size: int, threads: int) -> None:
@@ -166,41 +143,33 @@ def _measure_memory(report: Report, session: Session, blocks: int, config: Confi
     with _engine(SHAPE, blocks, config) as engine:
         keys = _keys(session, blocks, seed=0)
         try:
-            taken = report.race(
-                "same-node save and load",
-                {
-                    "copy save": Run(engine.copy_out),
-                    "save": Run(partial(engine.save, session, keys), clear),
-                    "copy load": Run(engine.copy_in),
-                    "load": Run(partial(engine.load, session, keys)),
-                },
-            )
-            engine.check()
-            each = report.race(
-                "one block at a time",
-                {
-                    "copy save": Run(engine.copy_out_each),
-                    "save": Run(partial(engine.save_each, session, keys), clear),
-                    "copy load": Run(engine.copy_in_each),
-                    "load": Run(partial(engine.load_each, session, keys)),
-                },
-            )
+            for step in (blocks, 1):
+                load = partial(engine.load, session, keys, step)
+                taken = report.race(
+                    f"same-node save and load, {step} blocks per call",
+                    {
+                        "copy save": Run(partial(engine.copy_out, step)),
+                        "save": Run(partial(engine.save, session, keys, step), clear),
+                        "copy load": Run(partial(engine.copy_in, step)),
+                        "load": Run(load),
+                    },
+                )
+                engine.check(load)
+                for name in ("save", "load"):
+                    report.rate(
+                        f"same-node {name}",
+                        engine.nbytes,
+                        taken[name],
+                        taken[f"copy {name}"],
+                        shape=SHAPE.name,
+                        blocks_per_call=step,
+                        block_bytes=SHAPE.block_bytes,
+                        threads=config.session.copy_threads,
+                        arena="on huge pages" if engine.huge else "on 4 KiB pages",
+                        against="the copy alone",
+                    )
         finally:
             control.retire()
-        for per_call, found in ((blocks, taken), (1, each)):
-            for name in ("save", "load"):
-                report.rate(
-                    f"same-node {name}",
-                    engine.nbytes,
-                    found[name],
-                    found[f"copy {name}"],
-                    shape=SHAPE.name,
-                    blocks_per_call=per_call,
-                    block_bytes=SHAPE.block_bytes,
-                    threads=config.session.copy_threads,
-                    arena="on huge pages" if engine.huge else "on 4 KiB pages",
-                    against="the copy alone",
-                )
 
 
 def _measure_disk(report: Report, folder: Path, blocks: int, threads: int) -> None:
@@ -230,21 +199,31 @@ def _measure_evicted(
     report: Report, session: Session, engine: _Engine, bare: BareFile, config: Config
 ) -> None:
     prompts = [_keys(session, engine.blocks, seed) for seed in range(_SETS)]
-    for keys in prompts:
-        engine.save(session, keys)
+    for prompt in prompts:
+        engine.save(session, prompt, engine.blocks)
         if session.flush(_FLUSH_SECONDS) != 0:
             raise BenchmarkError(f"blocks did not reach the disk: {session.stats()}")
-    turn = itertools.count()
+    turn = itertools.cycle(prompts)
+    keys: list[bytes] = []
+
+    def next_prompt() -> None:
+        keys[:] = next(turn)
+        tiers = set(session.lookup(keys).tiers)
+        if tiers != {"disk"}:
+            raise BenchmarkError(f"all blocks were to lie on disk alone, not in {sorted(tiers)}")
 
     def read_and_copy() -> None:
         bare.read(SHAPE.block_bytes, engine.blocks)
-        engine.copy_in()
+        engine.copy_in(engine.blocks)
 
     def load() -> None:
-        engine.load(session, prompts[next(turn) % _SETS], "disk")
+        engine.load(session, keys, engine.blocks)
 
-    taken = report.race("load from disk", {"bare": Run(read_and_copy), "load": Run(load)})
-    engine.check()
+    taken = report.race(
+        "load from disk", {"bare": Run(read_and_copy), "load": Run(load, next_prompt)}
+    )
+    next_prompt()
+    engine.check(load)
     report.rate(
         "load from disk",
         engine.nbytes,

@@ -15,6 +15,7 @@ The tokens generated are saved too, so the next turn of a chat starts where the 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -261,9 +262,8 @@ class KVStoreCache:
         group, size = self._part.group, self.session.block_tokens
         length = len(keys) * size
         dtype = getattr(torch, group.dtype)
-        # All layers in one tensor per plane: one allocation, and layers that lie side by side.
         whole = [
-            torch.empty((group.layers, 1, group.heads, length, width), dtype=dtype)
+            _allocate((group.layers, 1, group.heads, length, width), dtype)
             for width in group.channels
         ]
         planes = [plane[layer] for layer in range(group.layers) for plane in whole]
@@ -336,6 +336,16 @@ class _FirstToken:
             scores[0, 0].item()  # waits for the device
             self.at = time.perf_counter()
         return scores
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor on the CPU, uninitialised.
+
+    In numpy's memory, for which it asks the kernel for huge pages: touching it for the first time,
+    which a load does, is three times as fast as with torch's.
+    """
+    memory = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(shape)
 
 
 def _tokens(

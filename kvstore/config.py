@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kvstore.errors import ConfigError
@@ -71,6 +79,8 @@ def format_size(nbytes: float) -> str:
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]
+# An embedded daemon stands in another folder than the engine that starts it.
+Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 PolicyName = Literal["lru", "s3fifo"]
 
 
@@ -81,7 +91,9 @@ def default_run_dir() -> Path:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class MemoryConfig(_Section):
@@ -90,16 +102,16 @@ class MemoryConfig(_Section):
     size: Size = Field(2**30, description="bytes of the arena; a hard cap", ge=2**20)
     chunk: Size = Field(0, description="bytes given to one size class at a time; 0 picks it")
     policy: PolicyName = Field("s3fifo", description="what to evict first: lru or s3fifo")
-    huge_dir: Path | None = Field(
+    huge_dir: Folder | None = Field(
         None, description="folder on a tmpfs mounted with huge=always or huge=advise"
     )
     prefault: bool = Field(True, description="touch every page at start, not at first use")
 
 
 class DiskConfig(_Section):
-    """The disk tier: one slab file in a folder of its own."""
+    """The disk tier: a slab of objects and its table, in a folder of their own."""
 
-    path: Path | None = Field(None, description="folder for the slab file; none: no disk tier")
+    path: Folder | None = Field(None, description="folder for the slab; none: no disk tier")
     size: Size = Field(10 * 2**30, description="bytes on disk, everything included", ge=2**22)
     chunk: Size = Field(0, description="bytes given to one size class at a time; 0 picks it")
     policy: PolicyName = Field("lru", description="what to evict first: lru or s3fifo")
@@ -144,6 +156,7 @@ class Config(BaseSettings):
     model_config = SettingsConfigDict(
         extra="forbid",
         frozen=True,
+        allow_inf_nan=False,
         env_prefix="KVSTORE_",
         env_nested_delimiter="__",
         validate_default=True,
@@ -152,7 +165,7 @@ class Config(BaseSettings):
     address: str | None = Field(
         None, description="unix:///path of a daemon; none: a private one is started on demand"
     )
-    run_dir: Path = Field(
+    run_dir: Folder = Field(
         default_factory=default_run_dir, description="folder for sockets and locks"
     )
     lease_seconds: float = Field(30.0, description="life of a lease that is not renewed", gt=0)
@@ -242,7 +255,7 @@ def _from_file(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"config file {path} must hold `key: value` lines, not {content!r}")
-    return content
+    return {str(key): value for key, value in content.items()}
 
 
 def _from_environment() -> dict[str, Any]:
@@ -254,6 +267,13 @@ def _from_environment() -> dict[str, Any]:
         place = values
         for section in sections:
             place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                break
+        if not isinstance(place, dict) or isinstance(place.get(leaf), dict):
+            raise ConfigError(
+                f"environment KVSTORE_*: {name} contradicts another variable; one sets a whole "
+                "section, one a value in it: unset one"
+            )
         place[leaf] = text
     return values
 

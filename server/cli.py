@@ -176,7 +176,7 @@ def fsck(
     with _byte_progress("verifying") as progress:
         report = slabcheck.fsck(folder, repair=repair, progress=progress)
     _print_struct(report)
-    if report.damaged:
+    if not report.clean:
         raise typer.Exit(2)
 
 

@@ -28,6 +28,7 @@ from kvstore.store import Store
 from kvstore.tiers.base import Tier
 
 _TICK: Final = 0.5
+_LOCK_POLL: Final = 0.05
 _HELLO_SECONDS: Final = 5.0
 _FIRST_SESSION_SECONDS: Final = 30.0
 _SHUTDOWN_FLUSH_SECONDS: Final = 30.0
@@ -72,7 +73,7 @@ class Daemon:
             ConfigError: another daemon serves there, or the configuration cannot be had.
         """
         loop = asyncio.get_running_loop()
-        self._take_lock()
+        await self._take_lock()
         try:
             arena = Arena.create(
                 self._config.memory.size,
@@ -115,22 +116,32 @@ class Daemon:
         """Ask `run` to end."""
         self._stop.set()
 
-    def _take_lock(self) -> None:
-        """One daemon per socket; the lock ends with the process, however it ends."""
+    async def _take_lock(self) -> None:
+        """One daemon per socket; the lock ends with the process, however it ends.
+
+        An embedded daemon waits for one before it that is still writing to disk.
+        """
         path = self.path.with_suffix(".lock")
         try:
             self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as e:
             raise ConfigError(f"cannot write {path}: {e.strerror}; choose another socket") from e
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(self._lock, 32).decode(errors="replace").strip()
-            os.close(self._lock)
-            raise ConfigError(
-                f"a daemon (pid {holder or '?'}) serves {self.path} already; stop it or choose "
-                "another socket"
-            ) from None
+        loop = asyncio.get_running_loop()
+        until = loop.time() + (_SHUTDOWN_FLUSH_SECONDS if self._embedded else 0.0)
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if loop.time() < until:
+                    await asyncio.sleep(_LOCK_POLL)
+                    continue
+                holder = os.read(self._lock, 32).decode(errors="replace").strip()
+                os.close(self._lock)
+                raise ConfigError(
+                    f"a daemon (pid {holder or '?'}) serves {self.path} already; stop it or choose "
+                    "another socket"
+                ) from None
         os.truncate(self._lock, 0)
         os.write(self._lock, f"{os.getpid()}\n".encode())
 

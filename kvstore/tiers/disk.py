@@ -1,4 +1,4 @@
-"""The disk tier: objects in one preallocated, recycled slab file.
+"""The disk tier: objects in a preallocated, recycled slab file, found by a table beside it.
 
 Jobs run on a few threads that move pieces of up to 4 MiB past the page cache, by way of a buffer
 on huge pages unless the arena itself lies on such. The checksum is made in the same pass as the
@@ -32,6 +32,9 @@ _DICTIONARY_FULL: Final = (
     "the slab's dictionary is full; objects of further namespaces and layouts are not stored "
     "until all of some others are evicted"
 )
+_MOVERS_PER_TRANSFER: Final = 2
+"""Threads per transfer on the disk: one copies and hashes while the other waits for the disk."""
+
 _ADVICE: Final = {
     "full": "free space on its file system or lower disk.size",
     "read_only": "make it writable for this user",
@@ -100,7 +103,11 @@ class DiskTier:
             self._health.count(f"dropped_records.{reason}", count)
         if slab.read_only:
             self._write_failed(OSError(errno.EROFS, "the slab cannot be opened for writing"))
-        movers = [Mover(slab.header.chunk, in_place=direct_to_arena) for _ in range(threads)]
+        in_flight = threading.Semaphore(threads)
+        movers = [
+            Mover(slab.header.chunk, in_place=direct_to_arena, in_flight=in_flight)
+            for _ in range(_MOVERS_PER_TRANSFER * threads)
+        ]
         self._threads = [
             threading.Thread(target=self._work, args=(m,), name=f"kvstore-disk-{i}", daemon=True)
             for i, m in enumerate(movers)
@@ -134,7 +141,8 @@ class DiskTier:
             chunk: bytes of a chunk of a new slab; 0 chooses. A slab keeps what it was made with.
             policy: see `SlotPool`, likewise `evictable` and `evict`; the latter must call
                 `forget(slot)` before `pool.free(slot, evicted=True)`.
-            threads: for reads and writes; one more syncs.
+            threads: transfers on the disk at a time; there are twice as many threads, as copying
+                and hashing go on meanwhile, and one that syncs.
             sync_seconds: longest time that a finished write may be lost to a power loss.
             retry_seconds: time between attempts while the disk is full, read-only or broken.
             direct_to_arena: the arena lies on huge pages and its slots are padded to 4 KiB, so

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import mmap
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -94,10 +95,18 @@ class Mover:
 
     Belongs to one thread. With `in_place` the disk reads and writes the object's own memory, which
     must then be mapped up to the next multiple of 4096; otherwise everything goes by way of a
-    buffer on huge pages.
+    buffer on huge pages. `in_flight` bounds the pieces that several movers have on the disk at a
+    time, so that some can copy while others wait for it.
     """
 
-    def __init__(self, largest: int, *, in_place: bool = False) -> None:
+    def __init__(
+        self,
+        largest: int,
+        *,
+        in_place: bool = False,
+        in_flight: threading.Semaphore | None = None,
+    ) -> None:
+        self._in_flight = in_flight or threading.Semaphore()
         self._bounce = Bounce(min(PIECE, align(largest, _HUGE)))
         self._in_place = in_place
         self._stream = Xxh3Stream()
@@ -120,7 +129,8 @@ class Mover:
                 # No bytes of an earlier object, perhaps of another tenant, after this one's.
                 ctypes.memset(bounce.address + piece, 0, padded - piece)
                 view = bounce.view[:padded]
-            write_full(fd, view, offset + at)
+            with self._in_flight:
+                write_full(fd, view, offset + at)
         return stream.digest()
 
     def load(self, fd: int, offset: int, address: int | None, nbytes: int) -> int | None:
@@ -137,7 +147,9 @@ class Mover:
             padded = align(piece)
             in_place = address is not None and self._reaches(address)
             view = memory_at(address + at, padded) if address and in_place else bounce.view[:padded]
-            if read_full(fd, view, offset + at) < piece:
+            with self._in_flight:
+                got = read_full(fd, view, offset + at)
+            if got < piece:
                 return None
             if address is None:
                 stream.update(bounce.address, piece)

@@ -1,4 +1,4 @@
-"""The format of the slab file: header and record table. No I/O here.
+"""The format of a slab and its table: header and records. No I/O here.
 
 `docs/formats.md` describes every field. Integers are little-endian. Nothing read from the file is
 used before its checksum and its bounds are checked, and nothing in it can execute.
@@ -26,14 +26,13 @@ from kvstore.tiers.base import ObjectName
 MAGIC: Final = b"KVSLAB\r\n"
 VERSION: Final = 1
 HEADER_BYTES: Final = ALIGNMENT
-META_OFFSET: Final = 2 * HEADER_BYTES
-"""Where the dictionary starts: after the header and its copy."""
+"""The first page of both files; the dictionary follows it in the table, the data in the slab."""
 
 RECORD_BYTES: Final = 128
 RESERVE: Final = 1 << 16
-"""Bytes of the capacity left to the lock file and to the file system's own map of the slab."""
+"""Bytes of the capacity left to the lock file and to the file system's own map of the files."""
 
-_HUGE: Final = 1 << 21
+_MAX_DICTIONARY: Final = 1 << 21
 _STORE_ID_BYTES: Final = 16
 _HEADER: Final = struct.Struct(f"<8sI4x{_STORE_ID_BYTES}s9Q")
 _U64: Final = struct.Struct("<Q")
@@ -46,10 +45,11 @@ def checksum(data: bytes | bytearray | memoryview) -> int:
 
 
 class Header(msgspec.Struct, frozen=True):
-    """Where everything lies in the file; written once, when the slab is made.
+    """Where everything lies; written once, when the slab is made, and equal in both files.
 
     Sizes and offsets are bytes, `created` is in Unix seconds. `capacity` is the one the slab was
-    made for; the one in force is a setting. The table has rows for `table_chunks` chunks.
+    made for; the one in force is a setting. The table has rows for `table_chunks` chunks from
+    `table_offset` on; the data starts at `data_offset` in the slab.
     """
 
     store_id: bytes
@@ -72,15 +72,11 @@ class Header(msgspec.Struct, frozen=True):
         """
         min_slot = max(ALIGNMENT, align(chunk // MAX_SLOTS_PER_CHUNK))
         slots_per_chunk = chunk // min_slot
-        dictionary_bytes = min(_HUGE, max(1 << 16, align(capacity // 64)))
+        dictionary_bytes = min(_MAX_DICTIONARY, max(1 << 16, align(capacity // 64)))
         chunks = max(0, capacity - RESERVE) // chunk
         row = slots_per_chunk * RECORD_BYTES
         # Room for the capacity to grow up to fourfold, for at most 0.4 % of it.
         table_chunks = chunks + min(3 * chunks, capacity // 256 // row)
-        table_offset = META_OFFSET + dictionary_bytes
-        data_offset = align(
-            table_offset + table_chunks * row, _HUGE if capacity >= 128 * _HUGE else ALIGNMENT
-        )
         header = cls(
             store_id=secrets.token_bytes(_STORE_ID_BYTES),
             capacity=capacity,
@@ -88,9 +84,9 @@ class Header(msgspec.Struct, frozen=True):
             min_slot=min_slot,
             slots_per_chunk=slots_per_chunk,
             dictionary_bytes=dictionary_bytes,
-            table_offset=table_offset,
+            table_offset=HEADER_BYTES + dictionary_bytes,
             table_chunks=table_chunks,
-            data_offset=data_offset,
+            data_offset=HEADER_BYTES,
             created=int(time.time()),
         )
         header.chunks_within(capacity)
@@ -102,17 +98,30 @@ class Header(msgspec.Struct, frozen=True):
         Raises:
             ConfigError: not even one.
         """
-        chunks = max(0, capacity - RESERVE - self.data_offset) // self.chunk
+        chunks = self.chunks_wanted(capacity)
         if chunks < 1:
-            least = self.data_offset + self.chunk + RESERVE
+            least = self.table_bytes + self.data_offset + self.chunk + RESERVE
             raise ConfigError(
                 f"disk.size is {capacity} bytes; with chunks of {self.chunk} bytes the slab needs "
                 f"at least {least}: raise disk.size, or lower disk.chunk and start a new slab"
             )
         return min(chunks, self.table_chunks)
 
+    def chunks_wanted(self, capacity: int) -> int:
+        """Chunks that `capacity` bytes of disk have room for."""
+        return max(0, capacity - RESERVE - self.table_bytes - self.data_offset) // self.chunk
+
+    @property
+    def table_bytes(self) -> int:
+        """Size of the table file."""
+        return align(self.table_offset + self.table_chunks * self.slots_per_chunk * RECORD_BYTES)
+
+    def slab_bytes(self, chunks: int) -> int:
+        """Size of a slab file with all of `chunks` chunks in use."""
+        return self.data_offset + chunks * self.chunk
+
     def chunks_in_file(self, file_bytes: int) -> int:
-        """Chunks that a file of this size holds at least in part."""
+        """Chunks that a slab file of this size holds at least in part."""
         chunks = -(-max(0, file_bytes - self.data_offset) // self.chunk)
         return min(chunks, self.table_chunks)
 
@@ -122,7 +131,7 @@ class Header(msgspec.Struct, frozen=True):
         return number * self.slots_per_chunk + inside // slot_bytes
 
     def record_offset(self, index: int) -> int:
-        """Where record `index` lies in the file."""
+        """Where record `index` lies in the table file."""
         return self.table_offset + index * RECORD_BYTES
 
     def pack(self) -> bytes:
@@ -177,19 +186,16 @@ class Header(msgspec.Struct, frozen=True):
 
     def _possible(self) -> bool:
         """Whether the values fit together; a checksum alone does not say who wrote them."""
-        row = self.slots_per_chunk * RECORD_BYTES
         return (
             self.chunk >= ALIGNMENT
             and self.chunk % ALIGNMENT == 0
             and self.min_slot == max(ALIGNMENT, align(self.chunk // MAX_SLOTS_PER_CHUNK))
             and self.slots_per_chunk == self.chunk // self.min_slot
-            and 2 * ALIGNMENT <= self.dictionary_bytes <= _HUGE
+            and 2 * ALIGNMENT <= self.dictionary_bytes <= _MAX_DICTIONARY
             and self.dictionary_bytes % (2 * _U64.size) == 0
-            and self.table_offset == META_OFFSET + self.dictionary_bytes
-            and self.table_chunks >= 1
-            and self.data_offset % ALIGNMENT == 0
-            and self.data_offset >= self.table_offset + self.table_chunks * row
-            and self.data_offset < 1 << 56
+            and self.table_offset == HEADER_BYTES + self.dictionary_bytes
+            and 1 <= self.table_chunks < 1 << 40
+            and self.data_offset == HEADER_BYTES
         )
 
 

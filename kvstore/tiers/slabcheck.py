@@ -11,16 +11,24 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
 from kvstore.errors import FormatError, TierUnavailable
 from kvstore.spec import Namespace, Part
 from kvstore.tiers.rawio import FolderLock, Mover, holder, open_direct, remedy, write_full
-from kvstore.tiers.slab import EMPTY_RECORD, VERSION, Header, RecordChecker, Rows
+from kvstore.tiers.slab import EMPTY_RECORD, MAGIC, VERSION, Header, RecordChecker, Rows
 from kvstore.tiers.slabdict import Dictionary
-from kvstore.tiers.slabfile import SLAB_NAME, read_dictionary, read_header, read_rows, scan
+from kvstore.tiers.slabread import (
+    SLAB_NAME,
+    TABLE_NAME,
+    read_dictionary,
+    read_header,
+    read_headers,
+    read_rows,
+    scan,
+)
 
 _READ_ERROR: Final = "read_error"
 _DATA_CHECKSUM: Final = "data_checksum"
@@ -32,8 +40,8 @@ class FsckReport(msgspec.Struct, frozen=True):
     `objects` and `nbytes` count what is whole. `damaged` counts records by reason: those of
     opening (see `RecordChecker`), `data_checksum` (the bytes are not those that were stored) and
     `read_error` (the disk could not read them). `repaired` counts erased records. `problems` are
-    findings about the file itself, each with its remedy. `in_use_by` is the process that had the
-    slab open; objects that it replaced during the check are left out.
+    findings about the files themselves, each with its remedy. `in_use_by` is the process that had
+    the slab open (0: unknown); objects that it replaced during the check are left out.
     """
 
     path: str
@@ -72,8 +80,9 @@ class ClassUse(msgspec.Struct, frozen=True):
 class SlabSummary(msgspec.Struct, frozen=True):
     """What a slab is, by its tables alone. Sizes in bytes, `created` in Unix seconds.
 
-    `capacity` is the one that it was made for; `chunks` lie in the file now. `disk_bytes` are
-    taken on the disk. `dropped` counts records that opening would drop, by reason.
+    `capacity` is the one that it was made for; `chunks` lie in the slab now. `file_bytes` and
+    `disk_bytes` (what is taken on the disk) are of slab and table together. `dropped` counts
+    records that opening would drop, by reason.
     """
 
     path: str
@@ -86,7 +95,6 @@ class SlabSummary(msgspec.Struct, frozen=True):
     chunk: int
     chunks: int
     min_slot: int
-    data_offset: int
     objects: int
     nbytes: int
     namespaces: list[NamespaceUse]
@@ -106,36 +114,38 @@ def fsck(
 
     Args:
         folder: the tier's folder (`disk.path`).
-        repair: erase the records of damaged objects, and restore a damaged header by its copy.
+        repair: erase the records of damaged objects, and restore a damaged header by the one of
+            the other file.
         progress: called with (bytes verified, bytes in all), in the order of the file.
 
     Raises:
         TierUnavailable: there is no slab, it cannot be read, or `repair` finds it in use.
-        FormatError: no slab of this version; or header and copy are both damaged.
+        FormatError: no slab of this version; or the headers of both files are damaged.
     """
-    with _opened(folder, write=repair) as (path, fd, in_use_by):
-        if repair and in_use_by is not None:
+    with _opened(folder, write=repair) as slab:
+        if repair and slab.in_use_by is not None:
             raise TierUnavailable(
-                f"{path} is in use by process {in_use_by or '(unknown)'}; stop it, then repair"
+                f"{slab.path} is in use by process {slab.in_use_by or '(unknown)'}; stop it, then "
+                "repair"
             )
         problems: list[str] = []
-        header = _header(fd, path, repair, problems)
-        dictionary = read_dictionary(fd, header)
+        header = _header(folder, repair, problems)
+        dictionary = read_dictionary(slab.table_fd, header)
         if dictionary.damaged_bytes:
             problems.append(
-                f"the dictionary of {path} has about {dictionary.damaged_bytes} damaged bytes; "
-                "the next start rewrites it with what is left"
+                f"the dictionary in {folder / TABLE_NAME} has about {dictionary.damaged_bytes} "
+                "damaged bytes; the next start rewrites it with what is left"
             )
-        check = _Check(fd, path, header, dictionary, repair)
+        check = _Check(slab, header, dictionary, repair)
         check.run(progress)
         return FsckReport(
-            path=str(path),
+            path=str(slab.path),
             objects=check.objects,
             nbytes=check.nbytes,
             damaged=dict(check.damaged),
             repaired=check.repaired,
             problems=problems,
-            in_use_by=in_use_by,
+            in_use_by=slab.in_use_by,
         )
 
 
@@ -146,18 +156,18 @@ def inspect(folder: Path) -> SlabSummary:
         TierUnavailable: there is no slab, or it cannot be read.
         FormatError: it is of another version, damaged, or not ours.
     """
-    with _opened(folder, write=False) as (path, fd, in_use_by):
-        header = read_header(fd, path)
-        dictionary = read_dictionary(fd, header)
-        stat = os.fstat(fd)
-        chunks = header.chunks_in_file(stat.st_size)
+    with _opened(folder, write=False) as slab:
+        header = read_headers(folder)
+        dictionary = read_dictionary(slab.table_fd, header)
+        stats = [os.fstat(slab.data_fd), os.fstat(slab.table_fd)]
+        chunks = header.chunks_in_file(stats[0].st_size)
         now = time.time()
         dropped: Counter[str] = Counter()
         classes: dict[int, list[int]] = {}  # slot size → chunks, objects
         spaces: dict[int, list[float]] = {}  # number → objects, bytes, newest, oldest
         parts: set[int] = set()
-        checker = _checker(fd, header, dictionary)
-        for _, rows, verdict in scan(fd, header, checker, header.table_chunks):
+        checker = _checker(slab, header, dictionary)
+        for _, rows, verdict in scan(slab.table_fd, header, checker, header.table_chunks):
             dropped.update(verdict.bad.values())
             live = rows[verdict.live]
             if len(live):
@@ -175,17 +185,16 @@ def inspect(folder: Path) -> SlabSummary:
                 sums = spaces.setdefault(number, [0, 0, age, age])
                 sums[:] = sums[0] + 1, sums[1] + nbytes, min(sums[2], age), max(sums[3], age)
         return SlabSummary(
-            path=str(path),
+            path=str(slab.path),
             version=VERSION,
             store_id=header.store_id.hex(),
             created=header.created,
             capacity=header.capacity,
-            file_bytes=stat.st_size,
-            disk_bytes=stat.st_blocks * 512,
+            file_bytes=sum(stat.st_size for stat in stats),
+            disk_bytes=sum(stat.st_blocks * 512 for stat in stats),
             chunk=header.chunk,
             chunks=chunks,
             min_slot=header.min_slot,
-            data_offset=header.data_offset,
             objects=sum(use[1] for use in classes.values()),
             nbytes=sum(int(sums[1]) for sums in spaces.values()),
             namespaces=[
@@ -198,86 +207,97 @@ def inspect(folder: Path) -> SlabSummary:
                 for size, (used, objects) in sorted(classes.items())
             ],
             dropped=dict(dropped),
-            in_use_by=in_use_by,
+            in_use_by=slab.in_use_by,
         )
 
 
+class _Slab(NamedTuple):
+    path: Path
+    table_fd: int
+    data_fd: int  # past the page cache
+    in_use_by: int | None  # 0: unknown
+
+
 @contextlib.contextmanager
-def _opened(folder: Path, *, write: bool) -> Iterator[tuple[Path, int, int | None]]:
-    """The slab's path, a descriptor, and who has it open (0: unknown).
+def _opened(folder: Path, *, write: bool) -> Iterator[_Slab]:
+    """The files in `folder`, the table for writing if `write`; errors come with a remedy.
 
     With `write` the folder's lock is held meanwhile, unless another process has it.
     """
-    path = folder / SLAB_NAME
-    if not path.exists():
-        raise TierUnavailable(f"there is no slab at {path}; name the folder set as disk.path")
+    path, table = folder / SLAB_NAME, folder / TABLE_NAME
+    for file in (path, table):
+        if not file.exists():
+            raise TierUnavailable(f"there is no {file}; name the folder set as disk.path")
     held: FolderLock | None = None
     in_use_by: int | None = None
-    fd = -1
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            held = FolderLock(folder)
+            try:
+                held = FolderLock(folder)
+                stack.callback(held.release)
+            except TierUnavailable:
+                in_use_by = holder(folder) or 0
+            except FileNotFoundError:
+                pass  # a read-only folder that nobody has opened yet
+            if held is not None and not write:
+                held.release()  # only looking: do not keep the store from starting
+            table_fd = os.open(table, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
+            stack.callback(os.close, table_fd)
+            data_fd, _ = open_direct(path, os.O_RDONLY)
+            stack.callback(os.close, data_fd)
+            yield _Slab(path, table_fd, data_fd, in_use_by)
         except TierUnavailable:
-            in_use_by = holder(folder) or 0
-        except FileNotFoundError:
-            pass  # a read-only folder that nobody has opened yet
-        if held is not None and not write:
-            held.release()  # only looking: do not keep the store from starting
-        fd = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
-        yield path, fd, in_use_by
-    except OSError as e:
-        if isinstance(e, TierUnavailable):
             raise
-        raise TierUnavailable(remedy(folder, e)) from e
-    finally:
-        if fd >= 0:
-            os.close(fd)
-        if held is not None:
-            held.release()
+        except OSError as e:
+            raise TierUnavailable(remedy(folder, e)) from e
 
 
-def _header(fd: int, path: Path, repair: bool, problems: list[str]) -> Header:
-    """The header; where it is damaged, its copy, which `repair` puts in its place."""
-    try:
-        header = read_header(fd, path)
-    except FormatError as damage:
+def _header(folder: Path, repair: bool, problems: list[str]) -> Header:
+    """The header of both files; where one is damaged, `repair` writes the other's in its place."""
+    paths = folder / SLAB_NAME, folder / TABLE_NAME
+    for good, bad in (paths, paths[::-1]):
         try:
-            header = read_header(fd, path, copy=True)
+            header = read_header(good)
         except FormatError:
-            raise damage from None
-        if not repair:
-            problems.append(f"{damage}. Its copy is whole")
-            return header
-        write_full(fd, memoryview(header.pack()), 0)
-        os.fdatasync(fd)
-    try:
-        read_header(fd, path, copy=True)
-    except FormatError:
-        if repair:
-            write_full(fd, memoryview(header.pack()), len(header.pack()))
-        else:
-            problems.append(f"the copy of the header of {path} is damaged; repair restores it")
-    return header
+            continue
+        try:
+            read_header(bad)
+        except FormatError as damage:
+            if not repair:
+                problems.append(f"{damage}. The header of {good} is whole")
+                return header
+            _restore(bad, header, damage)
+    return read_headers(folder)
 
 
-def _checker(fd: int, header: Header, dictionary: Dictionary) -> RecordChecker:
-    return RecordChecker(header, dictionary.namespaces, dictionary.parts, os.fstat(fd).st_size)
+def _restore(path: Path, header: Header, damage: FormatError) -> None:
+    """Write the header, but never over a file that may be somebody else's."""
+    with path.open("r+b", buffering=0) as file:
+        start = file.read(len(MAGIC))
+        if start not in (MAGIC, bytes(len(MAGIC))):
+            raise damage
+        write_full(file.fileno(), memoryview(header.pack()), 0)
+        os.fdatasync(file.fileno())
+
+
+def _checker(slab: _Slab, header: Header, dictionary: Dictionary) -> RecordChecker:
+    return RecordChecker(
+        header, dictionary.namespaces, dictionary.parts, os.fstat(slab.data_fd).st_size
+    )
 
 
 class _Check:
     """One pass of `fsck` over the records and their data."""
 
-    def __init__(
-        self, fd: int, path: Path, header: Header, dictionary: Dictionary, repair: bool
-    ) -> None:
+    def __init__(self, slab: _Slab, header: Header, dictionary: Dictionary, repair: bool) -> None:
         self.objects = 0
         self.nbytes = 0
         self.damaged: Counter[str] = Counter()
         self.repaired = 0
-        self._fd = fd
-        self._path = path
+        self._fd = slab.table_fd
+        self._data_fd = slab.data_fd
         self._header = header
-        self._checker = _checker(fd, header, dictionary)
+        self._checker = _checker(slab, header, dictionary)
         self._repair = repair
 
     def run(self, progress: Callable[[int, int], None] | None) -> None:
@@ -289,35 +309,29 @@ class _Check:
         )
         mover = Mover(header.chunk)
         done = 0
-        data_fd, _ = open_direct(self._path, os.O_RDONLY)
-        try:
-            for number, rows, verdict in scan(self._fd, header, self._checker, header.table_chunks):
-                for position, reason in verdict.bad.items():
-                    self._found_bad(number, position, rows, reason)
-                for position in verdict.live:
-                    damage = self._verify(data_fd, mover, number, position, rows)
-                    nbytes = int(rows["nbytes"][position])
-                    if damage is not None:
-                        self._found_bad(number, position, rows, damage)
-                    else:
-                        self.objects += 1
-                        self.nbytes += nbytes
-                    done += nbytes
-                    if progress is not None:
-                        progress(done, max(total, done))
-        finally:
-            os.close(data_fd)
+        for number, rows, verdict in scan(self._fd, header, self._checker, header.table_chunks):
+            for position, reason in verdict.bad.items():
+                self._found_bad(number, position, rows, reason)
+            for position in verdict.live:
+                damage = self._verify(mover, number, position, rows)
+                nbytes = int(rows["nbytes"][position])
+                if damage is not None:
+                    self._found_bad(number, position, rows, damage)
+                else:
+                    self.objects += 1
+                    self.nbytes += nbytes
+                done += nbytes
+                if progress is not None:
+                    progress(done, max(total, done))
         if self.repaired:
             os.fdatasync(self._fd)
 
-    def _verify(
-        self, data_fd: int, mover: Mover, number: int, position: int, rows: Rows
-    ) -> str | None:
+    def _verify(self, mover: Mover, number: int, position: int, rows: Rows) -> str | None:
         """Why the bytes of an object are not whole, if they are not."""
         header, row = self._header, rows[position]
         offset = header.data_offset + number * header.chunk + position * int(row["slot_bytes"])
         try:
-            found = mover.load(data_fd, offset, None, int(row["nbytes"]))
+            found = mover.load(self._data_fd, offset, None, int(row["nbytes"]))
         except OSError:
             return _READ_ERROR
         return None if found == int(row["checksum"]) else _DATA_CHECKSUM

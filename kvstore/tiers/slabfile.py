@@ -1,6 +1,9 @@
-"""The slab file on disk: opening, creating and resizing it, and its tables.
+"""The slab on disk: opening, creating and resizing it, and its records.
 
-A folder holds one `kvstore.slab` and a `lock` file; together they stay within the capacity.
+A folder holds `kvstore.slab` (the objects' bytes), `kvstore.table` (what they are) and `lock`;
+together they stay within the capacity. The table is a file of its own because file systems
+exclude buffered writes from a file while a direct write to it runs: a record would wait for
+megabytes of data, and with it the store's loop that erases records.
 """
 
 from __future__ import annotations
@@ -34,57 +37,27 @@ from kvstore.tiers.rawio import (
 from kvstore.tiers.slab import (
     EMPTY_RECORD,
     HEADER_BYTES,
-    META_OFFSET,
-    RECORD,
     RECORD_BYTES,
-    RESERVE,
-    ChunkCheck,
     Header,
     RecordChecker,
-    Rows,
     pack_record,
 )
 from kvstore.tiers.slabdict import Dictionary, DictionaryFull
+from kvstore.tiers.slabread import (
+    SLAB_NAME,
+    TABLE_NAME,
+    read_dictionary,
+    read_header,
+    read_headers,
+    read_rows,
+    scan,
+)
 
 _logger = logging.getLogger("kvstore.disk")
 
-SLAB_NAME: Final = "kvstore.slab"
 
 _COMPACTION_PAUSE: Final = 60.0
 """Seconds between compactions while open: a full dictionary must not cost a scan per write."""
-
-
-def read_header(fd: int, path: Path, *, copy: bool = False) -> Header:
-    """The header, or its copy.
-
-    Raises:
-        FormatError: see `Header.unpack`; also when the slab was made for other slot sizes.
-    """
-    return Header.unpack(os.pread(fd, HEADER_BYTES, HEADER_BYTES if copy else 0), path)
-
-
-def read_dictionary(fd: int, header: Header) -> Dictionary:
-    """The dictionary as it is in the file."""
-    raw = os.pread(fd, header.dictionary_bytes, META_OFFSET)
-    return Dictionary.parse(header, raw.ljust(header.dictionary_bytes, b"\0"))
-
-
-def read_rows(fd: int, header: Header, number: int) -> Rows:
-    """The records of one chunk; empty ones where the file ends early."""
-    nbytes = header.slots_per_chunk * RECORD_BYTES
-    raw = os.pread(fd, nbytes, header.record_offset(number * header.slots_per_chunk))
-    return np.frombuffer(raw.ljust(nbytes, b"\0"), RECORD)
-
-
-def scan(
-    fd: int, header: Header, checker: RecordChecker, chunks: int
-) -> Iterator[tuple[int, Rows, ChunkCheck]]:
-    """Judge the records of the first `chunks` chunks, one chunk's table in memory at a time."""
-    for number in range(chunks):
-        rows = read_rows(fd, header, number)
-        verdict = checker.check(number, rows)
-        if verdict.live or verdict.bad:
-            yield number, rows, verdict
 
 
 LIVE: Final = np.dtype(
@@ -102,7 +75,7 @@ LIVE: Final = np.dtype(
 
 
 class SlabFile:
-    """An open slab: `direct` for data (past the page cache), `fd` for the tables (through it).
+    """An open slab: `data_fd` for the data (past the page cache), `fd` for the table (through it).
 
     The methods that change tables may be called from any thread. `dropped` counts, by reason, the
     records that opening found unusable; `chunks` is how many the data area has.
@@ -113,7 +86,8 @@ class SlabFile:
 
         Raises:
             TierUnavailable: the folder cannot be used now; says what to do.
-            FormatError: the file is not a slab, of another version, or damaged.
+            FormatError: a file is not ours, of another version, or damaged; or the two do not
+                belong together.
             ConfigError: the capacity is too small.
         """
         self.path = folder / SLAB_NAME
@@ -121,6 +95,7 @@ class SlabFile:
         self.dropped: Counter[str] = Counter()
         self.fd = self.data_fd = -1
         self._folder = folder
+        self._table_path = folder / TABLE_NAME
         self._lock: FolderLock | None = None
         self._table_lock = threading.RLock()
         self._grow_lock = threading.Lock()
@@ -143,16 +118,8 @@ class SlabFile:
             self._lock = FolderLock(self._folder)
         except FileNotFoundError:
             self._lock = None  # a read-only folder without a lock file: nobody can write it
-        if not self.path.exists():
-            self._create(capacity, chunk)
-        try:
-            self.fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as e:
-            if reason_of(e) != "read_only":
-                raise
-            self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            self.read_only = True
-        self.header = read_header(self.fd, self.path)
+        self._create(capacity, chunk)
+        self.header = read_headers(self._folder)
         if chunk not in (0, self.header.chunk):
             _logger.warning(
                 "%s keeps the chunks of %d bytes that it was made with; move it away to get %d",
@@ -161,31 +128,59 @@ class SlabFile:
                 chunk,
             )
         self.chunks = self.header.chunks_within(capacity)
-        self._resize(capacity)
-        mode = os.O_RDONLY if self.read_only else os.O_RDWR
-        self.data_fd, self.is_direct = open_direct(self.path, mode)
+        try:
+            self.fd = os.open(self._table_path, os.O_RDWR | os.O_CLOEXEC)
+            self.data_fd, self.is_direct = open_direct(self.path, os.O_RDWR)
+        except OSError as e:
+            if reason_of(e) != "read_only":
+                raise
+            self._close_files()
+            self.read_only = True
+            self.fd = os.open(self._table_path, os.O_RDONLY | os.O_CLOEXEC)
+            self.data_fd, self.is_direct = open_direct(self.path, os.O_RDONLY)
         if not self.is_direct:
             _logger.warning(
                 "%s: no O_DIRECT on this file system; the page cache is used", self.path
             )
+        self._resize(capacity)
         self._live = self._scan()
 
     def _create(self, capacity: int, chunk: int) -> None:
-        """Make an empty slab; it appears whole or not at all."""
-        header = Header.plan(capacity, chunk or choose_chunk(capacity))
-        draft = self.path.with_suffix(".new")
+        """Make the files that are not there; each appears whole or not at all."""
+        has_slab, has_table = self.path.exists(), self._table_path.exists()
+        if has_slab and has_table:
+            return
+        if has_slab or has_table:
+            kept, lost = self.path, self._table_path
+            if has_table:
+                kept, lost = lost, kept
+            header = read_header(kept)
+            _logger.warning("%s is missing: the cache starts empty, in %s", lost, kept)
+        else:
+            header = Header.plan(capacity, chunk or choose_chunk(capacity))
+        page = header.pack()
+        if not has_table:
+            _, dictionary = Dictionary.fresh(header)
+            in_use = header.chunks_within(capacity) * header.slots_per_chunk
+            self._create_file(
+                self._table_path,
+                page + dictionary,
+                reserve=header.record_offset(in_use),
+                nbytes=header.table_bytes,
+            )
+        if not has_slab:
+            self._create_file(self.path, page, reserve=0, nbytes=header.data_offset)
+
+    def _create_file(self, path: Path, start: bytes, *, reserve: int, nbytes: int) -> None:
+        draft = path.with_name(path.name + ".new")
         fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            page = header.pack()
-            _, dictionary = Dictionary.fresh(header)
-            tables_end = header.record_offset(
-                header.chunks_within(capacity) * header.slots_per_chunk
-            )
-            allocate(fd, 0, tables_end)
-            write_full(fd, memoryview(page + page + dictionary), 0)
-            os.ftruncate(fd, header.data_offset)
+            if reserve:
+                allocate(fd, 0, reserve)
+            write_full(fd, memoryview(start), 0)
+            os.ftruncate(fd, nbytes)
             os.fsync(fd)
-            os.rename(draft, self.path)
+            os.rename(draft, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(draft)
@@ -197,17 +192,17 @@ class SlabFile:
     def _resize(self, capacity: int) -> None:
         """Use more or fewer chunks than last time, as the capacity says."""
         header = self.header
-        if header.data_offset + (self.chunks + 1) * header.chunk + RESERVE <= capacity:
+        if header.chunks_wanted(capacity) > self.chunks:
             _logger.warning(
                 "%s was made for %d bytes and uses only %d of the %d configured; move it away to "
                 "start a larger one",
                 self.path,
                 header.capacity,
-                header.data_offset + self.chunks * header.chunk,
+                header.slab_bytes(self.chunks) + header.table_bytes,
                 capacity,
             )
-        end = header.data_offset + self.chunks * header.chunk
-        if self.read_only or os.fstat(self.fd).st_size <= end:
+        end = header.slab_bytes(self.chunks)
+        if self.read_only or os.fstat(self.data_fd).st_size <= end:
             return
         # Records first: should the space come back later, nothing may point into it.
         row = header.slots_per_chunk
@@ -217,7 +212,7 @@ class SlabFile:
                 self.dropped["beyond_capacity"] += int(used)
                 zeros = memoryview(bytes(row * RECORD_BYTES))
                 write_full(self.fd, zeros, header.record_offset(number * row))
-        os.ftruncate(self.fd, end)
+        os.ftruncate(self.data_fd, end)
         _logger.info("%s: truncated to the configured size", self.path)
 
     def _scan(self) -> npt.NDArray[np.void]:
@@ -228,7 +223,7 @@ class SlabFile:
             header,
             self.dictionary.namespaces,
             self.dictionary.parts,
-            os.fstat(self.fd).st_size,
+            os.fstat(self.data_fd).st_size,
         )
         found: list[npt.NDArray[np.void]] = [np.empty(0, LIVE)]
         for number, rows, verdict in scan(self.fd, header, checker, self.chunks):
@@ -359,13 +354,13 @@ class SlabFile:
             if number in self._prepared:
                 return
             start = self.header.data_offset + number * self.header.chunk
-            before = os.fstat(self.fd).st_size
+            before = os.fstat(self.data_fd).st_size
             try:
-                allocate(self.fd, start, self.header.chunk)
+                allocate(self.data_fd, start, self.header.chunk)
             except OSError:
                 if before <= start:
                     with contextlib.suppress(OSError):
-                        os.ftruncate(self.fd, before)
+                        os.ftruncate(self.data_fd, before)
                 raise
             self._prepared.add(number)
 
@@ -380,7 +375,7 @@ class SlabFile:
                 return
             if self._lock is None:
                 self._lock = FolderLock(self._folder)
-            fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+            fd = os.open(self._table_path, os.O_RDWR | os.O_CLOEXEC)
             try:
                 data_fd, _ = open_direct(self.path, os.O_RDWR)
                 try:
@@ -399,23 +394,27 @@ class SlabFile:
         Raises:
             OSError: the medium failed; recent records may be lost.
         """
+        os.fdatasync(self.data_fd)
         os.fdatasync(self.fd)
 
     def close(self) -> None:
         """Close the descriptors and let the lock go; idempotent."""
+        self._close_files()
+        if self._lock is not None:
+            self._lock.release()
+
+    def _close_files(self) -> None:
         for fd in (self.fd, self.data_fd):
             if fd >= 0:
                 os.close(fd)
         self.fd = self.data_fd = -1
-        if self._lock is not None:
-            self._lock.release()
 
     def _number(self, value: Namespace | Part) -> int:
         number = self.dictionary.find(value)
         if number is None:
             number, offset, frame = self.dictionary.add(value)
             try:
-                write_full(self.fd, memoryview(frame), META_OFFSET + offset)
+                write_full(self.fd, memoryview(frame), HEADER_BYTES + offset)
             except OSError:
                 self.dictionary.remove(number)
                 raise
@@ -433,7 +432,7 @@ class SlabFile:
     def _compact(self, used: set[int]) -> None:
         """Rewrite the dictionary with these entries only; a crash leaves the old or the new one."""
         dictionary, offset, half, generation = self.dictionary.compacted(used)
-        write_full(self.fd, memoryview(half), META_OFFSET + offset)
+        write_full(self.fd, memoryview(half), HEADER_BYTES + offset)
         os.fdatasync(self.fd)
-        write_full(self.fd, memoryview(generation), META_OFFSET + offset)
+        write_full(self.fd, memoryview(generation), HEADER_BYTES + offset)
         self.dictionary = dictionary

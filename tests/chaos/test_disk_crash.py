@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.tiers.slabcheck import fsck
-from kvstore.tiers.slabfile import SLAB_NAME
+from kvstore.tiers.slabread import SLAB_NAME, TABLE_NAME
 from tests.disk_tools import MIB, MiniStore, content, object_name, size_of
 
 CAPACITY = 3 * MIB
@@ -62,7 +62,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     served = 0
     for kill in range(KILLS):
         # Now and then even before the child is ready to write.
-        run_and_kill(tmp_path, kill, rng.uniform(0, 0.02 if kill % 3 else 0.1))
+        run_and_kill(tmp_path, kill, rng.uniform(0, 0.015 if kill % 3 else 0.06))
         with MiniStore(tmp_path, CAPACITY) as store:
             assert not any("dropped" in counter for counter in store.tier.counters)
             for name in list(store.objects):
@@ -90,35 +90,35 @@ def test_killed_while_the_slab_is_made(tmp_path: Path) -> None:
         os.waitpid(pid, 0)
         with MiniStore(folder, CAPACITY) as store:
             assert store.put(object_name(1)) is None
-        assert sorted(os.listdir(folder)) == [SLAB_NAME, "lock"]
+        assert sorted(os.listdir(folder)) == [SLAB_NAME, TABLE_NAME, "lock"]
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_power_loss(tmp_path: Path, seed: int) -> None:
     """The disk keeps some sectors of after the last sync and loses others, in any mix."""
     rng = random.Random(seed)
-    path = tmp_path / SLAB_NAME
+    paths = [tmp_path / SLAB_NAME, tmp_path / TABLE_NAME]
     with MiniStore(tmp_path, CAPACITY) as store:
         for i in range(120):
             store.put(object_name(i, rng.choice(SIZES), f"t{i % 5}"))
         store.tier.flush()
     served = corrupt = 0
     for _ in range(12):
-        before = path.read_bytes()
+        before = [path.read_bytes() for path in paths]
         with MiniStore(tmp_path, CAPACITY) as store:
             for _ in range(rng.randrange(1, 60)):
                 number = rng.randrange(300)
                 store.put(object_name(number, rng.choice(SIZES), f"t{rng.randrange(12)}"))
                 if rng.random() < 0.2:
                     store.forget(rng.choice(list(store.objects)))
-        after = path.read_bytes()
-        before = before.ljust(len(after), b"\0")
-        mixed = bytearray(after)
         kept = rng.random()
-        for at in range(0, len(after), SECTOR):
-            if rng.random() > kept:
-                mixed[at : at + SECTOR] = before[at : at + SECTOR]
-        path.write_bytes(mixed)
+        for path, old in zip(paths, before, strict=True):
+            mixed = bytearray(path.read_bytes())
+            old = old.ljust(len(mixed), b"\0")
+            for at in range(0, len(mixed), SECTOR):
+                if rng.random() > kept:
+                    mixed[at : at + SECTOR] = old[at : at + SECTOR]
+            path.write_bytes(mixed)
         with MiniStore(tmp_path, CAPACITY) as store:
             for name in list(store.objects):
                 found = store.get(name)
@@ -136,7 +136,7 @@ def test_power_loss(tmp_path: Path, seed: int) -> None:
 def test_power_loss_with_torn_records(tmp_path: Path) -> None:
     """The same with pieces of 64 bytes: half a record, or a record of another time."""
     rng = random.Random(3)
-    path = tmp_path / SLAB_NAME
+    path = tmp_path / TABLE_NAME
     torn = 0
     with MiniStore(tmp_path, CAPACITY) as store:
         for i in range(100):
@@ -150,7 +150,7 @@ def test_power_loss_with_torn_records(tmp_path: Path) -> None:
             for _ in range(80):
                 store.put(object_name(rng.randrange(10**6)))
         after = bytearray(path.read_bytes())
-        for at in range(header.table_offset, header.data_offset, 64):
+        for at in range(header.table_offset, header.table_bytes, 64):
             if rng.random() < 0.4:
                 after[at : at + 64] = before[at : at + 64]
         path.write_bytes(after)

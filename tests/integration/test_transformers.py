@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -98,7 +99,10 @@ def test_a_new_process_is_served_what_another_one_saved(
             "--model", str(model_folder), "--address", served_store.address,
             "--document", str(document), "--question", question, "--new-tokens", "8",
         ]  # fmt: skip
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        quiet = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}  # as in the demo
+        output = subprocess.run(
+            command, check=True, capture_output=True, text=True, env=quiet
+        ).stdout
         result: dict[str, Any] = json.loads(output.splitlines()[-1])["result"]
         return result
 

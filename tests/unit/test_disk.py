@@ -20,13 +20,15 @@ import pytest
 
 from kvstore.errors import ConfigError, FormatError, TierUnavailable
 from kvstore.spec import Namespace
-from kvstore.tiers.rawio import FolderLock, write_full
-from kvstore.tiers.slab import HEADER_BYTES, META_OFFSET, Header, checksum
+from kvstore.tiers.rawio import PIECE, FolderLock, write_full
+from kvstore.tiers.slab import HEADER_BYTES, Header, checksum
 from kvstore.tiers.slabcheck import fsck, inspect
 from kvstore.tiers.slabdict import Dictionary, DictionaryFull
-from kvstore.tiers.slabfile import SLAB_NAME, SlabFile
+from kvstore.tiers.slabfile import SlabFile
+from kvstore.tiers.slabread import SLAB_NAME, TABLE_NAME
 from tests.disk_tools import (
     MIB,
+    Memory,
     MiniStore,
     Outcome,
     content,
@@ -35,10 +37,6 @@ from tests.disk_tools import (
     part,
     size_of,
 )
-
-
-def header_of(folder: Path) -> Header:
-    return Header.unpack((folder / SLAB_NAME).read_bytes()[:HEADER_BYTES], folder / SLAB_NAME)
 
 
 def patch(path: Path, offset: int, data: bytes) -> None:
@@ -92,12 +90,8 @@ def test_round_trip(tmp_path: Path, nbytes: int, direct_to_arena: bool) -> None:
 
 
 def test_objects_larger_than_a_piece(tmp_path: Path) -> None:
-    from kvstore.tiers.rawio import PIECE
-
     nbytes = 2 * PIECE + 4096 + 16
     with MiniStore(tmp_path, 64 * MIB, chunk=16 * MIB) as store:
-        from tests.disk_tools import Memory
-
         store.memory = Memory(3 * PIECE)
         name = object_name(1, nbytes)
         assert store.put(name) is None
@@ -172,6 +166,7 @@ def test_chunks_change_their_class(tmp_path: Path) -> None:
 def test_reads_go_before_queued_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     order: list[str] = []
+    monkeypatch.setattr("kvstore.tiers.disk._MOVERS_PER_TRANSFER", 1)
     with MiniStore(tmp_path, threads=1) as store:
         name = object_name(0)
         store.put(name)
@@ -256,7 +251,7 @@ def test_capacity_shrinks(tmp_path: Path) -> None:
             store.put(object_name(i, 200_000))
     for _ in range(2):
         with MiniStore(tmp_path, 12 * MIB) as store:
-            assert os.stat(tmp_path / SLAB_NAME).st_size <= 12 * MIB
+            assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 12 * MIB
             assert 0 < len(store.objects) < 100
             for name in list(store.objects):
                 assert store.get(name) == content(name)
@@ -347,8 +342,8 @@ def test_twice_in_one_process_is_refused(tmp_path: Path) -> None:
 
 def test_unknown_version(tmp_path: Path) -> None:
     MiniStore(tmp_path).close()
-    for page in (0, HEADER_BYTES):
-        patch(tmp_path / SLAB_NAME, page + 8, struct.pack("<I", 7))
+    for file in (SLAB_NAME, TABLE_NAME):
+        patch(tmp_path / file, 8, struct.pack("<I", 7))
     before = (tmp_path / SLAB_NAME).read_bytes()
     with pytest.raises(FormatError, match="version 7; this kvstore reads version 1"):
         MiniStore(tmp_path)
@@ -357,36 +352,74 @@ def test_unknown_version(tmp_path: Path) -> None:
     assert (tmp_path / SLAB_NAME).read_bytes() == before
 
 
-@pytest.mark.parametrize("data", [b"", b"precious notes\n", bytes(1 << 16), b"KVSLAB\r\n"])
-def test_a_file_that_is_not_ours(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / SLAB_NAME).write_bytes(data)
+@pytest.mark.parametrize("file", [SLAB_NAME, TABLE_NAME])
+@pytest.mark.parametrize("data", [b"", b"precious notes\n", b"KVSLAB\r\n", bytes(1 << 16)])
+def test_a_file_that_is_not_ours(tmp_path: Path, file: str, data: bytes) -> None:
+    (tmp_path / file).write_bytes(data)
     with pytest.raises(FormatError, match=r"move (the file|it) away"):
         MiniStore(tmp_path)
-    for repair in (False, True):
-        with pytest.raises(FormatError):
-            fsck(tmp_path, repair=repair)
-    assert (tmp_path / SLAB_NAME).read_bytes() == data
+    assert sorted(os.listdir(tmp_path)) == sorted([file, "lock"])
+    (tmp_path / file).unlink()
+    MiniStore(tmp_path).close()
+    (tmp_path / file).write_bytes(data)
+    with pytest.raises(FormatError):
+        MiniStore(tmp_path)
+    assert not fsck(tmp_path).clean
+    assert (tmp_path / file).read_bytes() == data
 
 
-def test_damaged_header_is_refused_and_repaired(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", [SLAB_NAME, TABLE_NAME])
+def test_repair_leaves_alone_what_is_not_ours(tmp_path: Path, file: str) -> None:
+    MiniStore(tmp_path).close()
+    (tmp_path / file).write_bytes(b"precious notes\n")
+    with pytest.raises(FormatError):
+        fsck(tmp_path, repair=True)
+    assert (tmp_path / file).read_bytes() == b"precious notes\n"
+
+
+@pytest.mark.parametrize("file", [SLAB_NAME, TABLE_NAME])
+@pytest.mark.parametrize("damage", [(40, b"\xff"), (0, bytes(HEADER_BYTES))])
+def test_damaged_header_is_refused_and_repaired(
+    tmp_path: Path, file: str, damage: tuple[int, bytes]
+) -> None:
     with MiniStore(tmp_path) as store:
         store.put(object_name(1))
-    patch(tmp_path / SLAB_NAME, 40, b"\xff")
-    with pytest.raises(FormatError, match="fsck --repair"):
+    patch(tmp_path / file, *damage)
+    with pytest.raises(FormatError, match="fsck"):
         MiniStore(tmp_path)
-    assert "Its copy is whole" in fsck(tmp_path).problems[0]
+    with pytest.raises(FormatError):
+        inspect(tmp_path)
+    assert "is whole" in fsck(tmp_path).problems[0]
     assert fsck(tmp_path, repair=True).clean
     with MiniStore(tmp_path) as store:
         assert store.get(object_name(1)) == content(object_name(1))
 
 
-def test_damaged_copy_of_the_header_is_repaired(tmp_path: Path) -> None:
-    MiniStore(tmp_path).close()
-    patch(tmp_path / SLAB_NAME, HEADER_BYTES + 40, b"\xff")
-    MiniStore(tmp_path).close()
-    assert not fsck(tmp_path).clean
-    assert fsck(tmp_path, repair=True).clean
-    assert fsck(tmp_path).clean
+def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        with MiniStore(tmp_path / folder) as store:
+            store.put(object_name(1))
+    (tmp_path / "a" / TABLE_NAME).replace(tmp_path / "b" / TABLE_NAME)
+    for use in (MiniStore, inspect, fsck):
+        with pytest.raises(FormatError, match="do not belong together"):
+            use(tmp_path / "b")
+
+
+@pytest.mark.parametrize("file", [SLAB_NAME, TABLE_NAME])
+def test_a_missing_file_is_made_again(
+    tmp_path: Path, file: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with MiniStore(tmp_path) as store:
+        store.put(object_name(1))
+    (tmp_path / file).unlink()
+    with pytest.raises(TierUnavailable, match=f"there is no .*{file}"):
+        fsck(tmp_path)
+    with MiniStore(tmp_path) as store:
+        assert not store.objects
+        assert store.put(object_name(2)) is None
+    assert any("is missing" in line for line in caplog.messages)
+    with MiniStore(tmp_path) as store:
+        assert list(store.objects) == [object_name(2)]
 
 
 def test_folder_is_made(tmp_path: Path) -> None:
@@ -402,9 +435,9 @@ def test_folder_is_a_file(tmp_path: Path) -> None:
 
 
 def test_remains_of_a_crashed_creation(tmp_path: Path) -> None:
-    (tmp_path / "kvstore.new").write_bytes(b"half a header")
+    (tmp_path / f"{SLAB_NAME}.new").write_bytes(b"half a header")
     MiniStore(tmp_path).close()
-    assert sorted(os.listdir(tmp_path)) == [SLAB_NAME, "lock"]
+    assert sorted(os.listdir(tmp_path)) == [SLAB_NAME, TABLE_NAME, "lock"]
 
 
 def test_nothing_leaks(tmp_path: Path) -> None:
@@ -434,6 +467,7 @@ def test_close_fails_queued_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         gate.wait(10)
         write_full(*args)
 
+    monkeypatch.setattr("kvstore.tiers.disk._MOVERS_PER_TRANSFER", 1)
     store = MiniStore(tmp_path, threads=1)
     monkeypatch.setattr("kvstore.tiers.rawio.write_full", slow)
     outcomes = [Outcome() for _ in range(5)]
@@ -677,9 +711,9 @@ def test_a_record_from_another_place_is_not_valid(tmp_path: Path) -> None:
     with MiniStore(tmp_path) as store:
         store.put(object_name(1))
         header = store.tier._slab.header
-    raw = (tmp_path / SLAB_NAME).read_bytes()
+    raw = (tmp_path / TABLE_NAME).read_bytes()
     at = header.record_offset(0)
-    patch(tmp_path / SLAB_NAME, header.record_offset(1), raw[at : at + 128])
+    patch(tmp_path / TABLE_NAME, header.record_offset(1), raw[at : at + 128])
     with MiniStore(tmp_path) as store:
         assert list(store.objects) == [object_name(1)]
         assert store.tier.counters["dropped_records.record_checksum"] == 1
@@ -779,8 +813,8 @@ def test_a_damaged_entry_costs_only_its_objects(tmp_path: Path) -> None:
     with MiniStore(tmp_path) as store:
         for name in names:
             store.put(name)
-    raw = (tmp_path / SLAB_NAME).read_bytes()
-    patch(tmp_path / SLAB_NAME, raw.index(b"tenant-2", META_OFFSET), b"T")
+    raw = (tmp_path / TABLE_NAME).read_bytes()
+    patch(tmp_path / TABLE_NAME, raw.index(b"tenant-2"), b"T")
     assert "damaged bytes" in fsck(tmp_path).problems[0]
     with MiniStore(tmp_path) as store:
         assert set(store.objects) == {*names[:2], *names[3:]}
@@ -813,8 +847,8 @@ def test_fsck_repairs(tmp_path: Path) -> None:
             store.put(name)
         header = store.tier._slab.header
         place = store.objects[names[3]][0].offset
-    path = tmp_path / SLAB_NAME
-    patch(path, header.data_offset + place, b"\0" * 10)
+    patch(tmp_path / SLAB_NAME, header.data_offset + place, b"\0" * 10)
+    path = tmp_path / TABLE_NAME
     patch(path, header.record_offset(header.index(store.objects[names[5]][0].offset, 20_480)), b"?")
     report = fsck(tmp_path)
     assert not report.clean
@@ -850,12 +884,14 @@ def test_inspect(tmp_path: Path) -> None:
     assert {p for p in summary.parts} == {part(8192), part(20_000)}
     assert all(0 <= u.newest_age <= u.oldest_age < 60 for u in summary.namespaces)
     assert summary.in_use_by is None
-    assert summary.file_bytes == os.stat(tmp_path / SLAB_NAME).st_size
+    assert summary.file_bytes == sum(
+        os.stat(tmp_path / file).st_size for file in (SLAB_NAME, TABLE_NAME)
+    )
 
 
 def test_nothing_to_check(tmp_path: Path) -> None:
     for look in (fsck, inspect):
-        with pytest.raises(TierUnavailable, match="there is no slab"):
+        with pytest.raises(TierUnavailable, match=r"there is no .*kvstore\.slab; name the folder"):
             look(tmp_path)
     assert not os.listdir(tmp_path)
 
@@ -872,7 +908,7 @@ def test_the_layout_fits_the_capacity(capacity: int, chunk: int) -> None:
         assert capacity < 2 * chunk + (1 << 20)
         return
     chunks = header.chunks_within(capacity)
-    assert header.data_offset + chunks * chunk < capacity
+    assert header.slab_bytes(chunks) + header.table_bytes < capacity
     assert Header.unpack(header.pack(), Path("x")) == header
     assert header.chunks_within(capacity + chunk) >= chunks
 

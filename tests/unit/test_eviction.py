@@ -1,0 +1,153 @@
+"""Eviction policies: which key goes first, and that asking for one always ends."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+
+import pytest
+
+from kvstore.eviction import EvictionPolicy, Lru, S3Fifo, make_policy
+
+POLICIES = pytest.mark.parametrize("make", [Lru, S3Fifo])
+
+Make = Callable[[], EvictionPolicy[int]]
+
+
+def evict(policy: EvictionPolicy[int]) -> int:
+    """Give up the best victim."""
+    key = next(iter(policy.candidates()))
+    policy.remove(key, evicted=True)
+    return key
+
+
+def filled(make: Make, keys: range) -> EvictionPolicy[int]:
+    policy = make()
+    for key in keys:
+        policy.add(key)
+    return policy
+
+
+def test_lru_gives_up_the_longest_unused() -> None:
+    policy = filled(Lru, range(5))
+    policy.touch(0)
+    policy.touch(2)
+    policy.remove(3)
+    assert list(policy.candidates()) == [1, 4, 0, 2]
+    assert [evict(policy) for _ in range(4)] == [1, 4, 0, 2]
+    assert len(policy) == 0
+
+
+def test_s3fifo_lets_one_hit_wonders_go_before_what_was_used() -> None:
+    policy = filled(S3Fifo, range(10))
+    for key in (0, 3, 7):
+        policy.touch(key)
+    for key in range(100, 120):
+        policy.add(key)
+    gone = [evict(policy) for _ in range(25)]
+    assert not {0, 3, 7} & set(gone)
+
+
+def test_s3fifo_is_not_flushed_by_a_scan() -> None:
+    """What LRU fails at: many objects used once do not drive out those used again."""
+
+    def survivors(policy: EvictionPolicy[int]) -> int:
+        hot = set(range(20))
+        for key in hot:
+            policy.add(key)
+        for key in hot:
+            policy.touch(key)
+        for key in range(1000, 1200):
+            policy.add(key)
+            hot.discard(evict(policy))
+        return len(hot)
+
+    assert survivors(S3Fifo()) >= 18  # the small queue's share of all may still go
+    assert survivors(Lru()) == 0
+
+
+def test_s3fifo_promotes_what_comes_back_soon() -> None:
+    policy = filled(S3Fifo, range(20))
+    assert [evict(policy) for _ in range(2)] == [0, 1]
+    policy.add(0)  # remembered: enters the main queue
+    policy.add(50)  # never seen: enters the small one
+    assert [evict(policy) for _ in range(len(policy))][-2:] == [50, 0]
+
+
+def test_s3fifo_forgets_ghosts_and_what_was_removed_otherwise() -> None:
+    policy: S3Fifo[int] = S3Fifo()
+    for key in range(10_000):
+        policy.add(key)
+        policy.remove(key, evicted=True)
+    policy.add(-1)
+    policy.remove(-1)
+    # Only a remembered key goes to the main queue, from where a newer one is not taken first.
+    for key in (-1, 0):
+        policy.add(key)
+    assert evict(policy) == -1
+    assert evict(policy) == 0
+
+
+@POLICIES
+def test_candidates_yield_every_key_once_however_often_they_were_used(make: Make) -> None:
+    """A victim that may go is found, though all others are in use."""
+    for seed in range(200):
+        rng = random.Random(seed)
+        policy = filled(make, range(rng.randrange(1, 30)))
+        for _ in range(rng.randrange(60)):
+            policy.touch(rng.randrange(len(policy)))
+        for _ in range(rng.randrange(3)):
+            list(policy.candidates())
+        size = len(policy)
+        # One more than there may be: a policy that does not end shows here.
+        asked = list(itertools.islice(policy.candidates(), size + 1))
+        assert sorted(asked) == list(range(size)), f"seed {seed}"
+        assert len(policy) == size
+
+
+@POLICIES
+def test_skipped_candidates_can_be_had_again(make: Make) -> None:
+    policy = filled(make, range(10))
+    skipped = set(itertools.islice(policy.candidates(), 5))
+    assert len(skipped) == 5
+    assert {evict(policy) for _ in range(10)} == set(range(10))
+
+
+@POLICIES
+def test_nothing_known_has_no_candidates(make: Make) -> None:
+    policy = make()
+    assert list(policy.candidates()) == []
+    policy.add(1)
+    policy.remove(1, evicted=True)
+    assert list(policy.candidates()) == []
+    assert len(policy) == 0
+
+
+@POLICIES
+def test_any_sequence_of_calls_keeps_count(make: Make) -> None:
+    rng = random.Random(1)
+    policy, known, fresh = make(), set[int](), itertools.count()
+    for _ in range(5000):
+        action = rng.random()
+        if action < 0.4 or not known:
+            key = next(fresh) if rng.random() < 0.7 else rng.randrange(2000) + 10_000
+            if key not in known:
+                policy.add(key)
+                known.add(key)
+        elif action < 0.7:
+            policy.touch(rng.choice(sorted(known)))
+        elif action < 0.8:
+            key = rng.choice(sorted(known))
+            policy.remove(key)
+            known.remove(key)
+        else:
+            known.remove(evict(policy))
+        assert len(policy) == len(known)
+
+
+def test_policies_are_made_by_name() -> None:
+    assert isinstance(make_policy("lru")(), Lru)
+    assert isinstance(make_policy("s3fifo")(), S3Fifo)
+    with pytest.raises(KeyError):
+        make_policy("clock")

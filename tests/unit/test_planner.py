@@ -1,0 +1,120 @@
+"""Load or recompute: the plan is the prefix with the least total time."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from kvstore.planner import LoadPlan, Planner
+
+MIB = 1 << 20
+TOKENS = 64
+
+
+def plan(planner: Planner, tiers: list[str], below_memory: float = 1e-9) -> LoadPlan:
+    return planner.plan(tiers, block_tokens=TOKENS, block_bytes=MIB, below_memory=below_memory)
+
+
+def measured(*, copy: float, token: float) -> Planner:
+    """With known seconds per byte copied and per token computed."""
+    planner = Planner()
+    planner.loaded(MIB, copy * MIB)
+    planner.computed(1000, token * 1000)
+    return planner
+
+
+def test_nothing_found_is_nothing_to_load() -> None:
+    assert plan(Planner(), []) == LoadPlan(0, 0, (), 0.0, None, "nothing found")
+
+
+def test_until_the_prefill_rate_is_known_everything_is_loaded() -> None:
+    made = plan(Planner(), ["memory", "disk"], below_memory=1.0)
+    assert (made.blocks, made.reason) == (2, "prefill rate not measured yet")
+    assert made.compute_seconds is None
+
+
+def test_fast_loads_are_loaded() -> None:
+    made = plan(measured(copy=1e-10, token=1e-4), ["memory", "memory", "disk"])
+    assert (made.blocks, made.found, made.tiers) == (3, 3, ("memory", "memory", "disk"))
+    assert made.reason == "loading is faster"
+    assert made.load_seconds == pytest.approx(3 * 1e-10 * MIB + 1e-9 * MIB)
+    assert made.compute_seconds == pytest.approx(3 * TOKENS * 1e-4)
+
+
+def test_slow_loads_are_recomputed() -> None:
+    made = plan(measured(copy=1e-6, token=1e-4), ["memory", "memory"])
+    assert (made.blocks, made.found) == (0, 2)
+    assert made.reason == "recomputing is faster"
+    assert made.load_seconds > (made.compute_seconds or 0)
+
+
+def test_a_slow_tail_is_recomputed() -> None:
+    planner = measured(copy=1e-10, token=1e-5)
+    made = plan(planner, ["memory", "memory", "disk", "disk"], below_memory=1e-8)
+    assert made.blocks == 2
+    assert made.reason == "loading is faster up to here, recomputing beyond"
+
+
+def test_a_slow_stretch_is_crossed_when_what_lies_behind_pays_for_it() -> None:
+    planner = measured(copy=1e-10, token=1e-5)
+    # One block from disk loses as much as 2.4 blocks from memory win.
+    below = 2.5 * TOKENS * 1e-5 / MIB
+    assert plan(planner, ["disk", "memory"], below).blocks == 0
+    assert plan(planner, ["disk", "memory", "memory", "memory"], below).blocks == 4
+
+
+@pytest.mark.parametrize("tiers", itertools.product(["memory", "disk"], repeat=5))
+def test_no_other_prefix_takes_less_time(tiers: tuple[str, ...]) -> None:
+    planner = measured(copy=3e-10, token=1e-5)
+    below = 8e-10
+
+    def total(blocks: int) -> float:
+        times = planner.load_seconds(tiers, MIB, below)
+        return times[blocks] + (len(tiers) - blocks) * TOKENS * 1e-5
+
+    chosen = plan(planner, list(tiers), below).blocks
+    assert total(chosen) == pytest.approx(min(total(n) for n in range(6)))
+
+
+def test_ties_are_loaded() -> None:
+    planner = Planner()
+    planner.computed(1, 0.5)
+    free = planner.plan(["memory"] * 3, block_tokens=1, block_bytes=1, below_memory=0.0)
+    assert free.blocks == 3
+    even = planner.plan(["disk"] * 3, block_tokens=1, block_bytes=1, below_memory=0.5)
+    assert even.blocks == 3
+
+
+def test_modes_force_the_plan() -> None:
+    load, recompute = Planner("load"), Planner("recompute")
+    for planner in (load, recompute):
+        planner.computed(1, 1e-9)
+    assert plan(load, ["disk"] * 3, below_memory=1.0).blocks == 3
+    assert plan(load, ["disk"] * 3).reason == "forced by planner.mode=load"
+    planner = recompute
+    planner.computed(1, 1e9)
+    made = plan(planner, ["memory"] * 3)
+    assert (made.blocks, made.found) == (0, 3)
+    assert made.reason == "forced by planner.mode=recompute"
+
+
+def test_measurements_follow_the_machine() -> None:
+    planner = measured(copy=1e-10, token=1e-4)
+    assert plan(planner, ["memory"]).blocks == 1
+    for _ in range(30):
+        planner.loaded(MIB, 1e-5 * MIB)
+    assert plan(planner, ["memory"]).blocks == 0
+    for _ in range(60):
+        planner.loaded(MIB, 1e-10 * MIB)
+    assert plan(planner, ["memory"]).blocks == 1
+
+
+def test_empty_measurements_change_nothing() -> None:
+    planner = Planner()
+    planner.loaded(0, 1.0)
+    planner.loaded(10, 0.0)
+    planner.computed(0, 1.0)
+    planner.computed(10, 0.0)
+    assert plan(planner, ["memory"]).reason == "prefill rate not measured yet"
+    assert plan(planner, ["memory"]).load_seconds == 0.0
