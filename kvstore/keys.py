@@ -9,6 +9,7 @@ The same keys come out on every process, host and version: golden vectors guard 
 from __future__ import annotations
 
 import hashlib
+import struct
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
@@ -44,6 +45,8 @@ def token_array(tokens: Sequence[int] | NDArray[np.integer]) -> NDArray[np.uint3
                 bad = low if low < 0 else high
                 raise SpecError(f"token id {bad} is outside u32 (0 to {MAX_TOKEN})")
         return np.ascontiguousarray(tokens, dtype=np.uint32)
+    if not isinstance(tokens, (list, tuple)):
+        tokens = list(tokens)  # An array or bytes would be taken for raw memory below.
     try:
         return np.frombuffer(array("I", tokens), dtype=np.uint32)
     except (OverflowError, TypeError):
@@ -103,4 +106,4 @@ def _plain_chain(parent: bytes, ids: NDArray[np.uint32], size: int) -> list[byte
 
 def split_keys(joined: bytes) -> list[bytes]:
     """Cut a run of keys into keys."""
-    return [joined[i : i + KEY_BYTES] for i in range(0, len(joined), KEY_BYTES)]
+    return list(struct.unpack(f"{KEY_BYTES}s" * (len(joined) // KEY_BYTES), joined))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from kvstore.telemetry import Average
@@ -51,18 +52,14 @@ class Planner:
             self._token.add(seconds / tokens)
 
     def load_seconds(
-        self, tiers: Sequence[str], block_bytes: int, below_memory: float
-    ) -> list[float]:
-        """Estimated seconds to load the first 0, 1, 2 … blocks.
+        self, in_memory: int, below: int, block_bytes: int, below_memory: float
+    ) -> float:
+        """Estimated seconds to load so many blocks from memory and from the tiers below it.
 
         `below_memory` is the measured seconds per byte from disk to memory.
         """
-        copy = (self._copy.value or 0.0) * block_bytes
-        times = [0.0]
-        for tier in tiers:
-            extra = 0.0 if tier == "memory" else below_memory * block_bytes
-            times.append(times[-1] + copy + extra)
-        return times
+        copy = (self._copy.value or 0.0) * (in_memory + below)
+        return (copy + below_memory * below) * block_bytes
 
     def plan(
         self,
@@ -71,13 +68,18 @@ class Planner:
         block_tokens: int,
         block_bytes: int,
         below_memory: float,
+        nothing: str = "nothing found",
     ) -> LoadPlan:
-        """Decide for blocks found in `tiers`, in order."""
+        """Decide for blocks found in `tiers`, in order; `nothing` says why there are none."""
         found = len(tiers)
-        times = self.load_seconds(tiers, block_bytes, below_memory)
+        fetched = [0, *accumulate(tier != "memory" for tier in tiers)]
+        times = [
+            self.load_seconds(n - below, below, block_bytes, below_memory)
+            for n, below in enumerate(fetched)
+        ]
         per_token = self._token.value
         if not found:
-            blocks, reason = 0, "nothing found"
+            blocks, reason = 0, nothing
         elif self._mode != "auto":
             blocks = found if self._mode == "load" else 0
             reason = f"forced by planner.mode={self._mode}"

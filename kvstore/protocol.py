@@ -35,6 +35,11 @@ DISK: Final = 2
 TIER_NAMES: Final = {MEMORY: "memory", DISK: "disk"}
 
 
+def tier_name(code: int) -> str:
+    """The tier's name; `unknown` for one that a newer daemon may have."""
+    return TIER_NAMES.get(code, "unknown")
+
+
 class Message(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """Base of all messages."""
 
@@ -115,16 +120,24 @@ class Committed(Message, tag="committed"):
 
 
 class Acquire(Message, tag="acquire"):
-    """Bring blocks to memory and hold them under a new lease; wait at most `wait` seconds."""
+    """Bring blocks to memory and hold them under a new lease.
+
+    Answered when all have come, or the first `enough` of them, or after `wait` seconds.
+    """
 
     handle: int
     lease: int
     keys: bytes
     wait: float
+    enough: int
 
 
 class Held(Message, tag="held"):
-    """i64 offsets per block and part. `other` gives the layouts that are not the session's own."""
+    """i64 offsets per block and part, of the blocks that have come.
+
+    `tiers` has a byte for every block found, come or not; `other` gives the layouts that are not
+    the session's own, by position in `slots`.
+    """
 
     slots: bytes
     tiers: bytes

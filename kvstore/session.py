@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from kvstore import protocol
 from kvstore.channel import Channel
@@ -24,7 +24,7 @@ from kvstore.errors import SpecError
 from kvstore.keys import block_keys
 from kvstore.link import Link
 from kvstore.planner import LoadPlan, Planner
-from kvstore.protocol import TIER_NAMES, Message, Release, Reply
+from kvstore.protocol import MEMORY, Message, Release, Reply, tier_name
 from kvstore.spec import Namespace, Part
 from kvstore.transfer import Loaded, Saved, Transfer
 
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["LoadPlan", "Loaded", "Lookup", "Pin", "Saved", "Session"]
-
-_WINDOW_BYTES: Final = 128 << 20
 
 _log = logging.getLogger("kvstore.session")
 
@@ -154,11 +152,16 @@ class Session:
             )
         if not isinstance(reply, protocol.Found):
             return Lookup(0, (), "unavailable", 0.0)
-        tiers = tuple(TIER_NAMES.get(code, "unknown") for code in reply.tiers[: len(keys)])
+        codes = reply.tiers[: len(keys)]
+        in_memory = codes.count(MEMORY)
         with self._planner_lock:
             seconds = self._planner.load_seconds(
-                tiers, self.block_bytes, reply.disk_seconds_per_byte
-            )[-1]
+                in_memory,
+                len(codes) - in_memory,
+                self.block_bytes,
+                reply.disk_seconds_per_byte,
+            )
+        tiers = tuple(map(tier_name, codes))
         return Lookup(len(tiers), tiers, reply.reason or None, seconds, reply.disk_seconds_per_byte)
 
     def plan(self, keys: Sequence[bytes], *, timeout: float | None = None) -> LoadPlan:
@@ -170,6 +173,7 @@ class Session:
                 block_tokens=self.block_tokens,
                 block_bytes=self.block_bytes,
                 below_memory=found.disk_seconds_per_byte,
+                nothing=f"nothing found: {found.reason}" if found.reason else "nothing to find",
             )
             self.counters.add("plan", plan.reason)
         _log.debug("plan: load %d of %d blocks (%s)", plan.blocks, plan.found, plan.reason)
@@ -204,19 +208,7 @@ class Session:
             if link is None:
                 result.reason = "unavailable"
                 return result
-            channel, handle = link
-            windows = self._windows(len(keys))
-            if len(windows) > 1:
-                # Later windows come up from disk while the first ones are copied.
-                ahead = protocol.Prefetch(handle, b"".join(keys[: protocol.MAX_KEYS]))
-                channel.notify(ahead, timeout=1.0)
-            for first, end in windows:
-                pages = [ids[first:end] for ids in page_ids]
-                self._transfer.load_window(
-                    channel, handle, keys[first:end], memory, pages, deadline, result
-                )
-                if result.blocks < end:
-                    break
+            self._transfer.load(link, keys, memory, page_ids, deadline, result)
         result.seconds = time.monotonic() - started
         for tier, blocks in result.tiers.items():
             self.counters.add("load.blocks", tier, by=blocks)
@@ -247,12 +239,11 @@ class Session:
             if link is None:
                 result.dropped, result.reason = len(keys), "unavailable"
             else:
-                channel, handle = link
-                for first, end in self._windows(len(keys)):
-                    pages = [ids[first:end] for ids in page_ids]
-                    self._transfer.save_window(
-                        channel, handle, keys[first:end], memory, pages, wait, result
-                    )
+                step = max(1, protocol.MAX_KEYS // len(self.parts))
+                for first in range(0, len(keys), step):
+                    window = slice(first, first + step)
+                    pages = [ids[window] for ids in page_ids]
+                    self._transfer.save(link, keys[window], memory, pages, wait, result)
         result.seconds = time.monotonic() - started
         self.counters.add("save.stored", by=result.stored)
         if result.dropped:
@@ -315,10 +306,6 @@ class Session:
     def _copied(self, nbytes: int, seconds: float) -> None:
         with self._planner_lock:
             self._planner.loaded(nbytes, seconds)
-
-    def _windows(self, blocks: int) -> list[tuple[int, int]]:
-        size = max(1, min(_WINDOW_BYTES // self.block_bytes, protocol.MAX_KEYS // len(self.parts)))
-        return [(i, min(i + size, blocks)) for i in range(0, blocks, size)]
 
     def _request(self, make: Callable[[int], Message], timeout: float) -> Reply | None:
         with self._link.using() as link:

@@ -34,13 +34,14 @@ def choose_chunk(capacity: int) -> int:
 class Slot(Generic[T]):
     """One place: `offset` and `nbytes` in the space, and the `owner` of what lies there."""
 
-    __slots__ = ("nbytes", "offset", "owner", "used")
+    __slots__ = ("admitted", "nbytes", "offset", "owner", "used")
 
     def __init__(self, offset: int, nbytes: int, owner: T) -> None:
         self.offset = offset
         self.nbytes = nbytes
         self.owner = owner
         self.used = 0
+        self.admitted = False
 
 
 class _Chunk(Generic[T]):
@@ -101,7 +102,10 @@ class SlotPool(Generic[T]):
         return max(self.min_slot, align(nbytes))
 
     def allocate(self, nbytes: int, owner: T) -> Slot[T] | None:
-        """A slot for `nbytes`, after evicting what had to go; None when nothing more can go."""
+        """A slot for `nbytes`, after evicting what had to go; None when nothing more can go.
+
+        The slot cannot be evicted before it is admitted.
+        """
         size = self.slot_bytes(nbytes)
         if size > self.chunk:
             return None
@@ -134,11 +138,19 @@ class SlotPool(Generic[T]):
         chunk.free.remove(offset)
         return self._occupy(cls, number, chunk, offset, owner)
 
+    def admit(self, slot: Slot[T]) -> None:
+        """The slot's object is whole: from now on it is up for eviction, the newest of all."""
+        self._clock += 1
+        slot.used = self._clock
+        slot.admitted = True
+        self._classes[slot.nbytes].policy.add(slot)
+
     def touch(self, slot: Slot[T]) -> None:
         """The slot's object was used."""
         self._clock += 1
         slot.used = self._clock
-        self._classes[slot.nbytes].policy.touch(slot)
+        if slot.admitted:
+            self._classes[slot.nbytes].policy.touch(slot)
 
     def free(self, slot: Slot[T], *, evicted: bool = False) -> None:
         """Give a slot back."""
@@ -146,7 +158,8 @@ class SlotPool(Generic[T]):
         number = slot.offset // self.chunk
         chunk = cls.chunks[number]
         del chunk.slots[slot.offset]
-        cls.policy.remove(slot, evicted=evicted)
+        if slot.admitted:
+            cls.policy.remove(slot, evicted=evicted)
         self.used_bytes -= slot.nbytes
         chunk.free.append(slot.offset)
         if chunk.slots:
@@ -185,9 +198,6 @@ class SlotPool(Generic[T]):
         chunk.slots[offset] = slot
         if not chunk.free:
             del cls.partial[number]
-        self._clock += 1
-        slot.used = self._clock
-        cls.policy.add(slot)
         self.used_bytes += cls.nbytes
         return slot
 
@@ -203,6 +213,9 @@ class SlotPool(Generic[T]):
             self._assign(cls, self._free_chunks.pop())
         return bool(cls.partial)
 
+    def _may_go(self, slot: Slot[T]) -> bool:
+        return slot.admitted and self._evictable(slot)
+
     def _take_over(self, cls: _SizeClass[T], victim: Slot[T] | None) -> None:
         """Empty the coldest chunk of another class, if it is colder than `victim`."""
         coldest: _Chunk[T] | None = None
@@ -212,7 +225,7 @@ class SlotPool(Generic[T]):
                 continue
             for chunk in other.chunks.values():
                 newest = max(slot.used for slot in chunk.slots.values())
-                if newest < coldest_used and all(map(self._evictable, chunk.slots.values())):
+                if newest < coldest_used and all(map(self._may_go, chunk.slots.values())):
                     coldest, coldest_used = chunk, newest
         if coldest is not None:
             for slot in list(coldest.slots.values()):

@@ -23,7 +23,11 @@ from kvstore.tiers.base import ObjectName
 
 @dataclass(slots=True)
 class Acquired:
-    """What an acquire brought: whole blocks from the start, in arena slots."""
+    """What an acquire brought: whole blocks from the start, in arena slots.
+
+    `tiers` says where each block of the prefix found lay, also those that have not come yet;
+    `reason` why not all have come.
+    """
 
     blocks: list[list[Entry]]
     tiers: list[int]
@@ -37,11 +41,14 @@ class Acquisition:
     lease: Lease
     done: Callable[[Acquired], None]
     started: float
+    enough: int
     tiers: list[int] = field(default_factory=list)
     reason: str = ""
+    ready: int = 0  # blocks from the start that are in memory
     promoting: int = 0
     promoted_bytes: int = 0
     failed: dict[Entry, str] = field(default_factory=dict)
+    started_all: bool = False
     finished: bool = False
 
 
@@ -66,7 +73,7 @@ class Store:
         post: Callable[[Callable[[], None]], None],
         *,
         chunk: int = 0,
-        policy: str = "s3fifo",
+        policy: str = "lru",
         lease_seconds: float = 30.0,
         open_disk: OpenDisk | None = None,
         write_queue: int = 256 << 20,
@@ -109,10 +116,13 @@ class Store:
         lease = self._new_lease(owner, lease_id, LeaseKind.WRITE)
         answers: list[int] = []
         full = False
+        had: list[Entry] = []
         for key in keys:
             block: list[Entry] = []
             for part in parts:
-                if self.tiering.index.usable(key, part) is not None:
+                known = self.tiering.index.usable(key, part)
+                if known is not None:
+                    had.append(known)
                     answer = HAVE
                 elif self.tiering.index.get(key, part) is not None:
                     answer = BUSY
@@ -125,6 +135,7 @@ class Store:
                     self.counters.add("save.dropped", "no_room")
                 answers.append(answer)
             lease.blocks.append(block)
+        self.tiering.touch(had)
         return answers
 
     def _reserve_one(
@@ -215,17 +226,20 @@ class Store:
         keys: Sequence[bytes],
         parts: Sequence[Part],
         done: Callable[[Acquired], None],
+        *,
+        enough: int | None = None,
     ) -> Acquisition:
         """Bring blocks into memory and hold them there under a read lease.
 
-        `done` is called once, on the loop, maybe before this returns; blocks that cannot be had end
-        the prefix. `settle` ends the waiting early.
+        `done` is called once, on the loop, maybe before this returns: when all blocks have come, or
+        the first `enough` of them, or one cannot be had. It is given the prefix that is there by
+        then; the rest goes on coming up, for the next acquire. `settle` ends the waiting early.
 
         Raises:
             ValueError: the owner holds a lease of that id.
         """
         lease = self._new_lease(owner, lease_id, LeaseKind.READ)
-        running = Acquisition(lease, done, self._clock())
+        running = Acquisition(lease, done, self._clock(), enough or len(keys))
         running.promoting = 1  # Held until all promotions are started.
         # In order, and holding nothing beyond the block at hand: later blocks that lie in memory
         # must not keep earlier ones from coming up.
@@ -239,13 +253,12 @@ class Store:
             for entry in block:
                 entry.readers += 1
             for entry in block:
-                if entry.in_memory and entry.slot is not None:
-                    self.tiering.memory.touch(entry.slot)
-                elif not entry.in_memory:
+                if not entry.in_memory:
                     running.promoting += 1
                     self.tiering.promote(entry, self._promotion_ended(running, entry))
             if running.failed:
                 break
+        running.started_all = True
         self._arrived(running)
         return running
 
@@ -258,21 +271,23 @@ class Store:
         if lease.released:
             running.done(Acquired([], [], "released"))
             return
-        ready = 0
-        for block in lease.blocks:
-            if not all(entry.in_memory for entry in block):
-                break
-            ready += 1
+        ready = self._count_ready(running)
         if ready < len(lease.blocks):
             failed = [running.failed[e] for e in lease.blocks[ready] if e in running.failed]
             running.reason = failed[0] if failed else reason
-        for block in lease.blocks[ready:]:
-            for entry in block:
-                self._end_reading(entry)
+        for entry in _entries(lease.blocks[ready:]):
+            self._end_reading(entry)
         del lease.blocks[ready:]
+        self.tiering.touch(_entries(lease.blocks))
         for tier in running.tiers[:ready]:
             self.counters.add("load.blocks", TIER_NAMES[tier])
-        running.done(Acquired(lease.blocks, running.tiers[:ready], running.reason))
+        running.done(Acquired(lease.blocks, running.tiers, running.reason))
+
+    def _count_ready(self, running: Acquisition) -> int:
+        blocks = running.lease.blocks
+        while running.ready < len(blocks) and all(e.in_memory for e in blocks[running.ready]):
+            running.ready += 1
+        return running.ready
 
     def prefetch(self, keys: Sequence[bytes], parts: Sequence[Part]) -> int:
         """Start to bring blocks into memory; returns how many were found in any tier."""
@@ -296,6 +311,8 @@ class Store:
     def _arrived(self, running: Acquisition) -> None:
         running.promoting -= 1
         if running.promoting:
+            if running.started_all and self._count_ready(running) >= running.enough:
+                self.settle(running, "later")
             return
         if running.promoted_bytes:
             self.tiering.promoted_in(running.promoted_bytes, self._clock() - running.started)
@@ -420,3 +437,7 @@ class Store:
                 "memory.size), or use fewer block_tokens"
             )
         return None
+
+
+def _entries(blocks: Iterable[list[Entry]]) -> list[Entry]:
+    return [entry for block in blocks for entry in block]

@@ -98,12 +98,23 @@ class Tiering:
 
     def committed(self, entries: Sequence[Entry]) -> None:
         """The slots of these entries are whole now; their way to disk begins."""
-        for entry in entries:
+        # Last block first, so that the first one is given up last: without it the rest is useless.
+        for entry in reversed(entries):
+            assert entry.slot is not None
             entry.in_memory = True
-            if self._open_disk is not None:
-                self._unwritten.add(entry)
-                self._backlog.append(entry)
+            self.memory.admit(entry.slot)
+        if self._open_disk is not None:
+            self._unwritten.update(entries)
+            self._backlog.extend(entries)
         self.pump()
+
+    def touch(self, entries: Sequence[Entry]) -> None:
+        """These entries, in the order of their blocks, were used."""
+        for entry in reversed(entries):
+            if entry.in_memory and entry.slot is not None:
+                self.memory.touch(entry.slot)
+            if entry.on_disk and entry.place is not None and self.disk is not None:
+                self.disk.pool.touch(entry.place)
 
     def discard(self, entry: Entry) -> None:
         """Take an object out of sight; its places are freed when nobody uses them any more."""
@@ -182,7 +193,9 @@ class Tiering:
         entry.disk_io -= 1
         waiting, entry.waiting = entry.waiting, []
         if error is None:
+            assert entry.slot is not None
             entry.in_memory = True
+            self.memory.admit(entry.slot)
             self.counters.add("promote.bytes", by=entry.nbytes)
         else:
             self.counters.add("load.failed", error)
@@ -237,8 +250,11 @@ class Tiering:
         entry.disk_io -= 1
         self._writing_bytes -= entry.nbytes
         if error is None:
+            assert entry.place is not None
+            assert self.disk is not None
             entry.checksum = checksum
             entry.on_disk = True
+            self.disk.pool.admit(entry.place)
             self._unwritten.discard(entry)
             self.counters.add("write.bytes", by=entry.nbytes)
         else:
@@ -310,6 +326,7 @@ class Tiering:
             self.counters.add("recover.dropped", "twice")
         else:
             entry.place, entry.on_disk, entry.checksum = place, True, found.checksum
+            disk.pool.admit(place)
             self.index.add(entry)
             self.counters.add("recover.objects")
 

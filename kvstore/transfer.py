@@ -1,4 +1,4 @@
-"""Loads and saves: one window of blocks at a time, each under its own lease."""
+"""Loads and saves: leases, copies, and the order they go in."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from kvstore.copier.base import Copier, PagedMemory
 from kvstore.errors import SpecError, StoreUnavailable
 from kvstore.keys import KEY_BYTES
 from kvstore.link import Link
-from kvstore.protocol import BUSY, HAVE, NO_ROOM, TIER_NAMES, Held, Release
+from kvstore.protocol import BUSY, HAVE, NO_ROOM, Held, Release, tier_name
 from kvstore.spec import Part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+_WINDOW_BYTES = 64 << 20
+"""Bytes that come up from disk before the first of them are copied on."""
 
 LATE_SECONDS = 0.5
 """How much longer than its deadline a daemon may take to say what has arrived."""
@@ -53,7 +56,7 @@ class Saved:
 
 
 class Transfer:
-    """Moves windows of blocks between an engine's pages and the arena; thread-safe."""
+    """Moves blocks between an engine's pages and the arena; thread-safe."""
 
     def __init__(
         self,
@@ -73,49 +76,74 @@ class Transfer:
         self._verify = verify
         self._copied = copied
 
-    def load_window(
+    def load(
         self,
-        channel: Channel,
-        handle: int,
+        link: tuple[Channel, int],
         keys: Sequence[bytes],
         memory: Sequence[PagedMemory],
         page_ids: Sequence[NDArray[np.int64]],
         deadline: float,
         result: Loaded,
     ) -> None:
-        lease = next(self.leases)
-        wait = max(0.001, deadline - time.monotonic())
-        request = protocol.Acquire(handle, lease, b"".join(keys), wait)
-        # The daemon answers at the deadline with what it has; give that answer time to arrive.
-        reply = self._link.call(channel, request, wait + LATE_SECONDS, lease=lease)
-        if not isinstance(reply, Held):
-            result.reason = "unavailable"
-            return
-        try:
-            blocks = len(reply.tiers)
-            offsets = np.frombuffer(reply.slots, dtype="<i8")
-            parts = len(self._parts)
-            if blocks > len(keys) or offsets.size != blocks * parts:
-                raise StoreUnavailable("the daemon's answer does not fit the request")
-            started = time.monotonic()
-            good = blocks
-            for column in range(parts):
-                good = min(
-                    good, self._load_part(channel, column, blocks, offsets, reply, memory, page_ids)
-                )
-            nbytes = good * sum(self._part_bytes)
-            self._copied(nbytes, time.monotonic() - started)
+        """Copy blocks into pages as they arrive; `deadline` in monotonic seconds.
+
+        One acquire does when all lies in memory. Otherwise it is answered when the first window
+        has come up from disk, and the rest comes up while that is copied.
+        """
+        channel, handle = link
+        step = max(1, protocol.MAX_KEYS // len(self._parts))
+        enough = max(1, _WINDOW_BYTES // sum(self._part_bytes))
+        found: list[int] = []  # where each block lay before this load moved it
+        while result.blocks < len(keys):
+            first = result.blocks
+            lease = next(self.leases)
+            wait = max(0.0, deadline - time.monotonic())
+            joined = b"".join(keys[first : first + step])
+            request = protocol.Acquire(handle, lease, joined, wait, enough)
+            # The daemon answers at the deadline with what it has; give that time to arrive.
+            reply = self._link.call(channel, request, wait + LATE_SECONDS, lease=lease)
+            if not isinstance(reply, Held):
+                result.reason = "unavailable"
+                break
+            found += reply.tiers[len(found) - first :]
+            try:
+                pages = [ids[first:] for ids in page_ids]
+                good, held = self._copy_held(channel, reply, len(keys) - first, memory, pages)
+            except StoreUnavailable as e:
+                result.reason = str(e)
+                break
+            finally:
+                channel.notify(Release(lease))
             result.blocks += good
-            result.nbytes += nbytes
-            for code in reply.tiers[:good]:
-                tier = TIER_NAMES.get(code, "unknown")
-                result.tiers[tier] = result.tiers.get(tier, 0) + 1
-            if good < len(keys):
-                result.reason = "checksum" if good < blocks else (reply.reason or "absent")
-        except StoreUnavailable as e:
-            result.reason = str(e)
-        finally:
-            channel.notify(Release(lease))
+            result.nbytes += good * sum(self._part_bytes)
+            ended = reply.reason and held == len(reply.tiers)  # nothing more was found
+            if good < held or not held or ended:
+                result.reason = "checksum" if good < held else (reply.reason or "absent")
+                break
+        for tier in map(tier_name, found[: result.blocks]):
+            result.tiers[tier] = result.tiers.get(tier, 0) + 1
+
+    def _copy_held(
+        self,
+        channel: Channel,
+        reply: Held,
+        limit: int,
+        memory: Sequence[PagedMemory],
+        page_ids: Sequence[NDArray[np.int64]],
+    ) -> tuple[int, int]:
+        """Copy what an acquire brought; returns blocks that are right, and blocks that came."""
+        parts = len(self._parts)
+        offsets = np.frombuffer(reply.slots, dtype="<i8")
+        blocks = offsets.size // parts
+        if offsets.size % parts or blocks > limit or blocks > len(reply.tiers):
+            raise StoreUnavailable("the daemon's answer does not fit the request")
+        started = time.monotonic()
+        good = blocks
+        for column in range(parts):
+            right = self._load_part(channel, column, blocks, offsets, reply, memory, page_ids)
+            good = min(good, right)
+        self._copied(good * sum(self._part_bytes), time.monotonic() - started)
+        return good, blocks
 
     def _load_part(
         self,
@@ -153,16 +181,17 @@ class Transfer:
                     good = min(good, row)
         return good
 
-    def save_window(
+    def save(
         self,
-        channel: Channel,
-        handle: int,
+        link: tuple[Channel, int],
         keys: Sequence[bytes],
         memory: Sequence[PagedMemory],
         page_ids: Sequence[NDArray[np.int64]],
         wait: float,
         result: Saved,
     ) -> None:
+        """Copy the blocks that the store lacks into slots, and commit them."""
+        channel, handle = link
         lease = next(self.leases)
         request = protocol.Reserve(handle, lease, b"".join(keys))
         reply = self._link.call(channel, request, wait, lease=lease)
@@ -178,9 +207,13 @@ class Transfer:
         result.had += int(((answers == HAVE) | (answers == BUSY)).all(axis=1).sum())
         try:
             sums = self._save_parts(channel, answers, wanted, memory, page_ids)
-        except BaseException:
+        except BaseException as e:
             channel.notify(Release(lease))
-            raise
+            if not isinstance(e, StoreUnavailable):
+                raise
+            result.dropped += int((full | wanted).sum())
+            result.reason = str(e)
+            return
         dropped = tuple(int(i) for i in np.flatnonzero(full))
         commit = protocol.Commit(lease, dropped, sums)
         done = self._link.call(channel, commit, wait, lease=lease)

@@ -176,7 +176,12 @@ class SessionConnection(asyncio.Protocol):
             self._reply(request_id, reply)
 
         running = self._store.acquire(
-            self, request.lease, protocol.keys_of(request.keys), parts, done
+            self,
+            request.lease,
+            protocol.keys_of(request.keys),
+            parts,
+            done,
+            enough=max(1, request.enough),
         )
         if answer:
             return answer[0]

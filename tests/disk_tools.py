@@ -96,6 +96,7 @@ class MiniStore:
         for found in self.tier.recover():
             slot = self.tier.pool.claim(found.offset, found.nbytes, found.name)
             assert slot is not None, "recovered a place that cannot be claimed"
+            self.tier.pool.admit(slot)
             assert found.name not in self.objects, "recovered a name twice"
             self.objects[found.name] = (slot, found.checksum)
 
@@ -121,6 +122,7 @@ class MiniStore:
         if outcome.checksum is None:
             self._drop(slot, evicted=False)
         else:
+            self.tier.pool.admit(slot)
             self.objects[name] = (slot, outcome.checksum)
         return outcome.error
 

@@ -30,7 +30,7 @@ class PlaneMemory:
     channel: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PagedMemory:
     """An engine's paged memory for one part: `pages` pages of `page_tokens` tokens.
 
@@ -38,23 +38,27 @@ class PagedMemory:
     `owner` keeps the memory alive for as long as this description.
 
     Raises:
-        SpecError: planes missing or in excess, or no pages.
+        SpecError: planes missing or in excess, no pages, or pages that are not the layout's.
     """
 
     part: Part
     page_tokens: int
     pages: int
     planes: tuple[PlaneMemory, ...]
-    owner: Any = field(default=None, compare=False, repr=False)
+    owner: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        group = self.part.group
-        opaque = isinstance(self.part.layout, Opaque)
-        wanted = group.layers * (1 if opaque else len(group.channels))
+        group, layout = self.part.group, self.part.layout
+        wanted = group.layers * (1 if isinstance(layout, Opaque) else len(group.channels))
         if len(self.planes) != wanted:
             raise SpecError(
                 f"paged memory of {group.name!r} has {len(self.planes)} planes; "
                 f"{group.layers} layers need {wanted}"
+            )
+        if isinstance(layout, Opaque) and self.page_tokens != layout.page_tokens:
+            raise SpecError(
+                f"paged memory of {group.name!r} has pages of {self.page_tokens} tokens, its "
+                f"layout {layout.name!r} pages of {layout.page_tokens}"
             )
         if self.page_tokens < 1 or self.pages < 1:
             raise SpecError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -29,6 +30,8 @@ class CpuCopier:
 
     def __init__(self, threads: int = 2) -> None:
         self._threads = threads
+        self._plans: WeakKeyDictionary[PagedMemory, dict[tuple[Part, int], Plan]]
+        self._plans = WeakKeyDictionary()
 
     def save(
         self,
@@ -78,7 +81,11 @@ class CpuCopier:
         if high >= memory.pages or low < (0 if to_slots else -1):
             bad = high if high >= memory.pages else low
             raise SpecError(f"page id {bad} is outside the engine's {memory.pages} pages")
-        segments, page_tokens, elem = _segments(memory, stored, block_tokens)
+        plans = self._plans.setdefault(memory, {})
+        plan = plans.get((stored, block_tokens))
+        if plan is None:
+            plan = plans[stored, block_tokens] = _segments(memory, stored, block_tokens)
+        segments, page_tokens, elem = plan
         sums = _native.copy_blocks(
             to_slots,
             segments,
@@ -90,6 +97,10 @@ class CpuCopier:
             checksum,
         )
         return None if sums is None else [int(s) for s in sums]
+
+
+Plan = tuple["NDArray[np.int64]", int, int]
+"""The rows that `_native.copy_blocks` takes, tokens per page and bytes per number."""
 
 
 @lru_cache(maxsize=256)
@@ -104,10 +115,7 @@ def _slot_strides(stored: Part, block_tokens: int) -> tuple[PlaneStrides, ...]:
     )
 
 
-def _segments(
-    memory: PagedMemory, stored: Part, block_tokens: int
-) -> tuple[NDArray[np.int64], int, int]:
-    """The rows that `_native.copy_blocks` takes, with tokens per page and bytes per number."""
+def _segments(memory: PagedMemory, stored: Part, block_tokens: int) -> Plan:
     group, layout = memory.part.group, memory.part.layout
     if isinstance(layout, Opaque):
         # A private page is one run of bytes: a "token" of `page_bytes` one-byte channels.

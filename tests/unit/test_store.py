@@ -136,8 +136,8 @@ def test_a_full_arena_evicts_the_oldest_and_drops_saves_when_all_is_in_use(memor
     memory.load(keys(0))
     assert memory.save(keys(100)) != [NO_ROOM]
     assert memory.store.lookup(keys(0), [PART])[0] == [1], "in use: not evicted"
-    assert memory.store.lookup(keys(1), [PART]) == ([], "absent")
-    held = memory.load(keys(0, 2, 3, 4, 5, 6, 7, 100))
+    assert memory.store.lookup(keys(7), [PART]) == ([], "absent"), "the end of a chain goes first"
+    held = memory.load(keys(0, 1, 2, 3, 4, 5, 6, 100))
     assert len(held.blocks) == 8
     assert memory.save(keys(200, 201)) == [NO_ROOM, NO_ROOM]
     assert memory.store.counters["save.dropped.no_room"] == 2

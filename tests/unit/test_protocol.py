@@ -1,0 +1,167 @@
+"""Messages: round trips, limits, and what is not understood."""
+
+from __future__ import annotations
+
+import typing
+
+import msgspec
+import pytest
+
+from kvstore import protocol
+from kvstore.errors import ProtocolError
+from kvstore.protocol import Message
+from kvstore.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part, Shard
+
+NAMESPACE = Namespace(ModelIdentity("m", "r", "d", "a", (("x", "y"),)), "tenant", 32)
+PART = Part(Group(layers=2, heads=3, channels=(4, 6), dtype="float16"), Described("LNHPC"))
+OPAQUE = Part(PART.group, Opaque("engine", 16, 100, (("isa", "avx512"),)), Shard(1, 2))
+KEYS = bytes(range(64))
+
+REQUESTS: list[Message] = [
+    protocol.Hello(1, "kvstore 0.1.0", 4711),
+    protocol.Open(NAMESPACE, (PART, OPAQUE)),
+    protocol.Lookup(0, KEYS),
+    protocol.Reserve(0, 1, KEYS),
+    protocol.Commit(1),
+    protocol.Commit(1, (0, 3), (0, (1 << 64) - 1)),
+    protocol.Acquire(0, 2, KEYS, 0.5, 1),
+    protocol.Release(2),
+    protocol.Prefetch(0, b""),
+    protocol.Pin(0, 3, KEYS, 60.0),
+    protocol.Flush(1.5),
+    protocol.Clear(),
+    protocol.Stats(),
+]
+REPLIES: list[Message] = [
+    protocol.Welcome(1, "kvstore 0.1.0", 1 << 40, "shmem", 30.0),
+    protocol.Opened(7),
+    protocol.Found(b"\x01\x02", "absent", 1e-9),
+    protocol.Reserved(b"\xff" * 8),
+    protocol.Committed(3, ""),
+    protocol.Held(b"\0" * 16, b"\x01", "", {1: OPAQUE}, (5, None)),
+    protocol.Held(b"", b"", "absent"),
+    protocol.Count(2),
+    protocol.Flushed(0),
+    protocol.StatsReply("{}"),
+    protocol.Failure("no"),
+    protocol.Failure("no", fatal=True),
+]
+
+
+def body(frame: bytes, request_id: int) -> bytes:
+    length, found = protocol.frame_size(frame[: protocol.HEADER.size])
+    assert found == request_id
+    assert length == len(frame) - protocol.HEADER.size
+    return frame[protocol.HEADER.size :]
+
+
+@pytest.mark.parametrize("message", REQUESTS, ids=lambda m: type(m).__name__)
+def test_requests_come_back_as_they_went(message: Message) -> None:
+    frame = protocol.encode(1 << 63, message)
+    assert protocol.decode_request(body(frame, 1 << 63)) == message
+
+
+@pytest.mark.parametrize("message", REPLIES, ids=lambda m: type(m).__name__)
+def test_replies_come_back_as_they_went(message: Message) -> None:
+    assert protocol.decode_reply(body(protocol.encode(0, message), 0)) == message
+
+
+def test_no_message_is_left_out_above() -> None:
+    assert {type(m) for m in REQUESTS} == set(typing.get_args(protocol.Request))
+    assert {type(m) for m in REPLIES} == set(typing.get_args(protocol.Reply))
+
+
+def test_frames_are_little_endian_and_headed_by_their_size() -> None:
+    frame = protocol.encode(0x0102, protocol.Clear())
+    assert frame[:12] == bytes([len(frame) - 12, 0, 0, 0, 2, 1, 0, 0, 0, 0, 0, 0])
+    assert msgspec.msgpack.decode(frame[12:]) == {"type": "clear"}
+
+
+def test_a_request_is_no_reply() -> None:
+    for message in REQUESTS:
+        with pytest.raises(ProtocolError, match="not a reply of protocol 1"):
+            protocol.decode_reply(msgspec.msgpack.encode(message))
+    for message in REPLIES:
+        with pytest.raises(ProtocolError, match="not a request of protocol 1"):
+            protocol.decode_request(msgspec.msgpack.encode(message))
+
+
+def test_frames_have_a_largest_size() -> None:
+    largest = protocol.HEADER.pack(protocol.MAX_FRAME, 1)
+    assert protocol.frame_size(largest) == (protocol.MAX_FRAME, 1)
+    with pytest.raises(ProtocolError, match="frame of 8388609 bytes announced; at most 8388608"):
+        protocol.frame_size(protocol.HEADER.pack(protocol.MAX_FRAME + 1, 1))
+    with pytest.raises(ProtocolError, match="a frame holds 8388608"):
+        protocol.encode(1, protocol.StatsReply("x" * protocol.MAX_FRAME))
+
+
+def test_keys_are_counted() -> None:
+    assert protocol.keys_of(b"") == []
+    assert protocol.keys_of(KEYS) == [KEYS[:32], KEYS[32:]]
+    assert len(protocol.keys_of(bytes(32 * protocol.MAX_KEYS))) == protocol.MAX_KEYS
+    for joined in (KEYS[:-1], KEYS[:1], bytes(32 * (protocol.MAX_KEYS + 1))):
+        with pytest.raises(ProtocolError, match="send up to 65536 keys of 32 bytes"):
+            protocol.keys_of(joined)
+
+
+def test_as_many_keys_as_allowed_fit_into_a_frame() -> None:
+    keys = bytes(32 * protocol.MAX_KEYS)
+    for message in (
+        protocol.Acquire(1 << 31, 1 << 62, keys, 1e9, 1 << 16),
+        protocol.Lookup(0, keys),
+    ):
+        assert len(protocol.encode(1, message)) < protocol.MAX_FRAME
+    sums = tuple([(1 << 64) - 1] * protocol.MAX_KEYS)
+    held = protocol.Held(bytes(8 * protocol.MAX_KEYS), bytes(protocol.MAX_KEYS), "", {}, sums)
+    assert len(protocol.encode(1, held)) < protocol.MAX_FRAME
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        17,
+        [],
+        {},
+        {"type": "nonsense"},
+        {"type": 5},
+        {"type": "lookup"},
+        {"type": "lookup", "handle": 0},
+        {"type": "lookup", "handle": "0", "keys": b""},
+        {"type": "lookup", "handle": 0, "keys": b"", "more": 1},
+        {"type": "lookup", "handle": 0, "keys": [1, 2]},
+        {"type": "acquire", "handle": 0, "lease": 1.5, "keys": b"", "wait": 1},
+        {"type": "commit", "lease": 1, "dropped": [None]},
+        {"type": "open", "namespace": {"model": {"name": ""}}, "parts": []},
+        {"type": "open", "namespace": {"model": {"name": "m"}}, "parts": [{"group": {}}]},
+        {"type": "open", "namespace": {"model": {"name": "m"}, "block_tokens": 0}, "parts": []},
+    ],
+    ids=str,
+)
+def test_what_is_no_request_is_refused(value: object) -> None:
+    with pytest.raises(ProtocolError, match="not a request of protocol 1: "):
+        protocol.decode_request(msgspec.msgpack.encode(value))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\xc1",
+        b"\x81",
+        b"\x00" * 100,
+        b"\xdd\xff\xff\xff\xff",  # an array of 2^32 - 1 elements, none of which are there
+        b"\xc6\xff\xff\xff\xff",  # bytes, likewise
+        b"\xdf\xff\xff\xff\xff",  # a map, likewise
+        b"\x91" * 100_000,  # depth
+        b"\x81\xa4type" * 50_000,
+        b"\x81\xa4type\xa5\xff\xfe\xfd\xfc\xfb",  # no UTF-8
+        msgspec.msgpack.encode(protocol.Stats()) + b"\x00",  # more behind it
+        msgspec.msgpack.encode(protocol.Lookup(0, KEYS))[:-1],
+    ],
+    ids=lambda raw: raw[:12].hex() or "empty",
+)
+def test_garbage_is_a_protocol_error(raw: bytes) -> None:
+    for decode in (protocol.decode_request, protocol.decode_reply):
+        with pytest.raises(ProtocolError):
+            decode(raw)
