@@ -58,21 +58,28 @@ class Arena:
             ConfigError: `huge_dir` is not usable, or there is not enough memory.
         """
         size -= size % mmap.PAGESIZE
-        arena = cls._on_huge_pages(size) or cls._in_folder(size, huge_dir) or cls._plain(size)
-        if prefault:
-            try:
+        machine = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
+        if size > machine:
+            raise ConfigError(
+                f"memory.size is {size} bytes, this machine has {machine}; use a smaller size"
+            )
+        arena: Arena | None = None
+        try:
+            arena = cls._on_huge_pages(size) or cls._in_folder(size, huge_dir) or cls._plain(size)
+            if prefault:
                 arena.prefault(progress)
-            except OSError as e:
+        except OSError as e:
+            if arena is not None:
                 arena.close()
-                raise ConfigError(
-                    f"memory.size: {size} bytes of shared memory could not be had ({e}); "
-                    "use a smaller memory.size or free memory"
-                ) from e
+            raise ConfigError(
+                f"memory.size: {size} bytes of shared memory could not be had ({e}); "
+                "use a smaller memory.size or free memory"
+            ) from e
         return arena
 
     @classmethod
-    def attach(cls, fd: int, size: int, pages: str) -> Arena:
-        """Map an arena received from a daemon. Takes over `fd`.
+    def attach(cls, fd: int, size: int, pages: str, *, populate: bool = True) -> Arena:
+        """Map an arena received from a daemon, all of it at once if `populate`. Takes over `fd`.
 
         Raises:
             OSError: the descriptor is no memory of that size.
@@ -83,7 +90,7 @@ class Arena:
                 f"the descriptor received is no memory of the {size} bytes announced "
                 f"(it has {status.st_size})"
             )
-        return cls(fd, size, pages, populate=True)
+        return cls(fd, size, pages, populate=populate)
 
     @classmethod
     def _on_huge_pages(cls, size: int) -> Arena | None:

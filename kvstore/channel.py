@@ -54,8 +54,8 @@ class Channel:
         self._retired = False
 
     @classmethod
-    def connect(cls, path: Path, timeout: float) -> Channel:
-        """Connect, say hello and map the arena.
+    def connect(cls, path: Path, timeout: float, *, populate: bool = True) -> Channel:
+        """Connect, say hello and map the arena (all of it at once if `populate`).
 
         Raises:
             StoreUnavailable: nobody answers there in `timeout` seconds, or the daemon refuses.
@@ -73,7 +73,7 @@ class Channel:
                 raise StoreUnavailable(f"the daemon at {path} refused: {reply.reason}")
             if not isinstance(reply, Welcome) or not fds:
                 raise StoreUnavailable(f"the daemon at {path} sent no arena")
-            arena = Arena.attach(fds[0], reply.arena_bytes, reply.arena_pages)
+            arena = Arena.attach(fds[0], reply.arena_bytes, reply.arena_pages, populate=populate)
             del fds[0]
             return cls(connection, reply, arena)
         except (OSError, ProtocolError) as e:
@@ -241,6 +241,8 @@ def _read_welcome(connection: socket.socket, deadline: float, fds: list[int]) ->
         connection.settimeout(max(0.001, deadline - time.monotonic()))
         piece, received, _, _ = socket.recv_fds(connection, need - len(data), 4)
         fds += received
+        for fd in received:
+            os.set_inheritable(fd, False)  # `recv_fds` has no way to ask for it.
         if not piece:
             raise ConnectionResetError("the daemon closed the connection during the greeting")
         data += piece

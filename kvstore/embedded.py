@@ -63,7 +63,7 @@ def join_or_start(config: Config) -> Channel:
     prepare_run_dir(config.run_dir)
     path = socket_path(config)
     deadline = time.monotonic() + config.session.start_timeout
-    lock = os.open(path.with_suffix(".start"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = _open(path.with_suffix(".start"), os.O_RDWR)
     try:
         while True:
             try:
@@ -80,17 +80,33 @@ def join_or_start(config: Config) -> Channel:
             try:
                 return Channel.connect(path, config.session.connect_timeout)
             except StoreUnavailable:
-                _start(config, path, deadline, reason)
+                try:
+                    _start(config, path, deadline, reason)
+                except StoreUnavailable as failed:
+                    # Maybe it gave way to the daemon of a starter that was killed half-way.
+                    try:
+                        return Channel.connect(path, config.session.connect_timeout)
+                    except StoreUnavailable:
+                        raise failed from None
             finally:
                 fcntl.flock(lock, fcntl.LOCK_UN)
     finally:
         os.close(lock)
 
 
+def _open(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as e:
+        raise StoreUnavailable(
+            f"the embedded daemon must write {path}: {e.strerror}; set run_dir to another folder"
+        ) from e
+
+
 def _start(config: Config, path: Path, deadline: float, reason: str) -> None:
     """Start the daemon and wait until it says that it is ready."""
     log_path = path.with_suffix(".log")
-    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    log = _open(log_path, os.O_WRONLY | os.O_TRUNC)
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     try:
         daemon = subprocess.Popen(

@@ -147,9 +147,13 @@ class Held(Message, tag="held"):
 
 
 class Release(Message, tag="release"):
-    """Ends a lease, whatever it was for. Sent without wanting a reply."""
+    """Ends a lease, whatever it was for. Sent without wanting a reply.
+
+    `damaged` lists blocks, by position in the acquire, whose checksum was wrong: they are removed.
+    """
 
     lease: int
+    damaged: tuple[int, ...] = ()
 
 
 class Prefetch(Message, tag="prefetch"):

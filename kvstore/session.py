@@ -244,6 +244,9 @@ class Session:
                     window = slice(first, first + step)
                     pages = [ids[window] for ids in page_ids]
                     self._transfer.save(link, keys[window], memory, pages, wait, result)
+                    if result.reason == "unavailable":  # Do not wait for each of the others too.
+                        result.dropped += len(keys[first + step :])
+                        break
         result.seconds = time.monotonic() - started
         self.counters.add("save.stored", by=result.stored)
         if result.dropped:

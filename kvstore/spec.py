@@ -53,6 +53,11 @@ def _check_range(field: str, value: int, low: int, high: int) -> None:
         raise SpecError(f"{field} is {value}; it must lie between {low} and {high}")
 
 
+def _check_planes(widths: tuple[int, ...], axes: str) -> None:
+    if axes.index("C") < axes.index("P"):
+        raise SpecError(f"planes of {widths} channels cannot lie inside the channel axis ({axes})")
+
+
 class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that changes KV values besides the tokens.
 
@@ -204,6 +209,11 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     layout: Layout = Described()
     shard: Shard = Shard()
 
+    def __post_init__(self) -> None:
+        widths, layout = self.group.channels, self.layout
+        if isinstance(layout, Described) and len(set(widths)) > 1:
+            _check_planes(widths, layout.axes)
+
     @cached_property
     def content(self) -> bytes:
         """8 bytes equal for parts that hold the same numbers, whatever their layout."""
@@ -264,8 +274,8 @@ def plane_strides(group: Group, axes: str, tokens: int, layer: int, plane: int) 
         SpecError: the planes differ in width and the channel axis lies outside the plane axis.
     """
     widths = group.channels
-    if len(set(widths)) > 1 and axes.index("C") < axes.index("P"):
-        raise SpecError(f"planes of {widths} channels cannot lie inside the channel axis ({axes})")
+    if len(set(widths)) > 1:
+        _check_planes(widths, axes)
     size = {"L": group.layers, "P": len(widths), "N": tokens, "H": group.heads}
     stride: dict[str, int] = {}
     inner = group.elem_size

@@ -320,14 +320,22 @@ class Store:
 
     # -- leases ---------------------------------------------------------------------------------
 
-    def release(self, owner: Hashable, lease_id: int) -> bool:
-        """End a lease: uncommitted slots are freed, read and pin rights given back."""
+    def release(self, owner: Hashable, lease_id: int, *, damaged: Iterable[int] = ()) -> bool:
+        """End a lease: uncommitted slots are freed, read and pin rights given back.
+
+        `damaged` lists blocks of a read lease that the reader found changed; they are removed.
+        """
         leases = self._leases.get(owner)
         lease = leases.pop(lease_id, None) if leases is not None else None
         if lease is None or leases is None:
             return False
         if not leases:
             del self._leases[owner]
+        if lease.kind is LeaseKind.READ:
+            for block in (lease.blocks[i] for i in set(damaged) if 0 <= i < len(lease.blocks)):
+                self.counters.add("load.failed", "damaged")
+                for entry in block:
+                    self.tiering.discard(entry)
         self._end(lease)
         return True
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from kvstore.arena import Arena
-from kvstore.errors import FormatError
+from kvstore.errors import ConfigError, FormatError
 from kvstore.eviction import make_policy
 from kvstore.index import Entry, Index
 from kvstore.slots import Slot, SlotPool, choose_chunk
@@ -21,6 +20,9 @@ from kvstore.telemetry import Average, Counters, QuietLog
 from kvstore.tiers.base import Recovered, Tier
 
 _GUESSED_DISK_SECONDS_PER_BYTE: Final = 1 / 1e9
+
+_PASSING: Final = frozenset({"full", "read_only", "io_error"})
+"""Why a write failed that may work later."""
 
 _log = logging.getLogger("kvstore.store")
 
@@ -79,7 +81,7 @@ class Tiering:
         self._next_open = 0.0
         self._write_queue = write_queue
         self._writing_bytes = 0
-        self._backlog: deque[Entry] = deque()
+        self._backlog: dict[Entry, None] = {}  # in the order they are to be written
         self._unwritten: set[Entry] = set()
         self._closed = False
         if open_disk is not None:
@@ -105,7 +107,7 @@ class Tiering:
             self.memory.admit(entry.slot)
         if self._open_disk is not None:
             self._unwritten.update(entries)
-            self._backlog.extend(entries)
+            self._backlog.update(dict.fromkeys(entries))
         self.pump()
 
     def touch(self, entries: Sequence[Entry]) -> None:
@@ -122,6 +124,7 @@ class Tiering:
             entry.gone = True
             self.index.remove(entry)
             self._unwritten.discard(entry)
+            self._backlog.pop(entry, None)
         self.settle(entry)
 
     def settle(self, entry: Entry) -> None:
@@ -224,9 +227,8 @@ class Tiering:
         while disk is not None and disk.writable and self._backlog:
             if self._writing_bytes >= self._write_queue:
                 return
-            entry = self._backlog.popleft()
-            if entry not in self._unwritten or entry.place is not None:
-                continue
+            entry = next(iter(self._backlog))
+            del self._backlog[entry]
             place = disk.pool.allocate(entry.nbytes, entry)
             if place is None:
                 self.counters.add("write.dropped", "no_room")
@@ -263,9 +265,10 @@ class Tiering:
             if error == "corrupt":
                 self.quiet.warning("memory", "a block changed while in memory; it is dropped")
                 self.discard(entry)
-            elif entry in self._unwritten and self.disk is not None and not self.disk.writable:
-                self.quiet.warning("disk", "writes to disk pause: %s", self.disk.problem)
-                self._backlog.append(entry)
+            elif error in _PASSING and not entry.gone:
+                problem = self.disk.problem if self.disk is not None else error
+                self.quiet.warning("disk", "writes to disk pause: %s", problem or error)
+                self._backlog[entry] = None
             else:
                 self._unwritten.discard(entry)
         self.settle(entry)
@@ -292,7 +295,10 @@ class Tiering:
         return lambda: open_disk(_disk_evictable, self._evict_from_disk)
 
     def _reopen(self) -> None:
-        disk, problem = _try_open(self._opener())
+        try:
+            disk, problem = _try_open(self._opener())
+        except ConfigError as e:
+            disk, problem = None, str(e)
         self._post(lambda: self._attach(disk, problem))
 
     def _attach(self, disk: Tier | None, problem: str | None) -> None:

@@ -106,14 +106,16 @@ class Transfer:
                 result.reason = "unavailable"
                 break
             found += reply.tiers[len(found) - first :]
+            damaged: tuple[int, ...] = ()
             try:
                 pages = [ids[first:] for ids in page_ids]
                 good, held = self._copy_held(channel, reply, len(keys) - first, memory, pages)
+                damaged = (good,) if good < held else ()
             except StoreUnavailable as e:
                 result.reason = str(e)
                 break
             finally:
-                channel.notify(Release(lease))
+                channel.notify(Release(lease, damaged))
             result.blocks += good
             result.nbytes += good * sum(self._part_bytes)
             ended = reply.reason and held == len(reply.tiers)  # nothing more was found

@@ -117,7 +117,7 @@ def serve(
 def _connect(config: Path | None, address: str | None) -> Channel:
     overrides = {} if address is None else {"address": address}
     settings: Config = load_config(config, overrides)
-    return Channel.connect(settings.socket, settings.session.connect_timeout)
+    return Channel.connect(settings.socket, settings.session.connect_timeout, populate=False)
 
 
 @app.command()

@@ -119,9 +119,10 @@ class Daemon:
     async def _take_lock(self) -> None:
         """One daemon per socket; the lock ends with the process, however it ends.
 
-        An embedded daemon waits for one before it that is still writing to disk.
+        An embedded daemon waits for one before it that is still writing to disk, but not for one
+        that serves.
         """
-        path = self.path.with_suffix(".lock")
+        path = self.path.with_name(self.path.name + ".lock")
         try:
             self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as e:
@@ -133,7 +134,7 @@ class Daemon:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if loop.time() < until:
+                if loop.time() < until and not self._answers():
                     await asyncio.sleep(_LOCK_POLL)
                     continue
                 holder = os.read(self._lock, 32).decode(errors="replace").strip()
@@ -144,6 +145,12 @@ class Daemon:
                 ) from None
         os.truncate(self._lock, 0)
         os.write(self._lock, f"{os.getpid()}\n".encode())
+
+    def _answers(self) -> bool:
+        """Whether somebody listens on our socket."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+            probe.setblocking(False)
+            return probe.connect_ex(str(self.path)) == 0
 
     def _listen(self) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)

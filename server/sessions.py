@@ -116,7 +116,7 @@ class SessionConnection(asyncio.Protocol):
             case protocol.Acquire():
                 return self._acquire(request_id, request)
             case protocol.Release():
-                store.release(self, request.lease)
+                store.release(self, request.lease, damaged=request.damaged)
                 return protocol.Count(0)
             case protocol.Prefetch():
                 _, parts = self._handle_of(request.handle)

@@ -139,6 +139,11 @@ def load(session: Session, keys: Sequence[bytes], **options: Any) -> Any:
     return result
 
 
+def back_again(session: Session) -> None:
+    """Wait until the session has found its daemon again."""
+    eventually(lambda: session.lookup([bytes(32)]).reason != "unavailable")
+
+
 def _page_tokens(part: Part) -> int:
     return part.layout.page_tokens if isinstance(part.layout, Opaque) else PAGE_TOKENS
 
@@ -213,13 +218,19 @@ class Stores:
         self.folder = Path(tempfile.mkdtemp(prefix="kv"))
         self._served: list[Served] = []
 
-    def serve(self, memory: str = "8MiB", disk: str | None = None, **settings: Any) -> Served:
-        """A daemon with a disk tier of size `disk` in its folder, if one is given."""
+    def serve(
+        self,
+        memory: str | dict[str, Any] = "8MiB",
+        disk: str | dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> Served:
+        """A daemon; tiers are given by size (a disk then lies in its folder) or in full."""
         folder = self.folder / f"served-{len(self._served)}"
         folder.mkdir()
-        settings.setdefault("memory", {"size": memory})
+        settings["memory"] = {"size": memory} if isinstance(memory, str) else memory
         if disk is not None:
-            settings.setdefault("disk", {"path": str(folder / "disk"), "size": disk})
+            here = {"path": str(folder / "disk"), "size": disk}
+            settings["disk"] = here if isinstance(disk, str) else disk
         served = Served(folder, settings)
         self._served.append(served)
         return served

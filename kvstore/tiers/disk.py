@@ -69,7 +69,7 @@ class DiskTier:
     before the `done` of its job; should it happen, a checksum turns the mix into `corrupt`.
 
     Counters: `recovered`, `dropped_records.<reason>`, `corrupt_reads`, `corrupt_writes`,
-    `read_errors`, `write_errors.<reason>`, `dictionary_full`, `forget_errors`, `sync_errors`,
+    `read_errors`, `write_errors.<reason>`, `forget_errors`, `sync_errors`,
     `syncs`, `bytes_written`, `bytes_read`.
     """
 
@@ -308,6 +308,7 @@ class DiskTier:
         if paused is not None:
             self._health.count(f"write_errors.{paused}")
             return None, paused
+        started = time.monotonic()
         try:
             checksum = self._write(job, mover)
         except _Corrupt:
@@ -315,20 +316,20 @@ class DiskTier:
             return None, "corrupt"
         except DictionaryFull:
             self._health.notice(_DICTIONARY_FULL)
-            self._health.count("dictionary_full")
-            self._health.count("write_errors.full")
-            return None, "full"
+            self._health.count("write_errors.dictionary_full")
+            return None, "dictionary_full"
         except OSError as e:
             reason = self._write_failed(e)
             self._health.count(f"write_errors.{reason}")
             return None, reason
         except Exception:
             _logger.exception("a write to disk failed unexpectedly")
+            self._health.write_failed("io_error", "an unexpected error, see the log")
             self._health.count("write_errors.io_error")
             return None, "io_error"
         self._mark_dirty()
         self._health.count("bytes_written", job.nbytes)
-        self._health.write_worked()
+        self._health.write_worked(started)
         return checksum, None
 
     def _write(self, job: _Job, mover: Mover) -> int:

@@ -28,6 +28,7 @@ class Health:
         self._counters: Counter[str] = Counter()
         self._fault: str | None = None
         self._text = ""
+        self._failed_at = 0.0
         self._retry_at = 0.0
         self._notice = ""
         self._notice_until = 0.0
@@ -78,7 +79,8 @@ class Health:
         with self._lock:
             is_news = self._fault != reason
             self._fault, self._text = reason, text
-            self._retry_at = time.monotonic() + self._retry_seconds
+            self._failed_at = time.monotonic()
+            self._retry_at = self._failed_at + self._retry_seconds
         if is_news:
             _logger.warning(
                 "%s: writing pauses (%s): %s; next attempt in %g s",
@@ -88,9 +90,11 @@ class Health:
                 self._retry_seconds,
             )
 
-    def write_worked(self) -> None:
-        """End the fault, if there is one."""
+    def write_worked(self, started: float) -> None:
+        """End the fault, if there is one and the write began after it."""
         with self._lock:
+            if started < self._failed_at:
+                return
             fault, self._fault = self._fault, None
             self._retry_at = 0.0
         if fault is not None:

@@ -289,7 +289,7 @@ class Machine(RuleBasedStateMachine):
 
 TestStore = Machine.TestCase
 TestStore.settings = settings(
-    max_examples=int(os.environ.get("KVSTORE_TEST_EXAMPLES", "60")),
+    max_examples=int(os.environ.get("STORE_TEST_EXAMPLES", "60")),
     stateful_step_count=60,
     deadline=None,
     suppress_health_check=list(HealthCheck),
