@@ -40,7 +40,8 @@ class Tier(Protocol):
     The store's loop owns `pool` and calls every method; the jobs run on the tier's threads. A job
     never raises and always calls `done`. Reasons: `corrupt` (the bytes are not what was written;
     the object must be forgotten), `full`, `read_only`, `io_error` (these pass: try again once
-    `writable`), `dictionary_full` (no more kinds of objects for now), `closed`.
+    `writable`), `dictionary_full` (no more kinds of objects for now), `refused` (a mistake in the
+    job), `closed`.
     """
 
     name: str

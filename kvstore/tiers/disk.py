@@ -324,9 +324,8 @@ class DiskTier:
             return None, reason
         except Exception:
             _logger.exception("a write to disk failed unexpectedly")
-            self._health.write_failed("io_error", "an unexpected error, see the log")
-            self._health.count("write_errors.io_error")
-            return None, "io_error"
+            self._health.count("write_errors.refused")
+            return None, "refused"
         self._mark_dirty()
         self._health.count("bytes_written", job.nbytes)
         self._health.write_worked(started)

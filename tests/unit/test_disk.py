@@ -529,7 +529,7 @@ def test_a_job_outside_its_slot_is_refused(tmp_path: Path) -> None:
         assert slot is not None
         outcome = Outcome()
         store.tier.write(slot, object_name(1), store.memory.address, 8192, None, outcome)
-        assert outcome.wait().error == "io_error"
+        assert outcome.wait().error == "refused"
         assert store.tier.writable, "a mistake of the caller is no fault of the disk"
 
 
@@ -747,8 +747,9 @@ def test_full_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         errors = [store.put(name) for name in names]
         stored = [name for name, error in zip(names, errors, strict=True) if error is None]
         assert 10 < len(stored) < 60
-        assert set(errors) == {None, "full"}
-        assert store.tier.counters["dictionary_full"] == errors.count("full")
+        assert set(errors) == {None, "dictionary_full"}
+        refused = store.tier.counters["write_errors.dictionary_full"]
+        assert refused == errors.count("dictionary_full")
         assert store.tier.problem is not None
         assert "dictionary is full" in store.tier.problem
         assert store.tier.writable, "known namespaces are still stored"

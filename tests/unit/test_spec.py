@@ -136,8 +136,9 @@ def test_other_numbers_are_another_content(other: Part) -> None:
 
 
 def test_a_layout_is_another_variant_of_the_same_content() -> None:
-    parts = [Part(group(), Described("".join(axes))) for axes in itertools.permutations(AXES)]
-    parts += [Part(group(), Opaque("o", 16, 100)), Part(group(), Opaque("o", 16, 101))]
+    same = group(channels=(4, 4))
+    parts = [Part(same, Described("".join(axes))) for axes in itertools.permutations(AXES)]
+    parts += [Part(same, Opaque("o", 16, 100)), Part(same, Opaque("o", 16, 101))]
     assert len({part.content for part in parts}) == 1
     assert len({part.variant for part in parts}) == len(parts)
     assert all(len(part.variant) == 16 for part in parts)
