@@ -128,17 +128,15 @@ class Link:
     def _lost(self, channel: Channel | None, reason: str) -> None:
         """Give up a channel and look for a new one in the background."""
         with self._lock:
-            if channel is not None:
-                if self._channel is not channel:
-                    return
-                self._channel = None
-            self._problem = reason
-            if self._closed.is_set() or self._reconnecting is not None:
+            if self._channel is not channel:
                 return
-            self._reconnecting = threading.Thread(
-                target=self._reconnect, name="kvstore-reconnect", daemon=True
-            )
-            self._reconnecting.start()
+            self._channel = None
+            self._problem = reason
+            if self._reconnecting is None and not self._closed.is_set():
+                self._reconnecting = threading.Thread(
+                    target=self._reconnect, name="kvstore-reconnect", daemon=True
+                )
+                self._reconnecting.start()
         if channel is not None:
             channel.retire()
         self.counters.add("connection.lost")
@@ -153,12 +151,11 @@ class Link:
                 self._problem = str(e)
                 pause = min(pause * 2, self._config.session.retry_max)
                 continue
-            break
-        with self._lock:
-            self._reconnecting = None
-            lost = self._channel is not None and self._channel.broken is not None
+            with self._lock:
+                if self._channel is not None:
+                    self._reconnecting = None
+                    break
+            pause = _FIRST_RETRY  # Lost again before this thread could end.
         if not self._closed.is_set():
             self.counters.add("connection.made")
             _log.info("connected to the store again")
-            if lost:
-                self._lost(self._channel, "lost again at once")

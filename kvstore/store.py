@@ -114,17 +114,18 @@ class Store:
             ValueError: the owner holds a lease of that id.
         """
         lease = self._new_lease(owner, lease_id, LeaseKind.WRITE)
+        index = self.tiering.index
+        known = [[index.usable(key, part) for part in parts] for key in keys]
+        # Before anything is evicted: what is there of this prompt is worth as much as the rest.
+        self.tiering.touch([entry for block in known for entry in block if entry is not None])
         answers: list[int] = []
         full = False
-        had: list[Entry] = []
-        for key in keys:
+        for key, entries in zip(keys, known, strict=True):
             block: list[Entry] = []
-            for part in parts:
-                known = self.tiering.index.usable(key, part)
-                if known is not None:
-                    had.append(known)
+            for part, entry in zip(parts, entries, strict=True):
+                if entry is not None and not entry.gone:
                     answer = HAVE
-                elif self.tiering.index.get(key, part) is not None:
+                elif index.get(key, part) is not None:
                     answer = BUSY
                 elif full:
                     answer = NO_ROOM
@@ -135,7 +136,6 @@ class Store:
                     self.counters.add("save.dropped", "no_room")
                 answers.append(answer)
             lease.blocks.append(block)
-        self.tiering.touch(had)
         return answers
 
     def _reserve_one(
@@ -368,6 +368,10 @@ class Store:
                 entry.pins += 1
             lease.blocks.append(block)
         return len(lease.blocks)
+
+    def holds_leases(self, owner: Hashable) -> bool:
+        """Whether the owner has any lease."""
+        return owner in self._leases
 
     def leases(self) -> list[Lease]:
         """All leases."""

@@ -265,6 +265,11 @@ class Transfer:
         memory: Sequence[PagedMemory],
         page_ids: Sequence[NDArray[np.int64]],
     ) -> None:
+        """Refuse what does not fit the parts, before anything is asked of the store.
+
+        Raises:
+            SpecError: what is wrong, with both sizes.
+        """
         if any(len(key) != KEY_BYTES for key in keys):
             raise SpecError(f"keys must be {KEY_BYTES} bytes long; make them with Session.keys")
         if len(memory) != len(self._parts) or len(page_ids) != len(self._parts):

@@ -34,6 +34,7 @@ class SessionConnection(asyncio.Protocol):
         self._closed = closed
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
+        self._refused = False
         self._opened: list[tuple[Namespace, tuple[Part, ...]]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._timers: set[asyncio.TimerHandle] = set()
@@ -61,6 +62,8 @@ class SessionConnection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         self._buffer += data
         header = protocol.HEADER.size
         try:
@@ -72,9 +75,14 @@ class SessionConnection(asyncio.Protocol):
                 del self._buffer[: header + length]
                 self._handle(request_id, body)
         except ProtocolError as e:
-            _log.warning("a client was disconnected: %s", e)
+            _log.warning("a client is refused from here on: %s", e)
             self._reply(0, Failure(str(e), fatal=True))
-            self.close()
+            self._refused = True
+            self._buffer.clear()
+            # Other threads of the client may be copying under its leases. It closes when they
+            # are done, and only that frees the slots.
+            if not self._store.holds_leases(self):
+                self.close()
 
     def close(self) -> None:
         """End the connection after what was written."""

@@ -152,3 +152,9 @@ class MiniStore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def patch(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as f:
+        f.seek(offset)
+        f.write(data)

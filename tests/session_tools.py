@@ -309,3 +309,12 @@ class Child:
                 pipe.close()
             except BrokenPipeError:  # What it was told last never reached it.
                 continue
+
+
+def no_leases(served: Served) -> bool:
+    return bool(served.stats()["leases"] == 0)
+
+
+BIG: Final = wide(256 << 10)
+SMALL: Final = {"size": "2MiB", "chunk": "1MiB"}
+"""An arena for eight objects of 256 KiB."""
