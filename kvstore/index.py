@@ -90,13 +90,12 @@ class Index:
         a 128k-token prompt has 2,048 keys and two milliseconds.
         """
         tiers: list[int] = []
-        variant, by_key = part.variant, self._by_key
-        for key in keys:
-            entries = by_key.get(key)
+        variant = part.variant
+        for key, entries in zip(keys, map(self._by_key.get, keys), strict=True):
             if entries is None:
                 break
             entry: Entry | None = entries[0]
-            if entry is None or entry.variant != variant or not entry.in_memory:
+            if entry is None or not entry.in_memory or entry.variant != variant:
                 entry = self.usable(key, part)
                 if entry is None:
                     break

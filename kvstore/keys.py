@@ -45,10 +45,10 @@ def token_array(tokens: Sequence[int] | NDArray[np.integer]) -> NDArray[np.uint3
                 bad = low if low < 0 else high
                 raise SpecError(f"token id {bad} is outside u32 (0 to {MAX_TOKEN})")
         return np.ascontiguousarray(tokens, dtype=np.uint32)
-    if not isinstance(tokens, (list, tuple)):
+    if not isinstance(tokens, list):
         tokens = list(tokens)  # An array or bytes would be taken for raw memory below.
     try:
-        return np.frombuffer(array("I", tokens), dtype=np.uint32)
+        return np.frombuffer(_packed(tokens), dtype=np.uint32)
     except (OverflowError, TypeError):
         for position, token in enumerate(tokens):
             if not isinstance(token, (int, np.integer)):
@@ -58,6 +58,13 @@ def token_array(tokens: Sequence[int] | NDArray[np.integer]) -> NDArray[np.uint3
                     f"token id {token} at position {position} is outside u32 (0 to {MAX_TOKEN})"
                 ) from None
         raise
+
+
+def _packed(tokens: list[int]) -> bytes | array[int]:
+    try:
+        return _native.pack_u32(tokens)
+    except TypeError:  # Numbers of another type, such as numpy's, take the slower way.
+        return array("I", tokens)
 
 
 def block_keys(

@@ -35,9 +35,12 @@ DISK: Final = 2
 TIER_NAMES: Final = {MEMORY: "memory", DISK: "disk"}
 
 
-def tier_name(code: int) -> str:
-    """The tier's name; `unknown` for one that a newer daemon may have."""
-    return TIER_NAMES.get(code, "unknown")
+_ALL_NAMES: Final = tuple(TIER_NAMES.get(code, "unknown") for code in range(256))
+
+
+def tier_names(codes: bytes) -> tuple[str, ...]:
+    """Names for a byte per block; `unknown` for tiers that a newer daemon may have."""
+    return tuple(map(_ALL_NAMES.__getitem__, codes))
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):

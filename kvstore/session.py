@@ -24,7 +24,7 @@ from kvstore.errors import SpecError
 from kvstore.keys import block_keys
 from kvstore.link import Link
 from kvstore.planner import LoadPlan, Planner
-from kvstore.protocol import MEMORY, Message, Release, Reply, tier_name
+from kvstore.protocol import MEMORY, Message, Release, Reply, tier_names
 from kvstore.spec import Namespace, Part
 from kvstore.transfer import Loaded, Saved, Transfer
 
@@ -161,7 +161,7 @@ class Session:
                 self.block_bytes,
                 reply.disk_seconds_per_byte,
             )
-        tiers = tuple(map(tier_name, codes))
+        tiers = tier_names(codes)
         return Lookup(len(tiers), tiers, reply.reason or None, seconds, reply.disk_seconds_per_byte)
 
     def plan(self, keys: Sequence[bytes], *, timeout: float | None = None) -> LoadPlan:

@@ -16,7 +16,7 @@ from kvstore.copier.base import Copier, PagedMemory
 from kvstore.errors import SpecError, StoreUnavailable
 from kvstore.keys import KEY_BYTES
 from kvstore.link import Link
-from kvstore.protocol import BUSY, HAVE, NO_ROOM, Held, Release, tier_name
+from kvstore.protocol import BUSY, HAVE, NO_ROOM, Held, Release, tier_names
 from kvstore.spec import Part
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Transfer:
         channel, handle = link
         step = max(1, protocol.MAX_KEYS // len(self._parts))
         enough = max(1, _WINDOW_BYTES // sum(self._part_bytes))
-        found: list[int] = []  # where each block lay before this load moved it
+        found = bytearray()  # where each block lay before this load moved it
         while result.blocks < len(keys):
             first = result.blocks
             lease = next(self.leases)
@@ -122,7 +122,7 @@ class Transfer:
             if good < held or not held or ended:
                 result.reason = "checksum" if good < held else (reply.reason or "absent")
                 break
-        for tier in map(tier_name, found[: result.blocks]):
+        for tier in tier_names(bytes(found[: result.blocks])):
             result.tiers[tier] = result.tiers.get(tier, 0) + 1
 
     def _copy_held(

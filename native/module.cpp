@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -213,6 +214,33 @@ nb::bytes chain_keys_checked(const nb::bytes& parent, const Array& tokens,
   return nb::bytes(keys.data(), keys.size());
 }
 
+// A prompt's token ids are small objects strewn over the heap: reading ahead hides their latency.
+constexpr Py_ssize_t kObjectsAhead = 16;
+
+nb::bytes pack_u32(const nb::list& values) {
+  const Py_ssize_t count = PyList_Size(values.ptr());
+  auto packed = nb::steal<nb::bytes>(
+      PyBytes_FromStringAndSize(nullptr, count * static_cast<Py_ssize_t>(sizeof(std::uint32_t))));
+  if (!packed.is_valid()) throw nb::python_error();
+  char* out = PyBytes_AsString(packed.ptr());
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (i + kObjectsAhead < count) {
+      __builtin_prefetch(PyList_GetItem(values.ptr(), i + kObjectsAhead));
+    }
+    const unsigned long value = PyLong_AsUnsignedLong(PyList_GetItem(values.ptr(), i));
+    if (value == static_cast<unsigned long>(-1) && PyErr_Occurred() != nullptr) {
+      throw nb::python_error();
+    }
+    if (value > UINT32_MAX) {
+      PyErr_SetString(PyExc_OverflowError, "a value is above 2**32 - 1");
+      throw nb::python_error();
+    }
+    const auto token = static_cast<std::uint32_t>(value);
+    std::memcpy(out + static_cast<std::size_t>(i) * sizeof token, &token, sizeof token);
+  }
+  return packed;
+}
+
 void prefault_range(std::int64_t address, std::int64_t nbytes) {
   const Range range = checked_range("address", address, nbytes);
   if (range.size == 0) return;
@@ -241,6 +269,7 @@ NB_MODULE(_native, m) {
         "page_ids"_a.noconvert(), "slots"_a.noconvert(), "page_tokens"_a, "elem_size"_a,
         "threads"_a = 1, "checksum"_a = false);
   m.def("chain_keys", &chain_keys_checked, "parent"_a, "tokens"_a.noconvert(), "block_tokens"_a);
+  m.def("pack_u32", &pack_u32, "values"_a);
   m.def("prefault", &prefault_range, "address"_a, "nbytes"_a);
 
   nb::class_<Xxh3Stream>(m, "Xxh3Stream")

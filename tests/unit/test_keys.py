@@ -228,3 +228,8 @@ def test_token_arrays_are_contiguous_u32() -> None:
     assert made.dtype == np.uint32
     assert made.flags.c_contiguous
     assert made.tolist() == list(range(19, -1, -2))
+
+
+def test_lists_of_numpy_numbers_are_tokens_too() -> None:
+    numbers = list(np.arange(40, dtype=np.int64))
+    assert block_keys(SMALL, numbers) == block_keys(SMALL, list(range(40)))

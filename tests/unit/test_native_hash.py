@@ -187,3 +187,15 @@ def test_dispatch(cpu: str) -> None:
         check=True,
         timeout=120,
     )
+
+
+def test_pack_u32() -> None:
+    values = [0, 1, 255, 256, 2**31, 2**32 - 1] * 20
+    assert _native.pack_u32(values) == np.array(values, dtype=np.uint32).tobytes()
+    assert _native.pack_u32([]) == b""
+    for bad, error in ((-1, OverflowError), (2**32, OverflowError), (2**70, OverflowError)):
+        with pytest.raises(error):
+            _native.pack_u32([1, bad])
+    for wrong in ("1", 1.0, None):
+        with pytest.raises(TypeError):
+            _native.pack_u32([1, wrong])  # type: ignore[list-item]
