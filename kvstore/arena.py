@@ -52,7 +52,8 @@ class Arena:
         """A new arena of `size` bytes, rounded down to whole pages.
 
         Tries reserved HugeTLB pages, then a file in `huge_dir`, then ordinary shared memory.
-        `progress(done, total)` is told while pages are touched (about 1 GB/s the first time).
+        `progress(done, total)` is told while pages are touched (about 1 GB/s the first time); what
+        it raises ends the attempt.
 
         Raises:
             ConfigError: `huge_dir` is not usable, or there is not enough memory.
@@ -68,9 +69,11 @@ class Arena:
             arena = cls._on_huge_pages(size) or cls._in_folder(size, huge_dir) or cls._plain(size)
             if prefault:
                 arena.prefault(progress)
-        except OSError as e:
+        except BaseException as e:
             if arena is not None:
                 arena.close()
+            if not isinstance(e, OSError):
+                raise
             raise ConfigError(
                 f"memory.size: {size} bytes of shared memory could not be had ({e}); "
                 "use a smaller memory.size or free memory"

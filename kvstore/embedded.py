@@ -134,6 +134,11 @@ def _start(config: Config, path: Path, deadline: float, reason: str) -> None:
             return
         if daemon.poll() is None and not readable:
             daemon.kill()
+            raise StoreUnavailable(
+                "the embedded daemon was not ready within session.start_timeout "
+                f"({config.session.start_timeout:g} s); raise that, or lower memory.size: "
+                "memory is touched at about 1 GB/s"
+            )
         raise StoreUnavailable(
             f"the embedded daemon did not start ({reason}); its last words: {_tail(log_path)}"
         )

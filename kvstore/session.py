@@ -51,9 +51,8 @@ class Lookup:
 class Pin:
     """Blocks that stay until `release`, the end of their time, or of the session."""
 
-    def __init__(self, session: Session, channel: Channel | None, lease: int, blocks: int) -> None:
+    def __init__(self, channel: Channel | None, lease: int, blocks: int) -> None:
         self.blocks = blocks
-        self._session = session
         self._channel = channel
         self._lease = lease
 
@@ -272,8 +271,8 @@ class Session:
                     channel, request, self._config.session.lookup_timeout, lease=lease
                 )
                 if isinstance(reply, protocol.Count):
-                    return Pin(self, channel, lease, reply.blocks)
-        return Pin(self, None, lease, 0)
+                    return Pin(channel, lease, reply.blocks)
+        return Pin(None, lease, 0)
 
     def flush(self, timeout: float = 60.0) -> int:
         """Wait until all is on disk; returns how many objects are not (-1: unknown)."""

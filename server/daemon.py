@@ -38,6 +38,10 @@ _PEER: Final = struct.Struct("3i")
 _log = logging.getLogger("kvstore.daemon")
 
 
+class _StoppedEarly(Exception):
+    """Told to stop before there was anything to serve."""
+
+
 class Daemon:
     """Serves one store on `path` until told to stop.
 
@@ -63,7 +67,6 @@ class Daemon:
         self._sessions: set[SessionConnection] = set()
         self._greeting: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
-        self._store: Store | None = None
         self._lock = -1
 
     async def run(self, ready: Callable[[], None]) -> None:
@@ -75,16 +78,19 @@ class Daemon:
         loop = asyncio.get_running_loop()
         await self._take_lock()
         try:
-            arena = Arena.create(
-                self._config.memory.size,
-                huge_dir=self._config.memory.huge_dir,
-                prefault=self._config.memory.prefault,
-                progress=self._progress,
+            # In a thread, so that a signal is heard: much memory takes long to touch.
+            memory = self._config.memory
+            arena = await asyncio.to_thread(
+                Arena.create,
+                memory.size,
+                huge_dir=memory.huge_dir,
+                prefault=memory.prefault,
+                progress=self._touched,
             )
             advice = arena.advice()
             if advice is not None:
                 _log.info(advice)
-            store = self._store = Store(
+            store = Store(
                 arena,
                 lambda task: _post(loop, task),
                 chunk=self._config.memory.chunk,
@@ -115,6 +121,12 @@ class Daemon:
     def stop(self) -> None:
         """Ask `run` to end."""
         self._stop.set()
+
+    def _touched(self, done: int, total: int) -> None:
+        if self._stop.is_set():
+            raise _StoppedEarly
+        if self._progress is not None:
+            self._progress(done, total)
 
     async def _take_lock(self) -> None:
         """One daemon per socket; the lock ends with the process, however it ends.
@@ -333,7 +345,8 @@ def serve(
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, daemon.stop)
-        await daemon.run(ready)
+        with contextlib.suppress(_StoppedEarly):
+            await daemon.run(ready)
 
     asyncio.run(main())
 

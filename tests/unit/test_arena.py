@@ -46,6 +46,19 @@ def test_size_is_rounded_down_to_pages_and_progress_reaches_the_end() -> None:
     arena.close()
 
 
+def test_what_progress_raises_ends_the_attempt_and_leaks_nothing() -> None:
+    class Enough(Exception):
+        pass
+
+    def progress(done: int, total: int) -> None:
+        raise Enough
+
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(Enough):
+        Arena.create(SIZE, progress=progress)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_ordinary_pages_come_with_advice() -> None:
     arena = Arena.create(SIZE)
     advice = arena.advice()
