@@ -150,6 +150,35 @@ def test_clear_empties_memory_and_disk(stores: Stores) -> None:
         assert load(session, keys).blocks == 3
 
 
+def test_fsck_and_inspect_look_at_a_disk_that_nobody_serves(stores: Stores) -> None:
+    served = stores.serve("2MiB", "8MiB")
+    with served.session() as session:
+        save(session, session.keys(prompt(1, 3)))
+        assert session.flush() == 0
+    folder = served.folder / "disk"
+    assert json.loads(run("inspect", folder).stdout)["in_use_by"] == served.process.pid
+    served.stop()
+    summary = json.loads(run("inspect", folder).stdout)
+    assert summary["objects"] == 3
+    assert summary["namespaces"][0]["namespace"]["model"]["name"] == "test/model"
+    result = run("fsck", folder)
+    assert (result.returncode, json.loads(result.stdout)["objects"]) == (0, 3)
+    with open(folder / "kvstore.slab", "r+b") as slab:
+        slab.seek(4096 + 100)  # in the first object: data begins after the header
+        slab.write(b"damage")
+    result = run("fsck", folder)
+    assert result.returncode == 2
+    assert json.loads(result.stdout)["damaged"] == {"data_checksum": 1}
+    assert run("fsck", "--repair", folder).returncode == 0
+    result = run("fsck", folder)
+    assert (result.returncode, json.loads(result.stdout)["objects"]) == (0, 2)
+
+
+@pytest.mark.parametrize("command", ["fsck", "inspect"])
+def test_a_folder_that_is_no_disk_tier_is_refused(stores: Stores, command: str) -> None:
+    assert "disk.path" in refused(command, stores.folder)
+
+
 def test_the_address_may_come_from_file_or_environment(
     stores: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
