@@ -22,6 +22,7 @@ from kvstore.errors import ProtocolError, StoreUnavailable
 from kvstore.protocol import Failure, Hello, Message, Release, Reply, Welcome
 
 _READ_SIZE: Final = 1 << 18
+_NOTIFY_SECONDS: Final = 0.05
 
 
 class _Waiter:
@@ -120,14 +121,14 @@ class Channel:
             raise StoreUnavailable(reply.reason)
         return reply
 
-    def notify(self, message: Message, timeout: float = 0.05) -> None:
+    def notify(self, message: Message) -> None:
         """Send a request that wants no reply.
 
-        If it cannot be sent in `timeout` seconds the connection is given up: a release must arrive,
-        one way or the other.
+        If it cannot be sent soon the connection is given up: a release must arrive, one way or the
+        other.
         """
         try:
-            self._send(protocol.encode(0, message), time.monotonic() + timeout)
+            self._send(protocol.encode(0, message), time.monotonic() + _NOTIFY_SECONDS)
         except StoreUnavailable as e:
             self._break(str(e))
 

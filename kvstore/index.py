@@ -94,11 +94,12 @@ class Index:
         for key, entries in zip(keys, map(self._by_key.get, keys), strict=True):
             if entries is None:
                 break
-            entry: Entry | None = entries[0]
-            if entry is None or not entry.in_memory or entry.variant != variant:
-                entry = self.usable(key, part)
-                if entry is None:
+            entry = entries[0]
+            if not entry.in_memory or entry.variant != variant:
+                usable = self.usable(key, part)
+                if usable is None:
                     break
+                entry = usable
             tiers.append(MEMORY if entry.in_memory else DISK)
         return tiers
 

@@ -84,8 +84,7 @@ class Session:
         self.namespace = namespace
         self.parts = tuple(parts)
         self.block_tokens = namespace.block_tokens
-        self.part_bytes = tuple(part.nbytes(namespace.block_tokens) for part in parts)
-        self.block_bytes = sum(self.part_bytes)
+        self.block_bytes = sum(part.nbytes(namespace.block_tokens) for part in parts)
         self._config = config
         self._link = Link(namespace, self.parts, config)
         self.counters = self._link.counters
@@ -141,14 +140,10 @@ class Session:
         keys = keys[: protocol.MAX_KEYS]
         if not keys:
             return Lookup(0, (), None, 0.0)
-        with self._link.using() as link:
-            if link is None:
-                return Lookup(0, (), "unavailable", 0.0)
-            channel, handle = link
-            request = protocol.Lookup(handle, b"".join(keys))
-            reply = self._link.call(
-                channel, request, timeout or self._config.session.lookup_timeout
-            )
+        reply = self._request(
+            lambda handle: protocol.Lookup(handle, b"".join(keys)),
+            timeout or self._config.session.lookup_timeout,
+        )
         if not isinstance(reply, protocol.Found):
             return Lookup(0, (), "unavailable", 0.0)
         codes = reply.tiers[: len(keys)]

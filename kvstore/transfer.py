@@ -72,6 +72,7 @@ class Transfer:
         self._parts = parts
         self._block_tokens = block_tokens
         self._part_bytes = tuple(part.nbytes(block_tokens) for part in parts)
+        self._block_bytes = sum(self._part_bytes)
         self._copier = copier
         self._verify = verify
         self._copied = copied
@@ -92,7 +93,7 @@ class Transfer:
         """
         channel, handle = link
         step = max(1, protocol.MAX_KEYS // len(self._parts))
-        enough = max(1, _WINDOW_BYTES // sum(self._part_bytes))
+        enough = max(1, _WINDOW_BYTES // self._block_bytes)
         found = bytearray()  # where each block lay before this load moved it
         while result.blocks < len(keys):
             first = result.blocks
@@ -117,7 +118,7 @@ class Transfer:
             finally:
                 channel.notify(Release(lease, damaged))
             result.blocks += good
-            result.nbytes += good * sum(self._part_bytes)
+            result.nbytes += good * self._block_bytes
             ended = reply.reason and held == len(reply.tiers)  # nothing more was found
             if good < held or not held or ended:
                 result.reason = "checksum" if good < held else (reply.reason or "absent")
@@ -144,7 +145,7 @@ class Transfer:
         for column in range(parts):
             right = self._load_part(channel, column, blocks, offsets, reply, memory, page_ids)
             good = min(good, right)
-        self._copied(good * sum(self._part_bytes), time.monotonic() - started)
+        self._copied(good * self._block_bytes, time.monotonic() - started)
         return good, blocks
 
     def _load_part(
@@ -222,7 +223,7 @@ class Transfer:
         stored = done.blocks if isinstance(done, protocol.Committed) else 0
         result.stored += stored
         result.dropped += int(full.sum()) + int(wanted.sum()) - stored
-        result.nbytes += stored * sum(self._part_bytes)
+        result.nbytes += stored * self._block_bytes
         if full.any():
             result.reason = "no_room"
         elif stored < int(wanted.sum()):

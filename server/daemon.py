@@ -25,6 +25,7 @@ from kvstore.protocol import Failure, Hello, Welcome
 from kvstore.server.sessions import SessionConnection
 from kvstore.slots import Slot
 from kvstore.store import Store
+from kvstore.tiering import OpenDisk
 from kvstore.tiers.base import Tier
 
 _TICK: Final = 0.5
@@ -93,8 +94,8 @@ class Daemon:
             store = Store(
                 arena,
                 lambda task: _post(loop, task),
-                chunk=self._config.memory.chunk,
-                policy=self._config.memory.policy,
+                chunk=memory.chunk,
+                policy=memory.policy,
                 lease_seconds=self._config.lease_seconds,
                 open_disk=disk_opener(self._config, direct=advice is None),
                 write_queue=self._config.disk.queue,
@@ -296,9 +297,7 @@ def _post(loop: asyncio.AbstractEventLoop, task: Callable[[], None]) -> None:
         loop.call_soon_threadsafe(task)
 
 
-def disk_opener(
-    config: Config, *, direct: bool
-) -> Callable[[Callable[[Slot[Any]], bool], Callable[[Slot[Any]], None]], Tier] | None:
+def disk_opener(config: Config, *, direct: bool) -> OpenDisk | None:
     """What opens the configured disk tier; None when there is none."""
     disk = config.disk
     if disk.path is None:
