@@ -27,3 +27,7 @@ class TierUnavailable(KVStoreError, OSError):
 
 class FormatError(KVStoreError):
     """A file of ours has an unknown version, or is not ours, or is damaged beyond its records."""
+
+
+class AccessDenied(KVStoreError, PermissionError):
+    """A token is missing, unknown, or does not allow what was asked."""

@@ -5,6 +5,7 @@ Everything here belongs to the store's loop; nothing is thread-safe.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -13,6 +14,7 @@ from kvstore.protocol import DISK, MEMORY
 from kvstore.slots import Slot
 from kvstore.spec import Part
 from kvstore.tiers.base import ObjectName
+from kvstore.usage import NamespaceUsage
 
 
 class Entry:
@@ -20,18 +22,25 @@ class Entry:
 
     `slot` is its place in the arena, `place` the one on disk. `in_memory` and `on_disk` say whether
     the bytes there are whole; between reserving or promoting and that moment the slot is set but
-    the flag is not. Bytes that are whole never change.
+    the flag is not. Bytes that are whole never change. `created`, `used` and `expires` (0: never)
+    are in Unix seconds; `account` is set once the entry is indexed.
     """
 
     __slots__ = (
-        "checksum", "disk_io", "gone", "in_memory", "name", "nbytes", "on_disk", "pins", "place",
-        "readers", "slot", "variant", "waiting", "writer",
+        "account", "checksum", "created", "disk_io", "expires", "gone", "in_memory", "name",
+        "nbytes", "on_disk", "pins", "place", "readers", "slot", "used", "variant", "waiting",
+        "writer",
     )  # fmt: skip
+
+    account: NamespaceUsage
+    codec = "raw"
 
     def __init__(self, name: ObjectName, nbytes: int) -> None:
         self.name = name
         self.variant = name.part.variant
         self.nbytes = nbytes
+        self.created = self.used = time.time()
+        self.expires = 0.0
         self.checksum: int | None = None
         self.slot: Slot[Entry] | None = None
         self.place: Slot[Entry] | None = None
@@ -54,28 +63,48 @@ class Entry:
         """Whether nobody reads, writes or moves it."""
         return not (self.readers or self.disk_io or self.writer or self.waiting)
 
+    @property
+    def may_leave_memory(self) -> bool:
+        """Whether its copy in memory may be given up now."""
+        return self.in_memory and self.idle and not self.pins
+
+    @property
+    def may_leave_disk(self) -> bool:
+        """Whether its copy on disk may be given up now."""
+        return self.on_disk and not (self.disk_io or self.pins or self.waiting)
+
 
 class Index:
-    """Objects by block key and part."""
+    """Objects by block key and part.
+
+    Keys follow from the namespace, but whoever knows its name and the tokens can compute them. So
+    `within` says whose objects count: those of this account; None means all.
+    """
 
     def __init__(self) -> None:
         self._by_key: dict[bytes, list[Entry]] = {}
         self._count = 0
 
-    def get(self, key: bytes, part: Part) -> Entry | None:
+    def of(self, key: bytes) -> Sequence[Entry]:
+        """All objects of a block, stored or being written."""
+        return self._by_key.get(key, ())
+
+    def get(self, key: bytes, part: Part, within: NamespaceUsage | None = None) -> Entry | None:
         """The object in exactly this layout."""
         variant = part.variant
         for entry in self._by_key.get(key, ()):
-            if entry.variant == variant:
+            if entry.variant == variant and within in (None, entry.account):
                 return entry
         return None
 
-    def usable(self, key: bytes, part: Part) -> Entry | None:
+    def usable(self, key: bytes, part: Part, within: NamespaceUsage | None = None) -> Entry | None:
         """A stored object that a reader of `part` can use: an equal layout, else a convertible."""
         second = None
         variant = part.variant
         for entry in self._by_key.get(key, ()):
             if not (entry.in_memory or entry.on_disk):
+                continue
+            if within is not None and entry.account is not within:
                 continue
             if entry.variant == variant:
                 return entry
@@ -83,7 +112,9 @@ class Index:
                 second = entry
         return second
 
-    def tiers(self, keys: Sequence[bytes], part: Part) -> list[int]:
+    def tiers(
+        self, keys: Sequence[bytes], part: Part, within: NamespaceUsage | None = None
+    ) -> list[int]:
         """The tier of each block of the longest prefix that a reader of `part` can use.
 
         The loop of every lookup, so the common case (an equal layout, in memory) is spelled out:
@@ -95,19 +126,23 @@ class Index:
             if entries is None:
                 break
             entry = entries[0]
-            if not entry.in_memory or entry.variant != variant:
-                usable = self.usable(key, part)
+            if (
+                not entry.in_memory
+                or entry.variant != variant
+                or (within is not None and entry.account is not within)
+            ):
+                usable = self.usable(key, part, within)
                 if usable is None:
                     break
                 entry = usable
             tiers.append(MEMORY if entry.in_memory else DISK)
         return tiers
 
-    def why_not(self, key: bytes, part: Part) -> str:
+    def why_not(self, key: bytes, part: Part, within: NamespaceUsage | None = None) -> str:
         """The reason why `usable` has nothing: `absent`, `writing` or `layout`."""
         reason = "absent"
         for entry in self._by_key.get(key, ()):
-            if entry.name.part.content != part.content:
+            if entry.name.part.content != part.content or within not in (None, entry.account):
                 continue
             if not entry.stored and entry.name.part.converts_to(part):
                 return "writing"
@@ -127,6 +162,10 @@ class Index:
             del self._by_key[entry.name.key]
         self._count -= 1
 
+    def keys(self) -> list[bytes]:
+        """The keys of all blocks, as they are now."""
+        return list(self._by_key)
+
     def __iter__(self) -> Iterator[Entry]:
         for entries in self._by_key.values():
             yield from entries
@@ -144,8 +183,23 @@ class LeaseKind(Enum):
 
 
 @dataclass(slots=True, eq=False)
+class Saving:
+    """What is said about blocks that are being saved, besides their keys.
+
+    `parent` is the key before the first one, empty at the start of a prompt or if not known;
+    `tokens` are theirs, for watchers of events, or none; `ttl` seconds after they are committed
+    they expire.
+    """
+
+    parent: bytes = b""
+    tokens: Sequence[int] = ()
+    ttl: float | None = None
+    keys: Sequence[bytes] = ()
+
+
+@dataclass(slots=True, eq=False)
 class Lease:
-    """A right to a set of objects, held by `owner` until `expires` (monotonic seconds).
+    """A right to a set of objects, held by `owner` from `since` until `expires` (monotonic).
 
     An expired read or write lease is *withdrawn*: nothing is committed under it any more, but its
     slots stay out of circulation until the owner releases it or is gone, since a stalled process
@@ -156,9 +210,11 @@ class Lease:
     id: int
     kind: LeaseKind
     expires: float
+    since: float
     blocks: list[list[Entry]] = field(default_factory=list)
     withdrawn: bool = False
     released: bool = False
+    saving: Saving = field(default_factory=Saving)
 
     def entries(self) -> Iterator[Entry]:
         """The objects under this lease, block by block."""

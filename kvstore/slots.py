@@ -96,6 +96,7 @@ class SlotPool(Generic[T]):
         self._free_chunks = list(reversed(range(capacity // chunk)))
         self._clock = 0
         self.used_bytes = 0
+        self.used_slots = 0
 
     def slot_bytes(self, nbytes: int) -> int:
         """The size class that holds an object of `nbytes`."""
@@ -161,6 +162,7 @@ class SlotPool(Generic[T]):
         if slot.admitted:
             cls.policy.remove(slot, evicted=evicted)
         self.used_bytes -= slot.nbytes
+        self.used_slots -= 1
         chunk.free.append(slot.offset)
         if chunk.slots:
             cls.partial[number] = None
@@ -199,6 +201,7 @@ class SlotPool(Generic[T]):
         if not chunk.free:
             del cls.partial[number]
         self.used_bytes += cls.nbytes
+        self.used_slots += 1
         return slot
 
     def _make_room(self, cls: _SizeClass[T]) -> bool:

@@ -8,17 +8,20 @@ through `post`, which must run a function on the loop.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
+from kvstore.admission import Admission
 from kvstore.arena import Arena
 from kvstore.config import format_size
-from kvstore.index import Entry, Lease, LeaseKind
+from kvstore.index import Entry, Lease, LeaseKind, Saving
+from kvstore.pins import Pins
 from kvstore.protocol import BUSY, DISK, HAVE, MEMORY, NO_ROOM, TIER_NAMES
-from kvstore.spec import Namespace, Part
+from kvstore.spec import ModelIdentity, Namespace, Part
 from kvstore.tiering import OpenDisk, Tiering
 from kvstore.tiers.base import ObjectName
+from kvstore.usage import NamespaceUsage, Quota, TenantUsage
 
 
 @dataclass(slots=True)
@@ -52,6 +55,24 @@ class Acquisition:
     finished: bool = False
 
 
+_DROPPED: Final = {
+    "no_room": "the arena is full of blocks in use or being written",
+    "quota": "the tenant's quota is full of blocks in use or being written",
+    "admission": "the admission policy refuses them",
+    "draining": "the daemon is draining",
+}
+
+
+MAX_LEASES: Final = 4096
+"""Of one owner: what it costs to remember them stays small against an arena."""
+
+_FEW_LEASES: Final = 16
+_MAX_LEASED_BLOCKS: Final = 1 << 20
+
+_NOBODY: Final = NamespaceUsage(Namespace(ModelIdentity("nobody")), TenantUsage())
+"""Stands for a namespace that holds nothing."""
+
+
 class Store:
     """Memory tier over an arena, and an optional disk tier below it.
 
@@ -64,6 +85,7 @@ class Store:
         open_disk: opens the disk tier; None for none. May raise TierUnavailable, then the store
             runs without and tries again every `retry_seconds`.
         write_queue: bytes on their way to disk at most; committed objects beyond wait in memory.
+        max_pinned: part of the arena's bytes that pins may hold.
         clock: monotonic seconds.
     """
 
@@ -78,6 +100,7 @@ class Store:
         open_disk: OpenDisk | None = None,
         write_queue: int = 256 << 20,
         retry_seconds: float = 5.0,
+        max_pinned: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.tiering = Tiering(
@@ -94,6 +117,14 @@ class Store:
         self._clock = clock
         self._lease_seconds = lease_seconds
         self._leases: dict[Hashable, dict[int, Lease]] = {}
+        self._acquiring = 0
+        self.draining = False
+        self.max_pinned_bytes = int(max_pinned * arena.size)
+        self.pins = Pins(self)
+        self.usage = self.tiering.usage
+        self.history = self.tiering.history
+        self.events = self.tiering.events
+        self.histograms = self.tiering.histograms
 
     # -- saving ---------------------------------------------------------------------------------
 
@@ -104,54 +135,59 @@ class Store:
         namespace: Namespace,
         keys: Sequence[bytes],
         parts: Sequence[Part],
-    ) -> list[int]:
+        *,
+        saving: Saving | None = None,
+    ) -> tuple[list[int], str]:
         """Slots for blocks about to be saved, `len(keys) × len(parts)` answers, block by block.
 
         An answer is the slot's offset in the arena, or HAVE (stored already), BUSY (somebody else
-        is saving it) or NO_ROOM (nothing more can be evicted; the save is to be dropped).
+        is saving it) or NO_ROOM: the save is to be dropped. The second value says why then:
+        `no_room` (nothing more can be evicted), `quota`, `admission` or `draining`. `saving` says
+        more about the blocks.
 
         Raises:
             ValueError: the owner holds a lease of that id.
         """
         lease = self._new_lease(owner, lease_id, LeaseKind.WRITE)
+        lease.saving = saving or Saving()
+        lease.saving.keys = keys
+        refusal = ""
+        if self.draining:
+            refusal = "draining"
+        elif self.tiering.admission.refuses(namespace.tenant):
+            refusal = "admission"
         index = self.tiering.index
-        known = [[index.usable(key, part) for part in parts] for key in keys]
+        within = self._within(namespace)
+        known = [[index.usable(key, part, within) for part in parts] for key in keys]
         # Before anything is evicted: what is there of this prompt is worth as much as the rest.
         self.tiering.touch([entry for block in known for entry in block if entry is not None])
         answers: list[int] = []
-        full = False
         for key, entries in zip(keys, known, strict=True):
             block: list[Entry] = []
             for part, entry in zip(parts, entries, strict=True):
                 if entry is not None and not entry.gone:
                     answer = HAVE
-                elif index.get(key, part) is not None:
+                elif index.get(key, part, self._within(namespace)) is not None:
                     answer = BUSY
-                elif full:
-                    answer = NO_ROOM
                 else:
-                    answer = self._reserve_one(lease, namespace, key, part, block)
-                    full = answer == NO_ROOM
-                if answer == NO_ROOM:
-                    self.counters.add("save.dropped", "no_room")
+                    answer = NO_ROOM
+                    if not refusal:
+                        entry = Entry(
+                            ObjectName(namespace, key, part), part.nbytes(namespace.block_tokens)
+                        )
+                        entry.writer = lease
+                        refusal = self.tiering.reserve(entry) or ""
+                        if not refusal and entry.slot is not None:
+                            block.append(entry)
+                            answer = entry.slot.offset
+                    if refusal:
+                        self.counters.add("save.dropped", refusal)
+                        self.history.record(key, refusal)
                 answers.append(answer)
             lease.blocks.append(block)
-        return answers
-
-    def _reserve_one(
-        self, lease: Lease, namespace: Namespace, key: bytes, part: Part, block: list[Entry]
-    ) -> int:
-        nbytes = part.nbytes(namespace.block_tokens)
-        entry = Entry(ObjectName(namespace, key, part), nbytes)
-        entry.writer = lease
-        if not self.tiering.reserve(entry):
-            self.tiering.quiet.warning(
-                "no_room", "saves dropped: the arena is full of blocks in use or being written"
-            )
-            return NO_ROOM
-        assert entry.slot is not None
-        block.append(entry)
-        return entry.slot.offset
+        if refusal:
+            self.tiering.quiet.warning(f"save.{refusal}", "saves dropped: %s", _DROPPED[refusal])
+        return answers, refusal
 
     def commit(
         self,
@@ -177,7 +213,7 @@ class Store:
             return 0, "lease"
         sums = iter(checksums) if checksums is not None else None
         without = set(dropped)
-        stored = 0
+        committed: list[int] = []
         ready: list[Entry] = []
         for number, block in enumerate(lease.blocks):
             for entry in block:
@@ -188,36 +224,77 @@ class Store:
                 entry.writer = None
                 self.counters.add("save.bytes", by=entry.nbytes)
             ready += block
-            stored += 1
-        self.counters.add("save.blocks", by=stored)
+            committed.append(number)
+        self.counters.add("save.blocks", by=len(committed))
         self.release(owner, lease_id)
         self.tiering.committed(ready)
-        return stored, "dropped" if without else ""
+        if ready:
+            ready[0].account.last_used = time.time()
+            self._committed(lease.saving, committed, ready)
+        return len(committed), "dropped" if without else ""
+
+    def _committed(self, saving: Saving, numbers: list[int], entries: list[Entry]) -> None:
+        """Let new blocks expire, if they shall, and tell watchers of events."""
+        if saving.ttl is not None:
+            for entry in entries:
+                self.tiering.expiry.set_ttl(entry, saving.ttl)
+        namespace = entries[0].name.namespace
+        for first, end in _runs(numbers):
+            self.events.stored(
+                namespace,
+                saving.keys[first:end],
+                MEMORY,
+                parent=saving.keys[first - 1] if first else saving.parent,
+                token_ids=saving.tokens[
+                    first * namespace.block_tokens : end * namespace.block_tokens
+                ],
+            )
 
     # -- loading --------------------------------------------------------------------------------
 
-    def lookup(self, keys: Sequence[bytes], parts: Sequence[Part]) -> tuple[list[int], str]:
+    def lookup(
+        self, keys: Sequence[bytes], parts: Sequence[Part], namespace: Namespace | None = None
+    ) -> tuple[list[int], str]:
         """The tier of each block of the longest usable prefix, and why it ends there.
 
         A block lies in the slowest tier of its parts. The reason is empty when all were found.
+        Only blocks of `namespace` count; None is for those who may use them all.
         """
-        tiers, reason = self._find(keys, parts)
-        self.counters.add("lookup.hit_blocks", by=len(tiers))
+        started = time.perf_counter()
+        block_tokens = 0 if namespace is None else namespace.block_tokens
+        tiers, reason = self._find(keys, parts, namespace)
+        in_memory = tiers.count(MEMORY)
+        counters = self.counters
+        counters.add("lookup.requests")
+        counters.add("lookup.hit_blocks", by=len(tiers))
+        counters.add("lookup.tokens", by=len(keys) * block_tokens)
+        counters.add("hit.tokens", "memory", by=in_memory * block_tokens)
+        counters.add("hit.tokens", "disk", by=(len(tiers) - in_memory) * block_tokens)
         if reason:
-            self.counters.add("lookup.miss", reason)
+            counters.add("lookup.miss", reason)
+        self.histograms.observe("seconds.lookup", time.perf_counter() - started)
         return tiers, reason
 
-    def _find(self, keys: Sequence[bytes], parts: Sequence[Part]) -> tuple[list[int], str]:
+    def _within(self, namespace: Namespace | None) -> NamespaceUsage | None:
+        """Whose objects may be used, for the index."""
+        if namespace is None:
+            return None
+        return self.usage.namespaces.get(namespace.digest, _NOBODY)
+
+    def _find(
+        self, keys: Sequence[bytes], parts: Sequence[Part], namespace: Namespace | None
+    ) -> tuple[list[int], str]:
         index = self.tiering.index
-        tiers = index.tiers(keys, parts[0])
+        within = self._within(namespace)
+        tiers = index.tiers(keys, parts[0], within)
         for part in parts[1:]:
-            of_part = index.tiers(keys[: len(tiers)], part)
+            of_part = index.tiers(keys[: len(tiers)], part, within)
             tiers = [max(pair) for pair in zip(tiers, of_part, strict=False)]
         if len(tiers) == len(keys):
             return tiers, ""
         end = keys[len(tiers)]
-        missing = next(part for part in parts if index.usable(end, part) is None)
-        return tiers, index.why_not(end, missing)
+        missing = next(part for part in parts if index.usable(end, part, within) is None)
+        return tiers, index.why_not(end, missing, within)
 
     def acquire(
         self,
@@ -228,25 +305,29 @@ class Store:
         done: Callable[[Acquired], None],
         *,
         enough: int | None = None,
+        namespace: Namespace | None = None,
     ) -> Acquisition:
         """Bring blocks into memory and hold them there under a read lease.
 
         `done` is called once, on the loop, maybe before this returns: when all blocks have come, or
         the first `enough` of them, or one cannot be had. It is given the prefix that is there by
         then; the rest goes on coming up, for the next acquire. `settle` ends the waiting early.
+        `namespace` as for `lookup`.
 
         Raises:
             ValueError: the owner holds a lease of that id.
         """
         lease = self._new_lease(owner, lease_id, LeaseKind.READ)
         running = Acquisition(lease, done, self._clock(), enough or len(keys))
+        self._acquiring += 1
         running.promoting = 1  # Held until all promotions are started.
+        within = self._within(namespace)
         # In order, and holding nothing beyond the block at hand: later blocks that lie in memory
         # must not keep earlier ones from coming up.
         for key in keys:
-            block = [entry for part in parts if (entry := self.tiering.index.usable(key, part))]
+            block = self._block(key, parts, within)
             if len(block) < len(parts):
-                _, running.reason = self._find([key], parts)
+                _, running.reason = self._find([key], parts, namespace)
                 break
             lease.blocks.append(block)
             running.tiers.append(MEMORY if all(entry.in_memory for entry in block) else DISK)
@@ -267,6 +348,8 @@ class Store:
         if running.finished:
             return
         running.finished = True
+        self._acquiring -= 1
+        self.histograms.observe("seconds.acquire", self._clock() - running.started)
         lease = running.lease
         if lease.released:
             running.done(Acquired([], [], "released"))
@@ -279,8 +362,9 @@ class Store:
             self._end_reading(entry)
         del lease.blocks[ready:]
         self.tiering.touch(_entries(lease.blocks))
-        for tier in running.tiers[:ready]:
+        for tier, block in zip(running.tiers, lease.blocks, strict=False):
             self.counters.add("load.blocks", TIER_NAMES[tier])
+            self.counters.add("load.bytes", TIER_NAMES[tier], by=sum(e.nbytes for e in block))
         running.done(Acquired(lease.blocks, running.tiers, running.reason))
 
     def _count_ready(self, running: Acquisition) -> int:
@@ -289,14 +373,19 @@ class Store:
             running.ready += 1
         return running.ready
 
-    def prefetch(self, keys: Sequence[bytes], parts: Sequence[Part]) -> int:
-        """Start to bring blocks into memory; returns how many were found in any tier."""
+    def prefetch(
+        self, keys: Sequence[bytes], parts: Sequence[Part], namespace: Namespace | None = None
+    ) -> int:
+        """Start to bring blocks into memory; returns how many were found in any tier.
+
+        `namespace` as for `lookup`.
+        """
         owner = object()
 
         def arrived(_: Acquired) -> None:
             self.release_owner(owner)
 
-        return len(self.acquire(owner, 0, keys, parts, arrived).tiers)
+        return len(self.acquire(owner, 0, keys, parts, arrived, namespace=namespace).tiers)
 
     def _promotion_ended(self, running: Acquisition, entry: Entry) -> Callable[[str | None], None]:
         def ended(error: str | None) -> None:
@@ -335,7 +424,7 @@ class Store:
             for block in (lease.blocks[i] for i in set(damaged) if 0 <= i < len(lease.blocks)):
                 self.counters.add("load.failed", "damaged")
                 for entry in block:
-                    self.tiering.discard(entry)
+                    self.tiering.discard(entry, "damaged")
         self._end(lease)
         return True
 
@@ -351,27 +440,76 @@ class Store:
         keys: Sequence[bytes],
         parts: Sequence[Part],
         ttl: float,
+        namespace: Namespace | None = None,
     ) -> int:
         """Keep a stored prefix from being evicted, in the tiers it lies in, for `ttl` seconds.
 
-        Returns the number of blocks pinned.
+        Returns the number of blocks pinned, fewer where `max_pinned_bytes` is reached. `namespace`
+        as for `lookup`.
+
+        Raises:
+            ValueError: the owner holds a lease of that id.
+        """
+        blocks: list[list[Entry]] = []
+        within = self._within(namespace)
+        for key in keys:
+            block = self._block(key, parts, within)
+            if len(block) < len(parts):
+                break
+            blocks.append(block)
+        return len(self.pin_blocks(owner, lease_id, blocks, ttl).blocks)
+
+    def _block(
+        self, key: bytes, parts: Sequence[Part], within: NamespaceUsage | None
+    ) -> list[Entry]:
+        """The objects of a block that readers of `parts` can use; fewer if some are missing."""
+        index = self.tiering.index
+        return [entry for part in parts if (entry := index.usable(key, part, within))]
+
+    def pin_blocks(
+        self, owner: Hashable, lease_id: int, blocks: Sequence[list[Entry]], ttl: float
+    ) -> Lease:
+        """Pin stored blocks, from the first one on, as far as pins may hold more.
 
         Raises:
             ValueError: the owner holds a lease of that id.
         """
         lease = self._new_lease(owner, lease_id, LeaseKind.PIN, ttl)
-        for key in keys:
-            block = [entry for part in parts if (entry := self.tiering.index.usable(key, part))]
-            if len(block) < len(parts):
+        pinned = self.pinned_bytes
+        for block in blocks:
+            pinned += sum(entry.nbytes for entry in block if not entry.pins)
+            if pinned > self.max_pinned_bytes:
+                self.counters.add("pin.refused", "max_pinned")
                 break
             for entry in block:
                 entry.pins += 1
+                if entry.pins == 1:
+                    self.usage.pinned(entry, 1)
             lease.blocks.append(block)
-        return len(lease.blocks)
+        return lease
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of objects that are pinned."""
+        return sum(tenant.pinned_bytes for tenant in self.usage.tenants.values())
 
     def holds_leases(self, owner: Hashable) -> bool:
         """Whether the owner has any lease."""
         return owner in self._leases
+
+    def lease(self, owner: Hashable, lease_id: int) -> Lease | None:
+        """A lease of an owner, if it has that one."""
+        return self._leases.get(owner, {}).get(lease_id)
+
+    def hold(self, entries: Iterable[Entry]) -> None:
+        """Keep the slots of these from being given to others until `let_go`."""
+        for entry in entries:
+            entry.readers += 1
+
+    def let_go(self, entries: Iterable[Entry]) -> None:
+        """End what `hold` began."""
+        for entry in entries:
+            self._end_reading(entry)
 
     def leases(self) -> list[Lease]:
         """All leases."""
@@ -383,8 +521,13 @@ class Store:
         held = self._leases.setdefault(owner, {})
         if lease_id in held:
             raise ValueError(f"lease {lease_id} is held already; use a new number")
+        if len(held) >= MAX_LEASES or (
+            len(held) > _FEW_LEASES
+            and sum(len(lease.blocks) for lease in held.values()) >= _MAX_LEASED_BLOCKS
+        ):
+            raise ValueError(f"{len(held)} leases are held; release some first")
         expires = self._clock() + (self._lease_seconds if ttl is None else ttl)
-        lease = held[lease_id] = Lease(owner, lease_id, kind, expires)
+        lease = held[lease_id] = Lease(owner, lease_id, kind, expires, self._clock())
         return lease
 
     def _end(self, lease: Lease) -> None:
@@ -394,24 +537,47 @@ class Store:
         for entry in lease.entries():
             if lease.kind is LeaseKind.PIN:
                 entry.pins -= 1
+                if not entry.pins:
+                    self.usage.pinned(entry, -1)
                 self.tiering.settle(entry)
             elif lease.kind is LeaseKind.READ:
                 self._end_reading(entry)
             elif entry.writer is lease:
                 entry.writer = None
                 self.counters.add("save.dropped", "uncommitted")
-                self.tiering.discard(entry)
+                self.tiering.discard(entry, "uncommitted")
 
     def _end_reading(self, entry: Entry) -> None:
         entry.readers -= 1
         self.tiering.settle(entry)
 
-    def clear(self) -> int:
-        """Remove every object that is not pinned or being written; returns how many."""
-        victims = [e for e in self.tiering.index if not e.pins and e.writer is None]
+    def clear(self, namespace: Namespace | None = None) -> int:
+        """Remove every object (of `namespace`) that is not pinned or being written."""
+        victims = [
+            e
+            for e in self.tiering.index
+            if not e.pins and e.writer is None and namespace in (None, e.name.namespace)
+        ]
         for entry in victims:
-            self.tiering.discard(entry)
+            self.tiering.discard(entry, "cleared", announce=False)
+        for cleared in {entry.name.namespace for entry in victims}:
+            self.events.cleared(cleared)
         return len(victims)
+
+    # -- rules ----------------------------------------------------------------------------------
+
+    @property
+    def admission(self) -> Admission:
+        """What is let in; may be replaced at any time."""
+        return self.tiering.admission
+
+    @admission.setter
+    def admission(self, rules: Admission) -> None:
+        self.tiering.admission = rules
+
+    def set_quota(self, tenant: str, quota: Quota | None) -> None:
+        """Limit what a tenant may hold; None ends the limit. See `Quotas.set`."""
+        self.tiering.quotas.set(tenant, quota)
 
     # -- upkeep ---------------------------------------------------------------------------------
 
@@ -426,6 +592,8 @@ class Store:
                 self.release(lease.owner, lease.id)
             else:
                 lease.withdrawn = True
+        self.tiering.expiry.tick()
+        self.tiering.quotas.enforce()
         self.tiering.look_after_disk()
 
     def close(self) -> None:
@@ -437,6 +605,12 @@ class Store:
         return self.tiering.stats() | {
             "leases": len(self.leases()),
             "counters": self.counters.snapshot(),
+            "histograms": self.histograms.snapshot(),
+            "queues": {
+                "write_bytes": self.tiering.writes.bytes_under_way,
+                "write_objects": self.tiering.unwritten,
+                "acquiring": self._acquiring,
+            },
         }
 
     def check_object(self, part: Part, block_tokens: int) -> str | None:
@@ -449,6 +623,15 @@ class Store:
                 "memory.size), or use fewer block_tokens"
             )
         return None
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Runs of consecutive numbers, as (first, end)."""
+    first = 0
+    for i in range(1, len(numbers) + 1):
+        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
+            yield numbers[first], numbers[i - 1] + 1
+            first = i
 
 
 def _entries(blocks: Iterable[list[Entry]]) -> list[Entry]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from bisect import bisect_left
 from collections import Counter
-from typing import Final
+from typing import Any, Final
 
 
 class Counters:
@@ -43,6 +44,42 @@ class Average:
             self.value = sample
         else:
             self.value += self._WEIGHT * (sample - self.value)
+
+
+class Histograms:
+    """Distributions of times and sizes. Not thread-safe; one per owner.
+
+    A name begins with its unit, `seconds.` or `bytes.`, which chooses the buckets.
+    """
+
+    BOUNDS: Final = {
+        "seconds": tuple(base * 10.0**power for power in range(-6, 2) for base in (1, 2.5, 5)),
+        "bytes": tuple(float(1 << power) for power in range(12, 31, 2)),
+    }
+
+    def __init__(self) -> None:
+        self._counts: dict[str, list[int]] = {}
+        self._sums: dict[str, float] = {}
+
+    def observe(self, name: str, value: float) -> None:
+        """Take in one sample."""
+        bounds = self.BOUNDS[name.partition(".")[0]]
+        counts = self._counts.get(name)
+        if counts is None:
+            counts = self._counts[name] = [0] * (len(bounds) + 1)
+        counts[bisect_left(bounds, value)] += 1
+        self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def snapshot(self) -> dict[str, dict[str, Any]]:
+        """Upper bounds, counts per bucket (one more, for what lies above), and sum, by name."""
+        return {
+            name: {
+                "bounds": list(self.BOUNDS[name.partition(".")[0]]),
+                "counts": list(counts),
+                "sum": self._sums[name],
+            }
+            for name, counts in sorted(self._counts.items())
+        }
 
 
 class QuietLog:

@@ -1,4 +1,4 @@
-"""Where objects live, and how they move: eviction, write-behind to disk, promotion back to memory.
+"""Where objects live, and how they move: places, eviction, promotion from disk.
 
 Owned by the store's loop, like everything it calls. Bulk work is done by the disk's threads, whose
 results come back through `post`.
@@ -7,30 +7,41 @@ results come back through `post`.
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from kvstore.admission import Admission
 from kvstore.arena import Arena
 from kvstore.errors import ConfigError, FormatError
+from kvstore.events import EventLog
 from kvstore.eviction import make_policy
+from kvstore.expiry import Expiry
+from kvstore.history import History
 from kvstore.index import Entry, Index
+from kvstore.protocol import DISK, MEMORY
+from kvstore.quotas import Quotas
 from kvstore.slots import Slot, SlotPool, choose_chunk
-from kvstore.telemetry import Average, Counters, QuietLog
+from kvstore.spec import Namespace
+from kvstore.telemetry import Average, Counters, Histograms, QuietLog
 from kvstore.tiers.base import Recovered, Tier
+from kvstore.usage import Usage
+from kvstore.writebehind import WriteBehind
 
 _GUESSED_DISK_SECONDS_PER_BYTE: Final = 1 / 1e9
+_BYTES_PER_MEMORY: Final = 1 << 16
+"""Of the arena, for every block whose end is remembered: some 0.3 % of it go into that."""
 
-_PASSING: Final = frozenset({"full", "read_only", "io_error"})
-"""Why a write failed that may work later."""
 
 _log = logging.getLogger("kvstore.store")
 
 OpenDisk = Callable[[Callable[[Slot[Any]], bool], Callable[[Slot[Any]], None]], Tier]
 """Opens the disk tier, given what may be evicted from it and how."""
 
-Promoted = Callable[[str | None], None]
-"""Told that a promotion ended: None, or the reason why it failed."""
+Done = Callable[[str | None], None]
+"""Told that a move ended: None, or the reason why it did not happen."""
 
 
 class Tiering:
@@ -61,7 +72,12 @@ class Tiering:
     ) -> None:
         self.arena = arena
         self.index = Index()
+        self.usage = Usage()
+        self.history = History(min(1 << 18, max(1024, arena.size // _BYTES_PER_MEMORY)))
+        self.events = EventLog()
+        self.admission = Admission()
         self.counters = Counters()
+        self.histograms = Histograms()
         self.quiet = QuietLog(_log)
         self.disk: Tier | None = None
         self.disk_problem: str | None = None
@@ -69,34 +85,58 @@ class Tiering:
             arena.size,
             chunk or choose_chunk(arena.size),
             make_policy(policy),
-            _memory_evictable,
-            self._evict_from_memory,
+            lambda slot: slot.owner.may_leave_memory,
+            self.evict_from_memory,
         )
         self._disk_seconds = Average()  # seconds per byte, disk to memory
-        self._post = post
+        self.post = post
         self._clock = clock
         self._open_disk = open_disk
         self._opening = False
         self._retry_seconds = retry_seconds
         self._next_open = 0.0
-        self._write_queue = write_queue
-        self._writing_bytes = 0
-        self._backlog: dict[Entry, None] = {}  # in the order they are to be written
-        self._unwritten: set[Entry] = set()
+        self.writes = WriteBehind(self, write_queue)
+        self._for: Namespace | None = None  # who needs the room that is being made
+        self.quotas = Quotas(self)
+        self.expiry = Expiry(self)
         self._closed = False
         if open_disk is not None:
             self._attach(*_try_open(self._opener()))
 
     # -- places ---------------------------------------------------------------------------------
 
-    def reserve(self, entry: Entry) -> bool:
-        """Give a new entry a slot in memory and show it to the index; False when there is none."""
-        slot = self.memory.allocate(entry.nbytes, entry)
+    def reserve(self, entry: Entry) -> str | None:
+        """Give a new entry a slot in memory and show it to the index; else says why not."""
+        slot, reason = self._slot_for(entry)
         if slot is None:
-            return False
-        entry.slot = slot
+            self.usage.close_if_empty(self.usage.account(entry.name.namespace))
+            return reason
+        self.usage.added(entry)
+        self._take_slot(entry, slot)
         self.index.add(entry)
-        return True
+        return None
+
+    def _slot_for(self, entry: Entry) -> tuple[Slot[Entry] | None, str]:
+        self._for = entry.name.namespace
+        if not self.quotas.make_room_in_memory(self._for.tenant, entry.nbytes):
+            return None, "quota"
+        return self.memory.allocate(entry.nbytes, entry), "no_room"
+
+    def _take_slot(self, entry: Entry, slot: Slot[Entry]) -> None:
+        entry.slot = slot
+        self.usage.took_memory(entry)
+
+    def place_on_disk(self, entry: Entry) -> tuple[Slot[Entry] | None, str]:
+        """Give an entry a place on disk; none with the reason why not."""
+        assert self.disk is not None
+        self._for = entry.name.namespace
+        if not self.quotas.make_room_on_disk(self._for.tenant, entry.nbytes):
+            return None, "quota"
+        place = self.disk.pool.allocate(entry.nbytes, entry)
+        if place is not None:
+            entry.place = place
+            self.usage.took_disk(entry)
+        return place, "no_room"
 
     def committed(self, entries: Sequence[Entry]) -> None:
         """The slots of these entries are whole now; their way to disk begins."""
@@ -105,68 +145,124 @@ class Tiering:
             assert entry.slot is not None
             entry.in_memory = True
             self.memory.admit(entry.slot)
-        if self._open_disk is not None:
-            self._unwritten.update(entries)
-            self._backlog.update(dict.fromkeys(entries))
+            entry.account.tenant.memory.touched(entry)
+            self.history.forget(entry.name.key)
+        if entries and self._open_disk is not None and self.admission.disk == "all":
+            self._write_in_order(entries)
         self.pump()
+
+    def _write_in_order(self, entries: Sequence[Entry]) -> None:
+        """Write blocks of a prompt from the first on; once there, the first is given up last."""
+        left = len(entries)
+
+        def written(_: str | None) -> None:
+            nonlocal left
+            left -= 1
+            if left:
+                return
+            for entry in reversed(entries):
+                if entry.on_disk and entry.place is not None and self.disk is not None:
+                    self.disk.pool.touch(entry.place)
+                    entry.account.tenant.disk.touched(entry)
+
+        for entry in entries:
+            self.writes.add(entry, written)
 
     def touch(self, entries: Sequence[Entry]) -> None:
         """These entries, in the order of their blocks, were used."""
+        now = time.time()
+        reused = self._open_disk is not None and self.admission.disk == "reused"
         for entry in reversed(entries):
+            entry.used = entry.account.last_used = now
+            tenant = entry.account.tenant
             if entry.in_memory and entry.slot is not None:
                 self.memory.touch(entry.slot)
+                tenant.memory.touched(entry)
+                if reused and not entry.on_disk and not entry.gone:
+                    self.writes.add(entry)
             if entry.on_disk and entry.place is not None and self.disk is not None:
                 self.disk.pool.touch(entry.place)
+                tenant.disk.touched(entry)
+        if reused:
+            self.pump()
 
-    def discard(self, entry: Entry) -> None:
-        """Take an object out of sight; its places are freed when nobody uses them any more."""
+    def discard(
+        self,
+        entry: Entry,
+        reason: str,
+        *,
+        by: Namespace | None = None,
+        announce: bool = True,
+    ) -> None:
+        """Take an object out of sight; its places are freed when nobody uses them any more.
+
+        `reason` and `by` (who needed the room) are kept for those who ask; watchers of events are
+        told if `announce`.
+        """
         if not entry.gone:
+            if entry.stored and announce:
+                for there, medium in ((entry.in_memory, MEMORY), (entry.on_disk, DISK)):
+                    if there:
+                        self.announce_removed(entry, medium, reason)
             entry.gone = True
             self.index.remove(entry)
-            self._unwritten.discard(entry)
-            self._backlog.pop(entry, None)
+            self.usage.removed(entry)
+            self.history.record(entry.name.key, reason, by)
+            self.writes.forget(entry, reason)
         self.settle(entry)
 
     def settle(self, entry: Entry) -> None:
         """Free the places of an object that is gone, unless somebody still uses them."""
         if entry.gone and entry.idle:
-            self._free_slot(entry)
-            self._free_place(entry, forget=True)
+            self.free_slot(entry)
+            self.free_place(entry, forget=True)
 
-    def _evict_from_memory(self, slot: Slot[Entry]) -> None:
+    def announce_removed(self, entry: Entry, medium: int, reason: str) -> None:
+        """Tell watchers of events that an object is not in a tier any more."""
+        self.events.removed(entry.name.namespace, entry.name.key, medium, reason)
+
+    def evict_from_memory(self, slot: Slot[Entry], reason: str = "evicted") -> None:
+        """Give up the copy in memory of an object that may go."""
         entry = slot.owner
-        self._free_slot(entry, evicted=True)
+        self.announce_removed(entry, MEMORY, reason)
+        self.free_slot(entry, evicted=True)
         self.counters.add("evict", "memory")
         if not entry.on_disk:
-            if entry in self._unwritten:
+            if entry in self.writes:
                 self.counters.add("evict.lost", "not_written_yet")
-            self.discard(entry)
+            self.discard(entry, reason, by=self._for)
 
-    def _evict_from_disk(self, slot: Slot[Entry]) -> None:
+    def evict_from_disk(self, slot: Slot[Entry], reason: str = "evicted") -> None:
+        """Give up the copy on disk of an object that may go."""
         entry = slot.owner
+        self.announce_removed(entry, DISK, reason)
         # Forgotten on disk too: what was evicted, and cleared since, must not come back.
-        self._free_place(entry, evicted=True, forget=True)
+        self.free_place(entry, evicted=True, forget=True)
         self.counters.add("evict", "disk")
         if not entry.in_memory:
-            self.discard(entry)
+            self.discard(entry, reason, by=self._for)
 
-    def _free_slot(self, entry: Entry, *, evicted: bool = False) -> None:
+    def free_slot(self, entry: Entry, *, evicted: bool = False) -> None:
+        """Give back an entry's slot in memory."""
         if entry.slot is not None:
             self.memory.free(entry.slot, evicted=evicted)
             entry.slot = None
+            self.usage.gave_memory(entry)
         entry.in_memory = False
 
-    def _free_place(self, entry: Entry, *, evicted: bool = False, forget: bool = False) -> None:
+    def free_place(self, entry: Entry, *, evicted: bool = False, forget: bool = False) -> None:
+        """Give back an entry's place on disk; with `forget`, it must not come back either."""
         if entry.place is not None and self.disk is not None:
             if forget:
                 self.disk.forget(entry.place)
             self.disk.pool.free(entry.place, evicted=evicted)
+            self.usage.gave_disk(entry)
         entry.place = None
         entry.on_disk = False
 
     # -- disk to memory ---------------------------------------------------------------------------
 
-    def promote(self, entry: Entry, ended: Promoted) -> None:
+    def promote(self, entry: Entry, ended: Done) -> None:
         """Read one object from disk into a slot; joins a read that is under way already."""
         if entry.waiting:
             entry.waiting.append(ended)
@@ -177,22 +273,24 @@ class Tiering:
             ended("no_disk")
             return
         entry.waiting.append(ended)  # Before allocating: from here on the entry is not idle.
-        slot = self.memory.allocate(entry.nbytes, entry)
+        slot, reason = self._slot_for(entry)
         if slot is None:
             entry.waiting.clear()
-            self.counters.add("load.failed", "no_room")
-            ended("no_room")
+            self.counters.add("load.failed", reason)
+            ended(reason)
             return
-        entry.slot = slot
+        self._take_slot(entry, slot)
         entry.disk_io += 1
+        started = time.monotonic()
 
         def done(checksum: int | None, error: str | None) -> None:
-            self._post(lambda: self._promoted(entry, error))
+            seconds = time.monotonic() - started
+            self.post(lambda: self._promoted(entry, error, seconds))
 
         address = self.arena.address + slot.offset
         disk.read(place, entry.name, address, entry.nbytes, expected, done)
 
-    def _promoted(self, entry: Entry, error: str | None) -> None:
+    def _promoted(self, entry: Entry, error: str | None, seconds: float) -> None:
         entry.disk_io -= 1
         waiting, entry.waiting = entry.waiting, []
         if error is None:
@@ -200,12 +298,16 @@ class Tiering:
             entry.in_memory = True
             self.memory.admit(entry.slot)
             self.counters.add("promote.bytes", by=entry.nbytes)
+            self.histograms.observe("seconds.disk_read", seconds)
+            self.histograms.observe("bytes.disk_read", entry.nbytes)
+            if not entry.gone:
+                self.events.stored(entry.name.namespace, (entry.name.key,), MEMORY)
         else:
             self.counters.add("load.failed", error)
-            self._free_slot(entry)
+            self.free_slot(entry)
             if error == "corrupt":
                 self.quiet.warning("corrupt", "a block on disk was damaged; it is dropped")
-                self.discard(entry)
+                self.discard(entry, "corrupt")
         for ended in waiting:
             ended(error)
         self.settle(entry)
@@ -223,61 +325,24 @@ class Tiering:
 
     def pump(self) -> None:
         """Send committed objects to disk, as many bytes at a time as the queue allows."""
-        disk = self.disk
-        while disk is not None and disk.writable and self._backlog:
-            if self._writing_bytes >= self._write_queue:
-                return
-            entry = next(iter(self._backlog))
-            del self._backlog[entry]
-            place = disk.pool.allocate(entry.nbytes, entry)
-            if place is None:
-                self.counters.add("write.dropped", "no_room")
-                self._unwritten.discard(entry)
-                continue
-            entry.place = place
-            self._write(disk, entry, place)
+        self.writes.pump()
 
-    def _write(self, disk: Tier, entry: Entry, place: Slot[Entry]) -> None:
-        assert entry.slot is not None
-        entry.disk_io += 1
-        self._writing_bytes += entry.nbytes
-
-        def done(checksum: int | None, error: str | None) -> None:
-            self._post(lambda: self._written(entry, checksum, error))
-
-        address = self.arena.address + entry.slot.offset
-        disk.write(place, entry.name, address, entry.nbytes, entry.checksum, done)
-
-    def _written(self, entry: Entry, checksum: int | None, error: str | None) -> None:
-        entry.disk_io -= 1
-        self._writing_bytes -= entry.nbytes
-        if error is None:
-            assert entry.place is not None
-            assert self.disk is not None
-            entry.checksum = checksum
-            entry.on_disk = True
-            self.disk.pool.admit(entry.place)
-            self._unwritten.discard(entry)
-            self.counters.add("write.bytes", by=entry.nbytes)
-        else:
-            self.counters.add("write.failed", error)
-            self._free_place(entry)
-            if error == "corrupt":
-                self.quiet.warning("memory", "a block changed while in memory; it is dropped")
-                self.discard(entry)
-            elif error in _PASSING and not entry.gone:
-                problem = self.disk.problem if self.disk is not None else error
-                self.quiet.warning("disk", "writes to disk pause: %s", problem or error)
-                self._backlog[entry] = None
-            else:
-                self._unwritten.discard(entry)
-        self.settle(entry)
-        self.pump()
+    def stamp(self, entry: Entry) -> None:
+        """Write down on disk when an object expires."""
+        if self.disk is not None and entry.place is not None and entry.checksum is not None:
+            self.disk.stamp(
+                entry.place,
+                entry.name,
+                entry.nbytes,
+                entry.checksum,
+                created=int(entry.created),
+                expires=math.ceil(entry.expires),
+            )
 
     @property
     def unwritten(self) -> int:
         """Committed objects that are on their way to disk, or wait for it."""
-        return len(self._unwritten)
+        return len(self.writes)
 
     # -- the disk tier comes and goes -------------------------------------------------------------
 
@@ -292,14 +357,14 @@ class Tiering:
     def _opener(self) -> Callable[[], Tier]:
         assert self._open_disk is not None
         open_disk = self._open_disk
-        return lambda: open_disk(_disk_evictable, self._evict_from_disk)
+        return lambda: open_disk(lambda slot: slot.owner.may_leave_disk, self.evict_from_disk)
 
     def _reopen(self) -> None:
         try:
             disk, problem = _try_open(self._opener())
         except ConfigError as e:
             disk, problem = None, str(e)
-        self._post(lambda: self._attach(disk, problem))
+        self.post(lambda: self._attach(disk, problem))
 
     def _attach(self, disk: Tier | None, problem: str | None) -> None:
         self._opening = False
@@ -313,18 +378,26 @@ class Tiering:
             self.disk_problem = problem
             return
         self.disk_problem = None
-        for found in disk.recover():
-            self._take_in(disk, found)
         self.disk = disk
+        now = time.time()
+        for found in disk.recover():
+            self._take_in(disk, found, now)
+        self.quotas.count_anew()
         self.pump()
 
-    def _take_in(self, disk: Tier, found: Recovered) -> None:
+    def _take_in(self, disk: Tier, found: Recovered, now: float) -> None:
         """Index an object that was on disk when it was opened."""
-        known = self.index.get(found.name.key, found.name.part)
+        within = self.usage.namespaces.get(found.name.namespace.digest)
+        known = within and self.index.get(found.name.key, found.name.part, within)
         entry = known or Entry(found.name, found.nbytes)
         place = disk.pool.claim(found.offset, found.nbytes, entry)
         if place is None:
             self.counters.add("recover.dropped", "overlap")
+        elif found.expires and found.expires <= now:
+            disk.forget(place)
+            disk.pool.free(place)
+            self.history.record(found.name.key, "expired")
+            self.counters.add("recover.dropped", "expired")
         elif known is not None:
             # Saved anew while the disk was away, or a crash left two records of it.
             disk.forget(place)
@@ -332,14 +405,19 @@ class Tiering:
             self.counters.add("recover.dropped", "twice")
         else:
             entry.place, entry.on_disk, entry.checksum = place, True, found.checksum
+            entry.created = float(found.created)
             disk.pool.admit(place)
+            self.usage.added(entry)
+            self.usage.took_disk(entry)
             self.index.add(entry)
+            if found.expires:
+                self.expiry.watch(entry, float(found.expires))
             self.counters.add("recover.objects")
 
     def close(self) -> None:
         """Let go of the disk; objects in memory are gone with the arena. May block."""
         self._closed = True
-        self._backlog.clear()
+        self.writes.stop()
         if self.disk is not None:
             self.disk.flush()
             self.disk.close()
@@ -353,18 +431,9 @@ class Tiering:
             "disk": None if disk is None else _pool_stats(disk.pool) | {"problem": disk.problem},
             "disk_problem": self.disk_problem,
             "unwritten": self.unwritten,
-            "writing_bytes": self._writing_bytes,
+            "writing_bytes": self.writes.bytes_under_way,
+            "pinned_bytes": sum(t.pinned_bytes for t in self.usage.tenants.values()),
         }
-
-
-def _memory_evictable(slot: Slot[Entry]) -> bool:
-    entry = slot.owner
-    return entry.in_memory and entry.idle and not entry.pins
-
-
-def _disk_evictable(slot: Slot[Entry]) -> bool:
-    entry = slot.owner
-    return entry.on_disk and not entry.disk_io and not entry.pins and not entry.waiting
 
 
 def _try_open(opener: Callable[[], Tier]) -> tuple[Tier | None, str | None]:

@@ -18,13 +18,15 @@ class ObjectName(NamedTuple):
 
 
 class Recovered(NamedTuple):
-    """An object that a tier holds after a restart."""
+    """An object that a tier holds after a restart; `created` and `expires` in Unix seconds."""
 
     name: ObjectName
     offset: int
     nbytes: int
     checksum: int
     sequence: int
+    created: int
+    expires: int
 
 
 class Done(Protocol):
@@ -70,8 +72,12 @@ class Tier(Protocol):
         nbytes: int,
         checksum: int | None,
         done: Done,
+        *,
+        expires: int = 0,
     ) -> None:
         """Store `nbytes` bytes at `address` into `slot`, and make them findable after a restart.
+
+        After a restart at `expires` (Unix seconds; 0: never) or later they are not found any more.
 
         A given `checksum` is compared with the bytes read; a mismatch fails with `corrupt`.
         """
@@ -86,6 +92,18 @@ class Tier(Protocol):
         done: Done,
     ) -> None:
         """Bring an object to `address`, verified against `checksum`."""
+
+    def stamp(
+        self,
+        slot: Slot[Any],
+        name: ObjectName,
+        nbytes: int,
+        checksum: int,
+        *,
+        created: int,
+        expires: int,
+    ) -> None:
+        """Change when an object expires; no job of its slot may be running."""
 
     def forget(self, slot: Slot[Any]) -> None:
         """The object must not come back after a restart; call before `pool.free`."""

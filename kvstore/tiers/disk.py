@@ -51,6 +51,7 @@ class _Job(NamedTuple):
     nbytes: int
     checksum: int | None
     done: Done
+    expires: int = 0
 
 
 _Result = tuple[int | None, str | None]
@@ -69,7 +70,7 @@ class DiskTier:
     before the `done` of its job; should it happen, a checksum turns the mix into `corrupt`.
 
     Counters: `recovered`, `dropped_records.<reason>`, `corrupt_reads`, `corrupt_writes`,
-    `read_errors`, `write_errors.<reason>`, `forget_errors`, `sync_errors`,
+    `read_errors`, `write_errors.<reason>`, `forget_errors`, `stamp_errors`, `sync_errors`,
     `syncs`, `bytes_written`, `bytes_read`.
     """
 
@@ -210,10 +211,12 @@ class DiskTier:
         nbytes: int,
         checksum: int | None,
         done: Done,
+        *,
+        expires: int = 0,
     ) -> None:
         """See `Tier.write`. After `close`, `done` is called at once by the caller's thread."""
         self._submit(
-            _Job(True, slot.offset, slot.nbytes, name, address, nbytes, checksum, done),
+            _Job(True, slot.offset, slot.nbytes, name, address, nbytes, checksum, done, expires),
             self._writes,
         )
 
@@ -231,6 +234,30 @@ class DiskTier:
             _Job(False, slot.offset, slot.nbytes, name, address, nbytes, checksum, done),
             self._reads,
         )
+
+    def stamp(
+        self,
+        slot: Slot[Any],
+        name: ObjectName,
+        nbytes: int,
+        checksum: int,
+        *,
+        created: int,
+        expires: int,
+    ) -> None:
+        """See `Tier.stamp`. Takes microseconds; durable after `sync_seconds` or `flush`."""
+        if self._closing or self._slab.read_only:
+            return
+        try:
+            self._slab.put_record(
+                name, slot.offset, slot.nbytes, nbytes, checksum, created=created, expires=expires
+            )
+        except (OSError, DictionaryFull) as e:
+            # A torn record is none; a whole old one expires when it used to.
+            self._health.count("stamp_errors")
+            _logger.warning("%s: a time to live could not be written: %s", self._slab.path, e)
+        else:
+            self._mark_dirty()
 
     def forget(self, slot: Slot[Any]) -> None:
         """See `Tier.forget`. Takes microseconds; durable after `sync_seconds` or `flush`."""
@@ -343,7 +370,9 @@ class DiskTier:
         checksum = mover.store(slab.data_fd, at, job.address, job.nbytes)
         if job.checksum is not None and checksum != job.checksum:
             raise _Corrupt
-        slab.put_record(job.name, job.offset, job.slot_bytes, job.nbytes, checksum)
+        slab.put_record(
+            job.name, job.offset, job.slot_bytes, job.nbytes, checksum, expires=job.expires
+        )
         return checksum
 
     def _write_failed(self, error: OSError) -> str:

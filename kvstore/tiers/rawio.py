@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
-from kvstore._native import Xxh3Stream, prefault
+from kvstore._native import Xxh3Stream
 from kvstore.errors import TierUnavailable
 from kvstore.slots import ALIGNMENT, align
+from kvstore.staging import Bounce
 
 LOCK_NAME: Final = "lock"
 PIECE: Final = 4 << 20
@@ -34,26 +33,6 @@ def reason_of(error: OSError) -> str:
     if error.errno in _FULL:
         return "full"
     return "read_only" if error.errno in _READ_ONLY else "io_error"
-
-
-class Bounce:
-    """Anonymous memory on huge pages where the system has them: the disk's end of every copy.
-
-    The pages under the buffer of a direct read matter more than anything else: reading into 4 KiB
-    pages takes three times as long.
-    """
-
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory would get no huge pages
-        memory = mmap.mmap(-1, nbytes + _HUGE, flags=flags)
-        base = np.frombuffer(memory, np.uint8).ctypes.data
-        skip = -base % _HUGE
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE, skip, nbytes)
-        self.address = base + skip
-        self.view = memoryview(memory)[skip : skip + nbytes]
-        prefault(self.address, nbytes)
 
 
 def memory_at(address: int, nbytes: int) -> memoryview:

@@ -213,7 +213,8 @@ RECORD: Final = np.dtype(
         ("checksum", "<u8"),
         ("sequence", "<u8"),
         ("created", "<u8"),
-        ("reserved", "V32"),
+        ("expires", "<u8"),
+        ("reserved", "V24"),
         ("record_checksum", "<u8"),
     ]
 )
@@ -222,7 +223,7 @@ COMMITTED: Final = 1
 EMPTY_RECORD: Final = bytes(RECORD_BYTES)
 
 _BODY_BYTES: Final = RECORD_BYTES - _U64.size
-_BODY: Final = struct.Struct("<II32sII5Q32x")
+_BODY: Final = struct.Struct("<II32sII6Q24x")
 # What a record's checksum covers beyond its own body: the slab and the place it belongs to, and
 # what the two numbers in it stand for. A record that was copied from elsewhere, or whose numbers
 # mean something else by now, is not valid.
@@ -242,8 +243,12 @@ def pack_record(
     data_checksum: int,
     sequence: int,
     created: int,
+    expires: int,
 ) -> bytes:
-    """The record of a whole object; `ids` are the dictionary's numbers of namespace and part."""
+    """The record of a whole object; `ids` are the dictionary's numbers of namespace and part.
+
+    `created` and `expires` (0: never) in Unix seconds.
+    """
     body = _BODY.pack(
         RECORD_MAGIC,
         COMMITTED,
@@ -254,6 +259,7 @@ def pack_record(
         data_checksum,
         sequence,
         created,
+        expires,
     )
     return body + _U64.pack(_record_checksum(header, index, body, name.namespace, name.part))
 

@@ -69,9 +69,13 @@ LIVE: Final = np.dtype(
         ("part", "<u4"),
         ("nbytes", "<u8"),
         ("checksum", "<u8"),
+        ("created", "<u8"),
+        ("expires", "<u8"),
     ]
 )
 """What is kept of a live record between opening and recovery; `offset` is in the data area."""
+
+_COPIED: Final = tuple(name for name in LIVE.names or () if name != "offset")
 
 
 class SlabFile:
@@ -232,7 +236,7 @@ class SlabFile:
                 self._drop(base + position, reason)
             kept = rows[verdict.live]
             live = np.empty(len(kept), LIVE)
-            for field in ("sequence", "key", "namespace", "part", "nbytes", "checksum"):
+            for field in _COPIED:
                 live[field] = kept[field]
             positions = np.array(verdict.live, np.uint64)
             live["offset"] = number * header.chunk + positions * kept["slot_bytes"]
@@ -289,6 +293,8 @@ class SlabFile:
                 int(record["nbytes"]),
                 int(record["checksum"]),
                 int(record["sequence"]),
+                int(record["created"]),
+                int(record["expires"]),
             )
 
     # --- While open -------------------------------------------------------------------------------
@@ -312,9 +318,19 @@ class SlabFile:
                 return self._number(name.namespace), self._number(name.part)
 
     def put_record(
-        self, name: ObjectName, offset: int, slot_bytes: int, nbytes: int, data_checksum: int
+        self,
+        name: ObjectName,
+        offset: int,
+        slot_bytes: int,
+        nbytes: int,
+        data_checksum: int,
+        *,
+        created: int | None = None,
+        expires: int = 0,
     ) -> None:
         """Make the object in the slot at `offset` findable; its data must be in place.
+
+        `created` (default: now) and `expires` (0: never) in Unix seconds.
 
         Raises:
             DictionaryFull, OSError: there is no valid record then.
@@ -331,7 +347,8 @@ class SlabFile:
                 nbytes=nbytes,
                 data_checksum=data_checksum,
                 sequence=self.next_sequence,
-                created=int(time.time()),
+                created=int(time.time()) if created is None else created,
+                expires=expires,
             )
             self.next_sequence += 1
             write_full(self.fd, memoryview(record), self.header.record_offset(index))

@@ -18,18 +18,28 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvstore.admission import DISK_RULES, Admission
 from kvstore.arena import Arena
 from kvstore.config import Config
+from kvstore.explain import explain, survey
 from kvstore.index import Entry
+from kvstore.protocol import DISK as DISK_TIER
+from kvstore.protocol import MEMORY
+from kvstore.relocation import copy_to, move_to, remove
+from kvstore.selection import Selection
 from kvstore.server.daemon import disk_opener
 from kvstore.spec import Described, Group, ModelIdentity, Namespace, Part, Shard
 from kvstore.store import Acquired, Store
+from kvstore.usage import Quota
+from tests.store_tools import select
 
 NAMESPACE = Namespace(ModelIdentity("model"), "", 16)
+OTHER = Namespace(ModelIdentity("model"), "other", 16)
 SMALL = Part(Group(layers=2, heads=2, channels=(16, 16), dtype="float32"))
 LARGE = Part(Group(layers=4, heads=8, channels=(48, 48), dtype="float32", name="large"))
 SHARDS = tuple(Part(SMALL.group, Described("LNHPC"), Shard(i, 2)) for i in range(2))
 PARTS: dict[str, tuple[Part, ...]] = {"small": (SMALL,), "large": (LARGE,), "shards": SHARDS}
+SPACES = {"small": NAMESPACE, "large": NAMESPACE, "shards": OTHER}
 ARENA = 1 << 20
 DISK = 4 << 20
 
@@ -93,7 +103,7 @@ class Machine(RuleBasedStateMachine):
         self.lease += 1
         parts = PARTS[kind]
         chain = [key_of(n, kind) for n in numbers]
-        answers = self.store.reserve(owner, self.lease, NAMESPACE, chain, parts)
+        answers, _ = self.store.reserve(owner, self.lease, SPACES[kind], chain, parts)
         assert len(answers) == len(chain) * len(parts)
         written: dict[int, list[tuple[bytes, Part, bytes]]] = {}
         for i, answer in enumerate(answers):
@@ -230,6 +240,57 @@ class Machine(RuleBasedStateMachine):
     def settle_down(self) -> None:
         self.drain()
 
+    @rule(
+        tenant=st.sampled_from(["", "other"]),
+        memory=st.one_of(st.none(), st.integers(0, ARENA)),
+        disk=st.one_of(st.none(), st.integers(0, DISK)),
+    )
+    def set_quota(self, tenant: str, memory: int | None, disk: int | None) -> None:
+        self.store.set_quota(tenant, Quota(memory, disk))
+
+    @rule(disk=st.sampled_from(DISK_RULES))
+    def set_admission(self, disk: str) -> None:
+        self.store.admission = Admission(disk=disk)
+
+    @rule(
+        tenant=st.sampled_from(["", "other"]),
+        tier=st.sampled_from([MEMORY, DISK_TIER]),
+        move=st.booleans(),
+    )
+    def relocate(self, tenant: str, tier: int, move: bool) -> None:
+        tiering = self.store.tiering
+        reasons: list[str | None] = []
+        entries = select(self.store, Selection(tenant=tenant))
+        for entry in entries:
+            (move_to if move else copy_to)(tiering, entry, tier, reasons.append)
+        while len(reasons) < len(entries):
+            self.posted.get(timeout=20)()
+
+    @rule(tenant=st.sampled_from(["", "other"]), seconds=st.sampled_from([-1.0, 1000.0, None]))
+    def let_expire(self, tenant: str, seconds: float | None) -> None:
+        entries = select(self.store, Selection(tenant=tenant))
+        for entry in entries:
+            self.store.tiering.expiry.set_ttl(entry, seconds)
+        self.store.tick()
+        if seconds == -1.0:
+            assert all(entry.gone or entry.pins for entry in entries)
+
+    @rule(number=st.integers(0, 11), kind=kinds)
+    def remove(self, number: int, kind: str) -> None:
+        key = key_of(number, kind)
+        for entry in select(self.store, Selection(keys=[key])):
+            if remove(self.store.tiering, entry) is None:
+                assert self.store.tiering.index.get(key, entry.name.part) is None
+
+    @rule(numbers=keys, kind=kinds)
+    def explain(self, numbers: list[int], kind: str) -> None:
+        chain = [key_of(n, kind) for n in self.likely(numbers, kind)]
+        found = survey(self.store, SPACES[kind], chain)
+        reasons = explain(self.store, SPACES[kind], chain)
+        assert [r.tier for r in reasons if r.usable] == found.tiers
+        assert len(reasons) == len(chain)
+        assert all(r.reason for r in reasons)
+
     @rule(flip=st.one_of(st.none(), st.integers(0, DISK * 8 - 1)))
     def crash_and_reopen(self, flip: int | None) -> None:
         if self.store.tiering.disk is not None:
@@ -257,6 +318,33 @@ class Machine(RuleBasedStateMachine):
             assert pool.used_bytes + pool.free_bytes + pool.fragmented_bytes == pool.capacity
             assert pool.used_bytes == sum(slot.nbytes for slot in pool.slots())
         assert sum(f.stat().st_size for f in self.folder.iterdir()) <= DISK
+
+    @invariant()
+    def accounts_add_up(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        tiering = self.store.tiering
+        memory = [slot.owner for slot in tiering.memory.slots()]
+        disk = [slot.owner for slot in tiering.disk.pool.slots()] if tiering.disk else []
+        for space in (NAMESPACE, OTHER):
+            account = tiering.usage.namespaces.get(space.digest)
+            of_memory = [e for e in memory if e.name.namespace == space]
+            of_disk = [e for e in disk if e.name.namespace == space]
+            if account is None:
+                assert not of_memory
+                assert not of_disk
+                continue
+            assert account.memory_bytes == sum(e.nbytes for e in of_memory)
+            assert account.disk_bytes == sum(e.nbytes for e in of_disk)
+            indexed = [e for e in tiering.index if e.name.namespace == space]
+            assert account.objects == len(indexed) == sum(account.parts.values())
+            tenant = tiering.usage.tenants[space.tenant]
+            assert account.tenant is tenant
+            assert tenant.memory_bytes == account.memory_bytes
+            assert tenant.disk_bytes == account.disk_bytes
+            assert tenant.pinned_bytes == sum(e.nbytes for e in indexed if e.pins)
+            for share, held in ((tenant.memory, of_memory), (tenant.disk, of_disk)):
+                assert share.order is None or set(share.order) == set(held)
 
     @invariant()
     def held_bytes_stay(self) -> None:

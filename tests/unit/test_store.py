@@ -2,91 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import queue
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from kvstore.arena import Arena
-from kvstore.config import Config
-from kvstore.index import Entry
 from kvstore.protocol import BUSY, HAVE, NO_ROOM
-from kvstore.server.daemon import disk_opener
-from kvstore.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part
-from kvstore.store import Acquired, Store
-
-NAMESPACE = Namespace(ModelIdentity("model"), "", 16)
-GROUP = Group(layers=2, heads=4, channels=(32, 32), dtype="float32")
-PART = Part(GROUP)
-NBYTES = PART.nbytes(16)
-CHUNK = 4 * NBYTES
-
-
-def keys(*numbers: int) -> list[bytes]:
-    return [hashlib.sha256(b"%d" % n).digest() for n in numbers]
-
-
-def content(key: bytes, part: Part = PART) -> bytes:
-    return hashlib.shake_128(key + part.variant).digest(part.nbytes(16))
-
-
-class Bench:
-    """A store whose loop is this test."""
-
-    def __init__(self, folder: Path | None, *, slots: int = 8, disk_size: int = 16 << 20) -> None:
-        self.posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.now = 0.0
-        self.arena = Arena.create(slots * NBYTES)
-        disk: dict[str, object] = {"size": disk_size, "path": folder}
-        self.store = Store(
-            self.arena,
-            self.posted.put,
-            chunk=CHUNK,
-            policy="lru",
-            lease_seconds=10,
-            open_disk=disk_opener(Config.model_validate({"disk": disk}), direct=False),
-            retry_seconds=1.0,
-            clock=lambda: self.now,
-        )
-        self.lease = 0
-
-    def save(self, chain: list[bytes], part: Part = PART) -> list[int]:
-        self.lease += 1
-        answers = self.store.reserve("saver", self.lease, NAMESPACE, chain, [part])
-        for key, answer in zip(chain, answers, strict=True):
-            if answer >= 0:
-                data = content(key, part)
-                self.arena.view(answer, len(data))[:] = data
-        self.store.commit("saver", self.lease)
-        return answers
-
-    def load(self, chain: list[bytes], part: Part = PART, owner: str = "loader") -> Acquired:
-        self.lease += 1
-        results: list[Acquired] = []
-        self.store.acquire(owner, self.lease, chain, [part], results.append)
-        while not results:
-            self.posted.get(timeout=20)()
-        for key, (entry,) in zip(chain, results[0].blocks, strict=False):
-            assert self.bytes_of(entry) == content(key, entry.name.part)
-        return results[0]
-
-    def bytes_of(self, entry: Entry) -> bytes:
-        assert entry.slot is not None
-        return bytes(self.arena.view(entry.slot.offset, entry.nbytes))
-
-    def drain(self) -> None:
-        until = time.monotonic() + 20
-        while self.store.tiering.unwritten and time.monotonic() < until:
-            self.posted.get(timeout=20)()
-        while not self.posted.empty():
-            self.posted.get()()
-
-    def close(self) -> None:
-        self.store.close()
-        self.arena.close()
+from kvstore.spec import Described, Group, Opaque, Part
+from kvstore.store import Acquired
+from tests.store_tools import GROUP, NAMESPACE, NBYTES, PART, Bench, content, keys
 
 
 @pytest.fixture
@@ -105,13 +29,13 @@ def disk(tmp_path: Path) -> Iterator[Bench]:
 
 def test_only_committed_objects_are_seen(memory: Bench) -> None:
     chain = keys(1, 2)
-    answers = memory.store.reserve("a", 1, NAMESPACE, chain, [PART])
+    answers, _ = memory.store.reserve("a", 1, NAMESPACE, chain, [PART])
     assert all(a >= 0 for a in answers)
     assert memory.store.lookup(chain, [PART]) == ([], "writing")
-    assert memory.store.reserve("b", 1, NAMESPACE, chain, [PART]) == [BUSY, BUSY]
+    assert memory.store.reserve("b", 1, NAMESPACE, chain, [PART]) == ([BUSY, BUSY], "")
     assert memory.store.commit("a", 1) == (2, "")
     assert memory.store.lookup(chain, [PART]) == ([1, 1], "")
-    assert memory.store.reserve("b", 2, NAMESPACE, chain, [PART]) == [HAVE, HAVE]
+    assert memory.store.reserve("b", 2, NAMESPACE, chain, [PART]) == ([HAVE, HAVE], "")
 
 
 def test_a_dead_writer_leaves_nothing_behind(memory: Bench) -> None:
@@ -180,7 +104,7 @@ def test_a_convertible_layout_is_found_and_an_opaque_one_only_by_its_equal(memor
     memory.save(keys(1), gpu)
     assert memory.store.lookup(keys(1), [PART]) == ([1], "")
     assert memory.load(keys(1)).blocks[0][0].name.part == gpu
-    assert memory.store.reserve("b", 1, NAMESPACE, keys(1), [PART]) == [HAVE]
+    assert memory.store.reserve("b", 1, NAMESPACE, keys(1), [PART]) == ([HAVE], "")
     private = Part(GROUP, Opaque("engine", 16, NBYTES // 2, (("isa", "avx2"),)))
     assert memory.store.lookup(keys(1), [private]) == ([], "layout")
     memory.save(keys(1), private)
@@ -256,7 +180,7 @@ def test_reopening_finds_what_was_written(tmp_path: Path) -> None:
 def test_bytes_that_change_in_memory_never_reach_the_disk(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "disk")
     chain = keys(1)
-    (offset,) = bench.store.reserve("a", 1, NAMESPACE, chain, [PART])
+    (offset,), _ = bench.store.reserve("a", 1, NAMESPACE, chain, [PART])
     bench.arena.view(offset, NBYTES)[:] = content(chain[0])
     bench.store.commit("a", 1, checksums=[12345])
     bench.drain()

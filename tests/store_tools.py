@@ -1,0 +1,101 @@
+"""A store whose loop is the test, on a real arena and a real disk tier."""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from kvstore.arena import Arena
+from kvstore.config import Config
+from kvstore.index import Entry, Saving
+from kvstore.selection import Selection, candidates
+from kvstore.server.daemon import disk_opener
+from kvstore.spec import Group, ModelIdentity, Namespace, Part
+from kvstore.store import Acquired, Store
+
+NAMESPACE = Namespace(ModelIdentity("model"), "", 16)
+GROUP = Group(layers=2, heads=4, channels=(32, 32), dtype="float32")
+PART = Part(GROUP)
+NBYTES = PART.nbytes(16)
+CHUNK = 4 * NBYTES
+
+
+def keys(*numbers: int) -> list[bytes]:
+    return [hashlib.sha256(b"%d" % n).digest() for n in numbers]
+
+
+def content(key: bytes, part: Part = PART) -> bytes:
+    return hashlib.shake_128(key + part.variant).digest(part.nbytes(16))
+
+
+class Bench:
+    """A store whose loop is this test."""
+
+    def __init__(self, folder: Path | None, *, slots: int = 8, disk_size: int = 16 << 20) -> None:
+        self.posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.now = 0.0
+        self.arena = Arena.create(slots * NBYTES)
+        disk: dict[str, object] = {"size": disk_size, "path": folder}
+        self.store = Store(
+            self.arena,
+            self.posted.put,
+            chunk=CHUNK,
+            policy="lru",
+            lease_seconds=10,
+            open_disk=disk_opener(Config.model_validate({"disk": disk}), direct=False),
+            retry_seconds=1.0,
+            clock=lambda: self.now,
+        )
+        self.lease = 0
+
+    def save(
+        self,
+        chain: list[bytes],
+        part: Part = PART,
+        namespace: Namespace = NAMESPACE,
+        saving: Saving | None = None,
+    ) -> list[int]:
+        self.lease += 1
+        answers, _ = self.store.reserve(
+            "saver", self.lease, namespace, chain, [part], saving=saving
+        )
+        for key, answer in zip(chain, answers, strict=True):
+            if answer >= 0:
+                data = content(key, part)
+                self.arena.view(answer, len(data))[:] = data
+        self.store.commit("saver", self.lease)
+        return answers
+
+    def load(self, chain: list[bytes], part: Part = PART, owner: str = "loader") -> Acquired:
+        self.lease += 1
+        results: list[Acquired] = []
+        self.store.acquire(owner, self.lease, chain, [part], results.append)
+        while not results:
+            self.posted.get(timeout=20)()
+        for key, (entry,) in zip(chain, results[0].blocks, strict=False):
+            assert self.bytes_of(entry) == content(key, entry.name.part)
+        return results[0]
+
+    def bytes_of(self, entry: Entry) -> bytes:
+        assert entry.slot is not None
+        return bytes(self.arena.view(entry.slot.offset, entry.nbytes))
+
+    def drain(self) -> None:
+        until = time.monotonic() + 20
+        while self.store.tiering.unwritten and time.monotonic() < until:
+            self.posted.get(timeout=20)()
+        while not self.posted.empty():
+            self.posted.get()()
+
+    def close(self) -> None:
+        self.store.close()
+        self.arena.close()
+
+
+def select(store: Store, selection: Selection) -> list[Entry]:
+    """The objects that a selection means."""
+    now = time.time()
+    return [entry for entry in candidates(store, selection) if selection.matches(entry, now)]

@@ -1,0 +1,421 @@
+"""What operators set and ask: quotas, admission, expiry, pins, moves, events, explanations."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvstore.admission import Admission
+from kvstore.events import Event, EventLog, Missed
+from kvstore.explain import explain, survey
+from kvstore.history import History
+from kvstore.index import Saving
+from kvstore.protocol import DISK, MEMORY, NO_ROOM
+from kvstore.relocation import copy_to, move_to, reencode, remove
+from kvstore.selection import Selection
+from kvstore.spec import Group, ModelIdentity, Namespace, Part, Shard
+from kvstore.usage import Quota
+from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, keys, select
+
+ALICE = Namespace(ModelIdentity("model"), "alice", 16)
+BOB = Namespace(ModelIdentity("model"), "bob", 16)
+
+
+@pytest.fixture
+def memory() -> Iterator[Bench]:
+    bench = Bench(None)
+    yield bench
+    bench.close()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path / "disk")
+    yield bench
+    bench.close()
+
+
+def reasons(bench: Bench, chain: list[bytes], namespace: Namespace = NAMESPACE) -> list[str]:
+    return [block.reason for block in explain(bench.store, namespace, chain)]
+
+
+# --- quotas ---------------------------------------------------------------------------------------
+
+
+def test_a_tenant_over_its_quota_loses_its_own_coldest_blocks(memory: Bench) -> None:
+    memory.save(keys(1, 2, 3), namespace=BOB)
+    memory.store.set_quota("alice", Quota(memory=2 * NBYTES))
+    memory.save(keys(11, 12), namespace=ALICE)
+    memory.save(keys(13), namespace=ALICE)
+    # A prompt's last block counts as the oldest one.
+    assert reasons(memory, keys(11, 12, 13), ALICE) == ["stored", "quota", "stored"]
+    assert reasons(memory, keys(1, 2, 3), BOB) == ["stored"] * 3
+    assert memory.store.usage.tenants["alice"].memory_bytes == 2 * NBYTES
+
+
+def test_a_lowered_quota_acts_at_once(memory: Bench) -> None:
+    memory.save(keys(1, 2, 3, 4), namespace=ALICE)
+    memory.store.set_quota("alice", Quota(memory=NBYTES))
+    assert reasons(memory, keys(1, 2, 3, 4), ALICE) == ["stored", "quota", "quota", "quota"]
+    memory.store.set_quota("alice", None)
+    memory.save(keys(2, 3, 4), namespace=ALICE)
+    assert reasons(memory, keys(1, 2, 3, 4), ALICE) == ["stored"] * 4
+
+
+def test_saves_are_dropped_when_a_quota_is_full_of_pinned_blocks(memory: Bench) -> None:
+    memory.store.set_quota("alice", Quota(memory=2 * NBYTES))
+    memory.save(keys(1, 2), namespace=ALICE)
+    assert memory.store.pins.pin("me", ALICE, keys(1, 2), 60).blocks == 2
+    answers, reason = memory.store.reserve("a", 99, ALICE, keys(3), [PART])
+    assert (answers, reason) == ([NO_ROOM], "quota")
+    assert memory.store.counters["save.dropped.quota"] == 1
+    assert reasons(memory, keys(3), ALICE) == ["quota"]
+
+
+def test_a_quota_on_disk_is_kept_too(disk: Bench) -> None:
+    disk.store.set_quota("alice", Quota(disk=2 * NBYTES))
+    for number in range(4):
+        disk.save(keys(number), namespace=ALICE)
+        disk.drain()
+    assert disk.store.usage.tenants["alice"].disk_bytes == 2 * NBYTES
+    on_disk = select(disk.store, Selection(tier=DISK))
+    assert [entry.name.key for entry in on_disk] == keys(2, 3)
+
+
+def test_quotas_count_what_a_restart_finds(tmp_path: Path) -> None:
+    first = Bench(tmp_path / "disk")
+    first.save(keys(1, 2, 3), namespace=ALICE)
+    first.drain()
+    first.close()
+    second = Bench(tmp_path / "disk")
+    second.store.set_quota("alice", Quota(disk=NBYTES))
+    assert len(select(second.store, Selection(tenant="alice"))) == 1
+    second.close()
+
+
+def test_accounts_close_when_nothing_is_left(memory: Bench) -> None:
+    memory.save(keys(1), namespace=ALICE)
+    assert memory.store.usage.namespaces[ALICE.digest].objects == 1
+    memory.store.clear(ALICE)
+    assert not memory.store.usage.namespaces
+    assert not memory.store.usage.tenants
+
+
+# --- admission ------------------------------------------------------------------------------------
+
+
+def test_admission_can_refuse_all_saves_or_a_tenants(memory: Bench) -> None:
+    memory.save(keys(1))
+    memory.store.admission = Admission(denied_tenants=frozenset({"bob"}))
+    assert memory.save(keys(2), namespace=BOB) == [NO_ROOM]
+    assert memory.save(keys(3), namespace=ALICE) != [NO_ROOM]
+    memory.store.admission = Admission(memory="none")
+    answers, reason = memory.store.reserve("a", 99, NAMESPACE, keys(4), [PART])
+    assert (answers, reason) == ([NO_ROOM], "admission")
+    assert len(memory.load(keys(1)).blocks) == 1
+
+
+def test_blocks_reach_the_disk_only_when_admission_lets_them(disk: Bench) -> None:
+    disk.store.admission = Admission(disk="none")
+    disk.save(keys(1))
+    disk.store.admission = Admission(disk="reused")
+    disk.save(keys(2, 3))
+    disk.load(keys(2))
+    disk.drain()
+    assert [e.name.key for e in select(disk.store, Selection(tier=DISK))] == keys(2)
+
+
+@pytest.mark.parametrize("rules", [{"memory": "some"}, {"disk": "sometimes"}])
+def test_unknown_admission_rules_are_refused(rules: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="use one of"):
+        Admission(**rules)  # type: ignore[arg-type]
+
+
+def test_a_draining_store_takes_no_saves(memory: Bench) -> None:
+    memory.save(keys(1))
+    memory.store.draining = True
+    assert memory.store.reserve("a", 99, NAMESPACE, keys(2), [PART]) == ([NO_ROOM], "draining")
+    assert len(memory.load(keys(1)).blocks) == 1
+
+
+# --- time to live ---------------------------------------------------------------------------------
+
+
+def test_expired_blocks_go_and_pinned_ones_wait(memory: Bench) -> None:
+    memory.save(keys(1, 2), saving=Saving(ttl=0.05))
+    memory.save(keys(3))
+    memory.store.pins.pin("me", NAMESPACE, keys(1), 60)
+    time.sleep(0.06)
+    memory.store.tick()
+    assert reasons(memory, keys(1, 2, 3)) == ["stored", "expired", "stored"]
+    assert memory.store.counters["expired"] == 1
+
+
+def test_a_time_to_live_can_be_taken_back(memory: Bench) -> None:
+    memory.save(keys(1), saving=Saving(ttl=0.05))
+    (entry,) = select(memory.store, Selection())
+    memory.store.tiering.expiry.set_ttl(entry, None)
+    time.sleep(0.06)
+    memory.store.tick()
+    assert reasons(memory, keys(1)) == ["stored"]
+
+
+def test_a_time_to_live_survives_a_restart(tmp_path: Path) -> None:
+    first = Bench(tmp_path / "disk")
+    first.save(keys(1), saving=Saving(ttl=1000))
+    first.save(keys(2))
+    first.save(keys(3))
+    first.drain()
+    two, three = (select(first.store, Selection(keys=keys(n)))[0] for n in (2, 3))
+    first.store.tiering.expiry.set_ttl(two, 1)  # stamped on disk after it was written
+    first.store.tiering.expiry.set_ttl(three, -10)  # and gone before the restart
+    first.close()
+    time.sleep(2.1)  # whole seconds on disk, rounded up
+    second = Bench(tmp_path / "disk")
+    assert reasons(second, keys(1, 2, 3)) == ["stored", "expired", "expired"]
+    assert second.store.counters["recover.dropped.expired"] == 2
+    (one,) = select(second.store, Selection())
+    assert 900 < one.expires - time.time() < 1001
+    second.close()
+
+
+# --- pins -----------------------------------------------------------------------------------------
+
+
+def test_pins_have_a_limit(tmp_path: Path) -> None:
+    bench = Bench(None)
+    bench.store.max_pinned_bytes = 3 * NBYTES
+    bench.save(keys(1, 2, 3, 4, 5))
+    first = bench.store.pins.pin("me", NAMESPACE, keys(1, 2), 60)
+    assert (first.blocks, first.nbytes, first.reason) == (2, 2 * NBYTES, "")
+    again = bench.store.pins.pin("you", NAMESPACE, keys(1, 2, 3, 4), 60)
+    assert (again.blocks, again.reason) == (3, "max_pinned")
+    none = bench.store.pins.pin("you", NAMESPACE, keys(5), 60)
+    assert (none.id, none.blocks, none.reason) == ("", 0, "max_pinned")
+    assert bench.store.pinned_bytes == 3 * NBYTES
+    assert bench.store.pins.unpin(first.id) == 1
+    assert bench.store.pins.unpin(first.id) == 0
+    assert bench.store.pinned_bytes == 3 * NBYTES
+    assert bench.store.pins.unpin_owner("you", frozenset({"alice"})) == 0
+    assert bench.store.pins.unpin_owner("you", None) == 1
+    assert bench.store.pinned_bytes == 0
+    bench.close()
+
+
+def test_a_pin_of_nothing_says_why(memory: Bench) -> None:
+    assert memory.store.pins.pin("me", NAMESPACE, keys(1), 60)[:4] == ("", 0, 0, "never_stored")
+    assert not memory.store.leases()
+
+
+# --- moves ----------------------------------------------------------------------------------------
+
+
+def test_blocks_move_down_and_up(disk: Bench) -> None:
+    disk.store.admission = Admission(disk="none")
+    disk.save(keys(1))
+    (entry,) = select(disk.store, Selection())
+    tiering, told = disk.store.tiering, []
+    copy_to(tiering, entry, MEMORY, told.append)
+    move_to(tiering, entry, DISK, told.append)
+    disk.drain()
+    assert told == ["already", None]
+    assert (entry.in_memory, entry.on_disk) == (False, True)
+    move_to(tiering, entry, MEMORY, told.append)
+    while len(told) < 3:
+        disk.posted.get(timeout=20)()
+    assert told[2] is None
+    assert (entry.in_memory, entry.on_disk) == (True, False)
+    assert len(disk.load(keys(1)).blocks) == 1
+    copy_to(tiering, entry, DISK, told.append)
+    disk.drain()
+    assert told[3] is None
+    assert (entry.in_memory, entry.on_disk) == (True, True)
+
+
+def test_what_is_held_stays_where_it_is(disk: Bench) -> None:
+    disk.save(keys(1))
+    disk.drain()
+    disk.load(keys(1), owner="reader")
+    (entry,) = select(disk.store, Selection())
+    told: list[str | None] = []
+    move_to(disk.store.tiering, entry, DISK, told.append)
+    disk.store.release_owner("reader")
+    pin = disk.store.pins.pin("me", NAMESPACE, keys(1), 60)
+    move_to(disk.store.tiering, entry, DISK, told.append)
+    assert remove(disk.store.tiering, entry) == "pinned"
+    disk.store.pins.unpin(pin.id)
+    assert remove(disk.store.tiering, entry) is None
+    move_to(disk.store.tiering, entry, DISK, told.append)
+    assert told == ["in_use", "pinned", "gone"]
+
+
+def test_without_a_disk_nothing_moves_there(memory: Bench) -> None:
+    memory.save(keys(1))
+    told: list[str | None] = []
+    move_to(memory.store.tiering, select(memory.store, Selection())[0], DISK, told.append)
+    assert told == ["no_disk"]
+
+
+def test_only_known_codecs(memory: Bench) -> None:
+    memory.save(keys(1))
+    (entry,) = select(memory.store, Selection())
+    told: list[str | None] = []
+    reencode(entry, "raw", told.append)
+    assert told == ["already"]
+    with pytest.raises(ValueError, match="use one of raw"):
+        reencode(entry, "zip", told.append)
+
+
+# --- selection ------------------------------------------------------------------------------------
+
+
+def test_conditions_add_up(disk: Bench) -> None:
+    disk.save(keys(1, 2), namespace=ALICE)
+    disk.drain()
+    disk.store.admission = Admission(disk="none")
+    disk.save(keys(3), namespace=ALICE)
+    disk.save(keys(4), namespace=BOB)
+
+    def chosen(**conditions: object) -> list[bytes]:
+        return [e.name.key for e in select(disk.store, Selection(**conditions))]  # type: ignore[arg-type]
+
+    assert chosen(tenant="alice") == keys(1, 2, 3)
+    assert chosen(tenant="alice", tier=DISK) == keys(1, 2)
+    assert chosen(namespace=BOB.digest) == keys(4)
+    assert chosen(tenants=frozenset({"bob"})) == keys(4)
+    assert chosen(tenants=frozenset()) == []
+    assert chosen(keys=keys(1, 2, 4, 9)) == keys(4, 2, 1)
+    assert chosen(older_than=0.0) == keys(1, 2, 3, 4)
+    assert chosen(older_than=60.0) == []
+    for entry in select(disk.store, Selection(keys=keys(2))):
+        entry.used -= 100
+    assert chosen(unused_for=60.0) == keys(2)
+
+
+# --- explanations ---------------------------------------------------------------------------------
+
+
+def test_evictions_say_for_whom(memory: Bench) -> None:
+    memory.save(keys(1), namespace=ALICE)
+    memory.save(keys(*range(10, 18)), namespace=BOB)
+    (block,) = explain(memory.store, ALICE, keys(1))
+    assert block.reason == "evicted"
+    assert "another tenant" in block.detail
+    assert "bob" not in block.detail
+    memory.save(keys(*range(20, 28)), namespace=BOB)
+    (block,) = explain(memory.store, BOB, keys(10))
+    assert "for model" in block.detail
+
+
+def test_every_state_has_its_reason(memory: Bench) -> None:
+    memory.save(keys(1, 2, 3))
+    memory.store.reserve("slow", 50, NAMESPACE, keys(4), [PART])
+    memory.store.reserve("dead", 51, NAMESPACE, keys(5), [PART])
+    memory.store.release_owner("dead")
+    remove(memory.store.tiering, select(memory.store, Selection(keys=keys(2)))[0])
+    found = explain(memory.store, NAMESPACE, keys(1, 2, 3, 4, 5, 6))
+    assert [b.reason for b in found] == [
+        "stored", "cleared", "stored", "writing", "uncommitted", "never_stored",
+    ]  # fmt: skip
+    assert [b.usable for b in found] == [True, False, False, False, False, False]
+    assert "before it" in found[2].detail
+    memory.save(keys(2))
+    assert [b.usable for b in explain(memory.store, NAMESPACE, keys(1, 2, 3))] == [True] * 3
+
+
+def test_a_block_is_complete_with_all_ranks(memory: Bench) -> None:
+    group = Group(layers=1, heads=1, channels=(32,), dtype="float32")
+    ranks = [Part(group, shard=Shard(i, 2)) for i in range(2)]
+    memory.save(keys(1, 2), ranks[0])
+    assert survey(memory.store, NAMESPACE, keys(1, 2)).tiers == [MEMORY, MEMORY]
+    memory.save(keys(1), ranks[1])
+    found = survey(memory.store, NAMESPACE, keys(1, 2))
+    assert (found.tiers, found.reason) == ([MEMORY], "incomplete")
+    assert found.nbytes == 2 * ranks[0].nbytes(16)
+    assert "0/2" in explain(memory.store, NAMESPACE, keys(2))[0].detail
+    # Another number of ranks stands for itself.
+    memory.save(keys(2), PART)
+    assert survey(memory.store, NAMESPACE, keys(1, 2)).tiers == [MEMORY, MEMORY]
+
+
+def test_the_history_is_bounded() -> None:
+    history = History(3)
+    for number in range(5):
+        history.record(keys(number)[0], "evicted")
+    assert len(history) == 3
+    assert history.of(keys(1)[0]) is None
+    gone = history.of(keys(4)[0])
+    assert gone is not None
+    assert gone.reason == "evicted"
+    history.forget(keys(4)[0])
+    assert history.of(keys(4)[0]) is None
+
+
+# --- events ---------------------------------------------------------------------------------------
+
+
+async def collect(log: EventLog, after: int | None, limit: int = 1000) -> list[Event | Missed]:
+    subscription = log.subscribe(after, limit)
+    found: list[Event | Missed] = []
+    while True:
+        try:
+            found.append(await asyncio.wait_for(subscription.get(), 0.05))
+        except TimeoutError:
+            subscription.close()
+            return found
+
+
+async def test_events_tell_what_was_stored_and_removed(disk: Bench) -> None:
+    tokens = list(range(3 * 16))
+    disk.save(keys(1, 2, 3), saving=Saving(parent=keys(0)[0], tokens=tokens))
+    disk.drain()
+    remove(disk.store.tiering, select(disk.store, Selection(keys=keys(2)))[0])
+    disk.store.clear(NAMESPACE)
+    events = await collect(disk.store.events, 0)
+    seen = [(e.kind, e.medium, e.keys) for e in events if isinstance(e, Event)]
+    seen[1:4] = sorted(seen[1:4])  # as the disk's threads finished them
+    assert seen == [
+        ("stored", MEMORY, tuple(keys(1, 2, 3))),
+        *sorted(("stored", DISK, (key,)) for key in keys(1, 2, 3)),
+        ("removed", MEMORY, tuple(keys(2))),
+        ("removed", DISK, tuple(keys(2))),
+        ("cleared", 0, ()),
+    ]
+    first = events[0]
+    assert isinstance(first, Event)
+    assert (first.parent, first.token_ids) == (keys(0)[0], tuple(tokens))
+    assert [e.sequence for e in events if isinstance(e, Event)] == list(range(1, 8))
+
+
+async def test_runs_of_new_blocks_name_their_parents(memory: Bench) -> None:
+    memory.save(keys(2))
+    memory.save(keys(1, 2, 3), saving=Saving(tokens=list(range(48))))
+    _, one, three = await collect(memory.store.events, 0)
+    assert isinstance(one, Event)
+    assert isinstance(three, Event)
+    assert (one.keys, one.parent, one.token_ids) == (tuple(keys(1)), b"", tuple(range(16)))
+    assert (three.keys, three.parent) == (tuple(keys(3)), keys(2)[0])
+    assert three.token_ids == tuple(range(32, 48))
+
+
+async def test_slow_and_late_watchers_are_told_what_they_missed() -> None:
+    log = EventLog()
+    slow = log.subscribe(None, 2)
+    for number in range(5):
+        log.stored(NAMESPACE, keys(number), MEMORY)
+    assert await slow.get() == Missed(4)
+    last = await slow.get()
+    assert isinstance(last, Event)
+    assert last.sequence == 5
+    log.stored(NAMESPACE, keys(1) * 5000, MEMORY)  # cut in two
+    for _ in range(40):
+        log.stored(NAMESPACE, keys(1) * 4096, MEMORY)
+    late = await collect(log, 0)
+    first = late[1]
+    assert isinstance(first, Event)
+    assert late[0] == Missed(first.sequence - 1)
+    assert sum(e.weight for e in late if isinstance(e, Event)) <= 1 << 17
