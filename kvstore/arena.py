@@ -6,7 +6,9 @@ bytes are written into it by an engine's copier and read from it by whoever need
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import mmap
 import os
 import stat
@@ -32,6 +34,8 @@ class Arena:
         self.fd = fd
         self.size = size
         self.pages = pages
+        self.path: Path | None = None
+        """Its file, where it has a name."""
         flags = mmap.MAP_SHARED | (_MAP_POPULATE if populate else 0)
         self._map = mmap.mmap(fd, size, flags=flags)
         anchor = ctypes.c_char.from_buffer(self._map)
@@ -46,17 +50,19 @@ class Arena:
         size: int,
         *,
         huge_dir: Path | None = None,
+        path: Path | None = None,
         prefault: bool = True,
         progress: Progress | None = None,
     ) -> Arena:
         """A new arena of `size` bytes, rounded down to whole pages.
 
-        Tries reserved HugeTLB pages, then a file in `huge_dir`, then ordinary shared memory.
+        Tries reserved HugeTLB pages, then a file in `huge_dir`, then ordinary shared memory. With
+        `path` it is that file, on a tmpfs, for clients that open it by name.
         `progress(done, total)` is told while pages are touched (about 1 GB/s the first time); what
         it raises ends the attempt.
 
         Raises:
-            ConfigError: `huge_dir` is not usable, or there is not enough memory.
+            ConfigError: `huge_dir` or `path` is not usable, or there is not enough memory.
         """
         size -= size % mmap.PAGESIZE
         machine = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
@@ -66,7 +72,11 @@ class Arena:
             )
         arena: Arena | None = None
         try:
-            arena = cls._on_huge_pages(size) or cls._in_folder(size, huge_dir) or cls._plain(size)
+            if path is not None:
+                arena = cls._named(size, path)
+            else:
+                arena = cls._on_huge_pages(size) or cls._in_folder(size, huge_dir)
+                arena = arena or cls._plain(size)
             if prefault:
                 arena.prefault(progress)
         except BaseException as e:
@@ -132,6 +142,39 @@ class Arena:
         return cls(fd, size, "tmpfs")._advise()
 
     @classmethod
+    def _named(cls, size: int, path: Path) -> Arena:
+        _remove_stale(path)
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = os.open(path, flags, 0o600)
+        except OSError as e:
+            raise ConfigError(
+                f"memory.path {path}: {e.strerror}; give a file in a folder of yours on a tmpfs, "
+                "e.g. /dev/shm/kvstore/arena"
+            ) from e
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as the daemon lives
+            if _file_system(fd) not in ("tmpfs", "ramfs", "hugetlbfs"):
+                raise ConfigError(
+                    f"memory.path {path} is on a disk, which would be written all the time; give "
+                    "a file on a tmpfs, e.g. /dev/shm/kvstore/arena"
+                )
+            space = os.fstatvfs(fd)
+            if space.f_bavail * space.f_frsize < size:
+                raise ConfigError(
+                    f"memory.path {path} has room for {space.f_bavail * space.f_frsize} bytes, "
+                    f"memory.size is {size}; enlarge the tmpfs or lower memory.size"
+                )
+            os.ftruncate(fd, size)
+            arena = cls(fd, size, "tmpfs")
+        except BaseException:
+            path.unlink(missing_ok=True)
+            os.close(fd)
+            raise
+        arena.path = path
+        return arena._advise()
+
+    @classmethod
     def _plain(cls, size: int) -> Arena:
         fd = os.memfd_create("kvstore", os.MFD_CLOEXEC)
         os.ftruncate(fd, size)
@@ -185,9 +228,68 @@ class Arena:
         """The bytes of a slot, for small tests and tools."""
         return memoryview(self._map)[offset : offset + nbytes]
 
+    @property
+    def inode(self) -> int:
+        """Tells its file from others of the same name."""
+        return os.fstat(self.fd).st_ino
+
+    def unlink(self) -> None:
+        """Take its name away, if it has one; who has mapped it keeps it."""
+        if self.path is None:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if self.path.lstat().st_ino == self.inode:
+                self.path.unlink()
+        self.path = None
+
     def close(self) -> None:
         """Unmap and close. Nothing may be copying."""
+        if self.fd >= 0:
+            self.unlink()
         self._map.close()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def _remove_stale(path: Path) -> None:
+    """Make way where a daemon that was killed has left its arena.
+
+    Raises:
+        ConfigError: what is there is not that, or a daemon uses it.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        raise ConfigError(
+            f"memory.path {path} is there already and is no arena of ours ({e.strerror}); choose "
+            "another name"
+        ) from e
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
+            raise ConfigError(
+                f"memory.path {path} is there already and is no file of this user; choose another "
+                "name"
+            )
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    except BlockingIOError:
+        raise ConfigError(
+            f"memory.path {path} is the arena of a daemon that runs; give each its own"
+        ) from None
+    finally:
+        os.close(fd)
+
+
+def _file_system(fd: int) -> str:
+    """Type of the file system that a file is on; empty if it cannot be found out."""
+    device = os.fstat(fd).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        mount, _, source = line.partition(" - ")
+        if mount.split()[2] == wanted:
+            return source.split()[0]
+    return ""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import select
 import socket
 import threading
 import time
@@ -18,11 +17,12 @@ from typing import Final
 
 from kvstore import __version__, protocol
 from kvstore.arena import Arena
+from kvstore.carrier import ArenaCarrier, Carrier
 from kvstore.errors import ProtocolError, StoreUnavailable
+from kvstore.line import Line, PlainLine
 from kvstore.protocol import Failure, Hello, Message, Release, Reply, Welcome
 
-_READ_SIZE: Final = 1 << 18
-_NOTIFY_SECONDS: Final = 0.05
+_NOTIFY_SECONDS: Final = 0.5
 
 
 class _Waiter:
@@ -33,17 +33,17 @@ class _Waiter:
 
 
 class Channel:
-    """A connected socket and the arena behind it; thread-safe.
+    """A connection to a daemon and the way to its slots; thread-safe.
 
     The connection ends all leases with it, so it stays open until the last user has left: `enter`
     and `leave` count them, and `retire` closes once nobody is inside. A copy that is still running
     when a daemon is given up so never writes into a slot that belongs to somebody else by now.
     """
 
-    def __init__(self, connection: socket.socket, welcome: Welcome, arena: Arena) -> None:
-        self.arena = arena
+    def __init__(self, line: Line, welcome: Welcome, carrier: Carrier) -> None:
+        self.carrier = carrier
         self.welcome = welcome
-        self._socket = connection
+        self._line = line
         self._send_lock = threading.Lock()
         self._state = threading.Condition()
         self._reading = False
@@ -55,8 +55,10 @@ class Channel:
         self._retired = False
 
     @classmethod
-    def connect(cls, path: Path, timeout: float, *, populate: bool = True) -> Channel:
-        """Connect, say hello and map the arena (all of it at once if `populate`).
+    def connect(
+        cls, path: Path, timeout: float, *, populate: bool = True, token: str = ""
+    ) -> Channel:
+        """Connect to a socket, say hello and map the arena (all of it at once if `populate`).
 
         Raises:
             StoreUnavailable: nobody answers there in `timeout` seconds, or the daemon refuses.
@@ -67,16 +69,17 @@ class Channel:
         try:
             connection.settimeout(timeout)
             connection.connect(str(path))
-            hello = Hello(protocol.VERSION, f"kvstore {__version__}", os.getpid())
-            connection.sendall(protocol.encode(1, hello))
+            connection.sendall(protocol.encode(1, our_hello(token)))
             reply = _read_welcome(connection, deadline, fds)
             if isinstance(reply, Failure):
                 raise StoreUnavailable(f"the daemon at {path} refused: {reply.reason}")
-            if not isinstance(reply, Welcome) or not fds:
-                raise StoreUnavailable(f"the daemon at {path} sent no arena")
+            if not isinstance(reply, Welcome):
+                raise StoreUnavailable(f"the daemon at {path} did not answer the greeting")
+            if not fds:
+                fds.append(_open_arena(path, reply))
             arena = Arena.attach(fds[0], reply.arena_bytes, reply.arena_pages, populate=populate)
             del fds[0]
-            return cls(connection, reply, arena)
+            return cls(PlainLine(connection), reply, ArenaCarrier(arena))
         except (OSError, ProtocolError) as e:
             connection.close()
             if isinstance(e, StoreUnavailable):
@@ -161,8 +164,8 @@ class Channel:
             self._close()
 
     def _close(self) -> None:
-        self._socket.close()
-        self.arena.close()
+        self._line.close()
+        self.carrier.close()
 
     def _break(self, reason: str) -> None:
         with self._state:
@@ -176,8 +179,7 @@ class Channel:
             raise StoreUnavailable("the daemon does not take requests in time")
         try:
             # A frame sent in part cannot be taken back, so the connection is given up then.
-            self._socket.settimeout(max(0.001, deadline - time.monotonic()))
-            self._socket.sendall(frame)
+            self._line.send(frame, max(0.001, deadline - time.monotonic()))
         except OSError as e:
             self._break(f"connection lost: {e}")
             raise StoreUnavailable(f"connection lost: {e}") from e
@@ -207,9 +209,9 @@ class Channel:
 
     def _read(self, deadline: float) -> None:
         """Wait for bytes until `deadline`, and hand out the frames that are whole."""
-        if not _readable(self._socket, deadline - time.monotonic()):
+        received = self._line.receive(deadline - time.monotonic())
+        if received is None:
             return
-        received = self._socket.recv(_READ_SIZE, socket.MSG_DONTWAIT)
         if not received:
             raise ConnectionResetError("the daemon closed the connection")
         self._buffer += received
@@ -228,10 +230,37 @@ class Channel:
                     self._broken = self._broken or reply.reason
 
 
-def _readable(connection: socket.socket, timeout: float) -> bool:
-    poll = select.poll()
-    poll.register(connection, select.POLLIN)
-    return bool(poll.poll(max(0.0, timeout) * 1000))
+def our_hello(token: str) -> Hello:
+    """How this process introduces itself."""
+    return Hello(protocol.VERSION, f"kvstore {__version__}", os.getpid(), token)
+
+
+def _open_arena(socket_path: Path, welcome: Welcome) -> int:
+    """The arena by its name, where its descriptor does not come through.
+
+    Raises:
+        StoreUnavailable: it has none, or it is not here.
+    """
+    path = welcome.arena_path
+    if not path:
+        raise StoreUnavailable(
+            f"the daemon at {socket_path} sent no arena; set memory.path to a file on a tmpfs that "
+            "both sides see"
+        )
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as e:
+        raise StoreUnavailable(
+            f"memory.path {path} of the daemon at {socket_path}: {e.strerror}; mount its folder "
+            "here under the same name"
+        ) from e
+    if os.fstat(fd).st_ino != welcome.arena_inode:
+        os.close(fd)
+        raise StoreUnavailable(
+            f"{path} is not the arena of the daemon at {socket_path} but another file of that "
+            "name; mount the daemon's folder here"
+        )
+    return fd
 
 
 def _read_welcome(connection: socket.socket, deadline: float, fds: list[int]) -> Reply:

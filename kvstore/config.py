@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import os
 import re
+import socket
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -39,6 +40,9 @@ _UNITS: Final = {
     "GiB": 2**30,
     "TiB": 2**40,
 }
+_NOT_CONFIG: Final = frozenset({"KVSTORE_CONFIG", "KVSTORE_CPU", "KVSTORE_TOKEN"})
+"""Variables of ours that are no configuration values; the token is a secret."""
+
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*\Z")
 
 
@@ -84,6 +88,32 @@ Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute(
 PolicyName = Literal["lru", "s3fifo"]
 
 
+def _parse_listener(value: object) -> object:
+    return None if isinstance(value, str) and value.lower() in ("none", "off", "") else value
+
+
+def _check_listener(value: str | None) -> str | None:
+    if value is not None:
+        split_host_port(value)
+    return value
+
+
+def split_host_port(value: str) -> tuple[str, int]:
+    """Host and port of `host:port` or `[v6]:port`.
+
+    Raises:
+        ValueError: it is neither, with the remedy.
+    """
+    host, colon, port = value.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{value!r} is no address; write host:port, e.g. 127.0.0.1:7420")
+    return host, int(port)
+
+
+Listener = Annotated[str | None, BeforeValidator(_parse_listener), AfterValidator(_check_listener)]
+
+
 def default_run_dir() -> Path:
     """`$XDG_RUNTIME_DIR/kvstore`, or a folder of this user under /tmp."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
@@ -106,6 +136,11 @@ class MemoryConfig(_Section):
         None, description="folder on a tmpfs mounted with huge=always or huge=advise"
     )
     prefault: bool = Field(True, description="touch every page at start, not at first use")
+    path: Folder | None = Field(
+        None,
+        description="file on a tmpfs for the arena, for containers that cannot pass descriptors",
+    )
+    max_pinned: float = Field(0.5, description="part of the arena that pins may hold", ge=0, le=1)
 
 
 class DiskConfig(_Section):
@@ -141,6 +176,64 @@ class SessionConfig(_Section):
         False, description="checksum blocks from save to load, also while they stay in memory"
     )
 
+    token_file: Folder | None = Field(
+        None, description="file with the token to present (or set KVSTORE_TOKEN)"
+    )
+    tls_ca: Folder | None = Field(None, description="certificates to trust, for tls:// addresses")
+    tls_cert: Folder | None = Field(None, description="own certificate, for mutual TLS")
+    tls_key: Folder | None = Field(None, description="key of `tls_cert`")
+    streams: int = Field(2, description="TCP connections that carry blocks", ge=1, le=16)
+    publish_tokens: bool = Field(
+        False, description="send token ids along with saves, for watchers of KV events"
+    )
+
+
+class ServerConfig(_Section):
+    """Where `kvstore serve` listens besides its socket, and whom it lets in."""
+
+    name: str = Field(
+        default_factory=socket.gethostname, description="name of this node in answers"
+    )
+    grpc: Listener = Field("127.0.0.1:7420", description="host:port of the gRPC API; none: off")
+    http: Listener = Field(
+        "127.0.0.1:7421", description="host:port of metrics, health and the page; none: off"
+    )
+    tcp: Listener = Field(None, description="host:port for sessions from elsewhere; none: off")
+    insecure: bool = Field(
+        False, description="allow listeners beyond loopback without TLS and tokens"
+    )
+    tls_cert: Folder | None = Field(None, description="certificate chain of the listeners, PEM")
+    tls_key: Folder | None = Field(None, description="key of `tls_cert`, PEM")
+    tls_client_ca: Folder | None = Field(
+        None, description="clients must show a certificate signed by this one (mutual TLS)"
+    )
+    tokens: Folder | None = Field(None, description="YAML file of tokens, roles and tenants")
+    group: str | None = Field(
+        None, description="unix group whose members may open sessions on the socket"
+    )
+    max_requests: int = Field(
+        64, description="requests that the gRPC and the HTTP face each serve at a time", ge=1
+    )
+
+
+class QuotaConfig(_Section):
+    """What one tenant may hold."""
+
+    memory: Size | None = Field(None, description="bytes in memory; none: no limit")
+    disk: Size | None = Field(None, description="bytes on disk; none: no limit")
+
+
+class AdmissionConfig(_Section):
+    """What is let in; the API changes it at run time."""
+
+    memory: Literal["all", "none"] = Field("all", description="saves: all or none")
+    disk: Literal["all", "reused", "none"] = Field(
+        "all", description="write-behind: all, reused (blocks used a second time) or none"
+    )
+    denied_tenants: frozenset[str] = Field(
+        frozenset(), description="tenants whose saves are dropped"
+    )
+
 
 class PlannerConfig(_Section):
     """Load or recompute."""
@@ -163,7 +256,9 @@ class Config(BaseSettings):
     )
 
     address: str | None = Field(
-        None, description="unix:///path of a daemon; none: a private one is started on demand"
+        None,
+        description="unix:///path, tcp://host:port or tls://host:port of a daemon; none: a private "
+        "one is started on demand",
     )
     run_dir: Folder = Field(
         default_factory=default_run_dir, description="folder for sockets and locks"
@@ -178,12 +273,24 @@ class Config(BaseSettings):
     disk: DiskConfig = Field(default_factory=DiskConfig)
     session: SessionConfig = Field(default_factory=SessionConfig)
     planner: PlannerConfig = Field(default_factory=PlannerConfig)
+    server: ServerConfig = Field(default_factory=ServerConfig)
+    admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
+    quotas: dict[str, QuotaConfig] = Field(
+        default_factory=dict, description="tenant → what it may hold"
+    )
 
     @field_validator("address")
     @classmethod
     def _check_address(cls, value: str | None) -> str | None:
-        if value is not None and (not value.startswith("unix:///") or value == "unix:///"):
-            raise ValueError(f"{value!r} is no address of a daemon; write unix:///path/to/socket")
+        if value is None or (value.startswith("unix:///") and value != "unix:///"):
+            return value
+        scheme, separator, rest = value.partition("://")
+        if not separator or scheme not in ("tcp", "tls"):
+            raise ValueError(
+                f"{value!r} is no address of a daemon; write unix:///path/to/socket, or "
+                "tcp://host:port or tls://host:port for one elsewhere"
+            )
+        split_host_port(rest)
         return value
 
     @classmethod
@@ -199,15 +306,28 @@ class Config(BaseSettings):
 
     @property
     def socket(self) -> Path:
-        """The socket of the daemon to talk to, or to serve on."""
-        if self.address is not None:
-            return Path(self.address.removeprefix("unix://"))
-        return self.run_dir / "kvstore.sock"
+        """The socket of the daemon to talk to, or to serve on.
+
+        Raises:
+            ConfigError: the address is that of a daemon elsewhere.
+        """
+        if self.address is None:
+            return self.run_dir / "kvstore.sock"
+        if not self.address.startswith("unix://"):
+            raise ConfigError(f"address {self.address} is no socket; give unix:///path/to/socket")
+        return Path(self.address.removeprefix("unix://"))
+
+    @property
+    def control_socket(self) -> Path:
+        """The socket of the orchestration API, beside that of the sessions."""
+        return self.socket.with_name(self.socket.name + ".control")
 
     @property
     def instance(self) -> str:
         """Names the embedded daemon that serves exactly this configuration."""
-        text = self.model_dump_json(exclude={"session", "planner", "log_level", "address"})
+        text = self.model_dump_json(
+            exclude={"session", "planner", "log_level", "address", "server"}
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -261,7 +381,7 @@ def _from_file(path: Path) -> dict[str, Any]:
 def _from_environment() -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, text in os.environ.items():
-        if not name.startswith("KVSTORE_") or name in ("KVSTORE_CONFIG", "KVSTORE_CPU"):
+        if not name.startswith("KVSTORE_") or name in _NOT_CONFIG:
             continue
         *sections, leaf = name.removeprefix("KVSTORE_").lower().split("__")
         place = values

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from kvstore import protocol
 from kvstore.channel import Channel
 from kvstore.config import Config
+from kvstore.credentials import client_token
 from kvstore.embedded import join_or_start
 from kvstore.errors import ConfigError, SpecError, StoreUnavailable
 from kvstore.protocol import Failure, Message, Reply
@@ -104,10 +105,7 @@ class Link:
 
     def _connect(self) -> None:
         config = self._config
-        if config.address is None:
-            channel = join_or_start(config)
-        else:
-            channel = Channel.connect(config.socket, config.session.connect_timeout)
+        channel = _connect(config)
         try:
             reply = channel.call(
                 protocol.Open(self._namespace, self._parts), config.session.connect_timeout
@@ -159,3 +157,14 @@ class Link:
         if not self._closed.is_set():
             self.counters.add("connection.made")
             _log.info("connected to the store again")
+
+
+def _connect(config: Config) -> Channel:
+    if config.address is None:
+        return join_or_start(config)
+    if config.address.startswith("unix://"):
+        token = client_token(config)
+        return Channel.connect(config.socket, config.session.connect_timeout, token=token)
+    from kvstore.remote import connect
+
+    return connect(config)

@@ -9,7 +9,7 @@ before anything is allocated. docs/protocol.md tells the same in prose.
 from __future__ import annotations
 
 import struct
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -24,6 +24,15 @@ MAX_KEYS: Final = 1 << 16
 MAX_PARTS: Final = 256
 MAX_OPEN: Final = 1024
 
+# Data connections of sessions over TCP.
+STREAM_MARK: Final = b"KVSTREAM"
+"""What a data connection begins with, before TLS if there is any: no frame and no TLS does."""
+TICKET_BYTES: Final = 16
+MAX_STREAMS: Final = 16
+MAX_BATCH: Final = 4096
+"""Objects in one `put` or `get`."""
+MAX_STREAM_FRAME: Final = 1 << 17
+
 # Answers to a reserve that are no slot.
 HAVE: Final = -1
 NO_ROOM: Final = -2
@@ -35,6 +44,7 @@ DISK: Final = 2
 TIER_NAMES: Final = {MEMORY: "memory", DISK: "disk"}
 
 
+_T = TypeVar("_T")
 _ALL_NAMES: Final = tuple(TIER_NAMES.get(code, "unknown") for code in range(256))
 
 
@@ -48,21 +58,31 @@ class Message(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
 
 
 class Hello(Message, tag="hello"):
-    """First message of a session."""
+    """First message of a session. `token` is needed where the daemon has tokens."""
 
     version: int
     software: str
     pid: int
+    token: str = ""
 
 
 class Welcome(Message, tag="welcome"):
-    """Answer to `Hello`; the arena's descriptor travels with it."""
+    """Answer to `Hello`; on a unix socket the arena's descriptor travels with it.
+
+    `session` numbers the session, for operators. `arena_path` names the arena's file, where it has
+    a name, for clients that descriptors do not reach; `arena_inode` tells that it is the right one.
+    Over TCP no arena is handed out, and `ticket` admits data connections to the session.
+    """
 
     version: int
     software: str
+    session: int
     arena_bytes: int
     arena_pages: str
     lease_seconds: float
+    arena_path: str = ""
+    arena_inode: int = 0
+    ticket: bytes = b""
 
 
 class Open(Message, tag="open"):
@@ -94,17 +114,29 @@ class Found(Message, tag="found"):
 
 
 class Reserve(Message, tag="reserve"):
-    """Slots for blocks to be saved, under a new lease numbered by the client."""
+    """Slots for blocks to be saved, under a new lease numbered by the client.
+
+    `parent` is the key before the first one; `tokens`, for watchers of events, the blocks' token
+    ids as u32 little-endian; `ttl` seconds after they are committed the blocks expire. All three
+    may be left out.
+    """
 
     handle: int
     lease: int
     keys: bytes
+    parent: bytes = b""
+    tokens: bytes = b""
+    ttl: float | None = None
 
 
 class Reserved(Message, tag="reserved"):
-    """i64 little-endian per key and part: an offset, or a negative answer of `Store.reserve`."""
+    """i64 little-endian per key and part: an offset, or a negative answer of `Store.reserve`.
+
+    `reason` says why there was no room: `no_room`, `quota`, `admission` or `draining`.
+    """
 
     slots: bytes
+    reason: str = ""
 
 
 class Commit(Message, tag="commit"):
@@ -194,7 +226,50 @@ class Flushed(Message, tag="flushed"):
 
 
 class Clear(Message, tag="clear"):
-    """Remove all objects that are not pinned."""
+    """Remove all objects of the namespace that nobody holds."""
+
+    handle: int
+
+
+class Attach(Message, tag="attach"):
+    """First message of a data connection: it belongs to this session. Its ticket proves it."""
+
+    session: int
+    ticket: bytes
+
+
+class Attached(Message, tag="attached"):
+    """Answer to `Attach`."""
+
+
+class Put(Message, tag="put"):
+    """Objects for slots under a write lease; their bytes follow the frame, in order.
+
+    `slots` as in `Reserved`, `checksums` u64 little-endian: the XXH3 of each object.
+    """
+
+    lease: int
+    slots: bytes
+    checksums: bytes
+
+
+class Taken(Message, tag="taken"):
+    """Answer to `Put`, by position in it: `damaged` objects did not arrive as they were sent."""
+
+    damaged: tuple[int, ...] = ()
+
+
+class Get(Message, tag="get"):
+    """Asks for the objects in slots under a read lease."""
+
+    lease: int
+    slots: bytes
+
+
+class Sending(Message, tag="sending"):
+    """Answer to `Get`: the XXH3 of each object, and after the frame their bytes, in order."""
+
+    checksums: bytes
 
 
 class Stats(Message, tag="stats"):
@@ -221,10 +296,14 @@ Request = (
 Reply = (
     Welcome | Opened | Found | Reserved | Committed | Held | Count | Flushed | StatsReply | Failure
 )
+StreamRequest = Attach | Put | Get
+StreamReply = Attached | Taken | Sending | Failure
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+_stream_requests: msgspec.msgpack.Decoder[StreamRequest] = msgspec.msgpack.Decoder(StreamRequest)
+_stream_replies: msgspec.msgpack.Decoder[StreamReply] = msgspec.msgpack.Decoder(StreamReply)
 
 
 def encode(request_id: int, message: Message) -> bytes:
@@ -239,15 +318,15 @@ def encode(request_id: int, message: Message) -> bytes:
     return HEADER.pack(len(body), request_id) + body
 
 
-def frame_size(header: bytes | bytearray | memoryview) -> tuple[int, int]:
+def frame_size(header: bytes | bytearray | memoryview, limit: int = MAX_FRAME) -> tuple[int, int]:
     """Body length and request id of a frame's first 12 bytes.
 
     Raises:
         ProtocolError: the frame is over the limit.
     """
     length, request_id = HEADER.unpack_from(header)
-    if length > MAX_FRAME:
-        raise ProtocolError(f"frame of {length} bytes announced; at most {MAX_FRAME} are allowed")
+    if length > limit:
+        raise ProtocolError(f"frame of {length} bytes announced; at most {limit} are allowed")
     return length, request_id
 
 
@@ -257,10 +336,7 @@ def decode_request(body: bytes | memoryview) -> Request:
     Raises:
         ProtocolError: it is none.
     """
-    try:
-        return _requests.decode(body)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as e:
-        raise ProtocolError(f"not a request of protocol {VERSION}: {e}") from e
+    return _decode(_requests, body, "a request")
 
 
 def decode_reply(body: bytes | memoryview) -> Reply:
@@ -269,10 +345,32 @@ def decode_reply(body: bytes | memoryview) -> Reply:
     Raises:
         ProtocolError: it is none.
     """
+    return _decode(_replies, body, "a reply")
+
+
+def decode_stream_request(body: bytes | memoryview) -> StreamRequest:
+    """The request in a frame's body on a data connection.
+
+    Raises:
+        ProtocolError: it is none.
+    """
+    return _decode(_stream_requests, body, "a request of a data connection")
+
+
+def decode_stream_reply(body: bytes | memoryview) -> StreamReply:
+    """The reply in a frame's body on a data connection.
+
+    Raises:
+        ProtocolError: it is none.
+    """
+    return _decode(_stream_replies, body, "a reply of a data connection")
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_T], body: bytes | memoryview, what: str) -> _T:
     try:
-        return _replies.decode(body)
+        return decoder.decode(body)
     except (msgspec.MsgspecError, ValueError, RecursionError) as e:
-        raise ProtocolError(f"not a reply of protocol {VERSION}: {e}") from e
+        raise ProtocolError(f"not {what} of protocol {VERSION}: {e}") from e
 
 
 def keys_of(joined: bytes) -> list[bytes]:

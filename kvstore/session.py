@@ -21,12 +21,12 @@ from kvstore.config import Config, load_config
 from kvstore.copier.base import Copier, PagedMemory
 from kvstore.copier.cpu import CpuCopier
 from kvstore.errors import SpecError
-from kvstore.keys import block_keys
+from kvstore.keys import block_keys, token_array
 from kvstore.link import Link
 from kvstore.planner import LoadPlan, Planner
 from kvstore.protocol import MEMORY, Message, Release, Reply, tier_names
 from kvstore.spec import Namespace, Part
-from kvstore.transfer import Loaded, Saved, Transfer
+from kvstore.transfer import About, Loaded, Saved, Transfer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,7 +92,7 @@ class Session:
             self._link,
             self.parts,
             namespace.block_tokens,
-            copier or CpuCopier(config.session.copy_threads),
+            copier or CpuCopier(_copy_threads(config)),
             config.session.checksum,
             self._copied,
         )
@@ -217,15 +217,29 @@ class Session:
         page_ids: Sequence[NDArray[np.int64]],
         *,
         timeout: float | None = None,
+        ttl: float | None = None,
+        parent: bytes = b"",
+        tokens: Sequence[int] | NDArray[np.integer[Any]] | None = None,
     ) -> Saved:
         """Copy those blocks of `keys` that the store lacks out of the engine's pages.
 
-        Arguments as for `load`. Dropped, not waited for, when there is no room.
+        Arguments as for `load`. Dropped, not waited for, when there is no room. New blocks expire
+        after `ttl` seconds, if given. `parent` is the key before the first one, and `tokens` are
+        the token ids of the blocks; both are for those who watch events, and `tokens` are only sent
+        with `session.publish_tokens`.
 
         Raises:
-            SpecError: memory or page ids do not fit the parts.
+            SpecError: memory, page ids or tokens do not fit the parts and keys.
         """
         self._transfer.check_pages(keys, memory, page_ids)
+        ids = None
+        if tokens is not None and self._config.session.publish_tokens:
+            ids = token_array(tokens)
+            if len(ids) != len(keys) * self.block_tokens:
+                raise SpecError(
+                    f"{len(ids)} tokens given for {len(keys)} blocks of {self.block_tokens}"
+                )
+        about = About(ttl, parent, ids)
         started = time.monotonic()
         wait = timeout or self._config.session.save_timeout
         result = Saved()
@@ -233,14 +247,7 @@ class Session:
             if link is None:
                 result.dropped, result.reason = len(keys), "unavailable"
             else:
-                step = max(1, protocol.MAX_KEYS // len(self.parts))
-                for first in range(0, len(keys), step):
-                    window = slice(first, first + step)
-                    pages = [ids[window] for ids in page_ids]
-                    self._transfer.save(link, keys[window], memory, pages, wait, result)
-                    if result.reason == "unavailable":  # Do not wait for each of the others too.
-                        result.dropped += len(keys[first + step :])
-                        break
+                self._transfer.save(link, keys, memory, page_ids, wait, about, result)
         result.seconds = time.monotonic() - started
         self.counters.add("save.stored", by=result.stored)
         if result.dropped:
@@ -268,6 +275,14 @@ class Session:
                 if isinstance(reply, protocol.Count):
                     return Pin(channel, lease, reply.blocks)
         return Pin(None, lease, 0)
+
+    def clear(self, *, timeout: float = 10.0) -> int:
+        """Remove what the store has of this namespace and nobody holds; returns how many objects.
+
+        -1 when the store could not be asked or refused.
+        """
+        reply = self._request(protocol.Clear, timeout)
+        return reply.blocks if isinstance(reply, protocol.Count) else -1
 
     def flush(self, timeout: float = 60.0) -> int:
         """Wait until all is on disk; returns how many objects are not (-1: unknown)."""
@@ -310,3 +325,9 @@ class Session:
                 return None
             channel, handle = link
             return self._link.call(channel, make(handle), timeout)
+
+
+def _copy_threads(config: Config) -> int:
+    """Threads per copy; over TCP every connection already has one that copies."""
+    remote = config.address is not None and not config.address.startswith("unix://")
+    return 1 if remote and config.session.streams > 1 else config.session.copy_threads

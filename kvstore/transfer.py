@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 _WINDOW_BYTES = 64 << 20
 """Bytes that come up from disk before the first of them are copied on."""
 
+_TOKENS_PER_REQUEST = 1 << 20
+"""Token ids that go along with one request; half of what a frame holds."""
+
 LATE_SECONDS = 0.5
 """How much longer than its deadline a daemon may take to say what has arrived."""
 
@@ -43,6 +47,18 @@ class Loaded:
     reason: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a save says of its blocks: seconds they live, the key before them, their token ids.
+
+    `tokens` has as many ids as the blocks have tokens, or none.
+    """
+
+    ttl: float | None = None
+    parent: bytes = b""
+    tokens: NDArray[np.uint32] | None = None
+
+
 @dataclass(slots=True)
 class Saved:
     """What a save did: blocks newly stored, stored before (or by somebody else now), dropped."""
@@ -56,7 +72,7 @@ class Saved:
 
 
 class Transfer:
-    """Moves blocks between an engine's pages and the arena; thread-safe."""
+    """Moves blocks between an engine's pages and the store's slots; thread-safe."""
 
     def __init__(
         self,
@@ -92,7 +108,7 @@ class Transfer:
         has come up from disk, and the rest comes up while that is copied.
         """
         channel, handle = link
-        step = max(1, protocol.MAX_KEYS // len(self._parts))
+        step = self._step(channel)
         enough = max(1, _WINDOW_BYTES // self._block_bytes)
         found = bytearray()  # where each block lay before this load moved it
         while result.blocks < len(keys):
@@ -107,21 +123,18 @@ class Transfer:
                 result.reason = "unavailable"
                 break
             found += reply.tiers[len(found) - first :]
-            damaged: tuple[int, ...] = ()
+            pages = [ids[first:] for ids in page_ids]
+            incoming = _Incoming(reply, len(self._parts))
             try:
-                pages = [ids[first:] for ids in page_ids]
-                good, held = self._copy_held(channel, reply, len(keys) - first, memory, pages)
-                damaged = (good,) if good < held else ()
-            except StoreUnavailable as e:
-                result.reason = str(e)
-                break
+                self._copy_held(channel, lease, incoming, memory, pages, deadline)
             finally:
-                channel.notify(Release(lease, damaged))
+                channel.notify(Release(lease, tuple(sorted(incoming.damaged))))
+            good = incoming.good
             result.blocks += good
             result.nbytes += good * self._block_bytes
-            ended = reply.reason and held == len(reply.tiers)  # nothing more was found
-            if good < held or not held or ended:
-                result.reason = "checksum" if good < held else (reply.reason or "absent")
+            ended = reply.reason and good == len(reply.tiers)  # nothing more was found
+            if incoming.reason or not good or ended:
+                result.reason = incoming.reason or reply.reason or "absent"
                 break
         for tier in tier_names(bytes(found[: result.blocks])):
             result.tiers[tier] = result.tiers.get(tier, 0) + 1
@@ -129,60 +142,55 @@ class Transfer:
     def _copy_held(
         self,
         channel: Channel,
-        reply: Held,
-        limit: int,
+        lease: int,
+        incoming: _Incoming,
         memory: Sequence[PagedMemory],
         page_ids: Sequence[NDArray[np.int64]],
-    ) -> tuple[int, int]:
-        """Copy what an acquire brought; returns blocks that are right, and blocks that came."""
-        parts = len(self._parts)
-        offsets = np.frombuffer(reply.slots, dtype="<i8")
-        blocks = offsets.size // parts
-        if offsets.size % parts or blocks > limit or blocks > len(reply.tiers):
-            raise StoreUnavailable("the daemon's answer does not fit the request")
+        deadline: float,
+    ) -> None:
+        """Copy what an acquire brought, as far as it is right and comes before the deadline."""
         started = time.monotonic()
-        good = blocks
-        for column in range(parts):
-            right = self._load_part(channel, column, blocks, offsets, reply, memory, page_ids)
-            good = min(good, right)
-        self._copied(good * self._block_bytes, time.monotonic() - started)
-        return good, blocks
+        try:
+            if not incoming.fits(len(page_ids[0])):
+                raise StoreUnavailable("the daemon's answer does not fit the request")
+            for column in range(len(self._parts)):
+                self._load_part(channel, lease, incoming, column, memory, page_ids, deadline)
+        except StoreUnavailable as e:
+            incoming.reason = _reason_of(e)
+            self._link.quiet.warning("load", "blocks did not come: %s", e)
+        if incoming.damaged:
+            incoming.reason = "checksum"
+            self._link.quiet.warning("checksum", "a block was damaged on its way; not used")
+        self._copied(incoming.good * self._block_bytes, time.monotonic() - started)
 
     def _load_part(
         self,
         channel: Channel,
+        lease: int,
+        incoming: _Incoming,
         column: int,
-        blocks: int,
-        offsets: NDArray[np.int64],
-        reply: Held,
         memory: Sequence[PagedMemory],
         page_ids: Sequence[NDArray[np.int64]],
-    ) -> int:
-        """Copy one part's objects; returns how many blocks from the start are right."""
-        parts, size = len(self._parts), self._part_bytes[column]
-        mine = offsets[column::parts]
-        if blocks and (int(mine.min()) < 0 or int(mine.max()) + size > channel.arena.size):
-            raise StoreUnavailable("the daemon named a slot outside the arena")
-        by_layout: dict[Part, list[int]] = {}
-        for block in range(blocks):
-            stored = reply.other.get(block * parts + column, self._parts[column])
-            by_layout.setdefault(stored, []).append(block)
-        good = blocks
-        verify = self._verify and len(reply.checksums) == blocks * parts
-        for stored, rows in by_layout.items():
-            sums = self._copier.load(
-                memory[column],
-                page_ids[column][rows],
-                [channel.arena.address + int(mine[row]) for row in rows],
-                self._block_tokens,
-                stored=stored,
-                checksum=verify,
-            )
-            for row, have in zip(rows, sums or (), strict=False):
-                if reply.checksums[row * parts + column] not in (None, have):
-                    self._link.quiet.warning("checksum", "a block in memory was damaged; not used")
-                    good = min(good, row)
-        return good
+        deadline: float,
+    ) -> None:
+        """Copy one part's objects."""
+        verify = self._verify and incoming.has_checksums
+        for stored, rows in incoming.by_layout(column, self._parts[column]).items():
+
+            def scatter(first: int, addresses: Sequence[int], sent: Sequence[int] | None) -> None:
+                chosen = rows[first : first + len(addresses)]  # noqa: B023 - used within the turn
+                have = self._copier.load(
+                    memory[column],
+                    page_ids[column][chosen],
+                    addresses,
+                    self._block_tokens,
+                    stored=stored,  # noqa: B023
+                    checksum=verify or sent is not None,
+                )
+                incoming.take(column, chosen, have, sent)
+
+            slots = incoming.slots[rows, column]
+            channel.carrier.read(lease, slots, self._part_bytes[column], scatter, deadline)
 
     def save(
         self,
@@ -191,12 +199,41 @@ class Transfer:
         memory: Sequence[PagedMemory],
         page_ids: Sequence[NDArray[np.int64]],
         wait: float,
+        about: About,
         result: Saved,
     ) -> None:
         """Copy the blocks that the store lacks into slots, and commit them."""
+        step = self._step(link[0])
+        if about.tokens is not None:
+            step = min(step, max(1, _TOKENS_PER_REQUEST // self._block_tokens))
+        for first in range(0, len(keys), step):
+            window = slice(first, first + step)
+            pages = [ids[window] for ids in page_ids]
+            parent = keys[first - 1] if first else about.parent
+            tokens = b""
+            if about.tokens is not None:
+                size = self._block_tokens
+                ids = about.tokens[first * size : (first + step) * size]
+                tokens = ids.astype("<u4").tobytes()
+            ask = partial(protocol.Reserve, parent=parent, tokens=tokens, ttl=about.ttl)
+            self._save_window(link, keys[window], memory, pages, wait, ask, result)
+            if result.reason == "unavailable":  # Do not wait for each of the others too.
+                result.dropped += len(keys[first + step :])
+                break
+
+    def _save_window(
+        self,
+        link: tuple[Channel, int],
+        keys: Sequence[bytes],
+        memory: Sequence[PagedMemory],
+        page_ids: Sequence[NDArray[np.int64]],
+        wait: float,
+        ask: Callable[[int, int, bytes], protocol.Reserve],
+        result: Saved,
+    ) -> None:
         channel, handle = link
         lease = next(self.leases)
-        request = protocol.Reserve(handle, lease, b"".join(keys))
+        request = ask(handle, lease, b"".join(keys))
         reply = self._link.call(channel, request, wait, lease=lease)
         parts = len(self._parts)
         if not isinstance(reply, protocol.Reserved) or len(reply.slots) != 8 * len(keys) * parts:
@@ -209,56 +246,68 @@ class Transfer:
         wanted = (answers >= 0).any(axis=1) & ~full
         result.had += int(((answers == HAVE) | (answers == BUSY)).all(axis=1).sum())
         try:
-            sums = self._save_parts(channel, answers, wanted, memory, page_ids)
+            sums = self._save_parts(channel, lease, answers, wanted, memory, page_ids, wait)
         except BaseException as e:
             channel.notify(Release(lease))
             if not isinstance(e, StoreUnavailable):
                 raise
             result.dropped += int((full | wanted).sum())
-            result.reason = str(e)
+            result.reason = _reason_of(e)
+            self._link.quiet.warning("save", "blocks were not saved: %s", e)
             return
         dropped = tuple(int(i) for i in np.flatnonzero(full))
         commit = protocol.Commit(lease, dropped, sums)
         done = self._link.call(channel, commit, wait, lease=lease)
-        stored = done.blocks if isinstance(done, protocol.Committed) else 0
+        stored, problem = 0, "unavailable"
+        if isinstance(done, protocol.Committed):
+            stored, problem = done.blocks, done.reason or "lease"
         result.stored += stored
         result.dropped += int(full.sum()) + int(wanted.sum()) - stored
         result.nbytes += stored * self._block_bytes
         if full.any():
-            result.reason = "no_room"
+            result.reason = reply.reason or "no_room"
         elif stored < int(wanted.sum()):
-            result.reason = "unavailable" if not isinstance(done, protocol.Committed) else "lease"
+            result.reason = problem
 
     def _save_parts(
         self,
         channel: Channel,
+        lease: int,
         answers: NDArray[np.int64],
         wanted: NDArray[np.bool_],
         memory: Sequence[PagedMemory],
         page_ids: Sequence[NDArray[np.int64]],
+        wait: float,
     ) -> tuple[int, ...] | None:
         """Copy out what was granted; returns a checksum per granted slot, in order, if wanted."""
-        checksum = self._verify
+        checksum = self._verify or channel.carrier.checksums
         sums = np.zeros(answers.shape, dtype=np.uint64)
-        for column, size in enumerate(self._part_bytes):
+        for column, nbytes in enumerate(self._part_bytes):
             rows = np.flatnonzero((answers[:, column] >= 0) & wanted)
             if not len(rows):
                 continue
-            offsets = answers[rows, column]
-            if int(offsets.max()) + size > channel.arena.size:
-                raise StoreUnavailable("the daemon named a slot outside the arena")
-            made = self._copier.save(
-                memory[column],
-                page_ids[column][rows],
-                [channel.arena.address + int(offset) for offset in offsets],
-                self._block_tokens,
-                checksum=checksum,
-            )
+            ids = page_ids[column][rows]
+
+            def gather(first: int, addresses: Sequence[int]) -> list[int] | None:
+                return self._copier.save(
+                    memory[column],  # noqa: B023 - used within the turn
+                    ids[first : first + len(addresses)],  # noqa: B023
+                    addresses,
+                    self._block_tokens,
+                    checksum=checksum,
+                )
+
+            made = channel.carrier.write(lease, answers[rows, column], nbytes, gather, wait)
             if made is not None:
                 sums[rows, column] = made
-        if not checksum:
+        if not self._verify or channel.carrier.checksums:
             return None
         return tuple(int(s) for s in sums[answers >= 0])
+
+    def _step(self, channel: Channel) -> int:
+        """Blocks to ask for under one lease."""
+        by_bytes = channel.carrier.lease_bytes // self._block_bytes
+        return max(1, min(protocol.MAX_KEYS // len(self._parts), by_bytes))
 
     def check_pages(
         self,
@@ -283,3 +332,67 @@ class Transfer:
                 raise SpecError(f"memory of {pages.part.group.name!r} is not of the session's part")
             if len(ids) != len(keys):
                 raise SpecError(f"page_ids has {len(ids)} rows for {len(keys)} keys")
+
+
+class _Incoming:
+    """What an acquire brought, and which of it has reached the pages and is right.
+
+    Several threads may take in objects at once, each of them other ones.
+    """
+
+    def __init__(self, reply: Held, parts: int) -> None:
+        self.reply = reply
+        self.reason: str | None = None
+        self.damaged: set[int] = set()
+        offsets = np.frombuffer(reply.slots, dtype="<i8")
+        self._whole = offsets.size % parts == 0
+        self.slots = offsets[: offsets.size // parts * parts].reshape(-1, parts)
+        self._right = np.zeros(self.slots.shape, dtype=np.bool_)
+
+    def fits(self, asked: int) -> bool:
+        """Whether the answer makes sense for that many blocks."""
+        blocks = len(self.slots)
+        return self._whole and blocks <= asked and blocks <= len(self.reply.tiers)
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether the answer says what objects must hash to."""
+        return len(self.reply.checksums) == self.slots.size
+
+    @property
+    def good(self) -> int:
+        """Blocks from the start that are whole and right."""
+        wrong = np.flatnonzero(~self._right.all(axis=1))
+        return int(wrong[0]) if len(wrong) else len(self.slots)
+
+    def by_layout(self, column: int, own: Part) -> dict[Part, NDArray[np.int64]]:
+        """Rows of one part by the layout they are stored in."""
+        other, parts = self.reply.other, self.slots.shape[1]
+        if not other:
+            return {own: np.arange(len(self.slots))}
+        rows: dict[Part, list[int]] = {}
+        for row in range(len(self.slots)):
+            rows.setdefault(other.get(row * parts + column, own), []).append(row)
+        return {stored: np.array(numbers) for stored, numbers in rows.items()}
+
+    def take(
+        self,
+        column: int,
+        rows: NDArray[np.int64],
+        have: Sequence[int] | None,
+        sent: Sequence[int] | None,
+    ) -> None:
+        """These objects are in the pages; `have` is what they hash to, `sent` what they must."""
+        self._right[rows, column] = True
+        if have is None:
+            return
+        held, parts = self.reply.checksums, self.slots.shape[1]
+        for number, row in enumerate(rows):
+            wanted = sent[number] if sent is not None else held[int(row) * parts + column]
+            if wanted not in (None, have[number]):
+                self._right[row, column] = False
+                self.damaged.add(int(row))
+
+
+def _reason_of(error: StoreUnavailable) -> str:
+    return "deadline" if isinstance(error.__cause__, TimeoutError) else "unavailable"

@@ -5,21 +5,38 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from array import array
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Coroutine
+from typing import Final, NamedTuple
 
 from kvstore import protocol
 from kvstore.errors import KVStoreError, ProtocolError
+from kvstore.index import Saving
+from kvstore.keys import KEY_BYTES
 from kvstore.protocol import Failure, Message
+from kvstore.server.access import Grant, Role
+from kvstore.server.node import Node
+from kvstore.server.recent import by_tier
 from kvstore.spec import Namespace, Part
-from kvstore.store import Acquired, Acquisition, Store
+from kvstore.store import Acquired, Acquisition
 
 _MAX_WAIT: Final = 600.0
 _MAX_PIN_SECONDS: Final = 30 * 24 * 3600.0
+_MAX_TTL_SECONDS: Final = 10 * 365 * 24 * 3600.0
+_MAX_FLUSHES: Final = 16
 _FLUSH_POLL: Final = 0.02
 
 _log = logging.getLogger("kvstore.sessions")
+
+
+class Peer(NamedTuple):
+    """Who is at the other end: number of the session, `unix` or `host:port`, process, software."""
+
+    session: int
+    address: str
+    pid: int
+    software: str
 
 
 class SessionConnection(asyncio.Protocol):
@@ -29,13 +46,28 @@ class SessionConnection(asyncio.Protocol):
     answers come when they are ready, marked with the request's id.
     """
 
-    def __init__(self, store: Store, closed: Callable[[SessionConnection], None]) -> None:
-        self._store = store
+    shares_memory = True
+    """Whether the client itself touches slots."""
+
+    def __init__(
+        self,
+        node: Node,
+        peer: Peer,
+        grant: Grant,
+        closed: Callable[[SessionConnection], None],
+    ) -> None:
+        self.peer = peer
+        self.grant = grant
+        self.since = time.time()
+        self.requests = 0
+        self.opened: list[tuple[Namespace, tuple[Part, ...]]] = []
+        self._store = node.store
+        self._recent = node.recent
+        self._saves: dict[int, tuple[Namespace, int, float]] = {}  # lease: blocks asked, start
         self._closed = closed
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
         self._refused = False
-        self._opened: list[tuple[Namespace, tuple[Part, ...]]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._timers: set[asyncio.TimerHandle] = set()
 
@@ -81,7 +113,7 @@ class SessionConnection(asyncio.Protocol):
             self._buffer.clear()
             # Other threads of the client may be copying under its leases. It closes when they
             # are done, and only that frees the slots.
-            if not self._store.holds_leases(self):
+            if not (self.shares_memory and self._store.holds_leases(self)):
                 self.close()
 
     def close(self) -> None:
@@ -95,6 +127,7 @@ class SessionConnection(asyncio.Protocol):
 
     def _handle(self, request_id: int, body: bytes) -> None:
         request = protocol.decode_request(body)
+        self.requests += 1
         try:
             reply = self._answer(request_id, request)
         except ProtocolError:
@@ -108,66 +141,111 @@ class SessionConnection(asyncio.Protocol):
         store = self._store
         match request:
             case protocol.Lookup():
-                _, parts = self._handle_of(request.handle)
-                tiers, reason = store.lookup(protocol.keys_of(request.keys), parts)
-                return protocol.Found(bytes(tiers), reason, store.tiering.disk_seconds_per_byte)
-            case protocol.Reserve():
+                started = time.monotonic()
                 namespace, parts = self._handle_of(request.handle)
                 keys = protocol.keys_of(request.keys)
-                slots = store.reserve(self, request.lease, namespace, keys, parts)
-                return protocol.Reserved(_i64(slots))
-            case protocol.Commit():
-                blocks, reason = store.commit(
-                    self, request.lease, dropped=request.dropped, checksums=request.checksums
+                tiers, reason = store.lookup(keys, parts, namespace)
+                codes = bytes(tiers)
+                self._recent.note(
+                    self.peer.session, namespace, "lookup", len(keys), *by_tier(codes), reason,
+                    started,
+                )  # fmt: skip
+                return protocol.Found(codes, reason, store.tiering.disk_seconds_per_byte)
+            case protocol.Reserve():
+                self.grant.check(Role.WRITE, "saving")
+                started = time.monotonic()
+                namespace, parts = self._handle_of(request.handle)
+                keys = protocol.keys_of(request.keys)
+                saving = _saving(request, namespace, len(keys))
+                slots, reason = store.reserve(
+                    self, request.lease, namespace, keys, parts, saving=saving
                 )
-                return protocol.Committed(blocks, reason)
+                self._saves[request.lease] = namespace, len(keys), started
+                return protocol.Reserved(_i64(self._name_slots(request.lease, slots)), reason)
+            case protocol.Commit():
+                return self._commit(request)
             case protocol.Acquire():
                 return self._acquire(request_id, request)
             case protocol.Release():
-                store.release(self, request.lease, damaged=request.damaged)
-                return protocol.Count(0)
+                return self._release(request)
             case protocol.Prefetch():
-                _, parts = self._handle_of(request.handle)
-                return protocol.Count(store.prefetch(protocol.keys_of(request.keys), parts))
+                namespace, parts = self._handle_of(request.handle)
+                keys = protocol.keys_of(request.keys)
+                return protocol.Count(store.prefetch(keys, parts, namespace))
             case protocol.Pin():
-                _, parts = self._handle_of(request.handle)
+                self.grant.check(Role.WRITE, "pin")
+                namespace, parts = self._handle_of(request.handle)
                 if not 0 < request.ttl <= _MAX_PIN_SECONDS:
                     raise ValueError(
                         f"a pin of {request.ttl} seconds; give 0 to {_MAX_PIN_SECONDS:.0f}"
                     )
                 keys = protocol.keys_of(request.keys)
-                return protocol.Count(store.pin(self, request.lease, keys, parts, request.ttl))
+                return protocol.Count(
+                    store.pin(self, request.lease, keys, parts, request.ttl, namespace)
+                )
             case protocol.Open():
                 return self._open(request)
             case protocol.Flush():
                 self._flush(request_id, request)
                 return None
             case protocol.Clear():
-                return protocol.Count(store.clear())
+                namespace, _ = self._handle_of(request.handle)
+                self.grant.check(Role.WRITE, "clear")
+                return protocol.Count(store.clear(namespace))
             case protocol.Stats():
                 return protocol.StatsReply(json.dumps(store.stats()))
             case protocol.Hello():
                 raise ProtocolError("a second hello; say it once, first")
 
     def _open(self, request: protocol.Open) -> Message:
-        if len(self._opened) >= protocol.MAX_OPEN:
+        if len(self.opened) >= protocol.MAX_OPEN:
             return Failure(f"{protocol.MAX_OPEN} namespaces are open; use another session")
         if not 1 <= len(request.parts) <= protocol.MAX_PARTS:
             return Failure(f"{len(request.parts)} parts; give 1 to {protocol.MAX_PARTS}")
+        self.grant.check_tenant(request.namespace.tenant)
         for part in request.parts:
             problem = self._store.check_object(part, request.namespace.block_tokens)
             if problem is not None:
                 return Failure(problem)
-        self._opened.append((request.namespace, request.parts))
-        return protocol.Opened(len(self._opened) - 1)
+        self.opened.append((request.namespace, request.parts))
+        return protocol.Opened(len(self.opened) - 1)
 
     def _handle_of(self, handle: int) -> tuple[Namespace, tuple[Part, ...]]:
-        if not 0 <= handle < len(self._opened):
+        if not 0 <= handle < len(self.opened):
             raise ProtocolError(f"handle {handle} was never opened")
-        return self._opened[handle]
+        return self.opened[handle]
+
+    def _name_slots(self, lease: int, slots: list[int]) -> list[int]:
+        """What the client shall call the slots of a new lease: by their offsets in the arena."""
+        return slots
+
+    def _commit(self, request: protocol.Commit) -> Message:
+        blocks, reason = self._store.commit(
+            self, request.lease, dropped=request.dropped, checksums=request.checksums
+        )
+        self._saved(request.lease, blocks, reason)
+        return protocol.Committed(blocks, reason)
+
+    def _release(self, request: protocol.Release) -> Message:
+        # Who shares our memory sees what we see. From elsewhere, see `StreamSession`, a reader's
+        # word is not enough to remove a block.
+        self._store.release(self, request.lease, damaged=request.damaged)
+        self._saved(request.lease, 0, "released")
+        return protocol.Count(0)
+
+    def _saved(self, lease: int, blocks: int, reason: str) -> None:
+        """Note a save that has ended, if the lease was for one."""
+        save = self._saves.pop(lease, None)
+        if save is not None:
+            namespace, asked, started = save
+            reason = reason or ("had" if blocks < asked else "")
+            session = self.peer.session
+            self._recent.note(session, namespace, "save", asked, blocks, 0, reason, started)
 
     def _acquire(self, request_id: int, request: protocol.Acquire) -> Message | None:
-        _, parts = self._handle_of(request.handle)
+        started = time.monotonic()
+        namespace, parts = self._handle_of(request.handle)
+        keys = protocol.keys_of(request.keys)
         if not 0 <= request.wait <= _MAX_WAIT:
             raise ValueError(f"a wait of {request.wait} seconds; give 0 to {_MAX_WAIT:.0f}")
         answer: list[Message] = []
@@ -175,7 +253,12 @@ class SessionConnection(asyncio.Protocol):
         timer: list[asyncio.TimerHandle] = []
 
         def done(acquired: Acquired) -> None:
-            reply = _held(acquired, parts)
+            reply = self._held(request.lease, acquired, parts)
+            here = len(acquired.blocks)
+            self._recent.note(
+                self.peer.session, namespace, "load", len(keys), *by_tier(reply.tiers[:here]),
+                acquired.reason, started,
+            )  # fmt: skip
             if not waiting:  # Everything was in memory: answered in turn.
                 answer.append(reply)
                 return
@@ -186,10 +269,11 @@ class SessionConnection(asyncio.Protocol):
         running = self._store.acquire(
             self,
             request.lease,
-            protocol.keys_of(request.keys),
+            keys,
             parts,
             done,
             enough=max(1, request.enough),
+            namespace=namespace,
         )
         if answer:
             return answer[0]
@@ -199,7 +283,27 @@ class SessionConnection(asyncio.Protocol):
         self._timers.add(timer[0])
         return None
 
+    def _held(self, lease: int, acquired: Acquired, parts: tuple[Part, ...]) -> protocol.Held:
+        """The reply that tells a client where its blocks lie."""
+        slots: list[int] = []
+        sums: list[int | None] = []
+        other: dict[int, Part] = {}
+        for block in acquired.blocks:
+            for entry, part in zip(block, parts, strict=True):
+                assert entry.slot is not None
+                if entry.name.part != part:
+                    other[len(slots)] = entry.name.part
+                slots.append(entry.slot.offset)
+                sums.append(entry.checksum)
+        slots = self._name_slots(lease, slots)
+        return protocol.Held(
+            _i64(slots), bytes(acquired.tiers), acquired.reason, other, tuple(sums)
+        )
+
     def _flush(self, request_id: int, request: protocol.Flush) -> None:
+        if len(self._tasks) >= _MAX_FLUSHES:
+            raise ValueError(f"{_MAX_FLUSHES} flushes of this session are running; wait for them")
+
         async def wait() -> None:
             loop = asyncio.get_running_loop()
             until = loop.time() + min(max(request.wait, 0.0), _MAX_WAIT)
@@ -210,24 +314,34 @@ class SessionConnection(asyncio.Protocol):
                 await asyncio.to_thread(disk.flush)
             self._reply(request_id, protocol.Flushed(self._store.tiering.unwritten))
 
-        task = asyncio.get_running_loop().create_task(wait())
+        self._start(wait())
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        """Do something beside the requests, as long as the connection lasts."""
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
 
-def _held(acquired: Acquired, parts: tuple[Part, ...]) -> protocol.Held:
-    """The reply that tells a client where its blocks lie."""
-    slots: list[int] = []
-    sums: list[int | None] = []
-    other: dict[int, Part] = {}
-    for block in acquired.blocks:
-        for entry, part in zip(block, parts, strict=True):
-            assert entry.slot is not None
-            if entry.name.part != part:
-                other[len(slots)] = entry.name.part
-            slots.append(entry.slot.offset)
-            sums.append(entry.checksum)
-    return protocol.Held(_i64(slots), bytes(acquired.tiers), acquired.reason, other, tuple(sums))
+def _saving(request: protocol.Reserve, namespace: Namespace, blocks: int) -> Saving:
+    """What a session says about the blocks it saves.
+
+    Raises:
+        ValueError: it makes no sense.
+    """
+    if request.parent and len(request.parent) != KEY_BYTES:
+        raise ValueError(f"parent has {len(request.parent)} bytes; a key has {KEY_BYTES}")
+    if request.ttl is not None and not 0 < request.ttl <= _MAX_TTL_SECONDS:
+        raise ValueError(f"a ttl of {request.ttl} seconds; give 0 to {_MAX_TTL_SECONDS:.0f}")
+    tokens = array("I")
+    if request.tokens:
+        if len(request.tokens) != 4 * blocks * namespace.block_tokens:
+            raise ValueError(
+                f"tokens take {len(request.tokens)} bytes; {blocks} blocks of "
+                f"{namespace.block_tokens} tokens take {4 * blocks * namespace.block_tokens}"
+            )
+        tokens.frombytes(request.tokens)
+    return Saving(request.parent, tokens, request.ttl)
 
 
 def _i64(values: list[int]) -> bytes:

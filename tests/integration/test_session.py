@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kvstore import protocol
+from kvstore.client import Orchestrator
 from kvstore.config import load_config
 from kvstore.errors import SpecError
 from kvstore.protocol import HAVE
@@ -15,6 +16,7 @@ from kvstore.session import Session
 from kvstore.spec import Described, Opaque, Part
 from tests.session_tools import (
     BIG,
+    BLOCK_TOKENS,
     GROUP,
     MIB,
     PART,
@@ -193,7 +195,7 @@ def test_arguments_that_do_not_fit_are_refused(stores: Stores) -> None:
 
 
 def test_saves_beyond_a_full_arena_are_dropped_and_counted(stores: Stores) -> None:
-    served = stores.serve(SMALL)
+    served = stores.serve(SMALL | {"max_pinned": 1})
     with served.session(BIG) as session:
         keys = session.keys(prompt(1, 8))
         assert save(session, keys).stored == 8
@@ -308,3 +310,48 @@ def test_settings_for_a_session_come_from_the_environment(
     with Session.open(namespace(), [PART]) as session:
         assert session.problem is None
         assert load_config().socket == served.socket
+
+
+def test_saves_can_say_when_blocks_expire(stores: Stores) -> None:
+    served = stores.serve()
+    with served.session() as session:
+        keys = session.keys(prompt(1, 2))
+        pages = Pages(PART)
+        ids = pages.ids(2)
+        pages.fill(keys, ids)
+        assert session.save(keys, [pages.memory], [ids], ttl=0.2).stored == 2
+        eventually(lambda: session.lookup(keys).blocks == 0)
+        assert session.stats()["counters"]["expired"] == 2
+        with (
+            served.session(publish_tokens=True) as publishing,
+            pytest.raises(SpecError, match="tokens given for 2 blocks of 16"),
+        ):
+            publishing.save(keys, [pages.memory], [ids], tokens=[1, 2, 3])
+
+
+def test_watchers_of_events_get_tokens_and_parents_where_sessions_publish_them(
+    stores: Stores,
+) -> None:
+    served = stores.serve()
+    tokens = prompt(1, 3)
+    with (
+        Orchestrator(f"unix://{served.socket}") as orchestrator,
+        served.session(publish_tokens=True) as session,
+        served.session() as discreet,
+    ):
+        events = orchestrator.watch_events().ready()
+        keys = session.keys(tokens)
+        pages = Pages(PART)
+        ids = pages.ids(3)
+        pages.fill(keys, ids)
+        memory, late = [pages.memory], tokens[2 * BLOCK_TOKENS :]
+        session.save(keys[:2], memory, [ids[:2]], tokens=tokens[: 2 * BLOCK_TOKENS])
+        discreet.save(keys[2:], memory, [ids[2:]], parent=keys[1], tokens=late)
+        first, second = next(events).stored, next(events).stored
+        assert list(first.block_hashes) == keys[:2]
+        assert list(first.token_ids) == tokens[: 2 * BLOCK_TOKENS]
+        assert first.parent_block_hash == b""
+        assert list(second.block_hashes) == keys[2:]
+        assert second.parent_block_hash == keys[1]
+        assert not second.token_ids
+        assert second.block_size == BLOCK_TOKENS

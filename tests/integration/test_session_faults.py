@@ -70,7 +70,7 @@ def flip(served: Served, key: bytes) -> None:
     channel = served.channel()
     held = held_by(channel, [key])
     offset = int(np.frombuffer(held.slots, "<i8")[0])
-    channel.arena.view(offset + 1000, 1)[0] ^= 1
+    channel.carrier.arena.view(offset + 1000, 1)[0] ^= 1
     channel.retire()
 
 
@@ -230,10 +230,7 @@ def test_what_was_cleared_does_not_come_back(stores: Stores) -> None:
         save(session, pinned)
         assert session.flush() == 0
         assert pinning.pin(pinned).blocks == 4
-        channel = served.channel()
-        cleared = channel.call(protocol.Clear(), PATIENCE)
-        channel.retire()
-        assert cleared == protocol.Count(4)
+        assert session.clear(timeout=PATIENCE) == 4
         assert session.lookup(keys).blocks == 0
         assert session.lookup(pinned).blocks == 4
         served.kill()

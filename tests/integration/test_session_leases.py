@@ -128,7 +128,7 @@ def test_a_closed_session_holds_nothing(stores: Stores) -> None:
 
 def test_a_received_arena_is_not_inherited_by_children(stores: Stores) -> None:
     channel = stores.serve().channel()
-    assert not os.get_inheritable(channel.arena.fd)
+    assert not os.get_inheritable(channel.carrier.arena.fd)
     channel.retire()
 
 
@@ -316,7 +316,7 @@ def test_a_daemon_that_is_no_daemon_is_unavailable(stores: Stores) -> None:
     listener.listen()
     answers = [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", protocol.HEADER.pack(9 << 20, 1)]
     answers.append(protocol.encode(1, protocol.Count(1)))
-    answers.append(protocol.encode(1, protocol.Welcome(1, "x", 4096, "shmem", 1.0)))
+    answers.append(protocol.encode(1, protocol.Welcome(1, "x", 1, 4096, "shmem", 1.0)))
 
     def answer() -> None:
         for text in answers:

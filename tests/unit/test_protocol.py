@@ -29,11 +29,11 @@ REQUESTS: list[Message] = [
     protocol.Prefetch(0, b""),
     protocol.Pin(0, 3, KEYS, 60.0),
     protocol.Flush(1.5),
-    protocol.Clear(),
+    protocol.Clear(0),
     protocol.Stats(),
 ]
 REPLIES: list[Message] = [
-    protocol.Welcome(1, "kvstore 0.1.0", 1 << 40, "shmem", 30.0),
+    protocol.Welcome(1, "kvstore 0.1.0", 7, 1 << 40, "shmem", 30.0),
     protocol.Opened(7),
     protocol.Found(b"\x01\x02", "absent", 1e-9),
     protocol.Reserved(b"\xff" * 8),
@@ -72,9 +72,9 @@ def test_no_message_is_left_out_above() -> None:
 
 
 def test_frames_are_little_endian_and_headed_by_their_size() -> None:
-    frame = protocol.encode(0x0102, protocol.Clear())
+    frame = protocol.encode(0x0102, protocol.Stats())
     assert frame[:12] == bytes([len(frame) - 12, 0, 0, 0, 2, 1, 0, 0, 0, 0, 0, 0])
-    assert msgspec.msgpack.decode(frame[12:]) == {"type": "clear"}
+    assert msgspec.msgpack.decode(frame[12:]) == {"type": "stats"}
 
 
 def test_a_request_is_no_reply() -> None:

@@ -1,0 +1,120 @@
+"""The limit of TCP: threads on blocking sockets that move 2 MiB at a time, and nothing else."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Final, Self
+
+from kvstore.arena import Arena
+from kvstore.benchmarks.figures import BenchmarkError
+from kvstore.staging import Bounce
+from kvstore.wire import tune
+
+_PIECE: Final = 2 << 20
+_ASK: Final = struct.Struct("<cQ")
+_SECONDS: Final = 60.0
+
+
+class BareStream:
+    """Another process with memory like the daemon's, and `streams` connections to it."""
+
+    def __init__(self, nbytes: int, streams: int) -> None:
+        self._share = nbytes // streams
+        self.nbytes = self._share * streams
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(self._share), str(streams)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd="/",
+        )
+        assert self._server.stdout is not None
+        port = int(self._server.stdout.readline())
+        self._ends = [socket.create_connection(("127.0.0.1", port)) for _ in range(streams)]
+        for connection in self._ends:
+            tune(connection)
+        self._memory = [Bounce(self._share) for _ in range(streams)]
+        self._threads = ThreadPoolExecutor(streams)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._threads.shutdown()
+        for connection in self._ends:
+            connection.close()
+        self._server.wait(_SECONDS)
+
+    def save(self) -> None:
+        """All bytes there, and the word that they have come."""
+        self._all(_send, b"s")
+
+    def load(self) -> None:
+        """All bytes back."""
+        self._all(_receive, b"l")
+
+    def _all(self, move: Callable[[socket.socket, memoryview], None], kind: bytes) -> None:
+        def work(connection: socket.socket, memory: Bounce) -> None:
+            connection.sendall(_ASK.pack(kind, self._share))
+            move(connection, memory.view[: self._share])
+            if kind == b"s" and not connection.recv(1):
+                raise BenchmarkError("the bare server is gone")
+
+        for _ in self._threads.map(work, self._ends, self._memory):
+            pass
+
+
+def _send(connection: socket.socket, view: memoryview) -> None:
+    for at in range(0, len(view), _PIECE):
+        connection.sendall(view[at : at + _PIECE])
+
+
+def _receive(connection: socket.socket, view: memoryview) -> None:
+    while view:
+        got = connection.recv_into(view[:_PIECE], 0, socket.MSG_WAITALL)
+        if not got:
+            raise ConnectionResetError("the other end is gone")
+        view = view[got:]
+
+
+def _serve(connection: socket.socket, view: memoryview) -> None:
+    with connection:
+        tune(connection)
+        while asked := connection.recv(_ASK.size, socket.MSG_WAITALL):
+            kind, nbytes = _ASK.unpack(asked)
+            if kind == b"s":
+                _receive(connection, view[:nbytes])
+                connection.sendall(b"!")
+            else:
+                _send(connection, view[:nbytes])
+
+
+def main() -> None:
+    """Serve as many connections as were announced, until they are closed."""
+    share, streams = (int(argument) for argument in sys.argv[1:3])
+    arena = Arena.create(share * streams)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        print(listener.getsockname()[1], flush=True)
+        threads = []
+        for number in range(streams):
+            connection, _ = listener.accept()
+            view = arena.view(number * share, share)
+            threads.append(threading.Thread(target=_serve, args=(connection, view)))
+            threads[-1].start()
+        for thread in threads:
+            thread.join()
+
+
+if __name__ == "__main__":
+    main()

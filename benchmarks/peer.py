@@ -1,0 +1,131 @@
+"""Sessions over TCP, against bare sockets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+from functools import partial
+from typing import Any, Final
+
+from kvstore.benchmarks.barestream import BareStream
+from kvstore.benchmarks.engine import Engine, prompt_keys
+from kvstore.benchmarks.figures import BenchmarkError, Report, Run, Samples
+from kvstore.benchmarks.served import served
+from kvstore.benchmarks.shapes import LLAMA_NHD
+from kvstore.config import load_config
+from kvstore.session import Session
+
+SHAPE: Final = LLAMA_NHD
+_SECONDS: Final = 60.0
+_NO_IPERF: Final = "iperf3 is not installed: the figures against it are left out"
+
+
+def run(report: Report, *, size: int, streams: int) -> None:
+    """Measure with `size` bytes of blocks and that many data connections."""
+    blocks = max(2, size // SHAPE.block_bytes)
+    settings: dict[str, Any] = {
+        # Room for all blocks, and for chunks that hold one.
+        "memory": {"size": max(blocks * 5 // 4, 16) * SHAPE.block_bytes},
+        "server": {"tcp": "127.0.0.1:0", "grpc": None, "http": None},
+    }
+    patience = {"lookup_timeout": 10.0, "load_timeout": _SECONDS, "save_timeout": _SECONDS}
+    with served(settings) as daemon:
+        address = f"tcp://{daemon.faces['tcp']}"
+        config = load_config(None, {"address": address, "session": patience | {"streams": streams}})
+        with (
+            Session.open(SHAPE.namespace, [SHAPE.part], config) as session,
+            BareStream(blocks * SHAPE.block_bytes, streams) as bare,
+            Engine(SHAPE, blocks, config) as engine,
+        ):
+            _measure(report, session, bare, engine, streams)
+
+
+def _measure(
+    report: Report, session: Session, bare: BareStream, engine: Engine, streams: int
+) -> None:
+    keys = prompt_keys(session, engine.blocks, seed=0)
+    load = partial(engine.load, session, keys, engine.blocks)
+
+    def copy_and_send() -> None:
+        engine.copy_out(engine.blocks)
+        bare.save()
+
+    def receive_and_copy() -> None:
+        bare.load()
+        engine.copy_in(engine.blocks)
+
+    taken = report.race(
+        f"save and load over TCP, {streams} connections",
+        {
+            "bare save": Run(bare.save),
+            "bare save, copy": Run(copy_and_send),
+            "save": Run(
+                partial(engine.save, session, keys, engine.blocks),
+                partial(session.clear, timeout=_SECONDS),
+            ),
+            "bare load": Run(bare.load),
+            "bare load, copy": Run(receive_and_copy),
+            "load": Run(load),
+        },
+    )
+    engine.check(load)
+    against = {
+        "a bare socket": {name: taken[f"bare {name}"] for name in ("save", "load")},
+        "a bare socket, and the copy": {
+            name: taken[f"bare {name}, copy"] for name in ("save", "load")
+        },
+    }
+    one_stream = _iperf3(engine.nbytes, report.samples)
+    if one_stream is None:
+        report.note(_NO_IPERF)
+    else:
+        against["iperf3, one stream"] = dict.fromkeys(("save", "load"), one_stream)
+    for what, limits in against.items():
+        for name, limit in limits.items():
+            report.rate(
+                f"TCP {name}",
+                engine.nbytes,
+                taken[name],
+                limit,
+                shape=SHAPE.name,
+                block_bytes=SHAPE.block_bytes,
+                streams=streams,
+                against=what,
+            )
+
+
+def _iperf3(nbytes: int, samples: int) -> Samples | None:
+    """Seconds that iperf3 takes for as many bytes; None without it."""
+    if shutil.which("iperf3") is None:
+        return None
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    seconds = []
+    server = subprocess.Popen(
+        ["iperf3", "-s", "-B", "127.0.0.1", "-p", port, "--forceflush"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        while "listening" not in server.stdout.readline():
+            if server.poll() is not None:
+                raise BenchmarkError("iperf3 could not listen; try again")
+        for _ in range(samples):
+            done = subprocess.run(
+                ["iperf3", "-c", "127.0.0.1", "-p", port, "-n", str(nbytes), "-J"],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=_SECONDS,
+            )
+            received = json.loads(done.stdout)["end"]["sum_received"]
+            seconds.append(nbytes / (received["bits_per_second"] / 8))
+    finally:
+        server.kill()
+        server.wait()
+        assert server.stdout is not None
+        server.stdout.close()
+    return Samples(tuple(seconds))

@@ -1,0 +1,73 @@
+"""What a client shows and trusts: its token, its certificate, and whose daemons it believes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvstore.config import Config
+from kvstore.errors import ConfigError
+
+if TYPE_CHECKING:
+    import ssl
+
+
+def client_token(config: Config) -> str:
+    """The token to present: `KVSTORE_TOKEN`, else what `session.token_file` holds, else none.
+
+    Raises:
+        ConfigError: the file cannot be read or holds no token.
+    """
+    token = os.environ.get("KVSTORE_TOKEN", "").strip()
+    path = config.session.token_file
+    if token or path is None:
+        return token
+    try:
+        token = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(
+            f"session.token_file {path}: {_reason(e)}; give a file that holds the token alone"
+        ) from e
+    if not token:
+        raise ConfigError(f"session.token_file {path} is empty; put the token into it")
+    return token
+
+
+def client_context(config: Config) -> ssl.SSLContext:
+    """TLS for `tls://` addresses: 1.2 at least, the daemon's name and certificate are checked.
+
+    Trusts `session.tls_ca`, or what the system trusts; shows `session.tls_cert` if there is one.
+
+    Raises:
+        ConfigError: a file is missing or unusable; names it.
+    """
+    import ssl
+
+    session = config.session
+    if (session.tls_cert is None) != (session.tls_key is None):
+        have, lack = (
+            ("tls_key", "tls_cert") if session.tls_cert is None else ("tls_cert", "tls_key")
+        )
+        raise ConfigError(f"session.{have} is set but session.{lack} is not; mutual TLS needs both")
+    try:
+        context = ssl.create_default_context(cafile=session.tls_ca)
+    except OSError as e:
+        raise ConfigError(_unusable("tls_ca", session.tls_ca, e, "PEM certificates")) from e
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if session.tls_cert is not None:
+        try:
+            # Without the password argument an encrypted key would ask the terminal.
+            context.load_cert_chain(session.tls_cert, session.tls_key, password=lambda: "")
+        except OSError as e:
+            what = f"a PEM chain and, in session.tls_key {session.tls_key}, its key"
+            raise ConfigError(_unusable("tls_cert", session.tls_cert, e, what)) from e
+    return context
+
+
+def _unusable(name: str, path: Path | None, error: OSError, wanted: str) -> str:
+    return f"session.{name} {path}: {_reason(error)}; give {wanted}"
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)

@@ -1,0 +1,347 @@
+"""The TCP face: sessions from other machines, and from containers that share no memory with us.
+
+A session's messages are served on the loop like those from the socket. Its blocks come and go over
+further connections to the same port, each served by a thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Final, cast
+
+from kvstore import __version__, protocol
+from kvstore.config import split_host_port
+from kvstore.errors import AccessDenied, ConfigError, ProtocolError
+from kvstore.protocol import STREAM_MARK, Failure, Hello, Welcome
+from kvstore.server.bulk import HELLO_SECONDS, BulkServer, Sample
+from kvstore.server.daemon import admit
+from kvstore.server.grants import Grants
+from kvstore.server.node import Node
+from kvstore.server.sessions import Peer, SessionConnection
+from kvstore.server.stream_session import StreamSession
+from kvstore.wire import PlainWire, TlsWire, Wire, tune
+
+_MAX_THREADS: Final = 512
+_MAX_GREETING: Final = 128
+_MAX_HELLO: Final = 4096
+_TICK: Final = 0.25
+_STOP_SECONDS: Final = 2.0
+_PEEK_PAUSE: Final = 0.01
+
+_log = logging.getLogger("kvstore.streams")
+
+
+class StreamFace:
+    """Listens at `server.tcp`."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._context = node.access.server_context()
+        self._sessions: dict[int, StreamSession] = {}
+        self._threads: set[threading.Thread] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._newcomers: dict[int, Callable[[], object]] = {}
+        """Ends connections that have not said yet whose they are, by number, oldest first."""
+        self._numbers = itertools.count(1)
+        self._listener: socket.socket | None = None
+        self._samples: deque[Sample] = deque(maxlen=10_000)
+        self._bulk = BulkServer(
+            node.store.tiering.arena, self._grants_of, node.config.lease_seconds, self._samples
+        )
+
+    async def start(self) -> None:
+        """Begin to listen.
+
+        Raises:
+            ConfigError: the address cannot be had.
+        """
+        address = self._node.config.server.tcp
+        assert address is not None
+        host, port = split_host_port(address)
+        try:
+            family, _, _, _, place = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            listener = socket.create_server(place[:2], family=family, backlog=_MAX_GREETING)
+        except OSError as e:
+            raise ConfigError(
+                f"server.tcp: cannot listen on {address}: {e.strerror or e}; choose another address"
+            ) from e
+        listener.setblocking(False)
+        self._listener = listener
+        self._run(self._accept(listener))
+        self._run(self._tick())
+
+    async def stop(self) -> None:
+        """End all sessions that came this way."""
+        for task in list(self._tasks):
+            task.cancel()
+        if self._listener is not None:
+            self._listener.close()
+        for session in list(self._sessions.values()):
+            session.grants.close()
+            session.close()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _STOP_SECONDS
+        while self._threads and loop.time() < until:
+            await asyncio.sleep(_PEEK_PAUSE)
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where it listens, with the real port."""
+        if self._listener is None:
+            return []
+        host, port = self._listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        return [f"{'tcp' if self._context is None else 'tls'} {shown}:{port}"]
+
+    def _run(self, work: asyncio._CoroutineLike[None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # -- on the loop ------------------------------------------------------------------------------
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(0)  # An accept that need not wait lets nobody else have a turn.
+            try:
+                connection, _ = await loop.sock_accept(listener)
+            except OSError as e:  # Out of descriptors, say: others go on, and so do we.
+                _log.warning("a connection could not be accepted: %s", e)
+                await asyncio.sleep(_TICK)
+                continue
+            number = next(self._numbers)
+            self._newcomers[number] = self._run(self._meet(connection, number)).cancel
+            if len(self._newcomers) > _MAX_GREETING:
+                self.known(next(iter(self._newcomers)))()
+
+    def newcomer(self, number: int, end: Callable[[], object]) -> None:
+        """How to end a connection that has not said yet whose it is; for any thread."""
+        self._newcomers[number] = end
+
+    def known(self, number: int) -> Callable[[], object]:
+        """A connection is no newcomer any more; returns what would have ended it.
+
+        For any thread.
+        """
+        return self._newcomers.pop(number, _nothing)
+
+    async def _meet(self, connection: socket.socket, number: int) -> None:
+        """Find out what a connection is for."""
+        try:
+            connection.setblocking(False)
+            tune(connection)
+            async with asyncio.timeout(HELLO_SECONDS):
+                carries_blocks = await _begins_with_mark(connection)
+            if carries_blocks:
+                self._start_thread(connection, number)
+            else:
+                await self._greet(connection, number)
+        except (OSError, TimeoutError) as e:
+            _log.info("a connection ended before its greeting: %s", e or "nothing was said")
+            self.known(number)
+            connection.close()
+        except asyncio.CancelledError:
+            self.known(number)
+            connection.close()
+            raise
+
+    async def _greet(self, connection: socket.socket, number: int) -> None:
+        """Hear the hello, and serve from then on."""
+        host, port = connection.getpeername()[:2]
+        await asyncio.get_running_loop().connect_accepted_socket(
+            lambda: _Greeting(self, f"{host}:{port}", number),
+            connection,
+            ssl=self._context,
+            ssl_handshake_timeout=None if self._context is None else HELLO_SECONDS,
+        )
+
+    def welcome(self, hello: Hello, address: str) -> tuple[StreamSession, Welcome]:
+        """A session for whoever said `hello`, and the answer.
+
+        Raises:
+            AccessDenied: it is refused.
+        """
+        node = self._node
+        grant = admit(node, hello, None)
+        number = next(node.numbers)
+        ticket = os.urandom(protocol.TICKET_BYTES)
+        peer = Peer(number, address, hello.pid, hello.software)
+        session = StreamSession(node, peer, grant, self._left, ticket)
+        node.sessions[number] = self._sessions[number] = session
+        arena = node.store.tiering.arena
+        return session, Welcome(
+            protocol.VERSION,
+            f"kvstore {__version__}",
+            number,
+            arena.size,
+            arena.pages,
+            node.config.lease_seconds,
+            ticket=ticket,
+        )
+
+    def _left(self, session: SessionConnection) -> None:
+        number = session.peer.session
+        del self._node.sessions[number], self._sessions[number]
+
+    async def _tick(self) -> None:
+        """Take slots back from those who stall, and the threads' figures in."""
+        store = self._node.store
+        while True:
+            await asyncio.sleep(_TICK)
+            for lease in store.leases():
+                if lease.withdrawn and isinstance(lease.owner, StreamSession):
+                    lease.owner.expire(lease.id)
+            for session in self._sessions.values():
+                session.grants.cut_leaving()
+            for _ in range(len(self._samples)):
+                direction, nbytes, seconds = self._samples.popleft()
+                store.histograms.observe(f"bytes.tcp_{direction}", nbytes)
+                store.histograms.observe(f"seconds.tcp_{direction}", seconds)
+
+    # -- threads ----------------------------------------------------------------------------------
+
+    def _start_thread(self, connection: socket.socket, number: int) -> None:
+        if len(self._threads) >= _MAX_THREADS:
+            _log.warning("%d data connections are open; one more is refused", _MAX_THREADS)
+            self.known(number)
+            connection.close()
+            return
+        thread = threading.Thread(
+            target=self._serve, args=(connection, number), name="kvstore-stream", daemon=True
+        )
+        self._threads.add(thread)
+        thread.start()
+
+    def _serve(self, connection: socket.socket, number: int) -> None:
+        """A data connection, from TLS to its end."""
+        try:
+            self.newcomer(number, partial(_shutdown, connection))
+            connection.settimeout(HELLO_SECONDS)
+            connection.recv(len(STREAM_MARK), socket.MSG_WAITALL)
+            wire: Wire
+            if self._context is None:
+                wire = PlainWire(connection)
+            else:
+                secured = self._context.wrap_socket(
+                    connection, server_side=True, do_handshake_on_connect=False
+                )
+                self.newcomer(number, partial(_shutdown, secured))
+                connection = secured
+                secured.do_handshake()
+                wire = TlsWire(secured)
+            self._bulk.serve(wire, partial(self.known, number))
+        except OSError as e:
+            _log.info("a data connection ended before its greeting: %s", e)
+        finally:
+            self.known(number)
+            connection.close()
+            self._threads.discard(threading.current_thread())
+
+    def _grants_of(self, session: int) -> Grants | None:
+        """Called by threads; a dictionary is safe to look into."""
+        found = self._sessions.get(session)
+        return None if found is None else found.grants
+
+
+class _Greeting(asyncio.Protocol):
+    """A connection whose hello has not come yet."""
+
+    def __init__(self, face: StreamFace, address: str, number: int) -> None:
+        self._face = face
+        self._address = address
+        self._number = number
+        self._buffer = bytearray()
+        self._late: asyncio.TimerHandle | None = None
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        loop = asyncio.get_running_loop()
+        self._late = loop.call_later(HELLO_SECONDS, self._transport.abort)
+        self._face.newcomer(self._number, self._transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._face.known(self._number)
+        if self._late is not None:
+            self._late.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        assert self._transport is not None
+        self._buffer += data
+        header = protocol.HEADER.size
+        try:
+            if len(self._buffer) < header:
+                return
+            length, request_id = protocol.frame_size(self._buffer, _MAX_HELLO)
+            if len(self._buffer) < header + length:
+                return
+            hello = protocol.decode_request(bytes(self._buffer[header : header + length]))
+            if not isinstance(hello, Hello):
+                raise ProtocolError("the first message must be a hello")
+            session, welcome = self._face.welcome(hello, self._address)
+        except (AccessDenied, ProtocolError) as e:
+            _log.warning("session from %s refused: %s", self._address, e)
+            self._transport.write(protocol.encode(1, Failure(str(e), fatal=True)))
+            self._transport.close()
+            return
+        if self._late is not None:
+            self._late.cancel()
+        self._face.known(self._number)
+        self._transport.write(protocol.encode(request_id, welcome))
+        self._transport.set_protocol(session)
+        session.connection_made(self._transport)
+        rest = bytes(self._buffer[header + length :])
+        if rest:
+            session.data_received(rest)
+
+
+def _nothing() -> None:
+    """Ends what has ended."""
+
+
+def _shutdown(connection: socket.socket) -> None:
+    """Wake the thread that uses a connection; it will find that it has ended."""
+    with contextlib.suppress(OSError):  # It has ended already.
+        # Not an SSL socket's own: that would forget TLS, and the thread go on without.
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
+async def _begins_with_mark(connection: socket.socket) -> bool:
+    """Whether a connection is to carry blocks; nothing is taken from it.
+
+    Raises:
+        OSError: it ended.
+    """
+    while True:
+        await _readable(connection)
+        first = connection.recv(len(STREAM_MARK), socket.MSG_PEEK)
+        if not first:
+            raise ConnectionResetError("closed by the client")
+        if first == STREAM_MARK:
+            return True
+        if not STREAM_MARK.startswith(first):
+            return False
+        await asyncio.sleep(_PEEK_PAUSE)  # What is there counts as readable: let more come.
+
+
+async def _readable(connection: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(connection, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(connection)
