@@ -64,7 +64,9 @@ def everything(
     if context.invoked_subcommand is None:
         copy(as_json=as_json, quick=quick)
         disk(folder, as_json=as_json, quick=quick)
+        session(as_json=as_json, quick=quick)
         store(folder, as_json=as_json, quick=quick)
+        peer(as_json=as_json, quick=quick)
 
 
 @bench_app.command()
@@ -100,6 +102,26 @@ def disk(
 
 
 @bench_app.command()
+def session(
+    as_json: JsonOption = False,
+    quick: QuickOption = False,
+    size: SizeOption = None,
+    threads: ThreadsOption = 2,
+    samples: SamplesOption = None,
+    clients: Annotated[
+        list[int] | None,
+        typer.Option("--clients", min=1, max=64, help="Client processes at once; may be repeated."),
+    ] = None,
+) -> None:
+    """Clients and a daemon on one node: saves, loads, lookups, against copies and sockets alone."""
+    from kvstore.benchmarks import session as bench
+
+    with _report("session", as_json=as_json, quick=quick, samples=samples) as report:
+        chosen = size or (128 << 20 if quick else 512 << 20)
+        bench.run(report, size=chosen, threads=threads, clients=clients or bench.CLIENTS)
+
+
+@bench_app.command()
 def store(
     folder: FolderOption = Path(),
     as_json: JsonOption = False,
@@ -108,9 +130,63 @@ def store(
     threads: ThreadsOption = 2,
     samples: SamplesOption = None,
 ) -> None:
-    """Sessions and a daemon against the copies, the socket and the disk alone."""
+    """A daemon's blocks on disk against the disk and the copy alone, and how it starts."""
     from kvstore.benchmarks import store as bench
 
     with _report("store", as_json=as_json, quick=quick, samples=samples) as report:
         chosen = size or (128 << 20 if quick else 512 << 20)
         bench.run(report, folder=folder, size=chosen, threads=threads)
+
+
+@bench_app.command()
+def peer(
+    as_json: JsonOption = False,
+    quick: QuickOption = False,
+    size: SizeOption = None,
+    streams: Annotated[
+        int, typer.Option("--streams", min=1, max=16, help="Connections that carry blocks.")
+    ] = 2,
+    samples: SamplesOption = None,
+) -> None:
+    """A session over TCP, through loopback, against a bare socket and iperf3."""
+    from kvstore.benchmarks import peer as bench
+
+    with _report("peer", as_json=as_json, quick=quick, samples=samples) as report:
+        bench.run(report, size=size or (64 << 20 if quick else 512 << 20), streams=streams)
+
+
+@bench_app.command()
+def soak(
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", min=0.0, help="How long to hold load (default 5).")
+    ] = None,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.0, help="The same, finer.")] = 0.0,
+    clients: Annotated[int, typer.Option("--clients", min=1, max=64, help="Processes.")] = 4,
+    address: Annotated[
+        str | None, typer.Option("--address", help="A running daemon (default: one of its own).")
+    ] = None,
+    folder: FolderOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Mixed load for minutes, clients killed now and then: does the daemon stay as it was?
+
+    Prints what it uses every few seconds. Exit code 1 if leases were left, a byte was wrong, a
+    client failed, or the daemon's memory or file descriptors grew after warm-up.
+    """
+    from kvstore.benchmarks import soak as bench
+
+    duration = seconds + 60 * (minutes if minutes is not None else 0 if seconds else 5)
+    outcome = bench.soak(
+        seconds=max(duration, 1.0),
+        clients=clients,
+        address=address,
+        folder=folder,
+        tell=lambda line: typer.echo(line, err=True),
+    )
+    with _report("soak", as_json=as_json, quick=False, samples=None) as report:
+        bench.figures(report, outcome)
+    for problem in outcome.problems:
+        typer.echo(f"problem: {problem}", err=True)
+    typer.echo("verdict: " + ("bad" if outcome.problems else "good"), err=True)
+    if outcome.problems:
+        raise typer.Exit(1)

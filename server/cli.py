@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,14 +12,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Table
 
-from kvstore import __version__, protocol
-from kvstore.channel import Channel
-from kvstore.config import Config, format_size, load_config
-from kvstore.embedded import prepare_run_dir
+from kvstore import __version__
+from kvstore.config import load_config
 from kvstore.errors import KVStoreError
+from kvstore.server import blocks_cli, node_cli
 from kvstore.server.bench_cli import bench_app
+from kvstore.server.token_cli import token_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,12 +27,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
+app.add_typer(token_app, name="token")
+blocks_cli.add_to(app)
+node_cli.add_to(app)
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file (default: $KVSTORE_CONFIG).")
-]
-AddressOption = Annotated[
-    str | None, typer.Option("--address", help="unix:///path of the daemon (default: configured).")
 ]
 
 
@@ -81,12 +79,21 @@ def serve(
     memory: Annotated[str | None, typer.Option(help="Size of the memory tier, e.g. 8GiB.")] = None,
     disk: Annotated[Path | None, typer.Option(help="Folder of the disk tier.")] = None,
     disk_size: Annotated[str | None, typer.Option(help="Size of the disk tier.")] = None,
+    grpc: Annotated[str | None, typer.Option(help="host:port of the gRPC API, or none.")] = None,
+    http: Annotated[str | None, typer.Option(help="host:port of HTTP, or none.")] = None,
+    tcp: Annotated[str | None, typer.Option(help="host:port for sessions over TCP.")] = None,
+    tokens: Annotated[Path | None, typer.Option(help="YAML file of tokens.")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond loopback without TLS and tokens.")
+    ] = False,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
     """Serve a store to the engines of this machine until stopped (SIGTERM or Ctrl-C).
 
     Prints one line once sessions may come: `ready: unix:///path (...)`.
     """
+    # Here and below, what takes long to import is imported where it is needed.
+    from kvstore.embedded import prepare_run_dir
     from kvstore.server.daemon import describe, start_logging
     from kvstore.server.daemon import serve as run
 
@@ -98,6 +105,9 @@ def serve(
     sizes = {"path": disk, "size": disk_size}
     if given := {name: value for name, value in sizes.items() if value is not None}:
         overrides["disk"] = given
+    faces = {"grpc": grpc, "http": http, "tcp": tcp, "tokens": tokens, "insecure": insecure or None}
+    if given_faces := {name: value for name, value in faces.items() if value is not None}:
+        overrides["server"] = given_faces
     if log_level is not None:
         overrides["log_level"] = log_level
     settings = load_config(config, overrides)
@@ -107,62 +117,13 @@ def serve(
         prepare_run_dir(settings.run_dir)
     with _byte_progress("touching memory") as progress:
 
-        def ready() -> None:
-            typer.echo(f"ready: unix://{path} ({describe(settings)}, pid {os.getpid()})")
+        def ready(addresses: list[str]) -> None:
+            head = f"ready: unix://{path} ({describe(settings)}, pid {os.getpid()})"
+            # All at once: who waits for the first line may not read on.
+            typer.echo("\n  ".join([head, *addresses]))
             sys.stdout.flush()
 
         run(settings, path, ready=ready, progress=progress)
-
-
-def _connect(config: Path | None, address: str | None) -> Channel:
-    overrides = {} if address is None else {"address": address}
-    settings: Config = load_config(config, overrides)
-    return Channel.connect(settings.socket, settings.session.connect_timeout, populate=False)
-
-
-@app.command()
-def stats(
-    config: ConfigOption = None,
-    address: AddressOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Show what a running daemon holds and has counted."""
-    channel = _connect(config, address)
-    reply = channel.call(protocol.Stats(), 5.0)
-    channel.retire()
-    assert isinstance(reply, protocol.StatsReply)
-    if as_json:
-        typer.echo(reply.text)
-        return
-    found = json.loads(reply.text)
-    tiers = Table("tier", "used", "free", "fragmented", "capacity", "state")
-    for name in ("memory", "disk"):
-        tier = found[name]
-        if tier is not None:
-            sizes = [format_size(tier[k]) for k in ("used", "free", "fragmented", "capacity")]
-            tiers.add_row(name, *sizes, tier.get("problem") or "healthy")
-        elif found["disk_problem"]:
-            tiers.add_row(name, "", "", "", "", found["disk_problem"])
-    counts = Table("counter", "value")
-    for name, value in found["counters"].items():
-        counts.add_row(name, str(value))
-    console = Console()
-    console.print(tiers)
-    console.print(
-        f"{found['objects']} objects, {found['unwritten']} not on disk yet, "
-        f"{found['leases']} leases"
-    )
-    console.print(counts)
-
-
-@app.command()
-def clear(config: ConfigOption = None, address: AddressOption = None) -> None:
-    """Remove everything that is not pinned from a running daemon, disk included."""
-    channel = _connect(config, address)
-    reply = channel.call(protocol.Clear(), 60.0)
-    channel.retire()
-    assert isinstance(reply, protocol.Count)
-    typer.echo(f"removed {reply.blocks} objects")
 
 
 @app.command()

@@ -1,0 +1,153 @@
+"""Where a daemon's API is reached, with what credentials, and what its errors become."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import grpc
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, Help
+from grpc_status import rpc_status
+
+from kvstore.api import v1
+from kvstore.api.convert import MAX_REPLY, SERVICE
+from kvstore.api.errors import OperationFailed, OperationUnfinished, RequestRefused
+from kvstore.config import Config, load_config, split_host_port
+from kvstore.credentials import client_context, client_token
+from kvstore.errors import AccessDenied, ConfigError, KVStoreError, StoreUnavailable
+
+_SUFFIX: Final = ".control"
+_FORMS: Final = "unix:///path/to/socket of the daemon, or host:port of its gRPC API"
+
+_NOW: Final = 0.001
+
+OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
+    ("grpc.max_receive_message_length", MAX_REPLY),
+    ("grpc.enable_http_proxy", 0),  # Not for this traffic, whatever the environment says.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+)
+
+
+class Target(NamedTuple):
+    """A daemon's API: for people, for gRPC, and what to present there."""
+
+    shown: str
+    address: str
+    credentials: grpc.ChannelCredentials | None
+    metadata: tuple[tuple[str, str], ...]
+
+
+def target(address: str | None, config: Config | None, token: str | None) -> Target:
+    """Where and how to call.
+
+    Args:
+        address: unix:///path of the session socket, host:port, or grpc://host:port (never TLS) or
+            grpcs://host:port (always). None: the socket that is configured.
+        config: gives the socket, the token's file and TLS (`session.*`); loaded if None.
+        token: to present, instead of the configured one.
+
+    Raises:
+        ConfigError: the address or a file is unusable.
+    """
+    settings = load_config() if config is None else config
+    token = client_token(settings) if token is None else token
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
+    if address is None or address.startswith("unix://"):
+        path = settings.control_socket if address is None else _control_socket(address)
+        shown = str(path).removesuffix(_SUFFIX)
+        return Target(shown, f"unix:{path}", None, metadata)
+    scheme, separator, rest = address.rpartition("://")
+    try:
+        if separator and scheme not in ("grpc", "grpcs"):
+            raise ValueError(f"write {_FORMS}")
+        split_host_port(rest)
+    except ValueError as e:
+        raise ConfigError(f"address {address!r}: {e} ({_FORMS})") from e
+    session = settings.session
+    configured = session.tls_ca is not None or session.tls_cert is not None
+    secure = scheme == "grpcs" or (not separator and configured)
+    return Target(rest, rest, _credentials(settings) if secure else None, metadata)
+
+
+def _control_socket(address: str) -> Path:
+    path = Path(address.removeprefix("unix://"))
+    if not path.is_absolute():
+        raise ConfigError(f"address {address!r}: write {_FORMS}")
+    return path if path.name.endswith(_SUFFIX) else path.with_name(path.name + _SUFFIX)
+
+
+def _credentials(config: Config) -> grpc.ChannelCredentials:
+    client_context(config)  # Tells what is wrong with the files; gRPC does not.
+    session = config.session
+
+    def content(path: Path | None) -> bytes | None:
+        return None if path is None else path.read_bytes()
+
+    return grpc.ssl_channel_credentials(
+        content(session.tls_ca), content(session.tls_key), content(session.tls_cert)
+    )
+
+
+def translated(error: Any, to: Target, timeout: float | None) -> KVStoreError:
+    """What a failed call, of either kind of channel, becomes."""
+    shown = to.shown
+    code: grpc.StatusCode = error.code()
+    message: str = error.details() or ""
+    within = f" within {timeout:g} s" if timeout is not None else ""
+    match code:
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return StoreUnavailable(f"no daemon answers at {shown}{within}")
+        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
+            return StoreUnavailable(f"no daemon answers at {shown}: {message}")
+        case grpc.StatusCode.UNIMPLEMENTED:
+            return StoreUnavailable(f"{shown} does not speak {SERVICE}; is it another release?")
+    status = rpc_status.from_call(error)
+    reason = field = ""
+    for detail in () if status is None else status.details:
+        info, bad, help_ = ErrorInfo(), BadRequest(), Help()
+        if detail.Unpack(info):
+            reason = info.reason
+        elif detail.Unpack(bad):
+            field = bad.field_violations[0].field
+        elif detail.Unpack(help_):
+            message += "; " + help_.links[0].description
+    if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+        return AccessDenied(message)
+    return RequestRefused(message or code.name, reason, field)
+
+
+def encoded(message: Message) -> bytes:
+    """A request's bytes."""
+    return message.SerializeToString()
+
+
+def deadline(timeout: float | None) -> float | None:
+    """When `timeout` seconds are over."""
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def unfinished(
+    state: v1.Operation, until: float | None, timeout: float | None, error: StoreUnavailable
+) -> KVStoreError:
+    """What a watch that broke off with `error` becomes."""
+    if until is None or time.monotonic() < until - _NOW:
+        return error
+    return OperationUnfinished(
+        f"{state.verb} {state.id} has not ended within {timeout:g} s; it goes on"
+    )
+
+
+def ended(state: v1.Operation) -> v1.Operation:
+    """The state of an operation at its end.
+
+    Raises:
+        OperationFailed: it failed.
+    """
+    if state.state == v1.Operation.STATE_FAILED:
+        raise OperationFailed(f"{state.verb} {state.id} failed: {state.message}")
+    return state

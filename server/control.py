@@ -1,0 +1,248 @@
+"""The gRPC face: the orchestration API on a unix socket and, if configured, on host:port."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from typing import Any, Final
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from kvstore.api.convert import MAX_MESSAGE, SERVICE
+from kvstore.config import split_host_port
+from kvstore.errors import ConfigError
+from kvstore.server.access import LOCAL, Grant, Role
+from kvstore.server.control_calls import Callers, Calls, Gate, Verb
+from kvstore.server.control_events import EventVerbs
+from kvstore.server.control_prompts import PromptVerbs
+from kvstore.server.control_rules import RuleVerbs
+from kvstore.server.control_state import StateVerbs
+from kvstore.server.control_write import WriteVerbs
+from kvstore.server.node import Node
+from kvstore.server.operations import Operations
+
+_MAX_PATH: Final = 107
+_GRACE_SECONDS: Final = 0.5
+_HEALTH_SECONDS: Final = 0.1
+_REVIVE_SECONDS: Final = 0.2
+_SPARE_CALLS: Final = 16
+"""Beside those of the API: health and reflection."""
+
+_MAX_CONNECTIONS: Final = 1024
+
+_log = logging.getLogger("kvstore.control")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether to log what gRPC says.
+
+    It logs each client that goes away during its answer with a traceback, headers that are no
+    UTF-8 with their values, maybe of tokens, and what `ControlFace._revive` tells.
+    """
+    return not (
+        isinstance(record.msg, UnicodeDecodeError)
+        or str(record.msg).startswith(("ExecuteBatchError", "Invalid encoding"))
+        or (record.exc_info and isinstance(record.exc_info[1], UnicodeDecodeError))
+    )
+
+
+for _name in ("grpc._cython.cygrpc", "asyncio"):
+    logging.getLogger(_name).addFilter(_is_news)
+
+
+def verbs(node: Node, operations: Operations) -> Mapping[str, Verb]:
+    """The API: by method, the role needed and what serves it."""
+    prompts, state, events = PromptVerbs(node), StateVerbs(node), EventVerbs(node)
+    write, rules = WriteVerbs(node, operations), RuleVerbs(node, operations)
+    return {
+        "Lookup": Verb(Role.READ, prompts.lookup),
+        "Explain": Verb(Role.READ, prompts.explain),
+        "Stats": Verb(Role.READ, state.stats),
+        "ListNamespaces": Verb(Role.READ, state.list_namespaces),
+        "ListSessions": Verb(Role.READ, state.list_sessions),
+        "ListLeases": Verb(Role.READ, state.list_leases),
+        "WatchEvents": Verb(Role.READ, stream=events.watch_events),
+        "Pin": Verb(Role.WRITE, write.pin),
+        "Unpin": Verb(Role.WRITE, write.unpin),
+        "SetTtl": Verb(Role.WRITE, write.set_ttl),
+        "Prefetch": Verb(Role.WRITE, write.prefetch),
+        "Move": Verb(Role.WRITE, write.move),
+        "Copy": Verb(Role.WRITE, write.copy),
+        "Compress": Verb(Role.WRITE, write.compress),
+        "Decompress": Verb(Role.WRITE, write.decompress),
+        "Clear": Verb(Role.WRITE, write.clear),
+        "CheckFinish": Verb(Role.READ, rules.check_finish),
+        "Watch": Verb(Role.READ, stream=rules.watch),
+        "Cancel": Verb(Role.WRITE, rules.cancel),
+        "ListOperations": Verb(Role.READ, rules.list_operations),
+        "SetQuota": Verb(Role.ADMIN, rules.set_quota),
+        "GetQuota": Verb(Role.READ, rules.get_quota),
+        "GetAdmission": Verb(Role.READ, rules.get_admission),
+        "SetAdmission": Verb(Role.ADMIN, rules.set_admission),
+        "Drain": Verb(Role.ADMIN, rules.drain),
+    }
+
+
+class ControlFace:
+    """The API, health and reflection, on the daemon's loop."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._path = node.config.control_socket
+        self._operations = Operations()
+        self._verbs = verbs(node, self._operations)
+        self._health = health.aio.HealthServicer()
+        self._servers: dict[str, grpc.aio.Server] = {}  # by address; the empty one is the socket's
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Begin to listen.
+
+        Raises:
+            ConfigError: the socket's path is too long, or the port cannot be had.
+        """
+        await self._set_health(serving=False)
+        if self._node.config.server.grpc is not None:
+            self._open(self._node.config.server.grpc)
+        # A server of its own: whoever floods the port does not shut out the socket.
+        self._open("")
+        loop = asyncio.get_running_loop()
+        for address, server in self._servers.items():
+            await server.start()
+            self._tasks.append(loop.create_task(self._revive(address)))
+        self._tasks.append(loop.create_task(self._look_after_health()))
+
+    async def stop(self) -> None:
+        """End; operations are cancelled, calls get half a second."""
+        for task in self._tasks:
+            task.cancel()
+        await self._health.enter_graceful_shutdown()
+        await self._operations.stop()
+        await asyncio.gather(*(s.stop(_GRACE_SECONDS) for s in self._servers.values()))
+        self._path.unlink(missing_ok=True)
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where it listens besides its socket."""
+        return [f"grpc {address}" for address in self._servers if address]
+
+    def _open(self, address: str) -> None:
+        server = self._server(None if address else LOCAL)
+        if address:
+            address = self._listen(server, address)
+        else:
+            self._listen_locally(server)
+        self._servers[address] = server
+
+    async def _revive(self, address: str) -> None:
+        """Start a server anew whenever gRPC's own loop has died.
+
+        It does so of a single call with a method that is no UTF-8, from anybody.
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            ended = loop.create_task(self._servers[address].wait_for_termination())
+            await asyncio.wait([ended])
+            _log.warning("the gRPC server is started anew: %s", ended.exception())
+            while True:
+                try:
+                    self._open(address)
+                    break
+                except ConfigError as e:
+                    _log.warning("%s; it is tried again", e)
+                    await asyncio.sleep(_REVIVE_SECONDS)
+            await self._servers[address].start()
+
+    def _server(self, trusted: Grant | None) -> grpc.aio.Server:
+        limit = self._node.config.server.max_requests
+        callers = Callers(self._node.access, trusted)
+        options: list[tuple[str, Any]] = [
+            ("grpc.so_reuseport", 0),
+            # One byte more than is allowed: what is longer is refused before it is read, what has
+            # just that length by us, with words.
+            ("grpc.max_receive_message_length", MAX_MESSAGE + 1),
+            ("grpc.max_allowed_incoming_connections", _MAX_CONNECTIONS),
+            ("grpc.keepalive_time_ms", 60_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ]
+        server = grpc.aio.server(
+            interceptors=[Gate(callers)],
+            options=options,
+            maximum_concurrent_rpcs=limit + _SPARE_CALLS,
+        )
+        server.add_generic_rpc_handlers((Calls(callers, self._verbs, limit),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        return server
+
+    def _listen_locally(self, server: grpc.aio.Server) -> None:
+        path = self._path
+        length = len(os.fsencode(path))
+        if length > _MAX_PATH:
+            raise ConfigError(
+                f"cannot listen on {path}: AF_UNIX path too long ({length} bytes, {_MAX_PATH} are "
+                "possible); choose another socket"
+            )
+        # Under the daemon's lock, so one found here is one that a killed daemon left.
+        path.unlink(missing_ok=True)
+        mask = os.umask(0o177)
+        try:
+            server.add_insecure_port(f"unix:{path}")
+        except RuntimeError as e:
+            raise ConfigError(f"cannot listen on {path}; choose another socket") from e
+        finally:
+            os.umask(mask)
+
+    def _listen(self, server: grpc.aio.Server, address: str) -> str:
+        """Open the port; returns the address with the port that it really is."""
+        host, port = split_host_port(address)
+        _check_free(host, port)
+        credentials = self._node.access.grpc_credentials()
+        shown = f"[{host}]" if ":" in host else host
+        try:
+            if credentials is None:
+                bound = server.add_insecure_port(f"{shown}:{port}")
+            else:
+                bound = server.add_secure_port(f"{shown}:{port}", credentials)
+        except RuntimeError as e:
+            raise _not_free(address, str(e).partition(";")[0]) from e
+        return f"{shown}:{bound}"
+
+    async def _look_after_health(self) -> None:
+        while True:
+            await self._set_health(serving=self._node.ready and not self._node.draining)
+            await asyncio.sleep(_HEALTH_SECONDS)
+
+    async def _set_health(self, *, serving: bool) -> None:
+        reply = health_pb2.HealthCheckResponse
+        status = reply.SERVING if serving else reply.NOT_SERVING
+        for name in ("", SERVICE):
+            await self._health.set(name, status)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Try the port first: gRPC does not say why it cannot be had, and logs on its own."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        for family, kind, number, _, where in found:
+            with socket.socket(family, kind, number) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(where)
+    except OSError as e:
+        why = "another process uses it" if e.errno == errno.EADDRINUSE else e.strerror or str(e)
+        raise _not_free(f"{host}:{port}", why) from e
+
+
+def _not_free(address: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"server.grpc: cannot listen on {address}: {why}; choose another port, or none "
+        "(`--grpc none`) to use the socket alone"
+    )
