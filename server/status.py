@@ -1,0 +1,123 @@
+"""The state of a node as JSON: `/status`, which is what the page shows."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any, Final
+
+from kvstore import __version__
+from kvstore.server.access import Grant
+from kvstore.server.node import Node
+from kvstore.server.recent import Request
+from kvstore.server.samples import Samples
+from kvstore.server.sessions import SessionConnection
+from kvstore.spec import Namespace
+
+_MOST: Final = 50
+"""Namespaces, tenants, sessions and requests in one answer."""
+
+
+def status(node: Node, grant: Grant, samples: Samples, after: int) -> dict[str, Any]:
+    """All there is to show; `samples` only those after number `after`.
+
+    Sums of the whole node are shown to everybody; namespaces, tenants, sessions and requests only
+    of tenants that the caller sees.
+    """
+    store = node.store
+    usage = store.usage
+    stats = store.stats()
+    del stats["histograms"]  # The samples tell what people want to know of them.
+    leases = store.leases()
+    kinds = Counter(lease.kind.value for lease in leases)
+    namespaces = [n for n in usage.namespaces.values() if grant.sees(n.namespace.tenant)]
+    namespaces.sort(key=lambda n: n.last_used, reverse=True)
+    tenants = [(name, held) for name, held in usage.tenants.items() if grant.sees(name)]
+    tenants.sort(key=lambda t: t[1].memory_bytes + t[1].disk_bytes, reverse=True)
+    sessions = [s for s in node.sessions.values() if _concerns(s, grant)]
+    now = time.time()
+    return stats | {
+        "node": node.name,
+        "version": __version__,
+        "now": round(now, 3),
+        "started": round(node.started, 3),
+        "ready": node.ready,
+        "draining": node.draining,
+        "leases": {
+            "read": kinds["read"],
+            "write": kinds["write"],
+            "pin": kinds["pin"],
+            "withdrawn": sum(lease.withdrawn for lease in leases),
+        },
+        "sessions": len(node.sessions),
+        "namespaces": len(namespaces),
+        "tenants": len(tenants),
+        "largest_tenants": [
+            {
+                "tenant": name,
+                "memory": held.memory_bytes,
+                "disk": held.disk_bytes,
+                "pinned": held.pinned_bytes,
+                "quota_memory": quota.memory if quota is not None else None,
+                "quota_disk": quota.disk if quota is not None else None,
+            }
+            for name, held in tenants[:_MOST]
+            for quota in (usage.quotas.get(name),)
+        ],
+        "latest_namespaces": [
+            _named(n.namespace)
+            | {
+                "block_tokens": n.namespace.block_tokens,
+                "objects": n.objects,
+                # Every whole block has an object of each part.
+                "blocks": max(n.parts.values(), default=0),
+                "memory": n.memory_bytes,
+                "disk": n.disk_bytes,
+                "last_used": round(n.last_used, 3),
+            }
+            for n in namespaces[:_MOST]
+        ],
+        "latest_sessions": [_session(s, grant) for s in reversed(sessions[-_MOST:])],
+        "recent": _recent(node, grant),
+        "samples": samples.after(after),
+    }
+
+
+def _named(namespace: Namespace) -> dict[str, Any]:
+    return {"model": namespace.model.name, "tenant": namespace.tenant}
+
+
+def _concerns(session: SessionConnection, grant: Grant) -> bool:
+    return grant.tenants is None or any(grant.sees(n.tenant) for n, _ in session.opened)
+
+
+def _session(session: SessionConnection, grant: Grant) -> dict[str, Any]:
+    peer = session.peer
+    opened = {n.digest: n for n, _ in session.opened if grant.sees(n.tenant)}
+    return {
+        "session": peer.session,
+        "address": peer.address,
+        "pid": peer.pid,
+        "software": peer.software,
+        "since": round(session.since, 3),
+        "requests": session.requests,
+        "namespaces": [_named(namespace) for namespace in list(opened.values())[:_MOST]],
+    }
+
+
+def _recent(node: Node, grant: Grant) -> list[dict[str, Any]]:
+    seen = [request for request in node.recent if grant.sees(request.namespace.tenant)]
+    return [_request(request) for request in seen[:_MOST]]
+
+
+def _request(request: Request) -> dict[str, Any]:
+    return _named(request.namespace) | {
+        "at": round(request.at, 3),
+        "session": request.session,
+        "what": request.what,
+        "asked": request.asked,
+        "memory": request.memory,
+        "disk": request.disk,
+        "reason": request.reason,
+        "seconds": round(request.seconds, 6),
+    }
