@@ -8,31 +8,42 @@ import contextlib
 import fcntl
 import logging
 import os
+import resource
 import signal
 import socket
 import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kvstore import __version__, protocol
+from kvstore.admission import Admission
 from kvstore.arena import Arena
-from kvstore.config import Config, format_size
-from kvstore.errors import ConfigError, KVStoreError, ProtocolError
+from kvstore.config import Config, ServerConfig, format_size
+from kvstore.errors import AccessDenied, ConfigError, KVStoreError, ProtocolError
 from kvstore.eviction import make_policy
 from kvstore.protocol import Failure, Hello, Welcome
-from kvstore.server.sessions import SessionConnection
+from kvstore.server.access import LOCAL, Access, Grant, Role
+from kvstore.server.group import group_id, is_member, share
+from kvstore.server.node import Face, Node
+from kvstore.server.notify import notify
+from kvstore.server.sessions import Peer, SessionConnection
 from kvstore.slots import Slot
 from kvstore.store import Store
 from kvstore.tiering import OpenDisk
 from kvstore.tiers.base import Tier
+from kvstore.usage import Quota
+
+if TYPE_CHECKING:
+    from kvstore.server.admin import AdminFace
 
 _TICK: Final = 0.5
 _LOCK_POLL: Final = 0.05
 _HELLO_SECONDS: Final = 5.0
 _FIRST_SESSION_SECONDS: Final = 30.0
 _SHUTDOWN_FLUSH_SECONDS: Final = 30.0
+_MAX_GREETING: Final = 128
 _MAX_HELLO: Final = 4096
 _PEER: Final = struct.Struct("3i")
 
@@ -65,33 +76,46 @@ class Daemon:
         self._config = config
         self._embedded = embedded
         self._progress = progress
-        self._sessions: set[SessionConnection] = set()
-        self._greeting: set[asyncio.Task[None]] = set()
+        self._greeting: dict[asyncio.Task[None], None] = {}
         self._stop = asyncio.Event()
+        self._group: int | None = None
         self._lock = -1
+        self._http: AdminFace | None = None
 
-    async def run(self, ready: Callable[[], None]) -> None:
+    async def run(self, ready: Callable[[list[str]], None]) -> None:
         """Open everything, call `ready`, serve, and on `stop` put everything away.
+
+        `ready` is told where the daemon listens besides its socket.
 
         Raises:
             ConfigError: another daemon serves there, or the configuration cannot be had.
         """
         loop = asyncio.get_running_loop()
+        server = ServerConfig() if self._embedded else self._config.server
+        access = Access.load(server)
+        self._group = None if server.group is None else group_id(server.group)
         await self._take_lock()
+        http = self._http = self._http_face(access)
+        arena: Arena | None = None
         try:
+            if http is not None:  # Before all else: it tells those who probe that we warm up.
+                await http.start()
             # In a thread, so that a signal is heard: much memory takes long to touch.
             memory = self._config.memory
             arena = await asyncio.to_thread(
                 Arena.create,
                 memory.size,
                 huge_dir=memory.huge_dir,
+                path=memory.path,
                 prefault=memory.prefault,
                 progress=self._touched,
             )
             advice = arena.advice()
             if advice is not None:
                 _log.info(advice)
-            store = Store(
+            # In a thread as well: the disk tier reads what it held.
+            store = await asyncio.to_thread(
+                Store,
                 arena,
                 lambda task: _post(loop, task),
                 chunk=memory.chunk,
@@ -100,32 +124,80 @@ class Daemon:
                 open_disk=disk_opener(self._config, direct=advice is None),
                 write_queue=self._config.disk.queue,
                 retry_seconds=self._config.disk.retry_seconds,
+                max_pinned=memory.max_pinned,
             )
+            store.admission = Admission(**self._config.admission.model_dump())
+            for tenant, quota in self._config.quotas.items():
+                store.set_quota(tenant, Quota(quota.memory, quota.disk))
+            node = self._node = Node(self._config, store, access, self.stop)
             listener = self._listen()
+            faces: list[Face] = []
             try:
                 ticking = loop.create_task(self._tick(store))
-                accepting = loop.create_task(self._accept(listener, store, arena))
-                ready()
+                accepting = loop.create_task(self._accept(listener, node, arena))
+                for face in self._faces(node):
+                    await face.start()
+                    faces.append(face)
+                node.ready = True
+                if http is not None:
+                    http.attach(node)
+                listening = faces if http is None else [http, *faces]
+                ready([address for face in listening for address in face.addresses])
+                if not self._embedded:  # What we inherited would be the engine's.
+                    notify("READY=1")
                 await self._stop.wait()
+                if not self._embedded:
+                    notify("STOPPING=1")
             finally:
+                node.ready = False
                 self.path.unlink(missing_ok=True)
                 accepting.cancel()
                 listener.close()
-            await self._drain(store)
+                for face in reversed(faces):
+                    await face.stop()
+            left = await node.drain(_SHUTDOWN_FLUSH_SECONDS)
+            if left:
+                _log.warning("%d objects did not reach the disk before the stop", left)
             ticking.cancel()
-            for session in list(self._sessions):
+            for session in list(node.sessions.values()):
                 session.close()
             await asyncio.to_thread(store.close)
         finally:
+            if http is not None:  # Last of all: probes and metrics see the draining.
+                await http.stop()
+            if arena is not None:
+                arena.unlink()
             os.close(self._lock)
 
     def stop(self) -> None:
         """Ask `run` to end."""
         self._stop.set()
 
+    def _faces(self, node: Node) -> list[Face]:
+        """The ways in besides the socket; an embedded daemon has none."""
+        if self._embedded:
+            return []
+        from kvstore.server.control import ControlFace
+        from kvstore.server.streams import StreamFace
+
+        server = self._config.server
+        faces: list[Face] = [ControlFace(node)]
+        if server.tcp is not None:
+            faces.append(StreamFace(node))
+        return faces
+
+    def _http_face(self, access: Access) -> AdminFace | None:
+        if self._embedded or self._config.server.http is None:
+            return None
+        from kvstore.server.admin import AdminFace
+
+        return AdminFace(self._config, access)
+
     def _touched(self, done: int, total: int) -> None:
         if self._stop.is_set():
             raise _StoppedEarly
+        if self._http is not None:
+            self._http.touched = done / total
         if self._progress is not None:
             self._progress(done, total)
 
@@ -176,13 +248,16 @@ class Daemon:
             raise ConfigError(f"cannot listen on {self.path}: {e}; choose another socket") from e
         finally:
             os.umask(mask)
+        if self._group is not None:
+            share(self.path, self._group)
         listener.listen(128)
         listener.setblocking(False)
         return listener
 
-    async def _accept(self, listener: socket.socket, store: Store, arena: Arena) -> None:
+    async def _accept(self, listener: socket.socket, node: Node, arena: Arena) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            await asyncio.sleep(0)  # An accept that need not wait lets nobody else have a turn.
             try:
                 connection, _ = await loop.sock_accept(listener)
             except OSError as e:  # Out of descriptors, say: others go on, and so do we.
@@ -190,65 +265,81 @@ class Daemon:
                 await asyncio.sleep(_TICK)
                 continue
             connection.setblocking(False)
-            task = loop.create_task(self._greet(connection, store, arena))
-            self._greeting.add(task)
-            task.add_done_callback(self._greeting.discard)
+            task = loop.create_task(self._greet(connection, node, arena))
+            self._greeting[task] = None
+            task.add_done_callback(self._greeting.pop)
+            if len(self._greeting) > _MAX_GREETING:  # The one that has been silent longest.
+                next(iter(self._greeting)).cancel()
 
-    async def _greet(self, connection: socket.socket, store: Store, arena: Arena) -> None:
+    async def _greet(self, connection: socket.socket, node: Node, arena: Arena) -> None:
         """Hear the hello, hand over the arena, and serve from then on."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_HELLO_SECONDS):
                 hello = await _read_hello(connection)
-            refusal = self._refusal(connection, hello)
-            if refusal is not None:
-                _log.warning("session refused: %s", refusal)
-                await loop.sock_sendall(
-                    connection, protocol.encode(1, Failure(refusal, fatal=True))
-                )
+            peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+            pid, uid, gid = _PEER.unpack(peer)
+            try:
+                member = self._group is not None and is_member(connection, self._group, gid)
+                grant = admit(node, hello, self._trusted(node.access, uid, member))
+            except AccessDenied as e:
+                _log.warning("session refused: %s", e)
+                refusal = Failure(str(e), fatal=True)
+                await loop.sock_sendall(connection, protocol.encode(1, refusal))
                 connection.close()
                 return
+            number = next(node.numbers)
             welcome = Welcome(
                 protocol.VERSION,
                 f"kvstore {__version__}",
+                number,
                 arena.size,
                 arena.pages,
                 self._config.lease_seconds,
+                "" if arena.path is None else str(arena.path),
+                arena.inode,
             )
             socket.send_fds(connection, [protocol.encode(1, welcome)], [arena.fd])
 
             def serve() -> SessionConnection:
-                session = SessionConnection(store, self._left)
-                self._sessions.add(session)
+                client = Peer(number, "unix", pid, hello.software)
+                session = SessionConnection(node, client, grant, self._left)
+                node.sessions[number] = session
                 return session
 
             await loop.connect_accepted_socket(serve, connection)
         except (OSError, ProtocolError, TimeoutError) as e:
             _log.warning("a connection ended before its greeting: %s", e)
             connection.close()
+        except asyncio.CancelledError:
+            connection.close()
+            raise
 
-    def _refusal(self, connection: socket.socket, hello: Hello) -> str | None:
-        peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-        uid = _PEER.unpack(peer)[1]
-        if uid not in (os.getuid(), 0):
-            return f"user {uid} may not use the store of user {os.getuid()}"
-        if hello.version != protocol.VERSION:
-            return (
-                f"protocol version: the session speaks {hello.version} ({hello.software}), the "
-                f"daemon {protocol.VERSION} (kvstore {__version__}); install the same release"
+    def _trusted(self, access: Access, uid: int, member: bool) -> Grant | None:
+        """What a process of user `uid` may do without a token; None: nothing.
+
+        `member`: it belongs to the configured group.
+
+        Raises:
+            AccessDenied: not even with one.
+        """
+        if uid in (os.getuid(), 0):
+            return LOCAL
+        if not member:
+            raise AccessDenied(
+                f"user {uid} may not use the store of user {os.getuid()}; share it with a group "
+                "(server.group)"
             )
-        if len(self._sessions) >= self._config.max_sessions:
-            return f"max_sessions: {self._config.max_sessions} sessions are open; raise it"
-        return None
+        return None if access.has_tokens else Grant(f"user {uid}", Role.WRITE)
 
     def _left(self, session: SessionConnection) -> None:
-        self._sessions.discard(session)
-        if self._embedded and not self._sessions:
+        del self._node.sessions[session.peer.session]
+        if self._embedded and not self._node.sessions:
             loop = asyncio.get_running_loop()
             loop.call_later(self._config.linger_seconds, self._stop_if_alone)
 
     def _stop_if_alone(self) -> None:
-        if not self._sessions and not self._greeting:
+        if not self._node.sessions and not self._greeting:
             self.stop()
 
     async def _tick(self, store: Store) -> None:
@@ -258,18 +349,26 @@ class Daemon:
             store.tick()
             await asyncio.sleep(_TICK)
 
-    async def _drain(self, store: Store) -> None:
-        """Let write-behind finish, as long as it gets on."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + _SHUTDOWN_FLUSH_SECONDS
-        while store.tiering.unwritten and loop.time() < until:
-            if store.tiering.disk is None or not store.tiering.disk.writable:
-                break
-            await asyncio.sleep(0.02)
-        if store.tiering.unwritten:
-            _log.warning(
-                "%d objects did not reach the disk before the stop", store.tiering.unwritten
-            )
+
+def admit(node: Node, hello: Hello, trusted: Grant | None) -> Grant:
+    """What a session that said `hello` may do. `trusted`: what it may do without a token.
+
+    Raises:
+        AccessDenied: nothing; names the field and both values.
+    """
+    if hello.version != protocol.VERSION:
+        raise AccessDenied(
+            f"protocol version: the session speaks {hello.version} ({hello.software}), the "
+            f"daemon {protocol.VERSION} (kvstore {__version__}); install the same release"
+        )
+    limit = node.config.max_sessions
+    if len(node.sessions) >= limit:
+        raise AccessDenied(f"max_sessions: {limit} sessions are open; raise it")
+    if node.draining:
+        raise AccessDenied("the daemon is draining and takes no new sessions; try another node")
+    if trusted is not None and not hello.token:
+        return trusted
+    return node.access.grant(hello.token)
 
 
 async def _read_hello(connection: socket.socket) -> Hello:
@@ -330,7 +429,7 @@ def serve(
     path: Path,
     *,
     embedded: bool = False,
-    ready: Callable[[], None] = lambda: None,
+    ready: Callable[[list[str]], None] = lambda _: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Run a daemon in this process until SIGTERM or SIGINT (or, embedded, until it is alone).
@@ -338,6 +437,10 @@ def serve(
     Raises:
         ConfigError: see `Daemon.run`.
     """
+
+    # Every connection takes a descriptor, and the customary 1,024 are few.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
     async def main() -> None:
         daemon = Daemon(config, path, embedded=embedded, progress=progress)
@@ -360,6 +463,8 @@ def describe(config: Config) -> str:
 
 def start_logging(level: str) -> None:
     """Log lines to stderr."""
+    # gRPC's core writes a line to stderr for every malformed header that anybody sends.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     logging.basicConfig(
         level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -375,7 +480,7 @@ def main() -> None:
         config = Config.model_validate_json(sys.stdin.read())
         start_logging(config.log_level)
 
-        def ready() -> None:
+        def ready(_: list[str]) -> None:
             with contextlib.suppress(BrokenPipeError):  # The starter died; others will join.
                 os.write(arguments.ready_fd, b"1")
             os.close(arguments.ready_fd)
