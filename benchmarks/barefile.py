@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from kvstore.benchmarks.figures import BenchmarkError
-from kvstore.tiers.rawio import Bounce, allocate, open_direct
+from kvstore.staging import Bounce
+from kvstore.tiers.rawio import allocate, open_direct
 
 PIECE: Final = 4 << 20
 """Largest single read or write, in bytes; what disks are fastest with."""

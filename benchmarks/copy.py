@@ -18,7 +18,7 @@ from kvstore.benchmarks.shapes import Shape
 from kvstore.copier.cpu import CpuCopier
 from kvstore.keys import block_keys
 from kvstore.spec import Described, Part
-from kvstore.tiers.rawio import Bounce
+from kvstore.staging import Bounce
 
 _SHAPES: Final[tuple[tuple[Shape, tuple[str, ...]], ...]] = (
     (shapes.LLAMA_NHD, ("LNHPC", "LHNPC")),

@@ -190,6 +190,22 @@ class Report:
         count = len(taken.seconds)
         self._add(figure, seconds / scale, least / scale, unit, least / seconds, count, params)
 
+    def level(
+        self,
+        figure: str,
+        value: float,
+        limit: float,
+        *,
+        unit: str = "",
+        less_is_better: bool,
+        samples: int,
+        **params: Param,
+    ) -> None:
+        """Report a value that is neither a rate nor a time, beside what it should not be beyond."""
+        better, worse = (limit, value) if less_is_better else (value, limit)
+        ratio = better / worse if worse else float(value == limit)
+        self._add(figure, value, limit, unit, ratio, samples, params)
+
     def _add(
         self,
         name: str,
@@ -249,7 +265,7 @@ def _table(bench: str, figures: list[Figure]) -> Table:
 
 
 def _number(value: float, unit: str) -> str:
-    return f"{value:.0f} {unit}" if value >= 1000 else f"{value:.3g} {unit}"
+    return f"{value:.0f} {unit}".rstrip() if value >= 1000 else f"{value:.3g} {unit}".rstrip()
 
 
 def _detail(name: str, value: Param) -> str:

@@ -8,9 +8,9 @@ import sys
 from types import TracebackType
 from typing import Final, Self
 
-from kvstore.benchmarks.figures import BenchmarkError
+from kvstore.errors import KVStoreError
 
-_SECONDS: Final = 10.0
+_SECONDS: Final = 60.0
 
 
 class PingPong:
@@ -30,6 +30,7 @@ class PingPong:
             )
 
     def __enter__(self) -> Self:
+        self()  # Its start is not part of what is measured.
         return self
 
     def __exit__(
@@ -42,10 +43,18 @@ class PingPong:
         self._server.wait(_SECONDS)
 
     def __call__(self) -> None:
-        """One round trip."""
-        self._socket.sendall(self._request)
-        if not _receive(self._socket, memoryview(self._reply)):
-            raise BenchmarkError("the other end of the ping-pong is gone")
+        """One round trip.
+
+        Raises:
+            KVStoreError: the other end is gone, or stands still.
+        """
+        try:
+            self._socket.sendall(self._request)
+            answered = _receive(self._socket, memoryview(self._reply))
+        except OSError as e:
+            raise KVStoreError(f"the other end of the ping-pong does not answer: {e}") from e
+        if not answered:
+            raise KVStoreError("the other end of the ping-pong is gone")
 
 
 def _receive(connection: socket.socket, view: memoryview) -> bool:

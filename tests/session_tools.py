@@ -161,8 +161,13 @@ class Served:
         self.socket = folder / "kvstore.sock"
         self.log = folder / "log"
         self._file = folder / "config.yaml"
-        # JSON is YAML; the file says what flags cannot.
-        self._file.write_text(json.dumps({"address": f"unix://{self.socket}"} | settings))
+        # JSON is YAML; the file says what flags cannot. Many daemons run here at a time, so none
+        # listens on a fixed port.
+        quiet = {"grpc": None, "http": None} | settings.pop("server", {})
+        settings = {"address": f"unix://{self.socket}", "server": quiet} | settings
+        self._file.write_text(json.dumps(settings))
+        self.addresses: dict[str, str] = {}
+        """Where its faces listen, by scheme (http, grpc …)."""
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[str]:
@@ -170,10 +175,11 @@ class Served:
         with self.log.open("a") as log:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         assert process.stdout is not None
-        readable, _, _ = select.select([process.stdout], [], [], PATIENCE)
-        line = process.stdout.readline() if readable else ""
+        readable, _, _ = select.select([process.stdout], [], [], 3 * PATIENCE)
+        said = os.read(process.stdout.fileno(), 1 << 16).decode() if readable else ""
         process.stdout.close()
-        assert line.startswith(f"ready: unix://{self.socket} "), (line, self.log.read_text())
+        assert said.startswith(f"ready: unix://{self.socket} "), (said, self.log.read_text())
+        self.addresses = dict(line.split(maxsplit=1) for line in said.splitlines()[1:])
         return process
 
     def kill(self) -> None:

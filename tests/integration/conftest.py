@@ -31,7 +31,9 @@ class ServedStore:
 
     def start(self) -> None:
         """Start it and wait until it is ready."""
-        command = [sys.executable, "-m", "kvstore.server.cli", "serve"]
+        # Several run at a time: none listens on a fixed port.
+        quiet = ["--grpc", "none", "--http", "none"]
+        command = [sys.executable, "-m", "kvstore.server.cli", "serve", *quiet]
         with self._log.open("a") as log:
             self._process = subprocess.Popen(
                 [*command, "--socket", str(self._socket), *self._sizes],

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.session_tools import Stores, prompt, save
+
 _KEYS = {"bench", "figure", "value", "unit", "limit", "ratio", "samples", "params"}
 _SECONDS = 240
 
@@ -64,11 +66,66 @@ def test_disk(tmp_path: Path) -> None:
 
 
 def test_store(tmp_path: Path) -> None:
-    figures = _figures("store", "--size", "16MiB", "--folder", str(tmp_path))
-    names = _names(figures)
-    assert {"same-node save", "same-node load", "import kvstore"} <= names
-    assert {"lookup, keys included, p50", "lookup, keys included, p99"} <= names
+    names = _names(_figures("store", "--size", "16MiB", "--folder", str(tmp_path)))
+    assert {"start of a private daemon", "import kvstore"} <= names
     assert list(tmp_path.iterdir()) == []
+
+
+def test_session() -> None:
+    figures = _figures("session", "--size", "32MiB", "--clients", "1", "--clients", "2")
+    names = _names(figures)
+    assert {"same-node save", "same-node load", "same-node load, each client"} <= names
+    for kind in ("array", "list"):
+        assert {f"lookup, keys included, of {kind}, {p}" for p in ("p50", "p99")} <= names
+    assert {"round trip of a lookup, p50", "round trip of a lookup, all clients"} <= names
+    assert {figure["params"]["clients"] for figure in figures} == {1, 2}
+    assert {f["params"].get("tokens") for f in figures} == {None, 64, 1 << 15, 1 << 17}
+
+
+def test_peer() -> None:
+    figures = _figures("peer", "--size", "32MiB")
+    assert _names(figures) == {"TCP save", "TCP load"}
+    against = {figure["params"]["against"] for figure in figures}
+    assert {"a bare socket", "a bare socket, and the copy"} <= against
+
+
+def test_soak(tmp_path: Path) -> None:
+    done = _run("soak", "--seconds", "8", "--clients", "2", "--json", "--folder", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    figures = {(f := json.loads(line))["figure"]: f for line in done.stdout.splitlines()}
+    assert figures["leases left"]["value"] == 0
+    for figure in figures.values():
+        assert set(figure) == _KEYS
+    for name in ("blocks saved", "blocks loaded", "hit rate", "daemon, file descriptors"):
+        assert figures[name]["value"] > 0
+    assert figures["daemon, private memory"]["params"]["clients_killed"] >= 1
+    assert "verdict: good" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_soak_of_a_daemon_that_runs_already(stores: Stores) -> None:
+    served = stores.serve("64MiB")
+    done = _run("soak", "--seconds", "4", "--clients", "1", "--address", f"unix://{served.socket}")
+    assert done.returncode == 0, done.stderr
+    assert "daemon, RSS" in done.stdout
+
+
+def test_soak_calls_leases_that_stay_a_failure(stores: Stores) -> None:
+    served = stores.serve("64MiB")
+    with served.session() as session:
+        keys = session.keys(prompt(1, 2))
+        save(session, keys)
+        session.pin(keys, ttl=3600)
+        address = f"unix://{served.socket}"
+        done = _run("soak", "--seconds", "3", "--clients", "1", "--address", address)
+    assert done.returncode == 1
+    assert "1 leases were left" in done.stderr
+
+
+def test_soak_without_a_daemon_is_explained(tmp_path: Path) -> None:
+    done = _run("soak", "--seconds", "3", "--address", f"unix://{tmp_path}/none.sock")
+    assert done.returncode == 1
+    assert "no daemon answers" in done.stderr
 
 
 def test_a_table_for_people(tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""An engine's pages: copies of them alone, and the same through a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from kvstore.arena import Arena
+from kvstore.benchmarks.figures import BenchmarkError
+from kvstore.benchmarks.shapes import Shape
+from kvstore.config import Config
+from kvstore.copier.cpu import CpuCopier
+from kvstore.session import Session
+from kvstore.staging import Bounce
+
+
+class Pages:
+    """Pages for `blocks` blocks to save from, and as many to load into."""
+
+    def __init__(self, shape: Shape, blocks: int) -> None:
+        self.shape = shape
+        self.blocks = blocks
+        self.nbytes = blocks * shape.block_bytes
+        self.ids = shape.page_ids(blocks)
+        self._source, self._target = Bounce(self.nbytes), Bounce(self.nbytes)
+        self.source = shape.memory(self._source.address, blocks)
+        self.target = shape.memory(self._target.address, blocks)
+        content = np.frombuffer(self._source.view, np.uint64)
+        content[:] = np.arange(len(content))
+
+    def save(self, session: Session, keys: list[bytes], step: int) -> None:
+        """All blocks through a session, none of them known, `step` at a time."""
+        for rows in self.rows(step):
+            saved = session.save(keys[rows], [self.source], [self.ids[rows]])
+            if saved.stored != len(keys[rows]):
+                raise BenchmarkError(
+                    f"{saved.stored} of {len(keys[rows])} blocks were stored: {saved.reason}"
+                )
+
+    def load(self, session: Session, keys: list[bytes], step: int) -> None:
+        """All blocks through a session, `step` at a time."""
+        for rows in self.rows(step):
+            loaded = session.load(keys[rows], [self.target], [self.ids[rows]])
+            if loaded.blocks != len(keys[rows]):
+                raise BenchmarkError(
+                    f"{loaded.blocks} of {len(keys[rows])} blocks were loaded: {loaded.reason}"
+                )
+
+    def check(self, load: Callable[[], None]) -> None:
+        """What `load` brings must be what was saved.
+
+        Raises:
+            BenchmarkError: it is not, and its figures mean nothing.
+        """
+        brought = np.frombuffer(self._target.view, np.uint64)
+        brought[:] = 0
+        load()
+        if not np.array_equal(np.frombuffer(self._source.view, np.uint64), brought):
+            raise BenchmarkError("blocks came back changed; run the tests before the benchmarks")
+
+    def rows(self, step: int) -> Iterator[slice]:
+        """All blocks, `step` at a time."""
+        return (slice(i, i + step) for i in range(0, self.blocks, step))
+
+
+class Engine(Pages):
+    """Pages, and the copies of them alone: into memory like a daemon's. A context manager."""
+
+    def __init__(self, shape: Shape, blocks: int, config: Config) -> None:
+        super().__init__(shape, blocks)
+        self._copier = CpuCopier(config.session.copy_threads)
+        # Memory of the same kind as the daemon's, mapped by this process alone.
+        self._arena = Arena.create(self.nbytes, huge_dir=config.memory.huge_dir)
+        self.huge = self._arena.huge
+        self._slots = [self._arena.address + i * shape.block_bytes for i in range(blocks)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._arena.close()
+
+    def copy_out(self, step: int) -> None:
+        """All pages into slots, `step` blocks at a time."""
+        for rows in self.rows(step):
+            self._copier.save(
+                self.source, self.ids[rows], self._slots[rows], self.shape.block_tokens
+            )
+
+    def copy_in(self, step: int) -> None:
+        """All slots into pages, `step` blocks at a time."""
+        for rows in self.rows(step):
+            self._copier.load(
+                self.target, self.ids[rows], self._slots[rows], self.shape.block_tokens
+            )
+
+
+def prompt_keys(session: Session, blocks: int, seed: int) -> list[bytes]:
+    """Keys of a random prompt of `blocks` blocks."""
+    tokens = np.random.default_rng(seed).integers(0, 128_000, blocks * session.block_tokens)
+    return session.keys(tokens)

@@ -1,0 +1,118 @@
+"""Sessions on one node: clients and a daemon, against the copies and the sockets alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Final
+
+from kvstore.benchmarks.crew import Crew, Taken
+from kvstore.benchmarks.embedded import private_store
+from kvstore.benchmarks.figures import Report
+from kvstore.benchmarks.shapes import LLAMA_NHD
+from kvstore.session import Session
+
+SHAPE: Final = LLAMA_NHD
+CLIENTS: Final = (1, 4, 16)
+_CLEAR_SECONDS: Final = 60.0
+_PROMPTS: Final = (64, 1 << 15, 1 << 17)
+_CALLS: Final = 48
+"""Lookups per sample, of all clients together."""
+_QUANTILES: Final = {"p50": 0.5, "p99": 0.99}
+_SOCKET: Final = "unix-socket ping-pong of as many bytes"
+_HASH_AND_SOCKET: Final = "SHA-256 of as many bytes, and ping-pong"
+
+
+def run(report: Report, *, size: int, threads: int, clients: Sequence[int] = CLIENTS) -> None:
+    """Measure with `size` bytes of blocks, shared out among so many clients at once."""
+    blocks = {members: max(1, size // SHAPE.block_bytes // members) for members in clients}
+    most = max(members * blocks[members] for members in clients)
+    # Room for all blocks, and for chunks that hold one.
+    memory = {"size": max(most * 5 // 4, 16) * SHAPE.block_bytes}
+    with (
+        private_store(memory, session={"copy_threads": threads}) as config,
+        # It keeps the daemon, and empties it between saves.
+        Session.open(SHAPE.namespace, [SHAPE.part], config) as session,
+    ):
+        for members in clients:
+            with Crew(members, config) as crew:
+                for step in sorted({blocks[members], 1}, reverse=True):
+                    _measure_copies(report, crew, session, blocks[members], step, threads)
+                session.clear(timeout=_CLEAR_SECONDS)
+                for tokens in _PROMPTS:
+                    _measure_lookups(report, crew, tokens)
+
+
+def _measure_copies(
+    report: Report, crew: Crew, session: Session, blocks: int, step: int, threads: int
+) -> None:
+    """Saves into an empty store, and loads of what it holds."""
+    clear = partial(session.clear, timeout=_CLEAR_SECONDS)
+    clear()
+    huge = crew.tell("copies", blocks=blocks, step=step)[0].said["huge"]
+    taken = crew.race(
+        report,
+        f"{crew.members} clients save and load, {step} blocks per call",
+        {"copy save": None, "save": clear, "copy load": None, "load": None},
+    )
+    crew.tell("check")
+    nbytes = blocks * SHAPE.block_bytes
+    for name in ("save", "load"):
+        rate = partial(
+            report.rate,
+            clients=crew.members,
+            shape=SHAPE.name,
+            blocks_per_call=step,
+            block_bytes=SHAPE.block_bytes,
+            threads=threads,
+            arena="on huge pages" if huge else "on 4 KiB pages",
+            against="the copies alone, by as many processes",
+        )
+        did, alone = taken[name], taken[f"copy {name}"]
+        together = nbytes * crew.members
+        rate(f"same-node {name}", together, did.together, alone.together)
+        if crew.members > 1:  # Its limit is a fair share of what all copies do together.
+            rate(f"same-node {name}, each client", nbytes, did.each, alone.together)
+
+
+def _measure_lookups(report: Report, crew: Crew, tokens: int) -> None:
+    """Lookups of one prompt, by all clients."""
+    keys = crew.tell("lookups", tokens=tokens)[0].said["keys"]
+    calls = math.ceil(_CALLS / crew.members)
+    taken = crew.race(
+        report,
+        f"{crew.members} clients look up {tokens} tokens",
+        dict.fromkeys(("bare", "round trip", "bare with hash", "array", "list")),
+        calls=calls,
+    )
+
+    def tell(figure: str, did: Taken, limit: Taken, against: str) -> None:
+        for label, q in _QUANTILES.items():
+            report.duration(
+                f"{figure}, {label}",
+                did.each,
+                limit.each,
+                unit="us",
+                q=q,
+                clients=crew.members,
+                tokens=tokens,
+                keys=keys,
+                against=against,
+            )
+        if crew.members > 1:
+            report.rate(
+                f"{figure}, all clients",
+                tokens * calls * crew.members,
+                did.together,
+                limit.together,
+                unit="Mtoken/s",
+                clients=crew.members,
+                tokens=tokens,
+                against=against,
+            )
+
+    for kind in ("array", "list"):
+        limit = taken["bare with hash"]
+        tell(f"lookup, keys included, of {kind}", taken[kind], limit, _HASH_AND_SOCKET)
+    tell("round trip of a lookup", taken["round trip"], taken["bare"], _SOCKET)
