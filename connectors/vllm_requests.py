@@ -1,0 +1,92 @@
+"""What the scheduler side of the vLLM connector knows about one request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.connectors.vllm_config import Wishes
+from kvstore.connectors.vllm_identity import block_extras
+from kvstore.keys import block_keys
+from kvstore.spec import Namespace
+
+
+@dataclass(slots=True)
+class Found:
+    """What the store has beyond `start` tokens: blocks from `first` on, in these tiers.
+
+    `at` is when it was asked; `prefetched` tells that blocks are on their way up until `deadline`.
+    """
+
+    start: int
+    first: int
+    tiers: tuple[str, ...]
+    at: float
+    seconds: float = 0.0
+    prefetched: bool = False
+    deadline: float = 0.0
+
+
+@dataclass(slots=True)
+class Promise:
+    """Tokens `start` to `end` are being loaded, from block `first` on, by job `number`."""
+
+    number: int
+    first: int
+    start: int
+    end: int
+    arrived: int | None = None
+
+
+@dataclass(slots=True)
+class Tracked:
+    """A request between its arrival and its end."""
+
+    request: Any
+    namespace: Namespace
+    wishes: Wishes
+    salts: list[bytes]
+    keys: list[bytes] = field(default_factory=list)
+    found: Found | None = None
+    promise: Promise | None = None
+    asked: int = 0
+    """Blocks that workers were asked to save."""
+    saving: set[int] = field(default_factory=set)
+    """Numbers of the jobs among those that are not done."""
+    failures: int = 0
+
+    def extend_keys(self) -> list[bytes]:
+        """The keys of all whole blocks whose tokens are known."""
+        size, have = self.namespace.block_tokens, len(self.keys)
+        count = self.request.num_tokens // size
+        if count > have:
+            extras = block_extras(self.request, size, have, count - have)
+            if not have and self.salts:
+                extras[0] = self.salts + extras.get(0, [])
+            tokens = self.request.all_token_ids[have * size : count * size]
+            parent = self.keys[-1] if have else None
+            self.keys += block_keys(self.namespace, tokens, extras=extras, parent=parent)
+        return self.keys
+
+    def computed_blocks(self, computed: int) -> int:
+        """Whole blocks that hold right values once `computed` tokens are computed.
+
+        Drafts and tokens that are still on their way back are computed before they are known; a
+        block that has some is not whole yet.
+        """
+        known: int = self.request.num_tokens
+        return min(computed, known) // self.namespace.block_tokens
+
+
+def page_rows(
+    page_ids: list[int], page_tokens: int, block_tokens: int, first: int, last: int
+) -> NDArray[np.int64]:
+    """The pages of blocks `first` to `last`, a row each; those beyond `page_ids` are -1."""
+    per_block = block_tokens // page_tokens
+    rows = np.full((last - first) * per_block, -1, dtype=np.int64)
+    chosen = page_ids[first * per_block : last * per_block]
+    rows[: len(chosen)] = chosen
+    return rows.reshape(-1, per_block)

@@ -1,0 +1,218 @@
+"""Pages as vLLM lays them out, on a CPU and (by shape and strides) on GPUs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVQuantMode,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
+
+from kvstore.connectors.vllm_layout import memory_of, pages_of
+from kvstore.errors import SpecError
+from kvstore.session import Session
+from kvstore.spec import Described, ModelIdentity, Namespace, Opaque
+from tests.session_tools import Served, Stores
+
+pytestmark = pytest.mark.vllm
+
+LAYERS, HEADS, WIDTH, PAGE, PAGES = 3, 2, 8, 4, 12
+BLOCK = 8
+
+
+@pytest.fixture(scope="module")
+def served(stores: Stores) -> Served:
+    return stores.serve()
+
+
+def engine(*, device: str = "cuda", ranks: int = 1, heads: int = HEADS, **parallel: int) -> Any:
+    sizes = {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1} | parallel
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks, **sizes),
+        model_config=SimpleNamespace(get_total_num_kv_heads=lambda: heads),
+        device_config=SimpleNamespace(device_type=device),
+        cache_config=SimpleNamespace(),
+        speculative_config=None,
+    )
+
+
+def full(heads: int = HEADS, **other: Any) -> FullAttentionSpec:
+    settings = {"block_size": PAGE, "head_size": WIDTH, "dtype": torch.float32} | other
+    return FullAttentionSpec(num_kv_heads=heads, **settings)
+
+
+def mla() -> MLAAttentionSpec:
+    return MLAAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=20, dtype=torch.float32)
+
+
+def config(spec: Any, layout: str = "LBHNC", groups: int = 1) -> KVCacheConfig:
+    names = [f"layer{i}" for i in range(LAYERS)]
+    return KVCacheConfig(
+        num_blocks=PAGES,
+        kv_cache_tensors=[],
+        kv_cache_groups=[KVCacheGroupSpec(names, spec) for _ in range(groups)],
+        kv_cache_layout=layout,
+    )
+
+
+def caches(layout: str, heads: int, width: int, pieces: int = 1) -> dict[str, torch.Tensor]:
+    """Random pages, [pages, heads, tokens, content] as views of one block of memory."""
+    size = {"L": LAYERS, "B": PAGES * pieces, "H": heads, "N": PAGE // pieces, "C": width}
+    whole = torch.randn([size[axis] for axis in layout])
+    views = whole.permute([layout.index(axis) for axis in "LBHNC"])
+    return {f"layer{i}": views[i] for i in range(LAYERS)}
+
+
+@pytest.mark.parametrize("stored", ["LBHNC", "LBNHC", "BLHNC", "BLNHC"])
+@pytest.mark.parametrize("wanted", ["LBHNC", "LBNHC", "BLNHC"])
+def test_pages_of_one_layout_load_into_another(served: Served, stored: str, wanted: str) -> None:
+    namespace = Namespace(ModelIdentity(f"{stored}/{wanted}"), block_tokens=BLOCK)
+    keys = namespace_keys(namespace, 3)
+    source = np.array([[7, 2], [5, 0], [1, 9]])
+    target = np.array([[4, 3], [11, 6], [8, 10]])
+    pages = pages_of(engine(), config(full(), stored))
+    have = caches(stored, HEADS, 2 * WIDTH)
+    with Session.open(namespace, pages.parts, served.config()) as session:
+        memory, _ = memory_of(pages.part(0), PAGE, list(have), have)
+        assert session.save(keys, [memory], [source]).stored == 3
+    pages = pages_of(engine(), config(full(), wanted))
+    got = caches(wanted, HEADS, 2 * WIDTH)
+    before = {name: cache.clone() for name, cache in got.items()}
+    with Session.open(namespace, pages.parts, served.config()) as session:
+        memory, _ = memory_of(pages.part(0), PAGE, list(got), got)
+        assert session.load(keys, [memory], [target]).blocks == 3
+    untouched = [page for page in range(PAGES) if page not in target]
+    for name in have:
+        assert torch.equal(have[name][source.ravel()], got[name][target.ravel()])
+        assert torch.equal(before[name][untouched], got[name][untouched])
+
+
+def namespace_keys(namespace: Namespace, blocks: int) -> list[bytes]:
+    from kvstore.keys import block_keys
+
+    return block_keys(namespace, list(range(blocks * namespace.block_tokens)))
+
+
+def test_pages_cut_for_kernels_are_found(served: Served) -> None:
+    namespace = Namespace(ModelIdentity("cut"), block_tokens=BLOCK)
+    keys = namespace_keys(namespace, 1)
+    pages = pages_of(engine(), config(full()))
+    whole = caches("LBHNC", HEADS, 2 * WIDTH)
+    pieces = caches("LBHNC", HEADS, 2 * WIDTH, pieces=2)
+    with Session.open(namespace, pages.parts, served.config()) as session:
+        memory, cut = memory_of(pages.part(0), PAGE, list(whole), whole)
+        assert cut == 1
+        session.save(keys, [memory], [np.array([[3, 5]])])
+        memory, cut = memory_of(pages.part(0), PAGE, list(pieces), pieces)
+        assert cut == 2
+        assert session.load(keys, [memory], [np.array([[4, 5, 20, 21]])]).blocks == 1
+    for name in whole:
+        tokens = whole[name][[3, 5]].transpose(1, 2).reshape(BLOCK, HEADS, -1)
+        loaded = pieces[name][[4, 5, 20, 21]].transpose(1, 2).reshape(BLOCK, HEADS, -1)
+        assert torch.equal(tokens, loaded)
+
+
+def test_mla_is_one_plane_stored_once() -> None:
+    pages = pages_of(engine(ranks=4, heads=128), config(mla()))
+    (part,) = pages.parts
+    assert part.group.kind == "mla"
+    assert (part.group.heads, part.group.channels) == (1, (20,))
+    assert [pages.saves(rank) for rank in range(4)] == [True, False, False, False]
+    memory, _ = memory_of(part, PAGE, *named(caches("LBHNC", 1, 20)))
+    assert len(memory.planes) == LAYERS
+
+
+def named(tensors: dict[str, torch.Tensor]) -> tuple[list[str], dict[str, torch.Tensor]]:
+    return list(tensors), tensors
+
+
+def test_ranks_store_their_heads() -> None:
+    pages = pages_of(engine(ranks=2, heads=4), config(full()))
+    assert [(p.shard.index, p.shard.count) for p in pages.parts] == [(0, 2), (1, 2)]
+    assert pages.saves(0)
+    assert pages.saves(1)
+
+
+def test_copies_of_heads_are_stored_once() -> None:
+    pages = pages_of(engine(ranks=4, heads=2), config(full(heads=1)))
+    assert [pages.part(rank).shard.index for rank in range(4)] == [0, 0, 1, 1]
+    assert [pages.saves(rank) for rank in range(4)] == [True, False, True, False]
+
+
+def test_a_cpu_layout_names_all_it_depends_on() -> None:
+    spec = full()
+    (part,) = pages_of(engine(device="cpu"), config(spec)).parts
+    layout = part.layout
+    assert isinstance(layout, Opaque)
+    assert (layout.page_tokens, layout.page_bytes) == (PAGE, spec.page_size_bytes)
+    params = dict(layout.params)
+    assert params["cpu"] == torch.backends.cpu.get_cpu_capability()
+    assert {"vllm", "machine", "layout", "amx", "type"} <= set(params)
+
+
+def test_axes_follow_the_layout() -> None:
+    axes = {}
+    for name in ("LBHNC", "BLHNC", "LBNHC"):
+        layout = pages_of(engine(), config(full(), name)).parts[0].layout
+        assert isinstance(layout, Described)
+        axes[name] = layout.axes
+    assert axes == {"LBHNC": "LHNPC", "BLHNC": "LHNPC", "LBNHC": "LNHPC"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size is 2"),
+        ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size is 2"),
+        ({"ranks": 4, "heads": 6}, "6 KV heads on 4"),
+    ],
+)
+def test_parallelism_that_would_go_wrong_is_refused(settings: dict[str, int], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        pages_of(engine(**settings), config(full()))
+
+
+def test_draft_models_are_refused() -> None:
+    drafting = engine()
+    drafting.speculative_config = SimpleNamespace(method="eagle3")
+    with pytest.raises(SpecError, match="eagle3"):
+        pages_of(drafting, config(full()))
+
+
+def test_other_kinds_of_cache_are_refused() -> None:
+    window = SlidingWindowSpec(
+        block_size=PAGE, num_kv_heads=2, head_size=8, dtype=torch.float32, sliding_window=16
+    )
+    with pytest.raises(SpecError, match="SlidingWindowSpec is not supported"):
+        pages_of(engine(), config(window))
+    with pytest.raises(SpecError, match="2 KV cache groups"):
+        pages_of(engine(), config(full(), groups=2))
+    with pytest.raises(SpecError, match="kv_quant_mode"):
+        pages_of(engine(), config(full(kv_quant_mode=KVQuantMode.INT8_PER_TOKEN_HEAD)))
+    with pytest.raises(SpecError, match="kv_cache_layout 'LBCNH'"):
+        pages_of(engine(), config(full(), "LBCNH"))
+
+
+def test_tensors_that_differ_from_the_configuration_are_refused() -> None:
+    part = pages_of(engine(), config(full())).parts[0]
+    good = caches("LBHNC", HEADS, 2 * WIDTH)
+    with pytest.raises(SpecError, match="no KV cache for layer extra"):
+        memory_of(part, PAGE, [*good, "extra"], good)
+    with pytest.raises(SpecError, match="do not hold pages"):
+        memory_of(part, PAGE, *named(caches("LBHNC", HEADS, WIDTH)))
+    with pytest.raises(SpecError, match="differ in shape"):
+        memory_of(part, PAGE, *named(good | {"layer0": good["layer0"][:4]}))
+    with pytest.raises(SpecError, match="4 axes"):
+        memory_of(part, PAGE, *named({name: t.flatten(2) for name, t in good.items()}))
+    private = pages_of(engine(device="cpu"), config(full())).parts[0]
+    with pytest.raises(SpecError, match="no runs of"):
+        memory_of(private, PAGE, *named(caches("LBNHC", HEADS, 2 * WIDTH)))

@@ -1,0 +1,56 @@
+"""Starting an engine: what is wrong is said at once; a store that is away is no error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.engines.vllm_tools import Engine, document, transfer
+from tests.session_tools import Stores, eventually
+
+pytestmark = pytest.mark.vllm
+
+
+def test_a_wrong_setting_ends_the_start_with_its_name() -> None:
+    connector = transfer(memory__sice="1GiB")
+    with pytest.raises(RuntimeError, match=r"memory\.sice: unknown key; did you mean memory\.size"):
+        Engine(connector, block_size=32, max_model_len=512)
+
+
+def test_an_engine_without_its_store_serves_and_finds_it_later(stores: Stores) -> None:
+    served = stores.serve("64MiB")
+    served.kill()
+    connector = transfer(
+        address=f"unix://{served.socket}", session__lookup_timeout=2.0, session__retry_max=0.3
+    )
+    prompt = document(200)
+    with Engine(connector, block_size=32, max_model_len=512) as engine:
+        cold = engine.generate(prompt)
+        assert cold["cached"] == [0]
+        served.restart()
+
+        def served_again() -> bool:
+            engine.forget()
+            answer = engine.generate(prompt)
+            assert answer["tokens"] == cold["tokens"]
+            return bool(answer["cached"] == [192])
+
+        eventually(served_again, 60)
+
+
+def test_a_private_store_is_shared_by_all_of_an_engine(tmp_path: Path) -> None:
+    connector = transfer(
+        run_dir=str(tmp_path / "run"), memory__size="64MiB", session__lookup_timeout=2.0
+    )
+    prompt = document(200)
+    with Engine(connector, mode="multiprocess", block_size=32, max_model_len=512) as engine:
+        cold = engine.generate(prompt)
+
+        def from_the_store() -> bool:
+            engine.forget()
+            answer = engine.generate(prompt)
+            assert answer["tokens"] == cold["tokens"]
+            return bool(answer["cached"] == [192])
+
+        eventually(from_the_store, 60)

@@ -1,0 +1,125 @@
+"""A vLLM engine in a process of its own, and a line-wise conversation with it.
+
+Standard input takes one JSON object a line, standard output answers with one each; what vLLM prints
+goes to standard error. The first argument is JSON: what `LLM` is made with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+
+def _generate(llm: Any, order: dict[str, Any]) -> dict[str, Any]:
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    wishes = order.get("wishes")
+    params = SamplingParams(
+        temperature=0.0,
+        max_tokens=order.get("max_tokens", 16),
+        ignore_eos=True,
+        extra_args={"kv_transfer_params": wishes} if wishes else None,
+    )
+    lora = order.get("lora")
+    prompts: list[dict[str, Any]] = [{"prompt_token_ids": ids} for ids in order["prompts"]]
+    if "salt" in order:
+        prompts = [prompt | {"cache_salt": order["salt"]} for prompt in prompts]
+    started = time.perf_counter()
+    outputs = llm.generate(
+        prompts,
+        params,
+        use_tqdm=False,
+        lora_request=LoRARequest(*lora) if lora else None,
+    )
+    return {
+        "seconds": time.perf_counter() - started,
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "finish": [output.outputs[0].finish_reason for output in outputs],
+        "cached": [output.num_cached_tokens for output in outputs],
+        "first": [output.metrics.first_token_latency for output in outputs],
+    }
+
+
+def _forget(llm: Any, store: bool) -> bool:
+    """Empty the prefix cache, once the last saves have given back their pages."""
+    for _ in range(100):
+        if llm.reset_prefix_cache(reset_connector=store):
+            return True
+        # In this process nothing else moves the engine on.
+        _generate(llm, {"prompts": [[1, 2, 3]], "max_tokens": 2})
+    return False
+
+
+def _metrics(llm: Any) -> dict[str, Any]:
+    from prometheus_client import REGISTRY
+
+    values: dict[str, float] = {}
+    for family in REGISTRY.collect():
+        if not family.name.startswith(("kvstore", "vllm:num_preemptions")):
+            continue
+        for sample in family.samples:
+            if sample.name.endswith(("_bucket", "_created")):
+                continue
+            label = sample.labels.get("tier") or sample.labels.get("reason")
+            values[f"{sample.name}.{label}" if label else sample.name] = sample.value
+    return values
+
+
+def _events(llm: Any, order: dict[str, Any]) -> dict[str, Any]:
+    """KV events that vLLM publishes of a prompt, until those of the store have come."""
+    import msgspec
+    import zmq
+
+    socket = zmq.Context.instance().socket(zmq.SUB)
+    socket.connect(order["endpoint"])
+    socket.subscribe("")
+    time.sleep(0.5)
+    events: list[dict[str, Any]] = []
+    until = time.monotonic() + order["seconds"]
+    _generate(llm, {"prompts": [order["prompt"]], "max_tokens": 2})
+    while time.monotonic() < until and not any(e["medium"] == "KVSTORE" for e in events):
+        # Events go out with steps of the engine, and the last saves end behind the last step.
+        _generate(llm, {"prompts": [[1, 2, 3]], "max_tokens": 4})
+        while socket.poll(200):
+            batch = msgspec.msgpack.decode(socket.recv_multipart()[-1])
+            events += [event for event in batch[1] if "medium" in event]
+    socket.close(0)
+    for event in events:
+        event["block_hashes"] = [str(name) for name in event.get("block_hashes", [])]
+        event.pop("parent_block_hash", None)
+        event.pop("extra_keys", None)
+    return {"events": events}
+
+
+def main() -> None:
+    """Make the engine, say so, and answer until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    settings = json.loads(sys.argv[1])
+    from vllm import LLM
+
+    started = time.perf_counter()
+    llm = LLM(**settings)
+    answers.write(json.dumps({"ready": time.perf_counter() - started}) + "\n")
+    for line in sys.stdin:
+        order = json.loads(line)
+        match order["do"]:
+            case "generate":
+                answer = _generate(llm, order)
+            case "forget":
+                answer = {"done": _forget(llm, order.get("store", False))}
+            case "metrics":
+                answer = _metrics(llm)
+            case "events":
+                answer = _events(llm, order)
+            case other:
+                answer = {"error": f"unknown order {other!r}"}
+        answers.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()

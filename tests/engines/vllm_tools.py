@@ -1,0 +1,192 @@
+"""Real vLLM engines for tests, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+ROOT: Final = Path(__file__).parents[2]
+CHILD: Final = Path(__file__).with_name("vllm_child.py")
+START_SECONDS: Final = 600.0
+ANSWER_SECONDS: Final = 600.0
+END_SECONDS: Final = 60.0
+ENVIRONMENT: Final = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "INFO",
+    "VLLM_NO_USAGE_STATS": "1",
+    # Threads that spin while another process has their core would make every time meaningless.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
+def model() -> Path:
+    """The folder of the converted SmolLM2; `make` prepares it."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    found = sorted((cache / "kvstore" / "models").glob("SmolLM2-135M-Instruct-*[0-9]"))
+    assert found, "the model is missing: run `make setup`"
+    return found[-1]
+
+
+def small_model(folder: Path) -> Path:
+    """A Llama of random weights whose heads two ranks can share (SmolLM2 has nine), in `folder`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+        initializer_range=0.3,  # large, so that each token depends on all those before it
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def document(tokens: int, start: int = 0) -> list[int]:
+    """So many tokens of the license, from a place in it on."""
+    from transformers import AutoTokenizer
+
+    text = (ROOT / "LICENSE").read_text()
+    ids: list[int] = AutoTokenizer.from_pretrained(model()).encode(text)
+    assert len(ids) >= start + tokens
+    return ids[start : start + tokens]
+
+
+def transfer(**extra: Any) -> dict[str, Any]:
+    """The flag that turns the connector on; `extra` with two underscores for a dot."""
+    settings = {f"kvstore.{name.replace('__', '.')}": value for name, value in extra.items()}
+    return {
+        "kv_connector": "KVStoreConnector",
+        "kv_connector_module_path": "kvstore.connectors.vllm",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": settings,
+    }
+
+
+class Engine:
+    """One vLLM engine. `mode`: "inprocess", "multiprocess" (the default of vLLM) or "tp2"."""
+
+    def __init__(
+        self,
+        connector: dict[str, Any] | None = None,
+        *,
+        mode: str = "inprocess",
+        environment: dict[str, str] | None = None,
+        **settings: Any,
+    ) -> None:
+        base: dict[str, Any] = {
+            "model": str(model()),
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 2560,
+            "max_num_seqs": 8,
+            "disable_log_stats": False,
+            "seed": 0,
+        }
+        if connector is not None:
+            base["kv_transfer_config"] = connector
+        variables = ENVIRONMENT | os.environ | (environment or {})
+        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if mode == "inprocess" else "1"
+        if mode == "tp2":
+            base["tensor_parallel_size"] = 2
+            variables["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+        # A file, not a pipe: worker processes keep it open, and nobody reads it as it fills.
+        self._log = tempfile.NamedTemporaryFile("w+", prefix="vllm-", suffix=".log")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, str(CHILD), json.dumps(base | settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            cwd="/",
+            env=variables,
+            start_new_session=True,  # so that its workers can be ended with it
+        )
+        try:
+            self.start_seconds = self._answer(START_SECONDS)["ready"]
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def log(self) -> str:
+        """What the engine printed."""
+        return Path(self._log.name).read_text(errors="replace")
+
+    def _answer(self, seconds: float) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        readable, _, _ = select.select([self.process.stdout], [], [], seconds)
+        line = self.process.stdout.readline() if readable else ""
+        if not line:
+            state = "ended" if readable else f"said nothing within {seconds:g} s"
+            raise RuntimeError(f"the engine {state}; its last words:\n{self.log[-6000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def tell(self, **order: Any) -> None:
+        """Give an order without waiting for the answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+
+    def ask(self, **order: Any) -> dict[str, Any]:
+        """Give an order; its answer."""
+        self.tell(**order)
+        return self._answer(ANSWER_SECONDS)
+
+    def answer(self) -> dict[str, Any]:
+        """The answer to an order told before."""
+        return self._answer(ANSWER_SECONDS)
+
+    def generate(self, *prompts: list[int], **order: Any) -> dict[str, Any]:
+        """Greedy answers to `prompts`, all at once."""
+        return self.ask(do="generate", prompts=prompts, **order)
+
+    def metrics(self) -> dict[str, float]:
+        """The connector's Prometheus metrics."""
+        return self.ask(do="metrics")
+
+    def forget(self, **order: Any) -> None:
+        """Empty vLLM's own prefix cache."""
+        assert self.ask(do="forget", **order)["done"]
+
+    def close(self) -> None:
+        """End it in good order."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        with suppress(ProcessLookupError):  # Workers that outlived it.
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.stdout.close()
+        self._log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
