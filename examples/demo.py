@@ -74,6 +74,7 @@ def running_store(folder: Path, log: Path) -> Iterator[str]:
         "--memory", "512MiB",
         "--disk", str(folder / "disk"),
         "--disk-size", "1GiB",
+        "--grpc", "none", "--http", "none",
     ]  # fmt: skip
     with log.open("a") as errors:
         store = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
@@ -96,11 +97,17 @@ def running_store(folder: Path, log: Path) -> Iterator[str]:
 
 
 def run_reader(
-    reader: Reader, model: Path, address: str, log: Path, tokens: int, progress: Progress
+    reader: Reader,
+    program: list[str],
+    model: Path,
+    address: str,
+    log: Path,
+    tokens: int,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Run one reader to its end, showing its steps; returns its result."""
     command = [
-        sys.executable, str(HERE / "demo_reader.py"),
+        *program,
         "--model", str(model),
         "--address", address,
         "--document", str(DOCUMENT),
@@ -136,8 +143,8 @@ def last_words(log: Path) -> str:
     return log.read_text(errors="replace").strip()[-2000:] or "(it said nothing)"
 
 
-def run(model: Path, tokens: int, console: Console) -> list[dict[str, Any]]:
-    """The whole demo in a temporary folder; one result per reader.
+def run(program: list[str], model: Path, tokens: int, console: Console) -> list[dict[str, Any]]:
+    """The whole demo in a temporary folder, `program` reading; one result per reader.
 
     Raises:
         DemoError: the store or a reader failed.
@@ -157,7 +164,9 @@ def run(model: Path, tokens: int, console: Console) -> list[dict[str, Any]]:
             with running_store(folder, log) as address:
                 progress.update(task, description="store: ready", total=1, completed=1)
                 for reader in readers:
-                    results.append(run_reader(reader, model, address, log, tokens, progress))
+                    results.append(
+                        run_reader(reader, program, model, address, log, tokens, progress)
+                    )
     return results
 
 
@@ -204,15 +213,19 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
         console.print(f"  {result['answer']}", markup=False, highlight=False)
 
 
-def main() -> int:
-    """Prepare the model, run the demo, print what came out."""
+def main(reader: str = "demo_reader.py") -> int:
+    """Prepare the model, run the demo with a reader from this folder, print what came out."""
     parser = argparse.ArgumentParser(description="Three processes share a document's KV.")
     parser.add_argument("--json", action="store_true", help="print the facts as one JSON object")
     parser.add_argument("--new-tokens", type=int, default=32, help="length of each answer")
+    parser.add_argument(
+        "--python", default=sys.executable, help="interpreter of the readers' environment"
+    )
     given = parser.parse_args()
+    program = [given.python, str(HERE / reader)]
     console = Console(stderr=given.json)
     try:
-        results = run(prepare(console), given.new_tokens, console)
+        results = run(program, prepare(console), given.new_tokens, console)
     except (DemoError, ModelUnavailable) as e:
         console.print(f"[red]error:[/] {escape(str(e))}", highlight=False)
         return 1
