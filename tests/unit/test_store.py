@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,20 +10,6 @@ from kvstore.protocol import BUSY, HAVE, NO_ROOM
 from kvstore.spec import Described, Group, Opaque, Part
 from kvstore.store import Acquired
 from tests.store_tools import GROUP, NAMESPACE, NBYTES, PART, Bench, content, keys
-
-
-@pytest.fixture
-def memory() -> Iterator[Bench]:
-    bench = Bench(None)
-    yield bench
-    bench.close()
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Bench]:
-    bench = Bench(tmp_path / "disk")
-    yield bench
-    bench.close()
 
 
 def test_only_committed_objects_are_seen(memory: Bench) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,20 +22,6 @@ from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, keys, select
 
 ALICE = Namespace(ModelIdentity("model"), "alice", 16)
 BOB = Namespace(ModelIdentity("model"), "bob", 16)
-
-
-@pytest.fixture
-def memory() -> Iterator[Bench]:
-    bench = Bench(None)
-    yield bench
-    bench.close()
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Bench]:
-    bench = Bench(tmp_path / "disk")
-    yield bench
-    bench.close()
 
 
 def reasons(bench: Bench, chain: list[bytes], namespace: Namespace = NAMESPACE) -> list[str]:
