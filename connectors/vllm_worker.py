@@ -27,7 +27,7 @@ from kvstore.connectors.vllm_messages import Job, Report, Step
 from kvstore.connectors.vllm_sessions import Sessions
 from kvstore.connectors.vllm_stats import KVStoreStats
 from kvstore.errors import SpecError
-from kvstore.session import Loaded
+from kvstore.session import Loaded, Session
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,6 +41,8 @@ _IDLE: Final = 0.01
 """Seconds that a step with nothing to compute waits for a transfer to end."""
 _POLL: Final = 0.002
 """The same while a request waits for the store in the queue."""
+_COMES_BACK: Final = 0.5
+"""Seconds that a load waits for a connection that was lost."""
 _LAST_SAVES: Final = 5.0
 """Seconds that saves may go on when the engine ends."""
 _REST: Final = 1.0
@@ -183,11 +185,12 @@ class WorkerSide:
             memory, pages = self._memory, self._page_ids(job.pages)
             assert memory is not None
             loaded = session.load(job.keys, [memory], [pages], timeout=job.timeout)
-            arrived, left = loaded.blocks, until - time.monotonic()
-            if arrived < len(job.keys) and left > 0:
-                # Once more: something may have been on its way out, or the daemon on its way back.
-                again = session.load(job.keys[arrived:], [memory], [pages[arrived:]], timeout=left)
-                arrived += again.blocks
+            arrived = loaded.blocks
+            if arrived < len(job.keys) and _is_back(session, until):
+                # Once more: the connection may have been lost, or a block was just being moved.
+                left = until - time.monotonic()
+                rest = session.load(job.keys[arrived:], [memory], [pages[arrived:]], timeout=left)
+                arrived += rest.blocks
         finally:
             with self._changed:
                 self._report.loaded[job.number] = arrived
@@ -235,3 +238,11 @@ class WorkerSide:
             return pages
         pieces = pages[:, :, None] * self._cut + np.arange(self._cut)
         return np.where(pages[:, :, None] < 0, -1, pieces).reshape(len(pages), -1)
+
+
+def _is_back(session: Session, until: float) -> bool:
+    """Whether the store can be asked once more before `until`, after a moment to come back."""
+    soon = min(until, time.monotonic() + _COMES_BACK)
+    while session.problem is not None and time.monotonic() < soon:
+        time.sleep(0.02)
+    return session.problem is None and time.monotonic() < until

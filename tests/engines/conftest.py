@@ -9,8 +9,9 @@ import pytest
 
 from tests.session_tools import Stores
 
-# Collected only where the engine is installed.
-collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_vllm_*.py"]
+# Collected only where the engine is installed; a folder of that name somewhere is none.
+_vllm = importlib.util.find_spec("vllm")
+collect_ignore_glob = [] if _vllm and _vllm.origin else ["test_vllm_*.py"]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from tests.session_tools import Served, Stores, eventually
 
 pytestmark = pytest.mark.vllm
 
-BLOCK: Final = 64
+PORT: Final = 15557
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def engine(served: Served) -> Iterator[Engine]:
     events = {
         "enable_kv_cache_events": True,
         "publisher": "zmq",
-        "endpoint": "tcp://127.0.0.1:15557",
+        "endpoint": f"tcp://*:{PORT}",  # with a host, vLLM would connect,
     }
     with Engine(both, block_size=32, max_model_len=1024, kv_events_config=events) as one:
         yield one
@@ -113,7 +113,7 @@ def test_metrics_are_beside_those_of_vllm(engine: Engine) -> None:
 
 def test_events_are_published(engine: Engine) -> None:
     events = engine.ask(
-        do="events", endpoint="tcp://127.0.0.1:15557", prompt=fresh(8), seconds=20.0
+        do="events", endpoint=f"tcp://127.0.0.1:{PORT}", prompt=fresh(8), seconds=20.0
     )["events"]
     mine = [event for event in events if event["medium"] == "KVSTORE"]
     assert mine, json.dumps(events)[:500]
