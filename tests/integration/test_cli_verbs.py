@@ -240,8 +240,10 @@ def test_events(cli: Cli, session: Session) -> None:
     assert first["stored"]["medium"] == "memory"
     text = cli.text("events", "--after", "0", "--count", "1")
     assert f"stored {NAMESPACE_ID[:12]} 3 blocks in memory" in text
+    # Who runs the tests in the background may have told them to ignore Ctrl-C.
+    heeding = ["env", "--default-signal=INT", *COMMAND]
     process = subprocess.Popen(
-        [*COMMAND, "events", "--address", cli.address, "--format", "json"],
+        [*heeding, "events", "--address", cli.address, "--format", "json"],
         stdout=subprocess.PIPE,
         text=True,
     )
