@@ -21,7 +21,8 @@ class Job:
 
     `pages` has shape (blocks, pages per block); -1 leaves a page out. `number` counts all jobs,
     `priority` orders those that wait (lower first). `parent` is the key before the first, `tokens`
-    the blocks' token ids where the store is to publish them.
+    the blocks' token ids where the store is to publish them. `prefetched`
+    blocks to load were on disk when the request came.
     """
 
     number: int
@@ -34,6 +35,7 @@ class Job:
     ttl: float | None = None
     parent: bytes = b""
     tokens: list[int] | None = None
+    prefetched: int = 0
 
 
 @dataclass(slots=True)

@@ -18,7 +18,8 @@ from kvstore.spec import Namespace
 class Found:
     """What the store has beyond `start` tokens: blocks from `first` on, in these tiers.
 
-    `at` is when it was asked; `prefetched` tells that blocks are on their way up until `deadline`.
+    `at` is when it was asked. `prefetched` blocks were on disk and are brought into memory; until
+    `deadline` that is waited for.
     """
 
     start: int
@@ -26,7 +27,7 @@ class Found:
     tiers: tuple[str, ...]
     at: float
     seconds: float = 0.0
-    prefetched: bool = False
+    prefetched: int = 0
     deadline: float = 0.0
 
 

@@ -134,7 +134,7 @@ class SchedulerSide:
         now = time.monotonic()
         found = tracked.found
         if found is not None and found.start == start:
-            on_the_way = found.prefetched and now < found.deadline and "disk" in found.tiers
+            on_the_way = found.prefetched > 0 and now < found.deadline and "disk" in found.tiers
             if now - found.at < (_POLL if on_the_way else _FRESH):
                 return None if on_the_way else found
         else:
@@ -151,12 +151,13 @@ class SchedulerSide:
         self._judge(not plan.found and plan.reason.endswith("unavailable"))
         answer = Found(start, first, plan.tiers[: plan.blocks], now, plan.load_seconds)
         if found is not None and found.prefetched:
-            answer.prefetched, answer.deadline = True, found.deadline
+            answer.prefetched, answer.deadline = found.prefetched, found.deadline
         elif "disk" in answer.tiers and answer.seconds >= _WORTH_WAITING:
             session.prefetch(keys[: len(answer.tiers)])
-            answer.prefetched, answer.deadline = True, now + 1.0 + 4 * answer.seconds
+            answer.prefetched = answer.tiers.count("disk")
+            answer.deadline = now + 1.0 + 4 * answer.seconds
         tracked.found = answer
-        waits = answer.prefetched and "disk" in answer.tiers and now < answer.deadline
+        waits = answer.prefetched > 0 and "disk" in answer.tiers and now < answer.deadline
         return None if waits else answer
 
     def _judge(self, late: bool) -> None:
@@ -184,6 +185,7 @@ class SchedulerSide:
             rows,
             tracked.wishes.priority,
             min(self._settings.config.session.load_timeout, 2.0 + 4 * found.seconds),
+            prefetched=found.prefetched,
         )
         self._loads.append(job)
         tracked.promise = Promise(job.number, first, start, end)
@@ -193,7 +195,8 @@ class SchedulerSide:
         tracked = self._tracked.get(request.request_id)
         if tracked is None or tracked.found is None:
             return {CacheHitSource.EXTERNAL_UNSPECIFIED: external} if external else {}
-        disk = min(external, tracked.found.tiers.count("disk") * self._block_tokens)
+        below = max(tracked.found.prefetched, tracked.found.tiers.count("disk"))
+        disk = min(external, below * self._block_tokens)
         counts = {CacheHitSource.HOST: external - disk, CacheHitSource.DISK: disk}
         return {source: tokens for source, tokens in counts.items() if tokens}
 

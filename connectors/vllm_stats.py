@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter as Counts
 from typing import Any, Final
 
 from prometheus_client import Counter, Histogram
@@ -11,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 from vllm.v1.metrics.utils import create_metric_per_engine
 
+from kvstore.connectors.vllm_messages import Job
 from kvstore.session import Loaded, Saved
 
 _COUNTERS: Final = {
@@ -53,12 +55,15 @@ class KVStoreStats(KVConnectorStats):  # type: ignore[misc]
         """A lookup took so long."""
         self._time("kvstore_lookup_seconds", seconds)
 
-    def loaded(self, loaded: Loaded, arrived: int, asked: int, block_tokens: int) -> None:
-        """A load brought `arrived` of `asked` blocks."""
-        for tier, blocks in loaded.tiers.items():
+    def loaded(self, job: Job, loaded: Loaded, arrived: int, block_tokens: int) -> None:
+        """A load brought `arrived` of its job's blocks."""
+        tiers = Counts(loaded.tiers)
+        moved = min(job.prefetched, tiers["memory"])
+        tiers.update(memory=-moved, disk=moved)  # They only waited in memory.
+        for tier, blocks in tiers.items():
             self._add("kvstore_loaded_tokens", blocks * block_tokens, tier)
         self._add("kvstore_loaded_bytes", loaded.nbytes)
-        missed = (asked - arrived) * block_tokens
+        missed = (len(job.keys) - arrived) * block_tokens
         self._add("kvstore_missed_tokens", missed, loaded.reason or "failed")
         self._time("kvstore_load_seconds", loaded.seconds)
 

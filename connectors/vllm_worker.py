@@ -196,7 +196,7 @@ class WorkerSide:
                 self._report.loaded[job.number] = arrived
                 self._received.add(job.request)
                 self._in_flight -= 1
-                self._stats.loaded(loaded, arrived, len(job.keys), self._namespace.block_tokens)
+                self._stats.loaded(job, loaded, arrived, self._namespace.block_tokens)
                 self._changed.notify_all()
 
     def _save(self, job: Job) -> None:
