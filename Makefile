@@ -27,7 +27,7 @@ test: setup ## all tests; ARGS="-k name" picks some
 	$(BIN)/python -m pytest $(ARGS)
 
 test-vllm: $(VLLM)/.built $(VENV)/.model ## tests with real vLLM engines, in an environment of their own
-	$(VLLM)/bin/python -m pytest tests/engines -m vllm $(ARGS)
+	$(VLLM)/bin/python -m pytest tests/engines -m vllm --timeout 900 $(ARGS)
 
 lint: $(VENV)/.built ## ruff, ruff format, mypy --strict
 	@# mypy does not know where the package's folders come from: show it the installed tree.
