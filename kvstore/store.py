@@ -475,7 +475,7 @@ class Store:
             ValueError: the owner holds a lease of that id.
         """
         lease = self._new_lease(owner, lease_id, LeaseKind.PIN, ttl)
-        pinned = self.pinned_bytes
+        pinned = self.usage.pinned_bytes
         for block in blocks:
             pinned += sum(entry.nbytes for entry in block if not entry.pins)
             if pinned > self.max_pinned_bytes:
@@ -487,11 +487,6 @@ class Store:
                     self.usage.pinned(entry, 1)
             lease.blocks.append(block)
         return lease
-
-    @property
-    def pinned_bytes(self) -> int:
-        """Bytes of objects that are pinned."""
-        return sum(tenant.pinned_bytes for tenant in self.usage.tenants.values())
 
     def holds_leases(self, owner: Hashable) -> bool:
         """Whether the owner has any lease."""

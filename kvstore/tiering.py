@@ -432,7 +432,7 @@ class Tiering:
             "disk_problem": self.disk_problem,
             "unwritten": self.unwritten,
             "writing_bytes": self.writes.bytes_under_way,
-            "pinned_bytes": sum(t.pinned_bytes for t in self.usage.tenants.values()),
+            "pinned_bytes": self.usage.pinned_bytes,
         }
 
 

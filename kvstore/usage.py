@@ -117,6 +117,11 @@ class Usage:
         self.tenants: dict[str, TenantUsage] = {}
         self.quotas: dict[str, Quota] = {}
 
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of objects that are pinned."""
+        return sum(tenant.pinned_bytes for tenant in self.tenants.values())
+
     def account(self, namespace: Namespace) -> NamespaceUsage:
         """The account of a namespace, opened on demand."""
         known = self.namespaces.get(namespace.digest)

@@ -159,7 +159,7 @@ class RuleVerbs:
                 return await self._drain(operation, timeout, stop=request.stop)
             except asyncio.CancelledError:
                 if self._drains == 1:
-                    self._node.draining = self._store.draining = False
+                    self._store.draining = False
                 raise
             finally:
                 self._drains -= 1

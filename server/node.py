@@ -56,7 +56,6 @@ class Node:
     """Of sessions to come."""
     recent: Recent = field(default_factory=Recent)
     ready: bool = False
-    draining: bool = False
     started: float = field(default_factory=time.time)  # Unix seconds
 
     async def drain(self, timeout: float) -> int:
@@ -64,7 +63,7 @@ class Node:
 
         Returns how many objects did not reach the disk.
         """
-        self.draining = self.store.draining = True
+        self.store.draining = True
         tiering = self.store.tiering
         until = time.monotonic() + timeout
         while tiering.unwritten and time.monotonic() < until:
@@ -72,6 +71,11 @@ class Node:
                 break
             await asyncio.sleep(_DRAIN_POLL)
         return tiering.unwritten
+
+    @property
+    def draining(self) -> bool:
+        """Whether no more saves and sessions are taken."""
+        return self.store.draining
 
     @property
     def name(self) -> str:

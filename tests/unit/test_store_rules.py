@@ -181,13 +181,13 @@ def test_pins_have_a_limit(tmp_path: Path) -> None:
     assert (again.blocks, again.reason) == (3, "max_pinned")
     none = bench.store.pins.pin("you", NAMESPACE, keys(5), 60)
     assert (none.id, none.blocks, none.reason) == ("", 0, "max_pinned")
-    assert bench.store.pinned_bytes == 3 * NBYTES
+    assert bench.store.usage.pinned_bytes == 3 * NBYTES
     assert bench.store.pins.unpin(first.id) == 1
     assert bench.store.pins.unpin(first.id) == 0
-    assert bench.store.pinned_bytes == 3 * NBYTES
+    assert bench.store.usage.pinned_bytes == 3 * NBYTES
     assert bench.store.pins.unpin_owner("you", frozenset({"alice"})) == 0
     assert bench.store.pins.unpin_owner("you", None) == 1
-    assert bench.store.pinned_bytes == 0
+    assert bench.store.usage.pinned_bytes == 0
     bench.close()
 
 
