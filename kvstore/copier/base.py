@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,6 +13,8 @@ from kvstore.spec import Opaque, Part
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from kvstore.copier.gate import LayerGate
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,8 @@ class PagedMemory:
     """An engine's paged memory for one part: `pages` pages of `page_tokens` tokens.
 
     `planes` has one entry per (layer, plane), layer by layer; for an opaque layout one per layer.
-    `owner` keeps the memory alive for as long as this description.
+    `owner` keeps the memory alive for as long as this description. `device` is the number of the
+    CUDA device that holds it, None for memory of the CPU.
 
     Raises:
         SpecError: planes missing or in excess, no pages, or pages that are not the layout's.
@@ -46,6 +50,7 @@ class PagedMemory:
     pages: int
     planes: tuple[PlaneMemory, ...]
     owner: Any = field(default=None, repr=False)
+    device: int | None = None
 
     def __post_init__(self) -> None:
         group, layout = self.part.group, self.part.layout
@@ -68,7 +73,13 @@ class PagedMemory:
 
 
 class Copier(Protocol):
-    """Moves whole blocks; safe to call from several threads at once."""
+    """Moves whole blocks; safe to call from several threads at once.
+
+    Calls return when the bytes are where they belong. With gates they go layer by layer: `after`
+    says from when on the pages of each layer may be touched, and `then` is opened for each layer
+    whose pages are filled. A gate that fails, or does not open by `deadline` (monotonic seconds),
+    ends the call.
+    """
 
     def save(
         self,
@@ -78,6 +89,8 @@ class Copier(Protocol):
         block_tokens: int,
         *,
         checksum: bool = False,
+        after: LayerGate | None = None,
+        deadline: float = math.inf,
     ) -> list[int] | None:
         """Copy blocks from pages into slots, in the layout of `memory.part`.
 
@@ -86,6 +99,7 @@ class Copier(Protocol):
 
         Raises:
             SpecError: a page id out of range, or shapes that do not fit the block.
+            StoreUnavailable: the gate did not open, or the device failed.
         """
 
     def load(
@@ -97,8 +111,18 @@ class Copier(Protocol):
         *,
         stored: Part | None = None,
         checksum: bool = False,
+        after: LayerGate | None = None,
+        then: LayerGate | None = None,
+        deadline: float = math.inf,
     ) -> list[int] | None:
         """Copy blocks from slots into pages; a page id of -1 leaves that page out.
 
-        `stored` tells the layout of the slots where it is not `memory.part`'s.
+        `stored` tells the layout of the slots where it is not `memory.part`'s. `then` is not for
+        calls with `checksum`: only their caller knows what is right.
         """
+
+    def attach(self, address: int, nbytes: int) -> None:
+        """Make memory that will hold slots ready for copies, such as by pinning it."""
+
+    def detach(self, address: int) -> None:
+        """End what `attach` began, before the memory is unmapped. No copy of it may be running."""

@@ -1,0 +1,144 @@
+"""Where the bytes of blocks lie in an engine's pages and in slots, as rows of plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvstore.copier.base import PagedMemory
+from kvstore.errors import SpecError
+from kvstore.spec import (
+    Described,
+    Opaque,
+    Part,
+    PlaneStrides,
+    check_block_tokens,
+    plane_strides,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Rows for `_native.copy_blocks`, as many for each layer, in the order of layers.
+
+    A row: address, strides of page, token, head and channel in the pages; offset, strides of token,
+    head and channel in the slot; heads; channels. Strides are in bytes, numbers have `elem_size`.
+    """
+
+    rows: NDArray[np.int64]
+    page_tokens: int
+    elem_size: int
+    layers: int
+
+    def of_layers(self, first: int, last: int) -> NDArray[np.int64]:
+        """The rows of layers `first` to `last`."""
+        each = len(self.rows) // self.layers
+        return self.rows[first * each : last * each]
+
+
+def check_copy(
+    memory: PagedMemory,
+    page_ids: NDArray[np.int64],
+    blocks: int,
+    block_tokens: int,
+    *,
+    skips: bool,
+) -> None:
+    """Refuse what does not fit, before memory is touched; with `skips` a page id may be -1.
+
+    Raises:
+        SpecError: a page id out of range, or shapes that do not fit the block.
+    """
+    check_block_tokens(block_tokens, memory.page_tokens)
+    wanted = (blocks, block_tokens // memory.page_tokens)
+    if page_ids.shape != wanted:
+        raise SpecError(f"page_ids has shape {page_ids.shape}; {wanted} is needed")
+    if not blocks:
+        return
+    low, high = int(page_ids.min()), int(page_ids.max())
+    if high >= memory.pages or low < (-1 if skips else 0):
+        bad = high if high >= memory.pages else low
+        raise SpecError(f"page id {bad} is outside the engine's {memory.pages} pages")
+
+
+def check_layouts(memory: PagedMemory, stored: Part | None) -> Part:
+    """The part to load from.
+
+    Raises:
+        SpecError: it cannot be turned into that of `memory`.
+    """
+    part = stored or memory.part
+    if not part.converts_to(memory.part):
+        raise SpecError(f"layout {part.layout} cannot be turned into {memory.part.layout}")
+    return part
+
+
+@lru_cache(maxsize=256)
+def _slot_strides(stored: Part, block_tokens: int) -> tuple[PlaneStrides, ...]:
+    """Strides of every (layer, plane) of an object, layer by layer."""
+    group, layout = stored.group, stored.layout
+    assert isinstance(layout, Described)
+    return tuple(
+        plane_strides(group, layout.axes, block_tokens, layer, plane)
+        for layer in range(group.layers)
+        for plane in range(len(group.channels))
+    )
+
+
+def segments_of(memory: PagedMemory, stored: Part, block_tokens: int) -> Segments:
+    """How pages of `memory` lie in objects of `stored`, the same numbers in some layout."""
+    group, layout = memory.part.group, memory.part.layout
+    if isinstance(layout, Opaque):
+        # A private page is one run of bytes: a "token" of `page_bytes` one-byte channels.
+        size = layout.page_bytes
+        layer_bytes = size * (block_tokens // memory.page_tokens)
+        rows = [
+            (p.address, p.page, 0, 0, 1, layer * layer_bytes, size, 0, 1, 1, size)
+            for layer, p in enumerate(memory.planes)
+        ]
+        return Segments(np.array(rows, dtype=np.int64), 1, 1, group.layers)
+    widths = group.channels * group.layers
+    strides = _slot_strides(stored, block_tokens)
+    rows = [
+        (
+            p.address, p.page, p.token, p.head, p.channel,
+            s.offset, s.token, s.head, s.channel,
+            group.heads, width,
+        )
+        for p, s, width in zip(memory.planes, strides, widths, strict=True)
+    ]  # fmt: skip
+    rows = _join_planes(rows, len(group.channels), group.elem_size)
+    table = np.array(rows, dtype=np.int64)
+    return Segments(table, memory.page_tokens, group.elem_size, group.layers)
+
+
+Row = tuple[int, int, int, int, int, int, int, int, int, int, int]
+
+
+def _join_planes(rows: list[Row], planes: int, elem: int) -> list[Row]:
+    """Join planes that lie side by side on both sides (K‖V) into one of twice the channels."""
+    if planes == 1:
+        return rows
+    joined: list[Row] = []
+    for i in range(0, len(rows), planes):
+        group = rows[i : i + planes]
+        first, width = group[0], 0
+        for row in group:
+            beside = (
+                row[0] == first[0] + width * elem
+                and row[5] == first[5] + width * elem
+                and row[1:5] == first[1:5]
+                and row[6:10] == first[6:10]
+                and first[4] == first[8] == elem
+            )
+            if not beside:
+                return rows
+            width += row[10]
+        joined.append((*first[:10], width))
+    return joined
