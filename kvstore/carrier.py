@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from kvstore.copier.base import Copier
+
 Gather = Callable[[int, Sequence[int]], "list[int] | None"]
 """Copies objects from pages to the addresses given; the first of them is the number given, the
 others follow. Returns their XXH3 if that is wanted."""
@@ -30,6 +32,11 @@ class Carrier(Protocol):
 
     lease_bytes: int
     checksums: bool
+    whole: bool
+    """Each call of `write` and `read` makes one of `gather` or `scatter`, for all objects."""
+
+    def prepare(self, copier: Copier) -> None:
+        """Make slots ready for copies by `copier`. Called once, before any."""
 
     def write(
         self, lease: int, slots: NDArray[np.int64], nbytes: int, gather: Gather, patience: float
@@ -60,9 +67,16 @@ class ArenaCarrier:
 
     lease_bytes = 1 << 62
     checksums = False
+    whole = True
 
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
+        self._copier: Copier | None = None
+
+    def prepare(self, copier: Copier) -> None:
+        """See `Carrier.prepare`."""
+        copier.attach(self.arena.address, self.arena.size)
+        self._copier = copier
 
     def write(
         self, lease: int, slots: NDArray[np.int64], nbytes: int, gather: Gather, patience: float
@@ -78,6 +92,8 @@ class ArenaCarrier:
 
     def close(self) -> None:
         """See `Carrier.close`."""
+        if self._copier is not None:
+            self._copier.detach(self.arena.address)
         self.arena.close()
 
     def _addresses(self, slots: NDArray[np.int64], nbytes: int) -> list[int]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from kvstore import protocol
 from kvstore.channel import Channel
 from kvstore.config import Config
+from kvstore.copier.base import Copier
 from kvstore.credentials import client_token
 from kvstore.embedded import join_or_start
 from kvstore.errors import ConfigError, SpecError, StoreUnavailable
@@ -28,12 +29,15 @@ class Link:
     Thread-safe, except that `counters` may lose a count under a race.
     """
 
-    def __init__(self, namespace: Namespace, parts: tuple[Part, ...], config: Config) -> None:
+    def __init__(
+        self, namespace: Namespace, parts: tuple[Part, ...], config: Config, copier: Copier
+    ) -> None:
         self.counters = Counters()
         self.quiet = QuietLog(_log)
         self._namespace = namespace
         self._parts = parts
         self._config = config
+        self._copier = copier
         self._lock = threading.Lock()
         self._channel: Channel | None = None
         self._handle = 0
@@ -117,6 +121,7 @@ class Link:
             channel.retire()
             reason = reply.reason if isinstance(reply, Failure) else f"answered {reply!r}"
             raise SpecError(f"the store cannot serve this session: {reason}")
+        channel.carrier.prepare(self._copier)
         with self._lock:
             if self._closed.is_set():
                 channel.retire()

@@ -26,11 +26,13 @@ from kvstore.link import Link
 from kvstore.planner import LoadPlan, Planner
 from kvstore.protocol import MEMORY, Message, Release, Reply, tier_names
 from kvstore.spec import Namespace, Part
-from kvstore.transfer import About, Loaded, Saved, Transfer
+from kvstore.transfer import About, Gates, Loaded, Saved, Transfer
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from kvstore.copier.gate import LayerGate
 
 __all__ = ["LoadPlan", "Loaded", "Lookup", "Pin", "Saved", "Session"]
 
@@ -86,13 +88,14 @@ class Session:
         self.block_tokens = namespace.block_tokens
         self.block_bytes = sum(part.nbytes(namespace.block_tokens) for part in parts)
         self._config = config
-        self._link = Link(namespace, self.parts, config)
+        copier = copier or CpuCopier(_copy_threads(config))
+        self._link = Link(namespace, self.parts, config, copier)
         self.counters = self._link.counters
         self._transfer = Transfer(
             self._link,
             self.parts,
             namespace.block_tokens,
-            copier or CpuCopier(_copy_threads(config)),
+            copier,
             config.session.checksum,
             self._copied,
         )
@@ -173,6 +176,13 @@ class Session:
         _log.debug("plan: load %d of %d blocks (%s)", plan.blocks, plan.found, plan.reason)
         return plan
 
+    def report_load(self, blocks: int, seconds: float) -> None:
+        """Tell the planner that other processes loaded `blocks` from memory in `seconds`.
+
+        For a session that only plans; one that loads takes its own times.
+        """
+        self._copied(blocks * self.block_bytes, seconds)
+
     def report_prefill(self, tokens: int, seconds: float) -> None:
         """Tell the planner that the engine computed `tokens` prompt tokens in `seconds`."""
         with self._planner_lock:
@@ -185,11 +195,16 @@ class Session:
         page_ids: Sequence[NDArray[np.int64]],
         *,
         timeout: float | None = None,
+        after: LayerGate | None = None,
+        then: LayerGate | None = None,
     ) -> Loaded:
         """Copy the blocks of `keys` into the engine's pages, from the start as far as they arrive.
 
         `memory` has one entry per part, `page_ids` one array (blocks, pages per block) per part;
         a page id of -1 leaves that page out. Blocks below memory are brought up first.
+
+        No page is written before `after` lets it. `then` is opened layer by layer where all blocks
+        lie in memory and there is one part, else at the end; it fails unless all blocks arrive.
 
         Raises:
             SpecError: memory or page ids do not fit the parts.
@@ -198,11 +213,15 @@ class Session:
         started = time.monotonic()
         deadline = started + (timeout or self._config.session.load_timeout)
         result = Loaded()
-        with self._link.using() as link:
-            if link is None:
-                result.reason = "unavailable"
-                return result
-            self._transfer.load(link, keys, memory, page_ids, deadline, result)
+        gates = Gates(after, then)
+        try:
+            with self._link.using() as link:
+                if link is None:
+                    result.reason = "unavailable"
+                    return result
+                self._transfer.load(link, keys, memory, page_ids, deadline, gates, result)
+        finally:
+            gates.end(result.blocks == len(keys), result.reason or "failed")
         result.seconds = time.monotonic() - started
         for tier, blocks in result.tiers.items():
             self.counters.add("load.blocks", tier, by=blocks)
@@ -220,13 +239,14 @@ class Session:
         ttl: float | None = None,
         parent: bytes = b"",
         tokens: Sequence[int] | NDArray[np.integer[Any]] | None = None,
+        after: LayerGate | None = None,
     ) -> Saved:
         """Copy those blocks of `keys` that the store lacks out of the engine's pages.
 
         Arguments as for `load`. Dropped, not waited for, when there is no room. New blocks expire
         after `ttl` seconds, if given. `parent` is the key before the first one, and `tokens` are
         the token ids of the blocks; both are for those who watch events, and `tokens` are only sent
-        with `session.publish_tokens`.
+        with `session.publish_tokens`. No page is read before `after` lets it.
 
         Raises:
             SpecError: memory, page ids or tokens do not fit the parts and keys.
@@ -239,7 +259,7 @@ class Session:
                 raise SpecError(
                     f"{len(ids)} tokens given for {len(keys)} blocks of {self.block_tokens}"
                 )
-        about = About(ttl, parent, ids)
+        about = About(ttl, parent, ids, after)
         started = time.monotonic()
         wait = timeout or self._config.session.save_timeout
         result = Saved()

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from kvstore.copier.base import Copier
+
 _WINDOW: Final = 8 << 20
 """Bytes copied and sent at a time, if an object is not larger."""
 _BATCH: Final = 32 << 20
@@ -94,6 +96,7 @@ class StreamCarrier:
 
     lease_bytes = _LEASE_BYTES
     checksums = True
+    whole = False
 
     def __init__(self, dial: Dial, streams: int, lease_seconds: float) -> None:
         self._dial = dial
@@ -104,6 +107,9 @@ class StreamCarrier:
         self._waiting = 0
         self._changed = threading.Condition()
         self._helpers = ThreadPoolExecutor(streams, thread_name_prefix="kvstore-stream")
+
+    def prepare(self, copier: Copier) -> None:
+        """Nothing: copies go by way of private memory."""
 
     def write(
         self, lease: int, slots: NDArray[np.int64], nbytes: int, gather: Gather, patience: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -23,11 +23,16 @@ from kvstore.spec import Part
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from kvstore.copier.gate import LayerGate
+
 _WINDOW_BYTES = 64 << 20
 """Bytes that come up from disk before the first of them are copied on."""
 
 _TOKENS_PER_REQUEST = 1 << 20
 """Token ids that go along with one request; half of what a frame holds."""
+
+_COMPUTE_SECONDS = 30.0
+"""How long a save may wait for the layers that it follows to be computed."""
 
 LATE_SECONDS = 0.5
 """How much longer than its deadline a daemon may take to say what has arrived."""
@@ -51,12 +56,31 @@ class Loaded:
 class About:
     """What a save says of its blocks: seconds they live, the key before them, their token ids.
 
-    `tokens` has as many ids as the blocks have tokens, or none.
+    `tokens` has as many ids as the blocks have tokens, or none. `after` says from when on pages may
+    be read.
     """
 
     ttl: float | None = None
     parent: bytes = b""
     tokens: NDArray[np.uint32] | None = None
+    after: LayerGate | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """What a load waits for, and what it opens; see `Copier`."""
+
+    after: LayerGate | None = None
+    then: LayerGate | None = None
+
+    def end(self, whole: bool, reason: str) -> None:
+        """All is in the pages, or will never be."""
+        if self.then is None:
+            return
+        if whole:
+            self.then.open(self.then.layers)
+        else:
+            self.then.fail(reason)
 
 
 @dataclass(slots=True)
@@ -100,6 +124,7 @@ class Transfer:
         memory: Sequence[PagedMemory],
         page_ids: Sequence[NDArray[np.int64]],
         deadline: float,
+        gates: Gates,
         result: Loaded,
     ) -> None:
         """Copy blocks into pages as they arrive; `deadline` in monotonic seconds.
@@ -125,8 +150,10 @@ class Transfer:
             found += reply.tiers[len(found) - first :]
             pages = [ids[first:] for ids in page_ids]
             incoming = _Incoming(reply, len(self._parts))
+            # Layers can be given away one by one only if this is all there is to come.
+            piece = gates if len(incoming.slots) == len(keys) else replace(gates, then=None)
             try:
-                self._copy_held(channel, lease, incoming, memory, pages, deadline)
+                self._copy_held(channel, lease, incoming, memory, pages, deadline, piece)
             finally:
                 channel.notify(Release(lease, tuple(sorted(incoming.damaged))))
             good = incoming.good
@@ -147,6 +174,7 @@ class Transfer:
         memory: Sequence[PagedMemory],
         page_ids: Sequence[NDArray[np.int64]],
         deadline: float,
+        gates: Gates,
     ) -> None:
         """Copy what an acquire brought, as far as it is right and comes before the deadline."""
         started = time.monotonic()
@@ -154,7 +182,7 @@ class Transfer:
             if not incoming.fits(len(page_ids[0])):
                 raise StoreUnavailable("the daemon's answer does not fit the request")
             for column in range(len(self._parts)):
-                self._load_part(channel, lease, incoming, column, memory, page_ids, deadline)
+                self._load_part(channel, lease, incoming, column, memory, page_ids, deadline, gates)
         except StoreUnavailable as e:
             incoming.reason = _reason_of(e)
             self._link.quiet.warning("load", "blocks did not come: %s", e)
@@ -172,10 +200,14 @@ class Transfer:
         memory: Sequence[PagedMemory],
         page_ids: Sequence[NDArray[np.int64]],
         deadline: float,
+        gates: Gates,
     ) -> None:
         """Copy one part's objects."""
         verify = self._verify and incoming.has_checksums
-        for stored, rows in incoming.by_layout(column, self._parts[column]).items():
+        layouts = incoming.by_layout(column, self._parts[column])
+        # One call of the copier brings all, and nothing is left to verify after it.
+        once = len(self._parts) == len(layouts) == 1 and channel.carrier.whole and not verify
+        for stored, rows in layouts.items():
 
             def scatter(first: int, addresses: Sequence[int], sent: Sequence[int] | None) -> None:
                 chosen = rows[first : first + len(addresses)]  # noqa: B023 - used within the turn
@@ -186,6 +218,9 @@ class Transfer:
                     self._block_tokens,
                     stored=stored,  # noqa: B023
                     checksum=verify or sent is not None,
+                    after=gates.after,
+                    then=gates.then if once else None,
+                    deadline=deadline,
                 )
                 incoming.take(column, chosen, have, sent)
 
@@ -216,7 +251,7 @@ class Transfer:
                 ids = about.tokens[first * size : (first + step) * size]
                 tokens = ids.astype("<u4").tobytes()
             ask = partial(protocol.Reserve, parent=parent, tokens=tokens, ttl=about.ttl)
-            self._save_window(link, keys[window], memory, pages, wait, ask, result)
+            self._save_window(link, keys[window], memory, pages, wait, ask, about.after, result)
             if result.reason == "unavailable":  # Do not wait for each of the others too.
                 result.dropped += len(keys[first + step :])
                 break
@@ -229,6 +264,7 @@ class Transfer:
         page_ids: Sequence[NDArray[np.int64]],
         wait: float,
         ask: Callable[[int, int, bytes], protocol.Reserve],
+        after: LayerGate | None,
         result: Saved,
     ) -> None:
         channel, handle = link
@@ -246,7 +282,7 @@ class Transfer:
         wanted = (answers >= 0).any(axis=1) & ~full
         result.had += int(((answers == HAVE) | (answers == BUSY)).all(axis=1).sum())
         try:
-            sums = self._save_parts(channel, lease, answers, wanted, memory, page_ids, wait)
+            sums = self._save_parts(channel, lease, answers, wanted, memory, page_ids, wait, after)
         except BaseException as e:
             channel.notify(Release(lease))
             if not isinstance(e, StoreUnavailable):
@@ -278,9 +314,11 @@ class Transfer:
         memory: Sequence[PagedMemory],
         page_ids: Sequence[NDArray[np.int64]],
         wait: float,
+        after: LayerGate | None,
     ) -> tuple[int, ...] | None:
         """Copy out what was granted; returns a checksum per granted slot, in order, if wanted."""
         checksum = self._verify or channel.carrier.checksums
+        deadline = time.monotonic() + _COMPUTE_SECONDS
         sums = np.zeros(answers.shape, dtype=np.uint64)
         for column, nbytes in enumerate(self._part_bytes):
             rows = np.flatnonzero((answers[:, column] >= 0) & wanted)
@@ -295,6 +333,8 @@ class Transfer:
                     addresses,
                     self._block_tokens,
                     checksum=checksum,
+                    after=after,
+                    deadline=deadline,
                 )
 
             made = channel.carrier.write(lease, answers[rows, column], nbytes, gather, wait)
