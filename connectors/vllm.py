@@ -20,13 +20,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 
-from kvstore.connectors.vllm_config import settings_of
+from kvstore.connectors.vllm_config import Settings, settings_of
 from kvstore.connectors.vllm_identity import identity_of
 from kvstore.connectors.vllm_layout import pages_of
 from kvstore.connectors.vllm_messages import Step
 from kvstore.connectors.vllm_scheduler import SchedulerSide
 from kvstore.connectors.vllm_stats import KVStoreMetrics, KVStoreStats
 from kvstore.connectors.vllm_worker import WorkerSide
+from kvstore.errors import ConfigError
 from kvstore.spec import Namespace, block_tokens_for, check_block_tokens
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
         check_block_tokens(size, pages.page_tokens)
         identity = identity_of(vllm_config, pages.parts[0].group.dtype, settings.revision)
         namespace = Namespace(identity, settings.tenant, size)
+        _check_layerwise(settings, vllm_config)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         if role == KVConnectorRole.SCHEDULER:
@@ -73,7 +75,7 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
                 settings,
                 namespace,
                 pages,
-                vllm_config.parallel_config.tensor_parallel_size,
+                vllm_config.parallel_config.world_size,
                 loads=transfer.is_kv_consumer,
                 saves=transfer.is_kv_producer,
                 hashed_media=_hashes_media(vllm_config),
@@ -116,19 +118,30 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._on_worker.begin(connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Nothing: all loads are asynchronous, and have been started."""
+        """Nothing: loads have been started."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: no request in the batch waits for a load."""
+        """Before a layer is computed: what is loaded of it must be there."""
+        self._on_worker.layer_needed(layer_name)
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
     ) -> None:
-        """Nothing: blocks are saved whole, after the step."""
+        """After a layer was computed: what this step has filled of it may be saved."""
+        self._on_worker.layer_computed(layer_name)
 
     def wait_for_save(self) -> None:
-        """Start to save what this step has filled."""
+        """All of the step is computed."""
         self._on_worker.computed()
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Pages that a step computed with, though they had not been loaded."""
+        return self._on_worker.take_invalid()
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Whether layers must be told of one by one."""
+        return bool(extra_config.get("kvstore.vllm.layerwise"))
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Requests whose transfers have ended."""
@@ -228,10 +241,32 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
                 side.close()
 
 
-def _rank() -> int:
-    from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+def _check_layerwise(settings: Settings, vllm_config: Any) -> None:
+    """A layer that does not come in time was computed with by then: vLLM must be able to mend it.
 
-    return int(get_tensor_model_parallel_rank())
+    Ranks would have to agree on that within the step, before any of them saves what came of it.
+    """
+    if not settings.layerwise:
+        return
+    policy = vllm_config.kv_transfer_config.kv_load_failure_policy
+    if policy != "recompute":
+        raise ConfigError(
+            f"kvstore.vllm.layerwise needs kv_load_failure_policy 'recompute', it is {policy!r}; "
+            "set it in --kv-transfer-config, or leave kvstore.vllm.layerwise out"
+        )
+    ranks = vllm_config.parallel_config.world_size
+    if ranks > 1:
+        raise ConfigError(
+            f"kvstore.vllm.layerwise is for engines of one rank, this one has {ranks}; leave it out"
+        )
+
+
+def _rank() -> int:
+    """This worker's number in the engine, stage by stage."""
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    tensor = get_tp_group()
+    return int(get_pp_group().rank_in_group * tensor.world_size + tensor.rank_in_group)
 
 
 def _hashes_media(vllm_config: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Final
 
 from kvstore.config import Config, load_config
@@ -19,22 +19,24 @@ class Settings:
     """What `kv_connector_extra_config` and the usual sources of configuration say.
 
     `tenant` is whose blocks these are where a request does not say; `revision` names the weights
-    (empty: found out); `block_tokens` are the tokens of a block (0: chosen).
+    (empty: found out); `block_tokens` are the tokens of a block (0: chosen). `layerwise` has steps
+    compute a layer as soon as its KV has arrived, where blocks lie in memory.
     """
 
     config: Config
     tenant: str = ""
     revision: str = ""
     block_tokens: int = 0
+    layerwise: bool = False
 
 
-_OWN: Final = {field.name: field.type for field in fields(Settings) if field.name != "config"}
+_OWN: Final = {"tenant": str, "revision": str, "block_tokens": int, "layerwise": bool}
 
 
 def settings_of(extra: Mapping[str, Any]) -> Settings:
     """Read `kv_connector_extra_config`: `kvstore.<setting>` as in the YAML file, with dots.
 
-    `kvstore.vllm.tenant`, `.revision` and `.block_tokens` are the connector's own. What is not
+    `kvstore.vllm.tenant` and its neighbours in `Settings` are the connector's own. What is not
     given comes from the environment and the YAML file.
 
     Raises:
@@ -66,8 +68,8 @@ def _own(values: Any) -> dict[str, Any]:
         if name not in _OWN:
             near = difflib.get_close_matches(name, _OWN, n=1) or sorted(_OWN)
             raise ConfigError(f"{where}.{name}: unknown key; did you mean {' or '.join(near)}?")
-        wanted = int if name == "block_tokens" else str
-        if not isinstance(value, wanted) or isinstance(value, bool):
+        wanted = _OWN[name]
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
             raise ConfigError(f"{where}.{name} is {value!r}; give a {wanted.__name__}")
     if not 0 <= values.get("block_tokens", 0) <= MAX_BLOCK_TOKENS:
         raise ConfigError(f"{where}.block_tokens must lie between 1 and {MAX_BLOCK_TOKENS}")

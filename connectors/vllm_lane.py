@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from vllm.logger import init_logger
 
 from kvstore.connectors.vllm_messages import Job
+from kvstore.transfer import Gates
 
 _log = init_logger("vllm.kvstore")
 
@@ -17,27 +18,27 @@ _log = init_logger("vllm.kvstore")
 class Lane:
     """Runs jobs one at a time, by priority and then in order; thread-safe."""
 
-    def __init__(self, name: str, run: Callable[[Job], None]) -> None:
+    def __init__(self, name: str, run: Callable[[Job, Gates], None]) -> None:
         self._run = run
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._changed = threading.Condition()
-        self._waiting: list[tuple[int, int, Job]] = []
+        self._waiting: list[tuple[int, int, Job, Gates]] = []
         self._running: str | None = None
 
-    def put(self, job: Job) -> None:
+    def put(self, job: Job, gates: Gates) -> None:
         """Have `job` run."""
         with self._changed:
-            heapq.heappush(self._waiting, (job.priority, job.number, job))
+            heapq.heappush(self._waiting, (job.priority, job.number, job, gates))
         self._thread.submit(self._next).add_done_callback(_tell)
 
     def _next(self) -> None:
         with self._changed:
             if not self._waiting:
                 return  # It was dropped.
-            job = heapq.heappop(self._waiting)[2]
+            _, _, job, gates = heapq.heappop(self._waiting)
             self._running = job.request
         try:
-            self._run(job)
+            self._run(job, gates)
         finally:
             with self._changed:
                 self._running = None

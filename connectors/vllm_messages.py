@@ -22,7 +22,8 @@ class Job:
     `pages` has shape (blocks, pages per block); -1 leaves a page out. `number` counts all jobs,
     `priority` orders those that wait (lower first). `parent` is the key before the first, `tokens`
     the blocks' token ids where the store is to publish them. `prefetched`
-    blocks to load were on disk when the request came.
+    blocks to load were on disk when the request came. A load that is `layered` takes part in the
+    step it comes with: each layer is computed once it has arrived.
     """
 
     number: int
@@ -36,6 +37,7 @@ class Job:
     parent: bytes = b""
     tokens: list[int] | None = None
     prefetched: int = 0
+    layered: bool = False
 
 
 @dataclass(slots=True)
@@ -45,6 +47,7 @@ class Step(KVConnectorMetadata):  # type: ignore[misc]
     `preempted` are requests that lost their pages, `held` finished ones whose pages stay until
     each worker has named them once. `idle`: this step computes nothing. `asked` is true while a
     request waits for the store in the queue. `namespace` is the digest of the default namespace.
+    `failures` counts the layered loads of which the scheduler knows that they failed.
     """
 
     namespace: bytes
@@ -55,6 +58,7 @@ class Step(KVConnectorMetadata):  # type: ignore[misc]
     prompt_tokens: int = 0
     idle: bool = False
     asked: bool = False
+    failures: int = 0
 
 
 @dataclass(slots=True)
@@ -63,12 +67,21 @@ class Report(KVConnectorWorkerMetadata):  # type: ignore[misc]
 
     `loaded` counts blocks that arrived; of several ranks the least counts. `saved` holds, per job,
     how many ranks are done with it and the least number of blocks that the store now has.
-    `computed` is (prompt tokens, seconds) of a step that computed nothing else.
+    `computed` is (prompt tokens, seconds) of a step that computed nothing else, `copied` (blocks,
+    seconds) of a load from memory. `failures` counts layered loads that failed.
     """
 
     loaded: dict[int, int] = field(default_factory=dict)
     saved: dict[int, tuple[int, int]] = field(default_factory=dict)
     computed: tuple[int, float] | None = None
+    copied: tuple[int, float] | None = None
+    failures: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to tell."""
+        said = self.loaded or self.saved or self.computed or self.copied or self.failures
+        return not said
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Both as one."""
@@ -80,4 +93,10 @@ class Report(KVConnectorWorkerMetadata):  # type: ignore[misc]
         for number, (ranks, blocks) in other.saved.items():
             before = saved.get(number, (0, blocks))
             saved[number] = (ranks + before[0], min(blocks, before[1]))
-        return Report(loaded, saved, self.computed or other.computed)
+        return Report(
+            loaded,
+            saved,
+            self.computed or other.computed,
+            self.copied or other.copied,
+            self.failures + other.failures,
+        )

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kvstore.connectors.vllm_config import Wishes
 from kvstore.connectors.vllm_identity import block_extras
+from kvstore.connectors.vllm_messages import Job
 from kvstore.keys import block_keys
 from kvstore.spec import Namespace
 
@@ -33,9 +34,9 @@ class Found:
 
 @dataclass(slots=True)
 class Promise:
-    """Tokens `start` to `end` are being loaded, from block `first` on, by job `number`."""
+    """Tokens `start` to `end` are being loaded, from block `first` on, by `job`."""
 
-    number: int
+    job: Job
     first: int
     start: int
     end: int
@@ -58,6 +59,8 @@ class Tracked:
     saving: set[int] = field(default_factory=set)
     """Numbers of the jobs among those that are not done."""
     failures: int = 0
+    tainted: bool = False
+    """Computed beside a layered load that failed: what its pages hold is not saved."""
 
     def extend_keys(self) -> list[bytes]:
         """The keys of all whole blocks whose tokens are known."""

@@ -80,6 +80,8 @@ class SchedulerSide:
         """Finished requests that workers have not been told of yet."""
         self._waiting = False
         self._late = False
+        self._failures = 0
+        """Layered loads that failed."""
         self._rest_until = 0.0
         self._kv_cache_manager: Any = None
         self._quiet = QuietLog(_log)
@@ -107,7 +109,11 @@ class SchedulerSide:
             self._waiting = True
             return None, False
         tokens = (first + len(found.tiers)) * size - computed
-        return (tokens, True) if tokens > 0 else (0, False)
+        return (tokens, not self._layered(found)) if tokens > 0 else (0, False)
+
+    def _layered(self, found: Found) -> bool:
+        """Whether the step that computes the rest takes the layers as they arrive."""
+        return self._settings.layerwise and set(found.tiers) <= {"memory"}
 
     def _track(self, request: Any) -> Tracked | None:
         tracked = self._tracked.get(request.request_id)
@@ -186,9 +192,10 @@ class SchedulerSide:
             tracked.wishes.priority,
             min(self._settings.config.session.load_timeout, 2.0 + 4 * found.seconds),
             prefetched=found.prefetched,
+            layered=self._layered(found),
         )
         self._loads.append(job)
-        tracked.promise = Promise(job.number, first, start, end)
+        tracked.promise = Promise(job, first, start, end)
 
     def sources(self, request: Any, external: int) -> dict[CacheHitSource, int]:
         """The tiers that so many tokens come from."""
@@ -226,6 +233,7 @@ class SchedulerSide:
             prompt_tokens=0 if decoding else prompt,
             idle=output.total_num_scheduled_tokens == 0,
             asked=self._waiting,
+            failures=self._failures,
         )
         self._loads, self._saves, self._waiting = [], [], False
         self._held.clear()
@@ -236,7 +244,7 @@ class SchedulerSide:
     ) -> None:
         """Have workers save the blocks that are whole after `computed` tokens."""
         first, last = tracked.asked, tracked.computed_blocks(computed)
-        if last <= first or tracked.wishes.skip_save or not self._may_save:
+        if last <= first or tracked.wishes.skip_save or tracked.tainted or not self._may_save:
             return
         request, size = tracked.request, self._block_tokens
         if page_ids is None:
@@ -265,14 +273,24 @@ class SchedulerSide:
         if isinstance(report, Report):
             for number, (ranks, blocks) in report.saved.items():
                 self._saved(number, ranks, blocks)
-            promised = {t.promise.number: t.promise for t in self._tracked.values() if t.promise}
+            promised = {t.promise.job.number: t for t in self._tracked.values() if t.promise}
             for number, blocks in report.loaded.items():
-                promise = promised.get(number)
-                if promise is not None:
-                    before = promise.arrived
-                    promise.arrived = blocks if before is None else min(blocks, before)
+                tracked = promised.get(number)
+                promise = tracked.promise if tracked is not None else None
+                if promise is None:
+                    continue
+                before = promise.arrived
+                promise.arrived = blocks if before is None else min(blocks, before)
+                if promise.job.layered:
+                    self._took_part(tracked)
             if report.computed is not None:
                 self._session.report_prefill(*report.computed)
+            if report.copied is not None:
+                self._session.report_load(*report.copied)
+            if report.failures:
+                self._failures += report.failures
+                for one in self._tracked.values():
+                    one.tainted = True
         for name in output.finished_recving or ():
             if name in self._tracked:
                 self._arrived(self._tracked[name])
@@ -305,6 +323,29 @@ class SchedulerSide:
             # Of the session, so it outlives this object; its time ends it.
             session.pin(tracked.keys[: tracked.asked], ttl=tracked.wishes.pin)
 
+    def _took_part(self, tracked: Tracked) -> None:
+        """A layered load has ended, and with it the step that it was part of.
+
+        Of what did not come vLLM was told by the worker, and computes it anew. Until it has, no
+        other request may take those pages, or what was computed on top of them, for whole.
+        """
+        promise, tracked.promise, tracked.found = tracked.promise, None, None
+        assert promise is not None
+        if (promise.arrived or 0) == len(promise.job.keys):
+            return
+        tracked.failures += 1
+        pages = self._kv_cache_manager.get_block_ids(tracked.request.request_id)[0]
+        self._kv_cache_manager.evict_blocks(set(pages[promise.start // self._page_tokens :]))
+        self._came_short(promise, promise.start)
+
+    def _came_short(self, promise: Promise, kept: int) -> None:
+        self._quiet.warning(
+            "short",
+            "%d of %d tokens did not come from the store; they are computed instead",
+            promise.end - kept,
+            promise.end - promise.start,
+        )
+
     def _arrived(self, tracked: Tracked) -> None:
         """A load has ended: hold the promise, or take back what did not come."""
         promise, tracked.promise, tracked.found = tracked.promise, None, None
@@ -316,12 +357,7 @@ class SchedulerSide:
             return
         tracked.failures += 1
         kept = max(promise.start, arrived)
-        self._quiet.warning(
-            "short",
-            "%d of %d tokens did not come from the store; they are computed instead",
-            promise.end - kept,
-            promise.end - promise.start,
-        )
+        self._came_short(promise, kept)
         if request.status != RequestStatus.WAITING_FOR_REMOTE_KVS:
             return
         request.num_computed_tokens = kept
@@ -334,7 +370,9 @@ class SchedulerSide:
     def finished(self, request: Any, page_ids: list[int]) -> bool:
         """Forget a request; True: its pages must stay until workers have named it."""
         tracked = self._tracked.pop(request.request_id, None)
-        if tracked is None or tracked.promise is not None:
+        if tracked is None:
+            return False
+        if tracked.promise is not None and not tracked.promise.job.layered:
             return False  # vLLM itself keeps the pages of a load until that has ended.
         if request.status != RequestStatus.FINISHED_ERROR:
             self._save(tracked, request.num_computed_tokens, None, page_ids)

@@ -1,14 +1,20 @@
 """The vLLM connector in a worker: copies blocks between the engine's pages and the store.
 
-Two threads, one for loads and one for saves, make one call of the session per job; that call lets
-go of the GIL while it copies, so it goes on while the model computes. Pages are safe meanwhile: a
-load's belong to a request that is not in the batch, a save's are full and not written again, and
-vLLM does not give them away before this worker has reported the job (a request that ends), or has
-waited for it (one that is preempted).
+Threads for loads and for saves make one call of the session per job; that call lets go of the GIL
+while it copies, so it goes on while the model computes. Pages are safe meanwhile: a load's belong
+to a request that is not in the batch, a save's are full and not written again, and vLLM does not
+give them away before this worker has reported the job (a request that ends), or has waited for it
+(one that is preempted). On a GPU, events keep copies and the engine's stream in order: no page is
+written before what was queued ahead of the step has run, and none is read before it is computed.
+
+A layered load takes part in its step: each layer waits for its KV. If some does not come, the step
+has computed nonsense: its pages are reported to vLLM, and nothing of that step, or of those that
+were scheduled before the scheduler knew, is saved.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -21,13 +27,16 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 from vllm.logger import init_logger
 
 from kvstore.connectors.vllm_config import Settings
+from kvstore.connectors.vllm_device import Device
 from kvstore.connectors.vllm_lane import Lane
 from kvstore.connectors.vllm_layout import Pages, memory_of
 from kvstore.connectors.vllm_messages import Job, Report, Step
 from kvstore.connectors.vllm_sessions import Sessions
 from kvstore.connectors.vllm_stats import KVStoreStats
-from kvstore.errors import SpecError
+from kvstore.copier.gate import LayerGate
+from kvstore.errors import SpecError, StoreUnavailable
 from kvstore.session import Loaded, Session
+from kvstore.transfer import Gates
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,6 +56,10 @@ _LAST_SAVES: Final = 5.0
 """Seconds that saves may go on when the engine ends."""
 _REST: Final = 1.0
 """Seconds in which nothing is saved after the store did not answer."""
+_SAVE_PIECES: Final = 4
+"""Pieces, of a quarter of the layers each, in which a step's blocks are saved while it goes on."""
+_WORTH_PIECES: Final = 4
+"""Blocks that a step must fill for that."""
 
 
 class WorkerSide:
@@ -59,11 +72,23 @@ class WorkerSide:
         self._pages = pages
         self._part = pages.part(rank)
         self._saves_here = pages.saves(rank)
-        self._sessions = Sessions(settings.config, namespace, [self._part])
+        self._sessions: Sessions | None = None
+        self._device = Device(None, None)
         self._memory: PagedMemory | None = None
         self._cut = 1
+        self._layers: dict[str, int] = {}
+        self._layered: list[tuple[Job, LayerGate]] = []
+        """Loads that this step waits for, layer by layer."""
+        self._passed = 0
+        """Layers that this step has waited for."""
+        self._computed: LayerGate | None = None
+        """Opened as this step's layers are computed, if they have blocks to save."""
+        self._failures = 0
+        """Layered loads that failed."""
+        self._invalid: set[int] = set()
         self._changed = threading.Condition()
         self._loading = Lane("kvstore-load", self._load)
+        self._joining = Lane("kvstore-layers", self._load)
         self._saving = Lane("kvstore-save", self._save)
         # All below belongs to `_changed`.
         self._report = Report()
@@ -72,6 +97,8 @@ class WorkerSide:
         self._in_flight = 0
         """Loads that are not done."""
         self._received: set[str] = set()
+        self._arrived: dict[int, int] = {}
+        """Blocks that layered loads brought, by job."""
         self._held: set[str] = set()
         self._stats = KVStoreStats()
         self._save_from = 0.0
@@ -82,17 +109,16 @@ class WorkerSide:
         """Take the engine's KV cache, and open the session.
 
         Raises:
-            SpecError: its layout is not the one expected, or no processor can reach it.
+            SpecError: its layout is not the one expected, or copies cannot reach it.
             KVStoreError: the store refused the session.
         """
-        devices = {tensor.device.type for tensor in caches.values()}
-        if devices != {"cpu"}:
-            raise SpecError(
-                f"the KV cache lies on {', '.join(sorted(devices))}; this version copies only what "
-                "the CPU can address"
-            )
+        self._device = Device.of(caches.values())
         self._memory, self._cut = memory_of(
             self._part, self._pages.page_tokens, layer_names, caches
+        )
+        self._layers = {name: number for number, name in enumerate(layer_names)}
+        self._sessions = Sessions(
+            self._settings.config, self._namespace, [self._part], self._device.copier
         )
         self._sessions.open(self._settings.tenant)
 
@@ -119,23 +145,108 @@ class WorkerSide:
             self._held |= step.held
             for job in step.saves:
                 self._pending[job.request] += 1
+        layers, self._passed = len(self._layers), 0
+        if step.loads and self._device.number is not None:
+            after = LayerGate.opened(layers, self._device.mark())
+        else:
+            after = None
         for job in step.loads:
-            self._loading.put(job)
+            if job.layered:
+                gate = LayerGate(layers)
+                self._layered.append((job, gate))
+                self._joining.put(job, Gates(after, gate))
+            else:
+                self._loading.put(job, Gates(after))
+        self._computed = None
+        if step.failures == self._failures and _blocks(step.saves) >= _WORTH_PIECES:
+            self._start_saves(step.saves)
+
+    def layer_needed(self, name: str) -> None:
+        """Before a layer is computed: wait for what is loaded of it."""
+        layer = self._layers.get(name)
+        if not self._layered or layer is None:
+            return
+        self._passed += 1
+        for _, gate in self._layered:
+            if gate.failed is None:
+                self._wait_for(gate, layer)
+
+    def _wait_for(self, gate: LayerGate, layer: int) -> bool:
+        try:
+            # Whoever loads has a deadline, and never leaves without opening the gate or failing it.
+            self._device.follow(gate.wait(layer, math.inf))
+        except StoreUnavailable:
+            return False  # `computed` sees to it.
+        return True
+
+    def layer_computed(self, name: str) -> None:
+        """After a layer is computed: it may be saved, together with some neighbours."""
+        layer, layers = self._layers.get(name), len(self._layers)
+        if self._computed is None or layer is None:
+            return
+        done = layer + 1
+        # The last one waits until it is known that no layered load has failed.
+        if done < layers and done % -(-layers // _SAVE_PIECES) == 0:
+            self._computed.open(done, self._device.mark())
 
     def computed(self) -> None:
         """The model has computed this step: its blocks may be saved."""
         step = self._step
         if step is None:
             return
-        if step.prompt_tokens >= self._namespace.block_tokens:
+        self._end_layered()
+        sound = step.failures == self._failures
+        if self._computed is not None and sound:
+            self._computed.open(len(self._layers), self._device.mark())
+        elif self._computed is not None:
+            self._computed.fail("the step was computed without what it should have loaded")
+        elif sound:
+            self._start_saves(step.saves)
+            if self._computed is not None:
+                self._computed.open(len(self._layers), self._device.mark())
+        else:
+            for job in step.saves:
+                with self._changed:
+                    tokens = len(job.keys) * self._namespace.block_tokens
+                    self._stats.dropped(tokens, "load_failed")
+                self._saved(job, 0)
+        if sound and step.prompt_tokens >= self._namespace.block_tokens:
             seconds = time.perf_counter() - self._began
             with self._changed:
                 self._report.computed = (step.prompt_tokens, seconds)
-        for job in step.saves:
-            if self._saves_here:
-                self._saving.put(job)
+
+    def _start_saves(self, jobs: Sequence[Job]) -> None:
+        if jobs and self._saves_here:
+            self._computed = LayerGate(len(self._layers))
+        for job in jobs:
+            if self._computed is not None:
+                self._saving.put(job, Gates(self._computed))
             else:
                 self._saved(job, len(job.keys))
+
+    def _end_layered(self) -> None:
+        """See that the layered loads of this step have ended, and what came of them."""
+        last = len(self._layers) - 1
+        asked = self._passed > last
+        for job, gate in self._layered:
+            whole = self._wait_for(gate, last)
+            with self._changed:
+                self._changed.wait_for(lambda number=job.number: number in self._arrived)
+                arrived = self._arrived.pop(job.number)
+                # Without a word from every layer, the model may have been ahead of the load.
+                if not asked or not whole:
+                    arrived = 0 if not asked else arrived
+                    self._failures += 1
+                    self._report.failures += 1
+                    pages = job.pages[arrived:].ravel()
+                    self._invalid.update(int(page) for page in pages if page >= 0)
+                self._report.loaded[job.number] = arrived
+        self._layered.clear()
+
+    def take_invalid(self) -> set[int]:
+        """Pages that the step computed with though they had not been loaded."""
+        invalid, self._invalid = self._invalid, set()
+        return invalid
 
     def results(self) -> KVConnectorTransferResults:
         """Requests whose loads, or last saves, have ended since the last step."""
@@ -161,7 +272,7 @@ class WorkerSide:
         """What the scheduler has to know; None: nothing new."""
         with self._changed:
             report, self._report = self._report, Report()
-        return report if report.loaded or report.saved or report.computed else None
+        return None if report.is_empty else report
 
     def take_stats(self) -> KVStoreStats | None:
         """Statistics since the last step."""
@@ -172,34 +283,51 @@ class WorkerSide:
     def close(self) -> None:
         """Let the last saves end, then the sessions."""
         self._loading.close(0.0)
+        self._joining.close(0.0)
         self._saving.close(_LAST_SAVES)
-        self._sessions.close()
+        if self._sessions is not None:
+            self._sessions.close()
 
     # -- in the threads ---------------------------------------------------------------------------
 
-    def _load(self, job: Job) -> None:
+    def _session(self, tenant: str) -> Session:
+        assert self._sessions is not None
+        return self._sessions.open(tenant)
+
+    def _load(self, job: Job, gates: Gates) -> None:
         arrived, loaded = 0, Loaded()
         try:
-            session = self._sessions.open(job.tenant)
+            session = self._session(job.tenant)
             until = time.monotonic() + (job.timeout or self._load_timeout)
             memory, pages = self._memory, self._page_ids(job.pages)
             assert memory is not None
-            loaded = session.load(job.keys, [memory], [pages], timeout=job.timeout)
+            after, then = gates.after, gates.then
+            loaded = session.load(
+                job.keys, [memory], [pages], timeout=job.timeout, after=after, then=then
+            )
             arrived = loaded.blocks
-            if arrived < len(job.keys) and _is_back(session, until):
+            if arrived < len(job.keys) and not job.layered and _is_back(session, until):
                 # Once more: the connection may have been lost, or a block was just being moved.
                 left = until - time.monotonic()
-                rest = session.load(job.keys[arrived:], [memory], [pages[arrived:]], timeout=left)
+                rest = session.load(
+                    job.keys[arrived:], [memory], [pages[arrived:]], timeout=left, after=after
+                )
                 arrived += rest.blocks
         finally:
+            gates.end(arrived == len(job.keys), "failed")
             with self._changed:
-                self._report.loaded[job.number] = arrived
-                self._received.add(job.request)
+                if job.layered:
+                    self._arrived[job.number] = arrived
+                else:
+                    self._report.loaded[job.number] = arrived
+                    self._received.add(job.request)
+                if arrived and loaded.tiers.get("memory") == arrived:
+                    self._report.copied = (arrived, loaded.seconds)
                 self._in_flight -= 1
                 self._stats.loaded(job, loaded, arrived, self._namespace.block_tokens)
                 self._changed.notify_all()
 
-    def _save(self, job: Job) -> None:
+    def _save(self, job: Job, gates: Gates) -> None:
         stored = 0
         try:
             if time.monotonic() < self._save_from:
@@ -207,7 +335,7 @@ class WorkerSide:
                     tokens = len(job.keys) * self._namespace.block_tokens
                     self._stats.dropped(tokens, "resting")
                 return
-            session = self._sessions.open(job.tenant)
+            session = self._session(job.tenant)
             memory = self._memory
             assert memory is not None
             saved = session.save(
@@ -217,6 +345,7 @@ class WorkerSide:
                 ttl=job.ttl,
                 parent=job.parent,
                 tokens=job.tokens,
+                after=gates.after,
             )
             stored = saved.stored + saved.had
             if saved.reason == "unavailable":
@@ -238,6 +367,10 @@ class WorkerSide:
             return pages
         pieces = pages[:, :, None] * self._cut + np.arange(self._cut)
         return np.where(pages[:, :, None] < 0, -1, pieces).reshape(len(pages), -1)
+
+
+def _blocks(jobs: Sequence[Job]) -> int:
+    return sum(len(job.keys) for job in jobs)
 
 
 def _is_back(session: Session, until: float) -> bool:
