@@ -348,7 +348,8 @@ class WorkerSide:
                 after=gates.after,
             )
             stored = saved.stored + saved.had
-            if saved.reason == "unavailable":
+            computed = gates.after is None or gates.after.failed is None
+            if saved.reason == "unavailable" and computed:
                 self._save_from = time.monotonic() + _REST
             with self._changed:
                 self._stats.saved(saved, self._namespace.block_tokens)

@@ -10,6 +10,7 @@ import pytest
 from kvstore import protocol
 from kvstore.client import Orchestrator
 from kvstore.config import load_config
+from kvstore.copier.gate import LayerGate
 from kvstore.errors import SpecError
 from kvstore.protocol import HAVE
 from kvstore.session import Session
@@ -355,3 +356,39 @@ def test_watchers_of_events_get_tokens_and_parents_where_sessions_publish_them(
         assert second.parent_block_hash == keys[1]
         assert not second.token_ids
         assert second.block_size == BLOCK_TOKENS
+
+
+# --- Layer by layer -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checksum", [False, True])
+def test_a_gate_is_open_when_all_has_come_and_fails_otherwise(
+    stores: Stores, checksum: bool
+) -> None:
+    served = stores.serve()
+    with served.session(checksum=checksum) as session:
+        keys = session.keys(prompt(1, 4))
+        save(session, keys)
+        gate = LayerGate(GROUP.layers)
+        assert load(session, keys, then=gate).blocks == 4
+        assert (gate.open_layers, gate.failed) == (GROUP.layers, None)
+        more = session.keys(prompt(1, 6))
+        gate = LayerGate(GROUP.layers)
+        assert load(session, more, then=gate).blocks == 4
+        assert gate.failed == "absent"
+        assert gate.open_layers < GROUP.layers
+
+
+def test_a_save_whose_layers_fail_is_dropped_and_leaves_nothing(stores: Stores) -> None:
+    served = stores.serve()
+    with served.session() as session:
+        keys = session.keys(prompt(1, 4))
+        pages = Pages(PART, 16)
+        gate = LayerGate(GROUP.layers)
+        gate.open(1)
+        gate.fail("the step was lost")
+        saved = session.save(keys, [pages.memory], [pages.ids(4)], after=gate)
+        assert (saved.stored, saved.dropped) == (0, 4)
+        assert session.lookup(keys).blocks == 0
+        eventually(lambda: no_leases(served))
+        assert save(session, keys).stored == 4
