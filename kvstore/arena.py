@@ -12,6 +12,7 @@ import fcntl
 import mmap
 import os
 import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -36,6 +37,9 @@ class Arena:
         self.pages = pages
         self.path: Path | None = None
         """Its file, where it has a name."""
+        self._file: tuple[int, int, int] | None = None
+        """Device, inode and size, where several of this process may use the mapping."""
+        self._users = 0
         flags = mmap.MAP_SHARED | (_MAP_POPULATE if populate else 0)
         self._map = mmap.mmap(fd, size, flags=flags)
         anchor = ctypes.c_char.from_buffer(self._map)
@@ -91,8 +95,13 @@ class Arena:
         return arena
 
     @classmethod
-    def attach(cls, fd: int, size: int, pages: str, *, populate: bool = True) -> Arena:
+    def attach(
+        cls, fd: int, size: int, pages: str, *, populate: bool = True, shared: bool = False
+    ) -> Arena:
         """Map an arena received from a daemon, all of it at once if `populate`. Takes over `fd`.
+
+        With `shared` all who attach the same memory in this process get the same mapping, which
+        ends with the last of them to close it; so it is also pinned for a GPU only once.
 
         Raises:
             OSError: the descriptor is no memory of that size.
@@ -103,7 +112,18 @@ class Arena:
                 f"the descriptor received is no memory of the {size} bytes announced "
                 f"(it has {status.st_size})"
             )
-        return cls(fd, size, pages, populate=populate)
+        if not shared:
+            return cls(fd, size, pages, populate=populate)
+        file = (status.st_dev, status.st_ino, size)
+        with _attached_lock:
+            arena = _attached.get(file)
+            if arena is None:
+                arena = _attached[file] = cls(fd, size, pages, populate=populate)
+                arena._file = file
+            else:
+                os.close(fd)
+            arena._users += 1
+        return arena
 
     @classmethod
     def _on_huge_pages(cls, size: int) -> Arena | None:
@@ -244,12 +264,22 @@ class Arena:
 
     def close(self) -> None:
         """Unmap and close. Nothing may be copying."""
+        if self._file is not None:
+            with _attached_lock:
+                self._users -= 1
+                if self._users:
+                    return
+                del _attached[self._file]
         if self.fd >= 0:
             self.unlink()
         self._map.close()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+_attached: Final[dict[tuple[int, int, int], Arena]] = {}
+_attached_lock: Final = threading.Lock()
 
 
 def _remove_stale(path: Path) -> None:

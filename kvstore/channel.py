@@ -77,7 +77,9 @@ class Channel:
                 raise StoreUnavailable(f"the daemon at {path} did not answer the greeting")
             if not fds:
                 fds.append(_open_arena(path, reply))
-            arena = Arena.attach(fds[0], reply.arena_bytes, reply.arena_pages, populate=populate)
+            arena = Arena.attach(
+                fds[0], reply.arena_bytes, reply.arena_pages, populate=populate, shared=True
+            )
             del fds[0]
             return cls(PlainLine(connection), reply, ArenaCarrier(arena))
         except (OSError, ProtocolError) as e:

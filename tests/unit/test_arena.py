@@ -96,3 +96,25 @@ def test_a_descriptor_that_is_no_such_memory_is_refused(tmp_path: Path) -> None:
         Arena.attach(read_end, SIZE, "shmem")
     os.close(read_end)
     os.close(write_end)
+
+
+def test_one_mapping_serves_all_of_a_process() -> None:
+    arena = Arena.create(SIZE)
+    first = Arena.attach(os.dup(arena.fd), SIZE, arena.pages, shared=True)
+    second = Arena.attach(os.dup(arena.fd), SIZE, arena.pages, shared=True)
+    apart = Arena.attach(os.dup(arena.fd), SIZE, arena.pages)
+    assert first is second
+    assert apart.address != first.address
+    apart.close()
+    first.close()
+    arena.view(0, 1)[0] = 7
+    assert second.view(0, 1)[0] == 7
+    fd = second.fd
+    second.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    again = Arena.attach(os.dup(arena.fd), SIZE, arena.pages, shared=True)
+    assert again is not first
+    assert again.view(0, 1)[0] == 7
+    again.close()
+    arena.close()
