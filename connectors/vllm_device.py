@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from typing import TYPE_CHECKING, Final
 
 import torch
+from vllm.logger import init_logger
 
 from kvstore.errors import SpecError
 
@@ -17,15 +17,19 @@ if TYPE_CHECKING:
     from kvstore.copier.cuda import CudaCopier
     from kvstore.copier.gate import Event
 
-_log: Final = logging.getLogger("vllm.kvstore.worker")
+_log: Final = init_logger("vllm.kvstore.device")
 
 
 class Device:
-    """Of an engine's KV cache. `copier` is None for the CPU: a session has one of its own."""
+    """Of an engine's KV cache: number `number`, or the CPU. Its methods belong to one thread.
 
-    def __init__(self, number: int | None, copier: CudaCopier | None) -> None:
+    `copier` copies from and to its memory; None for the CPU, for which sessions have their own.
+    """
+
+    def __init__(self, number: int | None = None, copier: Copier | None = None) -> None:
         self.number = number
-        self._cuda = copier
+        self.copier = copier
+        self._cuda: CudaCopier | None = None
 
     @classmethod
     def of(cls, tensors: Iterable[torch.Tensor]) -> Device:
@@ -37,41 +41,48 @@ class Device:
         """
         devices = {tensor.device for tensor in tensors}
         if {device.type for device in devices} == {"cpu"}:
-            return cls(None, None)
-        names = ", ".join(sorted(map(str, devices)))
+            return cls()
         if len(devices) != 1 or {device.type for device in devices} != {"cuda"}:
-            raise SpecError(f"the KV cache lies on {names}; one CUDA device, or the CPU, will do")
-        if torch.version.cuda is None:
-            raise SpecError(
-                f"the KV cache lies on {names} of a torch without CUDA; this version copies from "
-                "NVIDIA GPUs and from what the CPU can address"
-            )
+            names = ", ".join(sorted(map(str, devices)))
+            raise SpecError(f"the KV cache lies on {names}; give it one GPU, or the CPU")
         (device,) = devices
+        number = torch.cuda.current_device() if device.index is None else device.index
+        if torch.version.cuda is None:
+            from kvstore.copier.torch import TorchCopier
+
+            _log.info("copies go by torch: batched DMA and kernels are for NVIDIA GPUs")
+            return cls(number, TorchCopier())
+        return cls._nvidia(number)
+
+    @classmethod
+    def _nvidia(cls, number: int) -> Device:
         from kvstore.copier.cuda import CudaCopier
 
-        number = torch.cuda.current_device() if device.index is None else device.index
         kernels = None
         if importlib.util.find_spec("triton") is None:
-            _log.warning("triton is not installed: layouts of small runs are copied slowly")
+            _log.warning("triton is not installed: short runs, as of small pages, copy slowly")
         else:
             from kvstore.copier.triton import TritonKernels
 
             kernels = TritonKernels(number)
-        return cls(number, CudaCopier(number, kernels=kernels))
-
-    @property
-    def copier(self) -> Copier | None:
-        """What copies from and to its memory."""
-        return self._cuda
+        copier = CudaCopier(number, kernels=kernels)
+        made = cls(number, copier)
+        made._cuda = copier
+        return made
 
     def mark(self) -> Event | None:
         """This point in the work of the engine; None: all before it is done."""
-        return None if self._cuda is None else self._cuda.mark(self._stream())
+        if self.number is None:
+            return None
+        stream = torch.cuda.current_stream(self.number)
+        if self._cuda is not None:
+            return self._cuda.mark(int(stream.cuda_stream))
+        from kvstore.copier.torch import TorchEvent
+
+        return TorchEvent(stream)
 
     def follow(self, event: Event | None) -> None:
         """Have the engine's further work wait for `event`."""
         if self._cuda is not None and event is not None:
-            self._cuda.follow(self._stream(), event)
-
-    def _stream(self) -> int:
-        return int(torch.cuda.current_stream(self.number).cuda_stream)
+            stream = torch.cuda.current_stream(self.number)
+            self._cuda.follow(int(stream.cuda_stream), event)

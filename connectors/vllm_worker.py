@@ -73,7 +73,7 @@ class WorkerSide:
         self._part = pages.part(rank)
         self._saves_here = pages.saves(rank)
         self._sessions: Sessions | None = None
-        self._device = Device(None, None)
+        self._device = Device()
         self._memory: PagedMemory | None = None
         self._cut = 1
         self._layers: dict[str, int] = {}
