@@ -40,6 +40,10 @@ _WORTH_WAITING: Final = 0.03
 """Seconds a load must take for its request to wait in the queue, without pages, meanwhile."""
 _REST: Final = 1.0
 """Seconds not to ask a store that did not answer."""
+_PATIENCE: Final = 2.0
+"""Seconds that a load may take beyond four times what is expected."""
+_STEP_PATIENCE: Final = 0.5
+"""The same if a step, and all requests in it, waits for the load."""
 _FAILURES: Final = 2
 """Loads that may come short before a request is computed."""
 
@@ -183,6 +187,8 @@ class SchedulerSide:
         rows = page_rows(page_ids[: end // self._page_tokens], self._page_tokens, size, first, last)
         # Pages that vLLM has itself are shared with other requests: they are left alone.
         rows.reshape(-1)[: start // self._page_tokens - first * rows.shape[1]] = -1
+        layered = self._layered(found)
+        patience = (_STEP_PATIENCE if layered else _PATIENCE) + 4 * found.seconds
         job = Job(
             next(self._numbers),
             request.request_id,
@@ -190,9 +196,9 @@ class SchedulerSide:
             tracked.keys[first:last],
             rows,
             tracked.wishes.priority,
-            min(self._settings.config.session.load_timeout, 2.0 + 4 * found.seconds),
+            min(self._settings.config.session.load_timeout, patience),
             prefetched=found.prefetched,
-            layered=self._layered(found),
+            layered=layered,
         )
         self._loads.append(job)
         tracked.promise = Promise(job, first, start, end)
