@@ -29,6 +29,9 @@ DTYPE_BYTES: Final[dict[str, int]] = {
     "uint8": 1,
 }
 
+FLOATS: Final = frozenset(name for name in DTYPE_BYTES if name.startswith(("float", "bfloat")))
+"""Types whose numbers can be rounded to one another."""
+
 MAX_OBJECT_BYTES: Final = 1 << 30
 MAX_BLOCK_TOKENS: Final = 1 << 16
 _MAX_TEXT: Final = 4096
@@ -254,6 +257,15 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         if self.layout == other.layout:
             return True
         return isinstance(self.layout, Described) and isinstance(other.layout, Described)
+
+    def casts_to(self, other: Part) -> bool:
+        """Whether it is `other` once its numbers are rounded to `other`'s type."""
+        if self.group.dtype == other.group.dtype or isinstance(self.layout, Opaque):
+            return False
+        if not {self.group.dtype, other.group.dtype} <= FLOATS:
+            return False
+        group = msgspec.structs.replace(self.group, dtype=other.group.dtype)
+        return Part(group, self.layout, self.shard).converts_to(other)
 
 
 class PlaneStrides(msgspec.Struct, frozen=True):

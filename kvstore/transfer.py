@@ -332,6 +332,7 @@ class Transfer:
                     ids[first : first + len(addresses)],  # noqa: B023
                     addresses,
                     self._block_tokens,
+                    stored=self._parts[column],  # noqa: B023
                     checksum=checksum,
                     after=after,
                     deadline=deadline,
@@ -368,7 +369,7 @@ class Transfer:
                 f"not {len(memory)} and {len(page_ids)}"
             )
         for part, pages, ids in zip(self._parts, memory, page_ids, strict=True):
-            if pages.part != part:
+            if pages.part != part and not pages.part.casts_to(part):
                 raise SpecError(f"memory of {pages.part.group.name!r} is not of the session's part")
             if len(ids) != len(keys):
                 raise SpecError(f"page_ids has {len(ids)} rows for {len(keys)} keys")

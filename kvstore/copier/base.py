@@ -88,13 +88,16 @@ class Copier(Protocol):
         slots: Sequence[int],
         block_tokens: int,
         *,
+        stored: Part | None = None,
         checksum: bool = False,
         after: LayerGate | None = None,
         deadline: float = math.inf,
     ) -> list[int] | None:
-        """Copy blocks from pages into slots, in the layout of `memory.part`.
+        """Copy blocks from pages into slots.
 
         `page_ids` has shape (blocks, pages per block); `slots` holds the addresses of the objects.
+        `stored` tells the layout of the slots where it is not `memory.part`'s. Copiers with kernels
+        round numbers to its type, and back again when they load.
         Returns the XXH3 of each object when `checksum`.
 
         Raises:

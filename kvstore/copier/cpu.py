@@ -37,15 +37,17 @@ class CpuCopier:
         slots: Sequence[int],
         block_tokens: int,
         *,
+        stored: Part | None = None,
         checksum: bool = False,
         after: LayerGate | None = None,
         deadline: float = math.inf,
     ) -> list[int] | None:
         """See `Copier.save`."""
+        part = check_layouts(memory, stored)
         check_copy(memory, page_ids, len(slots), block_tokens, skips=False)
         if not len(slots):
             return [] if checksum else None
-        segments = self._segments(memory, memory.part, block_tokens)
+        segments = self._segments(memory, part, block_tokens)
         if checksum or after is None:
             if after is not None:
                 after.wait(segments.layers - 1, deadline)

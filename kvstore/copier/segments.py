@@ -67,16 +67,23 @@ def check_copy(
         raise SpecError(f"page id {bad} is outside the engine's {memory.pages} pages")
 
 
-def check_layouts(memory: PagedMemory, stored: Part | None) -> Part:
-    """The part to load from.
+def check_layouts(memory: PagedMemory, stored: Part | None, *, casts: bool = False) -> Part:
+    """What is in the slots; with `casts` it may be of another type of number than the pages.
 
     Raises:
-        SpecError: it cannot be turned into that of `memory`.
+        SpecError: it cannot be turned into what `memory` holds.
     """
     part = stored or memory.part
-    if not part.converts_to(memory.part):
-        raise SpecError(f"layout {part.layout} cannot be turned into {memory.part.layout}")
-    return part
+    if part.converts_to(memory.part):
+        return part
+    if part.casts_to(memory.part):
+        if casts:
+            return part
+        raise SpecError(
+            f"numbers of {part.group.dtype} are turned into {memory.part.group.dtype} by kernels "
+            "of a GPU only"
+        )
+    raise SpecError(f"layout {part.layout} cannot be turned into {memory.part.layout}")
 
 
 @lru_cache(maxsize=256)
@@ -92,7 +99,10 @@ def _slot_strides(stored: Part, block_tokens: int) -> tuple[PlaneStrides, ...]:
 
 
 def segments_of(memory: PagedMemory, stored: Part, block_tokens: int) -> Segments:
-    """How pages of `memory` lie in objects of `stored`, the same numbers in some layout."""
+    """How pages of `memory` lie in objects of `stored`, in whichever layout and type of number.
+
+    Strides in the slots are those of `stored`.
+    """
     group, layout = memory.part.group, memory.part.layout
     if isinstance(layout, Opaque):
         # A private page is one run of bytes: a "token" of `page_bytes` one-byte channels.
@@ -113,7 +123,8 @@ def segments_of(memory: PagedMemory, stored: Part, block_tokens: int) -> Segment
         )
         for p, s, width in zip(memory.planes, strides, widths, strict=True)
     ]  # fmt: skip
-    rows = _join_planes(rows, len(group.channels), group.elem_size)
+    if stored.group.elem_size == group.elem_size:
+        rows = _join_planes(rows, len(group.channels), group.elem_size)
     table = np.array(rows, dtype=np.int64)
     return Segments(table, memory.page_tokens, group.elem_size, group.layers)
 

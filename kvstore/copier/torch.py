@@ -61,11 +61,13 @@ class TorchCopier:
         slots: Sequence[int],
         block_tokens: int,
         *,
+        stored: Part | None = None,
         checksum: bool = False,
         after: LayerGate | None = None,
         deadline: float = math.inf,
     ) -> list[int] | None:
         """See `Copier.save`."""
+        check_layouts(memory, stored)
         check_copy(memory, page_ids, len(slots), block_tokens, skips=False)
         _wait_for(after, deadline)
         rows = _rows_of(memory)
@@ -82,6 +84,7 @@ class TorchCopier:
                 np.arange(ids.size).reshape(ids.shape),
                 slots[some],
                 block_tokens,
+                stored=stored,
                 checksum=checksum,
             )
             sums += made or []

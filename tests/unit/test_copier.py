@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import xxhash
@@ -107,6 +108,31 @@ def test_every_order_is_converted_to_every_other_on_the_way_in(group: Group) -> 
         )
         target.check(KEYS, ids)
         assert sums == [xxhash.xxh3_64_intdigest(data) for data in slots.objects()]
+
+
+@pytest.mark.parametrize("group", [EQUAL, DIFFERENT], ids=["equal", "different"])
+def test_every_order_is_converted_to_every_other_on_the_way_out(group: Group) -> None:
+    copier = CpuCopier(1)
+    orders = [axes for axes in ORDERS if possible(group, axes)][::7]
+    for own, stored in itertools.product(orders, orders):
+        source = Pages(Part(group, Described(own)), BLOCKS * 4)
+        ids = source.ids(BLOCKS)
+        slots = Slots(source.part.nbytes(BLOCK_TOKENS))
+        part = Part(group, Described(stored))
+        sums = copier.save(
+            source.memory, ids, slots.addresses, BLOCK_TOKENS, stored=part, checksum=True
+        )
+        assert slots.objects() == [in_order(source.block(row), group, stored) for row in ids]
+        assert sums == [xxhash.xxh3_64_intdigest(data) for data in slots.objects()]
+
+
+def test_numbers_of_another_type_are_refused() -> None:
+    pages = Pages(Part(EQUAL), 12)
+    other = Part(msgspec.structs.replace(EQUAL, dtype="float32"))
+    slots = Slots(other.nbytes(BLOCK_TOKENS))
+    for call in (CpuCopier().save, CpuCopier().load):
+        with pytest.raises(SpecError, match="turned into float16 by kernels of a GPU only"):
+            call(pages.memory, pages.ids(BLOCKS), slots.addresses, BLOCK_TOKENS, stored=other)
 
 
 def test_planes_of_different_width_cannot_lie_inside_the_channels() -> None:

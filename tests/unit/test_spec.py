@@ -114,6 +114,23 @@ def test_conversion() -> None:
         assert not opaque.converts_to(Part(group(), other))
 
 
+def test_casts() -> None:
+    half, whole = Part(group()), Part(group(dtype="float32"), Described("LNHPC"))
+    small = Part(group(dtype="float8_e4m3fn"))
+    for a, b in itertools.permutations([half, whole, small], 2):
+        assert a.casts_to(b)
+    others = [
+        half,
+        Part(group(dtype="int8")),
+        Part(group(dtype="float32", layers=3)),
+        Part(group(dtype="float32"), shard=Shard(0, 2)),
+        Part(group(dtype="float32"), Opaque("o", 16, 100)),
+    ]
+    for other in others:
+        assert not half.casts_to(other)
+        assert not other.casts_to(half)
+
+
 @pytest.mark.parametrize(
     "other",
     [
