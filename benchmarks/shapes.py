@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -53,20 +53,37 @@ class Shape:
         """Pages of the engine that a block takes."""
         return self.block_tokens // self.page_tokens
 
-    def memory(self, address: int, blocks: int) -> PagedMemory:
-        """Pages for `blocks` blocks at `address`; the caller keeps them alive."""
-        group = self.group
-        pages = blocks * self.pages_per_block
-        sizes = {
-            "L": group.layers,
-            "P": len(group.channels),
+    @property
+    def run_bytes(self) -> int:
+        """Bytes that lie side by side in a page as well as in a block."""
+        sizes, run = self.sizes(1), self.group.elem_size
+        for axis in reversed(self.order):
+            if axis == "B":
+                break
+            run *= sizes[axis]
+            if axis == "N" and self.pages_per_block > 1:
+                break  # the next token of the block is on another page
+        return run
+
+    def sizes(self, pages: int) -> dict[str, int]:
+        """How long each axis of `order` is in a memory of `pages` pages."""
+        return {
+            "L": self.group.layers,
+            "P": len(self.group.channels),
             "B": pages,
             "N": self.page_tokens,
-            "H": group.heads,
-            "C": group.channels[0],  # the planes of these models are equally wide
+            "H": self.group.heads,
+            "C": self.group.channels[0],  # the planes of these models are equally wide
         }
+
+    def memory(
+        self, address: int, blocks: int, *, owner: Any = None, device: int | None = None
+    ) -> PagedMemory:
+        """Pages for `blocks` blocks at `address`; without `owner` the caller keeps them alive."""
+        pages = blocks * self.pages_per_block
+        sizes = self.sizes(pages)
         stride: dict[str, int] = {}
-        inner = group.elem_size
+        inner = self.group.elem_size
         for axis in reversed(self.order):
             stride[axis] = inner
             inner *= sizes[axis]
@@ -81,7 +98,7 @@ class Shape:
             for layer in range(sizes["L"])
             for plane in range(sizes["P"])
         )
-        return PagedMemory(self.part, self.page_tokens, pages, planes)
+        return PagedMemory(self.part, self.page_tokens, pages, planes, owner, device)
 
     def page_ids(self, blocks: int) -> NDArray[np.int64]:
         """Pages of each block in no order, as in an engine that has run for a while."""
@@ -90,6 +107,7 @@ class Shape:
 
 
 _LLAMA: Final = Group(layers=32, heads=8, channels=(128, 128), dtype="bfloat16")
+_LLAMA_70B_RANK: Final = Group(layers=80, heads=1, channels=(128, 128), dtype="bfloat16")
 _SMOLLM2: Final = {
     dtype: Group(layers=30, heads=3, channels=(64, 64), dtype=dtype)
     for dtype in ("float32", "bfloat16")
@@ -104,6 +122,12 @@ LLAMA_HND: Final = Shape("llama-3.1-8b", _LLAMA, "LPBHNC", 16)
 
 LLAMA_VLLM: Final = Shape("llama-3.1-8b", _LLAMA, "LBHNPC", 16)
 """vLLM's pages on a GPU, K and V side by side."""
+
+LLAMA_VLLM_NHD: Final = Shape("llama-3.1-8b", _LLAMA, "LBNHPC", 16)
+"""The same with the token outside the head: runs of 64 KiB instead of 8 KiB."""
+
+LLAMA_70B_VLLM: Final = Shape("llama-3.1-70b, TP 8", _LLAMA_70B_RANK, "LBNHPC", 16)
+"""One rank of eight, with one head: runs of 8 KiB, blocks of 2.5 MiB."""
 
 SMOLLM2_F32: Final = Shape("smollm2-135m", _SMOLLM2["float32"], "LPHBNC", 64)
 """One sequence in transformers: a (head, token, channel) tensor per layer and plane."""

@@ -1,0 +1,116 @@
+"""What copies of pages on a GPU are compared with: one large copy, and what torch offers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+from kvstore.benchmarks.figures import BenchmarkError
+from kvstore.benchmarks.gpu_pages import DevicePages, settle
+from kvstore.staging import Bounce
+
+
+class Rival(Protocol):
+    """Moves the bytes of the first blocks of pages into host memory and back, and waits."""
+
+    def save(self) -> None:
+        """From the device."""
+
+    def load(self) -> None:
+        """To the device."""
+
+
+class LargeCopy:
+    """The limit: as many bytes as the blocks have, side by side, in one asynchronous copy."""
+
+    def __init__(self, pages: DevicePages, blocks: int, host: torch.Tensor) -> None:
+        nbytes = blocks * pages.shape.block_bytes
+        self._host = host[:nbytes]
+        self._source, self._target = pages.source[:nbytes], pages.target[:nbytes]
+
+    def save(self) -> None:
+        """See `Rival.save`."""
+        self._host.copy_(self._source, non_blocking=True)
+        settle(self._source)
+
+    def load(self) -> None:
+        """See `Rival.load`."""
+        self._target.copy_(self._host, non_blocking=True)
+        settle(self._target)
+
+
+class IndexSelect:
+    """Gathered on the device by `index_select` (scattered by `index_copy_`), then one copy."""
+
+    def __init__(self, pages: DevicePages, blocks: int, host: torch.Tensor) -> None:
+        self._source, self._target = pages.pieces(pages.source), pages.pieces(pages.target)
+        ids = torch.from_numpy(pages.rows(blocks).reshape(-1))
+        self._ids = ids.to(pages.source.device)
+        outer, _, width = self._source.shape
+        self._packed = self._source.new_empty((outer, len(ids), width))
+        self._host = (
+            host[: blocks * pages.shape.block_bytes].view(torch.int64).view_as(self._packed)
+        )
+
+    def save(self) -> None:
+        """See `Rival.save`."""
+        torch.index_select(self._source, 1, self._ids, out=self._packed)
+        self._host.copy_(self._packed, non_blocking=True)
+        settle(self._source)
+
+    def load(self) -> None:
+        """See `Rival.load`."""
+        self._packed.copy_(self._host, non_blocking=True)
+        self._target.index_copy_(1, self._ids, self._packed)
+        settle(self._target)
+
+
+class PageLoop:
+    """One `copy_` for each layer of each page."""
+
+    def __init__(self, pages: DevicePages, blocks: int, host: torch.Tensor) -> None:
+        source, target = pages.pieces(pages.source), pages.pieces(pages.target)
+        ids = pages.rows(blocks).reshape(-1).tolist()
+        outer, _, width = source.shape
+        packed = host[: blocks * pages.shape.block_bytes].view(torch.int64)
+        packed = packed.view(outer, len(ids), width)
+        places = [(i, n, page) for i in range(outer) for n, page in enumerate(ids)]
+        # Views are made beforehand, as an engine could: what is timed is the copies.
+        self._saves = [(packed[i, n], source[i, page]) for i, n, page in places]
+        self._loads = [(target[i, page], packed[i, n]) for i, n, page in places]
+        self._source = source
+
+    def save(self) -> None:
+        """See `Rival.save`."""
+        for host, page in self._saves:
+            host.copy_(page, non_blocking=True)
+        settle(self._source)
+
+    def load(self) -> None:
+        """See `Rival.load`."""
+        for page, host in self._loads:
+            page.copy_(host, non_blocking=True)
+        settle(self._source)
+
+
+@contextmanager
+def pinned(nbytes: int) -> Iterator[torch.Tensor]:
+    """Page-locked host memory, uint8, on huge pages where the system has them.
+
+    Not torch's own: that rounds up to a power of two.
+
+    Raises:
+        BenchmarkError: the driver did not pin it.
+    """
+    memory = Bounce(nbytes)
+    runtime = torch.cuda.cudart()
+    failed = int(runtime.cudaHostRegister(memory.address, nbytes, 0))
+    if failed:
+        raise BenchmarkError(f"{nbytes} bytes could not be pinned (CUDA error {failed})")
+    try:
+        yield torch.frombuffer(memory.view, dtype=torch.uint8)
+    finally:
+        runtime.cudaHostUnregister(memory.address)
