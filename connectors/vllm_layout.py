@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import torch
 import vllm
+from vllm.distributed.utils import get_pp_indices
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, MLAAttentionSpec
 
 from kvstore.copier.base import PagedMemory, PlaneMemory
@@ -29,6 +30,7 @@ _AXES: Final = {"HNC": "LHNPC", "NHC": "LNHPC"}
 class Pages:
     """The engine's pages: the parts that all ranks together hold, and which is whose.
 
+    Ranks count as vLLM lays them out: pipeline rank × tensor-parallel size + tensor-parallel rank.
     `replicas` neighbouring ranks hold the same; the first of them stores it.
     """
 
@@ -63,7 +65,6 @@ def pages_of(vllm_config: Any, kv_cache_config: Any) -> Pages:
     (group,) = groups
     spec = group.kv_cache_spec
     _check_spec(spec)
-    layers = len(group.layer_names)
     mla = isinstance(spec, MLAAttentionSpec)
     ranks = vllm_config.parallel_config.tensor_parallel_size
     total = 1 if mla else vllm_config.model_config.get_total_num_kv_heads()
@@ -76,16 +77,30 @@ def pages_of(vllm_config: Any, kv_cache_config: Any) -> Pages:
     channels, dtype = _content(spec)
     # A private packing has nothing to describe: one run of bytes per page and layer.
     kind: Kind = "mla" if mla else "full"
-    shape = Group(layers, spec.num_heads, channels, dtype, kind=kind)
     layout = _layout(vllm_config, kv_cache_config, spec)
-    parts = tuple(Part(shape, layout, Shard(index, shards)) for index in range(shards))
-    return Pages(parts, spec.block_size, ranks // shards)
+    parts = []
+    for start, end in _stages(vllm_config, len(group.layer_names)):
+        shape = Group(end - start, spec.num_heads, channels, dtype, kind=kind, first_layer=start)
+        parts += [Part(shape, layout, Shard(index, shards)) for index in range(shards)]
+    return Pages(tuple(parts), spec.block_size, ranks // shards)
+
+
+def _stages(vllm_config: Any, layers: int) -> list[tuple[int, int]]:
+    """First layer and the one after the last, of each pipeline stage.
+
+    `layers` are those of this process; the scheduler, too, is told of one stage only. So the split
+    is asked for by vLLM's own rule, and each worker compares it with the tensors it gets.
+    """
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages == 1:
+        return [(0, layers)]
+    total = vllm_config.model_config.get_total_num_hidden_layers()
+    return [get_pp_indices(total, stage, stages) for stage in range(stages)]
 
 
 def _check_engine(vllm_config: Any) -> None:
     parallel = vllm_config.parallel_config
     for name, flag in (
-        ("pipeline_parallel_size", "--pipeline-parallel-size"),
         ("decode_context_parallel_size", "--decode-context-parallel-size"),
         ("prefill_context_parallel_size", "--prefill-context-parallel-size"),
     ):
@@ -166,6 +181,11 @@ def memory_of(
     missing = [name for name in layer_names if name not in caches]
     if missing:
         raise SpecError(f"vLLM announced no KV cache for layer {missing[0]}")
+    if len(layer_names) != part.group.layers:
+        raise SpecError(
+            f"this rank has the KV of {len(layer_names)} layers, {part.group.layers} were expected "
+            "of its pipeline stage; set --pipeline-parallel-size to 1"
+        )
     tensors = [caches[name] for name in layer_names]
     shapes = {(tuple(t.shape), t.stride(), t.dtype) for t in tensors}
     if len(shapes) != 1:
@@ -202,4 +222,6 @@ def memory_of(
             for channels in group.channels:
                 planes.append(PlaneMemory(start, page, token, head, width))
                 start += channels * width
-    return PagedMemory(part, tokens, pages, tuple(planes), owner=tensors), cut
+    # Tensors always carry their device's number.
+    device = first.device.index if first.is_cuda else None
+    return PagedMemory(part, tokens, pages, tuple(planes), tensors, device), cut

@@ -27,6 +27,8 @@ pytestmark = pytest.mark.vllm
 
 LAYERS, HEADS, WIDTH, PAGE, PAGES = 3, 2, 8, 4, 12
 BLOCK = 8
+ALL_LAYERS = 5
+"""Layers of a model in two pipeline stages; the first has `LAYERS`."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,9 @@ def engine(*, device: str = "cuda", ranks: int = 1, heads: int = HEADS, **parall
     sizes = {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1} | parallel
     return SimpleNamespace(
         parallel_config=SimpleNamespace(tensor_parallel_size=ranks, **sizes),
-        model_config=SimpleNamespace(get_total_num_kv_heads=lambda: heads),
+        model_config=SimpleNamespace(
+            get_total_num_kv_heads=lambda: heads, get_total_num_hidden_layers=lambda: ALL_LAYERS
+        ),
         device_config=SimpleNamespace(device_type=device),
         cache_config=SimpleNamespace(),
         speculative_config=None,
@@ -64,12 +68,14 @@ def config(spec: Any, layout: str = "LBHNC", groups: int = 1) -> KVCacheConfig:
     )
 
 
-def caches(layout: str, heads: int, width: int, pieces: int = 1) -> dict[str, torch.Tensor]:
+def caches(
+    layout: str, heads: int, width: int, pieces: int = 1, layers: int = LAYERS
+) -> dict[str, torch.Tensor]:
     """Random pages, [pages, heads, tokens, content] as views of one block of memory."""
-    size = {"L": LAYERS, "B": PAGES * pieces, "H": heads, "N": PAGE // pieces, "C": width}
+    size = {"L": layers, "B": PAGES * pieces, "H": heads, "N": PAGE // pieces, "C": width}
     whole = torch.randn([size[axis] for axis in layout])
     views = whole.permute([layout.index(axis) for axis in "LBHNC"])
-    return {f"layer{i}": views[i] for i in range(LAYERS)}
+    return {f"layer{i}": views[i] for i in range(layers)}
 
 
 @pytest.mark.parametrize("stored", ["LBHNC", "LBNHC", "BLHNC", "BLNHC"])
@@ -148,6 +154,50 @@ def test_copies_of_heads_are_stored_once() -> None:
     assert [pages.saves(rank) for rank in range(4)] == [True, False, True, False]
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_blocks_are_there_once_each_pipeline_stage_has_stored_its_layers(
+    served: Served, device: str
+) -> None:
+    pages = pages_of(engine(device=device, pipeline_parallel_size=2), config(full()))
+    assert [(p.group.first_layer, p.group.layers) for p in pages.parts] == [(0, 3), (3, 2)]
+    namespace = Namespace(ModelIdentity(f"stages/{device}"), block_tokens=BLOCK)
+    keys = namespace_keys(namespace, 3)
+    source, target = np.array([[7, 2], [5, 0], [1, 9]]), np.array([[4, 3], [11, 6], [8, 10]])
+    have = [caches("LBHNC", HEADS, 2 * WIDTH, layers=layers) for layers in (3, 2)]
+    got = [caches("LBHNC", HEADS, 2 * WIDTH, layers=layers) for layers in (3, 2)]
+    with Session.open(namespace, pages.parts, served.config()) as scheduler:
+        for rank in (1, 0):
+            assert scheduler.plan(keys).blocks == 0
+            with Session.open(namespace, [pages.part(rank)], served.config()) as worker:
+                memory, _ = memory_of(pages.part(rank), PAGE, *named(have[rank]))
+                assert worker.save(keys, [memory], [source]).stored == 3
+        assert scheduler.plan(keys).found == 3
+    for rank in (0, 1):
+        with Session.open(namespace, [pages.part(rank)], served.config()) as worker:
+            memory, _ = memory_of(pages.part(rank), PAGE, *named(got[rank]))
+            assert worker.load(keys, [memory], [target]).blocks == 3
+        for name, cache in have[rank].items():
+            assert torch.equal(cache[source.ravel()], got[rank][name][target.ravel()])
+
+
+def test_ranks_of_stages_follow_one_another() -> None:
+    pages = pages_of(engine(ranks=4, heads=2, pipeline_parallel_size=2), config(full(heads=1)))
+    held = [pages.part(rank) for rank in range(8)]
+    assert [part.group.first_layer for part in held] == [0] * 4 + [3] * 4
+    assert [part.shard.index for part in held] == [0, 0, 1, 1] * 2
+    assert [pages.saves(rank) for rank in range(8)] == [True, False] * 4
+    assert len(set(pages.parts)) == 4
+
+
+def test_stages_are_split_as_vllm_splits_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "1,4")
+    pages = pages_of(engine(pipeline_parallel_size=2), config(full()))
+    assert [part.group.layers for part in pages.parts] == [1, 4]
+    # What a stage really has is compared with that.
+    with pytest.raises(SpecError, match="3 layers, 1 were expected"):
+        memory_of(pages.part(0), PAGE, *named(caches("LBHNC", HEADS, 2 * WIDTH)))
+
+
 def test_a_cpu_layout_names_all_it_depends_on() -> None:
     spec = full()
     (part,) = pages_of(engine(device="cpu"), config(spec)).parts
@@ -171,7 +221,6 @@ def test_axes_follow_the_layout() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size is 2"),
         ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size is 2"),
         ({"ranks": 4, "heads": 6}, "6 KV heads on 4"),
     ],

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any, Final
 
+import numpy as np
 import pytest
 
+from kvstore.connectors.vllm_lane import Lane
+from kvstore.connectors.vllm_messages import Job
+from kvstore.transfer import Gates
 from tests.engines.vllm_tools import Engine, document, transfer
 from tests.session_tools import Served, Stores, eventually
 
@@ -95,6 +100,39 @@ def test_pins_are_held(engine: Engine, served: Served) -> None:
     engine.generate(fresh(5), max_tokens=2, wishes={"pin": 600})
     engine.generate(fresh(6, 20), max_tokens=2)
     eventually(lambda: served.stats()["leases"] == 1)
+
+
+def test_blocks_expire_at_the_end_of_their_time(engine: Engine) -> None:
+    before = engine.metrics()["kvstore_saved_tokens_total"]
+    engine.generate(fresh(10), max_tokens=2, wishes={"ttl": 2})
+
+    def saved() -> bool:
+        engine.generate([1, 2, 3], max_tokens=2)  # Counts come along with steps.
+        return engine.metrics()["kvstore_saved_tokens_total"] >= before + 256
+
+    eventually(saved, 60)
+    engine.generate(fresh(11), max_tokens=2)
+    stored(engine, fresh(10), 0)
+    stored(engine, fresh(11), 256)
+
+
+def test_urgent_transfers_go_first() -> None:
+    ran: list[int] = []
+    first, others = threading.Event(), threading.Event()
+
+    def run(job: Job, gates: Gates) -> None:
+        first.set()
+        assert others.wait(20)
+        ran.append(job.number)
+
+    lane = Lane("lane", run)
+    no_pages = np.empty((0, 1), np.int64)
+    for number, priority in enumerate([0, 0, 5, -1, 0]):
+        lane.put(Job(number, str(number), "", [], no_pages, priority), Gates())
+        assert first.wait(20)  # The first is under way when the others come.
+    others.set()
+    lane.close(20.0)
+    assert ran == [0, 3, 1, 4, 2]
 
 
 def test_wrong_wishes_do_no_harm(engine: Engine) -> None:

@@ -33,7 +33,12 @@ def reuse(served: Served, tokens: list[int], page: int, block: int, **settings: 
     """Two engines, one after the other; the second answers from what the first has stored."""
     # Each run has a tenant of its own, so that none finds another's blocks.
     tenant = f"{settings.get('mode')}-{page}"
-    connector = transfer(address=address(served), vllm__tenant=tenant, session__lookup_timeout=2.0)
+    connector = transfer(
+        address=address(served),
+        vllm__tenant=tenant,
+        vllm__block_tokens=block,
+        session__lookup_timeout=2.0,
+    )
     usable = (len(tokens) - 1) // block * block
     with Engine(connector, block_size=page, **settings) as engine:
         engine.generate(tokens[:20], max_tokens=2)
@@ -72,7 +77,7 @@ def reuse(served: Served, tokens: list[int], page: int, block: int, **settings: 
 
 
 def test_in_process_engine(served: Served) -> None:
-    reuse(served, document(PROMPT), page=32, block=64, mode="inprocess")
+    reuse(served, document(PROMPT), page=64, block=128, mode="inprocess")
 
 
 def test_default_engine(served: Served) -> None:
@@ -82,4 +87,4 @@ def test_default_engine(served: Served) -> None:
 def test_two_ranks(served: Served, tmp_path: Path) -> None:
     small = small_model(tmp_path / "model")
     tokens = [token % 4096 for token in document(PROMPT)]
-    reuse(served, tokens, page=64, block=64, mode="tp2", model=str(small), tokenizer=str(model()))
+    reuse(served, tokens, page=32, block=64, mode="tp2", model=str(small), tokenizer=str(model()))

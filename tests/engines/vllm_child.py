@@ -10,7 +10,17 @@ import json
 import os
 import sys
 import time
-from typing import Any
+from typing import Any, Final
+
+_SAMPLES: Final = 16_000
+"""Of sound, a second."""
+
+
+def _tone(hertz: float) -> Any:
+    """Two seconds of sound."""
+    import numpy as np
+
+    return np.sin(2 * np.pi * hertz * np.arange(2 * _SAMPLES) / _SAMPLES).astype(np.float32)
 
 
 def _generate(llm: Any, order: dict[str, Any]) -> dict[str, Any]:
@@ -28,6 +38,9 @@ def _generate(llm: Any, order: dict[str, Any]) -> dict[str, Any]:
     prompts: list[dict[str, Any]] = [{"prompt_token_ids": ids} for ids in order["prompts"]]
     if "salt" in order:
         prompts = [prompt | {"cache_salt": order["salt"]} for prompt in prompts]
+    if "tone" in order:
+        sound = {"audio": (_tone(order["tone"]), _SAMPLES)}
+        prompts = [prompt | {"multi_modal_data": sound} for prompt in prompts]
     started = time.perf_counter()
     outputs = llm.generate(
         prompts,

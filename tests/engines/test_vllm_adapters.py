@@ -1,0 +1,91 @@
+"""LoRA adapters: their KV is told apart by the files they come from, in every process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.engines.vllm_tools import Engine, document, model, transfer
+from tests.session_tools import Stores, eventually
+
+pytestmark = pytest.mark.vllm
+
+RANK: Final = 8
+USABLE: Final = 256
+"""Tokens of the prompt in whole blocks."""
+
+
+def adapter(folder: Path, seed: int) -> Path:
+    """Random weights for all layers' queries and values, large enough to change the answer."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model())
+    hidden = config.hidden_size
+    values = hidden // config.num_attention_heads * config.num_key_value_heads
+    random = torch.Generator().manual_seed(seed)
+    weights = {}
+    for layer in range(config.num_hidden_layers):
+        for name, width in (("q_proj", hidden), ("v_proj", values)):
+            place = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            down = torch.randn(RANK, hidden, generator=random)
+            up = torch.randn(width, RANK, generator=random)
+            weights[f"{place}.lora_A.weight"] = 0.05 * down
+            weights[f"{place}.lora_B.weight"] = 0.05 * up
+    folder.mkdir()
+    save_file(weights, folder / "adapter_model.safetensors")
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": 2 * RANK,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": ["q_proj", "v_proj"],
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_adapters_share_no_blocks_but_their_own(stores: Stores, tmp_path: Path) -> None:
+    first, second = adapter(tmp_path / "first", 1), adapter(tmp_path / "second", 2)
+    third = adapter(tmp_path / "third", 3)
+    served = stores.serve("256MiB")
+    connector = transfer(address=f"unix://{served.socket}", session__lookup_timeout=2.0)
+    settings = {
+        "block_size": 32,
+        "max_model_len": 512,
+        "enable_lora": True,
+        "max_lora_rank": RANK,
+        "max_loras": 1,
+    }
+    prompt = document(300)
+
+    def cached(engine: Engine, lora: list[object] | None, tokens: list[int]) -> int:
+        """Tokens that came from the store for the same answer; nothing is stored."""
+        engine.forget()
+        answer = engine.generate(prompt, lora=lora, wishes={"skip_save": True})
+        assert answer["tokens"] == [tokens]
+        return int(answer["cached"][0])
+
+    answers = []
+    with Engine(connector, **settings) as engine:
+        for lora in (None, ["one", 1, str(first)], ["two", 2, str(second)]):
+            engine.forget()
+            answer = engine.generate(prompt, lora=lora)
+            assert answer["cached"] == [0]
+            answers.append(answer["tokens"][0])
+            eventually(lambda lora=lora: cached(engine, lora, answers[-1]) == USABLE, 60)
+    assert len({tuple(answer) for answer in answers}) == 3
+    # Another name, number and place: what counts is what is in the files.
+    moved = shutil.copytree(first, tmp_path / "moved")
+    with Engine(connector, **settings) as engine:
+        assert cached(engine, ["other", 7, str(moved)], answers[1]) == USABLE
+        assert cached(engine, ["two", 1, str(second)], answers[2]) == USABLE
+        assert cached(engine, None, answers[0]) == USABLE
+        assert engine.generate(prompt, lora=["one", 3, str(third)])["cached"] == [0]

@@ -1,0 +1,90 @@
+"""Models whose layers do not all keep the same: windows are served, states are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.engines.vllm_tools import Engine, document, model, transfer
+from tests.session_tools import Stores, eventually
+
+pytestmark = pytest.mark.vllm
+
+WINDOW = 128
+
+
+def windowed_model(folder: Path) -> Path:
+    """A Gemma 3 of random weights, two layers with a window for each without."""
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        initializer_range=0.3,  # large, so that each token depends on all those before it
+        tie_word_embeddings=False,
+    )
+    Gemma3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def recurrent_model(folder: Path) -> Path:
+    """A Mamba of random weights."""
+    import torch
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=4096, hidden_size=64, state_size=16, num_hidden_layers=2)
+    MambaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_windows_beside_full_attention_give_the_answers_of_plain_vllm(
+    stores: Stores, tmp_path: Path
+) -> None:
+    folder = windowed_model(tmp_path / "model")
+    settings = {
+        "model": str(folder),
+        "tokenizer": str(model()),
+        "block_size": 32,
+        "max_model_len": 1024,
+    }
+    prompt = [token % 4096 for token in document(600)]
+    with Engine(**settings) as engine:
+        plain = engine.generate(prompt, max_tokens=48)
+    assert len(set(plain["tokens"][0])) > 10  # An answer that could differ.
+    served = stores.serve("64MiB")
+    connector = transfer(address=f"unix://{served.socket}", session__lookup_timeout=2.0)
+    with Engine(connector, **settings) as engine:
+        cold = engine.generate(prompt, max_tokens=48)
+        assert cold["cached"] == [0]
+        assert cold["tokens"] == plain["tokens"]
+
+        def warm() -> bool:
+            engine.forget()
+            answer = engine.generate(prompt, max_tokens=48)
+            assert answer["tokens"] == plain["tokens"]
+            return bool(answer["cached"] == [576])
+
+        eventually(warm, 60)
+
+
+def test_recurrent_layers_are_refused_at_start(tmp_path: Path) -> None:
+    folder = recurrent_model(tmp_path / "model")
+    with pytest.raises(RuntimeError, match="KV cache of kind MambaSpec is not supported"):
+        Engine(
+            transfer(run_dir=str(tmp_path / "run")),
+            model=str(folder),
+            tokenizer=str(model()),
+            max_model_len=512,
+        )
