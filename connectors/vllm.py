@@ -63,9 +63,12 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
         transfer = self._kv_transfer_config
         settings = settings_of(transfer.kv_connector_extra_config)
         pages = pages_of(vllm_config, kv_cache_config)
+        if settings.store_dtype:
+            pages = pages.stored_as(settings.store_dtype)
         size = settings.block_tokens or block_tokens_for(pages.page_tokens)
         check_block_tokens(size, pages.page_tokens)
-        identity = identity_of(vllm_config, pages.parts[0].group.dtype, settings.revision)
+        dtype = pages.parts[0].group.dtype
+        identity = identity_of(vllm_config, dtype, settings.revision, settings.store_dtype)
         namespace = Namespace(identity, settings.tenant, size)
         _check_layerwise(settings, vllm_config)
         self._scheduler: SchedulerSide | None = None

@@ -20,7 +20,8 @@ class Settings:
 
     `tenant` is whose blocks these are where a request does not say; `revision` names the weights
     (empty: found out); `block_tokens` are the tokens of a block (0: chosen). `layerwise` has steps
-    compute a layer as soon as its KV has arrived, where blocks lie in memory.
+    compute a layer as soon as its KV has arrived, where blocks lie in memory. `store_dtype` is the
+    type that numbers are rounded to in the store (empty: none, they stay as they are).
     """
 
     config: Config
@@ -28,9 +29,16 @@ class Settings:
     revision: str = ""
     block_tokens: int = 0
     layerwise: bool = False
+    store_dtype: str = ""
 
 
-_OWN: Final = {"tenant": str, "revision": str, "block_tokens": int, "layerwise": bool}
+_OWN: Final = {
+    "tenant": str,
+    "revision": str,
+    "block_tokens": int,
+    "layerwise": bool,
+    "store_dtype": str,
+}
 
 
 def settings_of(extra: Mapping[str, Any]) -> Settings:

@@ -29,6 +29,8 @@ class Device:
     def __init__(self, number: int | None = None, copier: Copier | None = None) -> None:
         self.number = number
         self.copier = copier
+        self.casts = False
+        """Whether its copier turns numbers into another type."""
         self._cuda: CudaCopier | None = None
 
     @classmethod
@@ -67,7 +69,7 @@ class Device:
             kernels = TritonKernels(number)
         copier = CudaCopier(number, kernels=kernels)
         made = cls(number, copier)
-        made._cuda = copier
+        made._cuda, made.casts = copier, kernels is not None
         return made
 
     def mark(self) -> Event | None:

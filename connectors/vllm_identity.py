@@ -27,8 +27,12 @@ _PAGE: Final = 4096
 _SNAPSHOT: Final = re.compile(r"models--([^/]+)/snapshots/([0-9a-f]{40})")
 
 
-def identity_of(vllm_config: Any, dtype: str, revision: str = "") -> ModelIdentity:
+def identity_of(
+    vllm_config: Any, dtype: str, revision: str = "", stored: str = ""
+) -> ModelIdentity:
     """Everything about the engine's model that changes KV values; `dtype` is the cache's.
+
+    `stored` is the type that they are rounded to in the store, if it is another one.
 
     Without a `revision` the weights name themselves: by their commit if they come from a Hugging
     Face cache, else by a digest of their files. The folder's place is no part of the identity.
@@ -48,6 +52,8 @@ def identity_of(vllm_config: Any, dtype: str, revision: str = "") -> ModelIdenti
         extra["overrides"] = _digest(_stable(model.hf_overrides))
     if vllm_config.load_config.load_format == "dummy":
         extra["dummy"] = str(model.seed)
+    if stored:
+        extra["stored"] = stored
     if _depends_on_length(model.hf_config):
         extra["max_model_len"] = str(model.max_model_len)
     return ModelIdentity(name, revision or found, dtype, extra=tuple(sorted(extra.items())))

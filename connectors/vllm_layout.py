@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 import vllm
+from msgspec import structs
 from vllm.distributed.utils import get_pp_indices
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, MLAAttentionSpec
 
 from kvstore.copier.base import PagedMemory, PlaneMemory
 from kvstore.errors import SpecError
-from kvstore.spec import DTYPE_BYTES, Described, Group, Kind, Layout, Opaque, Part, Shard
+from kvstore.spec import DTYPE_BYTES, FLOATS, Described, Group, Kind, Layout, Opaque, Part, Shard
 
 _PLAIN: Final = (KVQuantMode.NONE, KVQuantMode.FP8_PER_TENSOR)
 _AXES: Final = {"HNC": "LHNPC", "NHC": "LNHPC"}
@@ -37,6 +38,31 @@ class Pages:
     parts: tuple[Part, ...]
     page_tokens: int
     replicas: int
+    stored: tuple[Part, ...]
+    """The same as the store has them: of another type of number, if so configured."""
+
+    def stored_as(self, dtype: str) -> Pages:
+        """These pages, with numbers that are rounded to `dtype` in the store.
+
+        Raises:
+            SpecError: they cannot be.
+        """
+        stored = tuple(
+            Part(structs.replace(part.group, dtype=dtype), part.layout, part.shard)
+            for part in self.parts
+        )
+        if not all(a.casts_to(b) for a, b in zip(self.parts, stored, strict=True)):
+            own = self.parts[0]
+            raise SpecError(
+                f"kvstore.vllm.store_dtype is {dtype}; a cache of {own.group.dtype} in layout "
+                f"{own.layout} cannot be turned into that: it is for GPUs, between different ones "
+                f"of {', '.join(sorted(FLOATS))}"
+            )
+        return replace(self, stored=stored)
+
+    def stored_part(self, rank: int) -> Part:
+        """What the store has of `rank`."""
+        return self.stored[rank // self.replicas]
 
     def part(self, rank: int) -> Part:
         """What `rank` holds."""
@@ -82,7 +108,7 @@ def pages_of(vllm_config: Any, kv_cache_config: Any) -> Pages:
     for start, end in _stages(vllm_config, len(group.layer_names)):
         shape = Group(end - start, spec.num_heads, channels, dtype, kind=kind, first_layer=start)
         parts += [Part(shape, layout, Shard(index, shards)) for index in range(shards)]
-    return Pages(tuple(parts), spec.block_size, ranks // shards)
+    return Pages(tuple(parts), spec.block_size, ranks // shards, tuple(parts))
 
 
 def _stages(vllm_config: Any, layers: int) -> list[tuple[int, int]]:

@@ -85,6 +85,16 @@ class Tracked:
         return min(computed, known) // self.namespace.block_tokens
 
 
+@dataclass(slots=True)
+class Saving:
+    """Blocks from `first` on that are not saved on `ranks` ranks; `blocks` of them have been."""
+
+    tracked: Tracked
+    first: int
+    blocks: int
+    ranks: int
+
+
 def page_rows(
     page_ids: list[int], page_tokens: int, block_tokens: int, first: int, last: int
 ) -> NDArray[np.int64]:

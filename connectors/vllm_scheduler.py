@@ -23,7 +23,7 @@ from kvstore.connectors.vllm_events import stored_event
 from kvstore.connectors.vllm_identity import keyable, request_salts
 from kvstore.connectors.vllm_layout import Pages
 from kvstore.connectors.vllm_messages import Job, Report, Step
-from kvstore.connectors.vllm_requests import Found, Promise, Tracked, page_rows
+from kvstore.connectors.vllm_requests import Found, Promise, Saving, Tracked, page_rows
 from kvstore.connectors.vllm_sessions import Sessions
 from kvstore.connectors.vllm_stats import KVStoreStats
 from kvstore.errors import SpecError
@@ -71,12 +71,12 @@ class SchedulerSide:
         self._may_load, self._may_save = loads, saves
         self._hashed_media = hashed_media
         self._events: list[Any] | None = [] if events else None
-        self._sessions = Sessions(settings.config, namespace, pages.parts)
+        self._sessions = Sessions(settings.config, namespace, pages.stored)
         self._session = self._sessions.open(settings.tenant)
         self._tracked: dict[str, Tracked] = {}
         self._ended: dict[str, Tracked] = {}
         """Finished requests of which jobs or pages are left."""
-        self._jobs: dict[int, _Saving] = {}
+        self._jobs: dict[int, Saving] = {}
         self._numbers = itertools.count(1)
         self._loads: list[Job] = []
         self._saves: list[Job] = []
@@ -270,7 +270,7 @@ class SchedulerSide:
         )
         tracked.asked = last
         tracked.saving.add(job.number)
-        self._jobs[job.number] = _Saving(tracked, first, last, self._ranks)
+        self._jobs[job.number] = Saving(tracked, first, last - first, self._ranks)
         self._saves.append(job)
 
     def done(self, output: Any) -> None:
@@ -282,10 +282,9 @@ class SchedulerSide:
             promised = {t.promise.job.number: t for t in self._tracked.values() if t.promise}
             for number, blocks in report.loaded.items():
                 tracked = promised.get(number)
-                promise = tracked.promise if tracked is not None else None
-                if promise is None:
+                if tracked is None or tracked.promise is None:
                     continue
-                before = promise.arrived
+                promise, before = tracked.promise, tracked.promise.arrived
                 promise.arrived = blocks if before is None else min(blocks, before)
                 if promise.job.layered:
                     self._took_part(tracked)
@@ -412,15 +411,3 @@ class SchedulerSide:
     def close(self) -> None:
         """End the sessions."""
         self._sessions.close()
-
-
-class _Saving:
-    """A job of blocks `first` to `last` that is not done on `ranks` ranks."""
-
-    __slots__ = ("blocks", "first", "ranks", "tracked")
-
-    def __init__(self, tracked: Tracked, first: int, last: int, ranks: int) -> None:
-        self.tracked = tracked
-        self.first = first
-        self.blocks = last - first
-        self.ranks = ranks

@@ -71,6 +71,7 @@ class WorkerSide:
         self._namespace = namespace
         self._pages = pages
         self._part = pages.part(rank)
+        self._stored = pages.stored_part(rank)
         self._saves_here = pages.saves(rank)
         self._sessions: Sessions | None = None
         self._device = Device()
@@ -117,8 +118,13 @@ class WorkerSide:
             self._part, self._pages.page_tokens, layer_names, caches
         )
         self._layers = {name: number for number, name in enumerate(layer_names)}
+        if self._stored != self._part and not self._device.casts:
+            raise SpecError(
+                "kvstore.vllm.store_dtype needs an NVIDIA GPU and triton, which turn the numbers; "
+                "leave it out"
+            )
         self._sessions = Sessions(
-            self._settings.config, self._namespace, [self._part], self._device.copier
+            self._settings.config, self._namespace, [self._stored], self._device.copier
         )
         self._sessions.open(self._settings.tenant)
 
@@ -231,7 +237,8 @@ class WorkerSide:
         for job, gate in self._layered:
             whole = self._wait_for(gate, last)
             with self._changed:
-                self._changed.wait_for(lambda number=job.number: number in self._arrived)
+                while job.number not in self._arrived:
+                    self._changed.wait()
                 arrived = self._arrived.pop(job.number)
                 # Without a word from every layer, the model may have been ahead of the load.
                 if not asked or not whole:
@@ -338,6 +345,7 @@ class WorkerSide:
             session = self._session(job.tenant)
             memory = self._memory
             assert memory is not None
+            started = time.monotonic()
             saved = session.save(
                 job.keys,
                 [memory],
@@ -351,6 +359,8 @@ class WorkerSide:
             computed = gates.after is None or gates.after.failed is None
             if saved.reason == "unavailable" and computed:
                 self._save_from = time.monotonic() + _REST
+            if gates.after is not None:
+                saved.seconds = time.monotonic() - max(started, gates.after.opened_at)
             with self._changed:
                 self._stats.saved(saved, self._namespace.block_tokens)
         finally:

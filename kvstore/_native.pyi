@@ -74,6 +74,20 @@ def copy_blocks(
     written: neither is checked. The arrays are copied before the GIL is released.
     """
 
+def call_copies(
+    function_address: int,
+    dst: NDArray[np.uint64],
+    src: NDArray[np.uint64],
+    sizes: NDArray[np.uint64],
+    stream: int,
+) -> tuple[int, int]:
+    """Call ``int (*)(uint64_t dst, uint64_t src, size_t n, void* stream)`` for each copy in turn.
+
+    ``dst``, ``src`` (addresses) and ``sizes`` (bytes) are uint64 ``(N,)``, C-contiguous, and must
+    not change during the call. Ends at the first call that does not return 0. Returns how many
+    did, and what the last call returned. The function must be safe to call without the GIL.
+    """
+
 def chain_keys(
     parent: bytes, tokens: NDArray[np.uint32] | array.array[int] | memoryview, block_tokens: int
 ) -> bytes:

@@ -21,6 +21,10 @@ class StoreUnavailable(KVStoreError, ConnectionError):
     """The daemon cannot be reached, refused the session, or did not answer in time."""
 
 
+class DeviceUnavailable(StoreUnavailable):
+    """An accelerator or its driver cannot be used, or refused a call."""
+
+
 class TierUnavailable(KVStoreError, OSError):
     """A tier's medium cannot be used now; the store goes on without it."""
 

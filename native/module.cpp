@@ -214,6 +214,33 @@ nb::bytes chain_keys_checked(const nb::bytes& parent, const Array& tokens,
   return nb::bytes(keys.data(), keys.size());
 }
 
+// How drivers of devices take one copy: destination, source, bytes, stream; 0 is success.
+using CopyFunction = int (*)(std::uint64_t, std::uint64_t, std::size_t, void*);
+
+nb::tuple call_copies(std::int64_t function_address, const Array& dst, const Array& src,
+                      const Array& sizes, std::int64_t stream) {
+  const auto* to = checked_array<std::uint64_t>("dst", dst, 1, "(N,) of uint64");
+  const auto* from = checked_array<std::uint64_t>("src", src, 1, "(N,) of uint64");
+  const auto* bytes = checked_array<std::uint64_t>("sizes", sizes, 1, "(N,) of uint64");
+  const std::size_t count = dst.shape(0);
+  if (src.shape(0) != count || sizes.shape(0) != count) {
+    reject("dst, src and sizes must have the same length");
+  }
+  if (function_address <= 0) reject("function_address must be a valid address");
+  if (stream < 0) reject("stream must not be negative");
+  const auto copy = reinterpret_cast<CopyFunction>(function_address);
+  std::size_t done = 0;
+  int status = 0;
+  {
+    nb::gil_scoped_release unlocked;
+    for (; done < count; ++done) {
+      status = copy(to[done], from[done], bytes[done], reinterpret_cast<void*>(stream));
+      if (status != 0) break;
+    }
+  }
+  return nb::make_tuple(done, status);
+}
+
 // A prompt's token ids are small objects strewn over the heap: reading ahead hides their latency.
 constexpr Py_ssize_t kObjectsAhead = 16;
 
@@ -268,6 +295,8 @@ NB_MODULE(_native, m) {
   m.def("copy_blocks", &copy_blocks_checked, "to_slots"_a, "segments"_a.noconvert(),
         "page_ids"_a.noconvert(), "slots"_a.noconvert(), "page_tokens"_a, "elem_size"_a,
         "threads"_a = 1, "checksum"_a = false);
+  m.def("call_copies", &call_copies, "function_address"_a, "dst"_a.noconvert(),
+        "src"_a.noconvert(), "sizes"_a.noconvert(), "stream"_a);
   m.def("chain_keys", &chain_keys_checked, "parent"_a, "tokens"_a.noconvert(), "block_tokens"_a);
   m.def("pack_u32", &pack_u32, "values"_a);
   m.def("prefault", &prefault_range, "address"_a, "nbytes"_a);

@@ -28,6 +28,8 @@ class LayerGate:
         self.layers = layers
         self._events: list[Event | None] = []
         self._failed: str | None = None
+        self.opened_at = 0.0
+        """When a layer was opened last, in monotonic seconds."""
         self._changed = threading.Condition()
 
     @classmethod
@@ -41,6 +43,7 @@ class LayerGate:
         """Open all layers below `layers` that are not; those that are stay as they are."""
         with self._changed:
             self._events += [event] * (min(layers, self.layers) - len(self._events))
+            self.opened_at = time.monotonic()
             self._changed.notify_all()
 
     def fail(self, reason: str) -> None:
