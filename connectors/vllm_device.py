@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvstore.copier.base import Copier
     from kvstore.copier.cuda import CudaCopier
     from kvstore.copier.gate import Event
+    from kvstore.copier.triton import TritonKernels
 
 _log: Final = init_logger("vllm.kvstore.device")
 
@@ -32,6 +33,7 @@ class Device:
         self.casts = False
         """Whether its copier turns numbers into another type."""
         self._cuda: CudaCopier | None = None
+        self._kernels: TritonKernels | None = None
 
     @classmethod
     def of(cls, tensors: Iterable[torch.Tensor]) -> Device:
@@ -69,8 +71,15 @@ class Device:
             kernels = TritonKernels(number)
         copier = CudaCopier(number, kernels=kernels)
         made = cls(number, copier)
-        made._cuda, made.casts = copier, kernels is not None
+        made._cuda, made._kernels, made.casts = copier, kernels, kernels is not None
         return made
+
+    def close(self) -> None:
+        """Give back what copies needed; nothing may be copying, and no session be open."""
+        if self._cuda is not None:
+            self._cuda.close()
+        if self._kernels is not None:
+            self._kernels.close()
 
     def mark(self) -> Event | None:
         """This point in the work of the engine; None: all before it is done."""

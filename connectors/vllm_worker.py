@@ -294,6 +294,7 @@ class WorkerSide:
         self._saving.close(_LAST_SAVES)
         if self._sessions is not None:
             self._sessions.close()
+        self._device.close()
 
     # -- in the threads ---------------------------------------------------------------------------
 

@@ -34,7 +34,10 @@ def fresh(monkeypatch: pytest.MonkeyPatch, *, interpret: bool) -> ModuleType:
 def interpreted() -> ModuleType:
     """Kernels for the interpreter; other modules find the environment as it was."""
     with pytest.MonkeyPatch.context() as patch:
-        return fresh(patch, interpret=True)
+        module = fresh(patch, interpret=True)
+        # Triton imports this at the first launch, and asks once more what it is to do.
+        importlib.import_module("triton.experimental.gluon")
+        return module
 
 
 class Memory:

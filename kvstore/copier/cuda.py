@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final, Literal, Protocol
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 
@@ -18,11 +17,13 @@ from kvstore.copier.calibration import calibrate
 from kvstore.copier.cudadevice import CudaEvent, Device
 from kvstore.copier.cudadriver import Driver
 from kvstore.copier.gate import Event, LayerGate
+from kvstore.copier.kernels import Kernels
 from kvstore.copier.lanes import Budget, Lane, Lanes
 from kvstore.copier.pathcost import PathCosts, Way
 from kvstore.copier.pinning import PinnedMemory
+from kvstore.copier.plans import CopyPlan, CopyPlans
 from kvstore.copier.runs import Copies, Runs
-from kvstore.copier.segments import Segments, check_copy, check_layouts, segments_of
+from kvstore.copier.segments import check_copy, check_layouts
 from kvstore.errors import KVStoreError, SpecError, StoreUnavailable
 from kvstore.spec import Part
 
@@ -39,35 +40,13 @@ _ALIGNMENT: Final = 256
 """Of objects in a staging buffer."""
 
 
-class Kernels(Protocol):
-    """Copies by kernels of the device. Safe to call from several threads at once."""
-
-    def copy(
-        self,
-        to_slots: bool,
-        segments: Segments,
-        first_layer: int,
-        last_layer: int,
-        page_ids: NDArray[np.int64],
-        slots: NDArray[np.uint64],
-        stream: int,
-    ) -> None:
-        """Enqueue on `stream` what `_native.copy_blocks` does, for some layers.
-
-        The rows are ``segments.of_layers(first_layer, last_layer)``. `page_ids` has shape (B, P);
-        -1 leaves a page out. `slots` (B,) are addresses for the device, such that the offsets in
-        the rows fit: of a slot only the bytes of those layers need be there. Both arrays may
-        change as soon as the call returns.
-        """
-
-
 @dataclass(frozen=True, slots=True)
 class _Job:
     """One call: which blocks, and how."""
 
     to_slots: bool
     way: Way
-    runs: Runs
+    plan: CopyPlan
     page_ids: NDArray[np.int64]
     slots: NDArray[np.uint64]
     in_one_piece: bool  # each slot lies in one piece of pinned memory
@@ -104,8 +83,7 @@ class CudaCopier:
         self._device = Device(driver or Driver.open(), device)
         self._kernels = kernels
         self._path = path
-        self._plans: WeakKeyDictionary[PagedMemory, dict[tuple[Part, int], Runs]]
-        self._plans = WeakKeyDictionary()
+        self._plans = CopyPlans()
         self._pinned = PinnedMemory(self._device)
         self._budget = Budget(self._device, staging_bytes if kernels else 0)
         self._saving = Lanes(self._device, low_priority=True)
@@ -123,6 +101,7 @@ class CudaCopier:
         slots: Sequence[int],
         block_tokens: int,
         *,
+        stored: Part | None = None,
         checksum: bool = False,
         after: LayerGate | None = None,
         deadline: float = math.inf,
@@ -130,11 +109,12 @@ class CudaCopier:
         """See `Copier.save`."""
         with _failing(None):
             self._check_device(memory)
+            part = check_layouts(memory, stored, casts=self._kernels is not None)
             check_copy(memory, page_ids, len(slots), block_tokens, skips=False)
-            runs = self._runs(memory, memory.part, block_tokens)
+            plan = self._plans.of(memory, part, block_tokens)
             if len(slots):
-                self._copy(True, runs, page_ids, slots, after, None, deadline)
-        return _sums(runs, slots) if checksum else None
+                self._copy(True, plan, page_ids, slots, after, None, deadline)
+        return _sums(plan.runs, slots) if checksum else None
 
     def load(
         self,
@@ -152,14 +132,14 @@ class CudaCopier:
         """See `Copier.load`."""
         with _failing(then):
             self._check_device(memory)
-            part = check_layouts(memory, stored)
+            part = check_layouts(memory, stored, casts=self._kernels is not None)
             check_copy(memory, page_ids, len(slots), block_tokens, skips=True)
-            runs = self._runs(memory, part, block_tokens)
+            plan = self._plans.of(memory, part, block_tokens)
             if len(slots):
-                self._copy(False, runs, page_ids, slots, after, then, deadline)
+                self._copy(False, plan, page_ids, slots, after, then, deadline)
             elif then is not None:
                 then.open(then.layers)
-        return _sums(runs, slots) if checksum else None
+        return _sums(plan.runs, slots) if checksum else None
 
     def attach(self, address: int, nbytes: int) -> None:
         """Pin memory for fast copies; if that fails, a warning says so and copies are slower."""
@@ -201,14 +181,6 @@ class CudaCopier:
                 f"{self._device.ordinal}"
             )
 
-    def _runs(self, memory: PagedMemory, stored: Part, block_tokens: int) -> Runs:
-        plans = self._plans.setdefault(memory, {})
-        runs = plans.get((stored, block_tokens))
-        if runs is None:
-            segments = segments_of(memory, stored, block_tokens)
-            runs = plans[stored, block_tokens] = Runs(segments, block_tokens // memory.page_tokens)
-        return runs
-
     def _time(
         self,
         way: Way,
@@ -218,13 +190,14 @@ class CudaCopier:
         slots: NDArray[np.uint64],
     ) -> None:
         """One copy as it is measured."""
-        runs = self._runs(memory, memory.part, page_ids.shape[1] * memory.page_tokens)
-        self._copy(to_slots, runs, page_ids, slots, None, None, math.inf, way)
+        tokens = page_ids.shape[1] * memory.page_tokens
+        plan = self._plans.of(memory, memory.part, tokens)
+        self._copy(to_slots, plan, page_ids, slots, None, None, math.inf, way)
 
     def _copy(
         self,
         to_slots: bool,
-        runs: Runs,
+        plan: CopyPlan,
         page_ids: NDArray[np.int64],
         slots: Sequence[int] | NDArray[np.uint64],
         after: LayerGate | None,
@@ -240,7 +213,7 @@ class CudaCopier:
             lanes.taken(deadline) as lane,
             self._settled(lane),
         ):
-            job = self._plan(to_slots, way or self._path, lane, runs, ids, addresses)
+            job = self._job(to_slots, way or self._path, lane, plan, ids, addresses)
             # The stream that touches the pages, which is what gates are about.
             stream = lane.dma if job.way == "dma" else lane.kernels
             for first, last in self._layers(job, stream, after, then is not None, deadline):
@@ -258,17 +231,17 @@ class CudaCopier:
             self._device.halt(lane.dma, lane.kernels)
             raise
 
-    def _plan(
+    def _job(
         self,
         to_slots: bool,
         wanted: Literal["auto"] | Way,
         lane: Lane,
-        runs: Runs,
+        plan: CopyPlan,
         page_ids: NDArray[np.int64],
         slots: NDArray[np.uint64],
     ) -> _Job:
-        mapped = None
-        ways: list[Way] = ["dma"]
+        mapped, runs = None, plan.runs
+        ways: list[Way] = ["dma"] if plan.cast is None else []
         if self._kernels is not None and wanted != "dma":
             mapped = self._pinned.mapped(slots, runs.nbytes)
             if mapped is not None:
@@ -280,7 +253,7 @@ class CudaCopier:
             ways.remove("staged")
             way = self._choose(to_slots, wanted, ways, runs, len(slots))
         whole = self._pinned.in_one_piece(slots, runs.nbytes)
-        return _Job(to_slots, way, runs, page_ids, slots, whole, mapped)
+        return _Job(to_slots, way, plan, page_ids, slots, whole, mapped)
 
     def _choose(
         self,
@@ -290,6 +263,10 @@ class CudaCopier:
         runs: Runs,
         blocks: int,
     ) -> Way:
+        if not ways:
+            raise StoreUnavailable(
+                "numbers of another type need pinned slots, or room for a buffer on the device"
+            )
         if wanted != "auto" and wanted in ways:
             return wanted
         return self._costs.choose(to_slots, runs.per_block * blocks, runs.nbytes * blocks, ways)
@@ -302,7 +279,7 @@ class CudaCopier:
         self, job: _Job, stream: int, after: LayerGate | None, followed: bool, deadline: float
     ) -> Iterator[tuple[int, int]]:
         """Layers to copy together, in turn, once what follows on `stream` may touch their pages."""
-        runs, layers = job.runs, job.runs.layers
+        runs, layers = job.plan.runs, job.plan.runs.layers
         step = layers
         if followed:
             step = max(1, _LAYERS_BYTES * layers // (runs.nbytes * len(job.slots)))
@@ -328,13 +305,15 @@ class CudaCopier:
             assert self._kernels is not None
             assert job.mapped is not None
             self._kernels.copy(
-                job.to_slots, job.runs.segments, first, last, job.page_ids, job.mapped, lane.kernels
-            )
+                job.to_slots, job.plan.segments, first, last,
+                job.page_ids, job.mapped, lane.kernels, cast=job.plan.cast,
+            )  # fmt: skip
         else:
-            blocks = max(1, _RUNS_AT_ONCE // job.runs.per_block)
+            runs = job.plan.runs
+            blocks = max(1, _RUNS_AT_ONCE // runs.per_block)
             for b in range(0, len(job.slots), blocks):
                 chosen = slice(b, b + blocks)
-                copies = job.runs.copies(job.page_ids[chosen], job.slots[chosen], first, last)
+                copies = runs.copies(job.page_ids[chosen], job.slots[chosen], first, last)
                 self._pinned.copy(job.to_slots, copies, lane.dma, whole=job.in_one_piece)
 
     def _issue_staged(self, job: _Job, lane: Lane, first: int, last: int) -> None:
@@ -342,11 +321,11 @@ class CudaCopier:
         device, staging, kernels = self._device, lane.staging, self._kernels
         assert staging is not None
         assert kernels is not None
-        room, layer_bytes = self._budget.half_bytes, job.runs.layer_bytes
+        room, layer_bytes = self._budget.half_bytes, job.plan.runs.layer_bytes
         step = last - first if layer_bytes is None else max(1, room // layer_bytes)
         for low in range(first, last, step):
             high = min(low + step, last)
-            span = job.runs.span(low, high)
+            span = job.plan.runs.span(low, high)
             assert span is not None
             offset, nbytes = span
             pitch = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
@@ -366,8 +345,8 @@ class CudaCopier:
                 )  # fmt: skip
                 by_kernel = partial(
                     kernels.copy,
-                    job.to_slots, job.runs.segments, low, high,
-                    ids, staged - np.uint64(offset), lane.kernels,
+                    job.to_slots, job.plan.segments, low, high,
+                    ids, staged - np.uint64(offset), lane.kernels, cast=job.plan.cast,
                 )  # fmt: skip
                 fill, empty = (by_kernel, by_dma) if job.to_slots else (by_dma, by_kernel)
                 fill()

@@ -80,7 +80,6 @@ class Runs:
     """How blocks of `pages_per_block` pages are cut into runs. Immutable, so thread-safe."""
 
     def __init__(self, segments: Segments, pages_per_block: int) -> None:
-        self.segments: Final = segments
         self.layers: Final = segments.layers
         self._pages = pages_per_block
         parts = [_row_runs(row, segments, pages_per_block) for row in segments.rows.tolist()]

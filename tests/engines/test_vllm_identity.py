@@ -156,8 +156,9 @@ def test_flags_that_change_values_are_part_of_the_name() -> None:
         identity_of(engine(path, hf_overrides={"rope_theta": 1}), "float32"),
         identity_of(engine(path, hf_config=rope), "float32"),
         identity_of(engine(path, hf_config=rope, max_model_len=8192), "float32"),
+        identity_of(engine(path), "float32", stored="float16"),
     ]
-    assert len({plain, *others}) == 7
+    assert len({plain, *others}) == 8
     assert identity_of(engine(path, max_model_len=8192), "float32") == plain
 
 

@@ -265,3 +265,20 @@ def test_tensors_that_differ_from_the_configuration_are_refused() -> None:
     private = pages_of(engine(device="cpu"), config(full())).parts[0]
     with pytest.raises(SpecError, match="no runs of"):
         memory_of(private, PAGE, *named(caches("LBNHC", HEADS, 2 * WIDTH)))
+
+
+def test_the_store_may_hold_numbers_of_another_type() -> None:
+    pages = pages_of(engine(ranks=2, heads=4), config(full()))
+    assert pages.stored == pages.parts
+    rounded = pages.stored_as("float8_e4m3fn")
+    assert rounded.parts == pages.parts
+    assert [part.group.dtype for part in rounded.stored] == ["float8_e4m3fn"] * 2
+    assert rounded.stored_part(1).shard == rounded.part(1).shard
+    assert rounded.stored_part(1).nbytes(BLOCK) * 4 == rounded.part(1).nbytes(BLOCK)
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float16"), ("cuda", "int8")])
+def test_numbers_that_cannot_be_rounded_are_refused(device: str, dtype: str) -> None:
+    pages = pages_of(engine(device=device), config(full()))
+    with pytest.raises(SpecError, match=f"store_dtype is {dtype}.*it is for GPUs"):
+        pages.stored_as(dtype)

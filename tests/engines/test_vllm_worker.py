@@ -1,0 +1,213 @@
+"""A worker whose pages lie on a device that works behind its back: nothing out of order is seen.
+
+The driver is the stand-in that other tests use: it copies and computes late, in threads of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+
+from kvstore.connectors import vllm_device, vllm_worker
+from kvstore.connectors.vllm_config import Settings
+from kvstore.connectors.vllm_layout import memory_of, pages_of
+from kvstore.connectors.vllm_messages import Job, Step
+from kvstore.connectors.vllm_worker import WorkerSide
+from kvstore.keys import block_keys
+from kvstore.spec import ModelIdentity, Namespace
+from tests import cuda_tools
+from tests.cuda_tools import FakeCuda
+from tests.session_tools import Served, Stores, eventually
+
+pytestmark = pytest.mark.vllm
+
+cuda, cuda_library = cuda_tools.cuda, cuda_tools.cuda_library
+
+LAYERS, HEADS, WIDTH, PAGE, PAGES, BLOCK = 8, 2, 16, 4, 64, 8
+NAMES = [f"layer{n}" for n in range(LAYERS)]
+NAMESPACE = Namespace(ModelIdentity("worker"), block_tokens=BLOCK)
+KEYS = block_keys(NAMESPACE, list(range(6 * BLOCK)))
+SAVED = np.array([[9, 3], [30, 4], [31, 32], [0, 63], [1, 38], [17, 50]])
+LOADED = np.array([[5, 6], [8, 7], [20, 21], [22, 62], [40, 41], [10, 11]])
+
+
+class Model:
+    """An engine's model: computes layer after layer in a stream, after the hooks have returned."""
+
+    def __init__(self, cuda: FakeCuda, worker: WorkerSide, stream: int) -> None:
+        self._cuda, self._worker, self._stream = cuda, worker, stream
+        self.pages = torch.zeros(LAYERS, PAGES, HEADS, PAGE, 2 * WIDTH)
+        self.seen: list[torch.Tensor] = []
+        self._queued = self._computed = 0
+        cuda.place(self.pages.numpy())
+
+    def value(self, layer: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(layer)
+        return torch.randn(PAGES, HEADS, PAGE, 2 * WIDTH, generator=generator)
+
+    def step(self, step: Step, writes: Any = (), *, asks: bool = True) -> None:
+        """One step: fills pages `writes`, and notes what it reads of all pages of each layer."""
+        self._worker.preempt(step)
+        self._worker.begin(step)
+        for layer, name in enumerate(NAMES):
+            if asks:
+                self._worker.layer_needed(name)
+            self._queued += 1
+            self._cuda.enqueue(self._stream, lambda layer=layer: self._compute(layer, writes))
+            self._worker.layer_computed(name)
+        self._worker.computed()
+
+    def _compute(self, layer: int, writes: Any) -> None:
+        time.sleep(0.002)
+        for page in writes:
+            self.pages[layer, page] = self.value(layer)[page]
+        self.seen.append(self.pages[layer].clone())
+        self._computed += 1
+
+    def finish(self) -> None:
+        """Wait until all layers of all steps are computed."""
+        eventually(lambda: self._computed == self._queued)
+
+
+@pytest.fixture(scope="module")
+def served(stores: Stores) -> Served:
+    return stores.serve("64MiB")
+
+
+@pytest.fixture
+def model(cuda: FakeCuda, served: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[Model]:
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
+        model_config=SimpleNamespace(get_total_num_kv_heads=lambda: HEADS),
+        device_config=SimpleNamespace(device_type="cuda"),
+        cache_config=SimpleNamespace(),
+        speculative_config=None,
+    )
+    spec = FullAttentionSpec(
+        block_size=PAGE, num_kv_heads=HEADS, head_size=WIDTH, dtype=torch.float32
+    )
+    group = KVCacheGroupSpec(NAMES, spec)
+    pages = pages_of(
+        config,
+        KVCacheConfig(
+            num_blocks=PAGES,
+            kv_cache_tensors=[],
+            kv_cache_groups=[group],
+            kv_cache_layout="LBHNC",
+        ),
+    )
+    device = vllm_device.Device(0, copier := cuda.copier())
+    device._cuda = copier
+    engine = cuda.device()
+    with engine.current():
+        stream = engine.stream()
+
+    def on_device(*args: Any) -> Any:
+        memory, cut = memory_of(*args)
+        return replace(memory, device=0), cut
+
+    monkeypatch.setattr(vllm_worker.Device, "of", lambda tensors: device)
+    monkeypatch.setattr(vllm_worker, "memory_of", on_device)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda number: SimpleNamespace(cuda_stream=stream)
+    )
+    worker = WorkerSide(Settings(served.config()), NAMESPACE, pages, 0)
+    one = Model(cuda, worker, stream)
+    worker.register(NAMES, {name: one.pages[n] for n, name in enumerate(NAMES)})
+    with engine.current():
+        yield one
+        engine.halt(stream)
+    worker.close()
+
+
+def job(number: int, pages: Any, keys: list[bytes] = KEYS, **more: Any) -> Job:
+    return Job(number, f"request{number}", "", keys, pages, **more)
+
+
+def step(**more: Any) -> Step:
+    return Step(namespace=NAMESPACE.digest, **more)
+
+
+def reports(model: Model, wanted: Any) -> Any:
+    """What the worker tells, once `wanted` finds it."""
+    told: list[Any] = []
+
+    def ask() -> Any:
+        told.append(model._worker.take_report())
+        return told[-1] is not None and wanted(told[-1])
+
+    eventually(ask)
+    return told[-1]
+
+
+def save(model: Model, keys: list[bytes] = KEYS, number: int = 1) -> None:
+    pages = SAVED[: len(keys)]
+    model.step(step(saves=[job(number, pages, keys)]), writes=pages.ravel())
+    report = reports(model, lambda report: number in report.saved)
+    assert report.saved[number] == (1, len(keys))
+    model.finish()
+
+
+def test_what_is_saved_was_computed_and_what_is_computed_with_was_loaded(model: Model) -> None:
+    save(model)
+    model.pages.zero_()
+    model.seen.clear()
+    model.step(step(loads=[job(2, LOADED, layered=True)]))
+    report = reports(model, lambda report: 2 in report.loaded)
+    assert report.loaded == {2: len(KEYS)}
+    assert model._worker.take_invalid() == set()
+    model.finish()
+    for layer, seen in enumerate(model.seen):
+        want = model.value(layer)[SAVED.ravel()]
+        assert torch.equal(seen[LOADED.ravel()], want), f"layer {layer} was read before its load"
+
+
+def test_pages_are_written_only_after_what_was_queued_before_has_read_them(model: Model) -> None:
+    save(model)
+    model.seen.clear()
+    # The first step still reads pages that the second one's load writes.
+    model.step(step())
+    model.step(step(loads=[job(3, SAVED[::-1].copy())]))
+    reports(model, lambda report: 3 in report.loaded)
+    assert model._worker.results().finished_recving == {"request3"}
+    model.finish()
+    for layer, seen in enumerate(model.seen[:LAYERS]):
+        pages = SAVED.ravel()
+        assert torch.equal(seen[pages], model.value(layer)[pages])
+
+
+def test_a_layered_load_that_comes_short_spoils_nothing(model: Model) -> None:
+    keys = block_keys(NAMESPACE, [7, *range(6 * BLOCK - 1)])
+    save(model, keys[:4])
+    more = block_keys(NAMESPACE, [9, *range(4 * BLOCK - 1)])
+    bad = step(loads=[job(4, LOADED, keys, layered=True)], saves=[job(5, SAVED[:4], more)])
+    model.step(bad)
+    report = reports(model, lambda report: 4 in report.loaded)
+    assert report.loaded[4] == 4
+    assert report.failures == 1
+    assert model._worker.take_invalid() == set(LOADED[4:].ravel().tolist())
+    # A step that was scheduled before the scheduler knew is not saved either.
+    model.step(step(saves=[job(6, SAVED[:4], more)]), writes=SAVED[:4].ravel())
+    report = reports(model, lambda report: 6 in report.saved)
+    assert report.saved[6] == (1, 0)
+    assert model._worker._session("").lookup(more).blocks == 0
+    model.step(step(saves=[job(7, SAVED[:4], more)], failures=1), writes=SAVED[:4].ravel())
+    report = reports(model, lambda report: 7 in report.saved)
+    assert report.saved[7] == (1, 4)
+
+
+def test_a_model_that_does_not_ask_for_layers_may_have_been_too_early(model: Model) -> None:
+    save(model)
+    model.step(step(loads=[job(8, LOADED, layered=True)]), asks=False)
+    report = reports(model, lambda report: 8 in report.loaded)
+    assert report.loaded[8] == 0
+    assert report.failures == 1
+    assert model._worker.take_invalid() == set(LOADED.ravel().tolist())
