@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -49,8 +50,11 @@ FolderOption = Annotated[
 
 
 def _report(bench: str, *, as_json: bool, quick: bool, samples: int | None) -> Report:
-    chosen = samples or (_QUICK_SAMPLES if quick else _SAMPLES)
-    return Report(bench, samples=chosen, as_json=as_json)
+    return Report(bench, samples=_chosen(samples, quick), as_json=as_json)
+
+
+def _chosen(samples: int | None, quick: bool) -> int:
+    return samples or (_QUICK_SAMPLES if quick else _SAMPLES)
 
 
 @bench_app.callback()
@@ -67,6 +71,16 @@ def everything(
         session(as_json=as_json, quick=quick)
         store(folder, as_json=as_json, quick=quick)
         peer(as_json=as_json, quick=quick)
+        _gpu_copy_if_possible(as_json=as_json, quick=quick)
+
+
+def _gpu_copy_if_possible(*, as_json: bool, quick: bool) -> None:
+    from kvstore.benchmarks.gpu_copy import missing_gpu
+
+    if missing := missing_gpu():
+        typer.echo(f"left out: {missing}", err=True)
+    else:
+        gpu_copy(as_json=as_json, quick=quick)
 
 
 @bench_app.command()
@@ -153,6 +167,101 @@ def peer(
 
     with _report("peer", as_json=as_json, quick=quick, samples=samples) as report:
         bench.run(report, size=size or (64 << 20 if quick else 512 << 20), streams=streams)
+
+
+@bench_app.command("gpu-copy")
+def gpu_copy(
+    as_json: JsonOption = False,
+    quick: QuickOption = False,
+    samples: SamplesOption = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            "--results",
+            file_okay=False,
+            help="Folder for the figures, one file of JSON lines per date and GPU.",
+        ),
+    ] = None,
+) -> None:
+    """Copies between pages on an NVIDIA GPU and the arena, against one large pinned copy.
+
+    Exit code 2 where there is no torch with CUDA, or no GPU.
+    """
+    from kvstore.benchmarks import gpu_copy as bench
+
+    if missing := bench.missing_gpu():
+        typer.echo(f"error: {missing}", err=True)
+        raise typer.Exit(2)
+    if results is not None:
+        results.mkdir(parents=True, exist_ok=True)
+    chosen = _chosen(samples, quick)
+    with bench.Recorder("gpu-copy", samples=chosen, as_json=as_json) as report:
+        bench.run(report, quick=quick)
+    if results is not None:
+        path = report.write(results, bench.device_name())
+        typer.echo(f"written: {path}", err=True)
+
+
+@bench_app.command()
+def engine(
+    name: Annotated[str, typer.Option("--engine", help="The engine: vllm.")] = "vllm",
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Folder or name of a model (default: the demo's)."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="Type of the model (default: float32 on a CPU, else auto)."),
+    ] = None,
+    connector: Annotated[
+        list[str] | None,
+        typer.Option("--connector", help="kvstore, or vLLM's name of one; may be repeated."),
+    ] = None,
+    requests: Annotated[
+        int | None, typer.Option("--requests", min=1, max=1024, help="Conversations at once.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=128, help="Tokens of a document.")
+    ] = None,
+    processes: Annotated[
+        str, typer.Option("--processes", help="default: as vLLM runs; one: all in one process.")
+    ] = "default",
+    as_json: JsonOption = False,
+    quick: QuickOption = False,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, max=100, help="Laps (default 2; quick: 1).")
+    ] = None,
+) -> None:
+    """First tokens and throughput of a real engine, plain, with KVStore and with others."""
+    if name != "vllm":
+        raise typer.BadParameter(
+            f"{name!r} is not known; the one engine is vllm", param_hint="--engine"
+        )
+    if processes not in ("default", "one"):
+        raise typer.BadParameter("give default or one", param_hint="--processes")
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:
+        typer.echo(
+            "vLLM is not installed beside kvstore: run `pip install vllm` in the same environment,"
+            " then this command with its Python.",
+            err=True,
+        )
+        raise typer.Exit(2)
+    from kvstore.benchmarks import serving as bench
+    from kvstore.benchmarks.serving_load import Size
+    from kvstore.benchmarks.vllm_engine import KVSTORE
+
+    chosen = model or bench.default_model()
+    if chosen is None:
+        raise typer.BadParameter(
+            "the demo's model is not there: run `make setup`, or name another", param_hint="--model"
+        )
+    with Report("engine", samples=samples or (1 if quick else 2), as_json=as_json) as report:
+        size = Size.chosen(
+            tokens or (768 if quick else 1408), requests or (4 if quick else 8), quick=quick
+        )
+        setup = bench.Setup(str(chosen), dtype, processes == "one", size)
+        bench.run(report, setup, connector or [KVSTORE])
 
 
 @bench_app.command()

@@ -46,6 +46,7 @@ class Model:
         self._cuda, self._worker, self._stream = cuda, worker, stream
         self.pages = torch.zeros(LAYERS, PAGES, HEADS, PAGE, 2 * WIDTH)
         self.seen: list[torch.Tensor] = []
+        self.seconds = 0.002
         self._queued = self._computed = 0
         cuda.place(self.pages.numpy())
 
@@ -66,11 +67,22 @@ class Model:
         self._worker.computed()
 
     def _compute(self, layer: int, writes: Any) -> None:
-        time.sleep(0.002)
+        time.sleep(self.seconds)
         for page in writes:
             self.pages[layer, page] = self.value(layer)[page]
         self.seen.append(self.pages[layer].clone())
         self._computed += 1
+
+    def slow_down_copies(self) -> None:
+        """Have the device pause before each of them."""
+        pinned = self._worker._device._cuda._pinned  # type: ignore[union-attr]
+        copy = pinned.copy
+
+        def late(to_slots: bool, copies: Any, stream: int, *, whole: bool) -> None:
+            self._cuda.enqueue(stream, lambda: time.sleep(0.005))
+            copy(to_slots, copies, stream, whole=whole)
+
+        pinned.copy = late
 
     def finish(self) -> None:
         """Wait until all layers of all steps are computed."""
@@ -160,6 +172,8 @@ def test_what_is_saved_was_computed_and_what_is_computed_with_was_loaded(model: 
     save(model)
     model.pages.zero_()
     model.seen.clear()
+    model.seconds = 0.0
+    model.slow_down_copies()
     model.step(step(loads=[job(2, LOADED, layered=True)]))
     report = reports(model, lambda report: 2 in report.loaded)
     assert report.loaded == {2: len(KEYS)}

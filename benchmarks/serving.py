@@ -1,0 +1,319 @@
+"""Time to first token and throughput of vLLM: plain, with KVStore, and with other connectors.
+
+Engines run one after another, all of them in each lap, since two would take each other's cores and
+memory. What an outside hit is measured against happens in the same process, in turns with it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
+
+from kvstore import _native
+from kvstore.benchmarks.figures import BenchmarkError, Report, Samples
+from kvstore.benchmarks.served import served
+from kvstore.benchmarks.serving_load import Chat, Documents, Load, Size, Unseen
+from kvstore.benchmarks.vllm_engine import (
+    KVSTORE,
+    PLAIN,
+    UNCACHED,
+    Contender,
+    Said,
+    VllmEngine,
+    connector,
+)
+from kvstore.config import load_config
+from kvstore.staging import Bounce
+
+FRESH: Final = f"{KVSTORE}, a new process"
+_MEMORY_SPARE: Final = 256 << 20
+_OWED: Final = 1.05
+"""An outside hit may take so many times an own one, and the time to copy the bytes."""
+_ERROR: Final = re.compile(r"\b\w+(?:Error|Exception): .+")
+_EXACT: Final = "float32"
+"""In other types, answers differ with the steps in which the same KV was computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What all engines have in common."""
+
+    model: str
+    dtype: str | None
+    in_process: bool
+    size: Size
+
+    @contextmanager
+    def engine(self, contender: Contender) -> Iterator[VllmEngine]:
+        """A running engine, not warmed up."""
+        local = os.path.isdir(self.model)
+        with VllmEngine(
+            contender,
+            in_process=self.in_process,
+            local=local,
+            model=os.path.abspath(self.model) if local else self.model,
+            dtype=self.dtype,
+            max_model_len=self.size.longest + 1,
+            max_num_seqs=self.size.requests,
+            room=self.size.room,
+        ) as engine:
+            yield engine
+
+
+@dataclass(slots=True)
+class Taken:
+    """What one contender did, in all laps."""
+
+    documents: list[Documents] = field(default_factory=list)
+    chats: list[Chat] = field(default_factory=list)
+    unseen: list[Unseen] = field(default_factory=list)
+
+    def samples(self, of: Callable[[Documents], list[float]]) -> Samples:
+        """First tokens of all laps, in seconds."""
+        return Samples(tuple(seconds for lap in self.documents for seconds in of(lap)))
+
+
+def default_model() -> Path | None:
+    """The small model that `make setup` has put into the user's cache, if it is there."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
+    folders = sorted((root / "kvstore" / "models").glob("SmolLM2-135M-Instruct-*[0-9]"))
+    return folders[-1] if folders else None
+
+
+def run(report: Report, setup: Setup, connectors: Sequence[str]) -> None:
+    """Measure plain vLLM, then each connector, in as many laps as there are samples.
+
+    Raises:
+        BenchmarkError: plain vLLM or KVStore did not run, did not hit, or answered differently.
+    """
+    taken: dict[str, Taken] = {}
+    names = list(dict.fromkeys(connectors))
+    said: Said | None = None
+    for lap in range(report.samples):
+        where = f"lap {lap + 1} of {report.samples}"
+        for contender in (UNCACHED, PLAIN):
+            report.note(f"{where}: {contender.name}")
+            with setup.engine(contender) as engine:
+                report.note(f"started in {engine.said.start_seconds:.0f} s")
+                said = engine.said
+                _serve(setup, engine, contender, taken.setdefault(contender.name, Taken()))
+        assert said is not None
+        for name in list(names):
+            report.note(f"{where}: vLLM with {name}")
+            done = taken.setdefault(name, Taken())
+            try:
+                _serve_connected(setup, name, said, done, taken)
+            except BenchmarkError as e:
+                if name == KVSTORE:
+                    raise
+                report.note(f"{name} is left out: {gist(str(e))}")
+                names.remove(name)
+                del taken[name]
+        check(report, taken, names, exact=said.dtype == _EXACT)
+    assert said is not None
+    _tell(report, setup, said, taken, names)
+
+
+def _serve_connected(
+    setup: Setup, name: str, said: Said, done: Taken, taken: dict[str, Taken]
+) -> None:
+    """One lap of a connector, with an empty store of its own; KVStore meets a new process, too."""
+    memory = setup.size.stored * said.token_bytes * 5 // 4 + _MEMORY_SPARE
+    with TemporaryDirectory(prefix="kvstore-bench-") as folder:
+        if name != KVSTORE:
+            contender = connector(name, address="", memory=memory, folder=Path(folder))
+            with setup.engine(contender) as engine:
+                _serve(setup, engine, contender, done)
+            return
+        with served({"memory": {"size": memory}}) as daemon:
+            contender = connector(name, address=daemon.address, memory=memory, folder=Path(folder))
+            with setup.engine(contender) as engine:
+                _serve(setup, engine, contender, done)
+            with setup.engine(contender) as engine:
+                load = Load(setup.size, engine.said.vocabulary)
+                load.warm_up(engine)
+                engine.forget()
+                taken.setdefault(FRESH, Taken()).documents.append(load.fresh(engine))
+
+
+def _serve(setup: Setup, engine: VllmEngine, contender: Contender, taken: Taken) -> None:
+    """All loads, once."""
+    load = Load(setup.size, engine.said.vocabulary)
+    load.warm_up(engine)
+    if contender.connected:
+        copy = _copier(setup.size.tokens * engine.said.token_bytes)
+        taken.documents.append(load.outside(engine, copy))
+        engine.forget()
+    else:
+        taken.documents.append(load.documents(engine))
+    taken.unseen.append(load.unseen(engine))
+    taken.chats.append(load.chat(engine))
+
+
+def _copier(nbytes: int) -> Callable[[], float]:
+    """Seconds that a streaming copy of so many bytes takes, with a session's threads."""
+    threads = load_config(None, {}).session.copy_threads
+    source, target = Bounce(nbytes), Bounce(nbytes)
+
+    def copy() -> float:
+        started = time.perf_counter()
+        _native.copy(target.address, source.address, nbytes, threads)
+        return time.perf_counter() - started
+
+    return copy
+
+
+def gist(words: str) -> str:
+    """What tells most among an engine's last words: the last error that refers to no other."""
+    errors = [found for found in _ERROR.findall(words) if "root cause above" not in found]
+    return errors[-1] if errors else words.splitlines()[0]
+
+
+def check(report: Report, taken: Mapping[str, Taken], names: Sequence[str], exact: bool) -> None:
+    """Answers of the last lap are plain vLLM's, and what should hit did.
+
+    Only KVStore is held to it; what others do is told.
+    """
+    plain = taken[UNCACHED.name]
+    for name, done in taken.items():
+        problems = []
+        documents = done.documents[-1]
+        if documents.unhit:
+            total = len(documents.outside)
+            problems.append(f"{documents.unhit} of {total} documents were not served whole")
+        if exact:
+            expected = plain.documents[-1].answers
+            differing = [q for q, answer in documents.answers.items() if answer != expected[q]]
+            for load, here, there in (
+                ("chat", done.chats, plain.chats),
+                ("unseen prompts", done.unseen, plain.unseen),
+            ):
+                if here and here[-1].answers != there[-1].answers:
+                    differing.append(load)
+            if differing:
+                problems.append("answers differ from plain vLLM's: " + "; ".join(differing))
+        for problem in problems:
+            if name in names and name != KVSTORE:
+                report.note(f"{name}: {problem}")
+            else:
+                raise BenchmarkError(f"{name}: {problem}")
+
+
+def _tell(
+    report: Report, setup: Setup, said: Said, taken: Mapping[str, Taken], names: Sequence[str]
+) -> None:
+    """All figures, those with the same limit beside each other."""
+    kind = "one-process engines" if setup.in_process else "engines"
+    how = f"{Path(setup.model).name}, {report.samples} laps of {kind} in turn"
+    _tell_documents(report, setup.size, said, taken, names, how)
+    plain = taken[PLAIN.name]
+    for contender in (UNCACHED.name, PLAIN.name, *names):
+        done = taken[contender]
+        against = f"{PLAIN.name}; {how}"
+        report.level(
+            "chat: output",
+            statistics.median(chat.produced / chat.seconds for chat in done.chats),
+            statistics.median(chat.produced / chat.seconds for chat in plain.chats),
+            unit="token/s",
+            less_is_better=False,
+            samples=len(done.chats),
+            contender=contender,
+            conversations=setup.size.requests,
+            rounds=setup.size.rounds,
+            percent_cached=round(100 * statistics.median(chat.cached for chat in done.chats)),
+            dtype=said.dtype,
+            device=said.device,
+            against=against,
+        )
+        report.duration(
+            "chat: first token, mean",
+            Samples(tuple(chat.first for chat in done.chats)),
+            Samples(tuple(chat.first for chat in plain.chats)),
+            unit="ms",
+            contender=contender,
+            dtype=said.dtype,
+            device=said.device,
+            against=against,
+        )
+        report.level(
+            "unseen prompts: all tokens",
+            _throughput(done),
+            _throughput(plain),
+            unit="token/s",
+            less_is_better=False,
+            samples=sum(len(unseen.seconds) for unseen in done.unseen),
+            contender=contender,
+            prompts=setup.size.requests,
+            dtype=said.dtype,
+            device=said.device,
+            against=against,
+        )
+
+
+def _tell_documents(
+    report: Report,
+    size: Size,
+    said: Said,
+    taken: Mapping[str, Taken],
+    names: Sequence[str],
+    how: str,
+) -> None:
+    def tell(
+        figure: str, contender: str, did: Samples, limit: Samples | float, against: str
+    ) -> None:
+        report.duration(
+            f"first token, {figure}",
+            did,
+            limit,
+            unit="ms",
+            contender=contender,
+            tokens=size.tokens,
+            kv_bytes=size.tokens * said.token_bytes,
+            dtype=said.dtype,
+            device=said.device,
+            against=f"{against}; {how}",
+        )
+
+    own_plain = taken[PLAIN.name].samples(lambda d: d.own)
+    uncached = taken[UNCACHED.name].samples(lambda d: d.miss + d.own)
+    if KVSTORE in names:
+        own = taken[KVSTORE].samples(lambda d: d.own)
+        copies = taken[KVSTORE].samples(lambda d: d.copies)
+        owed = _OWED * own.quantile() + copies.quantile()
+        for contender in (KVSTORE, FRESH):
+            outside = taken[contender].samples(lambda d: d.outside)
+            tell("hit from outside", contender, outside, owed, f"{_OWED} × own hit, and the copy")
+    own_name = f"{PLAIN.name}, own hit"
+    tell("own hit", PLAIN.name, own_plain, own_plain, own_name)
+    for contender in names:
+        own = taken[contender].samples(lambda d: d.own)
+        tell("own hit", contender, own, own_plain, own_name)
+        outside = taken[contender].samples(lambda d: d.outside)
+        tell("hit from outside", contender, outside, own_plain, own_name)
+    if FRESH in taken:
+        tell(
+            "hit from outside",
+            FRESH,
+            taken[FRESH].samples(lambda d: d.outside),
+            own_plain,
+            own_name,
+        )
+    tell("everything computed", UNCACHED.name, uncached, own_plain, own_name)
+    for contender in (PLAIN.name, *names):
+        miss = taken[contender].samples(lambda d: d.miss)
+        tell("miss", contender, miss, uncached, UNCACHED.name)
+
+
+def _throughput(taken: Taken) -> float:
+    return statistics.median(
+        unseen.tokens / seconds for unseen in taken.unseen for seconds in unseen.seconds
+    )

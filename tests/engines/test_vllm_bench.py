@@ -1,0 +1,132 @@
+"""`kvstore bench engine`, on sizes too small to mean anything: does it run, report and check?"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from typer.testing import CliRunner
+
+from kvstore.benchmarks.figures import BenchmarkError, Report
+from kvstore.benchmarks.serving import FRESH, Taken, check, gist
+from kvstore.benchmarks.serving_load import Chat, Documents, Size, Unseen
+from kvstore.benchmarks.vllm_engine import KVSTORE, PLAIN, UNCACHED, connector
+from kvstore.server.bench_cli import bench_app
+from tests.engines.vllm_tools import model
+
+pytestmark = pytest.mark.vllm
+
+SECONDS: Final = 600
+
+
+def test_figures_of_all_contenders() -> None:
+    command = Path(sys.executable).with_name("kvstore")
+    options = ["--quick", "--json", "--tokens", "128", "--requests", "2", "--processes", "one"]
+    others = ["--connector", "kvstore", "--connector", "NoSuchConnector", "--model", str(model())]
+    done = subprocess.run(
+        [str(command), "bench", "engine", *options, *others],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "NoSuchConnector is left out: " in done.stderr
+    figures: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
+    for figure in figures:
+        assert figure["bench"] == "engine"
+        assert "1 laps of one-process engines in turn" in figure["params"]["against"]
+        for number in ("value", "limit", "ratio", "samples"):
+            assert math.isfinite(figure[number]), figure
+            assert figure[number] > 0, figure
+    found = Counter((f["figure"], f["params"]["contender"]) for f in figures)
+    load = ("chat: output", "chat: first token, mean", "unseen prompts: all tokens")
+    contenders = (UNCACHED.name, PLAIN.name, KVSTORE)
+    assert found == Counter(
+        {
+            **{(figure, contender): 1 for figure in load for contender in contenders},
+            ("first token, everything computed", UNCACHED.name): 1,
+            ("first token, miss", PLAIN.name): 1,
+            ("first token, own hit", PLAIN.name): 1,
+            ("first token, miss", KVSTORE): 1,
+            ("first token, own hit", KVSTORE): 1,
+            # Against what is owed, and against plain vLLM's own hit.
+            ("first token, hit from outside", KVSTORE): 2,
+            ("first token, hit from outside", FRESH): 2,
+        }
+    )
+    hit = next(f for f in figures if f["figure"] == "first token, hit from outside")
+    assert hit["params"]["kv_bytes"] == 128 * 46080
+    assert hit["samples"] == 4
+
+
+def taken(answer: int, unhit: int = 0) -> Taken:
+    documents = Documents([1.0], [1.0], [1.0], [1.0], unhit, {"a question": [answer]})
+    return Taken([documents], [Chat(1.0, 1, 1.0, 0.0, [[answer]])], [Unseen([1.0], 1, [[answer]])])
+
+
+def test_wrong_answers_and_misses_are_no_figures() -> None:
+    with Report("engine", samples=1, as_json=True) as report:
+        plain = {UNCACHED.name: taken(1), PLAIN.name: taken(1)}
+        check(report, {**plain, KVSTORE: taken(1)}, [KVSTORE], exact=True)
+        with pytest.raises(BenchmarkError, match="a question; chat; unseen prompts"):
+            check(report, {**plain, KVSTORE: taken(2)}, [KVSTORE], exact=True)
+        check(report, {**plain, KVSTORE: taken(2)}, [KVSTORE], exact=False)
+        with pytest.raises(BenchmarkError, match="not served whole"):
+            check(report, {**plain, KVSTORE: taken(1, unhit=1)}, [KVSTORE], exact=False)
+
+
+def test_what_others_do_wrong_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    with Report("engine", samples=1, as_json=True) as report:
+        done = {UNCACHED.name: taken(1), "Other": taken(2, unhit=1)}
+        check(report, done, ["Other"], exact=True)
+    told = capfd.readouterr().err
+    assert "Other: 1 of 1 documents were not served whole" in told
+    assert "Other: answers differ" in told
+
+
+def test_the_cause_is_found_among_last_words() -> None:
+    words = (
+        "Other: the engine ended; its last words:\n"
+        "(EngineCore pid=1) ERROR 11-26 [core.py:7] ValueError: not on CPUs\n"
+        "RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    assert gist(words) == "ValueError: not on CPUs"
+    assert gist("Other: the engine ended; its last words:\nhm") == words.splitlines()[0]
+
+
+def test_an_engine_has_room_for_a_request_but_not_for_all_conversations() -> None:
+    for quick in (True, False):
+        size = Size.chosen(1500, 8, quick=quick)
+        assert size.tokens == 1408
+        assert size.longest < size.room < size.stored
+        assert size.requests * size.short < size.stored
+
+
+def test_connectors_are_told_where_to_keep_what(tmp_path: Path) -> None:
+    example = connector("ExampleConnector", address="", memory=1 << 30, folder=tmp_path)
+    transfer = example.settings["kv_transfer_config"]
+    assert transfer["kv_connector"] == "ExampleConnector"
+    assert transfer["kv_connector_extra_config"] == {"shared_storage_path": str(tmp_path)}
+    cache = connector("LMCacheConnectorV1", address="", memory=(1 << 30) + 1, folder=tmp_path)
+    assert cache.environment["LMCACHE_MAX_LOCAL_CPU_SIZE"] == "2"
+    own = connector(KVSTORE, address="unix:///x.sock", memory=1, folder=tmp_path)
+    extra = own.settings["kv_transfer_config"]["kv_connector_extra_config"]
+    assert extra["kvstore.address"] == "unix:///x.sock"
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = CliRunner().invoke(bench_app, ["engine", "--engine", "sglang"])
+    assert refused.exit_code == 2
+    assert "the one engine is vllm" in refused.output
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    missing = CliRunner().invoke(bench_app, ["engine"])
+    assert missing.exit_code == 2
+    assert "pip install vllm" in missing.output
