@@ -10,6 +10,7 @@ store is computed from where that ends: across requests, engines, processes and 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,7 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
             StoreUnavailable: the store refused the session.
         """
         super().__init__(vllm_config, role, kv_cache_config)
+        _print_ours()
         transfer = self._kv_transfer_config
         settings = settings_of(transfer.kv_connector_extra_config)
         pages = pages_of(vllm_config, kv_cache_config)
@@ -242,6 +244,15 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
         for side in (self._scheduler, self._worker):
             if side is not None:
                 side.close()
+
+
+def _print_ours() -> None:
+    """vLLM prints what its own loggers say, and no others: have it print the store's, too."""
+    ours, theirs = logging.getLogger("kvstore"), logging.getLogger("vllm")
+    if theirs.handlers and not ours.handlers:
+        ours.handlers = list(theirs.handlers)
+        ours.setLevel(theirs.level)
+        ours.propagate = False
 
 
 def _check_layerwise(settings: Settings, vllm_config: Any) -> None:

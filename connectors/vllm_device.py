@@ -13,6 +13,7 @@ from kvstore.errors import SpecError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from kvstore.config import SessionConfig
     from kvstore.copier.base import Copier
     from kvstore.copier.cuda import CudaCopier
     from kvstore.copier.gate import Event
@@ -36,7 +37,7 @@ class Device:
         self._kernels: TritonKernels | None = None
 
     @classmethod
-    def of(cls, tensors: Iterable[torch.Tensor]) -> Device:
+    def of(cls, tensors: Iterable[torch.Tensor], session: SessionConfig) -> Device:
         """The one device that all tensors are on.
 
         Raises:
@@ -56,10 +57,10 @@ class Device:
 
             _log.info("copies go by torch: batched DMA and kernels are for NVIDIA GPUs")
             return cls(number, TorchCopier())
-        return cls._nvidia(number)
+        return cls._nvidia(number, session)
 
     @classmethod
-    def _nvidia(cls, number: int) -> Device:
+    def _nvidia(cls, number: int, session: SessionConfig) -> Device:
         from kvstore.copier.cuda import CudaCopier
 
         kernels = None
@@ -69,7 +70,18 @@ class Device:
             from kvstore.copier.triton import TritonKernels
 
             kernels = TritonKernels(number)
-        copier = CudaCopier(number, kernels=kernels)
+        _log.info(
+            "copies to and from GPU %d: %s, with at most %d MiB of its memory",
+            number,
+            session.gpu_path,
+            session.gpu_staging >> 20,
+        )
+        copier = CudaCopier(
+            number,
+            kernels=kernels,
+            staging_bytes=session.gpu_staging,
+            path=session.gpu_path,
+        )
         made = cls(number, copier)
         made._cuda, made._kernels, made.casts = copier, kernels, kernels is not None
         return made

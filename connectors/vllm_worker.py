@@ -113,7 +113,7 @@ class WorkerSide:
             SpecError: its layout is not the one expected, or copies cannot reach it.
             KVStoreError: the store refused the session.
         """
-        self._device = Device.of(caches.values())
+        self._device = Device.of(caches.values(), self._settings.config.session)
         self._memory, self._cut = memory_of(
             self._part, self._pages.page_tokens, layer_names, caches
         )

@@ -172,6 +172,12 @@ class SessionConfig(_Section):
     start_timeout: float = Field(60.0, description="seconds an embedded daemon may start", gt=0)
     retry_max: float = Field(5.0, description="longest pause between reconnects", gt=0)
     copy_threads: int = Field(2, description="threads that copy blocks", ge=1, le=64)
+    gpu_path: Literal["auto", "dma", "kernel", "staged"] = Field(
+        "auto", description="how a GPU's pages are copied; auto takes what was measured cheapest"
+    )
+    gpu_staging: Size = Field(
+        64 * 2**20, description="bytes of a GPU that copies may use", ge=0, le=2**33
+    )
     checksum: bool = Field(
         False, description="checksum blocks from save to load, also while they stay in memory"
     )

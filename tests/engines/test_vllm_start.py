@@ -37,6 +37,8 @@ def test_an_engine_without_its_store_serves_and_finds_it_later(stores: Stores) -
             return bool(answer["cached"] == [192])
 
         eventually(served_again, 60)
+        for words in ("store unavailable, going on without it", "connected to the store again"):
+            assert words in engine.log
 
 
 def test_a_private_store_is_shared_by_all_of_an_engine(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def model(cuda: FakeCuda, served: Served, monkeypatch: pytest.MonkeyPatch) -> It
         memory, cut = memory_of(*args)
         return replace(memory, device=0), cut
 
-    monkeypatch.setattr(vllm_worker.Device, "of", lambda tensors: device)
+    monkeypatch.setattr(vllm_worker.Device, "of", lambda tensors, session: device)
     monkeypatch.setattr(vllm_worker, "memory_of", on_device)
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda number: SimpleNamespace(cuda_stream=stream)
