@@ -22,6 +22,8 @@ END_SECONDS: Final = 60.0
 ENVIRONMENT: Final = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    # Left to itself, vLLM takes other cores with a connector than without.
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
     "VLLM_LOGGING_LEVEL": "INFO",
     "VLLM_NO_USAGE_STATS": "1",
     # Threads that spin while another process has their core would make every time meaningless.
