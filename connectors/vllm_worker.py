@@ -84,6 +84,8 @@ class WorkerSide:
         """Layers that this step has waited for."""
         self._computed: LayerGate | None = None
         """Opened as this step's layers are computed, if they have blocks to save."""
+        self._unsaved: list[Job] = []
+        """Saves of this step that have not been started."""
         self._failures = 0
         """Layered loads that failed."""
         self._invalid: set[int] = set()
@@ -163,9 +165,9 @@ class WorkerSide:
                 self._joining.put(job, Gates(after, gate))
             else:
                 self._loading.put(job, Gates(after))
-        self._computed = None
+        self._unsaved, self._computed = step.saves, None
         if step.failures == self._failures and _blocks(step.saves) >= _WORTH_PIECES:
-            self._start_saves(step.saves)
+            self._start_saves()
 
     def layer_needed(self, name: str) -> None:
         """Before a layer is computed: wait for what is loaded of it."""
@@ -202,16 +204,14 @@ class WorkerSide:
             return
         self._end_layered()
         sound = step.failures == self._failures
-        if self._computed is not None and sound:
-            self._computed.open(len(self._layers), self._device.mark())
-        elif self._computed is not None:
-            self._computed.fail("the step was computed without what it should have loaded")
-        elif sound:
-            self._start_saves(step.saves)
+        if sound:
+            self._start_saves()
             if self._computed is not None:
                 self._computed.open(len(self._layers), self._device.mark())
         else:
-            for job in step.saves:
+            if self._computed is not None:
+                self._computed.fail("the step was computed without what it should have loaded")
+            for job in self._unsaved:
                 with self._changed:
                     tokens = len(job.keys) * self._namespace.block_tokens
                     self._stats.dropped(tokens, "load_failed")
@@ -221,7 +221,9 @@ class WorkerSide:
             with self._changed:
                 self._report.computed = (step.prompt_tokens, seconds)
 
-    def _start_saves(self, jobs: Sequence[Job]) -> None:
+    def _start_saves(self) -> None:
+        """Start those of this step that have not been; they follow `_computed`."""
+        jobs, self._unsaved = self._unsaved, []
         if jobs and self._saves_here:
             self._computed = LayerGate(len(self._layers))
         for job in jobs:

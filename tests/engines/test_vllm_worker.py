@@ -95,7 +95,14 @@ def served(stores: Stores) -> Served:
 
 
 @pytest.fixture
-def model(cuda: FakeCuda, served: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[Model]:
+def rank() -> int:
+    return 0
+
+
+@pytest.fixture
+def model(
+    cuda: FakeCuda, served: Served, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> Iterator[Model]:
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
         model_config=SimpleNamespace(get_total_num_kv_heads=lambda: HEADS),
@@ -131,7 +138,8 @@ def model(cuda: FakeCuda, served: Served, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda number: SimpleNamespace(cuda_stream=stream)
     )
-    worker = WorkerSide(Settings(served.config()), NAMESPACE, pages, 0)
+    pages = replace(pages, replicas=2)
+    worker = WorkerSide(Settings(served.config()), NAMESPACE, pages, rank)
     one = Model(cuda, worker, stream)
     worker.register(NAMES, {name: one.pages[n] for n, name in enumerate(NAMES)})
     with engine.current():
@@ -225,3 +233,16 @@ def test_a_model_that_does_not_ask_for_layers_may_have_been_too_early(model: Mod
     assert report.loaded[8] == 0
     assert report.failures == 1
     assert model._worker.take_invalid() == set(LOADED.ravel().tolist())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("blocks", [1, 6])
+def test_pages_of_a_request_that_ended_are_given_back_once(model: Model, blocks: int) -> None:
+    """Also by a rank that holds the same as another one, and leaves it to that to save."""
+    keys = block_keys(NAMESPACE, [20 + blocks, *range(blocks * BLOCK - 1)])
+    model.step(step(saves=[job(9, SAVED[:blocks], keys)]), writes=SAVED.ravel())
+    assert reports(model, lambda report: 9 in report.saved).saved == {9: (1, blocks)}
+    model.step(step(held=frozenset({"request9"})))
+    assert model._worker.results().finished_sending == {"request9"}
+    model.step(step())
+    assert model._worker.results().finished_sending == set()
