@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Final
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from vllm.logger import init_logger
 
+from kvstore.copier.torch import TorchCopier, TorchEvent
 from kvstore.errors import SpecError
 
 if TYPE_CHECKING:
@@ -53,8 +56,6 @@ class Device:
         (device,) = devices
         number = torch.cuda.current_device() if device.index is None else device.index
         if torch.version.cuda is None:
-            from kvstore.copier.torch import TorchCopier
-
             _log.info("copies go by torch: batched DMA and kernels are for NVIDIA GPUs")
             return cls(number, TorchCopier())
         return cls._nvidia(number, session)
@@ -100,12 +101,57 @@ class Device:
         stream = torch.cuda.current_stream(self.number)
         if self._cuda is not None:
             return self._cuda.mark(int(stream.cuda_stream))
-        from kvstore.copier.torch import TorchEvent
-
         return TorchEvent(stream)
+
+    def wait(self, event: Event | None) -> None:
+        """Wait for what `mark` gave; from any thread."""
+        if isinstance(event, TorchEvent):
+            event.synchronize()
+        elif event is not None and self._cuda is not None:
+            self._cuda.wait(event)
 
     def follow(self, event: Event | None) -> None:
         """Have the engine's further work wait for `event`."""
         if self._cuda is not None and event is not None:
             stream = torch.cuda.current_stream(self.number)
             self._cuda.follow(int(stream.cuda_stream), event)
+
+
+class StepTimes:
+    """How long steps take; a device comes to their ends after the calls that made them."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._step: tuple[int, Any] = (0, 0.0)
+        self._pending: deque[tuple[int, Any, Any]] = deque()
+
+    def begin(self, tokens: int) -> None:
+        """A step begins that computes so many tokens of prompts, and nothing else (0: it does)."""
+        self._step = (tokens, self._now() if tokens else 0.0)
+
+    def end(self, *, counts: bool) -> None:
+        """The step has been handed to the device; `counts`: its time tells something."""
+        tokens, began = self._step
+        if counts and tokens:
+            self._pending.append((tokens, began, self._now()))
+
+    def take(self) -> tuple[int, float] | None:
+        """Tokens and seconds of the latest step that has ended since the last call."""
+        latest = None
+        while self._pending:
+            tokens, began, ended = self._pending[0]
+            if self._device.number is None:
+                latest = (tokens, float(ended - began))
+            elif ended.query():
+                latest = (tokens, float(began.elapsed_time(ended)) / 1000)
+            else:
+                break
+            self._pending.popleft()
+        return latest
+
+    def _now(self) -> Any:
+        if self._device.number is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device.number))
+        return event

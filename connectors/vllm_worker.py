@@ -27,7 +27,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 from vllm.logger import init_logger
 
 from kvstore.connectors.vllm_config import Settings
-from kvstore.connectors.vllm_device import Device
+from kvstore.connectors.vllm_device import Device, StepTimes
 from kvstore.connectors.vllm_lane import Lane
 from kvstore.connectors.vllm_layout import Pages, memory_of
 from kvstore.connectors.vllm_messages import Job, Report, Step
@@ -106,7 +106,7 @@ class WorkerSide:
         self._stats = KVStoreStats()
         self._save_from = 0.0
         self._step: Step | None = None
-        self._began = 0.0
+        self._times = StepTimes(self._device)
 
     def register(self, layer_names: Sequence[str], caches: Mapping[str, torch.Tensor]) -> None:
         """Take the engine's KV cache, and open the session.
@@ -116,6 +116,7 @@ class WorkerSide:
             KVStoreError: the store refused the session.
         """
         self._device = Device.of(caches.values(), self._settings.config.session)
+        self._times = StepTimes(self._device)
         self._memory, self._cut = memory_of(
             self._part, self._pages.page_tokens, layer_names, caches
         )
@@ -134,7 +135,6 @@ class WorkerSide:
 
     def preempt(self, step: Step) -> None:
         """Before pages of preempted requests are written: drop their saves, or wait for them."""
-        self._began = time.perf_counter()
         if step.preempted:
             for job in self._saving.drop(step.preempted):
                 self._saved(job, 0)
@@ -148,6 +148,7 @@ class WorkerSide:
                 "found; set kvstore.vllm.revision in kv_connector_extra_config"
             )
         self._step = step
+        self._times.begin(step.prompt_tokens)
         with self._changed:
             self._in_flight += len(step.loads)
             self._held |= step.held
@@ -216,10 +217,9 @@ class WorkerSide:
                     tokens = len(job.keys) * self._namespace.block_tokens
                     self._stats.dropped(tokens, "load_failed")
                 self._saved(job, 0)
-        if sound and step.prompt_tokens >= self._namespace.block_tokens:
-            seconds = time.perf_counter() - self._began
-            with self._changed:
-                self._report.computed = (step.prompt_tokens, seconds)
+        self._times.end(counts=sound and step.prompt_tokens >= self._namespace.block_tokens)
+        with self._changed:
+            self._report.computed = self._times.take() or self._report.computed
 
     def _start_saves(self) -> None:
         """Start those of this step that have not been; they follow `_computed`."""
@@ -312,6 +312,9 @@ class WorkerSide:
             memory, pages = self._memory, self._page_ids(job.pages)
             assert memory is not None
             after, then = gates.after, gates.then
+            if after is not None:
+                # Not within the load, whose time tells the planner what loading costs.
+                self._device.wait(after.wait(0, until))
             loaded = session.load(
                 job.keys, [memory], [pages], timeout=job.timeout, after=after, then=then
             )

@@ -45,6 +45,11 @@ class Average:
         else:
             self.value += self._WEIGHT * (sample - self.value)
 
+    def fade(self, factor: float) -> None:
+        """Believe less in it."""
+        if self.value is not None:
+            self.value *= factor
+
 
 class Histograms:
     """Distributions of times and sizes. Not thread-safe; one per owner.

@@ -161,6 +161,11 @@ class CudaCopier:
         with self._device.current():
             self._device.wait(stream, event)
 
+    def wait(self, event: Event) -> None:
+        """Sleep until `event` has happened."""
+        with self._device.current():
+            self._device.synchronize(event)
+
     def overhead(self) -> int:
         """Bytes of the device's memory that are held for staging."""
         return self._budget.held

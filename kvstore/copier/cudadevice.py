@@ -102,7 +102,11 @@ class Device:
     def finish(self, *streams: int) -> None:
         """Sleep until all work in `streams` is done."""
         for event in [self.record(stream) for stream in streams]:
-            self.driver.call("cuEventSynchronize", event.handle)
+            self.synchronize(event)
+
+    def synchronize(self, event: Event) -> None:
+        """Sleep until the work before `event` is done."""
+        self.driver.call("cuEventSynchronize", event.handle)
 
     def halt(self, *streams: int) -> None:
         """Wait until nothing runs in `streams`, with as little as can fail."""

@@ -246,3 +246,35 @@ def test_pages_of_a_request_that_ended_are_given_back_once(model: Model, blocks:
     assert model._worker.results().finished_sending == {"request9"}
     model.step(step())
     assert model._worker.results().finished_sending == set()
+
+
+def test_steps_are_timed_by_the_device_that_computes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Timed:
+        done = 0.0
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: Any) -> None:
+            self.at = stream.cuda_stream
+
+        def query(self) -> bool:
+            return bool(self.at <= Timed.done)
+
+        def elapsed_time(self, end: Any) -> float:
+            return float(end.at - self.at)
+
+    clock = iter(range(0, 1000, 100))
+    monkeypatch.setattr(torch.cuda, "Event", Timed)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda number: SimpleNamespace(cuda_stream=next(clock))
+    )
+    times = vllm_device.StepTimes(vllm_device.Device(0))
+    times.begin(500)
+    times.end(counts=True)
+    times.begin(0)
+    times.end(counts=True)
+    assert times.take() is None, "the device has not come to the end"
+    Timed.done = 100.0
+    assert times.take() == (500, 0.1)
+    assert times.take() is None

@@ -49,6 +49,19 @@ def test_slow_loads_are_recomputed() -> None:
     assert made.load_seconds > (made.compute_seconds or 0)
 
 
+def test_a_machine_that_was_slow_for_a_moment_is_tried_again() -> None:
+    planner = measured(copy=1e-6, token=1e-5)
+    plans = [plan(planner, ["memory"] * 4).blocks for _ in range(100)]
+    assert plans[0] == 0
+    again = plans.index(4)
+    assert again > 10, "not at once"
+    planner.loaded(MIB, 1e-6 * MIB)
+    assert plan(planner, ["memory"] * 4).blocks == 0
+    for _ in range(10):
+        planner.loaded(MIB, 1e-10 * MIB)
+    assert plan(planner, ["memory"] * 4).blocks == 4
+
+
 def test_a_slow_tail_is_recomputed() -> None:
     planner = measured(copy=1e-10, token=1e-5)
     made = plan(planner, ["memory", "memory", "disk", "disk"], below_memory=1e-8)
