@@ -4,8 +4,8 @@ Loading `n` blocks costs their bytes times the measured time per byte of the tie
 not loading them costs computing their tokens at the measured prefill rate. Only a prefix can be
 loaded, so the plan is the prefix length with the least total. Both sides are running averages of
 what this session saw; until the prefill rate is known, loading is taken to be cheaper. What is not
-loaded is not measured either, so the cost of copies fades with every plan that shuns them: a
-machine that was slow for a moment is tried again.
+loaded is not measured either, so the cost of copies fades with every plan that shuns blocks in
+memory: a machine that was slow for a moment is tried again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from itertools import accumulate
 from typing import Final, Literal
 
 from kvstore.telemetry import Average
-
 
 _FADE: Final = 0.9
 """What is left of the cost of copies after a plan that shuns them."""
@@ -97,7 +96,7 @@ class Planner:
             reason = "loading is faster" if blocks == found else "recomputing is faster"
             if 0 < blocks < found:
                 reason = "loading is faster up to here, recomputing beyond"
-            if blocks < found:
+            if blocks < found and tiers[blocks] == "memory":
                 self._copy.fade(_FADE)
         compute = None if per_token is None else per_token * block_tokens * (blocks or found)
         return LoadPlan(blocks, found, tuple(tiers), times[blocks or found], compute, reason)
