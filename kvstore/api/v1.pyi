@@ -97,7 +97,7 @@ class Selection(_message.Message):
     older_than: _duration_pb2.Duration
     unused_for: _duration_pb2.Duration
     everything: bool
-    def __init__(self, namespace_id: _Optional[str] = ..., tenant: _Optional[str] = ..., prefix: _Optional[_Union[Prefix, _Mapping[str, _Any]]] = ..., tier: _Optional[_Union[Tier, str]] = ..., older_than: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping[str, _Any]]] = ..., unused_for: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping[str, _Any]]] = ..., everything: _Optional[bool] = ...) -> None: ...
+    def __init__(self, namespace_id: _Optional[str] = ..., tenant: _Optional[str] = ..., prefix: _Optional[_Union[Prefix, _Mapping[str, _Any]]] = ..., tier: _Optional[_Union[Tier, str]] = ..., older_than: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping[str, _Any]]] = ..., unused_for: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping[str, _Any]]] = ..., everything: bool = ...) -> None: ...
 
 class LookupRequest(_message.Message):
     __slots__ = ("prefix",)
@@ -169,7 +169,7 @@ class BlockReason(_message.Message):
     reason: str
     detail: str
     at: _timestamp_pb2.Timestamp
-    def __init__(self, block: _Optional[int] = ..., key: _Optional[bytes] = ..., usable: _Optional[bool] = ..., tier: _Optional[_Union[Tier, str]] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ...) -> None: ...
+    def __init__(self, block: _Optional[int] = ..., key: _Optional[bytes] = ..., usable: bool = ..., tier: _Optional[_Union[Tier, str]] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ...) -> None: ...
 
 class StatsRequest(_message.Message):
     __slots__ = ()
@@ -204,7 +204,7 @@ class StatsResponse(_message.Message):
     tiers: _containers.RepeatedCompositeFieldContainer[TierStats]
     counters: _containers.ScalarMap[str, int]
     draining: bool
-    def __init__(self, node: _Optional[str] = ..., version: _Optional[str] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping[str, _Any]]] = ..., objects: _Optional[int] = ..., unwritten_objects: _Optional[int] = ..., leases: _Optional[int] = ..., sessions: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping[str, _Any]]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., draining: _Optional[bool] = ...) -> None: ...
+    def __init__(self, node: _Optional[str] = ..., version: _Optional[str] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping[str, _Any]]] = ..., objects: _Optional[int] = ..., unwritten_objects: _Optional[int] = ..., leases: _Optional[int] = ..., sessions: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping[str, _Any]]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., draining: bool = ...) -> None: ...
 
 class TierStats(_message.Message):
     __slots__ = ("tier", "capacity_bytes", "used_bytes", "free_bytes", "fragmented_bytes", "pinned_bytes", "problem")
@@ -322,7 +322,7 @@ class LeaseInfo(_message.Message):
     since: _timestamp_pb2.Timestamp
     expires: _timestamp_pb2.Timestamp
     withdrawn: bool
-    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., session: _Optional[int] = ..., owner: _Optional[str] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., expires: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., withdrawn: _Optional[bool] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., session: _Optional[int] = ..., owner: _Optional[str] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., expires: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., withdrawn: bool = ...) -> None: ...
 
 class WatchEventsRequest(_message.Message):
     __slots__ = ("namespace_id", "tenant", "after")
@@ -488,7 +488,7 @@ class ClearRequest(_message.Message):
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
     selection: Selection
     dry_run: bool
-    def __init__(self, selection: _Optional[_Union[Selection, _Mapping[str, _Any]]] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+    def __init__(self, selection: _Optional[_Union[Selection, _Mapping[str, _Any]]] = ..., dry_run: bool = ...) -> None: ...
 
 class Operation(_message.Message):
     __slots__ = ("id", "verb", "state", "total", "done", "changed", "bytes", "skipped", "message", "started", "finished", "dry_run", "requested_by")
@@ -537,7 +537,7 @@ class Operation(_message.Message):
     finished: _timestamp_pb2.Timestamp
     dry_run: bool
     requested_by: str
-    def __init__(self, id: _Optional[str] = ..., verb: _Optional[str] = ..., state: _Optional[_Union[Operation.State, str]] = ..., total: _Optional[int] = ..., done: _Optional[int] = ..., changed: _Optional[int] = ..., bytes: _Optional[int] = ..., skipped: _Optional[_Mapping[str, int]] = ..., message: _Optional[str] = ..., started: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., finished: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., dry_run: _Optional[bool] = ..., requested_by: _Optional[str] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., verb: _Optional[str] = ..., state: _Optional[_Union[Operation.State, str]] = ..., total: _Optional[int] = ..., done: _Optional[int] = ..., changed: _Optional[int] = ..., bytes: _Optional[int] = ..., skipped: _Optional[_Mapping[str, int]] = ..., message: _Optional[str] = ..., started: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., finished: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., dry_run: bool = ..., requested_by: _Optional[str] = ...) -> None: ...
 
 class CheckFinishRequest(_message.Message):
     __slots__ = ("id",)
@@ -640,4 +640,4 @@ class DrainRequest(_message.Message):
     TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     stop: bool
     timeout: _duration_pb2.Duration
-    def __init__(self, stop: _Optional[bool] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping[str, _Any]]] = ...) -> None: ...
+    def __init__(self, stop: bool = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping[str, _Any]]] = ...) -> None: ...
