@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import grpc
+from grpc._cython import cygrpc  # type: ignore[attr-defined]
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -38,6 +39,8 @@ _MAX_CONNECTIONS: Final = 1024
 
 _log = logging.getLogger("kvstore.control")
 
+_NO_NEWS: Final = ("ExecuteBatchError", "Failed sending error status", "Invalid encoding")
+
 
 def _is_news(record: logging.LogRecord) -> bool:
     """Whether to log what gRPC says.
@@ -47,11 +50,21 @@ def _is_news(record: logging.LogRecord) -> bool:
     """
     return not (
         isinstance(record.msg, UnicodeDecodeError)
-        or str(record.msg).startswith(("ExecuteBatchError", "Invalid encoding"))
+        or str(record.msg).startswith(_NO_NEWS)
         or (record.exc_info and isinstance(record.exc_info[1], UnicodeDecodeError))
     )
 
 
+class _Silent:
+    """In the place of `traceback`, by which gRPC also prints what it logs, past all filters."""
+
+    @staticmethod
+    def print_exc() -> None:
+        """Print nothing."""
+
+
+if hasattr(cygrpc, "traceback"):
+    cygrpc.traceback = _Silent
 for _name in ("grpc._cython.cygrpc", "asyncio"):
     logging.getLogger(_name).addFilter(_is_news)
 
