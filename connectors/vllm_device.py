@@ -34,8 +34,6 @@ class Device:
     def __init__(self, number: int | None = None, copier: Copier | None = None) -> None:
         self.number = number
         self.copier = copier
-        self.casts = False
-        """Whether its copier turns numbers into another type."""
         self._cuda: CudaCopier | None = None
         self._kernels: TritonKernels | None = None
 
@@ -84,8 +82,13 @@ class Device:
             path=session.gpu_path,
         )
         made = cls(number, copier)
-        made._cuda, made._kernels, made.casts = copier, kernels, kernels is not None
+        made._cuda, made._kernels = copier, kernels
         return made
+
+    @property
+    def casts(self) -> bool:
+        """Whether its copier turns numbers into another type."""
+        return self._kernels is not None
 
     def close(self) -> None:
         """Give back what copies needed; nothing may be copying, and no session be open."""

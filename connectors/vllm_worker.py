@@ -213,9 +213,7 @@ class WorkerSide:
             if self._computed is not None:
                 self._computed.fail("the step was computed without what it should have loaded")
             for job in self._unsaved:
-                with self._changed:
-                    tokens = len(job.keys) * self._namespace.block_tokens
-                    self._stats.dropped(tokens, "load_failed")
+                self._dropped(job, "load_failed")
                 self._saved(job, 0)
         self._times.end(counts=sound and step.prompt_tokens >= self._namespace.block_tokens)
         with self._changed:
@@ -344,9 +342,7 @@ class WorkerSide:
         stored = 0
         try:
             if time.monotonic() < self._save_from:
-                with self._changed:
-                    tokens = len(job.keys) * self._namespace.block_tokens
-                    self._stats.dropped(tokens, "resting")
+                self._dropped(job, "resting")
                 return
             session = self._session(job.tenant)
             memory = self._memory
@@ -371,6 +367,10 @@ class WorkerSide:
                 self._stats.saved(saved, self._namespace.block_tokens)
         finally:
             self._saved(job, stored if stored == len(job.keys) else 0)
+
+    def _dropped(self, job: Job, reason: str) -> None:
+        with self._changed:
+            self._stats.dropped(len(job.keys) * self._namespace.block_tokens, reason)
 
     def _saved(self, job: Job, blocks: int) -> None:
         with self._changed:

@@ -3,7 +3,7 @@
 Loading `n` blocks costs their bytes times the measured time per byte of the tiers they lie in;
 not loading them costs computing their tokens at the measured prefill rate. Only a prefix can be
 loaded, so the plan is the prefix length with the least total. Both sides are running averages of
-what this session saw; until the prefill rate is known, loading is taken to be cheaper. What is not
+what was measured; until the prefill rate is known, loading is taken to be cheaper. What is not
 loaded is not measured either, so the cost of copies fades with every plan that shuns blocks in
 memory: a machine that was slow for a moment is tried again.
 """
