@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvstore.errors import SpecError
+from kvstore.keys import Media
 from kvstore.spec import ModelIdentity
 
 _WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -138,47 +139,35 @@ def _weight_files(folder: Path) -> Iterator[Path]:
 
 
 @lru_cache(maxsize=256)
-def _adapter(name: str, number: int, path: str) -> bytes:
+def _adapter(name: str, number: int, path: str) -> str:
     from vllm.lora.utils import get_adapter_absolute_path
 
     folder = Path(get_adapter_absolute_path(path))
     if not folder.exists():
         raise SpecError(f"LoRA adapter {name!r} is not at {path}, so it cannot be told from others")
-    return fingerprint(folder).encode()
+    return fingerprint(folder)
 
 
-def request_salts(request: Any) -> list[bytes]:
-    """What the keys of a whole request depend on beside its tokens.
+def adapter_of(request: Any) -> str:
+    """The digest of the request's LoRA adapter; empty without one.
 
     Raises:
-        SpecError: the request's adapter cannot be told from others.
+        SpecError: it cannot be told from others.
     """
-    salts = []
     lora = request.lora_request
-    if lora is not None:
-        if lora.load_inplace:
-            raise SpecError(f"LoRA adapter {lora.lora_name!r} is changed in place")
-        adapter = _adapter(lora.lora_name, lora.lora_int_id, lora.lora_path)
-        salts.append(b"lora:" + adapter)
-    if request.cache_salt:
-        salts.append(b"salt:" + request.cache_salt.encode())
-    return salts
+    if lora is None:
+        return ""
+    if lora.load_inplace:
+        raise SpecError(f"LoRA adapter {lora.lora_name!r} is changed in place")
+    return _adapter(lora.lora_name, lora.lora_int_id, lora.lora_path)
 
 
-def block_extras(
-    request: Any, block_tokens: int, first: int, blocks: int
-) -> dict[int, list[bytes]]:
-    """What lies in place of tokens, by block from `first` on, numbered from there."""
-    extras: dict[int, list[bytes]] = {}
-    for feature in request.mm_features:
-        place = feature.mm_position
-        start, end = place.offset, place.offset + place.length
-        for block in range(start // block_tokens, (end - 1) // block_tokens + 1):
-            if first <= block < first + blocks:
-                where = start - block * block_tokens
-                name = f"{feature.modality}:{feature.identifier}@{where}"
-                extras.setdefault(block - first, []).append(name.encode())
-    return extras
+def media_of(request: Any) -> list[Media]:
+    """What lies in place of the request's tokens."""
+    return [
+        Media(f.modality, f.identifier, f.mm_position.offset, f.mm_position.length)
+        for f in request.mm_features
+    ]
 
 
 def keyable(request: Any, hashed_media: bool) -> bool:

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.connectors.vllm_config import Wishes
-from kvstore.connectors.vllm_identity import block_extras
+from kvstore.connectors.vllm_identity import media_of
 from kvstore.connectors.vllm_messages import Job
-from kvstore.keys import block_keys
+from kvstore.keys import block_keys, prompt_extras
 from kvstore.spec import Namespace
 
 
@@ -50,7 +50,8 @@ class Tracked:
     request: Any
     namespace: Namespace
     wishes: Wishes
-    salts: list[bytes]
+    adapter: str = ""
+    """The digest of its LoRA adapter."""
     keys: list[bytes] = field(default_factory=list)
     found: Found | None = None
     promise: Promise | None = None
@@ -67,9 +68,13 @@ class Tracked:
         size, have = self.namespace.block_tokens, len(self.keys)
         count = self.request.num_tokens // size
         if count > have:
-            extras = block_extras(self.request, size, have, count - have)
-            if not have and self.salts:
-                extras[0] = self.salts + extras.get(0, [])
+            extras = prompt_extras(
+                size,
+                range(have, count),
+                salt=self.request.cache_salt or "",
+                adapter=self.adapter,
+                media=media_of(self.request),
+            )
             tokens = self.request.all_token_ids[have * size : count * size]
             parent = self.keys[-1] if have else None
             self.keys += block_keys(self.namespace, tokens, extras=extras, parent=parent)

@@ -20,7 +20,7 @@ from vllm.v1.request import RequestStatus
 
 from kvstore.connectors.vllm_config import Settings, wishes_of
 from kvstore.connectors.vllm_events import stored_event
-from kvstore.connectors.vllm_identity import keyable, request_salts
+from kvstore.connectors.vllm_identity import adapter_of, keyable
 from kvstore.connectors.vllm_layout import Pages
 from kvstore.connectors.vllm_messages import Job, Report, Step
 from kvstore.connectors.vllm_requests import Found, Promise, Saving, Tracked, page_rows
@@ -129,13 +129,13 @@ class SchedulerSide:
         for words in wrong:
             self._quiet.warning("wish", "kv_transfer_params: %s; left out", words)
         try:
-            salts = request_salts(request)
+            adapter = adapter_of(request)
         except (SpecError, OSError) as e:
-            self._quiet.warning("salt", "a request goes without the store: %s", e)
+            self._quiet.warning("adapter", "a request goes without the store: %s", e)
             return None
         tenant = self._settings.tenant if wishes.tenant is None else wishes.tenant
         namespace = Namespace(self._namespace.model, tenant, self._block_tokens)
-        tracked = Tracked(request, namespace, wishes, salts)
+        tracked = Tracked(request, namespace, wishes, adapter)
         self._tracked[request.request_id] = tracked
         return tracked
 

@@ -4,6 +4,9 @@
 ``key[-1]`` the namespace's digest. A key so names the whole prefix up to and including its block.
 Extras (multimodal hashes and the like) are length-prefixed, so no two inputs share an encoding.
 The same keys come out on every process, host and version: golden vectors guard them.
+
+What extras say is spelt here (`prompt_extras`), the same for every engine and for the tools that ask
+about an engine's prompts.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ from __future__ import annotations
 import hashlib
 import struct
 from array import array
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
@@ -26,6 +29,51 @@ if TYPE_CHECKING:
 
 KEY_BYTES: Final = 32
 MAX_TOKEN: Final = 0xFFFFFFFF
+
+
+class Media(NamedTuple):
+    """An image or the like, `digest` of its content, in place of `length` tokens from `offset`."""
+
+    modality: str
+    digest: str
+    offset: int
+    length: int
+
+
+def prompt_extras(
+    block_tokens: int,
+    blocks: range,
+    *,
+    salt: str = "",
+    adapter: str = "",
+    media: Iterable[Media] = (),
+) -> dict[int, list[bytes]]:
+    """What changes the values of a prompt's `blocks` beside its tokens, as `block_keys` takes it.
+
+    The result is numbered from the first of `blocks`. `salt` keeps prompts apart, `adapter` is the
+    digest of a LoRA's files (empty: none); both stand in block 0, so they change every key.
+    """
+    extras: dict[int, list[bytes]] = {}
+    if 0 in blocks:
+        whole = [b"adapter:" + _utf8(adapter)] if adapter else []
+        whole += [b"salt:" + _utf8(salt)] if salt else []
+        if whole:
+            extras[-blocks.start] = whole
+    for item in sorted(media, key=lambda item: item.offset):
+        first, end = item.offset, item.offset + item.length
+        for block in range(
+            max(first // block_tokens, blocks.start), min(-(-end // block_tokens), blocks.stop)
+        ):
+            modality = _utf8(item.modality)
+            # The modality's length keeps its end and the digest's beginning apart.
+            head = f"media:{first - block * block_tokens}:{len(modality)}:".encode()
+            extra = head + modality + _utf8(item.digest)
+            extras.setdefault(block - blocks.start, []).append(extra)
+    return extras
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
 
 
 def token_array(tokens: Sequence[int] | NDArray[np.integer]) -> NDArray[np.uint32]:

@@ -13,7 +13,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
 from kvstore.connectors.vllm_config import Wishes, settings_of, wishes_of
-from kvstore.connectors.vllm_identity import fingerprint, identity_of, keyable, request_salts
+from kvstore.connectors.vllm_identity import adapter_of, fingerprint, identity_of, keyable
 from kvstore.connectors.vllm_requests import Tracked, page_rows
 from kvstore.errors import ConfigError, SpecError
 from kvstore.keys import block_keys
@@ -30,7 +30,7 @@ def request(tokens: int = 40, **settings: Any) -> Request:
 
 
 def keys(one: Request) -> list[bytes]:
-    return Tracked(one, NAMESPACE, Wishes(), request_salts(one)).extend_keys()
+    return Tracked(one, NAMESPACE, Wishes(), adapter_of(one)).extend_keys()
 
 
 def image(name: str, offset: int = 10, length: int = 12) -> MultiModalFeatureSpec:
@@ -44,7 +44,7 @@ def test_plain_keys_are_those_of_every_engine() -> None:
 
 def test_keys_grow_with_the_answer() -> None:
     one = request(13)
-    tracked = Tracked(one, NAMESPACE, Wishes(), [])
+    tracked = Tracked(one, NAMESPACE, Wishes())
     for token in range(13, 40):
         assert len(tracked.extend_keys()) == one.num_tokens // 8
         one.append_output_token_ids(token)
@@ -73,7 +73,7 @@ def test_an_image_changes_keys_from_its_first_block_on() -> None:
 
 def test_an_image_in_later_blocks_counts_when_those_are_reached() -> None:
     one = request(13, mm_features=[image("one", offset=17, length=4)])
-    tracked = Tracked(one, NAMESPACE, Wishes(), [])
+    tracked = Tracked(one, NAMESPACE, Wishes())
     tracked.extend_keys()
     for token in range(13, 40):
         one.append_output_token_ids(token)

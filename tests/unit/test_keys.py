@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 from kvstore.errors import SpecError
-from kvstore.keys import KEY_BYTES, block_keys, split_keys, token_array
+from kvstore.keys import KEY_BYTES, Media, block_keys, prompt_extras, split_keys, token_array
 from kvstore.spec import ModelIdentity, Namespace
 
 SMALL = Namespace(ModelIdentity("m"), "", 4)
@@ -182,6 +182,40 @@ def test_no_extras_are_no_extras() -> None:
 
 def test_extras_beyond_the_whole_blocks_change_nothing() -> None:
     assert hexes(block_keys(SMALL, range(10), extras={2: [b"x"], -1: [b"y"]})) == GOLDEN_0_TO_7
+
+
+def test_golden_extras_of_a_prompt() -> None:
+    media = [Media("image", "cd", 9, 8), Media("audio", "ab", 3, 2)]
+    extras = prompt_extras(8, range(4), salt="s", adapter="f0", media=media)
+    assert extras == {
+        0: [b"adapter:f0", b"salt:s", b"media:3:5:audioab"],
+        1: [b"media:1:5:imagecd"],
+        2: [b"media:-7:5:imagecd"],
+    }
+    assert prompt_extras(8, range(4)) == {}
+
+
+@pytest.mark.parametrize("first", [1, 2, 3, 4])
+def test_extras_of_later_blocks_are_those_of_the_whole(first: int) -> None:
+    media = [Media("image", "cd", 9, 8), Media("image", "ef", 17, 1), Media("image", "gh", 30, 99)]
+    whole = prompt_extras(8, range(4), salt="s", adapter="f0", media=media)
+    rest = prompt_extras(8, range(first, 4), salt="s", adapter="f0", media=media)
+    assert rest == {block - first: values for block, values in whole.items() if block >= first}
+
+
+def test_extras_of_a_prompt_are_unambiguous() -> None:
+    said = [
+        prompt_extras(8, range(4), salt="a"),
+        prompt_extras(8, range(4), adapter="a"),
+        prompt_extras(8, range(4), salt="\ud800"),  # As a client may send it.
+        prompt_extras(8, range(4), media=[Media("a", "bc", 0, 1)]),
+        prompt_extras(8, range(4), media=[Media("ab", "c", 0, 1)]),
+        prompt_extras(8, range(4), media=[Media("a", "1:bc", 0, 1)]),
+        prompt_extras(8, range(4), media=[Media("a", "bc", 1, 1)]),
+        prompt_extras(8, range(4), media=[Media("a", "bc", 1, 8)]),
+        prompt_extras(8, range(4), salt="media:0:1:abc"),
+    ]
+    assert len({str(extras) for extras in said}) == len(said)
 
 
 def test_every_part_of_the_namespace_makes_other_keys() -> None:
