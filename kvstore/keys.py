@@ -5,8 +5,8 @@
 Extras (multimodal hashes and the like) are length-prefixed, so no two inputs share an encoding.
 The same keys come out on every process, host and version: golden vectors guard them.
 
-What extras say is spelt here (`prompt_extras`), the same for every engine and for the tools that ask
-about an engine's prompts.
+What extras say is spelt here (`prompt_extras`), the same for every engine and for the tools that
+ask about an engine's prompts.
 """
 
 from __future__ import annotations
