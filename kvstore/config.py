@@ -1,16 +1,19 @@
 """One typed configuration: a YAML file, then KVSTORE_* environment variables, then flags.
 
 Later sources win, value by value. Nested names join with two underscores in the environment:
-``KVSTORE_MEMORY__SIZE=8GiB`` sets ``memory.size``.
+``KVSTORE_MEMORY__SIZE=8GiB`` sets ``memory.size``. Variables that name no setting are not ours:
+Kubernetes sets KVSTORE_PORT and more of the kind for a Service named kvstore.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
 import os
 import re
 import socket
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -22,6 +25,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -43,31 +47,49 @@ _UNITS: Final = {
 _NOT_CONFIG: Final = frozenset({"KVSTORE_CONFIG", "KVSTORE_CPU", "KVSTORE_TOKEN"})
 """Variables of ours that are no configuration values; the token is a secret."""
 
-_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*\Z")
+_QUOTA: Final = re.compile(r"KVSTORE_QUOTAS__(.*)__(MEMORY|DISK)", re.I | re.S)
+_INJECTED: Final = re.compile(r"_SERVICE_HOST\Z|_PORT(_\w+)?\Z")
+"""How names end that Kubernetes makes of Services, and Docker of links."""
+
+_SIZE: Final = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)\s*\Z")
+_MAX_BYTES: Final = 1 << 60
+_MAX_TIER: Final = 1 << 50
+_MAX_CHUNKS: Final = 1 << 22
+_MAX_YAML: Final = 1 << 20
+_WEEK: Final = 7 * 86400.0
+"""Of seconds, as much as every kind of waiting takes."""
+
+_suggested: Final[set[str]] = set()
+_log = logging.getLogger("kvstore.config")
 
 
 def parse_size(value: object) -> int:
     """Bytes from `10GiB`, `1.5 GB`, `4096` …
 
     Raises:
-        ValueError: no number, or a unit that is ambiguous or unknown, with the remedy.
+        ValueError: no number, an ambiguous or unknown unit, or beyond all bounds; with the remedy.
     """
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ValueError(f"{value!r} is no size; write it like 10GiB")
-    if isinstance(value, int):
-        if value < 0:
-            raise ValueError(f"{value} is negative; write a size like 10GiB")
-        return value
+    nbytes = value if isinstance(value, int) else _size_of(value)
+    if nbytes < 0:
+        raise ValueError(f"{value} is negative; write a size like 10GiB")
+    if nbytes > _MAX_BYTES:
+        raise ValueError(f"{value!r:.60} is more than 1048576TiB; write a size like 10GiB")
+    return nbytes
+
+
+def _size_of(value: str) -> int:
     match = _SIZE.match(value)
     if match is None:
-        raise ValueError(f"{value!r} is no size; write it like 10GiB")
+        raise ValueError(f"{value!r:.60} is no size; write it like 10GiB")
     number, unit = match.groups()
     if unit not in _UNITS:
         hint = f"{number}GiB"
         if len(unit) == 2 and unit[1] == "b":
             hint = f"{number}{unit[0].upper()}B or {number}{unit[0].upper()}iB ('b' means bits)"
         raise ValueError(
-            f"{value!r} has the unknown unit {unit!r}; use {hint} (units: "
+            f"{value!r:.60} has the unknown unit {unit!r}; use {hint} (units: "
             f"{', '.join(u for u in _UNITS if u)})"
         )
     return int(float(number) * _UNITS[unit]) if "." in number else int(number) * _UNITS[unit]
@@ -82,20 +104,9 @@ def format_size(nbytes: float) -> str:
     return f"{nbytes:.4g} TiB"
 
 
-Size = Annotated[int, BeforeValidator(parse_size)]
-# An embedded daemon stands in another folder than the engine that starts it.
-Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
-PolicyName = Literal["lru", "s3fifo"]
-
-
-def _parse_listener(value: object) -> object:
-    return None if isinstance(value, str) and value.lower() in ("none", "off", "") else value
-
-
-def _check_listener(value: str | None) -> str | None:
-    if value is not None:
-        split_host_port(value)
-    return value
+_ADDRESS: Final = re.compile(
+    r"(?:([\w-]{1,63}(?:\.[\w-]{1,63})*\.?)|\[([0-9a-f:.]+(?:%\w+)?)\]):([0-9]{1,5})", re.A | re.I
+)
 
 
 def split_host_port(value: str) -> tuple[str, int]:
@@ -104,14 +115,66 @@ def split_host_port(value: str) -> tuple[str, int]:
     Raises:
         ValueError: it is neither, with the remedy.
     """
-    host, colon, port = value.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
-        raise ValueError(f"{value!r} is no address; write host:port, e.g. 127.0.0.1:7420")
-    return host, int(port)
+    match = _ADDRESS.fullmatch(value)
+    if match is None or int(match[3]) > 65535:
+        raise ValueError(
+            f"{value!r:.200} is no address; write host:port, e.g. 127.0.0.1:7420 or [::1]:7420"
+        )
+    return match[1] or match[2], int(match[3])
 
 
-Listener = Annotated[str | None, BeforeValidator(_parse_listener), AfterValidator(_check_listener)]
+def _none(value: object) -> object:
+    """The environment has no other way to say null."""
+    return None if isinstance(value, str) and value.lower() in ("none", "null") else value
+
+
+def _number(value: object) -> object:
+    if isinstance(value, bool):  # YAML makes it of yes and on.
+        raise ValueError(f"{value} is no number")
+    return value
+
+
+def _text(value: str) -> str:
+    """What a file's name and a message can hold."""
+    if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError(f"{value!r:.60} holds bytes that are no text; write it in UTF-8")
+    return value
+
+
+def _path(value: object) -> object:
+    if value == "":
+        raise ValueError("is empty; give a path, or leave it out (`none` in the environment)")
+    return _none(value)
+
+
+def _folder(path: Path | None) -> Path | None:
+    try:  # An embedded daemon stands in another folder than the engine that starts it.
+        return None if path is None else Path(_text(str(path.expanduser().absolute())))
+    except RuntimeError as e:
+        raise ValueError(f"{path}: there is no such user; write the folder out") from e
+
+
+def _listener(value: object) -> object:
+    return None if isinstance(value, str) and value.lower() in ("off", "") else _none(value)
+
+
+def _check_listener(value: str | None) -> str | None:
+    if value is not None:
+        split_host_port(value)
+    return value
+
+
+Seconds = Annotated[float, BeforeValidator(_number), Field(ge=0.001, le=_WEEK)]
+Count = Annotated[int, BeforeValidator(_number)]
+Part = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
+Size = Annotated[int, BeforeValidator(parse_size)]
+Limit = Annotated[Size | None, BeforeValidator(_none)]
+Folder = Annotated[Path, BeforeValidator(_path), AfterValidator(_folder)]
+MaybeFolder = Annotated[Path | None, BeforeValidator(_path), AfterValidator(_folder)]
+Listener = Annotated[str | None, BeforeValidator(_listener), AfterValidator(_check_listener)]
+Name = Annotated[str, AfterValidator(_text), Field(min_length=1, max_length=256)]
+Tenant = Annotated[str, AfterValidator(_text), Field(max_length=4096)]
+PolicyName = Literal["lru", "s3fifo"]
 
 
 def default_run_dir() -> Path:
@@ -126,52 +189,68 @@ class _Section(BaseModel):
     )
 
 
-class MemoryConfig(_Section):
-    """The memory tier: one arena shared with every session."""
+class _Space(_Section):
+    """What is cut into chunks."""
 
-    size: Size = Field(2**30, description="bytes of the arena; a hard cap", ge=2**20)
+    size: Size
     chunk: Size = Field(0, description="bytes given to one size class at a time; 0 picks it")
     policy: PolicyName = Field("lru", description="what to evict first: lru or s3fifo")
-    huge_dir: Folder | None = Field(
+
+    @field_validator("chunk")
+    @classmethod
+    def _check_chunk(cls, chunk: int, others: ValidationInfo) -> int:
+        size = others.data.get("size", chunk)
+        least = max(4096, -(size // -_MAX_CHUNKS // 4096 * 4096))
+        if chunk and (chunk % 4096 or not least <= chunk <= size):
+            raise ValueError(
+                f"{chunk} bytes do not fit a size of {format_size(size)}; give a multiple of 4096 "
+                f"from {least} to the size, or 0"
+            )
+        return chunk
+
+
+class MemoryConfig(_Space):
+    """The memory tier: one arena shared with every session."""
+
+    size: Size = Field(2**30, description="bytes of the arena; a hard cap", ge=2**20, le=_MAX_TIER)
+    huge_dir: MaybeFolder = Field(
         None, description="folder on a tmpfs mounted with huge=always or huge=advise"
     )
     prefault: bool = Field(True, description="touch every page at start, not at first use")
-    path: Folder | None = Field(
+    path: MaybeFolder = Field(
         None,
         description="file on a tmpfs for the arena, for containers that cannot pass descriptors",
     )
-    max_pinned: float = Field(0.5, description="part of the arena that pins may hold", ge=0, le=1)
+    max_pinned: Part = Field(0.5, description="part of the arena that pins may hold")
 
 
-class DiskConfig(_Section):
+class DiskConfig(_Space):
     """The disk tier: a slab of objects and its table, in a folder of their own."""
 
-    path: Folder | None = Field(None, description="folder for the slab; none: no disk tier")
-    size: Size = Field(10 * 2**30, description="bytes on disk, everything included", ge=2**22)
-    chunk: Size = Field(0, description="bytes given to one size class at a time; 0 picks it")
-    policy: PolicyName = Field("lru", description="what to evict first: lru or s3fifo")
-    threads: int = Field(2, description="I/O threads", ge=1, le=64)
+    path: MaybeFolder = Field(None, description="folder for the slab; none: no disk tier")
+    size: Size = Field(
+        10 * 2**30, description="bytes on disk, everything included", ge=2**22, le=_MAX_TIER
+    )
+    threads: Count = Field(2, description="I/O threads", ge=1, le=64)
     queue: Size = Field(
-        256 * 2**20, description="bytes waiting to be written; what comes on top is dropped"
+        256 * 2**20, description="bytes waiting to be written; what comes on top is dropped", ge=1
     )
-    sync_seconds: float = Field(
-        5.0, description="longest time a finished write stays unsynced", gt=0
-    )
-    retry_seconds: float = Field(
-        5.0, description="time between attempts while the disk is full or broken", gt=0
+    sync_seconds: Seconds = Field(5.0, description="longest time a finished write stays unsynced")
+    retry_seconds: Seconds = Field(
+        5.0, description="time between attempts while the disk is full or broken"
     )
 
 
 class SessionConfig(_Section):
     """How long a client waits, and how it comes back."""
 
-    lookup_timeout: float = Field(0.05, description="seconds a lookup may take", gt=0)
-    load_timeout: float = Field(10.0, description="seconds blocks may take to reach memory", gt=0)
-    save_timeout: float = Field(1.0, description="seconds to get slots for a save", gt=0)
-    connect_timeout: float = Field(2.0, description="seconds to connect and agree", gt=0)
-    start_timeout: float = Field(60.0, description="seconds an embedded daemon may start", gt=0)
-    retry_max: float = Field(5.0, description="longest pause between reconnects", gt=0)
-    copy_threads: int = Field(2, description="threads that copy blocks", ge=1, le=64)
+    lookup_timeout: Seconds = Field(0.05, description="seconds a lookup may take")
+    load_timeout: Seconds = Field(10.0, description="seconds blocks may take to reach memory")
+    save_timeout: Seconds = Field(1.0, description="seconds to get slots for a save")
+    connect_timeout: Seconds = Field(2.0, description="seconds to connect and agree")
+    start_timeout: Seconds = Field(60.0, description="seconds an embedded daemon may start")
+    retry_max: Seconds = Field(5.0, description="longest pause between reconnects")
+    copy_threads: Count = Field(2, description="threads that copy blocks", ge=1, le=64)
     gpu_path: Literal["auto", "dma", "kernel", "staged"] = Field(
         "auto", description="how a GPU's pages are copied; auto takes what was measured cheapest"
     )
@@ -182,13 +261,13 @@ class SessionConfig(_Section):
         False, description="checksum blocks from save to load, also while they stay in memory"
     )
 
-    token_file: Folder | None = Field(
+    token_file: MaybeFolder = Field(
         None, description="file with the token to present (or set KVSTORE_TOKEN)"
     )
-    tls_ca: Folder | None = Field(None, description="certificates to trust, for tls:// addresses")
-    tls_cert: Folder | None = Field(None, description="own certificate, for mutual TLS")
-    tls_key: Folder | None = Field(None, description="key of `tls_cert`")
-    streams: int = Field(2, description="TCP connections that carry blocks", ge=1, le=16)
+    tls_ca: MaybeFolder = Field(None, description="certificates to trust, for tls:// addresses")
+    tls_cert: MaybeFolder = Field(None, description="own certificate, for mutual TLS")
+    tls_key: MaybeFolder = Field(None, description="key of `tls_cert`")
+    streams: Count = Field(2, description="TCP connections that carry blocks", ge=1, le=16)
     publish_tokens: bool = Field(
         False, description="send token ids along with saves, for watchers of KV events"
     )
@@ -197,7 +276,7 @@ class SessionConfig(_Section):
 class ServerConfig(_Section):
     """Where `kvstore serve` listens besides its socket, and whom it lets in."""
 
-    name: str = Field(
+    name: Name = Field(
         default_factory=socket.gethostname, description="name of this node in answers"
     )
     grpc: Listener = Field("127.0.0.1:7420", description="host:port of the gRPC API; none: off")
@@ -208,25 +287,28 @@ class ServerConfig(_Section):
     insecure: bool = Field(
         False, description="allow listeners beyond loopback without TLS and tokens"
     )
-    tls_cert: Folder | None = Field(None, description="certificate chain of the listeners, PEM")
-    tls_key: Folder | None = Field(None, description="key of `tls_cert`, PEM")
-    tls_client_ca: Folder | None = Field(
+    tls_cert: MaybeFolder = Field(None, description="certificate chain of the listeners, PEM")
+    tls_key: MaybeFolder = Field(None, description="key of `tls_cert`, PEM")
+    tls_client_ca: MaybeFolder = Field(
         None, description="clients must show a certificate signed by this one (mutual TLS)"
     )
-    tokens: Folder | None = Field(None, description="YAML file of tokens, roles and tenants")
-    group: str | None = Field(
+    tokens: MaybeFolder = Field(None, description="YAML file of tokens, roles and tenants")
+    group: Annotated[Name | None, BeforeValidator(_none)] = Field(
         None, description="unix group whose members may open sessions on the socket"
     )
-    max_requests: int = Field(
-        64, description="requests that the gRPC and the HTTP face each serve at a time", ge=1
+    max_requests: Count = Field(
+        64,
+        description="requests that the gRPC and the HTTP face each serve at a time",
+        ge=1,
+        le=65536,
     )
 
 
 class QuotaConfig(_Section):
     """What one tenant may hold."""
 
-    memory: Size | None = Field(None, description="bytes in memory; none: no limit")
-    disk: Size | None = Field(None, description="bytes on disk; none: no limit")
+    memory: Limit = Field(None, description="bytes in memory; none: no limit")
+    disk: Limit = Field(None, description="bytes on disk; none: no limit")
 
 
 class AdmissionConfig(_Section):
@@ -236,7 +318,7 @@ class AdmissionConfig(_Section):
     disk: Literal["all", "reused", "none"] = Field(
         "all", description="write-behind: all, reused (blocks used a second time) or none"
     )
-    denied_tenants: frozenset[str] = Field(
+    denied_tenants: frozenset[Tenant] = Field(
         frozenset(), description="tenants whose saves are dropped"
     )
 
@@ -261,7 +343,7 @@ class Config(BaseSettings):
         validate_default=True,
     )
 
-    address: str | None = Field(
+    address: Annotated[str | None, BeforeValidator(_none)] = Field(
         None,
         description="unix:///path, tcp://host:port or tls://host:port of a daemon; none: a private "
         "one is started on demand",
@@ -269,11 +351,11 @@ class Config(BaseSettings):
     run_dir: Folder = Field(
         default_factory=default_run_dir, description="folder for sockets and locks"
     )
-    lease_seconds: float = Field(30.0, description="life of a lease that is not renewed", gt=0)
-    linger_seconds: float = Field(
-        1.0, description="how long an embedded daemon outlives its last session", ge=0
+    lease_seconds: Seconds = Field(30.0, description="life of a lease that is not renewed")
+    linger_seconds: Annotated[float, BeforeValidator(_number)] = Field(
+        1.0, description="how long an embedded daemon outlives its last session", ge=0, le=_WEEK
     )
-    max_sessions: int = Field(256, description="open connections", ge=1, le=65536)
+    max_sessions: Count = Field(256, description="open connections", ge=1, le=65536)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     memory: MemoryConfig = Field(default_factory=MemoryConfig)
     disk: DiskConfig = Field(default_factory=DiskConfig)
@@ -281,7 +363,7 @@ class Config(BaseSettings):
     planner: PlannerConfig = Field(default_factory=PlannerConfig)
     server: ServerConfig = Field(default_factory=ServerConfig)
     admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
-    quotas: dict[str, QuotaConfig] = Field(
+    quotas: dict[Tenant, QuotaConfig] = Field(
         default_factory=dict, description="tenant → what it may hold"
     )
 
@@ -289,14 +371,15 @@ class Config(BaseSettings):
     @classmethod
     def _check_address(cls, value: str | None) -> str | None:
         if value is None or (value.startswith("unix:///") and value != "unix:///"):
-            return value
+            return value if value is None else _text(value)
         scheme, separator, rest = value.partition("://")
         if not separator or scheme not in ("tcp", "tls"):
             raise ValueError(
                 f"{value!r} is no address of a daemon; write unix:///path/to/socket, or "
                 "tcp://host:port or tls://host:port for one elsewhere"
             )
-        split_host_port(rest)
+        if split_host_port(rest)[1] == 0:
+            raise ValueError(f"{value!r} has no port; write the one that the daemon listens on")
         return value
 
     @classmethod
@@ -337,23 +420,22 @@ class Config(BaseSettings):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _known_keys() -> list[str]:
-    keys: list[str] = []
-    for name, field in Config.model_fields.items():
+def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, BaseModel):
-            keys += [f"{name}.{inner}" for inner in section.model_fields]
-        keys.append(name)
-    return keys
+            yield from _known_keys(section, f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 def _explain(error: ValidationError, source: str) -> ConfigError:
     lines = []
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
+        where = ".".join(str(part) for part in item["loc"])[:200]
         if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(where, _known_keys(), n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_known_keys())}"
+            near = difflib.get_close_matches(where, known := list(_known_keys(Config)), 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
             lines.append(f"{where}: unknown key; {hint}")
         else:
             lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}")
@@ -370,38 +452,78 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _from_file(path: Path) -> dict[str, Any]:
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[object] = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else key
+            if name in seen and name != "<<":
+                raise yaml.MarkedYAMLError(
+                    problem=f"{name!r:.60} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path, what: str) -> object:
+    """What a YAML file of ours holds.
+
+    Raises:
+        ConfigError: it cannot be read or understood; names `what` it is, and the path.
+    """
     try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as e:
-        raise ConfigError(f"config file {path}: {e.strerror}; check the path") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"config file {path} is no valid YAML: {e}") from e
+        with path.open("rb") as file:
+            data = file.read(_MAX_YAML + 1)
+    except (OSError, ValueError) as e:
+        reason = (isinstance(e, OSError) and e.strerror) or e
+        raise ConfigError(f"{what} {path}: {reason}; check the path") from e
+    if len(data) > _MAX_YAML:
+        raise ConfigError(f"{what} {path} is larger than {format_size(_MAX_YAML)}; check the path")
+    try:
+        return yaml.load(data.decode(), _Loader)
+    except RecursionError:
+        raise ConfigError(f"{what} {path} is no valid YAML: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as e:
+        told = " ".join(str(e).split())
+        raise ConfigError(f"{what} {path} is no valid YAML: {told}") from e
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    content = read_yaml(path, "config file")
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"config file {path} must hold `key: value` lines, not {content!r}")
+        raise ConfigError(f"config file {path} must hold `key: value` lines, not {content!r:.200}")
     return {str(key): value for key, value in content.items()}
 
 
 def _from_environment() -> dict[str, Any]:
+    keys = (key.split(".") for key in _known_keys(Config) if key != "quotas")
+    known = {"KVSTORE_" + "__".join(key).upper(): key for key in keys}
     values: dict[str, Any] = {}
     for name, text in os.environ.items():
-        if not name.startswith("KVSTORE_") or name in _NOT_CONFIG:
+        if quota := _QUOTA.fullmatch(name):  # The tenant stays as it is written.
+            found = ["quotas", quota[1], quota[2].lower()]
+        elif (found := known.get(name.upper(), [])) == []:
+            _suggest(name, known)
             continue
-        *sections, leaf = name.removeprefix("KVSTORE_").lower().split("__")
         place = values
-        for section in sections:
+        for section in found[:-1]:
             place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                break
-        if not isinstance(place, dict) or isinstance(place.get(leaf), dict):
-            raise ConfigError(
-                f"environment KVSTORE_*: {name} contradicts another variable; one sets a whole "
-                "section, one a value in it: unset one"
-            )
-        place[leaf] = text
+        place[found[-1]] = text
     return values
+
+
+def _suggest(name: str, known: Iterable[str]) -> None:
+    """Say once what a variable that is no setting may have been meant for."""
+    if name in _NOT_CONFIG or name in _suggested or not name.startswith("KVSTORE_"):
+        return
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    if near and not _INJECTED.search(name):
+        _suggested.add(name)
+        _log.warning("%s is no setting and counts for nothing; did you mean %s?", name, near[0])
 
 
 def load_config(path: Path | str | None = None, overrides: dict[str, Any] | None = None) -> Config:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from kvstore.config import Config, format_size, load_config, parse_size
+from kvstore.config import Config, format_size, load_config, parse_size, split_host_port
 from kvstore.errors import ConfigError, KVStoreError
+from tests.unit.test_deploy import keys_of
 
 pytestmark = pytest.mark.usefixtures("no_settings")
 
@@ -132,13 +133,16 @@ def test_an_empty_file_is_no_error(tmp_path: Path) -> None:
         ("disk: {size: 1MiB}", ["disk.size:", "greater than or equal to 4194304"]),
         ("disk: {threads: 0}", ["disk.threads:", "greater than or equal to 1"]),
         ("disk: {threads: 65}", ["disk.threads:", "less than or equal to 64"]),
-        ("disk: {sync_seconds: 0}", ["disk.sync_seconds:", "greater than 0"]),
-        ("session: {load_timeout: -1}", ["session.load_timeout:", "greater than 0"]),
+        ("disk: {sync_seconds: 0}", ["disk.sync_seconds:", "greater than or equal to 0.001"]),
+        (
+            "session: {load_timeout: -1}",
+            ["session.load_timeout:", "greater than or equal to 0.001"],
+        ),
         ("session: {load_timeout: soon}", ["session.load_timeout:", "number"]),
         ("session: {load_timeout: .nan}", ["session.load_timeout:"]),
         ("session: {start_timeout: .inf}", ["session.start_timeout:", "finite"]),
         ("linger_seconds: .inf", ["linger_seconds:", "finite"]),
-        ("lease_seconds: 0", ["lease_seconds:", "greater than 0"]),
+        ("lease_seconds: 0", ["lease_seconds:", "greater than or equal to 0.001"]),
         ("max_sessions: 0", ["max_sessions:", "greater than or equal to 1"]),
         ("log_level: loud", ["log_level:", "'debug', 'info', 'warning' or 'error'"]),
         ("planner: {mode: guess}", ["planner.mode:", "'auto', 'load' or 'recompute'"]),
@@ -149,6 +153,13 @@ def test_an_empty_file_is_no_error(tmp_path: Path) -> None:
         ("just text", ["must hold `key: value` lines"]),
         ("a: [", ["no valid YAML"]),
         ("a: !!python/object/apply:os.getcwd []", ["no valid YAML"]),
+        ("log_level: debug\nlog_level: error", ["'log_level' is given twice", "line 2"]),
+        ("memory: {size: 1GiB, 'size': 2GiB}", ["'size' is given twice"]),
+        ("disk: {}\ndisk: {}", ["'disk' is given twice"]),
+        ("a: " + "[" * 2000, ["nested too deeply"]),
+        ("max_sessions: " + "9" * 5000, ["no valid YAML", "4300 digits"]),
+        ("log_level: 2026-99-99", ["no valid YAML", "month"]),
+        ("a: " + "x" * (1 << 20), ["larger than 1 MiB"]),
     ],
 )
 def test_a_wrong_file_is_refused_with_source_field_and_remedy(
@@ -178,33 +189,216 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         load_config(binary)
 
 
+def test_a_wrong_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVSTORE_MEMORY__SIZE", "lots")
+    with pytest.raises(
+        ConfigError, match=r"^environment KVSTORE_\*: memory\.size: 'lots' is no size"
+    ):
+        load_config()
+
+
+def test_what_kubernetes_injects_is_not_ours(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a Pod finds it beside Services of these names."""
+    for service in ("KVSTORE", "KVSTORE_NODE", "KVSTORE_SERVER", "KVSTORE_MEMORY", "KVSTORE_DISK"):
+        link = f"{service}_PORT_7420_TCP"
+        injected = {
+            f"{service}_SERVICE_HOST": "10.96.0.7",
+            f"{service}_SERVICE_PORT": "7420",
+            f"{service}_SERVICE_PORT_GRPC": "7420",
+            f"{service}_PORT": "tcp://10.96.0.7:7420",
+            link: "tcp://10.96.0.7:7420",
+            f"{link}_PROTO": "tcp",
+            f"{link}_PORT": "7420",
+            f"{link}_ADDR": "10.96.0.7",
+        }
+        for name, value in injected.items():
+            monkeypatch.setenv(name, value)
+    for name in ("KVSTORE_", "KVSTORE_NAME", "KVSTORE_ENV_GPG_KEY"):
+        monkeypatch.setenv(name, "1")
+    assert load_config() == Config()
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("name", "meant"),
     [
-        ({"KVSTORE_MEMORY__SIZE": "lots"}, r"memory\.size: 'lots' is no size"),
-        ({"KVSTORE_MEMORY__SISE": "1GiB"}, r"memory\.sise: unknown key; did you mean memory\.size"),
-        ({"KVSTORE_MEMROY": "1GiB"}, r"memroy: unknown key"),
-        ({"KVSTORE_MEMORY": "1GiB"}, r"memory: "),
-        ({"KVSTORE_MEMORY": "1GiB", "KVSTORE_MEMORY__SIZE": "1GiB"}, "KVSTORE_MEMORY__SIZE contr"),
-        ({"KVSTORE_MEMORY__SIZE": "1GiB", "KVSTORE_MEMORY": "1GiB"}, "KVSTORE_MEMORY contradicts"),
-        ({"KVSTORE_MEMORY__SIZE__X": "1GiB"}, r"memory\.size"),
-        ({"KVSTORE_": "1"}, r"unknown key"),
+        ("KVSTORE_MEMORY__SISE", "KVSTORE_MEMORY__SIZE"),
+        ("KVSTORE_MEMORY_SIZE", "KVSTORE_MEMORY__SIZE"),
+        ("KVSTORE_MEMORY__SIZE__", "KVSTORE_MEMORY__SIZE"),
+        ("KVSTORE_ADRESS", "KVSTORE_ADDRESS"),
+        ("KVSTORE_LOGLEVEL", "KVSTORE_LOG_LEVEL"),
+        ("KVSTORE_SESSION_LOAD_TIMEOUT", "KVSTORE_SESSION__LOAD_TIMEOUT"),
+        ("KVSTORE_MEMORY", "KVSTORE_MEMORY__"),
     ],
 )
-def test_a_wrong_environment_is_refused(
-    monkeypatch: pytest.MonkeyPatch, values: dict[str, str], message: str
+def test_a_near_miss_in_the_environment_is_a_suggestion(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, meant: str
 ) -> None:
-    for name, value in values.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=message) as caught:
-        load_config()
-    assert "environment KVSTORE_*" in str(caught.value)
+    monkeypatch.setattr("kvstore.config._suggested", set())
+    monkeypatch.setenv(name, "8GiB")
+    assert load_config() == load_config() == Config()
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{name} is no setting")
+    assert meant in record.getMessage()
+
+
+def test_tenants_in_the_environment_keep_their_spelling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVSTORE_QUOTAS__Team-A__MEMORY", "1GiB")
+    monkeypatch.setenv("KVSTORE_QUOTAS__a__b__DISK", "none")
+    assert load_config(None, {"quotas": {"a__b": {"memory": 1}}}).model_dump()["quotas"] == {
+        "Team-A": {"memory": 2**30, "disk": None},
+        "a__b": {"memory": 1, "disk": None},
+    }
+
+
+def test_the_environment_can_say_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "address: tcp://a:1\ndisk: {path: /d}\nserver: {grpc: 'a:1', group: g, tokens: /t}",
+    )
+    for name in ("ADDRESS", "DISK__PATH", "SERVER__GRPC", "SERVER__GROUP", "SERVER__TOKENS"):
+        monkeypatch.setenv(f"KVSTORE_{name}", "none")
+    config = load_config(path)
+    assert (config.address, config.disk.path) == (None, None)
+    assert config.server.model_dump(include={"grpc", "group", "tokens"}) == dict.fromkeys(
+        ("grpc", "group", "tokens")
+    )
 
 
 def test_a_wrong_flag_is_not_blamed_on_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "memory: {size: 1GiB}")
     with pytest.raises(ConfigError, match=r"^settings: memory\.size"):
         load_config(path, {"memory": {"size": "1 Mb"}})
+
+
+NUL, SURROGATE = "a\0b", "a\udcffb"
+NO_TEXT = [NUL, SURROGATE]
+NO_NUMBER = ["", "ten", "\uff13", "\u0663", True, None, [], {}, "nan", "inf", ".", "1e400", "1 s"]
+NO_SIZE = [*NO_NUMBER, 1.5, -1, "-1", "1GB\uff13", "10 Gb", 1 << 70, "9" * 500, "9" * 20 + "TiB"]
+NO_SECONDS = [*NO_NUMBER, 0, -1, "1e-9", 604801, "9" * 500]
+NO_PATH = [*NO_TEXT, "", 5, True, [], "~nobody-at-all/x"]
+NO_LISTENER = [
+    NUL, 5, True, [], "7420", ":7420", "localhost", "localhost:", "localhost:x", "localhost:65536",
+    "localhost:-1", "localhost:\u0667\u0664", "localhost:\uff17", "::1:7422", "fe80::1:7422", "::1",
+    "[::1]", "[localhost]:80", "[]:80", "a b:80", "a..b:80", "." * 5 + ":80", "x" * 64 + ".org:80",
+    "b\u00fccher.example:80", "a/b:80", "user@host:80", SURROGATE + ":80", "localhost:080808080",
+]  # fmt: skip
+NO_ADDRESS = [
+    *(value if not isinstance(value, str) else f"tcp://{value}" for value in NO_LISTENER),
+    "", "tcp://", "tcp://host:0", "tls://::1:7422", "http://host:80", "unix://", "unix:///",
+    "unix://relative", f"unix:///{NUL}", f"unix:///{SURROGATE}", "/run/kvstore.sock",
+]  # fmt: skip
+NO_NAME = [*NO_TEXT, "", "x" * 257, 5, True, []]
+NO_CHOICE = ["", "ALL", "lru ", "\uff4cru", NUL, 5, True, None, []]
+NO_FLAG = ["", "maybe", 2, "\uff11", None, [], 0.5]
+NO_TENANTS = ["a", 5, True, {"a": 1}, [5], [NUL], [SURROGATE], ["x" * 4097]]
+NO_QUOTAS: list[Any] = [
+    "a", 5, ["a"], {"a": 5}, {"a": {"size": 1}}, {NUL: {}}, {SURROGATE: {}}, {"x" * 4097: {}},
+    *({"a": {"memory": value}} for value in NO_SIZE if value is not None),
+    *({"a": {"disk": value}} for value in NO_SIZE if value is not None),
+]  # fmt: skip
+
+WRONG: dict[str, list[Any]] = {
+    "address": NO_ADDRESS,
+    "run_dir": [*NO_PATH, None],
+    "lease_seconds": NO_SECONDS,
+    "linger_seconds": [value for value in NO_SECONDS if value not in (0, "1e-9")],
+    "max_sessions": [*NO_NUMBER, 0, -1, 1.5, 65537],
+    "log_level": NO_CHOICE,
+    "memory.size": [*NO_SIZE, 0, "1023KiB", "1025TiB"],
+    "memory.chunk": [*NO_SIZE, 1, 4095, 6000, "2GiB"],
+    "memory.policy": NO_CHOICE,
+    "memory.huge_dir": NO_PATH,
+    "memory.prefault": NO_FLAG,
+    "memory.path": NO_PATH,
+    "memory.max_pinned": [*NO_NUMBER, -0.1, 1.1],
+    "disk.path": NO_PATH,
+    "disk.size": [*NO_SIZE, 0, "4095KiB", "1025TiB"],
+    "disk.chunk": [*NO_SIZE, 1, 4095, 6000, "20GiB"],
+    "disk.policy": NO_CHOICE,
+    "disk.threads": [*NO_NUMBER, 0, -1, 1.5, 65],
+    "disk.queue": [*NO_SIZE, 0],
+    "disk.sync_seconds": NO_SECONDS,
+    "disk.retry_seconds": NO_SECONDS,
+    "session.lookup_timeout": NO_SECONDS,
+    "session.load_timeout": NO_SECONDS,
+    "session.save_timeout": NO_SECONDS,
+    "session.connect_timeout": NO_SECONDS,
+    "session.start_timeout": NO_SECONDS,
+    "session.retry_max": NO_SECONDS,
+    "session.copy_threads": [*NO_NUMBER, 0, -1, 1.5, 65],
+    "session.gpu_path": NO_CHOICE,
+    "session.gpu_staging": [*NO_SIZE, "9GiB"],
+    "session.checksum": NO_FLAG,
+    "session.token_file": NO_PATH,
+    "session.tls_ca": NO_PATH,
+    "session.tls_cert": NO_PATH,
+    "session.tls_key": NO_PATH,
+    "session.streams": [*NO_NUMBER, 0, -1, 1.5, 17],
+    "session.publish_tokens": NO_FLAG,
+    "planner.mode": NO_CHOICE,
+    "server.name": [*NO_NAME, None],
+    "server.grpc": NO_LISTENER,
+    "server.http": NO_LISTENER,
+    "server.tcp": NO_LISTENER,
+    "server.insecure": NO_FLAG,
+    "server.tls_cert": NO_PATH,
+    "server.tls_key": NO_PATH,
+    "server.tls_client_ca": NO_PATH,
+    "server.tokens": NO_PATH,
+    "server.group": NO_NAME,
+    "server.max_requests": [*NO_NUMBER, 0, -1, 1.5, 65537],
+    "admission.memory": NO_CHOICE,
+    "admission.disk": NO_CHOICE,
+    "admission.denied_tenants": NO_TENANTS,
+    "quotas": NO_QUOTAS,
+}
+"""What each setting must refuse. A new one needs a line here."""
+
+
+def test_every_setting_has_its_wrong_values() -> None:
+    assert set(WRONG) == set(keys_of(Config))
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_wrong_value_is_refused_in_one_line_that_names_the_key(key: str) -> None:
+    *sections, leaf = key.split(".")
+    for value in WRONG[key]:
+        overrides: dict[str, Any] = {leaf: value}
+        for section in sections:
+            overrides = {section: overrides}
+        with pytest.raises(ConfigError) as caught:
+            pytest.fail(f"{value!r:.80} gives {load_config(None, overrides)}")
+        told = str(caught.value)
+        assert told.startswith(f"settings: {key}"), value
+        assert len(told.splitlines()) == 1
+        assert len(told) < 1000, value
+
+
+@pytest.mark.parametrize(
+    ("address", "host", "port"),
+    [
+        ("127.0.0.1:7420", "127.0.0.1", 7420),
+        ("localhost:0", "localhost", 0),
+        ("node-7.example.org.:80", "node-7.example.org.", 80),
+        ("a_b:080", "a_b", 80),
+        ("[::]:7422", "::", 7422),
+        ("[fe80::1%eth0]:1", "fe80::1%eth0", 1),
+        ("[::ffff:127.0.0.1]:65535", "::ffff:127.0.0.1", 65535),
+    ],
+)
+def test_addresses(address: str, host: str, port: int) -> None:
+    assert split_host_port(address) == (host, port)
+    assert load_config(None, {"server": {"tcp": address}}).server.tcp == address
+
+
+def test_a_chunk_fits_its_space_and_both_its_index() -> None:
+    for size, chunk in (("1MiB", "1MiB"), ("16GiB", 4096), ("1024TiB", "256MiB"), ("1024TiB", 0)):
+        assert load_config(None, {"memory": {"size": size, "chunk": chunk}}).memory
+    with pytest.raises(ConfigError, match="multiple of 4096 from 262144 to the size, or 0"):
+        load_config(None, {"disk": {"size": "1TiB", "chunk": "64KiB"}})
 
 
 def test_our_errors_have_one_base() -> None:
