@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
@@ -55,7 +55,8 @@ class Missed(NamedTuple):
 class EventLog:
     """The latest events, numbered from 1, and who waits for more."""
 
-    def __init__(self) -> None:
+    def __init__(self, wall: Callable[[], float] = time.time) -> None:
+        self._wall = wall
         self.sequence = 0
         self._kept: deque[Event] = deque()
         self._weight = 0
@@ -99,7 +100,7 @@ class EventLog:
     ) -> None:
         self.sequence += 1
         event = Event(
-            self.sequence, time.time(), kind, namespace, keys, parent, token_ids, medium, reason
+            self.sequence, self._wall(), kind, namespace, keys, parent, token_ids, medium, reason
         )
         self._kept.append(event)
         self._weight += event.weight

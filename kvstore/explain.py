@@ -88,7 +88,7 @@ def explain(store: Store, namespace: Namespace, keys: Sequence[bytes]) -> list[B
             continue
         tier = max(MEMORY if entry.in_memory else DISK for entry in block)
         detail = "" if whole else "not usable: a block before it is missing"
-        at = min(entry.created for entry in block)
+        at = store.clock.unix(min(entry.created for entry in block))
         reasons.append(BlockReason(key, whole, tier, "stored", detail, at))
     return reasons
 

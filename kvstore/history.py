@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import NamedTuple
 
 from kvstore.spec import Namespace
@@ -23,14 +24,15 @@ class Gone(NamedTuple):
 class History:
     """Remembers the last `limit` blocks that were dropped or removed, by key."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, wall: Callable[[], float] = time.time) -> None:
         self._limit = limit
+        self._wall = wall
         self._gone: OrderedDict[bytes, Gone] = OrderedDict()
 
     def record(self, key: bytes, reason: str, by: Namespace | None = None) -> None:
         """The block of `key` is not here any more, or was not taken in, for `reason`."""
         self._gone.pop(key, None)
-        self._gone[key] = Gone(reason, time.time(), by)
+        self._gone[key] = Gone(reason, self._wall(), by)
         if len(self._gone) > self._limit:
             self._gone.popitem(last=False)
 

@@ -5,7 +5,7 @@ Everything here belongs to the store's loop; nothing is thread-safe.
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -22,25 +22,27 @@ class Entry:
 
     `slot` is its place in the arena, `place` the one on disk. `in_memory` and `on_disk` say whether
     the bytes there are whole; between reserving or promoting and that moment the slot is set but
-    the flag is not. Bytes that are whole never change. `created`, `used` and `expires` (0: never)
-    are in Unix seconds; `account` is set once the entry is indexed.
+    the flag is not. Bytes that are whole never change. `created`, `used` and `expires` (inf: never)
+    are in monotonic seconds; `recorded` is what the disk was told of `expires`; `due` belongs to
+    `Expiry`. `account` is set once the entry is indexed.
     """
 
     __slots__ = (
-        "account", "checksum", "created", "disk_io", "expires", "gone", "in_memory", "name",
-        "nbytes", "on_disk", "pins", "place", "readers", "slot", "used", "variant", "waiting",
-        "writer",
+        "account", "checksum", "created", "disk_io", "due", "expires", "gone", "in_memory", "name",
+        "nbytes", "on_disk", "pins", "place", "readers", "recorded", "slot", "used", "variant",
+        "waiting", "writer",
     )  # fmt: skip
 
     account: NamespaceUsage
     codec = "raw"
 
-    def __init__(self, name: ObjectName, nbytes: int) -> None:
+    def __init__(self, name: ObjectName, nbytes: int, now: float = 0.0) -> None:
         self.name = name
         self.variant = name.part.variant
         self.nbytes = nbytes
-        self.created = self.used = time.time()
-        self.expires = 0.0
+        self.created = self.used = now
+        self.expires = self.recorded = math.inf
+        self.due: int | None = None
         self.checksum: int | None = None
         self.slot: Slot[Entry] | None = None
         self.place: Slot[Entry] | None = None

@@ -6,7 +6,6 @@ Belongs to the store's loop; nothing is thread-safe.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -44,7 +43,7 @@ class Pins:
     def pin(self, owner: str, namespace: Namespace, keys: Sequence[bytes], ttl: float) -> PinResult:
         """Pin the stored prefix of `keys` for `ttl` seconds in `owner`'s name."""
         found = survey(self._store, namespace, keys)
-        expires = time.time() + ttl
+        expires = self._store.clock.wall() + ttl
         if not found.entries:
             return PinResult("", 0, 0, found.reason, expires)
         number = next(self._numbers)

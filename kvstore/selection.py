@@ -31,7 +31,7 @@ class Selection:
     unused_for: float | None = None
 
     def matches(self, entry: Entry, now: float) -> bool:
-        """Whether an object is meant, `keys` aside; `now` in Unix seconds."""
+        """Whether an object is meant, `keys` aside; `now` in monotonic seconds."""
         namespace = entry.name.namespace
         return (
             entry.stored

@@ -7,13 +7,13 @@ through `post`, which must run a function on the loop.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kvstore.admission import Admission
 from kvstore.arena import Arena
+from kvstore.clock import SYSTEM, Clock
 from kvstore.config import format_size
 from kvstore.index import Entry, Lease, LeaseKind, Saving
 from kvstore.pins import Pins
@@ -86,7 +86,7 @@ class Store:
             runs without and tries again every `retry_seconds`.
         write_queue: bytes on their way to disk at most; committed objects beyond wait in memory.
         max_pinned: part of the arena's bytes that pins may hold.
-        clock: monotonic seconds.
+        clock: what time it is.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Store:
         write_queue: int = 256 << 20,
         retry_seconds: float = 5.0,
         max_pinned: float = 1.0,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = SYSTEM,
     ) -> None:
         self.tiering = Tiering(
             arena,
@@ -114,7 +114,8 @@ class Store:
             retry_seconds=retry_seconds,
         )
         self.counters = self.tiering.counters
-        self._clock = clock
+        self.clock = clock
+        self._clock = clock.monotonic
         self._lease_seconds = lease_seconds
         self._leases: dict[Hashable, dict[int, Lease]] = {}
         self._acquiring = 0
@@ -173,7 +174,9 @@ class Store:
                     answer = NO_ROOM
                     if not refusal:
                         entry = Entry(
-                            ObjectName(namespace, key, part), part.nbytes(namespace.block_tokens)
+                            ObjectName(namespace, key, part),
+                            part.nbytes(namespace.block_tokens),
+                            self._clock(),
                         )
                         entry.writer = lease
                         refusal = self.tiering.reserve(entry) or ""
@@ -227,17 +230,17 @@ class Store:
             committed.append(number)
         self.counters.add("save.blocks", by=len(committed))
         self.release(owner, lease_id)
+        if lease.saving.ttl is not None:
+            for entry in ready:  # Before their way to disk begins, so that a crash forgets nothing.
+                self.tiering.expiry.set_ttl(entry, lease.saving.ttl)
         self.tiering.committed(ready)
         if ready:
-            ready[0].account.last_used = time.time()
+            ready[0].account.last_used = self._clock()
             self._committed(lease.saving, committed, ready)
         return len(committed), "dropped" if without else ""
 
     def _committed(self, saving: Saving, numbers: list[int], entries: list[Entry]) -> None:
-        """Let new blocks expire, if they shall, and tell watchers of events."""
-        if saving.ttl is not None:
-            for entry in entries:
-                self.tiering.expiry.set_ttl(entry, saving.ttl)
+        """Tell watchers of events of new blocks."""
         namespace = entries[0].name.namespace
         for first, end in _runs(numbers):
             self.events.stored(
@@ -260,7 +263,7 @@ class Store:
         A block lies in the slowest tier of its parts. The reason is empty when all were found.
         Only blocks of `namespace` count; None is for those who may use them all.
         """
-        started = time.perf_counter()
+        started = self._clock()
         block_tokens = 0 if namespace is None else namespace.block_tokens
         tiers, reason = self._find(keys, parts, namespace)
         in_memory = tiers.count(MEMORY)
@@ -272,7 +275,7 @@ class Store:
         counters.add("hit.tokens", "disk", by=(len(tiers) - in_memory) * block_tokens)
         if reason:
             counters.add("lookup.miss", reason)
-        self.histograms.observe("seconds.lookup", time.perf_counter() - started)
+        self.histograms.observe("seconds.lookup", self._clock() - started)
         return tiers, reason
 
     def _within(self, namespace: Namespace | None) -> NamespaceUsage | None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from kvstore.admission import Admission
 from kvstore.arena import Arena
+from kvstore.clock import Clock
 from kvstore.errors import ConfigError, FormatError
 from kvstore.events import EventLog
 from kvstore.eviction import make_policy
@@ -50,7 +50,7 @@ class Tiering:
     Args:
         arena: memory of the pool.
         post: runs a function on the loop; called from any thread.
-        clock: monotonic seconds.
+        clock: what time it is.
         chunk: bytes per chunk of the arena (0: chosen).
         policy: eviction policy of the memory tier.
         open_disk: opens the disk tier; None for none. Where it fails, the store runs without and
@@ -62,7 +62,7 @@ class Tiering:
         self,
         arena: Arena,
         post: Callable[[Callable[[], None]], None],
-        clock: Callable[[], float],
+        clock: Clock,
         *,
         chunk: int,
         policy: str,
@@ -72,9 +72,9 @@ class Tiering:
     ) -> None:
         self.arena = arena
         self.index = Index()
-        self.usage = Usage()
-        self.history = History(min(1 << 18, max(1024, arena.size // _BYTES_PER_MEMORY)))
-        self.events = EventLog()
+        self.usage = Usage(clock.monotonic)
+        self.history = History(min(1 << 18, max(1024, arena.size // _BYTES_PER_MEMORY)), clock.wall)
+        self.events = EventLog(clock.wall)
         self.admission = Admission()
         self.counters = Counters()
         self.histograms = Histograms()
@@ -90,7 +90,7 @@ class Tiering:
         )
         self._disk_seconds = Average()  # seconds per byte, disk to memory
         self.post = post
-        self._clock = clock
+        self.clock = clock
         self._open_disk = open_disk
         self._opening = False
         self._retry_seconds = retry_seconds
@@ -98,7 +98,7 @@ class Tiering:
         self.writes = WriteBehind(self, write_queue)
         self._for: Namespace | None = None  # who needs the room that is being made
         self.quotas = Quotas(self)
-        self.expiry = Expiry(self)
+        self.expiry = Expiry(self, clock.monotonic)
         self._closed = False
         if open_disk is not None:
             self._attach(*_try_open(self._opener()))
@@ -170,7 +170,7 @@ class Tiering:
 
     def touch(self, entries: Sequence[Entry]) -> None:
         """These entries, in the order of their blocks, were used."""
-        now = time.time()
+        now = self.clock.monotonic()
         reused = self._open_disk is not None and self.admission.disk == "reused"
         for entry in reversed(entries):
             entry.used = entry.account.last_used = now
@@ -205,6 +205,7 @@ class Tiering:
                     if there:
                         self.announce_removed(entry, medium, reason)
             entry.gone = True
+            self.expiry.forget(entry)
             self.index.remove(entry)
             self.usage.removed(entry)
             self.history.record(entry.name.key, reason, by)
@@ -212,10 +213,16 @@ class Tiering:
         self.settle(entry)
 
     def settle(self, entry: Entry) -> None:
-        """Free the places of an object that is gone, unless somebody still uses them."""
-        if entry.gone and entry.idle:
-            self.free_slot(entry)
-            self.free_place(entry, forget=True)
+        """Bring an object's places up to date, unless somebody uses them: call when a use ends.
+
+        Those of an object that is gone are freed; the disk learns when others expire.
+        """
+        if entry.gone:
+            if entry.idle:
+                self.free_slot(entry)
+                self.free_place(entry, forget=True)
+        elif entry.recorded != entry.expires and entry.on_disk and not entry.disk_io:
+            self._stamp(entry)
 
     def announce_removed(self, entry: Entry, medium: int, reason: str) -> None:
         """Tell watchers of events that an object is not in a tier any more."""
@@ -281,10 +288,10 @@ class Tiering:
             return
         self._take_slot(entry, slot)
         entry.disk_io += 1
-        started = time.monotonic()
+        started = self.clock.monotonic()
 
         def done(checksum: int | None, error: str | None) -> None:
-            seconds = time.monotonic() - started
+            seconds = self.clock.monotonic() - started
             self.post(lambda: self._promoted(entry, error, seconds))
 
         address = self.arena.address + slot.offset
@@ -327,16 +334,19 @@ class Tiering:
         """Send committed objects to disk, as many bytes at a time as the queue allows."""
         self.writes.pump()
 
-    def stamp(self, entry: Entry) -> None:
-        """Write down on disk when an object expires."""
+    def times_on_disk(self, entry: Entry) -> dict[str, int]:
+        """When an object was made and expires, as its record on disk says it from now on."""
+        entry.recorded = entry.expires
+        ends = entry.expires < math.inf
+        return {
+            "created": int(self.clock.unix(entry.created)),
+            "expires": math.ceil(self.clock.unix(entry.expires)) if ends else 0,
+        }
+
+    def _stamp(self, entry: Entry) -> None:
         if self.disk is not None and entry.place is not None and entry.checksum is not None:
             self.disk.stamp(
-                entry.place,
-                entry.name,
-                entry.nbytes,
-                entry.checksum,
-                created=int(entry.created),
-                expires=math.ceil(entry.expires),
+                entry.place, entry.name, entry.nbytes, entry.checksum, **self.times_on_disk(entry)
             )
 
     @property
@@ -349,7 +359,7 @@ class Tiering:
     def look_after_disk(self) -> None:
         """Open the disk tier again if it is time; call now and then."""
         missing = self.disk is None and self._open_disk is not None
-        if missing and not self._opening and self._clock() >= self._next_open:
+        if missing and not self._opening and self.clock.monotonic() >= self._next_open:
             self._opening = True
             threading.Thread(target=self._reopen, name="kvstore-open", daemon=True).start()
         self.pump()
@@ -368,7 +378,7 @@ class Tiering:
 
     def _attach(self, disk: Tier | None, problem: str | None) -> None:
         self._opening = False
-        self._next_open = self._clock() + self._retry_seconds
+        self._next_open = self.clock.monotonic() + self._retry_seconds
         if disk is not None and self._closed:
             disk.close()
             return
@@ -379,21 +389,27 @@ class Tiering:
             return
         self.disk_problem = None
         self.disk = disk
-        now = time.time()
         for found in disk.recover():
-            self._take_in(disk, found, now)
+            self._take_in(disk, found)
         self.quotas.count_anew()
         self.pump()
 
-    def _take_in(self, disk: Tier, found: Recovered, now: float) -> None:
-        """Index an object that was on disk when it was opened."""
+    def _take_in(self, disk: Tier, found: Recovered) -> None:
+        """Index an object that was on disk when it was opened.
+
+        Only the wall clock knows how long it has lain there. Where that was set back meanwhile, an
+        object is taken for new: it never lives longer than it was given once.
+        """
+        age = max(0.0, self.clock.wall() - found.created)
+        left = found.expires - found.created - age if found.expires else math.inf
         within = self.usage.namespaces.get(found.name.namespace.digest)
         known = within and self.index.get(found.name.key, found.name.part, within)
-        entry = known or Entry(found.name, found.nbytes)
+        now = self.clock.monotonic()
+        entry = known or Entry(found.name, found.nbytes, now)
         place = disk.pool.claim(found.offset, found.nbytes, entry)
         if place is None:
             self.counters.add("recover.dropped", "overlap")
-        elif found.expires and found.expires <= now:
+        elif left <= 0:
             disk.forget(place)
             disk.pool.free(place)
             self.history.record(found.name.key, "expired")
@@ -405,13 +421,12 @@ class Tiering:
             self.counters.add("recover.dropped", "twice")
         else:
             entry.place, entry.on_disk, entry.checksum = place, True, found.checksum
-            entry.created = float(found.created)
+            entry.created, entry.recorded = now - age, now + left
             disk.pool.admit(place)
             self.usage.added(entry)
             self.usage.took_disk(entry)
             self.index.add(entry)
-            if found.expires:
-                self.expiry.watch(entry, float(found.expires))
+            self.expiry.watch(entry, now + left)
             self.counters.add("recover.objects")
 
     def close(self) -> None:

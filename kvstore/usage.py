@@ -5,9 +5,8 @@ Belongs to the store's loop; nothing is thread-safe.
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -98,21 +97,22 @@ class TenantUsage:
 
 @dataclass(slots=True, eq=False)
 class NamespaceUsage:
-    """What is stored of one namespace. `last_used` in Unix seconds; `parts` counts objects."""
+    """What is stored of one namespace. `last_used` by the clock; `parts` counts objects."""
 
     namespace: Namespace
     tenant: TenantUsage
     objects: int = 0
     memory_bytes: int = 0
     disk_bytes: int = 0
-    last_used: float = field(default_factory=time.time)
+    last_used: float = 0.0
     parts: dict[Part, int] = field(default_factory=dict)
 
 
 class Usage:
-    """Accounts of all namespaces and tenants."""
+    """Accounts of all namespaces and tenants; `clock` gives monotonic seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self.namespaces: dict[bytes, NamespaceUsage] = {}
         self.tenants: dict[str, TenantUsage] = {}
         self.quotas: dict[str, Quota] = {}
@@ -128,7 +128,8 @@ class Usage:
         if known is None:
             tenant = self.tenant(namespace.tenant)
             tenant.namespaces += 1
-            known = self.namespaces[namespace.digest] = NamespaceUsage(namespace, tenant)
+            known = NamespaceUsage(namespace, tenant, last_used=self._clock())
+            self.namespaces[namespace.digest] = known
         return known
 
     def tenant(self, name: str) -> TenantUsage:

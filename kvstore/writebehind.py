@@ -5,8 +5,6 @@ Owned by the store's loop. Objects wait in order; so many bytes are under way at
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
@@ -85,12 +83,11 @@ class WriteBehind:
         assert entry.slot is not None
         entry.disk_io += 1
         self.bytes_under_way += entry.nbytes
-        expires = entry.expires
-        started = time.monotonic()
+        started = self._tiering.clock.monotonic()
 
         def done(checksum: int | None, error: str | None) -> None:
-            seconds = time.monotonic() - started
-            self._tiering.post(lambda: self._written(entry, checksum, error, expires, seconds))
+            seconds = self._tiering.clock.monotonic() - started
+            self._tiering.post(lambda: self._written(entry, checksum, error, seconds))
 
         address = self._tiering.arena.address + entry.slot.offset
         disk.write(
@@ -100,7 +97,7 @@ class WriteBehind:
             entry.nbytes,
             entry.checksum,
             done,
-            expires=math.ceil(expires),
+            **self._tiering.times_on_disk(entry),
         )
 
     def _written(
@@ -108,7 +105,6 @@ class WriteBehind:
         entry: Entry,
         checksum: int | None,
         error: str | None,
-        expires: float,
         seconds: float,
     ) -> None:
         tiering = self._tiering
@@ -126,8 +122,6 @@ class WriteBehind:
             if not entry.gone:
                 namespace = entry.name.namespace
                 tiering.events.stored(namespace, (entry.name.key,), DISK)
-                if entry.expires != expires:
-                    tiering.stamp(entry)
             self._wanted.discard(entry)
             self._tell(entry, None)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
@@ -264,7 +263,7 @@ async def chosen(node: Node, selected: Selection) -> list[Entry]:
 
     So a prompt that is removed or moved in part keeps its beginning.
     """
-    now = time.time()
+    now = node.store.clock.monotonic()
     pace = Pace()
     found: list[Entry] = []
     for entry in candidates(node.store, selected):

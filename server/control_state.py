@@ -93,7 +93,7 @@ class StateVerbs:
                 info.objects = usage.objects
                 info.blocks = _blocks(usage.parts)
                 info.memory_bytes, info.disk_bytes = usage.memory_bytes, usage.disk_bytes
-                info.last_used.CopyFrom(timestamp(usage.last_used))
+                info.last_used.CopyFrom(timestamp(self._store.clock.unix(usage.last_used)))
                 info.parts.extend(sorted(_described(part) for part in usage.parts))
             reply.namespaces.append(info)
             await pace.step()
@@ -132,7 +132,6 @@ class StateVerbs:
     ) -> v1.ListLeasesResponse:
         """Rights to blocks, of sessions and of pins."""
         reply = v1.ListLeasesResponse()
-        to_unix = time.time() - time.monotonic()
         pace = Pace()
         for lease in await self._visible_leases(caller):
             session = _session_of(lease)
@@ -149,8 +148,8 @@ class StateVerbs:
                     owner=owner,
                     blocks=len(lease.blocks),
                     bytes=sum(entry.nbytes for entry in lease.entries()),
-                    since=timestamp(lease.since + to_unix),
-                    expires=timestamp(lease.expires + to_unix),
+                    since=timestamp(self._store.clock.unix(lease.since)),
+                    expires=timestamp(self._store.clock.unix(lease.expires)),
                     withdrawn=lease.withdrawn,
                 )
             )

@@ -73,7 +73,7 @@ def status(node: Node, grant: Grant, samples: Samples, after: int) -> dict[str, 
                 "blocks": max(n.parts.values(), default=0),
                 "memory": n.memory_bytes,
                 "disk": n.disk_bytes,
-                "last_used": round(n.last_used, 3),
+                "last_used": round(store.clock.unix(n.last_used), 3),
             }
             for n in namespaces[:_MOST]
         ],

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvstore.arena import Arena
+from kvstore.clock import Clock
 from kvstore.config import Config
 from kvstore.index import Entry, Saving
 from kvstore.selection import Selection, candidates
@@ -34,20 +35,30 @@ def content(key: bytes, part: Part = PART) -> bytes:
 class Bench:
     """A store whose loop is this test."""
 
-    def __init__(self, folder: Path | None, *, slots: int = 8, disk_size: int = 16 << 20) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        slots: int = 8,
+        disk_size: int = 16 << 20,
+        policy: str = "lru",
+        wall: float = 1e9,
+    ) -> None:
         self.posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.now = 0.0
+        self.wall = wall
+        """Unix time when `now` is 0; change it to set the wall clock."""
         self.arena = Arena.create(slots * NBYTES)
-        disk: dict[str, object] = {"size": disk_size, "path": folder}
+        disk: dict[str, object] = {"size": disk_size, "path": folder, "policy": policy}
         self.store = Store(
             self.arena,
             self.posted.put,
             chunk=CHUNK,
-            policy="lru",
+            policy=policy,
             lease_seconds=10,
             open_disk=disk_opener(Config.model_validate({"disk": disk}), direct=False),
             retry_seconds=1.0,
-            clock=lambda: self.now,
+            clock=Clock(lambda: self.now, lambda: self.wall + self.now),
         )
         self.lease = 0
 
@@ -97,5 +108,5 @@ class Bench:
 
 def select(store: Store, selection: Selection) -> list[Entry]:
     """The objects that a selection means."""
-    now = time.time()
+    now = store.clock.monotonic()
     return [entry for entry in candidates(store, selection) if selection.matches(entry, now)]

@@ -73,11 +73,12 @@ class Tier(Protocol):
         checksum: int | None,
         done: Done,
         *,
+        created: int | None = None,
         expires: int = 0,
     ) -> None:
         """Store `nbytes` bytes at `address` into `slot`, and make them findable after a restart.
 
-        After a restart at `expires` (Unix seconds; 0: never) or later they are not found any more.
+        `created` (None: now) and `expires` (0: never) are for `recover`, in Unix seconds.
 
         A given `checksum` is compared with the bytes read; a mismatch fails with `corrupt`.
         """

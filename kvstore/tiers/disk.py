@@ -51,6 +51,7 @@ class _Job(NamedTuple):
     nbytes: int
     checksum: int | None
     done: Done
+    created: int | None = None
     expires: int = 0
 
 
@@ -212,11 +213,13 @@ class DiskTier:
         checksum: int | None,
         done: Done,
         *,
+        created: int | None = None,
         expires: int = 0,
     ) -> None:
         """See `Tier.write`. After `close`, `done` is called at once by the caller's thread."""
+        place = slot.offset, slot.nbytes
         self._submit(
-            _Job(True, slot.offset, slot.nbytes, name, address, nbytes, checksum, done, expires),
+            _Job(True, *place, name, address, nbytes, checksum, done, created, expires),
             self._writes,
         )
 
@@ -371,7 +374,13 @@ class DiskTier:
         if job.checksum is not None and checksum != job.checksum:
             raise _Corrupt
         slab.put_record(
-            job.name, job.offset, job.slot_bytes, job.nbytes, checksum, expires=job.expires
+            job.name,
+            job.offset,
+            job.slot_bytes,
+            job.nbytes,
+            checksum,
+            created=job.created,
+            expires=job.expires,
         )
         return checksum
 

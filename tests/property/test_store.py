@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvstore.admission import DISK_RULES, Admission
 from kvstore.arena import Arena
+from kvstore.clock import Clock
 from kvstore.config import Config
 from kvstore.explain import explain, survey
 from kvstore.index import Entry
@@ -80,7 +81,7 @@ class Machine(RuleBasedStateMachine):
             lease_seconds=10.0,
             open_disk=disk_opener(config, direct=False),
             write_queue=1 << 18,
-            clock=lambda: self.now,
+            clock=Clock(lambda: self.now),
         )
         self.held: dict[tuple[str, int], list[tuple[Entry, bytes]]] = {}
         self.pinned: dict[tuple[str, int], tuple[float, list[Entry]]] = {}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import gc
+import math
+import random
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from kvstore.admission import Admission
 from kvstore.events import Event, EventLog, Missed
 from kvstore.explain import explain, survey
 from kvstore.history import History
-from kvstore.index import Saving
+from kvstore.index import Entry, Saving
 from kvstore.protocol import DISK, MEMORY, NO_ROOM
 from kvstore.relocation import copy_to, move_to, reencode, remove
 from kvstore.selection import Selection
@@ -130,42 +132,122 @@ def test_a_draining_store_takes_no_saves(memory: Bench) -> None:
 # --- time to live ---------------------------------------------------------------------------------
 
 
+def passes(bench: Bench, seconds: float) -> None:
+    bench.now += seconds
+    bench.store.tick()
+
+
 def test_expired_blocks_go_and_pinned_ones_wait(memory: Bench) -> None:
-    memory.save(keys(1, 2), saving=Saving(ttl=0.05))
+    memory.save(keys(1, 2), saving=Saving(ttl=5))
     memory.save(keys(3))
     memory.store.pins.pin("me", NAMESPACE, keys(1), 60)
-    time.sleep(0.06)
-    memory.store.tick()
+    passes(memory, 4.9)
+    assert reasons(memory, keys(1, 2, 3)) == ["stored"] * 3
+    passes(memory, 0.2)
     assert reasons(memory, keys(1, 2, 3)) == ["stored", "expired", "stored"]
     assert memory.store.counters["expired"] == 1
+    passes(memory, 60)
+    passes(memory, 0)
+    assert reasons(memory, keys(1, 2, 3)) == ["expired", "expired", "stored"]
 
 
 def test_a_time_to_live_can_be_taken_back(memory: Bench) -> None:
-    memory.save(keys(1), saving=Saving(ttl=0.05))
+    memory.save(keys(1), saving=Saving(ttl=5))
     (entry,) = select(memory.store, Selection())
     memory.store.tiering.expiry.set_ttl(entry, None)
-    time.sleep(0.06)
-    memory.store.tick()
+    passes(memory, 1e6)
     assert reasons(memory, keys(1)) == ["stored"]
 
 
-def test_a_time_to_live_survives_a_restart(tmp_path: Path) -> None:
+def test_any_times_to_live_end_in_time(memory: Bench) -> None:
+    rng = random.Random(3)
+    ends: dict[bytes, float] = {}
+    for number in range(300):
+        (key,) = keys(number % 6)
+        if key not in ends:
+            memory.save([key])
+        (entry,) = select(memory.store, Selection(keys=[key]))
+        life = rng.choice([None, -1.0, 0.0, 0.3, 1.0, 7.5, 1000.0, 1e6])
+        memory.store.tiering.expiry.set_ttl(entry, life)
+        ends[key] = math.inf if life is None else memory.now + life
+        passes(memory, rng.choice([0.0, 0.2, 0.5, 3.0, 500.0]))
+        ends = {k: end for k, end in ends.items() if end > memory.now}
+        assert {e.name.key for e in select(memory.store, Selection())} == set(ends)
+
+
+def test_what_is_gone_is_not_kept_for_its_time_to_live(memory: Bench) -> None:
+    for number in range(200):
+        memory.save(keys(number), saving=Saving(ttl=86400))
+    gc.collect()
+    assert sum(isinstance(one, Entry) for one in gc.get_objects()) < 50
+
+
+@pytest.mark.parametrize("jump", [-1e9, -86400.0, 86400.0, 1e9])
+def test_a_wall_clock_that_jumps_neither_drops_nor_revives(disk: Bench, jump: float) -> None:
+    disk.save(keys(1), saving=Saving(ttl=100))
+    disk.save(keys(2))
+    disk.drain()
+    disk.wall += jump
+    passes(disk, 99)
+    assert reasons(disk, keys(1, 2)) == ["stored", "stored"]
+    assert not select(disk.store, Selection(older_than=100))
+    assert not select(disk.store, Selection(unused_for=100))
+    assert len(select(disk.store, Selection(older_than=99))) == 2
+    passes(disk, 2)
+    assert reasons(disk, keys(1, 2)) == ["expired", "stored"]
+
+
+@pytest.mark.parametrize(
+    ("off", "lives"),
+    # Seconds off by the wall clock; how much longer a block of 1,000 lives, 10 seconds old.
+    [(0, 990), (500, 490), (1000, 0), (1e9, 0), (-5, 995), (-1e8, 1000)],
+)
+def test_a_time_to_live_survives_a_restart(tmp_path: Path, off: float, lives: float) -> None:
     first = Bench(tmp_path / "disk")
     first.save(keys(1), saving=Saving(ttl=1000))
-    first.save(keys(2))
-    first.save(keys(3))
+    first.save(keys(2, 3))
     first.drain()
     two, three = (select(first.store, Selection(keys=keys(n)))[0] for n in (2, 3))
-    first.store.tiering.expiry.set_ttl(two, 1)  # stamped on disk after it was written
+    first.now = 10
+    first.store.tiering.expiry.set_ttl(two, None)
     first.store.tiering.expiry.set_ttl(three, -10)  # and gone before the restart
     first.close()
-    time.sleep(2.1)  # whole seconds on disk, rounded up
-    second = Bench(tmp_path / "disk")
-    assert reasons(second, keys(1, 2, 3)) == ["stored", "expired", "expired"]
-    assert second.store.counters["recover.dropped.expired"] == 2
-    (one,) = select(second.store, Selection())
-    assert 900 < one.expires - time.time() < 1001
+    second = Bench(tmp_path / "disk", wall=first.wall + 10 + off)
+    assert reasons(second, keys(3)) == ["expired"]
+    assert second.store.counters["recover.dropped.expired"] == 1 + (not lives)
+    passes(second, max(0.0, lives - 2))
+    assert reasons(second, keys(1, 2)) == ["stored" if lives else "expired", "stored"]
+    passes(second, 4)
+    assert reasons(second, keys(1, 2)) == ["expired", "stored"]
     second.close()
+
+
+@pytest.mark.parametrize("when", ["saved", "written", "read"])
+def test_no_crash_forgets_a_time_to_live(tmp_path: Path, when: str) -> None:
+    """Given with the save; or set while the disk writes, or reads, the object."""
+    first = Bench(tmp_path / "disk")
+    tiering = first.store.tiering
+    first.save(keys(1), saving=Saving(ttl=100 if when == "saved" else None))
+    (entry,) = select(first.store, Selection())
+    assert tiering.disk is not None
+    if when == "read":
+        first.drain()
+        first.save(keys(*range(10, 18)))  # and out of memory
+        first.drain()
+        tiering.promote(entry, lambda _: None)
+    if when == "saved":
+        tiering.disk.flush()  # written, and killed before anybody heard of it
+    else:
+        tiering.expiry.set_ttl(entry, 100)
+        while entry.disk_io:
+            first.posted.get(timeout=20)()
+    tiering.disk.close()
+    second = Bench(tmp_path / "disk", wall=first.wall + 50)
+    assert reasons(second, keys(1)) == ["stored"]
+    passes(second, 52)
+    assert reasons(second, keys(1)) == ["expired"]
+    second.close()
+    first.arena.close()
 
 
 # --- pins -----------------------------------------------------------------------------------------
