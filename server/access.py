@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 import ipaddress
 import os
 import re
 import socket
 import ssl
 import stat
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
     import grpc
 
 _MIN_TOKEN: Final = 16
+_MAX_SECRET: Final = 16 << 20
 _SHA256: Final = re.compile(r"[0-9a-fA-F]{64}\Z")
 _KEYS: Final = ("name", "role", "token", "sha256", "tenants")
 
@@ -39,11 +38,15 @@ class Role(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a caller may do. `tenants` of None means all of them."""
+    """What a caller may do. `tenants` of None means all of them.
+
+    `digest` is the SHA-256 of the token that it comes from; empty: it comes from none.
+    """
 
     name: str
     role: Role
     tenants: frozenset[str] | None = None
+    digest: bytes = field(default=b"", repr=False, compare=False)
 
     def check(self, role: Role, what: str) -> None:
         """Refuse what needs more than this role.
@@ -78,9 +81,10 @@ LOCAL = Grant("local", Role.ADMIN)
 class Access:
     """The tokens a daemon knows, and the TLS it offers. Use `load`."""
 
-    def __init__(self, config: ServerConfig, tokens: Sequence[tuple[bytes, Grant]]) -> None:
+    def __init__(self, config: ServerConfig) -> None:
         self._config = config
-        self._tokens = tuple(tokens)
+        self._tokens: dict[bytes, Grant] = {}
+        self._seen: tuple[int, ...] = ()
 
     @classmethod
     def load(cls, config: ServerConfig) -> Self:
@@ -89,7 +93,8 @@ class Access:
         Raises:
             ConfigError: one cannot be read or makes no sense, or a listener is not protected.
         """
-        access = cls(config, [] if config.tokens is None else _read_tokens(config.tokens))
+        access = cls(config)
+        access.reload()
         access.server_context()
         for name in ("grpc", "http", "tcp"):
             address: str | None = getattr(config, name)
@@ -97,13 +102,28 @@ class Access:
                 access.check_listener(name, address)
         return access
 
+    def reload(self) -> None:
+        """Read the file of tokens again; if it is no good, those known so far stay.
+
+        Raises:
+            ConfigError: it cannot be read or makes no sense.
+        """
+        path = self._config.tokens
+        if path is not None:
+            self._seen = _version(path)
+            self._tokens = {grant.digest: grant for grant in _read_tokens(path)}
+
+    def changed(self) -> bool:
+        """Whether the file of tokens is another one than `reload` saw last. Asks the disk."""
+        return self._config.tokens is not None and _version(self._config.tokens) != self._seen
+
     @property
     def has_tokens(self) -> bool:
         """Whether callers must present a token."""
         return bool(self._tokens)
 
     def grant(self, token: str | None) -> Grant:
-        """What the bearer of `token` may do; in constant time over all tokens.
+        """What the bearer of `token` may do.
 
         Raises:
             AccessDenied: no token was given though one is needed, or it is not known.
@@ -112,14 +132,14 @@ class Access:
             return LOCAL
         if not token:
             raise AccessDenied("a token is needed; send `authorization: Bearer TOKEN`")
-        presented = hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
-        found: Grant | None = None
-        for digest, grant in self._tokens:
-            if hmac.compare_digest(digest, presented):
-                found = grant
+        found = self._tokens.get(_digest_of(token))
         if found is None:
             raise AccessDenied("this token is not known here; check it, and which daemon this is")
         return found
+
+    def knows(self, grant: Grant) -> bool:
+        """Whether what was granted is still granted: its token may have been revoked since."""
+        return not grant.digest or self._tokens.get(grant.digest) == grant
 
     # -- listeners --------------------------------------------------------------------------------
 
@@ -216,6 +236,15 @@ def _is_loopback(name: str, address: str) -> bool:
     return all(ipaddress.ip_address(str(item[4][0]).split("%")[0]).is_loopback for item in found)
 
 
+def _version(path: Path) -> tuple[int, ...]:
+    """Tells one content of a file from another; empty where there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def _check_secret(key: str, path: Path) -> None:
     """Refuse a secret that other users can read or replace.
 
@@ -225,6 +254,8 @@ def _check_secret(key: str, path: Path) -> None:
         found = path.stat()
     except OSError as e:
         raise ConfigError(f"{key} {path}: {e.strerror}; check the path") from e
+    if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_SECRET:
+        raise ConfigError(f"{key} {path} is no file of at most {_MAX_SECRET} bytes; name another")
     if found.st_uid not in (os.geteuid(), 0):
         raise ConfigError(
             f"{key} {path} belongs to user {found.st_uid}, who could change it; chown it to the "
@@ -247,9 +278,9 @@ def _reason(error: OSError) -> str:
 # -- the token file -------------------------------------------------------------------------------
 
 
-def _read_tokens(path: Path) -> list[tuple[bytes, Grant]]:
-    """SHA-256 and grant of every token in `path`. No message holds any of the file's values but
-    names, so that no token gets into a log.
+def _read_tokens(path: Path) -> list[Grant]:
+    """The grants of all tokens in `path`. No message holds any of the file's values but names, so
+    that no token gets into a log, nor does an exception that has seen them.
 
     Raises:
         ConfigError: names the entry and what to do.
@@ -257,10 +288,10 @@ def _read_tokens(path: Path) -> list[tuple[bytes, Grant]]:
     source = f"server.tokens {path}"
     _check_secret("server.tokens", path)
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError(f"{source}: {e.strerror}; check the path") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         mark = getattr(e, "problem_mark", None)  # The error's own text quotes the line.
         where = "" if mark is None else f" in line {mark.line + 1}"
         raise ConfigError(f"{source} is no valid YAML{where}; see `kvstore token new`") from None
@@ -270,27 +301,27 @@ def _read_tokens(path: Path) -> list[tuple[bytes, Grant]]:
             f"{source} must hold `tokens:` with a list of at least one entry and nothing else; "
             "`kvstore token new` makes entries"
         )
-    tokens: list[tuple[bytes, Grant]] = []
+    grants: list[Grant] = []
     names: dict[str, int] = {}
     digests: dict[bytes, str] = {}
     for number, entry in enumerate(entries, 1):
         try:
-            digest, grant = _read_entry(entry)
+            grant = _read_entry(entry)
             if grant.name in names:
                 raise ValueError(f"has the name of entry {names[grant.name]}; name each once")
-            if digest in digests:
-                raise ValueError(f"has the token of {digests[digest]!r}; make a new one")
+            if grant.digest in digests:
+                raise ValueError(f"has the token of {digests[grant.digest]!r}; make a new one")
         except ValueError as e:
             name = entry.get("name") if isinstance(entry, dict) else None
             named = f" ({name!r})" if isinstance(name, str) and name else ""
             raise ConfigError(f"{source}: entry {number}{named} {e}") from None
         names[grant.name] = number
-        digests[digest] = grant.name
-        tokens.append((digest, grant))
-    return tokens
+        digests[grant.digest] = grant.name
+        grants.append(grant)
+    return grants
 
 
-def _read_entry(entry: object) -> tuple[bytes, Grant]:
+def _read_entry(entry: object) -> Grant:
     """
     Raises:
         ValueError: what is wrong and the remedy, as a predicate.
@@ -305,7 +336,7 @@ def _read_entry(entry: object) -> tuple[bytes, Grant]:
     roles = [known.name.lower() for known in Role]
     if role not in roles:
         raise ValueError(f"has no valid role; write `role: ` with one of {', '.join(roles)}")
-    return _digest(entry), Grant(name, Role[role.upper()], _tenants(entry))
+    return Grant(name, Role[role.upper()], _tenants(entry), _digest(entry))
 
 
 def _digest(entry: dict[Any, Any]) -> bytes:
@@ -323,6 +354,15 @@ def _digest(entry: dict[Any, Any]) -> bytes:
             f"has a `token` of {len(token)} characters; {_MIN_TOKEN} are the least, "
             "`kvstore token new` makes one"
         )
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError(
+            "has a `token` with a space, a line break or characters beyond ASCII, which callers "
+            "cannot send; `kvstore token new` makes one"
+        )
+    return _digest_of(token)
+
+
+def _digest_of(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
 
 

@@ -19,7 +19,7 @@ from kvstore.api.convert import MAX_MESSAGE, SERVICE
 from kvstore.config import split_host_port
 from kvstore.errors import ConfigError
 from kvstore.server.access import LOCAL, Grant, Role
-from kvstore.server.control_calls import Callers, Calls, Gate, Verb
+from kvstore.server.control_calls import SPARE_CALLS, Callers, Calls, Gate, Turns, Verb
 from kvstore.server.control_events import EventVerbs
 from kvstore.server.control_prompts import PromptVerbs
 from kvstore.server.control_rules import RuleVerbs
@@ -32,9 +32,6 @@ _MAX_PATH: Final = 107
 _GRACE_SECONDS: Final = 0.5
 _HEALTH_SECONDS: Final = 0.1
 _REVIVE_SECONDS: Final = 0.2
-_SPARE_CALLS: Final = 16
-"""Beside those of the API: health and reflection."""
-
 _MAX_CONNECTIONS: Final = 1024
 
 _log = logging.getLogger("kvstore.control")
@@ -181,16 +178,22 @@ class ControlFace:
             # just that length by us, with words.
             ("grpc.max_receive_message_length", MAX_MESSAGE + 1),
             ("grpc.max_allowed_incoming_connections", _MAX_CONNECTIONS),
+            # What is compressed would be inflated, without bound, before its size is looked at.
+            ("grpc.compression_enabled_algorithms_bitset", 1),
+            ("grpc.per_message_decompression", 0),
+            # Half a greeting ends soon, and a connection without calls after a while.
+            ("grpc.server_handshake_timeout_ms", 5_000),
+            ("grpc.max_connection_idle_ms", 60_000),
             ("grpc.keepalive_time_ms", 60_000),
             ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ]
         server = grpc.aio.server(
-            interceptors=[Gate(callers)],
+            interceptors=[Gate(callers, Turns(limit), self._node)],
             options=options,
-            maximum_concurrent_rpcs=limit + _SPARE_CALLS,
+            maximum_concurrent_rpcs=limit + SPARE_CALLS,
         )
-        server.add_generic_rpc_handlers((Calls(callers, self._verbs, limit),))
+        server.add_generic_rpc_handlers((Calls(callers, self._verbs),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -16,12 +18,22 @@ from kvstore.api.convert import MAX_MESSAGE, SERVICE
 from kvstore.errors import AccessDenied, KVStoreError
 from kvstore.server.access import Access, Grant, Role
 from kvstore.server.control_errors import Refused, abort, check_role, denied, exhausted
+from kvstore.server.node import Node
 
 _log = logging.getLogger("kvstore.control")
 
 _PUBLIC: Final = "/grpc.health.v1.Health/Check"
 """Asked by whoever starts and stops daemons, who has no token."""
 
+_PROBE: Final = Grant("probe", Role.READ)
+SPARE_CALLS: Final = 16
+"""Probes at a time, beside the calls of those who are known."""
+
+_REQUEST_SECONDS: Final = 15.0
+_SEND_SECONDS: Final = 60.0
+"""Until a request must have come, and an answer been taken."""
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context = grpc.aio.ServicerContext[bytes, bytes]
 Metadata = Sequence[tuple[str, str | bytes]]
 Answer = Callable[[Grant, Any], Awaitable[Message | bytes]]
@@ -70,26 +82,127 @@ class Callers:
             raise Refused(grpc.StatusCode.UNAUTHENTICATED, reason, str(e)) from e
 
 
-class Gate(grpc.aio.ServerInterceptor):
-    """Turns away whoever has no token, before anything of the call is read."""
+class Turns:
+    """Calls that run on one listener at a time.
 
-    def __init__(self, callers: Callers) -> None:
+    Of `limit`, half may be streams; a token has half of either, so that others get theirs.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._running: Counter[str] = Counter()
+
+    @contextmanager
+    def taken(self, caller: Grant, *, stream: bool) -> Iterator[None]:
+        """Run a call.
+
+        Raises:
+            Refused: too many run already.
+        """
+        share = {"probes": SPARE_CALLS}
+        if caller is not _PROBE:
+            share = {"calls": self._limit} | ({"streams": self._limit // 2} if stream else {})
+        if caller.digest:
+            share |= {f"{what} of {caller.name!r}": most // 2 for what, most in share.items()}
+        for what, most in share.items():
+            if self._running[what] >= max(1, most):
+                reason = "TOO_MANY_WATCHERS" if "streams" in what else "TOO_MANY_CALLS"
+                message = f"{max(1, most)} {what} run (see server.max_requests); try again"
+                raise exhausted(reason, message)
+        self._running.update(share.keys())
+        try:
+            yield
+        finally:
+            self._running.subtract(share.keys())
+
+
+class Gate(grpc.aio.ServerInterceptor):
+    """Stands before all methods: who may call, how many at a time, and how slow they may be.
+
+    Args:
+        callers: tells who calls.
+        turns: those of the listener.
+        node: is told what runs, and what is refused.
+    """
+
+    def __init__(self, callers: Callers, turns: Turns, node: Node) -> None:
         self._callers = callers
+        self._turns = turns
+        self._node = node
 
     async def intercept_service(
         self,
-        continuation: Callable[
-            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]
-        ],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """The handler of a call."""
+    ) -> Handler | None:
+        """The handler of a call. Of callers without a token, nothing is read."""
+        caller = _PROBE
         if handler_call_details.method != _PUBLIC:
             try:
-                self._callers.grant(handler_call_details.invocation_metadata)
+                caller = self._callers.grant(handler_call_details.invocation_metadata)
             except Refused as e:
-                return _refusal(e)
-        return await continuation(handler_call_details)
+                return self._guarded(_refusal(e), caller)
+        handler = await continuation(handler_call_details)
+        return None if handler is None else self._guarded(handler, caller)
+
+    def _guarded(self, handler: Handler, caller: Grant) -> Handler:
+        # A stream in both directions: what comes is read when the call has its turn.
+        async def serve(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+            try:
+                with self._turns.taken(caller, stream=handler.response_streaming):
+                    async for reply in self._replies(handler, caller, requests, context):
+                        yield reply
+            except TimeoutError:
+                await self._refuse(context, self._late(caller))
+            except Refused as e:
+                await self._refuse(context, e)
+
+        return grpc.stream_stream_rpc_method_handler(
+            serve, handler.request_deserializer, handler.response_serializer
+        )
+
+    async def _replies(
+        self, handler: Handler, caller: Grant, requests: AsyncIterator[Any], context: Context
+    ) -> AsyncIterator[Any]:
+        method: Any = handler.stream_stream or handler.unary_stream or handler.unary_unary
+        async with asyncio.timeout(_REQUEST_SECONDS) as clock:
+            self._node.calls[clock] = caller
+            try:
+                request: Any = requests
+                if not handler.request_streaming:
+                    request = await anext(requests, None)
+                    _set(clock, None)
+                    if request is None:
+                        raise _unreadable("there is no request")
+                answer = method(request, context)
+                if isinstance(answer, AsyncIterator):
+                    async for reply in answer:
+                        _set(clock, _SEND_SECONDS)
+                        yield reply
+                        _set(clock, None)
+                elif (reply := await answer) is not None:
+                    _set(clock, _SEND_SECONDS)
+                    yield reply
+            finally:
+                del self._node.calls[clock]
+
+    def _late(self, caller: Grant) -> Refused:
+        if not self._node.access.knows(caller):
+            code, reason = grpc.StatusCode.UNAUTHENTICATED, "TOKEN_UNKNOWN"
+            return Refused(code, reason, "this token is not known here any more")
+        message = f"the request did not come within {_REQUEST_SECONDS:g} s; send it at once"
+        return Refused(grpc.StatusCode.DEADLINE_EXCEEDED, "SLOW", message)
+
+    async def _refuse(self, context: Context, refused: Refused) -> None:
+        self._node.store.counters.add("refused", refused.reason.lower())
+        await abort(context, refused)
+
+
+def _set(clock: asyncio.Timeout, seconds: float | None) -> None:
+    """Let a call last so much longer, unless it is over."""
+    if not clock.expired():
+        now = asyncio.get_running_loop().time()
+        clock.reschedule(None if seconds is None else now + seconds)
 
 
 class Calls(grpc.GenericRpcHandler):
@@ -98,21 +211,15 @@ class Calls(grpc.GenericRpcHandler):
     Args:
         callers: tells who calls.
         verbs: by name of the method.
-        limit: calls that run at a time; of them, half may be streams.
     """
 
-    def __init__(self, callers: Callers, verbs: Mapping[str, Verb], limit: int) -> None:
+    def __init__(self, callers: Callers, verbs: Mapping[str, Verb]) -> None:
         self._callers = callers
         self._verbs = verbs
-        self._limit = limit
-        self._running = 0
-        self._streams = 0
         methods = v1.DESCRIPTOR.services_by_name["Orchestrator"].methods
         self._requests = {method.name: GetMessageClass(method.input_type) for method in methods}
 
-    def service(
-        self, handler_call_details: grpc.HandlerCallDetails
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
         """The handler of a call; None: it is none of ours."""
         service, _, method = handler_call_details.method.removeprefix("/").partition("/")
         verb = self._verbs.get(method)
@@ -128,35 +235,24 @@ class Calls(grpc.GenericRpcHandler):
         assert verb.answer is not None
         return self._unary(method, verb.answer, caller)
 
-    def _unary(self, method: str, answer: Answer, caller: Grant) -> grpc.RpcMethodHandler[Any, Any]:
+    def _unary(self, method: str, answer: Answer, caller: Grant) -> Handler:
         async def serve(data: bytes, context: Context) -> bytes:
-            with self._counted(stream=False), self._told(method):
+            with self._told(method):
                 reply = await answer(caller, self._parse(method, data))
                 return reply if isinstance(reply, bytes) else reply.SerializeToString()
 
-        async def guarded(data: bytes, context: Context) -> bytes:
-            try:
-                return await serve(data, context)
-            except Refused as e:
-                await abort(context, e)
+        return grpc.unary_unary_rpc_method_handler(serve)
 
-        return grpc.unary_unary_rpc_method_handler(guarded)
+    def _streaming(self, method: str, stream: Stream, caller: Grant) -> Handler:
+        async def serve(data: bytes, context: Context) -> AsyncIterator[bytes]:
+            with self._told(method):
+                async with stream(caller, self._parse(method, data)) as replies:
+                    # So that the caller knows that from here on it misses nothing.
+                    await context.send_initial_metadata(())
+                    async for reply in replies:
+                        yield reply.SerializeToString()
 
-    def _streaming(
-        self, method: str, stream: Stream, caller: Grant
-    ) -> grpc.RpcMethodHandler[Any, Any]:
-        async def guarded(data: bytes, context: Context) -> AsyncIterator[bytes]:
-            try:
-                with self._counted(stream=True), self._told(method):
-                    async with stream(caller, self._parse(method, data)) as replies:
-                        # So that the caller knows that from here on it misses nothing.
-                        await context.send_initial_metadata(())
-                        async for reply in replies:
-                            yield reply.SerializeToString()
-            except Refused as e:
-                await abort(context, e)
-
-        return grpc.unary_stream_rpc_method_handler(guarded)
+        return grpc.unary_stream_rpc_method_handler(serve)
 
     def _parse(self, method: str, data: bytes) -> Message:
         if len(data) > MAX_MESSAGE:
@@ -169,28 +265,7 @@ class Calls(grpc.GenericRpcHandler):
             return self._requests[method].FromString(data)
         except DecodeError as e:
             kind = self._requests[method].DESCRIPTOR.full_name
-            message = f"this is no {kind}; see proto/kvstore/v1/orchestrator.proto"
-            code = grpc.StatusCode.INVALID_ARGUMENT
-            raise Refused(code, "UNREADABLE", message) from e
-
-    @contextmanager
-    def _counted(self, *, stream: bool) -> Iterator[None]:
-        streams = max(1, self._limit // 2)
-        if self._running >= self._limit:
-            raise exhausted(
-                "TOO_MANY_CALLS", f"{self._limit} calls run (server.max_requests); try again"
-            )
-        if stream and self._streams >= streams:
-            raise exhausted(
-                "TOO_MANY_WATCHERS", f"{streams} streams are open (half of server.max_requests)"
-            )
-        self._running += 1
-        self._streams += stream
-        try:
-            yield
-        finally:
-            self._running -= 1
-            self._streams -= stream
+            raise _unreadable(f"this is no {kind}") from e
 
     @contextmanager
     def _told(self, method: str) -> Iterator[None]:
@@ -210,9 +285,14 @@ class Calls(grpc.GenericRpcHandler):
             ) from e
 
 
-def _refusal(refused: Refused) -> grpc.RpcMethodHandler[Any, Any]:
+def _unreadable(message: str) -> Refused:
+    text = f"{message}; see proto/kvstore/v1/orchestrator.proto"
+    return Refused(grpc.StatusCode.INVALID_ARGUMENT, "UNREADABLE", text)
+
+
+def _refusal(refused: Refused) -> Handler:
     # As a stream in both directions, so that no request is waited for.
     async def refuse(_: AsyncIterator[bytes], context: Context) -> None:
-        await abort(context, refused)
+        raise refused
 
     return grpc.stream_stream_rpc_method_handler(refuse)

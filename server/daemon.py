@@ -134,6 +134,7 @@ class Daemon:
             faces: list[Face] = []
             try:
                 ticking = loop.create_task(self._tick(store))
+                following = loop.create_task(node.follow_tokens())
                 accepting = loop.create_task(self._accept(listener, node, arena))
                 for face in self._faces(node):
                     await face.start()
@@ -158,6 +159,7 @@ class Daemon:
             left = await node.drain(_SHUTDOWN_FLUSH_SECONDS)
             if left:
                 _log.warning("%d objects did not reach the disk before the stop", left)
+            following.cancel()
             ticking.cancel()
             for session in list(node.sessions.values()):
                 session.close()

@@ -107,14 +107,18 @@ class SessionConnection(asyncio.Protocol):
                 del self._buffer[: header + length]
                 self._handle(request_id, body)
         except ProtocolError as e:
-            _log.warning("a client is refused from here on: %s", e)
-            self._reply(0, Failure(str(e), fatal=True))
-            self._refused = True
-            self._buffer.clear()
-            # Other threads of the client may be copying under its leases. It closes when they
-            # are done, and only that frees the slots.
-            if not (self.shares_memory and self._store.holds_leases(self)):
-                self.close()
+            self.refuse(str(e))
+
+    def refuse(self, reason: str) -> None:
+        """Say why, and answer nothing from here on."""
+        _log.warning("a client is refused from here on: %s", reason)
+        self._reply(0, Failure(reason, fatal=True))
+        self._refused = True
+        self._buffer.clear()
+        # Other threads of the client may be copying under its leases. It closes when they are
+        # done, and only that frees the slots.
+        if not (self.shares_memory and self._store.holds_leases(self)):
+            self.close()
 
     def close(self) -> None:
         """End the connection after what was written."""
