@@ -69,6 +69,15 @@ COUNTERS: Final[Mapping[str, Counted]] = {
         "commit_refusals", "Commits without a valid lease, by reason.", "reason"
     ),
     "pin.refused": Counted("pin_refusals", "Pins that were refused, by reason.", "reason"),
+    "refused": Counted(
+        "refusals", "Callers and requests that were turned away, by reason.", "reason"
+    ),
+    "tokens.read": Counted(
+        "token_reads",
+        "Times the file of tokens was read again, by outcome.",
+        "outcome",
+        ("done", "failed"),
+    ),
     "lease.expired": Counted(
         "leases_expired", "Leases that ran out before they were released.", "kind", _LEASES
     ),

@@ -60,6 +60,10 @@ class Wire:
 
     def ask(self, message: Message) -> Reply:
         self._socket.sendall(protocol.encode(1, message))
+        return self.hear()
+
+    def hear(self) -> Reply:
+        """What the daemon says next."""
         length, _ = protocol.frame_size(self._receive(protocol.HEADER.size))
         return protocol.decode_reply(self._receive(length))
 
@@ -74,6 +78,10 @@ class Wire:
         reply = self.ask(Open(namespace(tenant), (PART,)))
         assert isinstance(reply, Opened), reply
         return reply.handle
+
+    def closed(self) -> bool:
+        """Whether the daemon says no more, and has ended the connection."""
+        return self._socket.recv(1) == b""
 
     def close(self) -> None:
         self._socket.close()

@@ -92,6 +92,9 @@ def test_a_grant_knows_its_role_and_its_tenants() -> None:
         ([entry(token="")], "of 0 characters; 16"),
         ([entry(token=SECRET[:15])], "of 15 characters; 16"),
         ([entry(token=12345678901234567)], "put it in quotes"),
+        ([entry(token=SECRET + "\n")], "a line break or characters beyond ASCII"),
+        ([entry(token=SECRET + "é")], "a line break or characters beyond ASCII"),
+        ([entry(token=SECRET + " " + SECRET)], "a space, a line break"),
         ([entry(token=None, sha256=SECRET)], "64 hex digits"),
         ([entry(token=None, sha256=10**63)], "64 hex digits in quotes"),
         ([entry(tenants=None)], "empty `tenants`"),
@@ -118,6 +121,9 @@ def test_a_wrong_entry_is_named_and_no_token_is_shown(
     [
         (f"tokens: [{{name: a, token: {SECRET}", r"no valid YAML in line 1"),
         (f"tokens:\n- {SECRET}: {{", r"no valid YAML in line \d"),
+        (f"tokens: [{{token: {SECRET}, at: 2026-99-99}}]", "no valid YAML"),
+        (f"tokens: [{SECRET}, {'[' * 5000}", "no valid YAML"),
+        (f"{'[' * 5000}{SECRET}{']' * 5000}", "no valid YAML"),
         ("", "must hold `tokens:`"),
         ("[]", "must hold `tokens:`"),
         (f"tokens: []\nother: {SECRET}", "nothing else"),
@@ -147,6 +153,8 @@ def test_secrets_that_others_can_read_or_change_are_refused(tmp_path: Path) -> N
             load(tokens=path)
     with pytest.raises(ConfigError, match="No such file"):
         load(tokens=tmp_path / "none")
+    with pytest.raises(ConfigError, match="is no file"):
+        load(tokens=tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a file away")
