@@ -19,6 +19,7 @@ from tests.session_tools import Served, Stores, eventually, prompt, save
 from tests.tcp_tools import tcp_session
 
 LEAVES: Final[dict[str, Any]] = {"name": "leaves", "role": "write", "tenants": ["a"]}
+SAID: Final = "the tokens stay as they were: server.tokens"
 STAYS: Final[dict[str, Any]] = {"name": "stays", "role": "admin"}
 
 
@@ -104,8 +105,7 @@ def test_a_file_that_is_no_good_changes_nothing_and_is_said(stores: Stores, serv
             path.unlink()
         else:
             replace(stores, bad)
-        said = "the tokens stay as they were: server.tokens"
-        eventually(lambda n=number: served.log.read_text().count(said) == n)
+        eventually(lambda n=number: served.log.read_text().count(SAID) == n)
         assert greeted(served, "leaves")
         assert wire.open("a") == number - 1
     assert secret("leaves") not in served.log.read_text()
