@@ -205,7 +205,7 @@ class KVStoreCache:
         keys = self.session.keys(tokens[: held // size * size])
         # Only what is new should cross from a device; on the CPU the store looks for itself.
         on_cpu = past.layers[0].keys.device.type == "cpu"
-        known = 0 if on_cpu else self.session.lookup(keys).blocks
+        known = 0 if on_cpu else self.session.lookup(keys, again=True).blocks
         planes = [
             tensor[:, :, known * size : len(keys) * size].detach().to("cpu")
             for layer in past.layers

@@ -60,6 +60,8 @@ class Tracked:
     saving: set[int] = field(default_factory=set)
     """Numbers of the jobs among those that are not done."""
     failures: int = 0
+    answered: bool = False
+    """The store was asked and has answered, so it has counted the request."""
     tainted: bool = False
     """Computed beside a layered load that failed: what its pages hold is not saved."""
 

@@ -156,9 +156,11 @@ class SchedulerSide:
         if session is None:
             return None
         keys = tracked.extend_keys()[first:usable]
-        plan = session.plan(keys)
+        plan = session.plan(keys, again=tracked.answered)
         self._stats.lookup(time.monotonic() - now)
-        self._judge(not plan.found and plan.reason.endswith("unavailable"))
+        late = not plan.found and plan.reason.endswith("unavailable")
+        tracked.answered |= not late
+        self._judge(late)
         answer = Found(start, first, plan.tiers[: plan.blocks], now, plan.load_seconds)
         if found is not None and found.prefetched:
             answer.prefetched, answer.deadline = found.prefetched, found.deadline

@@ -2,23 +2,26 @@
 
 Loading `n` blocks costs their bytes times the measured time per byte of the tiers they lie in;
 not loading them costs computing their tokens at the measured prefill rate. Only a prefix can be
-loaded, so the plan is the prefix length with the least total. Both sides are running averages of
-what was measured; until the prefill rate is known, loading is taken to be cheaper. What is not
-loaded is not measured either, so the cost of copies fades with every plan that shuns blocks in
-memory: a machine that was slow for a moment is tried again.
+loaded, so the plan is the prefix length with the least total. Both sides are fitted to what was
+measured; until the prefill rate is known, loading is taken to be cheaper. What is not loaded is not
+measured either, so the cost of a tier fades with every plan that shuns it: none is shunned for
+ever, whatever was measured.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final, Literal
 
-from kvstore.telemetry import Average
+from kvstore.telemetry import Cost
 
 _FADE: Final = 0.9
-"""What is left of the cost of copies after a plan that shuns them."""
+"""What is left of a tier's cost after a plan that shuns it."""
+_MOST: Final = 100
+"""Plans in a row that may shun a tier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,33 +41,63 @@ class LoadPlan:
     reason: str
 
 
+class _Doubt:
+    """In what a tier is said to cost, by the size of requests: a small one that is loaded tells
+    little about those that are shunned for being large."""
+
+    def __init__(self) -> None:
+        self._shunned: Counter[int] = Counter()
+
+    def factor(self, blocks: int) -> float:
+        """What part of the cost of so many blocks is to be believed."""
+        shunned = self._shunned[blocks.bit_length()]
+        return _FADE**shunned if shunned < _MOST else 0.0
+
+    def judge(self, blocks: int, *, shunned: bool) -> None:
+        """A plan shunned some of so many, or loads them, and so they will be measured."""
+        if shunned:
+            self._shunned[blocks.bit_length()] += 1
+            return
+        for size in range(blocks.bit_length() + 1):
+            self._shunned.pop(size, None)
+
+
 class Planner:
     """Keeps the measurements and decides. Not thread-safe; the session locks around it."""
 
     def __init__(self, mode: Literal["auto", "load", "recompute"] = "auto") -> None:
         self._mode = mode
-        self._copy = Average()  # seconds per byte, slots to pages
-        self._token = Average()  # seconds per token computed
+        self._copy = Cost()  # of bytes, slots to pages
+        self._token = Cost()  # of tokens computed
+        self._copies = _Doubt()
+        self._below = _Doubt()
 
     def loaded(self, nbytes: int, seconds: float) -> None:
         """A copy of `nbytes` out of memory took `seconds`."""
-        if nbytes > 0 and seconds > 0:
-            self._copy.add(seconds / nbytes)
+        self._copy.add(nbytes, seconds)
 
     def computed(self, tokens: int, seconds: float) -> None:
         """The engine computed `tokens` prompt tokens in `seconds`."""
-        if tokens > 0 and seconds > 0:
-            self._token.add(seconds / tokens)
+        self._token.add(tokens, seconds)
 
     def load_seconds(
-        self, in_memory: int, below: int, block_bytes: int, below_memory: float
+        self,
+        in_memory: int,
+        below: int,
+        block_bytes: int,
+        below_memory: float,
+        wait: float = 0.0,
+        belief: tuple[float, float] = (1.0, 1.0),
     ) -> float:
         """Estimated seconds to load so many blocks from memory and from the tiers below it.
 
-        `below_memory` is the measured seconds per byte from disk to memory.
+        `below_memory` is the measured seconds per byte from disk to memory, `wait` the seconds
+        until the disk begins; `belief` in the cost of copies, and in that of the disk.
         """
-        copy = (self._copy.value or 0.0) * (in_memory + below)
-        return (copy + below_memory * below) * block_bytes
+        blocks = in_memory + below
+        copy = self._copy.once + self._copy.each * blocks * block_bytes if blocks else 0.0
+        read = wait + below_memory * below * block_bytes if below else 0.0
+        return belief[0] * copy + belief[1] * read
 
     def plan(
         self,
@@ -73,16 +106,23 @@ class Planner:
         block_tokens: int,
         block_bytes: int,
         below_memory: float,
+        wait: float = 0.0,
+        again: bool = False,
         nothing: str = "nothing found",
     ) -> LoadPlan:
-        """Decide for blocks found in `tiers`, in order; `nothing` says why there are none."""
+        """Decide for blocks found in `tiers`, in order; `nothing` says why there are none.
+
+        `again`: the request was planned before.
+        """
         found = len(tiers)
         fetched = [0, *accumulate(tier != "memory" for tier in tiers)]
+        below = fetched[-1]
+        belief = self._copies.factor(found), self._below.factor(below)
         times = [
-            self.load_seconds(n - below, below, block_bytes, below_memory)
-            for n, below in enumerate(fetched)
+            self.load_seconds(n - under, under, block_bytes, below_memory, wait, belief)
+            for n, under in enumerate(fetched)
         ]
-        per_token = self._token.value
+        per_token = self._token.each if self._token.measured else None
         if not found:
             blocks, reason = 0, nothing
         elif self._mode != "auto":
@@ -96,7 +136,9 @@ class Planner:
             reason = "loading is faster" if blocks == found else "recomputing is faster"
             if 0 < blocks < found:
                 reason = "loading is faster up to here, recomputing beyond"
-            if blocks < found and tiers[blocks] == "memory":
-                self._copy.fade(_FADE)
+            if not again:
+                # All that is loaded is copied; and if some is, what is left begins on disk.
+                self._copies.judge(found, shunned=not blocks)
+                self._below.judge(below, shunned=fetched[blocks] < below)
         compute = None if per_token is None else per_token * block_tokens * (blocks or found)
         return LoadPlan(blocks, found, tuple(tiers), times[blocks or found], compute, reason)

@@ -99,18 +99,26 @@ class Opened(Message, tag="opened"):
 
 
 class Lookup(Message, tag="lookup"):
-    """How long is the usable prefix of `keys` (32 bytes each, joined)?"""
+    """How long is the usable prefix of `keys` (32 bytes each, joined)?
+
+    `again`: asked for the same request before, so it does not count as one.
+    """
 
     handle: int
     keys: bytes
+    again: bool = False
 
 
 class Found(Message, tag="found"):
-    """One byte per block found: its tier. `reason` says why the prefix ends."""
+    """One byte per block found: its tier. `reason` says why the prefix ends.
+
+    A read from disk takes `disk_seconds_per_byte` once the disk begins with it, after `disk_wait`.
+    """
 
     tiers: bytes
     reason: str
     disk_seconds_per_byte: float
+    disk_wait: float = 0.0
 
 
 class Reserve(Message, tag="reserve"):

@@ -48,6 +48,7 @@ class Lookup:
     reason: str | None
     seconds: float
     disk_seconds_per_byte: float = 0.0
+    disk_wait: float = 0.0
 
 
 class Pin:
@@ -138,13 +139,18 @@ class Session:
         """Keys of the whole blocks of `tokens`; see `kvstore.keys.block_keys`."""
         return block_keys(self.namespace, tokens, extras=extras)
 
-    def lookup(self, keys: Sequence[bytes], *, timeout: float | None = None) -> Lookup:
-        """The longest prefix of `keys` that can be loaded. One round trip; moves nothing."""
+    def lookup(
+        self, keys: Sequence[bytes], *, timeout: float | None = None, again: bool = False
+    ) -> Lookup:
+        """The longest prefix of `keys` that can be loaded. One round trip; moves nothing.
+
+        Hit rates count requests: say `again` if the daemon answered for this one before.
+        """
         keys = keys[: protocol.MAX_KEYS]
         if not keys:
             return Lookup(0, (), None, 0.0)
         reply = self._request(
-            lambda handle: protocol.Lookup(handle, b"".join(keys)),
+            lambda handle: protocol.Lookup(handle, b"".join(keys), again),
             timeout or self._config.session.lookup_timeout,
         )
         if not isinstance(reply, protocol.Found):
@@ -157,22 +163,32 @@ class Session:
                 len(codes) - in_memory,
                 self.block_bytes,
                 reply.disk_seconds_per_byte,
+                reply.disk_wait,
             )
         tiers = tier_names(codes)
-        return Lookup(len(tiers), tiers, reply.reason or None, seconds, reply.disk_seconds_per_byte)
+        disk = reply.disk_seconds_per_byte, reply.disk_wait
+        return Lookup(len(tiers), tiers, reply.reason or None, seconds, *disk)
 
-    def plan(self, keys: Sequence[bytes], *, timeout: float | None = None) -> LoadPlan:
-        """Look up `keys` and decide how many blocks to load; the decision is counted and logged."""
-        found = self.lookup(keys, timeout=timeout)
+    def plan(
+        self, keys: Sequence[bytes], *, timeout: float | None = None, again: bool = False
+    ) -> LoadPlan:
+        """Look up `keys` and decide how many blocks to load; the decision is counted and logged.
+
+        Arguments as for `lookup`.
+        """
+        found = self.lookup(keys, timeout=timeout, again=again)
         with self._planner_lock:
             plan = self._planner.plan(
                 found.tiers,
                 block_tokens=self.block_tokens,
                 block_bytes=self.block_bytes,
                 below_memory=found.disk_seconds_per_byte,
+                wait=found.disk_wait,
+                again=again,
                 nothing=f"nothing found: {found.reason}" if found.reason else "nothing to find",
             )
-            self.counters.add("plan", plan.reason)
+            if not again:
+                self.counters.add("plan", plan.reason)
         _log.debug("plan: load %d of %d blocks (%s)", plan.blocks, plan.found, plan.reason)
         return plan
 

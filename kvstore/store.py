@@ -45,11 +45,11 @@ class Acquisition:
     done: Callable[[Acquired], None]
     started: float
     enough: int
+    reads: bool = True  # somebody is to have the blocks, not only their memory
     tiers: list[int] = field(default_factory=list)
     reason: str = ""
     ready: int = 0  # blocks from the start that are in memory
     promoting: int = 0
-    promoted_bytes: int = 0
     failed: dict[Entry, str] = field(default_factory=dict)
     started_all: bool = False
     finished: bool = False
@@ -256,25 +256,32 @@ class Store:
     # -- loading --------------------------------------------------------------------------------
 
     def lookup(
-        self, keys: Sequence[bytes], parts: Sequence[Part], namespace: Namespace | None = None
+        self,
+        keys: Sequence[bytes],
+        parts: Sequence[Part],
+        namespace: Namespace | None = None,
+        *,
+        again: bool = False,
     ) -> tuple[list[int], str]:
         """The tier of each block of the longest usable prefix, and why it ends there.
 
         A block lies in the slowest tier of its parts. The reason is empty when all were found.
-        Only blocks of `namespace` count; None is for those who may use them all.
+        Only blocks of `namespace` count; None is for those who may use them all. `again`: the
+        request has been counted.
         """
         started = self._clock()
-        block_tokens = 0 if namespace is None else namespace.block_tokens
         tiers, reason = self._find(keys, parts, namespace)
-        in_memory = tiers.count(MEMORY)
-        counters = self.counters
-        counters.add("lookup.requests")
-        counters.add("lookup.hit_blocks", by=len(tiers))
-        counters.add("lookup.tokens", by=len(keys) * block_tokens)
-        counters.add("hit.tokens", "memory", by=in_memory * block_tokens)
-        counters.add("hit.tokens", "disk", by=(len(tiers) - in_memory) * block_tokens)
-        if reason:
-            counters.add("lookup.miss", reason)
+        if not again:
+            block_tokens = 0 if namespace is None else namespace.block_tokens
+            in_memory = tiers.count(MEMORY)
+            counters = self.counters
+            counters.add("lookup.requests")
+            counters.add("lookup.hit_blocks", by=len(tiers))
+            counters.add("lookup.tokens", by=len(keys) * block_tokens)
+            counters.add("hit.tokens", "memory", by=in_memory * block_tokens)
+            counters.add("hit.tokens", "disk", by=(len(tiers) - in_memory) * block_tokens)
+            if reason:
+                counters.add("lookup.miss", reason)
         self.histograms.observe("seconds.lookup", self._clock() - started)
         return tiers, reason
 
@@ -309,19 +316,21 @@ class Store:
         *,
         enough: int | None = None,
         namespace: Namespace | None = None,
+        reads: bool = True,
     ) -> Acquisition:
         """Bring blocks into memory and hold them there under a read lease.
 
         `done` is called once, on the loop, maybe before this returns: when all blocks have come, or
         the first `enough` of them, or one cannot be had. It is given the prefix that is there by
         then; the rest goes on coming up, for the next acquire. `settle` ends the waiting early.
-        `namespace` as for `lookup`.
+        `namespace` as for `lookup`;
+        without `reads`, nobody wants the blocks yet, and nothing is counted.
 
         Raises:
             ValueError: the owner holds a lease of that id.
         """
         lease = self._new_lease(owner, lease_id, LeaseKind.READ)
-        running = Acquisition(lease, done, self._clock(), enough or len(keys))
+        running = Acquisition(lease, done, self._clock(), enough or len(keys), reads)
         self._acquiring += 1
         running.promoting = 1  # Held until all promotions are started.
         within = self._within(namespace)
@@ -352,7 +361,8 @@ class Store:
             return
         running.finished = True
         self._acquiring -= 1
-        self.histograms.observe("seconds.acquire", self._clock() - running.started)
+        if running.reads:
+            self.histograms.observe("seconds.acquire", self._clock() - running.started)
         lease = running.lease
         if lease.released:
             running.done(Acquired([], [], "released"))
@@ -365,7 +375,7 @@ class Store:
             self._end_reading(entry)
         del lease.blocks[ready:]
         self.tiering.touch(_entries(lease.blocks))
-        for tier, block in zip(running.tiers, lease.blocks, strict=False):
+        for tier, block in zip(running.tiers, lease.blocks if running.reads else (), strict=False):
             self.counters.add("load.blocks", TIER_NAMES[tier])
             self.counters.add("load.bytes", TIER_NAMES[tier], by=sum(e.nbytes for e in block))
         running.done(Acquired(lease.blocks, running.tiers, running.reason))
@@ -388,13 +398,12 @@ class Store:
         def arrived(_: Acquired) -> None:
             self.release_owner(owner)
 
-        return len(self.acquire(owner, 0, keys, parts, arrived, namespace=namespace).tiers)
+        running = self.acquire(owner, 0, keys, parts, arrived, namespace=namespace, reads=False)
+        return len(running.tiers)
 
     def _promotion_ended(self, running: Acquisition, entry: Entry) -> Callable[[str | None], None]:
         def ended(error: str | None) -> None:
-            if error is None:
-                running.promoted_bytes += entry.nbytes
-            else:
+            if error is not None:
                 running.failed[entry] = error
             self._arrived(running)
 
@@ -406,8 +415,6 @@ class Store:
             if running.started_all and self._count_ready(running) >= running.enough:
                 self.settle(running, "later")
             return
-        if running.promoted_bytes:
-            self.tiering.promoted_in(running.promoted_bytes, self._clock() - running.started)
         self.settle(running)
 
     # -- leases ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Counters with reasons, running averages, and log lines that do not flood."""
+"""Counters with reasons, what work costs, and log lines that do not flood."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import time
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, Final
 
 
@@ -30,25 +31,90 @@ class Counters:
         return dict(sorted(self._counts.items()))
 
 
-class Average:
-    """An exponentially weighted running average; None until the first sample."""
+class Cost:
+    """What work takes: `once` seconds, and `each` for every unit of it; fitted to late samples.
 
-    _WEIGHT: Final = 0.3
+    The seconds of a small amount are mostly overhead, so per unit they say little about a large
+    one. Where all amounts were alike nothing tells the two apart: then units take it all.
+    """
 
-    def __init__(self) -> None:
-        self.value: float | None = None
+    _KEPT: Final = 0.7
+    """What is left of the weight of a sample when the next one comes."""
+    _ALIKE: Final = 0.01
 
-    def add(self, sample: float) -> None:
-        """Take in one sample."""
-        if self.value is None:
-            self.value = sample
-        else:
-            self.value += self._WEIGHT * (sample - self.value)
+    def __init__(self, each: float = 0.0) -> None:
+        self.once = 0.0
+        self.each = each
+        self.measured = False
+        self._sums = [0.0] * 5
 
-    def fade(self, factor: float) -> None:
-        """Believe less in it."""
-        if self.value is not None:
-            self.value *= factor
+    def add(self, amount: float, seconds: float) -> None:
+        """Take in one sample; no time, or none for anything, is none."""
+        if amount <= 0 or seconds <= 0:
+            return
+        sample = 1.0, amount, seconds, amount * amount, amount * seconds
+        self._sums = [self._KEPT * old + new for old, new in zip(self._sums, sample, strict=True)]
+        count, *sums = self._sums
+        x, y, xx, xy = (one / count for one in sums)
+        alike = self._ALIKE * x * x
+        slope = (xy - x * y + alike * y / x) / (xx - x * x + alike)
+        self.each = min(max(slope, 0.0), y / x)
+        self.once = y - self.each * x
+        self.measured = True
+
+
+class Busy:
+    """What a device takes for its work, by the time that it is at it, however many wait for it.
+
+    Args:
+        clock: monotonic seconds.
+        guess: seconds per unit until something was measured. What was worse is believed less and
+            less while the device has nothing to do, down to that, so that it is tried again.
+    """
+
+    _SPELL: Final = 0.25
+    """Seconds of work without a pause that make a sample."""
+    _HALF_LIFE: Final = 30.0
+
+    def __init__(self, clock: Callable[[], float], guess: float) -> None:
+        self._clock = clock
+        self._guess = guess
+        self._cost = Cost(guess)
+        self._running = self._left = self._done = 0
+        self._since = self._last = clock()
+
+    def begin(self, amount: int) -> None:
+        """The device has more to do."""
+        if not self._running:
+            self._since = self._last = self._clock()
+        self._running += 1
+        self._left += amount
+
+    def end(self, amount: int, at: float, *, done: bool) -> None:
+        """It is through with that since `at`; `done`: with success."""
+        self._running -= 1
+        self._left -= amount
+        self._done += done * amount
+        self._last = max(self._last, at)
+        if not self._running or self._last - self._since >= self._SPELL:
+            self._cost.add(self._done, self._last - self._since)
+            self._since, self._done = self._last, 0
+
+    @property
+    def each(self) -> float:
+        """Seconds per unit."""
+        return max(self._cost.each * self._faded, min(self._cost.each, self._guess))
+
+    @property
+    def wait(self) -> float:
+        """Seconds before it begins with something new."""
+        stuck = self._clock() - self._last if self._running else 0.0
+        return self._cost.once * self._faded + self._left * self.each + stuck
+
+    @property
+    def _faded(self) -> float:
+        idle = 0.0 if self._running else self._clock() - self._last
+        return float(0.5 ** (idle / self._HALF_LIFE))
 
 
 class Histograms:

@@ -25,7 +25,7 @@ from kvstore.protocol import DISK, MEMORY
 from kvstore.quotas import Quotas
 from kvstore.slots import Slot, SlotPool, choose_chunk
 from kvstore.spec import Namespace
-from kvstore.telemetry import Average, Counters, Histograms, QuietLog
+from kvstore.telemetry import Busy, Counters, Histograms, QuietLog
 from kvstore.tiers.base import Recovered, Tier
 from kvstore.usage import Usage
 from kvstore.writebehind import WriteBehind
@@ -88,7 +88,8 @@ class Tiering:
             lambda slot: slot.owner.may_leave_memory,
             self.evict_from_memory,
         )
-        self._disk_seconds = Average()  # seconds per byte, disk to memory
+        self.reading = Busy(clock.monotonic, _GUESSED_DISK_SECONDS_PER_BYTE)
+        """What bytes from disk to memory take."""
         self.post = post
         self.clock = clock
         self._open_disk = open_disk
@@ -289,15 +290,17 @@ class Tiering:
         self._take_slot(entry, slot)
         entry.disk_io += 1
         started = self.clock.monotonic()
+        self.reading.begin(entry.nbytes)
 
         def done(checksum: int | None, error: str | None) -> None:
-            seconds = self.clock.monotonic() - started
-            self.post(lambda: self._promoted(entry, error, seconds))
+            ended = self.clock.monotonic()
+            self.post(lambda: self._promoted(entry, error, started, ended))
 
         address = self.arena.address + slot.offset
         disk.read(place, entry.name, address, entry.nbytes, expected, done)
 
-    def _promoted(self, entry: Entry, error: str | None, seconds: float) -> None:
+    def _promoted(self, entry: Entry, error: str | None, started: float, ended: float) -> None:
+        self.reading.end(entry.nbytes, ended, done=error is None)
         entry.disk_io -= 1
         waiting, entry.waiting = entry.waiting, []
         if error is None:
@@ -305,7 +308,7 @@ class Tiering:
             entry.in_memory = True
             self.memory.admit(entry.slot)
             self.counters.add("promote.bytes", by=entry.nbytes)
-            self.histograms.observe("seconds.disk_read", seconds)
+            self.histograms.observe("seconds.disk_read", ended - started)
             self.histograms.observe("bytes.disk_read", entry.nbytes)
             if not entry.gone:
                 self.events.stored(entry.name.namespace, (entry.name.key,), MEMORY)
@@ -315,18 +318,9 @@ class Tiering:
             if error == "corrupt":
                 self.quiet.warning("corrupt", "a block on disk was damaged; it is dropped")
                 self.discard(entry, "corrupt")
-        for ended in waiting:
-            ended(error)
+        for tell in waiting:
+            tell(error)
         self.settle(entry)
-
-    def promoted_in(self, nbytes: int, seconds: float) -> None:
-        """Bringing `nbytes` up from disk took `seconds`."""
-        self._disk_seconds.add(seconds / nbytes)
-
-    @property
-    def disk_seconds_per_byte(self) -> float:
-        """Measured time from disk to memory; a guess until something was read."""
-        return self._disk_seconds.value or _GUESSED_DISK_SECONDS_PER_BYTE
 
     # -- memory to disk ---------------------------------------------------------------------------
 

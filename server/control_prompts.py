@@ -53,6 +53,7 @@ class PromptVerbs:
             await pace.step()
         if len(tiers) < len(asked.keys):
             reason = self._explained(caller, asked, [asked.keys[len(tiers)]])[0].reason
+        reading = self._store.tiering.reading
         runs = []
         for tier, run in groupby(enumerate(tiers), key=lambda item: item[1]):
             first, *rest = (number for number, _ in run)
@@ -65,7 +66,7 @@ class PromptVerbs:
             asked_blocks=len(asked.keys),
             runs=runs,
             reason=reason,
-            estimate=duration(below * self._store.tiering.disk_seconds_per_byte),
+            estimate=duration(below and reading.wait + below * reading.each),
             namespace_id=asked.namespace.digest.hex(),
         )
 

@@ -41,18 +41,30 @@ class Counted(NamedTuple):
 
 
 COUNTERS: Final[Mapping[str, Counted]] = {
-    "lookup.requests": Counted("lookups", "Lookups."),
-    "lookup.tokens": Counted("lookup_tokens", "Tokens that lookups asked for."),
+    "lookup.requests": Counted(
+        "lookups", "Requests looked up; each once, however often its session asks again."
+    ),
+    "lookup.tokens": Counted("lookup_tokens", "Tokens that these requests asked for."),
     "hit.tokens": Counted(
-        "hit_tokens", "Tokens that lookups found, by the tier they lay in.", "tier", _TIERS
+        "hit_tokens",
+        "Tokens found when a request was first looked up, by the tier they lay in.",
+        "tier",
+        _TIERS,
     ),
-    "lookup.hit_blocks": Counted("lookup_hit_blocks", "Blocks that lookups found."),
+    "lookup.hit_blocks": Counted(
+        "lookup_hit_blocks", "Blocks found when a request was first looked up."
+    ),
     "lookup.miss": Counted(
-        "lookup_misses", "Lookups that did not find all, by why they ended.", "reason"
+        "lookup_misses", "Requests of which not all was found at first, by reason.", "reason"
     ),
-    "load.blocks": Counted("load_blocks", "Blocks handed to readers.", "tier", _TIERS),
+    "load.blocks": Counted(
+        "load_blocks",
+        "Blocks handed to readers, by the tier they lay in before; prefetches are none.",
+        "tier",
+        _TIERS,
+    ),
     "load.bytes": Counted(
-        "load_bytes", "Bytes handed to readers, by the tier they lay in.", "tier", _TIERS
+        "load_bytes", "Bytes handed to readers, by the tier they lay in before.", "tier", _TIERS
     ),
     "load.failed": Counted(
         "load_failures",
@@ -109,7 +121,10 @@ _TIER_GAUGES: Final = {
 }
 
 _HISTOGRAMS: Final = {
-    "seconds.lookup": ("lookup_seconds", "Time a lookup took in the daemon."),
+    "seconds.lookup": (
+        "lookup_seconds",
+        "Time a lookup took in the daemon, of all that were asked.",
+    ),
     "seconds.acquire": (
         "acquire_seconds",
         "Time until blocks were in memory and held for a reader.",
@@ -181,8 +196,8 @@ def _of_tiers(node: Node, stats: Mapping[str, Any]) -> Iterator[Metric]:
         yield _gauge("disk_healthy", "0 while the disk tier is away, full or broken.", int(healthy))
         yield _gauge(
             "disk_read_seconds_per_byte",
-            "Measured time from disk to memory, which lookups tell the planner.",
-            tiering.disk_seconds_per_byte,
+            "Measured time from disk to memory while the disk is at work; fades while it rests.",
+            tiering.reading.each,
         )
 
 

@@ -148,13 +148,15 @@ class SessionConnection(asyncio.Protocol):
                 started = time.monotonic()
                 namespace, parts = self._handle_of(request.handle)
                 keys = protocol.keys_of(request.keys)
-                tiers, reason = store.lookup(keys, parts, namespace)
+                tiers, reason = store.lookup(keys, parts, namespace, again=request.again)
                 codes = bytes(tiers)
-                self._recent.note(
-                    self.peer.session, namespace, "lookup", len(keys), *by_tier(codes), reason,
-                    started,
-                )  # fmt: skip
-                return protocol.Found(codes, reason, store.tiering.disk_seconds_per_byte)
+                if not request.again:
+                    self._recent.note(
+                        self.peer.session, namespace, "lookup", len(keys), *by_tier(codes), reason,
+                        started,
+                    )  # fmt: skip
+                disk = store.tiering.reading
+                return protocol.Found(codes, reason, disk.each, disk.wait)
             case protocol.Reserve():
                 self.grant.check(Role.WRITE, "saving")
                 started = time.monotonic()

@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from kvstore.planner import LoadPlan, Planner
+from kvstore.telemetry import Cost
 
 MIB = 1 << 20
 TOKENS = 64
@@ -133,3 +134,58 @@ def test_empty_measurements_change_nothing() -> None:
     planner.computed(10, 0.0)
     assert plan(planner, ["memory"]).reason == "prefill rate not measured yet"
     assert plan(planner, ["memory"]).load_seconds == 0.0
+
+
+def test_one_small_load_does_not_judge_large_ones() -> None:
+    """It is mostly overhead: what it says of large loads is tried, and then known."""
+    planner = measured(copy=1e-9, token=1 / 30_000)  # 2 MiB in 2 ms
+
+    def of(blocks: int) -> int:
+        return planner.plan(
+            ["memory"] * blocks, block_tokens=16, block_bytes=2 * MIB, below_memory=0
+        ).blocks
+
+    shunned = 0
+    while not of(1000):
+        shunned += 1
+    assert shunned < 20
+    planner.loaded(2000 * MIB, 0.1)
+    for _ in range(20):
+        assert of(1000) == 1000
+        planner.loaded(2 * MIB, 2e-3)
+
+
+def test_seconds_at_once_are_told_from_those_of_units() -> None:
+    cost = Cost()
+    for amount in (1, 5, 2, 1, 9):
+        cost.add(amount, 3 + 2 * amount)
+    assert cost.each == pytest.approx(2, rel=0.02)
+    assert cost.once == pytest.approx(3, rel=0.05)
+    same = Cost()
+    for _ in range(3):
+        same.add(10, 5)
+    assert (same.once, same.each) == (0.0, 0.5)
+
+
+def test_a_queue_in_front_of_the_disk_is_waited_for_or_computed_instead() -> None:
+    planner = measured(copy=1e-10, token=1e-5)
+    tiers = ["memory"] * 2 + ["disk"] * 6
+
+    def of(wait: float) -> LoadPlan:
+        return planner.plan(
+            tiers, block_tokens=TOKENS, block_bytes=MIB, below_memory=2e-10, wait=wait
+        )
+
+    assert of(0.0).blocks == 8
+    assert of(1.0).blocks == 2
+    assert of(0.0).blocks == 8, "what is queued now says nothing about later"
+
+
+def test_asking_again_for_a_request_is_no_further_plan() -> None:
+    planner = measured(copy=1e-7, token=1e-5)
+    first = plan(planner, ["memory"] * 4)
+    for _ in range(200):
+        again = planner.plan(
+            ["memory"] * 4, block_tokens=TOKENS, block_bytes=MIB, below_memory=0, again=True
+        )
+        assert again.blocks == first.blocks == 0

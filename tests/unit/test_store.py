@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvstore.protocol import BUSY, HAVE, NO_ROOM
 from kvstore.spec import Described, Group, Opaque, Part
 from kvstore.store import Acquired
+from kvstore.tiers.base import Tier
 from tests.store_tools import GROUP, NAMESPACE, NBYTES, PART, Bench, content, keys
 
 
@@ -108,7 +111,83 @@ def test_write_behind_eviction_and_promotion(disk: Bench) -> None:
     acquired = disk.load(keys(*range(8)))
     assert acquired.tiers == [2] * 8
     assert disk.store.lookup(keys(*range(8)), [PART])[0] == [1] * 8
-    assert disk.store.tiering.disk_seconds_per_byte > 0
+    assert disk.store.tiering.reading.each > 0
+
+
+class Serial:
+    """A disk that takes a second of the store's time for one read after the other."""
+
+    def __init__(self, bench: Bench, disk: Tier) -> None:
+        self._bench = bench
+        self._disk = disk
+        self.asked: deque[tuple[Any, ...]] = deque()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._disk, name)
+
+    def read(self, *job: Any) -> None:
+        self.asked.append(job)
+
+    def serve(self) -> None:
+        self._bench.now += 1.0
+        self._disk.read(*self.asked.popleft())
+        self._bench.posted.get(timeout=20)()
+
+
+def test_a_queue_of_readers_does_not_make_the_disk_slow(disk: Bench) -> None:
+    """What is measured is the disk's own time; who waits for others is told how long."""
+    chains = [keys(*range(first, first + 2)) for first in range(0, 8, 2)]
+    for chain in chains:
+        disk.save(chain)
+    disk.drain()
+    disk.save(keys(*range(100, 108)))
+    disk.drain()
+    tiering = disk.store.tiering
+    assert tiering.disk is not None
+    tiering.disk = serial = Serial(disk, tiering.disk)  # type: ignore[assignment]
+    for owner, chain in enumerate(chains):
+        disk.store.acquire(owner, 1, chain, [PART], lambda _: None)
+    left = len(serial.asked)
+    assert left == 8
+    while serial.asked:
+        serial.serve()
+        left -= 1
+        assert tiering.reading.each == pytest.approx(1.0 / NBYTES)
+        assert tiering.reading.wait == pytest.approx(left)
+        disk.store.release_owner(3 - left // 2)
+    disk.store.prefetch(keys(100), [PART])
+    assert len(serial.asked) == 1
+    disk.now += 50  # hung
+    assert tiering.reading.wait == pytest.approx(51.0)
+    serial.serve()
+    disk.now += 600
+    assert tiering.reading.each == pytest.approx(1e-9), "idle, it is trusted again"
+    assert tiering.reading.wait < 1e-3
+
+
+def test_a_request_counts_once_however_often_it_asks(memory: Bench) -> None:
+    chain = keys(1, 2, 3, 4)
+    memory.save(chain[:3])
+    counted = ("lookup.requests", "lookup.tokens", "lookup.hit_blocks", "hit.tokens.memory")
+    seen = []
+    for again in (False, True, True):
+        assert memory.store.lookup(chain, [PART], NAMESPACE, again=again) == ([1] * 3, "absent")
+        seen.append([memory.store.counters[name] for name in counted])
+    assert seen == [[1, 64, 3, 48]] * 3
+    assert memory.store.counters["lookup.miss.absent"] == 1
+
+
+def test_a_prefetch_hands_nothing_to_readers(disk: Bench) -> None:
+    disk.save(keys(1, 2))
+    disk.drain()
+    disk.save(keys(*range(100, 108)))
+    disk.drain()
+    assert disk.store.prefetch(keys(1, 2), [PART]) == 2
+    while disk.store.lookup(keys(1, 2), [PART])[0] != [1, 1]:
+        disk.posted.get(timeout=20)()
+    assert disk.store.counters["load.blocks.disk"] == 0
+    disk.load(keys(1, 2))
+    assert disk.store.counters["load.blocks.memory"] == 2
 
 
 def test_a_load_larger_than_memory_ends_early_and_never_waits_for_itself(disk: Bench) -> None:

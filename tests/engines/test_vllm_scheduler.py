@@ -1,0 +1,104 @@
+"""The scheduler's side of the connector by itself: what it asks of the store, and how often."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvstore.connectors.vllm_config import settings_of
+from kvstore.connectors.vllm_layout import Pages
+from kvstore.connectors.vllm_scheduler import SchedulerSide
+from tests.session_tools import (
+    BLOCK_TOKENS,
+    PART,
+    Served,
+    Stores,
+    eventually,
+    namespace,
+    prompt,
+    save,
+)
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def served(stores: Stores) -> Served:
+    return stores.serve("8MiB", max_sessions=512)
+
+
+@pytest.fixture
+def side(served: Served) -> Iterator[SchedulerSide]:
+    settings = settings_of(
+        {
+            "kvstore.address": f"unix://{served.socket}",
+            "kvstore.planner.mode": "load",
+            "kvstore.session.lookup_timeout": 10.0,
+        }
+    )
+    pages = Pages((PART,), BLOCK_TOKENS, 1, (PART,))
+    made = SchedulerSide(
+        settings,
+        namespace(),
+        pages,
+        1,
+        loads=True,
+        saves=True,
+        hashed_media=True,
+        events=False,
+    )
+    yield made
+    made.close()
+
+
+def request(name: str, tokens: list[int], **wishes: Any) -> SimpleNamespace:
+    return SimpleNamespace(
+        request_id=name,
+        num_tokens=len(tokens),
+        all_token_ids=tokens,
+        prompt_embeds=None,
+        resumable=False,
+        mm_features=[],
+        lora_request=None,
+        cache_salt=None,
+        kv_transfer_params=wishes,
+    )
+
+
+def answered(side: SchedulerSide, asked: SimpleNamespace) -> int:
+    """Tokens promised, once the store has been asked."""
+    found: list[int | None] = []
+
+    def asks() -> bool:
+        found.append(side.match(asked, 0)[0])
+        return found[-1] is not None
+
+    eventually(asks)
+    assert found[-1] is not None
+    return found[-1]
+
+
+def test_a_request_that_waits_counts_once(served: Served, side: SchedulerSide) -> None:
+    """Ten requests of which one hits, and waits for pages: a tenth of all tokens."""
+    names = ("lookup.requests", "lookup.tokens", "hit.tokens.memory")
+    with served.session() as session:
+        save(session, session.keys(prompt(1, 8)))
+        before = session.stats()["counters"]
+        waits = request("hit", [*prompt(1, 8), 7])
+        polls = 0
+        until = time.monotonic() + 1.1
+        while time.monotonic() < until:
+            assert answered(side, waits) == 8 * BLOCK_TOKENS
+            polls += 1
+            time.sleep(0.02)
+        for number in range(9):
+            assert answered(side, request(f"miss{number}", [*prompt(100 + number, 8), 7])) == 0
+        stats = session.stats()
+    counted = [stats["counters"].get(name, 0) - before.get(name, 0) for name in names]
+    assert counted == [10, 10 * 8 * BLOCK_TOKENS, 8 * BLOCK_TOKENS]
+    asked = sum(stats["histograms"]["seconds.lookup"]["counts"])
+    assert polls > asked > 11, "it was asked again all the same"

@@ -1,0 +1,89 @@
+"""Whatever was measured, no tier is shunned for ever."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvstore.planner import Planner
+from kvstore.telemetry import Busy, Cost
+
+MIB = 1 << 20
+FEW = settings(max_examples=60, deadline=None)
+BOUND = 202
+"""Plans in a row that may shun a request's blocks: first for the disk's sake, then for copies'."""
+
+seconds = st.floats(1e-9, 1e6)
+tiers = st.lists(st.sampled_from(["memory", "disk"]), min_size=1, max_size=40)
+costs = st.tuples(st.floats(0, 1e3), st.floats(0, 1e6))
+histories = st.lists(
+    st.one_of(
+        st.tuples(st.just("loaded"), st.integers(1, 1 << 40), seconds),
+        st.tuples(st.just("computed"), st.integers(1, 1 << 20), seconds),
+        st.tuples(st.just("plan"), tiers, costs),
+    ),
+    max_size=30,
+)
+
+
+def blocks_of(planner: Planner, found: list[str], cost: tuple[float, float]) -> int:
+    each, wait = cost
+    return planner.plan(
+        found, block_tokens=16, block_bytes=MIB, below_memory=each, wait=wait
+    ).blocks
+
+
+@FEW
+@given(histories, tiers, costs, st.lists(st.tuples(tiers, seconds), max_size=3))
+def test_every_tier_is_tried_again(
+    history: list[tuple[str, object, object]],
+    wanted: list[str],
+    told: tuple[float, float],
+    beside: list[tuple[list[str], float]],
+) -> None:
+    """Also if smaller requests are loaded meanwhile, and slowly."""
+    planner = Planner()
+    for what, one, two in history:
+        if what == "plan":
+            blocks_of(planner, one, two)  # type: ignore[arg-type]
+        else:
+            getattr(planner, what)(one, two)
+    planner.computed(1000, 1e-3)
+    for _ in range(BOUND):
+        if blocks_of(planner, wanted, told) == len(wanted):
+            return
+        for others, took in beside:
+            found = others[: len(wanted) // 2]
+            if found.count("disk") > wanted.count("disk") // 2:
+                continue
+            if loaded := blocks_of(planner, found, told):
+                planner.loaded(loaded * MIB, took)
+    raise AssertionError(f"{wanted} shunned {BOUND} times")
+
+
+@FEW
+@given(st.lists(st.tuples(st.integers(1, 1 << 40), seconds), min_size=1))
+def test_a_cost_is_never_negative_nor_above_its_dearest_sample(
+    samples: list[tuple[int, float]],
+) -> None:
+    cost = Cost()
+    for sample in samples:
+        cost.add(*sample)
+    assert 0 <= cost.each <= max(took / amount for amount, took in samples) * 1.001
+    assert -1e-6 <= cost.once <= max(took for _, took in samples) * 1.001
+
+
+@FEW
+@given(st.lists(st.tuples(st.integers(1, 1 << 40), seconds, st.booleans()), max_size=20))
+def test_a_device_that_has_nothing_to_do_is_trusted_again(
+    samples: list[tuple[int, float, bool]],
+) -> None:
+    now = 0.0
+    device = Busy(lambda: now, 1e-9)
+    for amount, took, done in samples:
+        device.begin(amount)
+        now += took
+        device.end(amount, now, done=done)
+    now += 3600
+    assert device.each <= 1e-9
+    assert device.wait < 1e-9
