@@ -122,7 +122,7 @@ class Planner:
             self.load_seconds(n - under, under, block_bytes, below_memory, wait, belief)
             for n, under in enumerate(fetched)
         ]
-        per_token = self._token.each if self._token.measured else None
+        per_token = self._token.mean
         if not found:
             blocks, reason = 0, nothing
         elif self._mode != "auto":

@@ -45,7 +45,8 @@ class Cost:
     def __init__(self, each: float = 0.0) -> None:
         self.once = 0.0
         self.each = each
-        self.measured = False
+        self.mean: float | None = None
+        """Seconds per unit, overhead included; None until something was measured."""
         self._sums = [0.0] * 5
 
     def add(self, amount: float, seconds: float) -> None:
@@ -57,10 +58,10 @@ class Cost:
         count, *sums = self._sums
         x, y, xx, xy = (one / count for one in sums)
         alike = self._ALIKE * x * x
-        slope = (xy - x * y + alike * y / x) / (xx - x * x + alike)
-        self.each = min(max(slope, 0.0), y / x)
+        self.mean = y / x
+        slope = (xy - x * y + alike * self.mean) / (xx - x * x + alike)
+        self.each = min(max(slope, 0.0), self.mean)
         self.once = y - self.each * x
-        self.measured = True
 
 
 class Busy:
