@@ -70,6 +70,7 @@ def everything(
         disk(folder, as_json=as_json, quick=quick)
         session(as_json=as_json, quick=quick)
         store(folder, as_json=as_json, quick=quick)
+        weights(folder, as_json=as_json, quick=quick)
         peer(as_json=as_json, quick=quick)
         _gpu_copy_if_possible(as_json=as_json, quick=quick)
 
@@ -150,6 +151,21 @@ def store(
     with _report("store", as_json=as_json, quick=quick, samples=samples) as report:
         chosen = size or (128 << 20 if quick else 512 << 20)
         bench.run(report, folder=folder, size=chosen, threads=threads)
+
+
+@bench_app.command()
+def weights(
+    folder: FolderOption = Path(),
+    as_json: JsonOption = False,
+    quick: QuickOption = False,
+    size: SizeOption = None,
+    samples: SamplesOption = None,
+) -> None:
+    """Naming a model by all bytes of its weights, against reading them."""
+    from kvstore.benchmarks import weights as bench
+
+    with _report("weights", as_json=as_json, quick=quick, samples=samples) as report:
+        bench.run(report, folder=folder, size=size or (256 << 20 if quick else 2 << 30))
 
 
 @bench_app.command()

@@ -71,6 +71,12 @@ def test_store(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights(tmp_path: Path) -> None:
+    names = _names(_figures("weights", "--size", "16MiB", "--folder", str(tmp_path)))
+    assert names == {"digest, cold", "digest, in the page cache", "digest, known"}
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_session() -> None:
     figures = _figures("session", "--size", "32MiB", "--clients", "1", "--clients", "2")
     names = _names(figures)
