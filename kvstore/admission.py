@@ -14,8 +14,8 @@ class Admission:
     """The rules in force.
 
     `memory` is about saves: `all`, or `none`. `disk` is about write-behind: `all`; `reused`, which
-    writes a block once it is used a second time and so spares flash from blocks nobody asks for
-    again; or `none`. Saves of `denied_tenants` are dropped.
+    writes a block once a second request asks for it, be it here or not, and so spares flash from
+    blocks nobody asks for again; or `none`. Saves of `denied_tenants` are dropped.
 
     Raises:
         ValueError: an unknown rule, with those there are.

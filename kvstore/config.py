@@ -316,7 +316,7 @@ class AdmissionConfig(_Section):
 
     memory: Literal["all", "none"] = Field("all", description="saves: all or none")
     disk: Literal["all", "reused", "none"] = Field(
-        "all", description="write-behind: all, reused (blocks used a second time) or none"
+        "all", description="write-behind: all, reused (what a second request asks for) or none"
     )
     denied_tenants: frozenset[Tenant] = Field(
         frozenset(), description="tenants whose saves are dropped"

@@ -22,6 +22,9 @@ class EvictionPolicy(Protocol[K]):
     def touch(self, key: K) -> None:
         """The object was used."""
 
+    def renew(self, key: K) -> None:
+        """The object counts as added just now; that was no use of it."""
+
     def remove(self, key: K, *, evicted: bool = False) -> None:
         """The object is gone; `evicted` lets a policy remember it."""
 
@@ -44,6 +47,8 @@ class Lru(Generic[K]):
     def touch(self, key: K) -> None:
         self._order.move_to_end(key)
 
+    renew = touch
+
     def remove(self, key: K, *, evicted: bool = False) -> None:
         del self._order[key]
 
@@ -60,19 +65,24 @@ class S3Fifo(Generic[K]):
     Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023. Objects enter the
     small queue (a tenth of all), or the main queue when a ghost entry remembers that they were
     evicted not long ago. Use only counts (up to 3); moving happens when room is needed.
+
+    Args:
+        ghost: what names a key's object, small and the same when it comes back.
     """
 
     _SMALL_SHARE: Final = 0.1
     _MAX_USES: Final = 3
 
-    def __init__(self) -> None:
+    def __init__(self, ghost: Callable[[K], Hashable] = hash) -> None:
         self._small: OrderedDict[K, int] = OrderedDict()
         self._main: OrderedDict[K, int] = OrderedDict()
-        self._ghosts: OrderedDict[K, None] = OrderedDict()
+        self._ghosts: OrderedDict[Hashable, None] = OrderedDict()
+        self._ghost = ghost
 
     def add(self, key: K) -> None:
-        if key in self._ghosts:
-            del self._ghosts[key]
+        ghost = self._ghost(key)
+        if ghost in self._ghosts:
+            del self._ghosts[ghost]
             self._main[key] = 0
         else:
             self._small[key] = 0
@@ -81,13 +91,16 @@ class S3Fifo(Generic[K]):
         queue = self._small if key in self._small else self._main
         queue[key] = min(queue[key] + 1, self._MAX_USES)
 
+    def renew(self, key: K) -> None:
+        (self._small if key in self._small else self._main).move_to_end(key)
+
     def remove(self, key: K, *, evicted: bool = False) -> None:
         if key in self._main:
             del self._main[key]
             return
         del self._small[key]
         if evicted:
-            self._ghosts[key] = None
+            self._ghosts[self._ghost(key)] = None
             while len(self._ghosts) > max(len(self), 1):
                 self._ghosts.popitem(last=False)
 
@@ -127,11 +140,16 @@ class S3Fifo(Generic[K]):
         return len(self._small) + len(self._main)
 
 
-def make_policy(name: str) -> Callable[[], EvictionPolicy[K]]:
-    """The factory of a policy by its configured name.
+def make_policy(
+    name: str, ghost: Callable[[K], Hashable] = hash
+) -> Callable[[], EvictionPolicy[K]]:
+    """The factory of a policy by its configured name; `ghost` as for `S3Fifo`.
 
     Raises:
         KeyError: no such policy (the configuration is checked before).
     """
-    policies: dict[str, Callable[[], EvictionPolicy[K]]] = {"lru": Lru, "s3fifo": S3Fifo}
+    policies: dict[str, Callable[[], EvictionPolicy[K]]] = {
+        "lru": Lru,
+        "s3fifo": lambda: S3Fifo(ghost),
+    }
     return policies[name]

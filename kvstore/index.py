@@ -56,6 +56,11 @@ class Entry:
         self.gone = False
 
     @property
+    def ghost(self) -> int:
+        """Names the object for policies that remember those that are gone."""
+        return hash((self.name.key, self.variant))
+
+    @property
     def stored(self) -> bool:
         """Whether some tier holds the whole object."""
         return self.in_memory or self.on_disk

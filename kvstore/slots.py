@@ -10,9 +10,9 @@ uses any more cannot hold room for ever (the calcification of memcached's slabs)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
-from kvstore.eviction import EvictionPolicy
+from kvstore.eviction import EvictionPolicy, make_policy
 
 ALIGNMENT: Final = 4096
 MAX_SLOTS_PER_CHUNK: Final = 1024
@@ -42,6 +42,11 @@ class Slot(Generic[T]):
         self.owner = owner
         self.used = 0
         self.admitted = False
+
+
+def slot_policy(name: str) -> Callable[[], EvictionPolicy[Slot[Any]]]:
+    """A policy by its configured name. What lay in a slot is remembered as its owner's `ghost`."""
+    return make_policy(name, lambda slot: slot.owner.ghost)
 
 
 class _Chunk(Generic[T]):
@@ -152,6 +157,12 @@ class SlotPool(Generic[T]):
         slot.used = self._clock
         if slot.admitted:
             self._classes[slot.nbytes].policy.touch(slot)
+
+    def renew(self, slot: Slot[T]) -> None:
+        """The slot's object, admitted before, is the newest of all again."""
+        self._clock += 1
+        slot.used = self._clock
+        self._classes[slot.nbytes].policy.renew(slot)
 
     def free(self, slot: Slot[T], *, evicted: bool = False) -> None:
         """Give a slot back."""

@@ -282,6 +282,7 @@ class Store:
             counters.add("hit.tokens", "disk", by=(len(tiers) - in_memory) * block_tokens)
             if reason:
                 counters.add("lookup.miss", reason)
+            self.tiering.asked(keys)
         self.histograms.observe("seconds.lookup", self._clock() - started)
         return tiers, reason
 
@@ -374,6 +375,8 @@ class Store:
         for entry in _entries(lease.blocks[ready:]):
             self._end_reading(entry)
         del lease.blocks[ready:]
+        if running.reads:
+            self.tiering.asked(block[0].name.key for block in lease.blocks)
         self.tiering.touch(_entries(lease.blocks))
         for tier, block in zip(running.tiers, lease.blocks if running.reads else (), strict=False):
             self.counters.add("load.blocks", TIER_NAMES[tier])

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any, Final
 
 from kvstore.admission import Admission
@@ -17,13 +18,12 @@ from kvstore.arena import Arena
 from kvstore.clock import Clock
 from kvstore.errors import ConfigError, FormatError
 from kvstore.events import EventLog
-from kvstore.eviction import make_policy
 from kvstore.expiry import Expiry
-from kvstore.history import History
+from kvstore.history import History, Uses
 from kvstore.index import Entry, Index
 from kvstore.protocol import DISK, MEMORY
 from kvstore.quotas import Quotas
-from kvstore.slots import Slot, SlotPool, choose_chunk
+from kvstore.slots import Slot, SlotPool, choose_chunk, slot_policy
 from kvstore.spec import Namespace
 from kvstore.telemetry import Busy, Counters, Histograms, QuietLog
 from kvstore.tiers.base import Recovered, Tier
@@ -33,6 +33,8 @@ from kvstore.writebehind import WriteBehind
 _GUESSED_DISK_SECONDS_PER_BYTE: Final = 1 / 1e9
 _BYTES_PER_MEMORY: Final = 1 << 16
 """Of the arena, for every block whose end is remembered: some 0.3 % of it go into that."""
+_BYTES_PER_USE: Final = 1 << 11
+"""Of the arena, for every key that is known to have been asked for: 0.4 % of it go into that."""
 
 
 _log = logging.getLogger("kvstore.store")
@@ -84,7 +86,7 @@ class Tiering:
         self.memory: SlotPool[Entry] = SlotPool(
             arena.size,
             chunk or choose_chunk(arena.size),
-            make_policy(policy),
+            slot_policy(policy),
             lambda slot: slot.owner.may_leave_memory,
             self.evict_from_memory,
         )
@@ -148,9 +150,26 @@ class Tiering:
             self.memory.admit(entry.slot)
             entry.account.tenant.memory.touched(entry)
             self.history.forget(entry.name.key)
-        if entries and self._open_disk is not None and self.admission.disk == "all":
+        if self._judges_use:
+            self.uses.note((entry.name.key for entry in entries), saved=True)
+            self._write_in_order([e for e in entries if self.uses.again(e.name.key)])
+        elif self._open_disk is not None and self.admission.disk == "all":
             self._write_in_order(entries)
         self.pump()
+
+    @cached_property
+    def uses(self) -> Uses:
+        """What was asked for, as far as the rules of admission want to know."""
+        return Uses(min(1 << 24, max(1 << 18, self.arena.size // _BYTES_PER_USE)))
+
+    @property
+    def _judges_use(self) -> bool:
+        return self._open_disk is not None and self.admission.disk == "reused"
+
+    def asked(self, keys: Iterable[bytes]) -> None:
+        """A request asks for these blocks, be they here or not."""
+        if self._judges_use:
+            self.uses.note(keys)
 
     def _write_in_order(self, entries: Sequence[Entry]) -> None:
         """Write blocks of a prompt from the first on; once there, the first is given up last."""
@@ -163,7 +182,7 @@ class Tiering:
                 return
             for entry in reversed(entries):
                 if entry.on_disk and entry.place is not None and self.disk is not None:
-                    self.disk.pool.touch(entry.place)
+                    self.disk.pool.renew(entry.place)
                     entry.account.tenant.disk.touched(entry)
 
         for entry in entries:
@@ -172,14 +191,14 @@ class Tiering:
     def touch(self, entries: Sequence[Entry]) -> None:
         """These entries, in the order of their blocks, were used."""
         now = self.clock.monotonic()
-        reused = self._open_disk is not None and self.admission.disk == "reused"
+        reused = self._judges_use
         for entry in reversed(entries):
             entry.used = entry.account.last_used = now
-            tenant = entry.account.tenant
+            tenant, key = entry.account.tenant, entry.name.key
             if entry.in_memory and entry.slot is not None:
                 self.memory.touch(entry.slot)
                 tenant.memory.touched(entry)
-                if reused and not entry.on_disk and not entry.gone:
+                if reused and not entry.on_disk and not entry.gone and self.uses.again(key):
                     self.writes.add(entry)
             if entry.on_disk and entry.place is not None and self.disk is not None:
                 self.disk.pool.touch(entry.place)

@@ -22,14 +22,13 @@ from kvstore.admission import Admission
 from kvstore.arena import Arena
 from kvstore.config import Config, ServerConfig, format_size
 from kvstore.errors import AccessDenied, ConfigError, KVStoreError, ProtocolError
-from kvstore.eviction import make_policy
 from kvstore.protocol import Failure, Hello, Welcome
 from kvstore.server.access import LOCAL, Access, Grant, Role
 from kvstore.server.group import group_id, is_member, share
 from kvstore.server.node import Face, Node
 from kvstore.server.notify import notify
 from kvstore.server.sessions import Peer, SessionConnection
-from kvstore.slots import Slot
+from kvstore.slots import Slot, slot_policy
 from kvstore.store import Store
 from kvstore.tiering import OpenDisk
 from kvstore.tiers.base import Tier
@@ -414,7 +413,7 @@ def disk_opener(config: Config, *, direct: bool) -> OpenDisk | None:
             folder,
             disk.size,
             chunk=disk.chunk,
-            policy=make_policy(disk.policy),
+            policy=slot_policy(disk.policy),
             evictable=evictable,
             evict=evict,
             threads=disk.threads,

@@ -75,6 +75,24 @@ def test_s3fifo_promotes_what_comes_back_soon() -> None:
     assert [evict(policy) for _ in range(len(policy))][-2:] == [50, 0]
 
 
+def test_s3fifo_knows_what_comes_back_under_another_key() -> None:
+    """Keys are places in a cache; ghosts are named by what lay there."""
+    policy: S3Fifo[int] = S3Fifo(lambda place: f"object {place % 100}")
+    for place in range(20):
+        policy.add(place)
+    assert [evict(policy) for _ in range(2)] == [0, 1]
+    policy.add(100)
+    policy.add(50)
+    assert [evict(policy) for _ in range(len(policy))][-2:] == [50, 100]
+
+
+@POLICIES
+def test_what_is_renewed_is_the_newest_and_not_used(make: Make) -> None:
+    policy = filled(make, range(4))
+    policy.renew(1)
+    assert [evict(policy) for _ in range(4)] == [0, 2, 3, 1]
+
+
 def test_s3fifo_forgets_ghosts_and_what_was_removed_otherwise() -> None:
     policy: S3Fifo[int] = S3Fifo()
     for key in range(10_000):

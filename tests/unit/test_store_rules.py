@@ -13,7 +13,7 @@ import pytest
 from kvstore.admission import Admission
 from kvstore.events import Event, EventLog, Missed
 from kvstore.explain import explain, survey
-from kvstore.history import History
+from kvstore.history import History, Uses
 from kvstore.index import Entry, Saving
 from kvstore.protocol import DISK, MEMORY, NO_ROOM
 from kvstore.relocation import copy_to, move_to, reencode, remove
@@ -114,6 +114,91 @@ def test_blocks_reach_the_disk_only_when_admission_lets_them(disk: Bench) -> Non
     disk.load(keys(2))
     disk.drain()
     assert [e.name.key for e in select(disk.store, Selection(tier=DISK))] == keys(2)
+
+
+def flood(bench: Bench, numbers: range) -> None:
+    """Blocks that nobody asks for again."""
+    for first in range(numbers.start, numbers.stop, 4):
+        request(bench, keys(*range(first, first + 4)))
+
+
+def request(bench: Bench, chain: list[bytes]) -> int:
+    """What an engine does: look up, load what is there, save the rest; the blocks found."""
+    found = len(bench.store.lookup(chain, [PART], NAMESPACE)[0])
+    for _ in range(3):
+        bench.store.lookup(chain, [PART], NAMESPACE, again=True)
+    if found:
+        bench.load(chain[:found])
+        bench.store.release_owner("loader")
+    bench.save(chain)
+    bench.drain()
+    return found
+
+
+def test_blocks_of_two_requests_reach_the_disk_though_memory_had_lost_them(disk: Bench) -> None:
+    disk.store.admission = Admission(disk="reused")
+    hot = keys(1, 2, 3)
+    assert request(disk, hot) == 0
+    flood(disk, range(100, 112))
+    assert request(disk, hot) == 0, "gone from memory, and not on disk"
+    assert [e.name.key for e in select(disk.store, Selection(tier=DISK))] == hot
+    flood(disk, range(200, 212))
+    assert request(disk, hot) == 3
+    assert disk.store.counters["load.blocks.disk"] == 3
+    assert disk.store.counters["write.bytes"] == 3 * NBYTES
+
+
+def test_a_block_that_is_asked_for_in_memory_is_written_then(disk: Bench) -> None:
+    disk.store.admission = Admission(disk="reused")
+    request(disk, keys(1, 2))
+    disk.save(keys(1, 2))
+    disk.drain()
+    assert not select(disk.store, Selection(tier=DISK)), "one request, however often it asks"
+    request(disk, keys(1, 3))
+    assert [e.name.key for e in select(disk.store, Selection(tier=DISK))] == keys(1)
+
+
+def test_uses_are_remembered_in_bounded_memory() -> None:
+    uses = Uses(64)
+    uses.note(keys(*range(1000)))
+    assert not any(map(uses.again, keys(*range(1000))))
+    uses.note(keys(998, 999), saved=True)
+    assert not uses.again(keys(999)[0])
+    uses.note(keys(998, 999))
+    uses.note(keys(998, 999), saved=True)
+    assert all(map(uses.again, keys(998, 999)))
+    uses.note(keys(0))
+    assert not uses.again(keys(0)[0]), "forgotten since"
+    uses.note(keys(0))
+    assert uses.again(keys(0)[0])
+
+
+# --- policies -------------------------------------------------------------------------------------
+
+
+def test_s3fifo_knows_a_block_that_comes_back() -> None:
+    """Saved anew, a block has another slot, but is the same block."""
+    bench = Bench(None, slots=40, policy="s3fifo")
+    hot = keys(1, 2, 3, 4)
+    request(bench, hot)
+    flood(bench, range(100, 156))
+    assert request(bench, hot) == 0, "evicted, unused"
+    flood(bench, range(200, 600))
+    assert request(bench, hot) == 4
+    bench.close()
+
+
+def test_to_be_written_to_disk_is_no_use_of_a_block(tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "disk", policy="s3fifo", disk_size=4 << 20)
+    assert bench.store.tiering.disk is not None
+    room = bench.store.tiering.disk.pool.capacity // NBYTES
+    hot = keys(1, 2, 3, 4)
+    request(bench, hot)
+    flood(bench, range(100, 112))
+    assert request(bench, hot) == 4
+    flood(bench, range(200, 200 + 8 * room))
+    assert len(select(bench.store, Selection(keys=hot, tier=DISK))) == 4
+    bench.close()
 
 
 @pytest.mark.parametrize("rules", [{"memory": "some"}, {"disk": "sometimes"}])
