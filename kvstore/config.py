@@ -296,6 +296,16 @@ class ServerConfig(_Section):
     group: Annotated[Name | None, BeforeValidator(_none)] = Field(
         None, description="unix group whose members may open sessions on the socket"
     )
+    max_token_sessions: Count = Field(
+        64, description="open sessions of one token (or one user of the group)", ge=1, le=65536
+    )
+    max_held: Part = Field(
+        0.5,
+        description="part of the arena that sessions with a token may keep in use for one tenant",
+    )
+    max_labels: Count = Field(
+        50, description="tenants that metrics name; the others are one sum", ge=0, le=10_000
+    )
     max_requests: Count = Field(
         64,
         description="requests that the gRPC and the HTTP face each serve at a time",

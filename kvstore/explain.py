@@ -49,6 +49,7 @@ _MEANING: Final = {
     "cleared": "it was cleared",
     "no_room": "its save was dropped: memory was full of blocks in use or being written",
     "admission": "its save was dropped by the admission policy",
+    "held": "its save was dropped: its tenant held as much under leases as it may",
     "draining": "its save was dropped: the daemon was draining",
     "uncommitted": "its save was begun but never finished",
     "corrupt": "its copy on disk was damaged, so it was dropped",

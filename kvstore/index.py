@@ -204,6 +204,19 @@ class Saving:
     keys: Sequence[bytes] = ()
 
 
+class Payer:
+    """Whom leases are charged to, maybe of several owners.
+
+    `most` bytes of the arena may be held under leases of one tenant, `most_pinned` pinned for it;
+    None: no limit. `owed` counts what is remembered of the requests behind the leases, in bytes.
+    """
+
+    def __init__(self, most: int | None = None, most_pinned: int | None = None) -> None:
+        self.most = most
+        self.most_pinned = most_pinned
+        self.owed = 0
+
+
 @dataclass(slots=True, eq=False)
 class Lease:
     """A right to a set of objects, held by `owner` from `since` until `expires` (monotonic).
@@ -218,6 +231,8 @@ class Lease:
     kind: LeaseKind
     expires: float
     since: float
+    payer: Payer
+    weight: int
     blocks: list[list[Entry]] = field(default_factory=list)
     withdrawn: bool = False
     released: bool = False

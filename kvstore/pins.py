@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvstore.explain import survey
-from kvstore.index import Lease
+from kvstore.index import Lease, Payer
 from kvstore.spec import Namespace
 
 if TYPE_CHECKING:
@@ -40,15 +40,26 @@ class Pins:
         self._store = store
         self._numbers = itertools.count(1)
 
-    def pin(self, owner: str, namespace: Namespace, keys: Sequence[bytes], ttl: float) -> PinResult:
-        """Pin the stored prefix of `keys` for `ttl` seconds in `owner`'s name."""
+    def pin(
+        self,
+        owner: str,
+        namespace: Namespace,
+        keys: Sequence[bytes],
+        ttl: float,
+        payer: Payer | None = None,
+    ) -> PinResult:
+        """Pin the stored prefix of `keys` for `ttl` seconds in `owner`'s name.
+
+        Raises:
+            ValueError: the owner has too many pins, or `payer` too much to remember.
+        """
         found = survey(self._store, namespace, keys)
         expires = self._store.clock.wall() + ttl
         if not found.entries:
             return PinResult("", 0, 0, found.reason, expires)
         number = next(self._numbers)
         holder = PinOwner(owner)
-        lease = self._store.pin_blocks(holder, number, found.entries, ttl)
+        lease = self._store.pin_blocks(holder, number, found.entries, ttl, payer)
         nbytes = sum(entry.nbytes for entry in lease.entries())
         if not lease.blocks:
             self._store.release(holder, number)

@@ -15,7 +15,7 @@ from kvstore.admission import Admission
 from kvstore.arena import Arena
 from kvstore.clock import SYSTEM, Clock
 from kvstore.config import format_size
-from kvstore.index import Entry, Lease, LeaseKind, Saving
+from kvstore.index import Entry, Lease, LeaseKind, Payer, Saving
 from kvstore.pins import Pins
 from kvstore.protocol import BUSY, DISK, HAVE, MEMORY, NO_ROOM, TIER_NAMES
 from kvstore.spec import ModelIdentity, Namespace, Part
@@ -60,14 +60,17 @@ _DROPPED: Final = {
     "quota": "the tenant's quota is full of blocks in use or being written",
     "admission": "the admission policy refuses them",
     "draining": "the daemon is draining",
+    "held": "their tenant holds as much under leases as it may (server.max_held)",
 }
 
 
 MAX_LEASES: Final = 4096
 """Of one owner: what it costs to remember them stays small against an arena."""
 
-_FEW_LEASES: Final = 16
-_MAX_LEASED_BLOCKS: Final = 1 << 20
+_MAX_OWED: Final = 128 << 20
+_LEASE_WEIGHT: Final = 1000
+_KEY_WEIGHT: Final = 160
+"""Bytes that it takes to remember a lease, and each of its blocks."""
 
 _NOBODY: Final = NamespaceUsage(Namespace(ModelIdentity("nobody")), TenantUsage())
 """Stands for a namespace that holds nothing."""
@@ -138,19 +141,22 @@ class Store:
         parts: Sequence[Part],
         *,
         saving: Saving | None = None,
+        payer: Payer | None = None,
     ) -> tuple[list[int], str]:
         """Slots for blocks about to be saved, `len(keys) × len(parts)` answers, block by block.
 
         An answer is the slot's offset in the arena, or HAVE (stored already), BUSY (somebody else
         is saving it) or NO_ROOM: the save is to be dropped. The second value says why then:
-        `no_room` (nothing more can be evicted), `quota`, `admission` or `draining`. `saving` says
-        more about the blocks.
+        `no_room` (nothing more can be evicted), `held` (`payer` may hold no more), `quota`,
+        `admission` or `draining`. `saving` says more about the blocks.
 
         Raises:
-            ValueError: the owner holds a lease of that id.
+            ValueError: the owner holds a lease of that id, or too much is held.
         """
-        lease = self._new_lease(owner, lease_id, LeaseKind.WRITE)
-        lease.saving = saving or Saving()
+        saving = saving or Saving()
+        weight = len(keys) * _KEY_WEIGHT + 4 * len(saving.tokens)
+        lease = self._new_lease(owner, lease_id, LeaseKind.WRITE, weight, payer)
+        lease.saving = saving
         lease.saving.keys = keys
         refusal = ""
         if self.draining:
@@ -179,7 +185,7 @@ class Store:
                             self._clock(),
                         )
                         entry.writer = lease
-                        refusal = self.tiering.reserve(entry) or ""
+                        refusal = self._reserve(entry, lease.payer)
                         if not refusal and entry.slot is not None:
                             block.append(entry)
                             answer = entry.slot.offset
@@ -191,6 +197,21 @@ class Store:
         if refusal:
             self.tiering.quiet.warning(f"save.{refusal}", "saves dropped: %s", _DROPPED[refusal])
         return answers, refusal
+
+    def _reserve(self, entry: Entry, payer: Payer) -> str:
+        if not self._may_hold(payer, entry.name.namespace, entry.nbytes):
+            return "held"
+        refusal = self.tiering.reserve(entry) or ""
+        if not refusal:
+            self.usage.held(entry, 1)
+        return refusal
+
+    def _may_hold(self, payer: Payer, namespace: Namespace | None, more: int) -> bool:
+        """Whether `more` bytes of a tenant may be kept from leaving memory."""
+        if payer.most is None or namespace is None:
+            return True
+        tenant = self.usage.tenants.get(namespace.tenant)
+        return more + (0 if tenant is None else tenant.held_bytes) <= payer.most
 
     def commit(
         self,
@@ -224,7 +245,7 @@ class Store:
             if number in without or not block:
                 continue
             for entry in block:
-                entry.writer = None
+                self._end_writing(entry)
                 self.counters.add("save.bytes", by=entry.nbytes)
             ready += block
             committed.append(number)
@@ -318,19 +339,21 @@ class Store:
         enough: int | None = None,
         namespace: Namespace | None = None,
         reads: bool = True,
+        payer: Payer | None = None,
     ) -> Acquisition:
         """Bring blocks into memory and hold them there under a read lease.
 
         `done` is called once, on the loop, maybe before this returns: when all blocks have come, or
         the first `enough` of them, or one cannot be had. It is given the prefix that is there by
         then; the rest goes on coming up, for the next acquire. `settle` ends the waiting early.
-        `namespace` as for `lookup`;
+        `namespace` as for `lookup`. A prefix ends (`held`) where `payer` may hold no more;
         without `reads`, nobody wants the blocks yet, and nothing is counted.
 
         Raises:
-            ValueError: the owner holds a lease of that id.
+            ValueError: the owner holds a lease of that id, or too much is held.
         """
-        lease = self._new_lease(owner, lease_id, LeaseKind.READ)
+        weight = len(keys) * _KEY_WEIGHT
+        lease = self._new_lease(owner, lease_id, LeaseKind.READ, weight, payer)
         running = Acquisition(lease, done, self._clock(), enough or len(keys), reads)
         self._acquiring += 1
         running.promoting = 1  # Held until all promotions are started.
@@ -342,10 +365,13 @@ class Store:
             if len(block) < len(parts):
                 _, running.reason = self._find([key], parts, namespace)
                 break
+            more = sum(e.nbytes for e in block if not (e.readers or e.writer))
+            if not self._may_hold(lease.payer, namespace, more):
+                running.reason = "held"
+                break
             lease.blocks.append(block)
             running.tiers.append(MEMORY if all(entry.in_memory for entry in block) else DISK)
-            for entry in block:
-                entry.readers += 1
+            self.hold(block)
             for entry in block:
                 if not entry.in_memory:
                     running.promoting += 1
@@ -390,18 +416,24 @@ class Store:
         return running.ready
 
     def prefetch(
-        self, keys: Sequence[bytes], parts: Sequence[Part], namespace: Namespace | None = None
+        self,
+        keys: Sequence[bytes],
+        parts: Sequence[Part],
+        namespace: Namespace | None = None,
+        payer: Payer | None = None,
     ) -> int:
         """Start to bring blocks into memory; returns how many were found in any tier.
 
-        `namespace` as for `lookup`.
+        `namespace` and `payer` as for `acquire`.
         """
         owner = object()
 
         def arrived(_: Acquired) -> None:
             self.release_owner(owner)
 
-        running = self.acquire(owner, 0, keys, parts, arrived, namespace=namespace, reads=False)
+        running = self.acquire(
+            owner, 0, keys, parts, arrived, namespace=namespace, reads=False, payer=payer
+        )
         return len(running.tiers)
 
     def _promotion_ended(self, running: Acquisition, entry: Entry) -> Callable[[str | None], None]:
@@ -454,14 +486,15 @@ class Store:
         parts: Sequence[Part],
         ttl: float,
         namespace: Namespace | None = None,
+        payer: Payer | None = None,
     ) -> int:
         """Keep a stored prefix from being evicted, in the tiers it lies in, for `ttl` seconds.
 
-        Returns the number of blocks pinned, fewer where `max_pinned_bytes` is reached. `namespace`
-        as for `lookup`.
+        Returns the number of blocks pinned, fewer where `max_pinned_bytes` or `payer`'s limit is
+        reached. `namespace` as for `lookup`.
 
         Raises:
-            ValueError: the owner holds a lease of that id.
+            ValueError: the owner holds a lease of that id, or too much is held.
         """
         blocks: list[list[Entry]] = []
         within = self._within(namespace)
@@ -470,7 +503,7 @@ class Store:
             if len(block) < len(parts):
                 break
             blocks.append(block)
-        return len(self.pin_blocks(owner, lease_id, blocks, ttl).blocks)
+        return len(self.pin_blocks(owner, lease_id, blocks, ttl, payer).blocks)
 
     def _block(
         self, key: bytes, parts: Sequence[Part], within: NamespaceUsage | None
@@ -480,18 +513,27 @@ class Store:
         return [entry for part in parts if (entry := index.usable(key, part, within))]
 
     def pin_blocks(
-        self, owner: Hashable, lease_id: int, blocks: Sequence[list[Entry]], ttl: float
+        self,
+        owner: Hashable,
+        lease_id: int,
+        blocks: Sequence[list[Entry]],
+        ttl: float,
+        payer: Payer | None = None,
     ) -> Lease:
-        """Pin stored blocks, from the first one on, as far as pins may hold more.
+        """Pin stored blocks, from the first one on, as far as pins (of their tenant) may hold more.
 
         Raises:
-            ValueError: the owner holds a lease of that id.
+            ValueError: the owner holds a lease of that id, or too much is held.
         """
-        lease = self._new_lease(owner, lease_id, LeaseKind.PIN, ttl)
-        pinned = self.usage.pinned_bytes
+        weight = len(blocks) * _KEY_WEIGHT
+        lease = self._new_lease(owner, lease_id, LeaseKind.PIN, weight, payer, ttl)
+        room = self.max_pinned_bytes - self.usage.pinned_bytes
+        if lease.payer.most_pinned is not None and blocks:
+            tenant = blocks[0][0].account.tenant
+            room = min(room, lease.payer.most_pinned - tenant.pinned_bytes)
         for block in blocks:
-            pinned += sum(entry.nbytes for entry in block if not entry.pins)
-            if pinned > self.max_pinned_bytes:
+            room -= sum(entry.nbytes for entry in block if not entry.pins)
+            if room < 0:
                 self.counters.add("pin.refused", "max_pinned")
                 break
             for entry in block:
@@ -512,6 +554,8 @@ class Store:
     def hold(self, entries: Iterable[Entry]) -> None:
         """Keep the slots of these from being given to others until `let_go`."""
         for entry in entries:
+            if not (entry.readers or entry.writer):
+                self.usage.held(entry, 1)
             entry.readers += 1
 
     def let_go(self, entries: Iterable[Entry]) -> None:
@@ -524,24 +568,36 @@ class Store:
         return [lease for held in self._leases.values() for lease in held.values()]
 
     def _new_lease(
-        self, owner: Hashable, lease_id: int, kind: LeaseKind, ttl: float | None = None
+        self,
+        owner: Hashable,
+        lease_id: int,
+        kind: LeaseKind,
+        weight: int,
+        payer: Payer | None,
+        ttl: float | None = None,
     ) -> Lease:
-        held = self._leases.setdefault(owner, {})
+        payer = payer or Payer()
+        weight += _LEASE_WEIGHT
+        held = self._leases.get(owner, {})
         if lease_id in held:
             raise ValueError(f"lease {lease_id} is held already; use a new number")
-        if len(held) >= MAX_LEASES or (
-            len(held) > _FEW_LEASES
-            and sum(len(lease.blocks) for lease in held.values()) >= _MAX_LEASED_BLOCKS
-        ):
-            raise ValueError(f"{len(held)} leases are held; release some first")
-        expires = self._clock() + (self._lease_seconds if ttl is None else ttl)
-        lease = held[lease_id] = Lease(owner, lease_id, kind, expires, self._clock())
+        if len(held) >= MAX_LEASES or payer.owed + weight > _MAX_OWED:
+            raise ValueError(
+                f"{len(held)} leases are held, those of this token take {payer.owed} bytes to "
+                "remember; release some first"
+            )
+        payer.owed += weight
+        now = self._clock()
+        expires = now + (self._lease_seconds if ttl is None else ttl)
+        lease = Lease(owner, lease_id, kind, expires, now, payer, weight)
+        self._leases.setdefault(owner, {})[lease_id] = lease
         return lease
 
     def _end(self, lease: Lease) -> None:
         if lease.released:
             return
         lease.released = True
+        lease.payer.owed -= lease.weight
         for entry in lease.entries():
             if lease.kind is LeaseKind.PIN:
                 entry.pins -= 1
@@ -551,12 +607,19 @@ class Store:
             elif lease.kind is LeaseKind.READ:
                 self._end_reading(entry)
             elif entry.writer is lease:
-                entry.writer = None
+                self._end_writing(entry)
                 self.counters.add("save.dropped", "uncommitted")
                 self.tiering.discard(entry, "uncommitted")
 
+    def _end_writing(self, entry: Entry) -> None:
+        entry.writer = None
+        if not entry.readers:
+            self.usage.held(entry, -1)
+
     def _end_reading(self, entry: Entry) -> None:
         entry.readers -= 1
+        if not (entry.readers or entry.writer):
+            self.usage.held(entry, -1)
         self.tiering.settle(entry)
 
     def clear(self, namespace: Namespace | None = None) -> int:

@@ -154,6 +154,26 @@ class Histograms:
         }
 
 
+class LineFormatter(logging.Formatter):
+    """One line for a record, whatever others have said that is in it; tracebacks are indented."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line, with what is not printable escaped."""
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        """The traceback, no line of which looks like one of the log."""
+        lines = super().formatException(ei).splitlines()
+        return "\n".join(f"  {printable(line)}" for line in lines)
+
+
+def printable(text: str) -> str:
+    """The text with control characters, line breaks and the like written out as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class QuietLog:
     """Logs a message at most once in `seconds` per key, and says how many it kept back."""
 

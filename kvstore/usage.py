@@ -76,12 +76,13 @@ class TierShare:
 class TenantUsage:
     """What a tenant holds."""
 
-    __slots__ = ("disk", "memory", "namespaces", "pinned_bytes")
+    __slots__ = ("disk", "held_bytes", "memory", "namespaces", "pinned_bytes")
 
     def __init__(self) -> None:
         self.namespaces = 0
         self.memory = TierShare()
         self.disk = TierShare()
+        self.held_bytes = 0  # being saved or read, so that they cannot leave memory
         self.pinned_bytes = 0
 
     @property
@@ -174,6 +175,10 @@ class Usage:
         entry.account.disk_bytes -= entry.nbytes
         entry.account.tenant.disk.gave(entry)
         self.close_if_empty(entry.account)
+
+    def held(self, entry: Entry, by: int) -> None:
+        """Somebody saves or reads the entry now (1), or nobody does any more (-1)."""
+        entry.account.tenant.held_bytes += by * entry.nbytes
 
     def pinned(self, entry: Entry, by: int) -> None:
         """The entry's first pin came (1) or its last one ended (-1)."""

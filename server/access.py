@@ -36,6 +36,14 @@ class Role(IntEnum):
     ADMIN = 3
 
 
+class Denied(AccessDenied):
+    """`reason` is a word, for programs and counters."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 @dataclass(frozen=True, slots=True)
 class Grant:
     """What a caller may do. `tenants` of None means all of them.
@@ -52,12 +60,13 @@ class Grant:
         """Refuse what needs more than this role.
 
         Raises:
-            AccessDenied: names both roles.
+            Denied: names both roles.
         """
         if self.role < role:
-            raise AccessDenied(
+            raise Denied(
+                "role",
                 f"{what} needs the role {role.name.lower()}, {self.name!r} has "
-                f"{self.role.name.lower()}; use another token"
+                f"{self.role.name.lower()}; use another token",
             )
 
     def sees(self, tenant: str) -> bool:
@@ -68,10 +77,11 @@ class Grant:
         """Refuse a tenant out of reach.
 
         Raises:
-            AccessDenied: names the tenant.
+            Denied: names the tenant.
         """
         if not self.sees(tenant):
-            raise AccessDenied(f"{self.name!r} may not use the tenant {tenant!r}; use its token")
+            text = f"{self.name!r} may not use the tenant {tenant!r}; use its token"
+            raise Denied("tenant", text)
 
 
 LOCAL = Grant("local", Role.ADMIN)
@@ -126,15 +136,17 @@ class Access:
         """What the bearer of `token` may do.
 
         Raises:
-            AccessDenied: no token was given though one is needed, or it is not known.
+            Denied: no token was given though one is needed, or it is not known.
         """
         if not self._tokens and not token:
             return LOCAL
         if not token:
-            raise AccessDenied("a token is needed; send `authorization: Bearer TOKEN`")
+            text = "a token is needed; send `authorization: Bearer TOKEN`"
+            raise Denied("token_missing", text)
         found = self._tokens.get(_digest_of(token))
         if found is None:
-            raise AccessDenied("this token is not known here; check it, and which daemon this is")
+            text = "this token is not known here; check it, and which daemon this is"
+            raise Denied("token_unknown", text)
         return found
 
     def knows(self, grant: Grant) -> bool:

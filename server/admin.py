@@ -33,7 +33,7 @@ from kvstore.server.node import Node
 from kvstore.server.samples import Samples
 from kvstore.server.status import status
 
-_REQUEST_SECONDS: Final = 15.0
+_REQUEST_SECONDS: Final = 10.0
 _HANDSHAKE_SECONDS: Final = 5.0
 _STOP_SECONDS: Final = 1.0
 _SAMPLE_SECONDS: Final = 1.0

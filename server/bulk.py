@@ -48,6 +48,7 @@ class BulkServer:
         session: finds the grants of a session by its number.
         patience: seconds in which something must move once a request has begun.
         samples: told of every request; the loop empties it.
+        refused: told of connections that are turned away, a word and why; for any thread.
     """
 
     def __init__(
@@ -56,11 +57,13 @@ class BulkServer:
         session: Callable[[int], Grants | None],
         patience: float,
         samples: deque[Sample],
+        refused: Callable[[str, str], None],
     ) -> None:
         self._arena = arena
         self._session = session
         self._patience = patience
         self._samples = samples
+        self._refused = refused
 
     def serve(self, wire: Wire, greeted: Callable[[], object]) -> None:
         """Serve until either side ends the connection; `greeted` is called once it is known whose
@@ -76,12 +79,12 @@ class BulkServer:
                 wire.wait()
                 self._answer(wire, grants, bounce)
         except LeaseGone as e:
-            _log.info("a data connection ends: %s", e)
+            _log.debug("a data connection ends: %s", e)
             self._refuse(wire, str(e))
         except OSError as e:
             _log.debug("a data connection ended: %s", e)
         except ProtocolError as e:
-            _log.warning("a data connection is refused from here on: %s", e)
+            self._refused("protocol", f"from here on: {e}")
             self._refuse(wire, str(e))
         finally:
             if grants is not None:
@@ -98,7 +101,7 @@ class BulkServer:
         if grants is not None:
             refusal = grants.attach(request.ticket, wire)
         if refusal is not None:
-            _log.warning("a data connection is refused: %s", refusal)
+            self._refused("ticket" if grants is None else "streams", refusal)
             self._refuse(wire, refusal)
             return None
         try:

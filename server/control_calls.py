@@ -15,8 +15,8 @@ from google.protobuf.message_factory import GetMessageClass
 
 from kvstore.api import v1
 from kvstore.api.convert import MAX_MESSAGE, SERVICE
-from kvstore.errors import AccessDenied, KVStoreError
-from kvstore.server.access import Access, Grant, Role
+from kvstore.errors import KVStoreError
+from kvstore.server.access import Access, Denied, Grant, Role
 from kvstore.server.control_errors import Refused, abort, check_role, denied, exhausted
 from kvstore.server.node import Node
 
@@ -29,7 +29,7 @@ _PROBE: Final = Grant("probe", Role.READ)
 SPARE_CALLS: Final = 16
 """Probes at a time, beside the calls of those who are known."""
 
-_REQUEST_SECONDS: Final = 15.0
+_REQUEST_SECONDS: Final = 10.0
 _SEND_SECONDS: Final = 60.0
 """Until a request must have come, and an answer been taken."""
 
@@ -77,9 +77,8 @@ class Callers:
             return self._trusted
         try:
             return self._access.grant(token)
-        except AccessDenied as e:
-            reason = "TOKEN_MISSING" if token is None else "TOKEN_UNKNOWN"
-            raise Refused(grpc.StatusCode.UNAUTHENTICATED, reason, str(e)) from e
+        except Denied as e:
+            raise Refused(grpc.StatusCode.UNAUTHENTICATED, e.reason.upper(), str(e)) from e
 
 
 class Turns:
@@ -274,8 +273,8 @@ class Calls(grpc.GenericRpcHandler):
             yield
         except Refused:
             raise
-        except AccessDenied as e:
-            raise denied("TENANT", str(e)) from e
+        except Denied as e:
+            raise denied(e.reason.upper(), str(e)) from e
         except (KVStoreError, ValueError) as e:
             raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", str(e)) from e
         except Exception as e:

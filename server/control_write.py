@@ -57,6 +57,7 @@ class WriteVerbs:
             asked.namespace,
             asked.keys,
             ttl(request.ttl),
+            self._node.owner(caller),
         )
         reply = v1.PinResponse(
             id=pinned.id, blocks=pinned.blocks, bytes=pinned.nbytes, reason=pinned.reason

@@ -21,15 +21,16 @@ from kvstore import __version__, protocol
 from kvstore.admission import Admission
 from kvstore.arena import Arena
 from kvstore.config import Config, ServerConfig, format_size
-from kvstore.errors import AccessDenied, ConfigError, KVStoreError, ProtocolError
+from kvstore.errors import ConfigError, KVStoreError, ProtocolError
 from kvstore.protocol import Failure, Hello, Welcome
-from kvstore.server.access import LOCAL, Access, Grant, Role
+from kvstore.server.access import LOCAL, Access, Denied, Grant, Role
 from kvstore.server.group import group_id, is_member, share
 from kvstore.server.node import Face, Node
 from kvstore.server.notify import notify
 from kvstore.server.sessions import Peer, SessionConnection
 from kvstore.slots import Slot, slot_policy
 from kvstore.store import Store
+from kvstore.telemetry import LineFormatter
 from kvstore.tiering import OpenDisk
 from kvstore.tiers.base import Tier
 from kvstore.usage import Quota
@@ -262,7 +263,7 @@ class Daemon:
             try:
                 connection, _ = await loop.sock_accept(listener)
             except OSError as e:  # Out of descriptors, say: others go on, and so do we.
-                _log.warning("a connection could not be accepted: %s", e)
+                node.quiet.warning("accept", "a connection could not be accepted: %s", e)
                 await asyncio.sleep(_TICK)
                 continue
             connection.setblocking(False)
@@ -282,9 +283,10 @@ class Daemon:
             pid, uid, gid = _PEER.unpack(peer)
             try:
                 member = self._group is not None and is_member(connection, self._group, gid)
-                grant = admit(node, hello, self._trusted(node.access, uid, member))
-            except AccessDenied as e:
-                _log.warning("session refused: %s", e)
+                trusted = self._trusted(node.access, uid, member)
+                grant = admit(node, hello, trusted, here=True)
+            except Denied as e:
+                node.refused(e.reason, "session", e)
                 refusal = Failure(str(e), fatal=True)
                 await loop.sock_sendall(connection, protocol.encode(1, refusal))
                 connection.close()
@@ -310,7 +312,7 @@ class Daemon:
 
             await loop.connect_accepted_socket(serve, connection)
         except (OSError, ProtocolError, TimeoutError) as e:
-            _log.warning("a connection ended before its greeting: %s", e)
+            node.ended("session", e)
             connection.close()
         except asyncio.CancelledError:
             connection.close()
@@ -322,14 +324,15 @@ class Daemon:
         `member`: it belongs to the configured group.
 
         Raises:
-            AccessDenied: not even with one.
+            Denied: not even with one.
         """
         if uid in (os.getuid(), 0):
             return LOCAL
         if not member:
-            raise AccessDenied(
+            raise Denied(
+                "user",
                 f"user {uid} may not use the store of user {os.getuid()}; share it with a group "
-                "(server.group)"
+                "(server.group)",
             )
         return None if access.has_tokens else Grant(f"user {uid}", Role.WRITE)
 
@@ -351,25 +354,23 @@ class Daemon:
             await asyncio.sleep(_TICK)
 
 
-def admit(node: Node, hello: Hello, trusted: Grant | None) -> Grant:
-    """What a session that said `hello` may do. `trusted`: what it may do without a token.
+def admit(node: Node, hello: Hello, trusted: Grant | None, *, here: bool) -> Grant:
+    """What a session that said `hello` may do.
+
+    `trusted`: what it may do without a token; `here`: it comes from this machine's socket.
 
     Raises:
-        AccessDenied: nothing; names the field and both values.
+        Denied: nothing; names the field and both values.
     """
     if hello.version != protocol.VERSION:
-        raise AccessDenied(
-            f"protocol version: the session speaks {hello.version} ({hello.software}), the "
-            f"daemon {protocol.VERSION} (kvstore {__version__}); install the same release"
+        raise Denied(
+            "version",
+            f"protocol version: the session speaks {hello.version} ({hello.software[:80]}), the "
+            f"daemon {protocol.VERSION} (kvstore {__version__}); install the same release",
         )
-    limit = node.config.max_sessions
-    if len(node.sessions) >= limit:
-        raise AccessDenied(f"max_sessions: {limit} sessions are open; raise it")
-    if node.draining:
-        raise AccessDenied("the daemon is draining and takes no new sessions; try another node")
-    if trusted is not None and not hello.token:
-        return trusted
-    return node.access.grant(hello.token)
+    grant = node.access.grant(hello.token) if hello.token or trusted is None else trusted
+    node.welcome(grant, here=here)
+    return grant
 
 
 async def _read_hello(connection: socket.socket) -> Hello:
@@ -466,9 +467,9 @@ def start_logging(level: str) -> None:
     """Log lines to stderr."""
     # gRPC's core writes a line to stderr for every malformed header that anybody sends.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
 
 
 def main() -> None:

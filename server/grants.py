@@ -61,6 +61,8 @@ class Grants:
         self._leaving: list[Granted] = []
         self._wires: set[Wire] = set()
         self._closed = False
+        self.full: Callable[[], bool] = lambda: False
+        """Whether its owner has too many data connections; asked in any thread."""
 
     # -- on the loop ------------------------------------------------------------------------------
 
@@ -114,6 +116,11 @@ class Grants:
                 entry.checksum = checksum  # made for sending; good for the next reader too
         self._store.let_go(granted.entries)
 
+    @property
+    def streams(self) -> int:
+        """Data connections there are."""
+        return len(self._wires)
+
     # -- in the threads ---------------------------------------------------------------------------
 
     def attach(self, ticket: bytes, wire: Wire) -> str | None:
@@ -123,6 +130,8 @@ class Grants:
                 return "no session has this ticket"
             if len(self._wires) >= protocol.MAX_STREAMS:
                 return f"the session has {protocol.MAX_STREAMS} data connections already"
+            if self.full():
+                return "the sessions of its token have too many data connections already"
             self._wires.add(wire)
         return None
 

@@ -21,9 +21,6 @@ from kvstore.protocol import TIER_NAMES
 from kvstore.server.access import Grant
 from kvstore.server.node import Node
 
-MAX_TENANTS: Final = 50
-"""Tenants with labels of their own; what the others hold is one sum."""
-
 _TIERS: Final = tuple(TIER_NAMES.values())
 _LEASES: Final = ("read", "write", "pin")
 
@@ -277,7 +274,8 @@ def _of_tenants(node: Node, grant: Grant) -> Iterator[Metric]:
     usage = node.store.usage
     seen = [(name, held) for name, held in usage.tenants.items() if grant.sees(name)]
     seen.sort(key=lambda item: item[1].memory_bytes + item[1].disk_bytes, reverse=True)
-    named, rest = seen[:MAX_TENANTS], seen[MAX_TENANTS:]
+    most = node.config.server.max_labels  # What the others hold is one sum.
+    named, rest = seen[:most], seen[most:]
     held = [
         ((name, tier), nbytes)
         for name, tenant in named
@@ -286,13 +284,13 @@ def _of_tenants(node: Node, grant: Grant) -> Iterator[Metric]:
     yield _gauge("tenants", "Tenants with objects or a quota.", len(seen))
     yield _labelled(
         "tenant_bytes",
-        f"Bytes of the {MAX_TENANTS} largest tenants, by tier.",
+        f"Bytes of the {most} largest tenants, by tier.",
         ("tenant", "tier"),
         held,
     )
     yield _labelled(
         "tenants_other_bytes",
-        f"Bytes of all tenants but the {MAX_TENANTS} largest, by tier.",
+        f"Bytes of all tenants but the {most} largest, by tier.",
         ("tier",),
         [
             (("memory",), sum(tenant.memory_bytes for _, tenant in rest)),
@@ -301,7 +299,7 @@ def _of_tenants(node: Node, grant: Grant) -> Iterator[Metric]:
     )
     yield _labelled(
         "tenant_pinned_bytes",
-        f"Pinned bytes of the {MAX_TENANTS} largest tenants.",
+        f"Pinned bytes of the {most} largest tenants.",
         ("tenant",),
         [((name,), tenant.pinned_bytes) for name, tenant in named],
     )

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
 from kvstore.config import Config
-from kvstore.errors import ConfigError
-from kvstore.server.access import Access, Grant
+from kvstore.errors import ConfigError, ProtocolError
+from kvstore.server.access import LOCAL, Access, Denied, Grant
+from kvstore.server.owners import Owner
 from kvstore.server.recent import Recent
 from kvstore.store import Store
+from kvstore.telemetry import QuietLog
 
 if TYPE_CHECKING:
     from kvstore.server.sessions import SessionConnection
@@ -65,7 +67,53 @@ class Node:
     recent: Recent = field(default_factory=Recent)
     ready: bool = False
     started: float = field(default_factory=time.time)  # Unix seconds
+    quiet: QuietLog = field(default_factory=lambda: QuietLog(_log))
     _reload: asyncio.Event = field(default_factory=asyncio.Event)
+    _owners: dict[bytes | str, Owner] = field(default_factory=dict)
+
+    def owner(self, grant: Grant) -> Owner:
+        """Who pays for a session: its token, or itself where it is trusted like the daemon."""
+        if grant is LOCAL:
+            return Owner()
+        key = grant.digest or grant.name
+        part, memory = self.config.server.max_held, self.config.memory.size
+        pinned = int(part * self.store.max_pinned_bytes)
+        return self._owners.setdefault(key, Owner(int(part * memory), pinned))
+
+    def welcome(self, grant: Grant, *, here: bool) -> None:
+        """Whether there is room for another session; some is kept for those on this machine.
+
+        Raises:
+            Denied: there is none.
+        """
+        limit, sessions = self.config.max_sessions, self.sessions.values()
+        most = limit if here else limit - limit // 8
+        if len(sessions) >= most:
+            text = f"max_sessions: {len(sessions)} sessions are open; raise it"
+            raise Denied("max_sessions", text)
+        most = self.config.server.max_token_sessions
+        if grant is not LOCAL and sum(self.owner(grant) is s.owner for s in sessions) >= most:
+            raise Denied(
+                "max_token_sessions",
+                f"server.max_token_sessions: {most} sessions of {grant.name!r} are open; raise it",
+            )
+        if self.draining:
+            text = "the daemon is draining and takes no new sessions; try another node"
+            raise Denied("draining", text)
+
+    def refused(self, reason: str, what: str, why: object) -> None:
+        """Count what was turned away, in a word, and say it, though not too often."""
+        self.store.counters.add("refused", reason)
+        self.quiet.warning(f"{what} {reason}", "%s refused: %s", what, why)
+
+    def ended(self, what: str, error: Exception, where: str = "") -> None:
+        """A connection ended before it was known whose it is; who says nothing is not refused."""
+        if isinstance(error, ProtocolError):
+            self.refused("greeting", what, f"{where}{error}")
+        elif isinstance(error, TimeoutError):
+            self.refused("silent", what, f"{where}nothing was said in time")
+        else:
+            _log.debug("%s ended before its greeting: %s%s", what, where, error)
 
     def reload(self) -> None:
         """Read the file of tokens again, changed or not; see `follow_tokens`."""
@@ -97,7 +145,7 @@ class Node:
         knows = self.access.knows
         sessions = [session for session in self.sessions.values() if not knows(session.grant)]
         for session in sessions:
-            session.refuse("this token is not known here any more; use another one")
+            session.refuse("token_unknown", "this token is not known here any more; use another")
         calls = [clock for clock, caller in self.calls.items() if not knows(caller)]
         for clock in calls:
             if not clock.expired():

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from functools import partial
 from typing import Final
@@ -53,7 +53,7 @@ class Operation:
         self.total = 0
         self.task: asyncio.Task[None] | None = None
         self.cancelling = False
-        self._requested_by = caller.name
+        self.caller = caller
         self._state = v1.Operation.STATE_RUNNING
         self._finished_objects = 0
         self._changed = 0
@@ -114,7 +114,7 @@ class Operation:
             message=self._message,
             started=timestamp(self._started),
             dry_run=self.dry_run,
-            requested_by=self._requested_by,
+            requested_by=self.caller.name,
         )
         if self._finished is not None:
             message.finished.CopyFrom(timestamp(self._finished))
@@ -134,7 +134,7 @@ class Operation:
 
 
 class Operations:
-    """The operations of a daemon: a few run at a time, the latest that ended are remembered.
+    """The operations of a daemon: a few of each token run at a time, the latest are remembered.
 
     Ids begin with the time of the start, so that those of an earlier daemon are not mistaken.
     """
@@ -143,7 +143,9 @@ class Operations:
         self._ids = itertools.count(1)
         self._birth = f"{int(time.time()):x}"
         self._all: dict[str, Operation] = {}
-        self._turns = asyncio.Semaphore(_MAX_AT_A_TIME)
+        self._turns = defaultdict[bytes, asyncio.Semaphore](
+            lambda: asyncio.Semaphore(_MAX_AT_A_TIME)
+        )
 
     def start(
         self,
@@ -161,10 +163,15 @@ class Operations:
         Raises:
             Refused: too many have not ended yet.
         """
-        if sum(operation.running for operation in self._all.values()) >= _MAX_UNFINISHED:
+        # Bearers of tokens leave room for each other, and for those without.
+        running = [o.caller.digest for o in self._all.values() if o.running]
+        many, own = sum(map(bool, running)), running.count(caller.digest)
+        if own >= (_MAX_UNFINISHED // 4 if caller.digest else _MAX_UNFINISHED) or (
+            caller.digest and many >= _MAX_UNFINISHED
+        ):
             raise exhausted(
                 "TOO_MANY_OPERATIONS",
-                f"{_MAX_UNFINISHED} operations have not ended; wait for them or cancel some",
+                f"{own} operations of this caller have not ended; wait for them or cancel some",
             )
         number = f"{self._birth}-{next(self._ids)}"
         operation = Operation(number, verb, caller, tenants, role)
@@ -173,7 +180,8 @@ class Operations:
         ended = [known.id for known in self._all.values() if not known.running]
         for old in ended[: max(0, len(self._all) - _MAX_KEPT)]:
             del self._all[old]
-        run = self._run(operation, work, contextlib.nullcontext() if at_once else self._turns)
+        turn = contextlib.nullcontext() if at_once else self._turns[caller.digest]
+        run = self._run(operation, work, turn)
         operation.task = asyncio.get_running_loop().create_task(run)
         operation.task.add_done_callback(partial(_ended, operation))
         return operation

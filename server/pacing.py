@@ -6,17 +6,17 @@ import asyncio
 import time
 from typing import Final
 
-_SLICE_SECONDS: Final = 0.0005
+SLICE_SECONDS: Final = 0.0005
 
 
 class Pace:
     """Call `step` often; it lets others have their turn whenever a slice of time is used up."""
 
     def __init__(self) -> None:
-        self._until = time.perf_counter() + _SLICE_SECONDS
+        self._until = time.perf_counter() + SLICE_SECONDS
 
     async def step(self) -> None:
         """Go on, or let others go first. Here a caller that has gone ends the work."""
         if time.perf_counter() >= self._until:
             await asyncio.sleep(0)
-            self._until = time.perf_counter() + _SLICE_SECONDS
+            self._until = time.perf_counter() + SLICE_SECONDS

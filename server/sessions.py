@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
 from array import array
 from collections.abc import Callable, Coroutine
@@ -15,7 +14,7 @@ from kvstore.errors import KVStoreError, ProtocolError
 from kvstore.index import Saving
 from kvstore.keys import KEY_BYTES
 from kvstore.protocol import Failure, Message
-from kvstore.server.access import Grant, Role
+from kvstore.server.access import Denied, Grant, Role
 from kvstore.server.node import Node
 from kvstore.server.recent import by_tier
 from kvstore.spec import Namespace, Part
@@ -25,9 +24,13 @@ _MAX_WAIT: Final = 600.0
 _MAX_PIN_SECONDS: Final = 30 * 24 * 3600.0
 _MAX_TTL_SECONDS: Final = 10 * 365 * 24 * 3600.0
 _MAX_FLUSHES: Final = 16
-_FLUSH_POLL: Final = 0.02
+_MAX_OBJECTS: Final = 1 << 18
+"""In one request: blocks × parts."""
 
-_log = logging.getLogger("kvstore.sessions")
+_MAX_BUFFERED: Final = 64 << 20
+"""Bytes of unanswered requests of one owner."""
+
+_FLUSH_POLL: Final = 0.02
 
 
 class Peer(NamedTuple):
@@ -61,12 +64,19 @@ class SessionConnection(asyncio.Protocol):
         self.since = time.time()
         self.requests = 0
         self.opened: list[tuple[Namespace, tuple[Part, ...]]] = []
+        self.owner = node.owner(grant)
+        self.waiting: float | None = None
+        """Since when the client owes us the rest of a request, or to read; monotonic seconds."""
+
+        self._node = node
         self._store = node.store
         self._recent = node.recent
         self._saves: dict[int, tuple[Namespace, int, float]] = {}  # lease: blocks asked, start
         self._closed = closed
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
+        self._full = False  # of answers that the client does not read
+        self._owed = 0  # bytes of what was opened
         self._refused = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._timers: set[asyncio.TimerHandle] = set()
@@ -81,39 +91,80 @@ class SessionConnection(asyncio.Protocol):
             task.cancel()
         for timer in self._timers:
             timer.cancel()
+        self.owner.leave(self)
+        self.owner.buffered -= len(self._buffer)
+        self.owner.owed -= self._owed
+        self._buffer.clear()
         self._store.release_owner(self)
         self._closed(self)
 
     def pause_writing(self) -> None:
         # A client that does not read its answers gets to ask no more questions.
-        if self._transport is not None:
-            self._transport.pause_reading()
+        self._full = True
+        self._regulate()
 
     def resume_writing(self) -> None:
-        if self._transport is not None:
-            self._transport.resume_reading()
+        self._full = False
+        self.owner.serve(self)
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
         self._buffer += data
-        header = protocol.HEADER.size
-        try:
-            while len(self._buffer) >= header:
-                length, request_id = protocol.frame_size(self._buffer)
-                if len(self._buffer) < header + length:
-                    return
-                body = bytes(self._buffer[header : header + length])
-                del self._buffer[: header + length]
-                self._handle(request_id, body)
-        except ProtocolError as e:
-            self.refuse(str(e))
+        self.owner.buffered += len(data)
+        if self.owner.buffered > _MAX_BUFFERED:
+            text = f"{self.owner.buffered} bytes of requests wait; send less at a time"
+            self.refuse("buffered", text)
+        elif not self.owner.waits(self):
+            self.owner.serve(self)
+        self._regulate()
 
-    def refuse(self, reason: str) -> None:
-        """Say why, and answer nothing from here on."""
-        _log.warning("a client is refused from here on: %s", reason)
-        self._reply(0, Failure(reason, fatal=True))
+    def answer(self, until: float) -> bool:
+        """Answer requests until then (by `perf_counter`); whether there may be more."""
+        try:
+            while not (self._refused or self._full):
+                if time.perf_counter() >= until:
+                    return True
+                frame = self._next_frame()
+                if frame is None:
+                    break
+                self.waiting = None
+                self._handle(*frame)
+        except ProtocolError as e:
+            self.refuse("protocol", str(e))
+        if self.waiting is None and (self._buffer or self._full):
+            self.waiting = time.monotonic()
+        self._regulate()
+        return False
+
+    def _next_frame(self) -> tuple[int, bytes] | None:
+        header = protocol.HEADER.size
+        if len(self._buffer) < header:
+            return None
+        length, request_id = protocol.frame_size(self._buffer)
+        if len(self._buffer) < header + length:
+            return None
+        body = bytes(self._buffer[header : header + length])
+        del self._buffer[: header + length]
+        self.owner.buffered -= header + length
+        return request_id, body
+
+    def _regulate(self) -> None:
+        """Read on, unless the client is to wait: for its turn, or for itself."""
+        if self._transport is None:
+            return
+        if self._full or self.owner.waits(self):
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    def refuse(self, reason: str, why: str) -> None:
+        """Say why (`reason` in a word, for counters), and answer nothing from here on."""
+        self._node.refused(reason, "session", f"from here on: {why}")
+        self._reply(0, Failure(why, fatal=True))
         self._refused = True
+        self.waiting = self.waiting or time.monotonic()  # It shall close, or read that it shall.
+        self.owner.buffered -= len(self._buffer)
         self._buffer.clear()
         # Other threads of the client may be copying under its leases. It closes when they are
         # done, and only that frees the slots.
@@ -125,6 +176,11 @@ class SessionConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
+    def abort(self) -> None:
+        """End the connection at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
     def _reply(self, request_id: int, message: Message) -> None:
         if self._transport is not None:
             self._transport.write(protocol.encode(request_id, message))
@@ -133,21 +189,24 @@ class SessionConnection(asyncio.Protocol):
         request = protocol.decode_request(body)
         self.requests += 1
         try:
-            reply = self._answer(request_id, request)
+            reply = self._answer(request_id, request, len(body))
         except ProtocolError:
             raise
+        except Denied as e:
+            self._node.refused(e.reason, "request", e)
+            reply = Failure(str(e))
         except (KVStoreError, ValueError) as e:
             reply = Failure(str(e))
         if reply is not None and request_id:
             self._reply(request_id, reply)
 
-    def _answer(self, request_id: int, request: protocol.Request) -> Message | None:
+    def _answer(self, request_id: int, request: protocol.Request, nbytes: int) -> Message | None:
         store = self._store
         match request:
             case protocol.Lookup():
                 started = time.monotonic()
                 namespace, parts = self._handle_of(request.handle)
-                keys = protocol.keys_of(request.keys)
+                keys = _keys(request.keys, parts)
                 tiers, reason = store.lookup(keys, parts, namespace, again=request.again)
                 codes = bytes(tiers)
                 if not request.again:
@@ -161,10 +220,10 @@ class SessionConnection(asyncio.Protocol):
                 self.grant.check(Role.WRITE, "saving")
                 started = time.monotonic()
                 namespace, parts = self._handle_of(request.handle)
-                keys = protocol.keys_of(request.keys)
+                keys = _keys(request.keys, parts)
                 saving = _saving(request, namespace, len(keys))
                 slots, reason = store.reserve(
-                    self, request.lease, namespace, keys, parts, saving=saving
+                    self, request.lease, namespace, keys, parts, saving=saving, payer=self.owner
                 )
                 self._saves[request.lease] = namespace, len(keys), started
                 return protocol.Reserved(_i64(self._name_slots(request.lease, slots)), reason)
@@ -176,8 +235,8 @@ class SessionConnection(asyncio.Protocol):
                 return self._release(request)
             case protocol.Prefetch():
                 namespace, parts = self._handle_of(request.handle)
-                keys = protocol.keys_of(request.keys)
-                return protocol.Count(store.prefetch(keys, parts, namespace))
+                keys = _keys(request.keys, parts)
+                return protocol.Count(store.prefetch(keys, parts, namespace, self.owner))
             case protocol.Pin():
                 self.grant.check(Role.WRITE, "pin")
                 namespace, parts = self._handle_of(request.handle)
@@ -185,12 +244,13 @@ class SessionConnection(asyncio.Protocol):
                     raise ValueError(
                         f"a pin of {request.ttl} seconds; give 0 to {_MAX_PIN_SECONDS:.0f}"
                     )
-                keys = protocol.keys_of(request.keys)
-                return protocol.Count(
-                    store.pin(self, request.lease, keys, parts, request.ttl, namespace)
+                keys = _keys(request.keys, parts)
+                blocks = store.pin(
+                    self, request.lease, keys, parts, request.ttl, namespace, self.owner
                 )
+                return protocol.Count(blocks)
             case protocol.Open():
-                return self._open(request)
+                return self._open(request, nbytes)
             case protocol.Flush():
                 self._flush(request_id, request)
                 return None
@@ -203,9 +263,11 @@ class SessionConnection(asyncio.Protocol):
             case protocol.Hello():
                 raise ProtocolError("a second hello; say it once, first")
 
-    def _open(self, request: protocol.Open) -> Message:
+    def _open(self, request: protocol.Open, nbytes: int) -> Message:
         if len(self.opened) >= protocol.MAX_OPEN:
             return Failure(f"{protocol.MAX_OPEN} namespaces are open; use another session")
+        if self._owed + nbytes > protocol.MAX_FRAME:
+            return Failure("what is open takes too much to remember; use another session")
         if not 1 <= len(request.parts) <= protocol.MAX_PARTS:
             return Failure(f"{len(request.parts)} parts; give 1 to {protocol.MAX_PARTS}")
         self.grant.check_tenant(request.namespace.tenant)
@@ -213,6 +275,8 @@ class SessionConnection(asyncio.Protocol):
             problem = self._store.check_object(part, request.namespace.block_tokens)
             if problem is not None:
                 return Failure(problem)
+        self._owed += nbytes
+        self.owner.owed += nbytes
         self.opened.append((request.namespace, request.parts))
         return protocol.Opened(len(self.opened) - 1)
 
@@ -251,7 +315,7 @@ class SessionConnection(asyncio.Protocol):
     def _acquire(self, request_id: int, request: protocol.Acquire) -> Message | None:
         started = time.monotonic()
         namespace, parts = self._handle_of(request.handle)
-        keys = protocol.keys_of(request.keys)
+        keys = _keys(request.keys, parts)
         if not 0 <= request.wait <= _MAX_WAIT:
             raise ValueError(f"a wait of {request.wait} seconds; give 0 to {_MAX_WAIT:.0f}")
         answer: list[Message] = []
@@ -280,6 +344,7 @@ class SessionConnection(asyncio.Protocol):
             done,
             enough=max(1, request.enough),
             namespace=namespace,
+            payer=self.owner,
         )
         if answer:
             return answer[0]
@@ -327,6 +392,21 @@ class SessionConnection(asyncio.Protocol):
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _keys(joined: bytes, parts: tuple[Part, ...]) -> list[bytes]:
+    """The keys in a request.
+
+    Raises:
+        ProtocolError: no whole number of keys, or too many.
+        ValueError: too many objects.
+    """
+    keys = protocol.keys_of(joined)
+    if len(keys) * len(parts) > _MAX_OBJECTS:
+        raise ValueError(
+            f"{len(keys)} blocks of {len(parts)} parts; ask for {_MAX_OBJECTS} objects at a time"
+        )
+    return keys
 
 
 def _saving(request: protocol.Reserve, namespace: Namespace, blocks: int) -> Saving:

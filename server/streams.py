@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import logging
 import os
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -20,12 +20,14 @@ from typing import Final, cast
 
 from kvstore import __version__, protocol
 from kvstore.config import split_host_port
-from kvstore.errors import AccessDenied, ConfigError, ProtocolError
+from kvstore.errors import ConfigError, ProtocolError
 from kvstore.protocol import STREAM_MARK, Failure, Hello, Welcome
+from kvstore.server.access import Denied
 from kvstore.server.bulk import HELLO_SECONDS, BulkServer, Sample
 from kvstore.server.daemon import admit
 from kvstore.server.grants import Grants
 from kvstore.server.node import Node
+from kvstore.server.owners import Owner
 from kvstore.server.sessions import Peer, SessionConnection
 from kvstore.server.stream_session import StreamSession
 from kvstore.wire import PlainWire, TlsWire, Wire, tune
@@ -37,15 +39,14 @@ _TICK: Final = 0.25
 _STOP_SECONDS: Final = 2.0
 _PEEK_PAUSE: Final = 0.01
 
-_log = logging.getLogger("kvstore.streams")
-
 
 class StreamFace:
     """Listens at `server.tcp`."""
 
     def __init__(self, node: Node) -> None:
-        self._node = node
+        self.node = node
         self._context = node.access.server_context()
+        self._loop = asyncio.get_running_loop()
         self._sessions: dict[int, StreamSession] = {}
         self._threads: set[threading.Thread] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -55,7 +56,11 @@ class StreamFace:
         self._listener: socket.socket | None = None
         self._samples: deque[Sample] = deque(maxlen=10_000)
         self._bulk = BulkServer(
-            node.store.tiering.arena, self._grants_of, node.config.lease_seconds, self._samples
+            node.store.tiering.arena,
+            self._grants_of,
+            node.config.lease_seconds,
+            self._samples,
+            lambda reason, why: self._post(node.refused, reason, "data connection", why),
         )
 
     async def start(self) -> None:
@@ -64,7 +69,7 @@ class StreamFace:
         Raises:
             ConfigError: the address cannot be had.
         """
-        address = self._node.config.server.tcp
+        address = self.node.config.server.tcp
         assert address is not None
         host, port = split_host_port(address)
         try:
@@ -119,7 +124,7 @@ class StreamFace:
             try:
                 connection, _ = await loop.sock_accept(listener)
             except OSError as e:  # Out of descriptors, say: others go on, and so do we.
-                _log.warning("a connection could not be accepted: %s", e)
+                self.node.quiet.warning("accept", "a connection could not be accepted: %s", e)
                 await asyncio.sleep(_TICK)
                 continue
             number = next(self._numbers)
@@ -150,7 +155,7 @@ class StreamFace:
             else:
                 await self._greet(connection, number)
         except (OSError, TimeoutError) as e:
-            _log.info("a connection ended before its greeting: %s", e or "nothing was said")
+            self.node.ended("connection", e)
             self.known(number)
             connection.close()
         except asyncio.CancelledError:
@@ -172,15 +177,16 @@ class StreamFace:
         """A session for whoever said `hello`, and the answer.
 
         Raises:
-            AccessDenied: it is refused.
+            Denied: it is refused.
         """
-        node = self._node
-        grant = admit(node, hello, None)
+        node = self.node
+        grant = admit(node, hello, None, here=False)
         number = next(node.numbers)
         ticket = os.urandom(protocol.TICKET_BYTES)
         peer = Peer(number, address, hello.pid, hello.software)
         session = StreamSession(node, peer, grant, self._left, ticket)
-        node.sessions[number] = self._sessions[number] = session
+        self.node.sessions[number] = self._sessions[number] = session
+        session.grants.full = partial(self._full, session.owner)
         arena = node.store.tiering.arena
         return session, Welcome(
             protocol.VERSION,
@@ -194,18 +200,23 @@ class StreamFace:
 
     def _left(self, session: SessionConnection) -> None:
         number = session.peer.session
-        del self._node.sessions[number], self._sessions[number]
+        del self.node.sessions[number], self._sessions[number]
 
     async def _tick(self) -> None:
         """Take slots back from those who stall, and the threads' figures in."""
-        store = self._node.store
+        store = self.node.store
         while True:
             await asyncio.sleep(_TICK)
             for lease in store.leases():
                 if lease.withdrawn and isinstance(lease.owner, StreamSession):
                     lease.owner.expire(lease.id)
-            for session in self._sessions.values():
+            late = time.monotonic() - self.node.config.lease_seconds
+            for session in list(self._sessions.values()):
                 session.grants.cut_leaving()
+                if session.waiting is not None and session.waiting < late:
+                    why = "the rest of a request did not come, or an answer was not read"
+                    self.node.refused("slow", "session over TCP", f"{session.peer.address}: {why}")
+                    session.abort()
             for _ in range(len(self._samples)):
                 direction, nbytes, seconds = self._samples.popleft()
                 store.histograms.observe(f"bytes.tcp_{direction}", nbytes)
@@ -215,7 +226,7 @@ class StreamFace:
 
     def _start_thread(self, connection: socket.socket, number: int) -> None:
         if len(self._threads) >= _MAX_THREADS:
-            _log.warning("%d data connections are open; one more is refused", _MAX_THREADS)
+            self.node.refused("streams", "data connection", f"{_MAX_THREADS} are open")
             self.known(number)
             connection.close()
             return
@@ -244,16 +255,26 @@ class StreamFace:
                 wire = TlsWire(secured)
             self._bulk.serve(wire, partial(self.known, number))
         except OSError as e:
-            _log.info("a data connection ended before its greeting: %s", e)
+            self._post(self.node.ended, "data connection", e)
         finally:
             self.known(number)
             connection.close()
             self._threads.discard(threading.current_thread())
 
+    def _post(self, what: Callable[..., None], *arguments: object) -> None:
+        """Do it on the loop, from any thread."""
+        with contextlib.suppress(RuntimeError):  # The loop is closed: nothing is left to tell.
+            self._loop.call_soon_threadsafe(what, *arguments)
+
     def _grants_of(self, session: int) -> Grants | None:
         """Called by threads; a dictionary is safe to look into."""
         found = self._sessions.get(session)
         return None if found is None else found.grants
+
+    def _full(self, owner: Owner) -> bool:
+        """Whether one owner has as many data connections as it may; called by threads."""
+        own = [s.grants.streams for s in list(self._sessions.values()) if s.owner is owner]
+        return sum(own) >= _MAX_THREADS // 2
 
 
 class _Greeting(asyncio.Protocol):
@@ -292,8 +313,9 @@ class _Greeting(asyncio.Protocol):
             if not isinstance(hello, Hello):
                 raise ProtocolError("the first message must be a hello")
             session, welcome = self._face.welcome(hello, self._address)
-        except (AccessDenied, ProtocolError) as e:
-            _log.warning("session from %s refused: %s", self._address, e)
+        except (Denied, ProtocolError) as e:
+            reason = e.reason if isinstance(e, Denied) else "greeting"
+            self._face.node.refused(reason, "session over TCP", f"{self._address}: {e}")
             self._transport.write(protocol.encode(1, Failure(str(e), fatal=True)))
             self._transport.close()
             return

@@ -110,9 +110,7 @@ def test_a_file_that_is_no_good_changes_nothing_and_is_said(stores: Stores, serv
         assert wire.open("a") == number - 1
     assert secret("leaves") not in served.log.read_text()
     replace(stores, json.dumps({"tokens": [json.loads(good)["tokens"][1]]}))
-    assert wire.hear() == Failure(
-        "this token is not known here any more; use another one", fatal=True
-    )
+    assert wire.hear() == Failure("this token is not known here any more; use another", fatal=True)
     eventually(lambda: not greeted(served, "leaves"))
 
 

@@ -327,6 +327,8 @@ class Machine(RuleBasedStateMachine):
         tiering = self.store.tiering
         memory = [slot.owner for slot in tiering.memory.slots()]
         disk = [slot.owner for slot in tiering.disk.pool.slots()] if tiering.disk else []
+        leases = self.store.leases()
+        in_use = {e for lease in leases for e in lease.entries() if e.readers or e.writer}
         for space in (NAMESPACE, OTHER):
             account = tiering.usage.namespaces.get(space.digest)
             of_memory = [e for e in memory if e.name.namespace == space]
@@ -344,6 +346,8 @@ class Machine(RuleBasedStateMachine):
             assert tenant.memory_bytes == account.memory_bytes
             assert tenant.disk_bytes == account.disk_bytes
             assert tenant.pinned_bytes == sum(e.nbytes for e in indexed if e.pins)
+            held_here = [e for e in in_use if e.name.namespace == space]
+            assert tenant.held_bytes == sum(e.nbytes for e in held_here)
             for share, held in ((tenant.memory, of_memory), (tenant.disk, of_disk)):
                 assert share.order is None or set(share.order) == set(held)
 

@@ -184,7 +184,7 @@ async def test_a_cancelled_drain_lets_saves_in_again(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     bench.save(keys(1, 2))  # On their way to disk for ever: nobody takes what the disk posts.
     config = Config()
-    node = Node(config, bench.store, Access(config.server, []), lambda: None)
+    node = Node(config, bench.store, Access(config.server), lambda: None)
     operations = Operations()
     rules = RuleVerbs(node, operations)
     drain = v1.DrainRequest()
@@ -204,3 +204,31 @@ async def test_a_cancelled_drain_lets_saves_in_again(tmp_path: Path) -> None:
     finally:
         await operations.stop()
         bench.store.close()
+
+
+async def test_a_token_may_have_a_part_of_them_unfinished(operations: Operations) -> None:
+    async def never(_: Operation) -> str:
+        await asyncio.Event().wait()
+        return ""
+
+    async def at_once(_: Operation) -> str:
+        return ""
+
+    def start(digest: bytes) -> int:
+        """How many are begun until one is refused."""
+        caller = Grant(digest.decode(), Role.WRITE, None, digest)
+        for count in range(65):
+            try:
+                operations.start("Move", caller, never, tenants=None)
+            except Refused:
+                return count
+        return -1
+
+    assert start(b"greedy") == 16
+    # Whoever else comes has turns of his own, and does not wait behind those.
+    modest = Grant("modest", Role.WRITE, None, b"modest")
+    for caller in (modest, LOCAL):
+        ended = await end_of(operations.start("Move", caller, at_once, tenants=None))
+        assert ended.state == State.STATE_DONE
+    assert [start(name) for name in (b"b", b"c", b"d", b"e")] == [16, 16, 16, 0]
+    assert start(b"") == 64
