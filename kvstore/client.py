@@ -60,7 +60,7 @@ def _sends(
 
     @wraps(build)
     def method(self: Orchestrator, /, *args: P.args, **kwargs: P.kwargs) -> M:
-        return self.send(build(*args, **kwargs))
+        return self.send(requests.made(build, *args, **kwargs))
 
     return method
 
@@ -70,7 +70,7 @@ def _starts(
 ) -> Callable[Concatenate[Orchestrator, P], Operation]:
     @wraps(build)
     def method(self: Orchestrator, /, *args: P.args, **kwargs: P.kwargs) -> Operation:
-        return Operation(self, self.send(build(*args, **kwargs)))
+        return Operation(self, self.send(requests.made(build, *args, **kwargs)))
 
     return method
 
@@ -80,7 +80,7 @@ def _streams(
 ) -> Callable[Concatenate[Orchestrator, P], Stream[M]]:
     @wraps(build)
     def method(self: Orchestrator, /, *args: P.args, **kwargs: P.kwargs) -> Stream[M]:
-        return self.stream(build(*args, **kwargs))
+        return self.stream(requests.made(build, *args, **kwargs))
 
     return method
 

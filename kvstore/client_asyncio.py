@@ -36,7 +36,7 @@ def _sends(
 ) -> Callable[Concatenate[AsyncOrchestrator, P], Awaitable[M]]:
     @wraps(build)
     async def method(self: AsyncOrchestrator, /, *args: P.args, **kwargs: P.kwargs) -> M:
-        return await self.send(build(*args, **kwargs))
+        return await self.send(requests.made(build, *args, **kwargs))
 
     return method
 
@@ -48,7 +48,7 @@ def _starts(
     async def method(
         self: AsyncOrchestrator, /, *args: P.args, **kwargs: P.kwargs
     ) -> AsyncOperation:
-        return AsyncOperation(self, await self.send(build(*args, **kwargs)))
+        return AsyncOperation(self, await self.send(requests.made(build, *args, **kwargs)))
 
     return method
 
@@ -58,7 +58,7 @@ def _streams(
 ) -> Callable[Concatenate[AsyncOrchestrator, P], AsyncStream[M]]:
     @wraps(build)
     def method(self: AsyncOrchestrator, /, *args: P.args, **kwargs: P.kwargs) -> AsyncStream[M]:
-        return self.stream(build(*args, **kwargs))
+        return self.stream(requests.made(build, *args, **kwargs))
 
     return method
 

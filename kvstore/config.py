@@ -134,8 +134,12 @@ def _number(value: object) -> object:
     return value
 
 
-def _text(value: str) -> str:
-    """What a file's name and a message can hold."""
+def checked_text(value: str) -> str:
+    """`value`, if a file's name and a message can hold it.
+
+    Raises:
+        ValueError: it has a NUL, or bytes that are no UTF-8.
+    """
     if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
         raise ValueError(f"{value!r:.60} holds bytes that are no text; write it in UTF-8")
     return value
@@ -149,7 +153,7 @@ def _path(value: object) -> object:
 
 def _folder(path: Path | None) -> Path | None:
     try:  # An embedded daemon stands in another folder than the engine that starts it.
-        return None if path is None else Path(_text(str(path.expanduser().absolute())))
+        return None if path is None else Path(checked_text(str(path.expanduser().absolute())))
     except RuntimeError as e:
         raise ValueError(f"{path}: there is no such user; write the folder out") from e
 
@@ -172,8 +176,8 @@ Limit = Annotated[Size | None, BeforeValidator(_none)]
 Folder = Annotated[Path, BeforeValidator(_path), AfterValidator(_folder)]
 MaybeFolder = Annotated[Path | None, BeforeValidator(_path), AfterValidator(_folder)]
 Listener = Annotated[str | None, BeforeValidator(_listener), AfterValidator(_check_listener)]
-Name = Annotated[str, AfterValidator(_text), Field(min_length=1, max_length=256)]
-Tenant = Annotated[str, AfterValidator(_text), Field(max_length=4096)]
+Name = Annotated[str, AfterValidator(checked_text), Field(min_length=1, max_length=256)]
+Tenant = Annotated[str, AfterValidator(checked_text), Field(max_length=4096)]
 PolicyName = Literal["lru", "s3fifo"]
 
 
@@ -381,7 +385,7 @@ class Config(BaseSettings):
     @classmethod
     def _check_address(cls, value: str | None) -> str | None:
         if value is None or (value.startswith("unix:///") and value != "unix:///"):
-            return value if value is None else _text(value)
+            return value if value is None else checked_text(value)
         scheme, separator, rest = value.partition("://")
         if not separator or scheme not in ("tcp", "tls"):
             raise ValueError(

@@ -3,35 +3,44 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
 from kvstore.benchmarks.figures import Report
-from kvstore.config import parse_size
+from kvstore.server.options_cli import size_option
 
 bench_app = typer.Typer(
     invoke_without_command=True,
     help="Measure this machine, each figure beside its limit; without a command, all there is.",
 )
 
+_SMALLEST: Final = 1 << 20
+_LARGEST: Final = 64 << 30
 _SAMPLES: Final = 9
 _QUICK_SAMPLES: Final = 3
 
 
-def _parse_size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as e:
-        raise typer.BadParameter(str(e)) from e
+def _bench_size(text: str) -> int:
+    size = size_option(text)
+    if not _SMALLEST <= size <= _LARGEST:
+        raise typer.BadParameter(f"{text!r} is out of range; give 1MiB to 64GiB")
+    return size
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no time")
+    return value
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per figure.")]
 QuickOption = Annotated[bool, typer.Option("--quick", help="Less data, fewer samples.")]
 SizeOption = Annotated[
     int | None,
-    typer.Option("--size", parser=_parse_size, metavar="SIZE", help="Bytes to move, e.g. 1GiB."),
+    typer.Option("--size", parser=_bench_size, metavar="SIZE", help="Bytes to move, e.g. 1GiB."),
 ]
 ThreadsOption = Annotated[int, typer.Option("--threads", min=1, max=64, help="Threads to use.")]
 SamplesOption = Annotated[
@@ -237,7 +246,8 @@ def engine(
         int | None, typer.Option("--requests", min=1, max=1024, help="Conversations at once.")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option("--tokens", min=128, help="Tokens of a document.")
+        int | None,
+        typer.Option("--tokens", min=128, max=1 << 20, help="Tokens of a document."),
     ] = None,
     processes: Annotated[
         str, typer.Option("--processes", help="default: as vLLM runs; one: all in one process.")
@@ -283,9 +293,13 @@ def engine(
 @bench_app.command()
 def soak(
     minutes: Annotated[
-        float | None, typer.Option("--minutes", min=0.0, help="How long to hold load (default 5).")
+        float | None,
+        typer.Option("--minutes", min=0.0, max=1e5, callback=_finite, help="How long to load (5)."),
     ] = None,
-    seconds: Annotated[float, typer.Option("--seconds", min=0.0, help="The same, finer.")] = 0.0,
+    seconds: Annotated[
+        float,
+        typer.Option("--seconds", min=0.0, max=1e6, callback=_finite, help="The same, finer."),
+    ] = 0.0,
     clients: Annotated[int, typer.Option("--clients", min=1, max=64, help="Processes.")] = 4,
     address: Annotated[
         str | None, typer.Option("--address", help="A running daemon (default: one of its own).")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import getpass
-import sys
+import os
 from typing import Annotated
 
 import typer
@@ -14,15 +14,17 @@ from kvstore.server.options_cli import (
     PromptOptions,
     TierChoice,
     WhereOptions,
+    Yes,
+    agreed,
     duration_option,
     grouped,
     parse_duration,
 )
 from kvstore.server.output_cli import (
+    answer,
     finish,
     lasting,
-    show_json,
-    show_table,
+    show,
     tier_name,
     told,
     when,
@@ -36,43 +38,33 @@ def lookup(prompt: PromptOptions, link: Link) -> None:
     """Show the longest stored prefix of a prompt, and where its blocks lie."""
     with link.open() as api:
         found = api.lookup(prompt.namespace, **prompt.blocks())
-    if link.format == "json":
-        show_json(found)
-        return
-    show_table(
-        ("blocks", "tier", "node"),
-        ((f"{r.first}–{r.first + r.blocks - 1}", tier_name(r.tier), r.node) for r in found.runs),
-    )
     text = f"{found.blocks} of {found.asked_blocks} blocks, {found.tokens} tokens"
     if found.reason:
         text += f"; block {found.blocks}: {found.reason}"
-    estimate = found.estimate.seconds + found.estimate.nanos / 1e9
-    typer.echo(text + (f"; about {lasting(estimate)} to memory" if estimate else ""))
+    if estimate := found.estimate.seconds + found.estimate.nanos / 1e9:
+        text += f"; about {lasting(estimate)} to memory"
+    columns = {
+        "blocks": lambda run: f"{run.first}–{run.first + run.blocks - 1}",
+        "tier": lambda run: tier_name(run.tier),
+        "node": lambda run: run.node,
+    }
+    show(link, found, found.runs, columns, text)
 
 
 def explain(prompt: PromptOptions, link: Link) -> None:
     """Say why each block of a prompt is there or not."""
     with link.open() as api:
         found = api.explain(prompt.namespace, **prompt.blocks())
-    if link.format == "json":
-        show_json(found)
-        return
-    show_table(
-        ("block", "key", "usable", "tier", "reason", "since", "detail"),
-        (
-            (
-                b.block,
-                b.key.hex()[:12],
-                "yes" if b.usable else "no",
-                tier_name(b.tier),
-                b.reason,
-                when(b.at),
-                b.detail,
-            )
-            for b in found.blocks
-        ),
-    )
-    typer.echo(found.summary)
+    columns = {
+        "block": lambda b: b.block,
+        "key": lambda b: b.key.hex()[:12],
+        "usable": lambda b: "yes" if b.usable else "no",
+        "tier": lambda b: tier_name(b.tier),
+        "reason": lambda b: b.reason,
+        "since": lambda b: when(b.at),
+        "detail": lambda b: b.detail,
+    }
+    show(link, found, found.blocks, columns, found.summary, spare=("since", "key", "usable"))
 
 
 def pin(
@@ -86,16 +78,22 @@ def pin(
     """Keep the stored prefix of a prompt from eviction for a time."""
     with link.open() as api:
         pinned = api.pin(
-            prompt.namespace, ttl=ttl, owner=owner or getpass.getuser(), **prompt.blocks()
+            prompt.namespace,
+            ttl=ttl,
+            owner=_user() if owner is None else owner,
+            **prompt.blocks(),
         )
-    if link.format == "json":
-        show_json(pinned)
-        return
-    size = format_size(pinned.bytes)
-    text = f"pinned {pinned.blocks} blocks ({size})"
+    text = f"pinned {pinned.blocks} blocks ({format_size(pinned.bytes)})"
     if pinned.id:
         text += f" as {pinned.id} until {when(pinned.expires)}"
-    typer.echo(text + (f"; the next one: {pinned.reason}" if pinned.reason else ""))
+    answer(link, pinned, text + (f"; the next one: {pinned.reason}" if pinned.reason else ""))
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # A container's user may have no name.
+        return f"user {os.getuid()}"
 
 
 def unpin(
@@ -108,28 +106,26 @@ def unpin(
         raise typer.BadParameter("give the id of a pin, or --owner")
     with link.open() as api:
         ended = api.unpin(pin, owner=owner)
-    if link.format == "json":
-        show_json(ended)
-        return
-    typer.echo(f"ended {ended.pins} pins")
+    answer(link, ended, f"ended {ended.pins} pins")
 
 
 def ttl(
     link: Link,
     where: WhereOptions,
     time: Annotated[str, typer.Argument(metavar="TIME", help="2h, 7d …, or never.")],
+    yes: Yes = False,
 ) -> None:
-    """Let blocks expire so long from now, or never."""
+    """Let blocks expire so long from now, or never; asks before it means all of them."""
     try:
         life = None if time == "never" else parse_duration(time)
     except ValueError as e:
         raise typer.BadParameter(f"{e}, or never") from e
+    chosen = where.where()
     with link.open() as api:
-        changed = api.set_ttl(life, **where.where())
-    if link.format == "json":
-        show_json(changed)
-        return
-    typer.echo(f"changed {changed.objects} objects")
+        if life is not None and where.everything:
+            agreed(f"all blocks expire in {time}", yes=yes)
+        changed = api.set_ttl(life, **chosen)
+    answer(link, changed, f"changed {changed.objects} objects")
 
 
 def prefetch(
@@ -141,19 +137,19 @@ def prefetch(
     """Bring the stored prefix of a prompt into a tier."""
     with link.open() as api:
         operation = api.prefetch(prompt.namespace, tier=tier, **prompt.blocks())
-        finish(operation, link.format, wait=wait, done="brought up")
+        finish(link, operation, wait=wait, done="brought up")
 
 
 def move(where: WhereOptions, link: Link, to: _To, wait: _Wait = True) -> None:
     """Bring blocks into a tier; they leave the other one."""
     with link.open() as api:
-        finish(api.move(to, **where.where()), link.format, wait=wait, done="moved")
+        finish(link, api.move(to, **where.where()), wait=wait, done="moved")
 
 
 def copy(where: WhereOptions, link: Link, to: _To, wait: _Wait = True) -> None:
     """Bring blocks into a tier; they stay in the other one, too."""
     with link.open() as api:
-        finish(api.copy(to, **where.where()), link.format, wait=wait, done="copied")
+        finish(link, api.copy(to, **where.where()), wait=wait, done="copied")
 
 
 def compress(
@@ -165,33 +161,32 @@ def compress(
     """Re-encode blocks in place."""
     with link.open() as api:
         operation = api.compress(codec, **where.where())
-        finish(operation, link.format, wait=wait, done="re-encoded")
+        finish(link, operation, wait=wait, done="re-encoded")
 
 
 def decompress(where: WhereOptions, link: Link, wait: _Wait = True) -> None:
     """Re-encode blocks in place as raw bytes."""
     with link.open() as api:
-        finish(api.decompress(**where.where()), link.format, wait=wait, done="re-encoded")
+        finish(link, api.decompress(**where.where()), wait=wait, done="re-encoded")
 
 
 def clear(
     where: WhereOptions,
     link: Link,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count them.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Yes = False,
     wait: _Wait = True,
 ) -> None:
     """Remove blocks that nobody holds, from memory and disk.
 
-    On a terminal, says what would go and asks first.
+    Says what would go and asks first; without a terminal, --yes is needed.
     """
     chosen = where.where()
     with link.open() as api:
-        if sys.stdin.isatty() and not yes and not dry_run:
-            would = api.clear(dry_run=True, **chosen).wait()
-            typer.confirm(f"{told(would, 'removed')}. Go on?", abort=True, err=True)
+        if not yes and not dry_run:
+            agreed(told(api.clear(dry_run=True, **chosen).wait(), "removed"))
         operation = api.clear(dry_run=dry_run, **chosen)
-        finish(operation, link.format, wait=wait, done="removed")
+        finish(link, operation, wait=wait, done="removed")
 
 
 def add_to(app: typer.Typer) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -12,13 +14,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.text import Text
 
 from kvstore import __version__
 from kvstore.config import load_config
 from kvstore.errors import KVStoreError
 from kvstore.server import blocks_cli, node_cli
 from kvstore.server.bench_cli import bench_app
+from kvstore.server.output_cli import shown
 from kvstore.server.token_cli import token_app
+
+_log = logging.getLogger("kvstore.cli")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,16 +43,17 @@ ConfigOption = Annotated[
 
 
 def main() -> None:
-    """Run the command; our own errors become one line and exit code 1."""
+    """Run the command; our own errors, and files that fail, become one line and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # Whatever the terminal cannot show.
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
-    except KVStoreError as e:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {_plain(str(e))}")
+    except (KVStoreError, OSError, MemoryError) as e:
+        _log.debug("the error came from", exc_info=True)
+        text = shown(str(e) or "out of memory")
+        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "red"), f" {text}"))
         sys.exit(1)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 @contextmanager
@@ -75,14 +82,14 @@ def version() -> None:
 @app.command()
 def serve(
     config: ConfigOption = None,
-    socket: Annotated[Path | None, typer.Option(help="Unix socket to listen on.")] = None,
+    socket: Annotated[str | None, typer.Option(help="Unix socket to listen on.")] = None,
     memory: Annotated[str | None, typer.Option(help="Size of the memory tier, e.g. 8GiB.")] = None,
-    disk: Annotated[Path | None, typer.Option(help="Folder of the disk tier.")] = None,
+    disk: Annotated[str | None, typer.Option(help="Folder of the disk tier.")] = None,
     disk_size: Annotated[str | None, typer.Option(help="Size of the disk tier.")] = None,
     grpc: Annotated[str | None, typer.Option(help="host:port of the gRPC API, or none.")] = None,
     http: Annotated[str | None, typer.Option(help="host:port of HTTP, or none.")] = None,
     tcp: Annotated[str | None, typer.Option(help="host:port for sessions over TCP.")] = None,
-    tokens: Annotated[Path | None, typer.Option(help="YAML file of tokens.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="YAML file of tokens.")] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Listen beyond loopback without TLS and tokens.")
     ] = False,
@@ -99,7 +106,7 @@ def serve(
 
     overrides: dict[str, Any] = {}
     if socket is not None:
-        overrides["address"] = f"unix://{socket.absolute()}"
+        overrides["address"] = f"unix://{Path(socket).absolute() if socket else ''}"
     if memory is not None:
         overrides["memory"] = {"size": memory}
     sizes = {"path": disk, "size": disk_size}
@@ -154,7 +161,7 @@ def inspect(
 def _print_struct(value: object) -> None:
     import msgspec
 
-    Console().print_json(msgspec.json.encode(value).decode())
+    Console().print_json(msgspec.json.encode(value).decode(), ensure_ascii=True)
 
 
 if __name__ == "__main__":

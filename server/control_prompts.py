@@ -15,6 +15,7 @@ from kvstore.server.access import Grant
 from kvstore.server.control_requests import (
     TIERS,
     Prompt,
+    engine_extras,
     known_namespaces,
     prompt,
     slices,
@@ -114,7 +115,7 @@ class PromptVerbs:
 
     def _explained(self, caller: Grant, asked: Prompt, keys: Sequence[bytes]) -> list[BlockReason]:
         reasons = explain(self._store, asked.namespace, keys)
-        if asked.ids:
+        if asked.tokens is not None:
             return reasons
         # Keys that were given may be those of others. Tenants are walls: who holds somebody else's
         # key, however he got it, is told nothing by it.
@@ -135,14 +136,16 @@ class PromptVerbs:
 
     async def _elsewhere(self, caller: Grant, asked: Prompt, found: BlockReason) -> BlockReason:
         """Whether a prompt that was never stored here is stored in another namespace."""
-        ids = asked.ids
-        if found.reason != "never_stored" or not ids:
+        tokens = asked.tokens
+        if found.reason != "never_stored" or tokens is None:
             return found
         pace = Pace()
         for other in (await known_namespaces(self._node, caller)).values():
-            if other.digest == asked.namespace.digest or len(ids) < other.block_tokens:
+            size = other.block_tokens
+            if other.digest == asked.namespace.digest or len(tokens.ids) < size:
                 continue
-            (key,) = block_keys(other, ids[: other.block_tokens])
+            extras = engine_extras(tokens, size, range(1))
+            (key,) = block_keys(other, tokens.ids[:size], extras=extras)
             if self._store.tiering.index.of(key):
                 detail = f"the same tokens are stored in {other.digest.hex()[:12]}, which differs"
                 differing = ", ".join(_differences(asked.namespace, other))

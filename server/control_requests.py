@@ -11,7 +11,7 @@ from kvstore.api import v1
 from kvstore.api.convert import namespace_of
 from kvstore.errors import SpecError
 from kvstore.index import Entry
-from kvstore.keys import KEY_BYTES, block_keys
+from kvstore.keys import KEY_BYTES, Media, block_keys, prompt_extras
 from kvstore.protocol import DISK, MAX_KEYS, MEMORY
 from kvstore.selection import Selection, candidates
 from kvstore.server.access import Grant
@@ -24,6 +24,7 @@ MAX_TOKENS: Final = 4 << 20
 MAX_TTL: Final = 30 * 24 * 3600.0
 _MAX_AGE: Final = 100 * 365 * 24 * 3600.0
 _MAX_NAME: Final = 256
+_MAX_MEDIA: Final = 1024
 _MIN_ID: Final = 6
 _ID_DIGITS: Final = 64
 _HEX: Final = frozenset("0123456789abcdef")
@@ -38,8 +39,8 @@ class Prompt(NamedTuple):
 
     namespace: Namespace
     keys: list[bytes]
-    ids: Sequence[int]
-    """Its tokens; none where keys were given."""
+    tokens: v1.Tokens | None
+    """What it was given by; None: by keys."""
 
 
 def seconds(message: Duration, field: str, *, high: float, low: float = 0.0) -> float:
@@ -159,9 +160,9 @@ async def prompt(node: Node, grant: Grant, prefix: v1.Prefix, field: str = "pref
     match prefix.WhichOneof("of"):
         case "tokens":
             keys = await _hashed(namespace, prefix.tokens, f"{field}.tokens")
-            return Prompt(namespace, keys, prefix.tokens.ids)
+            return Prompt(namespace, keys, prefix.tokens)
         case "keys":
-            return Prompt(namespace, await _given(prefix.keys.keys, f"{field}.keys.keys"), ())
+            return Prompt(namespace, await _given(prefix.keys.keys, f"{field}.keys.keys"), None)
         case _:
             raise bad_field(f"{field}.tokens", "is missing; give it, or keys")
 
@@ -174,21 +175,44 @@ async def _hashed(namespace: Namespace, tokens: v1.Tokens, field: str) -> list[b
             f"has {count} tokens; send up to {min(MAX_TOKENS, MAX_KEYS * size)} in a call",
         )
     pace = Pace()
-    extras: dict[int, list[bytes]] = {}
+    given: dict[int, Sequence[bytes]] = {}
     for number, extra in enumerate(tokens.extras):
-        if extra.block in extras:
+        if extra.block in given:
             raise bad_field(f"{field}.extras[{number}].block", f"{extra.block} is given twice")
-        extras[extra.block] = list(extra.values)
+        given[extra.block] = extra.values
         await pace.step()
+    _check_media(tokens, field)
     keys: list[bytes] = []
-    blocks = max(1, _SLICE_TOKENS // size)
-    for first in range(0, count // size, blocks):
-        ids = tokens.ids[first * size : (first + blocks) * size]
-        here = {i: extras[first + i] for i in range(blocks) if first + i in extras}
-        parent = keys[-1] if keys else None
-        keys += block_keys(namespace, ids, extras=here, parent=parent)
+    step = max(1, _SLICE_TOKENS // size)
+    for first in range(0, count // size, step):
+        blocks = range(first, min(first + step, count // size))
+        extras = engine_extras(tokens, size, blocks)
+        for block in blocks:
+            if block in given:
+                extras[block - first] = [*extras.get(block - first, ()), *given[block]]
+        ids = tokens.ids[first * size : blocks.stop * size]
+        keys += block_keys(namespace, ids, extras=extras, parent=keys[-1] if keys else None)
         await pace.step()
     return keys
+
+
+def engine_extras(tokens: v1.Tokens, size: int, blocks: range) -> dict[int, list[bytes]]:
+    """What an engine names `blocks` of `size` tokens by beside these, numbered from the first."""
+    media = [Media(m.modality, m.digest, m.offset, m.length) for m in tokens.media]
+    return prompt_extras(size, blocks, salt=tokens.salt, adapter=tokens.adapter, media=media)
+
+
+def _check_media(tokens: v1.Tokens, field: str) -> None:
+    if len(tokens.media) > _MAX_MEDIA:
+        raise bad_field(f"{field}.media", f"are {len(tokens.media)}; {_MAX_MEDIA} are allowed")
+    end = 0
+    for number, item in enumerate(tokens.media):
+        where = f"{field}.media[{number}]"
+        name(item.modality, f"{where}.modality")
+        name(item.digest, f"{where}.digest")
+        if item.offset < end or not item.length:
+            raise bad_field(f"{where}.offset", "give media in order, none inside another")
+        end = item.offset + item.length
 
 
 async def _given(keys: Sequence[bytes], field: str) -> list[bytes]:

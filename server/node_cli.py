@@ -5,26 +5,25 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
 from kvstore.config import format_size
-from kvstore.server.options_cli import Link, duration_option, grouped, limit_option
-from kvstore.server.output_cli import (
-    finish,
-    lasting,
-    short,
-    show_json,
-    show_table,
-    tier_name,
-    told,
-    when,
+from kvstore.server.options_cli import (
+    Link,
+    Yes,
+    agreed,
+    duration_option,
+    grouped,
+    limit_option,
 )
+from kvstore.server.output_cli import answer, finish, lasting, short, show, tier_name, told, when
 
 if TYPE_CHECKING:
     from kvstore.api import v1
 
+_MAX_NUMBER: Final = (1 << 64) - 1
 _Tenant = Annotated[str | None, typer.Option(help="Only of this tenant.")]
 _Id = Annotated[str, typer.Argument(metavar="ID", help="Of the operation.")]
 
@@ -35,128 +34,93 @@ def stats(link: Link) -> None:
     """Show what a daemon holds and has counted."""
     with link.open() as api:
         found = api.stats()
-    if link.format == "json":
-        show_json(found)
-        return
-    show_table(
-        ("tier", "used", "free", "fragmented", "pinned", "capacity", "state"),
-        (
-            (
-                tier_name(t.tier),
-                format_size(t.used_bytes),
-                format_size(t.free_bytes),
-                format_size(t.fragmented_bytes),
-                format_size(t.pinned_bytes),
-                format_size(t.capacity_bytes),
-                t.problem or "healthy",
-            )
-            for t in found.tiers
-        ),
-    )
-    typer.echo(
+    up = lasting(found.uptime.seconds + found.uptime.nanos / 1e9)
+    columns = {
+        "tier": lambda t: tier_name(t.tier),
+        "used": lambda t: format_size(t.used_bytes),
+        "free": lambda t: format_size(t.free_bytes),
+        "fragmented": lambda t: format_size(t.fragmented_bytes),
+        "pinned": lambda t: format_size(t.pinned_bytes),
+        "capacity": lambda t: format_size(t.capacity_bytes),
+        "state": lambda t: t.problem or "healthy",
+    }
+    show(
+        link,
+        found,
+        found.tiers,
+        columns,
         f"{found.objects} objects, {found.unwritten_objects} not on disk yet, "
         f"{found.leases} leases, {found.sessions} sessions"
-        + ("; draining" if found.draining else "")
+        + ("; draining" if found.draining else ""),
+        f"{found.node}, kvstore {found.version}, up {up}",
+        spare=("fragmented", "free"),
     )
-    up = lasting(found.uptime.seconds + found.uptime.nanos / 1e9)
-    typer.echo(f"{found.node}, kvstore {found.version}, up {up}")
-    show_table(("counter", "value"), sorted(found.counters.items()))
+    if link.format == "table":
+        counters = {"counter": lambda item: item[0], "value": lambda item: item[1]}
+        show(link, found, sorted(found.counters.items()), counters)
 
 
 def namespaces(link: Link, tenant: _Tenant = None) -> None:
     """List the namespaces that hold blocks or are open in a session."""
     with link.open() as api:
         found = api.list_namespaces(tenant)
-    if link.format == "json":
-        show_json(found)
-        return
-    show_table(
-        (
-            "id",
-            "model",
-            "tenant",
-            "tokens",
-            "blocks",
-            "objects",
-            "memory",
-            "disk",
-            "sessions",
-            "last used",
-            "parts",
-        ),
-        (
-            (
-                info.namespace.id[:12],
-                info.namespace.model,
-                info.namespace.tenant,
-                info.namespace.block_tokens,
-                info.blocks,
-                info.objects,
-                format_size(info.memory_bytes),
-                format_size(info.disk_bytes),
-                info.sessions,
-                when(info.last_used),
-                "\n".join(info.parts),
-            )
-            for info in found.namespaces
-        ),
-    )
+    columns = {
+        "id": lambda n: n.namespace.id[:12],
+        "model": lambda n: n.namespace.model,
+        "tenant": lambda n: n.namespace.tenant,
+        "tokens": lambda n: n.namespace.block_tokens,
+        "blocks": lambda n: n.blocks,
+        "objects": lambda n: n.objects,
+        "memory": lambda n: format_size(n.memory_bytes),
+        "disk": lambda n: format_size(n.disk_bytes),
+        "sessions": lambda n: n.sessions,
+        "last used": lambda n: when(n.last_used),
+        "parts": lambda n: list(n.parts),
+    }
+    spare = ("parts", "objects", "tokens", "last used", "sessions")
+    show(link, found, found.namespaces, columns, spare=spare)
 
 
 def sessions(link: Link) -> None:
     """List the connected sessions."""
     with link.open() as api:
         found = api.list_sessions()
-    if link.format == "json":
-        show_json(found)
-        return
-    show_table(
-        ("id", "peer", "pid", "software", "token", "since", "namespaces", "leases", "requests"),
-        (
-            (
-                s.id,
-                s.peer,
-                s.pid or "",
-                s.software,
-                s.token,
-                when(s.since),
-                ", ".join(digest[:12] for digest in s.namespace_ids),
-                s.leases,
-                s.requests,
-            )
-            for s in found.sessions
-        ),
-    )
+    columns = {
+        "id": lambda s: s.id,
+        "peer": lambda s: s.peer,
+        "pid": lambda s: s.pid or "",
+        "software": lambda s: s.software,
+        "token": lambda s: s.token,
+        "since": lambda s: when(s.since),
+        "namespaces": lambda s: [digest[:12] for digest in s.namespace_ids],
+        "leases": lambda s: s.leases,
+        "requests": lambda s: s.requests,
+    }
+    show(link, found, found.sessions, columns, spare=("since", "leases", "requests"))
 
 
 def leases(
     link: Link,
-    session: Annotated[int | None, typer.Option(help="Only of this session.")] = None,
+    session: Annotated[
+        int | None, typer.Option(min=1, max=_MAX_NUMBER, help="Only of this session.")
+    ] = None,
     owner: Annotated[str | None, typer.Option(help="Only pins of this owner.")] = None,
 ) -> None:
     """List the leases of sessions and pins."""
     with link.open() as api:
         found = api.list_leases(session, owner)
-    if link.format == "json":
-        show_json(found)
-        return
-    show_table(
-        ("id", "kind", "session", "owner", "blocks", "size", "since", "expires", "state"),
-        (
-            (
-                lease.id,
-                lease.kind,
-                lease.session or "",
-                lease.owner,
-                lease.blocks,
-                format_size(lease.bytes),
-                when(lease.since),
-                when(lease.expires),
-                "withdrawn" if lease.withdrawn else "",
-            )
-            for lease in found.leases
-        ),
-    )
+    columns = {
+        "id": lambda lease: lease.id,
+        "kind": lambda lease: lease.kind,
+        "session": lambda lease: lease.session or "",
+        "owner": lambda lease: lease.owner,
+        "blocks": lambda lease: lease.blocks,
+        "size": lambda lease: format_size(lease.bytes),
+        "since": lambda lease: when(lease.since),
+        "expires": lambda lease: when(lease.expires),
+        "state": lambda lease: "withdrawn" if lease.withdrawn else "",
+    }
+    show(link, found, found.leases, columns, spare=("since", "kind", "session"))
 
 
 def events(
@@ -166,17 +130,15 @@ def events(
     ] = None,
     tenant: _Tenant = None,
     after: Annotated[
-        int | None, typer.Option(help="Replay what came after this number, if remembered.")
+        int | None,
+        typer.Option(min=0, max=_MAX_NUMBER, help="Replay what came after it, if remembered."),
     ] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
 ) -> None:
     """Print what is stored and removed, as it happens, until Ctrl-C."""
     with link.open() as api:
         for event in itertools.islice(api.watch_events(namespace, tenant, after), count):
-            if link.format == "json":
-                show_json(event)
-            else:
-                typer.echo(" ".join(_event_words(event)))
+            answer(link, event, " ".join(_event_words(event)))
 
 
 def _event_words(event: v1.Event) -> Iterator[str]:
@@ -208,37 +170,38 @@ def quota(
         float | None,
         typer.Option(parser=limit_option, metavar="SIZE", help="Limit it: 10GiB, or none."),
     ] = None,
+    yes: Yes = False,
 ) -> None:
-    """Show what tenants may hold and do hold, or limit one."""
+    """Show what tenants may hold and do hold, or limit one; asks before blocks have to go."""
     if tenant is None and (memory is not None or disk is not None):
         raise typer.BadParameter("name the tenant to limit")
     with link.open() as api:
         found = api.get_quota(tenant)
         if tenant is not None and (memory is not None or disk is not None):
             (old,) = found.quotas
-            new = api.set_quota(
+            over = (("memory", memory, old.used_memory_bytes), ("disk", disk, old.used_disk_bytes))
+            for tier, new, used in over:
+                if new is not None and new < used:
+                    agreed(f"{tenant!r} holds {format_size(used)} in {tier}", yes=yes)
+            changed = api.set_quota(
                 tenant,
                 memory_bytes=_limit(memory, old.memory_bytes, old.HasField("memory_bytes")),
                 disk_bytes=_limit(disk, old.disk_bytes, old.HasField("disk_bytes")),
             )
-            found.quotas[0].CopyFrom(new)
-    if link.format == "json":
-        show_json(found)
-        return
-    show_table(
-        ("tenant", "memory", "limit", "disk", "limit", "pinned"),
-        (
-            (
-                repr(q.tenant),
-                format_size(q.used_memory_bytes),
-                format_size(q.memory_bytes) if q.HasField("memory_bytes") else "none",
-                format_size(q.used_disk_bytes),
-                format_size(q.disk_bytes) if q.HasField("disk_bytes") else "none",
-                format_size(q.pinned_bytes),
-            )
-            for q in found.quotas
-        ),
-    )
+            found.quotas[0].CopyFrom(changed)
+    columns = {
+        "tenant": lambda q: repr(q.tenant),
+        "memory": lambda q: format_size(q.used_memory_bytes),
+        "memory limit": lambda q: _size_or_none(q, "memory_bytes"),
+        "disk": lambda q: format_size(q.used_disk_bytes),
+        "disk limit": lambda q: _size_or_none(q, "disk_bytes"),
+        "pinned": lambda q: format_size(q.pinned_bytes),
+    }
+    show(link, found, found.quotas, columns)
+
+
+def _size_or_none(quota: v1.Quota, field: Literal["memory_bytes", "disk_bytes"]) -> str:
+    return format_size(getattr(quota, field)) if quota.HasField(field) else "none"
 
 
 def _limit(new: float | None, old: int, had: bool) -> int | None:
@@ -267,12 +230,9 @@ def admission(
             found = api.get_admission()
         else:
             found = api.set_admission(memory=memory, disk=disk, denied_tenants=denied)
-    if link.format == "json":
-        show_json(found)
-        return
     denied_names = ", ".join(repr(tenant) for tenant in found.denied_tenants)
     rows = (("memory", found.memory), ("disk", found.disk), ("denied tenants", denied_names))
-    show_table(("rule", "value"), rows)
+    show(link, found, rows, {"rule": lambda row: row[0], "value": lambda row: row[1]})
 
 
 def drain(
@@ -287,35 +247,27 @@ def drain(
     """Take no more saves and new sessions, and write out what is not on disk yet."""
     with link.open() as api:
         operation = api.drain(stop=stop, timeout=within)
-        finish(operation, link.format, wait=wait, done="wrote out")
+        finish(link, operation, wait=wait, done="wrote out")
 
 
 def list_operations(link: Link) -> None:
     """List long operations that run, and those that ended lately."""
     with link.open() as api:
         found = api.list_operations()
-    if link.format == "json":
-        show_json(found)
-        return
     from kvstore.api import v1
 
-    show_table(
-        ("id", "verb", "state", "done", "total", "size", "by", "started", "message"),
-        (
-            (
-                o.id,
-                o.verb + (" (dry run)" if o.dry_run else ""),
-                short(v1.Operation.State.Name(o.state)),
-                o.done,
-                o.total,
-                format_size(o.bytes),
-                o.requested_by,
-                when(o.started),
-                o.message,
-            )
-            for o in found.operations
-        ),
-    )
+    columns = {
+        "id": lambda o: o.id,
+        "verb": lambda o: o.verb + (" (dry run)" if o.dry_run else ""),
+        "state": lambda o: short(v1.Operation.State.Name(o.state)),
+        "done": lambda o: o.done,
+        "total": lambda o: o.total,
+        "size": lambda o: format_size(o.bytes),
+        "by": lambda o: o.requested_by,
+        "started": lambda o: when(o.started),
+        "message": lambda o: o.message,
+    }
+    show(link, found, found.operations, columns, spare=("started", "by", "size"))
 
 
 def watch(operation: _Id, link: Link) -> None:
@@ -324,17 +276,14 @@ def watch(operation: _Id, link: Link) -> None:
 
     with link.open() as api:
         known = Operation(api, api.check_finish(operation))
-        finish(known, link.format, wait=True, done="changed")
+        finish(link, known, wait=True, done="changed")
 
 
 def cancel(operation: _Id, link: Link) -> None:
     """Ask an operation to end; what it did so far stays done."""
     with link.open() as api:
         state = api.cancel(operation)
-    if link.format == "json":
-        show_json(state)
-        return
-    typer.echo(told(state, "changed"))
+    answer(link, state, told(state, "changed"))
 
 
 def add_to(app: typer.Typer) -> None:

@@ -9,27 +9,33 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, cast, get_type_hints
 
+import msgspec
 import typer
 
 from kvstore.config import load_config, parse_size
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, SpecError
+from kvstore.server.output_cli import shown
 
 if TYPE_CHECKING:
     from kvstore.api.requests import Blocks, Where
     from kvstore.client import Orchestrator
+    from kvstore.keys import Media
 
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)\Z")
+_DURATION: Final = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,12})?)(ms|s|m|h|d)\Z")
+_LONGEST: Final = 36500 * 86400.0
 
 _TIMEOUT: Final = 5.0
+_MAX_FILE: Final = 64 << 20
+_Token = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 TierChoice = Literal["memory", "disk"]
 
@@ -41,9 +47,10 @@ def parse_duration(text: str) -> float:
         ValueError: it is none, with the remedy.
     """
     match = _DURATION.match(text.strip())
-    if match is None:
-        raise ValueError(f"{text!r} is no duration; write it like 30s, 5m, 2h or 7d")
-    return float(match[1]) * _UNITS[match[2]]
+    seconds = math.inf if match is None else float(match[1]) * _UNITS[match[2]]
+    if seconds > _LONGEST:
+        raise ValueError(f"{text!r:.60} is no duration; write it like 30s, 5m, 2h or 7d")
+    return seconds
 
 
 def duration_option(text: str) -> float:
@@ -54,26 +61,48 @@ def duration_option(text: str) -> float:
         raise typer.BadParameter(str(e)) from e
 
 
-def limit_option(text: str) -> float:
-    """For typer: a size in bytes; infinite for `none`."""
-    if text.lower() == "none":
-        return math.inf
+def size_option(text: str) -> int:
+    """For typer: a size in bytes."""
     try:
         return parse_size(text)
     except ValueError as e:
-        raise typer.BadParameter(f"{e}; or none for no limit") from e
+        raise typer.BadParameter(str(e)) from e
+
+
+def limit_option(text: str) -> float:
+    """For typer: a size in bytes; infinite for `none`."""
+    return math.inf if text.lower() == "none" else size_option(text)
+
+
+def agreed(what: str, *, yes: bool = False) -> None:
+    """Have the caller agree to what cannot be taken back; ends the command if not.
+
+    Nobody but a terminal is asked: what is piped in may be meant for anything.
+    """
+    if yes:
+        return
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise typer.BadParameter(f"{shown(what)}; without a terminal to ask, give --yes")
+    typer.confirm(f"{shown(what)}. Go on?", abort=True, err=True)
+
+
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
 def _read_tokens(text: str, source: str) -> list[int]:
+    listed = (
+        text if text.lstrip().startswith("[") else f"[{','.join(text.replace(',', ' ').split())}]"
+    )
     try:
-        found = (
-            json.loads(text) if text.lstrip().startswith("[") else text.replace(",", " ").split()
-        )
-        return [int(token) for token in found]
-    except (TypeError, ValueError) as e:
+        # Strictly: 1.5 and true are no ids, and depth costs nothing.
+        found = msgspec.json.decode(listed, type=list[_Token])
+    except (msgspec.DecodeError, UnicodeError) as e:
         raise typer.BadParameter(
-            f"{source} holds no token ids; write 1,2,3, or a JSON list, or one a line"
+            f"{source} holds no token ids ({e}); write 1,2,3, or a JSON list, or one a line"
         ) from e
+    if not found:
+        raise typer.BadParameter(f"{source} is empty; give the token ids of a prompt")
+    return found
 
 
 def _read_keys(texts: list[str]) -> list[bytes]:
@@ -85,9 +114,13 @@ def _read_keys(texts: list[str]) -> list[bytes]:
 
 def _read_file(path: Path) -> str:
     try:
-        return sys.stdin.read() if str(path) == "-" else path.read_text()
-    except (OSError, UnicodeDecodeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "it is no text"
+        with open(0 if str(path) == "-" else path, "rb", closefd=str(path) != "-") as file:
+            data = file.read(_MAX_FILE + 1)
+        if len(data) > _MAX_FILE:
+            raise ValueError(f"it is larger than {_MAX_FILE >> 20} MiB")
+        return data.decode()
+    except (OSError, ValueError) as e:
+        reason = (isinstance(e, OSError) and e.strerror) or e
         raise ConfigError(f"--tokens-file {path}: {reason}; check the path") from e
 
 
@@ -110,6 +143,9 @@ class Link:
         typer.Option(parser=duration_option, metavar="TIME", help="For each answer (5s)."),
     ] = None
     format: Annotated[Literal["table", "json"], typer.Option(help="How to print.")] = "table"
+    wide: Annotated[
+        bool, typer.Option("--wide", help="All columns, wider than the terminal if need be.")
+    ] = False
 
     def open(self) -> Orchestrator:
         """The daemon's API.
@@ -123,66 +159,121 @@ class Link:
         if self.token_file is not None:
             try:
                 token = self.token_file.read_text().strip()
-            except (OSError, UnicodeDecodeError) as e:
+            except (OSError, ValueError) as e:
                 raise ConfigError(f"--token-file {self.token_file}: {e}; check the path") from e
+            if not token:
+                raise ConfigError(f"--token-file {self.token_file} is empty; put the token into it")
         settings = load_config(self.config)
-        timeout = self.timeout or _TIMEOUT
+        timeout = _TIMEOUT if self.timeout is None else self.timeout
         return Orchestrator(self.address, config=settings, token=token, timeout=timeout)
 
 
-_Namespace = Annotated[
-    str, typer.Argument(metavar="NAMESPACE", help="Its id, or the first digits of it.")
-]
-_Tokens = Annotated[str | None, typer.Option(help="Token ids of the prompt: 1,2,3.")]
-_TokensFile = Annotated[
-    Path | None, typer.Option(help="File with token ids: a JSON list, or one a line; - is stdin.")
-]
-_Keys = Annotated[list[str] | None, typer.Option(help="Block keys in hex, instead of tokens.")]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenOptions:
+    """Names blocks from the start of a prompt, as engines and sessions do."""
 
+    tokens: Annotated[str | None, typer.Option(help="Token ids of the prompt: 1,2,3.")] = None
+    tokens_file: Annotated[
+        Path | None,
+        typer.Option(help="File with token ids: a JSON list, or one a line; - is stdin."),
+    ] = None
+    keys: Annotated[
+        list[str] | None, typer.Option(help="Block keys in hex, instead of tokens.")
+    ] = None
+    salt: Annotated[str | None, typer.Option(help="The request's cache salt.")] = None
+    lora: Annotated[
+        str | None, typer.Option(help="Its LoRA adapter: a folder, or the digest of its files.")
+    ] = None
+    media: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND:DIGEST:FIRST:TOKENS", help="An image or the like among the tokens."
+        ),
+    ] = None
+    extra: Annotated[
+        list[str] | None,
+        typer.Option(metavar="BLOCK:TEXT", help="What else a session names a block by."),
+    ] = None
 
-def _blocks(tokens: str | None, tokens_file: Path | None, keys: list[str] | None) -> Blocks:
-    given: Blocks = {}
-    if tokens is not None:
-        given["tokens"] = _read_tokens(tokens, "--tokens")
-    if tokens_file is not None:
-        if given:
+    def given(self) -> Blocks:
+        """For the API; empty if there is nothing."""
+        blocks: Blocks = {}
+        if self.keys:
+            blocks["keys"] = _read_keys(self.keys)
+        if self.tokens is not None:
+            blocks["tokens"] = _read_tokens(self.tokens, "--tokens")
+        if self.tokens_file is not None:
+            blocks["tokens"] = _read_tokens(_read_file(self.tokens_file), str(self.tokens_file))
+        if sum(value not in (None, []) for value in (self.tokens, self.tokens_file, self.keys)) > 1:
             raise typer.BadParameter("give one of --tokens, --tokens-file and --keys")
-        given["tokens"] = _read_tokens(_read_file(tokens_file), str(tokens_file))
-    if keys:
-        given["keys"] = _read_keys(keys)
-    if len(given) > 1:
-        raise typer.BadParameter("give one of --tokens, --tokens-file and --keys")
-    return given
+        if self.salt:
+            blocks["salt"] = self.salt
+        if self.lora is not None:
+            blocks["adapter"] = _adapter(self.lora)
+        if self.media:
+            blocks["media"] = [_media(text) for text in self.media]
+        if self.extra:
+            blocks["extras"] = _extras(self.extra)
+        if blocks and "tokens" not in blocks and blocks.keys() != {"keys"}:
+            raise typer.BadParameter("--salt, --lora, --media and --extra go with tokens")
+        return blocks
 
 
-@dataclasses.dataclass(frozen=True)
-class PromptOptions:
-    """Names blocks of a prompt."""
+def _adapter(text: str) -> str:
+    from kvstore.weights import weights_digest
 
-    namespace: _Namespace
-    tokens: _Tokens = None
-    tokens_file: _TokensFile = None
-    keys: _Keys = None
+    if re.fullmatch(r"[0-9a-f]{64}", text):
+        return text
+    try:
+        return weights_digest(Path(text))
+    except (OSError, SpecError, ValueError) as e:
+        raise ConfigError(f"--lora {text!r:.200}: {e}; give a folder, or 64 hex digits") from e
+
+
+def _media(text: str) -> Media:
+    from kvstore.keys import Media
+
+    modality, _, rest = text.partition(":")
+    digest, *place = rest.rsplit(":", 2)
+    if len(place) != 2 or not all(re.fullmatch(r"[0-9]{1,9}", number) for number in place):
+        raise typer.BadParameter(f"--media {text!r:.200}: write image:DIGEST:OFFSET:LENGTH")
+    return Media(modality, digest, int(place[0]), int(place[1]))
+
+
+def _extras(texts: list[str]) -> dict[int, list[bytes]]:
+    extras: dict[int, list[bytes]] = {}
+    for text in texts:
+        block, colon, value = text.partition(":")
+        if not colon or not re.fullmatch(r"[0-9]{1,9}", block):
+            raise typer.BadParameter(f"--extra {text!r:.200}: write BLOCK:TEXT, e.g. 0:mine")
+        extras.setdefault(int(block), []).append(os.fsencode(value))
+    return extras
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptOptions(TokenOptions):
+    """Names blocks of a prompt in a namespace."""
+
+    namespace: Annotated[
+        str, typer.Argument(metavar="NAMESPACE", help="Its id, or the first digits of it.")
+    ]
 
     def blocks(self) -> Blocks:
         """For the API."""
-        given = _blocks(self.tokens, self.tokens_file, self.keys)
+        given = self.given()
         if not given:
             raise typer.BadParameter("give --tokens, --tokens-file or --keys")
         return given
 
 
-@dataclasses.dataclass(frozen=True)
-class WhereOptions:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WhereOptions(TokenOptions):
     """Chooses stored blocks; conditions add up."""
 
     namespace: Annotated[
         str | None, typer.Option("--namespace", "-n", help="Only of this namespace (id).")
     ] = None
     tenant: Annotated[str | None, typer.Option(help="Only of this tenant.")] = None
-    tokens: _Tokens = None
-    tokens_file: _TokensFile = None
-    keys: _Keys = None
     tier: Annotated[TierChoice | None, typer.Option(help="Only with a copy there.")] = None
     older_than: Annotated[
         float | None,
@@ -196,27 +287,22 @@ class WhereOptions:
 
     def where(self) -> Where:
         """For the API."""
-        blocks = _blocks(self.tokens, self.tokens_file, self.keys)
-        given: Where = {}
-        if "tokens" in blocks:
-            given["tokens"] = blocks["tokens"]
-        if "keys" in blocks:
-            given["keys"] = blocks["keys"]
+        where = cast("Where", self.given())
         if self.namespace is not None:
-            given["namespace"] = self.namespace
+            where["namespace"] = self.namespace
         if self.tenant is not None:
-            given["tenant"] = self.tenant
+            where["tenant"] = self.tenant
         if self.tier is not None:
-            given["tier"] = self.tier
+            where["tier"] = self.tier
         if self.older_than is not None:
-            given["older_than"] = self.older_than
+            where["older_than"] = self.older_than
         if self.unused_for is not None:
-            given["unused_for"] = self.unused_for
+            where["unused_for"] = self.unused_for
         if self.everything:
-            given["everything"] = True
-        if not given:
+            where["everything"] = True
+        if not where:
             raise typer.BadParameter("choose blocks by an option, or take --all")
-        return given
+        return where
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,18 +1,23 @@
-"""How commands print what a daemon says: tables for people, JSON for programs."""
+"""How commands print what a daemon says: tables for people, JSON for programs.
+
+Tenants, software and the like are what clients say, so nothing of it reaches a terminal raw.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-from collections.abc import Iterable, MutableMapping, MutableSequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, MutableSequence, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from kvstore.config import format_size
 from kvstore.errors import StoreUnavailable
@@ -22,6 +27,10 @@ if TYPE_CHECKING:
 
     from kvstore.api import v1
     from kvstore.client import Operation
+    from kvstore.server.options_cli import Link
+
+_FOLDED: Final = 16
+"""A column that is wider takes several lines before another one is left out."""
 
 
 def plain(message: Message) -> dict[str, Any]:
@@ -91,25 +100,74 @@ def lasting(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def show_json(message: Message) -> None:
-    """Print a message on one line."""
-    typer.echo(json.dumps(plain(message), ensure_ascii=False))
+def shown(text: str) -> str:
+    """Text without what steers a terminal: control and format characters as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def show_table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Print a table."""
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*(escaped(str(cell)) for cell in row))
-    Console(soft_wrap=False).print(table)
+def say(text: str, *, err: bool = False) -> None:
+    """Print a line."""
+    typer.echo(shown(text), err=err)
 
 
-def escaped(text: str) -> str:
-    """Text that rich prints as it is."""
-    return text.replace("[", r"\[")
+def answer(link: Link, found: Message, *lines: str) -> None:
+    """Print an answer as the caller asked for it: as JSON on one line, or as these lines."""
+    if link.format == "json":
+        typer.echo(json.dumps(plain(found)))
+        return
+    for line in lines:
+        say(line)
 
 
-def finish(operation: Operation, format: str, *, wait: bool, done: str) -> None:
+def show(
+    link: Link,
+    found: Message,
+    rows: Iterable[Any],
+    columns: Mapping[str, Callable[[Any], object]],
+    *lines: str,
+    spare: Sequence[str] = (),
+) -> None:
+    """Print an answer as JSON on one line, or as a table of `rows` and these lines.
+
+    `columns` says what stands in each, a list on lines of its own. Where they do not fit, those
+    that can be spared are left out, from the first on.
+    """
+    if link.format == "table":
+        _show_table(link, list(rows), dict(columns), list(spare))
+    answer(link, found, *lines)
+
+
+def _show_table(
+    link: Link, rows: list[Any], columns: dict[str, Callable[[Any], object]], spare: list[str]
+) -> None:
+    cells = {name: [_cell(content(row)) for row in rows] for name, content in columns.items()}
+    console = Console()
+    widths = {
+        name: max(cell_len(line) for cell in (name, *map(str, column)) for line in cell.split("\n"))
+        for name, column in cells.items()
+    }
+    if link.wide:
+        console.width = sum(widths.values()) + 3 * len(cells) + 1
+    left_out = []
+    while spare and console.width <= 3 * len(cells) + sum(min(widths[n], _FOLDED) for n in cells):
+        left_out.append(spare.pop(0))
+        del cells[left_out[-1]]
+    table = Table()
+    for name in cells:
+        table.add_column(name, overflow="fold")
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*row)
+    console.print(table)
+    if left_out:
+        typer.echo(f"left out: {', '.join(left_out)}; --wide shows all", err=True)
+
+
+def _cell(content: object) -> Text:
+    lines = content if isinstance(content, list) else [content]
+    return Text("\n".join(shown(str(line)) for line in lines))
+
+
+def finish(link: Link, operation: Operation, *, wait: bool, done: str) -> None:
     """See an operation through, with a progress bar on a terminal, and print how it ended.
 
     `done` is the word for what has been done to objects.
@@ -119,17 +177,17 @@ def finish(operation: Operation, format: str, *, wait: bool, done: str) -> None:
     """
     if wait:
         _wait(operation)
-    if format == "json":
-        show_json(operation.state)
-        return
-    typer.echo(told(operation.state, done))
-    if not wait:
-        typer.echo(f"`kvstore operations watch {operation.id}` tells when it has ended")
+    hint = f"`kvstore operations watch {operation.id}` tells when it has ended"
+    answer(link, operation.state, told(operation.state, done), *([] if wait else [hint]))
 
 
 def _wait(operation: Operation) -> None:
     console = Console(stderr=True)
-    columns = (TextColumn(operation.state.verb.lower()), BarColumn(), MofNCompleteColumn())
+    columns = (
+        TextColumn(operation.state.verb.lower(), markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+    )
     try:
         with Progress(
             *columns, console=console, disable=not console.is_terminal, transient=True

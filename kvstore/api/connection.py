@@ -14,7 +14,7 @@ from grpc_status import rpc_status
 from kvstore.api import v1
 from kvstore.api.convert import MAX_REPLY, SERVICE
 from kvstore.api.errors import OperationFailed, OperationUnfinished, RequestRefused
-from kvstore.config import Config, load_config, split_host_port
+from kvstore.config import Config, checked_text, load_config, split_host_port
 from kvstore.credentials import client_context, client_token
 from kvstore.errors import AccessDenied, ConfigError, KVStoreError, StoreUnavailable
 
@@ -75,7 +75,10 @@ def target(address: str | None, config: Config | None, token: str | None) -> Tar
 
 
 def _control_socket(address: str) -> Path:
-    path = Path(address.removeprefix("unix://"))
+    try:
+        path = Path(checked_text(address.removeprefix("unix://")))
+    except ValueError as e:
+        raise ConfigError(f"address: {e}") from e
     if not path.is_absolute():
         raise ConfigError(f"address {address!r}: write {_FORMS}")
     return path if path.name.endswith(_SUFFIX) else path.with_name(path.name + _SUFFIX)

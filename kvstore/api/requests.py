@@ -1,14 +1,23 @@
 """The verbs of the orchestration API as functions of plain values; `kvstore.client` sends them.
 
 Namespaces are given by id (a unique beginning of at least 6 hex digits will do) or as a
-`kvstore.Namespace`. Blocks of a prompt are named by its `tokens`, with `extras` by number of the
-block where sessions use them, or by their `keys`. Times are in seconds.
+`kvstore.Namespace`. Blocks of a prompt are named by its `tokens` and what else names them
+(`Blocks`), or by their `keys`. Times are in seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Generic, Literal, NamedTuple, TypedDict, TypeVar, Unpack
+from collections.abc import Callable, Mapping, Sequence
+from typing import (
+    TYPE_CHECKING,
+    Generic,
+    Literal,
+    NamedTuple,
+    ParamSpec,
+    TypedDict,
+    TypeVar,
+    Unpack,
+)
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -17,7 +26,11 @@ from kvstore.api import convert, v1
 from kvstore.api.errors import RequestRefused
 from kvstore.spec import Namespace
 
+if TYPE_CHECKING:
+    from kvstore.keys import Media
+
 M = TypeVar("M", bound=Message)
+P = ParamSpec("P")
 
 TierName = Literal["memory", "disk"]
 Extras = Mapping[int, Sequence[bytes]]
@@ -31,7 +44,41 @@ class Call(NamedTuple, Generic[M]):
     reply: type[M]
 
 
-class Where(TypedDict, total=False):
+def made(build: Callable[P, Call[M]], *args: P.args, **kwargs: P.kwargs) -> Call[M]:
+    """The call that `build` makes.
+
+    Raises:
+        RequestRefused: a value does not fit its field, or the whole is too long for one call.
+    """
+    try:
+        call = build(*args, **kwargs)
+    except RequestRefused:
+        raise
+    except ValueError as e:  # Of protobuf: numbers out of range, strings that are no text.
+        raise RequestRefused(f"a value does not fit: {e}") from e
+    if (size := call.request.ByteSize()) > convert.MAX_MESSAGE:
+        raise RequestRefused(
+            f"a request of {size} bytes; {convert.MAX_MESSAGE} are allowed: name fewer blocks"
+        )
+    return call
+
+
+class Blocks(TypedDict, total=False):
+    """Blocks of a prompt: its tokens or their keys.
+
+    With tokens, as engines name blocks: `salt` the request's cache salt, `adapter` the digest of
+    its LoRA adapter's files, `media` in place of tokens; and `extras`, as sessions do.
+    """
+
+    tokens: Sequence[int]
+    keys: Sequence[bytes]
+    extras: Extras
+    salt: str
+    adapter: str
+    media: Sequence[Media]
+
+
+class Where(Blocks, total=False):
     """Chooses stored blocks; conditions add up, and none at all needs `everything`.
 
     `tier`: that have a copy there. `older_than`: stored at least so many seconds ago. `unused_for`:
@@ -40,21 +87,10 @@ class Where(TypedDict, total=False):
 
     namespace: str | Namespace
     tenant: str
-    tokens: Sequence[int]
-    keys: Sequence[bytes]
-    extras: Extras
     tier: TierName
     older_than: float
     unused_for: float
     everything: bool
-
-
-class Blocks(TypedDict, total=False):
-    """Blocks of a prompt: its tokens, with extras by number of the block, or their keys."""
-
-    tokens: Sequence[int]
-    keys: Sequence[bytes]
-    extras: Extras
 
 
 def lookup(namespace: str | Namespace, **blocks: Unpack[Blocks]) -> Call[v1.LookupResponse]:
@@ -97,7 +133,8 @@ def watch_events(
     namespace: str | None = None, tenant: str | None = None, after: int | None = None
 ) -> Call[v1.Event]:
     """What is stored and removed, from now on, or `after` the event of that sequence number."""
-    request = v1.WatchEventsRequest(namespace_id=namespace, tenant=tenant, after=after)
+    named = None if namespace is None else _not_empty(namespace)
+    request = v1.WatchEventsRequest(namespace_id=named, tenant=tenant, after=after)
     return Call("WatchEvents", request, v1.Event)
 
 
@@ -236,6 +273,12 @@ def _tier(name: TierName) -> v1.Tier:
     return tiers[name]
 
 
+def _not_empty(namespace: str) -> str:
+    if not namespace:  # On the wire that is none, and none means all.
+        raise RequestRefused("the namespace is empty; give an id, or leave it out")
+    return namespace
+
+
 def _prefix(namespace: str | Namespace, blocks: Blocks) -> v1.Prefix:
     prefix = v1.Prefix()
     if isinstance(namespace, str):
@@ -247,6 +290,8 @@ def _prefix(namespace: str | Namespace, blocks: Blocks) -> v1.Prefix:
         raise RequestRefused("give either tokens or keys")
     try:
         if keys is not None:
+            if beside := blocks.keys() - {"keys"} & Blocks.__annotations__.keys():
+                raise RequestRefused(f"keys cover {', '.join(sorted(beside))}; give tokens for it")
             prefix.keys.SetInParent()
             prefix.keys.keys.extend(keys)
             return prefix
@@ -254,6 +299,9 @@ def _prefix(namespace: str | Namespace, blocks: Blocks) -> v1.Prefix:
         prefix.tokens.ids.extend(tokens or ())
         for block, values in (blocks.get("extras") or {}).items():
             prefix.tokens.extras.append(v1.BlockExtras(block=block, values=values))
+        prefix.tokens.salt = blocks.get("salt", "")
+        prefix.tokens.adapter = blocks.get("adapter", "")
+        prefix.tokens.media.extend(v1.Media(**item._asdict()) for item in blocks.get("media", ()))
     except (TypeError, ValueError) as e:
         raise RequestRefused(f"tokens are whole numbers of 32 bits, keys are bytes: {e}") from e
     return prefix
@@ -262,16 +310,12 @@ def _prefix(namespace: str | Namespace, blocks: Blocks) -> v1.Prefix:
 def _selection(where: Where) -> v1.Selection:
     selection = v1.Selection(tenant=where.get("tenant"), everything=where.get("everything", False))
     namespace = where.get("namespace")
-    blocks: Blocks = {}
-    for name in ("tokens", "keys", "extras"):
-        if name in where:
-            blocks[name] = where[name]
-    if blocks:
+    if Blocks.__annotations__.keys() & where.keys():
         if namespace is None:
             raise RequestRefused("blocks are chosen in a namespace; give it, too")
-        selection.prefix.CopyFrom(_prefix(namespace, blocks))
+        selection.prefix.CopyFrom(_prefix(namespace, where))
     elif isinstance(namespace, str):
-        selection.namespace_id = namespace
+        selection.namespace_id = _not_empty(namespace)
     elif namespace is not None:
         selection.namespace_id = namespace.digest.hex()
     if "tier" in where:

@@ -60,12 +60,30 @@ class Prefix(_message.Message):
     def __init__(self, namespace_id: _Optional[str] = ..., namespace: _Optional[_Union[Namespace, _Mapping[str, _Any]]] = ..., tokens: _Optional[_Union[Tokens, _Mapping[str, _Any]]] = ..., keys: _Optional[_Union[Keys, _Mapping[str, _Any]]] = ...) -> None: ...
 
 class Tokens(_message.Message):
-    __slots__ = ("ids", "extras")
+    __slots__ = ("ids", "extras", "salt", "adapter", "media")
     IDS_FIELD_NUMBER: _ClassVar[int]
     EXTRAS_FIELD_NUMBER: _ClassVar[int]
+    SALT_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    MEDIA_FIELD_NUMBER: _ClassVar[int]
     ids: _containers.RepeatedScalarFieldContainer[int]
     extras: _containers.RepeatedCompositeFieldContainer[BlockExtras]
-    def __init__(self, ids: _Optional[_Iterable[int]] = ..., extras: _Optional[_Iterable[_Union[BlockExtras, _Mapping[str, _Any]]]] = ...) -> None: ...
+    salt: str
+    adapter: str
+    media: _containers.RepeatedCompositeFieldContainer[Media]
+    def __init__(self, ids: _Optional[_Iterable[int]] = ..., extras: _Optional[_Iterable[_Union[BlockExtras, _Mapping[str, _Any]]]] = ..., salt: _Optional[str] = ..., adapter: _Optional[str] = ..., media: _Optional[_Iterable[_Union[Media, _Mapping[str, _Any]]]] = ...) -> None: ...
+
+class Media(_message.Message):
+    __slots__ = ("modality", "digest", "offset", "length")
+    MODALITY_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    modality: str
+    digest: str
+    offset: int
+    length: int
+    def __init__(self, modality: _Optional[str] = ..., digest: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
 class BlockExtras(_message.Message):
     __slots__ = ("block", "values")

@@ -148,7 +148,7 @@ def test_clear_empties_memory_and_disk(stores: Stores) -> None:
         keys = session.keys(prompt(1, 3))
         save(session, keys)
         assert session.flush() == 0
-        result = run("clear", "--all", "--address", f"unix://{served.socket}")
+        result = run("clear", "--all", "-y", "--address", f"unix://{served.socket}")
         assert (result.returncode, result.stdout) == (0, "removed 3 objects (12 KiB)\n")
         assert session.lookup(keys).blocks == 0
         stats = session.stats()

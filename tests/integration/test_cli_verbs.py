@@ -165,20 +165,20 @@ def test_codecs(cli: Cli) -> None:
 
 
 def test_ttl(cli: Cli) -> None:
-    assert cli.text("ttl", "2h", "--all") == "changed 3 objects\n"
+    assert cli.text("ttl", "2h", "--all", "--yes") == "changed 3 objects\n"
     assert cli.json("ttl", "never", "--tier", "memory") == {"objects": 3}
 
 
 def test_clear(cli: Cli, session: Session) -> None:
     keys = session.keys(prompt(1, 4))
     assert "3 objects would be removed (12 KiB)" in cli.text("clear", "--all", "--dry-run")
-    assert cli.text("clear", "--unused-for", "7d") == "removed 0 objects\n"
-    assert cli.text("clear", "--tenant", "x", "--older-than", "1s") == "removed 0 objects\n"
+    assert cli.text("clear", "--unused-for", "7d", "-y") == "removed 0 objects\n"
+    assert cli.text("clear", "-y", "--tenant", "x", "--older-than", "1s") == "removed 0 objects\n"
     assert session.lookup(keys).blocks == 3
     without = cli.run("clear")
     assert without.returncode == 2
     assert "--all" in without.stderr
-    assert cli.json("clear", "-n", NAMESPACE_ID)["changed"] == 3
+    assert cli.json("clear", "--yes", "-n", NAMESPACE_ID)["changed"] == 3
     assert session.lookup(keys).blocks == 0
 
 
@@ -339,6 +339,6 @@ def test_a_drain_that_leaves_something_behind_fails(stores: Stores) -> None:
 def test_other_tenants_have_other_namespaces(cli: Cli, served: Served) -> None:
     with served.session(tenant="t") as session:
         save(session, session.keys(prompt(1, 1)))
-        assert cli.text("clear", "--tenant", "t") == "removed 1 objects (4 KiB)\n"
+        assert cli.text("clear", "--tenant", "t", "-y") == "removed 1 objects (4 KiB)\n"
         other = cli.json("explain", namespace("t").digest.hex(), "--tokens", TOKENS)
         assert other["blocks"][0]["reason"] == "cleared"

@@ -9,6 +9,7 @@ import pytest
 
 from kvstore.api import v1
 from kvstore.api.convert import namespace_message
+from kvstore.keys import Media, prompt_extras
 from kvstore.session import Session
 from tests.control_tools import NAMESPACE_ID, Api, by_keys, by_tokens
 from tests.session_tools import (
@@ -106,6 +107,54 @@ def test_extras_name_other_blocks(api: Api, session: Session) -> None:
     prefix = {"namespace_id": NAMESPACE_ID, "tokens": tokens}
     assert api.call("Lookup", prefix=prefix).blocks == 2
     assert api.call("Lookup", prefix=by_tokens(PROMPT)).blocks == 1
+
+
+def test_prompts_of_engines_are_named_by_salt_adapter_and_media_too(
+    api: Api, session: Session
+) -> None:
+    """As the vLLM connector names them, over more blocks than are hashed at a time."""
+    ids = [i % 50_000 for i in range(30_000)]
+    media = [
+        Media("image", "a1", 5, 40),
+        Media("audio", "b2", 8180, 30),
+        Media("x", "c", 29_000, 9),
+    ]
+    extras = prompt_extras(
+        BLOCK_TOKENS, range(len(ids) // BLOCK_TOKENS), salt="s", adapter="f" * 64, media=media
+    )
+    extras[0].append(b"mine")
+    extras[700] = [b"mine", b"too"]
+    keys = session.keys(ids, extras=extras)
+    save(session, keys[:3])
+    given: dict[str, Any] = {
+        "ids": ids,
+        "salt": "s",
+        "adapter": "f" * 64,
+        "media": [item._asdict() for item in media],
+        "extras": [{"block": 0, "values": [b"mine"]}, {"block": 700, "values": [b"mine", b"too"]}],
+    }
+    found = api.call("Explain", prefix={"namespace_id": NAMESPACE_ID, "tokens": given})
+    assert [block.key for block in found.blocks] == keys
+    assert found.hit_blocks == 3
+    for field in ("salt", "adapter", "media", "extras"):
+        other = {name: value for name, value in given.items() if name != field}
+        prefix = {"namespace_id": NAMESPACE_ID, "tokens": other}
+        assert api.call("Lookup", prefix=prefix).blocks == 0, field
+
+
+def test_explain_finds_salted_prompts_in_another_namespace(
+    api: Api, served: Served, session: Session
+) -> None:
+    extras = prompt_extras(BLOCK_TOKENS, range(6), salt="s")
+    save(session, session.keys(PROMPT, extras=extras))
+    with served.session(tenant="t"):
+        other = namespace("t").digest.hex()
+        salted = {"namespace_id": other, "tokens": {"ids": PROMPT, "salt": "s"}}
+        reason = api.call("Explain", prefix=salted).blocks[0]
+        assert (reason.reason, reason.detail.count("differs in tenant")) == ("other_namespace", 1)
+        assert (
+            api.call("Explain", prefix=by_tokens(PROMPT, other)).blocks[0].reason == "never_stored"
+        )
 
 
 def test_a_long_prompt_is_hashed_like_in_a_session(api: Api, session: Session) -> None:

@@ -31,6 +31,7 @@ def api(served: Served) -> Iterator[Api]:
         yield opened
 
 
+MEDIA: Final = {"modality": "image", "digest": "a1", "offset": 0, "length": 4}
 KEYS: Final = {"keys": [bytes(32)]}
 ID: Final = {"namespace": namespace_message(namespace())}
 GOOD: Final = ID | {"keys": KEYS}
@@ -63,6 +64,22 @@ BAD_FIELDS: Final[list[tuple[str, dict[str, Any], str]]] = [
         "Lookup",
         {"prefix": ID | {"tokens": {"ids": [1], "extras": [{"block": 1}, {"block": 1}]}}},
         "prefix.tokens.extras[1].block",
+    ),
+    *(
+        (
+            "Lookup",
+            {"prefix": ID | {"tokens": {"ids": [1], "media": media}}},
+            f"prefix.tokens.{field}",
+        )
+        for media, field in (
+            ([MEDIA] * 1025, "media"),
+            ([MEDIA | {"digest": ""}], "media[0].digest"),
+            ([MEDIA | {"digest": "x" * 257}], "media[0].digest"),
+            ([MEDIA | {"modality": ""}], "media[0].modality"),
+            ([MEDIA | {"length": 0}], "media[0].offset"),
+            ([MEDIA, MEDIA], "media[1].offset"),
+            ([MEDIA | {"length": 0xFFFFFFFF}, MEDIA | {"offset": 9}], "media[1].offset"),
+        )
     ),
     ("Explain", {"prefix": ID}, "prefix.tokens"),
     ("WatchEvents", {"namespace_id": "xyz"}, "namespace_id"),

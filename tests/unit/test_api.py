@@ -23,6 +23,7 @@ from kvstore.api.errors import RequestRefused
 from kvstore.client import AsyncOrchestrator, Orchestrator
 from kvstore.config import load_config
 from kvstore.errors import ConfigError, SpecError
+from kvstore.keys import Media
 from kvstore.server import blocks_cli, node_cli
 from kvstore.server.options_cli import limit_option, parse_duration
 from kvstore.server.output_cli import plain
@@ -103,13 +104,21 @@ def test_choices_become_selections() -> None:
     assert chosen.unused_for.seconds == 60
     assert not chosen.everything
     request = requests.move(
-        "memory", namespace=namespace, tokens=[1, 2], extras={0: [b"x"]}
+        "memory",
+        namespace=namespace,
+        tokens=[1, 2],
+        extras={0: [b"x"]},
+        salt="s",
+        adapter="a",
+        media=[Media("image", "d", 1, 2)],
     ).request
     assert isinstance(request, v1.MoveRequest)
     prefix = request.selection.prefix
     assert namespace_of(prefix.namespace) == namespace
     assert list(prefix.tokens.ids) == [1, 2]
     assert prefix.tokens.extras[0].values == [b"x"]
+    assert (prefix.tokens.salt, prefix.tokens.adapter) == ("s", "a")
+    assert list(prefix.tokens.media) == [v1.Media(modality="image", digest="d", offset=1, length=2)]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +129,19 @@ def test_choices_become_selections() -> None:
         (lambda: requests.lookup("abcdef", tokens=[-1]), "32 bits"),
         (lambda: requests.lookup("abcdef", tokens=[1 << 32]), "32 bits"),
         (lambda: requests.lookup("abcdef", tokens=["x"]), "32 bits"),  # type: ignore[list-item]
+        (lambda: requests.lookup("abcdef", keys=[bytes(32)], salt="s"), "keys cover salt"),
+        (lambda: requests.lookup("abcdef", tokens=[1], media=[Media("i", "d", -1, 1)]), "whole"),
         (lambda: requests.clear(tokens=[1]), "namespace"),
+        (lambda: requests.clear(namespace=""), "namespace is empty"),
+        (lambda: requests.clear(namespace="", tenant="t"), "namespace is empty"),
+        (lambda: requests.watch_events(""), "namespace is empty"),
+        (lambda: requests.made(requests.watch_events, after=-1), "does not fit"),
+        (lambda: requests.made(requests.list_leases, 1 << 64), "does not fit"),
+        (lambda: requests.made(requests.list_namespaces, "\udcff"), "does not fit"),
+        (
+            lambda: requests.made(requests.lookup, "abcdef", tokens=[1] * (2 << 20)),
+            "8388608 are allowed",
+        ),
         (lambda: requests.move("cloud", everything=True), "memory or disk"),  # type: ignore[arg-type]
         (lambda: requests.set_ttl(math.inf, everything=True), "ttl"),
         (lambda: requests.set_ttl(math.nan, everything=True), "ttl"),
@@ -202,7 +223,7 @@ def test_what_is_no_duration(text: str) -> None:
 def test_limits() -> None:
     assert limit_option("1GiB") == 1 << 30
     assert limit_option("none") == math.inf
-    with pytest.raises(typer.BadParameter, match="none for no limit"):
+    with pytest.raises(typer.BadParameter, match="is no size"):
         limit_option("much")
 
 

@@ -1,0 +1,404 @@
+"""The command line's manners: wrong values, hostile text, narrow terminals, questions first."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import typer.main
+from rich.cells import cell_len
+
+from kvstore import protocol
+from kvstore.client import Orchestrator
+from kvstore.server import cli as command_line
+from kvstore.server.cli import app
+from kvstore.session import Session
+from tests.control_tools import NAMESPACE_ID
+from tests.integration.test_cli_verbs import COMMAND, served, session
+from tests.session_tools import PATIENCE, Served, namespace, prompt, save
+
+__all__ = ["served", "session"]
+
+TOKENS = ",".join(map(str, prompt(1, 4)))
+BLOCKS = (NAMESPACE_ID[:8], "--tokens", TOKENS)
+
+
+def commands() -> Iterator[tuple[str, Any]]:
+    """All commands there are, by their words."""
+
+    def below(command: Any, words: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+        if words and (command.params or not hasattr(command, "commands")):
+            yield " ".join(words), command
+        for name, inner in getattr(command, "commands", {}).items():
+            yield from below(inner, (*words, name))
+
+    yield from below(typer.main.get_command(app), ())
+
+
+class Told:
+    """What `kvstore WORDS` answers. In this process: starting one takes half a second."""
+
+    def __init__(
+        self, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch, address: str = ""
+    ) -> None:
+        self._capsys = capsys
+        self._patch = patch
+        self._address = address
+        patch.setenv("TERM", "dumb")
+        patch.setenv("NO_COLOR", "1")
+
+    def run(self, *words: object, columns: int = 80, stdin: str = "") -> tuple[int, str, str]:
+        line = ["kvstore", *map(str, words)]
+        self._patch.setenv("COLUMNS", str(columns))
+        if self._address:
+            self._patch.setenv("KVSTORE_ADDRESS", self._address)
+        self._patch.setattr(sys, "argv", line)
+        self._patch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = 0
+        try:
+            command_line.main()
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else 1
+        out, err = self._capsys.readouterr()
+        return code, out, err
+
+    def text(self, *words: object, columns: int = 80) -> str:
+        code, out, err = self.run(*words, columns=columns)
+        assert code == 0, err
+        return out
+
+
+@pytest.fixture
+def told(
+    served: Served, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Told:
+    return Told(capsys, monkeypatch, f"unix://{served.socket}")
+
+
+# -- what cannot be taken back ------------------------------------------------------------------
+
+DESTRUCTIVE = {"clear", "ttl", "quota"}
+HARMLESS = {
+    "version", "serve", "stats", "namespaces", "sessions", "leases", "events", "lookup", "explain",
+    "inspect", "token new", "operations list", "operations watch", "operations cancel", "bench",
+    *(f"bench {name}" for name in (
+        "copy", "disk", "session", "store", "peer", "gpu-copy", "engine", "soak")),
+    # What they change can be changed back, and nothing is lost by it.
+    "pin", "unpin", "prefetch", "move", "copy", "compress", "decompress", "admission",
+    "drain",  # --stop says it, and writes out before
+    "fsck",  # --repair says it, and drops what nobody could be served
+}  # fmt: skip
+
+
+def test_every_command_that_destroys_takes_yes() -> None:
+    found = dict(commands())
+    assert set(found) == DESTRUCTIVE | HARMLESS
+    asking = {n for n, c in found.items() if any("--yes" in p.opts for p in c.params)}
+    assert asking == DESTRUCTIVE
+
+
+def test_nothing_is_destroyed_without_a_terminal_and_without_yes(
+    told: Told, session: Session
+) -> None:
+    for words in (
+        ["clear", "--all"],
+        ["clear", "--all", "--format", "json"],
+        ["clear", "-n", NAMESPACE_ID],
+        ["clear", "-n", *BLOCKS, "--no-wait"],
+        ["clear", "--tenant", ""],
+        ["ttl", "1ms", "--all"],
+        ["quota", "", "--memory", "4KiB"],
+        ["quota", "", "--disk", "0"],
+    ):
+        code, out, err = told.run(*words, stdin="y\n")
+        assert (code, out) == (2, ""), words
+        assert "--yes" in err
+    assert session.lookup(session.keys(prompt(1, 4))).blocks == 3
+
+
+def test_the_pipe_of_the_shell(served: Served, session: Session) -> None:
+    line = [*COMMAND, "clear", "--all", "--address", f"unix://{served.socket}"]
+    for stdin in ("echo n |", "", "exec <&-;"):
+        shell = f"{stdin} {' '.join(line)}" + ("" if stdin else " </dev/null")
+        ended = subprocess.run(shell, shell=True, capture_output=True, text=True, check=False)
+        assert ended.returncode == 2, ended
+        assert "Traceback" not in ended.stderr
+    assert session.lookup(session.keys(prompt(1, 4))).blocks == 3
+
+
+def test_yes_is_taken_for_an_answer(told: Told, session: Session) -> None:
+    told.text("quota", "", "--memory", "4KiB", "--disk", "4KiB", "--yes")
+    assert session.lookup(session.keys(prompt(1, 4))).blocks == 1
+    told.text("quota", "", "--memory", "none", "--disk", "none")
+    assert "changed 1 objects" in told.text("ttl", "1d", "--all", "-y")
+    assert told.text("clear", "--all", "-y").startswith("removed 1 objects")
+
+
+# -- what clients say ---------------------------------------------------------------------------
+
+HOSTILE = [
+    "\x1b[31mred\x1b]0;title\x07",
+    "[red]bold[/red]",
+    "\\[red]x[/]",
+    "a\nid  │ forged",
+    "\u202egpj.exe",
+    "\x9b2J\r\x7f",
+    "t" * 200,
+    "\u79df\u6237" * 30,
+]
+TABLES: dict[str, list[str]] = {
+    "stats": [],
+    "namespaces": [],
+    "sessions": [],
+    "leases": [],
+    "quota": [],
+    "admission": [],
+    "lookup": [*BLOCKS],
+    "explain": [*BLOCKS],
+    "operations list": [],
+}
+LINES = {
+    "pin", "unpin", "ttl", "prefetch", "move", "copy", "compress", "decompress", "clear", "events",
+    "drain", "operations watch", "operations cancel",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def crowded(served: Served) -> Iterator[None]:
+    """A daemon with hostile tenants, a client of hostile software, pins and operations."""
+    with ExitStack() as stack:
+        api = stack.enter_context(Orchestrator(f"unix://{served.socket}"))
+        for tenant in ["", *HOSTILE]:
+            opened = stack.enter_context(served.session(tenant=tenant))
+            save(opened, opened.keys(prompt(1, 4))[:3])
+            stack.callback(opened.clear)
+            api.pin(NAMESPACE_ID, tokens=prompt(1, 4), ttl=3600, owner=tenant or "me")
+            stack.callback(api.unpin, owner=tenant or "me")
+        api.set_admission(denied_tenants=HOSTILE)
+        stack.callback(api.set_admission, denied_tenants=[])
+        api.move("memory", everything=True).wait()
+        client = stack.enter_context(socket.socket(socket.AF_UNIX))
+        client.connect(str(served.socket))
+        hello = protocol.Hello(protocol.VERSION, HOSTILE[0] + HOSTILE[1], 1)
+        client.sendall(protocol.encode(1, hello))
+        client.settimeout(PATIENCE)
+        assert client.recv(1)
+        yield
+
+
+def test_every_command_that_asks_a_daemon_is_looked_at() -> None:
+    asking = {n for n, c in commands() if any("--wide" in p.opts for p in c.params)}
+    assert asking == set(TABLES) | LINES
+
+
+def test_tables_fit_80_columns_and_print_what_clients_say_as_it_is(
+    told: Told, crowded: None
+) -> None:
+    shown = {}
+    for command, arguments in TABLES.items():
+        for columns in (40, 80):
+            text = told.text(*command.split(), *arguments, columns=columns)
+            for line in text.splitlines():
+                assert line.isprintable(), (command, line)
+                if "│" in line or "┃" in line:
+                    assert cell_len(line) <= columns, (command, line)
+            shown[command, columns] = text
+    for command in ("namespaces", "quota"):
+        assert "[red]bold[/red]" in shown[command, 80]
+        assert "\\x1b[31mred" in shown[command, 80]
+    assert "memory" in shown["namespaces", 80]
+    assert NAMESPACE_ID[:12] in shown["namespaces", 80]
+    assert "never_stored" in shown["explain", 80]
+    assert "healthy" in shown["stats", 80]
+    assert "[red]bold[/red]" in told.text("sessions", columns=300).replace("\n", "")
+
+
+def test_wide_shows_all_columns_on_a_line(told: Told, crowded: None) -> None:
+    code, _, err = told.run("namespaces")
+    assert code == 0
+    assert "left out: parts" in err
+    code, out, err = told.run("namespaces", "--wide")
+    assert (code, err) == (0, "")
+    assert "float32" in out
+    (line,) = (line for line in out.splitlines() if "t" * 200 in line)
+    assert "test/model" in line
+
+
+def test_json_is_exact_and_harmless(told: Told, crowded: None) -> None:
+    text = told.text("namespaces", "--format", "json")
+    assert text.isascii()
+    assert text.rstrip("\n").isprintable()
+    found = {n["namespace"]["tenant"] for n in json.loads(text)["namespaces"]}
+    assert found >= set(HOSTILE)
+    sessions = json.loads(told.text("sessions", "--format", "json"))["sessions"]
+    assert HOSTILE[0] + HOSTILE[1] in [s["software"] for s in sessions]
+
+
+def test_lines_are_escaped_too(told: Told, crowded: None, served: Served) -> None:
+    other = namespace("[red]bold[/red]").digest.hex()
+    for words in (
+        ["events", "--after", "0", "--count", "3"],
+        ["explain", NAMESPACE_ID, "--tokens", "9," * 16],
+        ["lookup", other, "--tokens", TOKENS],
+        ["operations", "watch", "\x1b[31m"],
+        ["pin", *BLOCKS, "--ttl", "31d"],
+        ["stats", "--token-file", "/no/\x1b[31mfile"],
+        ["stats", "--address", "\x1b[31m"],
+    ):
+        _, out, err = told.run(*words)
+        for line in (out + err).splitlines():
+            assert line.isprintable(), words
+
+
+# -- wrong values -------------------------------------------------------------------------------
+
+NUL, SURROGATE, ESCAPE, MARKUP = "a\0b", "a\udcffb", "\x1b[31mx", "[/red]"
+LONG = "9" * 5000
+NO_TIME = [
+    "",
+    "5",
+    "-1s",
+    "soon",
+    "nans",
+    "infs",
+    "1e9s",
+    "\uff13s",
+    "\u0663s",
+    LONG + "s",
+    "36501d",
+]
+NO_SIZE = [
+    "",
+    "-1",
+    "ten",
+    "1.5.5GiB",
+    "10 Gb",
+    "\uff13GiB",
+    "\u0663",
+    "nan",
+    LONG,
+    "9999999TiB",
+    NUL,
+]
+NO_COUNT = ["", "0", "-1", "1.5", "nan", "ten", NUL, LONG, str(1 << 64)]
+NO_FOLDER = ["/no/such/folder", __file__, NUL, SURROGATE]
+NO_FILE = ["", "/no/such/file", "/", "/dev/null/x", NUL, SURROGATE]
+NO_TEXT = [SURROGATE]
+NO_IDS = ["", "one", "-1", "1.5", str(1 << 32), LONG, "[1.5]", "[true]", '["1"]', "[NaN]",
+          "[1e400]", "[" * 5000, "[1,", "{}", "\uff11", "\u0661", NUL, SURROGATE]  # fmt: skip
+NO_CHOICE = ["", "ALL", "cloud", "all ", NUL, SURROGATE, MARKUP]
+NO_NAMESPACE = ["", "abc", "xyz", "f" * 65, "ffffff", "\uff46" * 6, NUL, SURROGATE, ESCAPE, MARKUP]
+NO_OPERATION = ["", "1-1", "x" * 300, NUL, SURROGATE, ESCAPE, MARKUP]
+NO_ADDRESS = ["", "localhost", "unix:///no/such.sock", "unix://relative", "::1:7420", "host:99999",
+              "host:\u0667", "grpc://", "http://a:1", "x" * 64 + ".org:80", "a..b:80", NUL,
+              f"unix:///{NUL}", f"unix:///{SURROGATE}", "unix:///" + "x" * 200, MARKUP]  # fmt: skip
+NO_LISTENER = ["7420", "::1:7420", "host:99999", "host:\u0667", "host:x", "a..b:1", NUL, SURROGATE]
+PROMPT, WHERE = [*BLOCKS], ["--all"]
+
+VALUES: dict[str, list[str]] = {
+    "namespace": NO_NAMESPACE, "--namespace": NO_NAMESPACE,
+    "--tokens": NO_IDS, "--tokens-file": [*NO_FILE, "/dev/zero"],
+    "--keys": ["", "xx", "abcd", "0" * 63, "\uff10" * 64, NUL, SURROGATE],
+    "--salt": NO_TEXT,
+    "--lora": ["", "x", "0" * 63, "/no/such/folder", "\uff10" * 64, NUL, SURROGATE],
+    "--media": ["", "image", "image:d", "image:d:1", "image:d:-1:1", "image:d:x:1", "image:d:1:0",
+                "image::1:1", ":d:1:1", "image:d:\uff11:1", f"image:{'x' * 300}:1:1",
+                f"image:{SURROGATE}:1:1", f"image:d:{LONG}:1"],
+    "--extra": ["", "1", "x:1", "-1:x", "\uff11:x", f"{LONG}:x", ":x"],
+    "--config": NO_FILE[1:], "--address": NO_ADDRESS, "--token-file": [*NO_FILE[1:], "/dev/null"],
+    "--timeout": NO_TIME, "--format": NO_CHOICE,
+    "--ttl": [*NO_TIME, "0s", "31d"], "time": [*NO_TIME, "0s"], "--within": [*NO_TIME, "2d"],
+    "--older-than": NO_TIME, "--unused-for": NO_TIME,
+    "--owner": NO_TEXT, "pin --owner": [*NO_TEXT, "", "x" * 300],
+    "pin": ["", "pin-0", "x" * 300, NUL, SURROGATE, MARKUP],
+    "--tier": NO_CHOICE, "--to": NO_CHOICE, "--codec": NO_CHOICE,
+    "--tenant": NO_TEXT, "tenant": [*NO_TEXT, "x" * 5000], "--deny": [*NO_TEXT, "x" * 5000],
+    "--session": NO_COUNT, "--after": ["", "-1", "1.5", LONG, str(1 << 64)],
+    "--count": NO_COUNT[:5],
+    "quota --memory": NO_SIZE, "quota --disk": NO_SIZE,
+    "admission --memory": NO_CHOICE, "admission --disk": NO_CHOICE,
+    "operation": NO_OPERATION,
+    "--socket": ["", "/no/such/s.sock", "/" + "x" * 200, SURROGATE],
+    "--memory": [*NO_SIZE, "0"], "--disk": ["", NUL, SURROGATE], "--disk-size": [*NO_SIZE, "1MiB"],
+    "--grpc": NO_LISTENER, "--http": NO_LISTENER, "--tcp": NO_LISTENER,
+    "serve --tokens": NO_FILE, "--log-level": NO_CHOICE,
+    "folder": NO_FOLDER, "--folder": NO_FOLDER,
+    "--size": [*NO_SIZE, "0", "1kB", "1TiB"], "--threads": NO_COUNT, "--samples": NO_COUNT,
+    "--clients": NO_COUNT, "--streams": NO_COUNT, "--requests": NO_COUNT,
+    "--engine": NO_CHOICE, "--processes": NO_CHOICE,
+    "--minutes": ["", "-1", "nan", "inf", "1e9", "x"], "--seconds": ["", "-1", "nan", "inf", "1e9"],
+}  # fmt: skip
+"""What every option and argument must refuse; a new one needs a line."""
+
+BESIDE: dict[str, list[str]] = {
+    "pin": ["--ttl", "1h"],
+    "ttl": ["1d", "--all", "--yes"],
+    "move": ["--to", "disk", "--all"],
+    "copy": ["--to", "disk", "--all"],
+    "compress": ["--codec", "raw", "--all"],
+    "decompress": ["--all"],
+    "clear": ["--dry-run", "--all"],
+    "quota": ["t"],
+    "serve": ["--grpc", "none", "--http", "none", "--socket", "/no/such/folder/s.sock"],
+    "bench": ["--quick"],
+}
+"""What a command needs beside the value in question."""
+
+OF_OTHERS = {"--model", "--dtype", "--connector", "--results"}
+"""What the engine judges, or who has a GPU."""
+NAMES_BLOCKS = {"--tokens", "--tokens-file", "--keys"}
+
+
+def wrong_values() -> Iterator[tuple[str, str, list[str]]]:
+    """Every option and argument that takes a value, once: a command that has it, and the values."""
+    seen = set()
+    for command, found in commands():
+        for parameter in found.params:
+            name = parameter.opts[0]
+            own = f"{command} {name}"
+            same = (name, getattr(parameter, "help", ""))
+            if getattr(parameter, "is_flag", False) or command == "token new" or name in OF_OTHERS:
+                continue
+            values = VALUES.get(own) or VALUES[name]
+            if same not in seen:
+                seen.add(same)
+                yield command, name, values
+
+
+def test_every_option_and_argument_is_in_the_table() -> None:
+    names = {name for _, name, _ in wrong_values()}
+    assert names >= {"--after", "--media", "namespace", "folder"}
+    assert {key.split()[-1] for key in VALUES} == names
+
+
+@pytest.mark.parametrize(("command", "name", "values"), wrong_values())
+def test_a_wrong_value_is_told_in_one_message(
+    told: Told, session: Session, command: str, name: str, values: list[str]
+) -> None:
+    for value in values:
+        beside = list(BESIDE.get(command, []))
+        if command in ("lookup", "explain", "pin", "prefetch") and name != "namespace":
+            beside.append(NAMESPACE_ID)
+        if command in ("lookup", "explain", "pin", "prefetch") and name not in NAMES_BLOCKS:
+            beside += ["--tokens", TOKENS]
+        if not name.startswith("-"):
+            beside = [word for word in beside if word not in ("t", "1d")]
+        line = [*command.split(), *beside, *([name] if name.startswith("-") else ["--"]), value]
+        code, out, err = told.run(*line)
+        assert code in (1, 2), (line, out)
+        assert out == "", line
+        assert "Traceback" not in err
+        if code == 1:
+            (only,) = err.splitlines()
+            assert only.startswith("error: "), line
+        else:
+            assert err.count("─ Error ─") == 1, (line, err)
+        assert len(err) < 3000, line
+        assert all(text.isprintable() for text in err.splitlines()), line
