@@ -91,13 +91,16 @@ class Orchestrator:
     Args:
         address: unix:///path of the daemon's socket, host:port of its gRPC API (with TLS where
             `session.tls_ca` or `session.tls_cert` is configured), or grpc:// or grpcs://host:port
-            without or with TLS. None: the configured socket.
+            without or with TLS. None: the configured socket, or an engine's private store, if
+            there is just one; that is asked to serve its API, which may take half a second.
         config: gives what is left out here; loaded from file and environment if None.
         token: to present; None: `KVSTORE_TOKEN` or `session.token_file`.
         timeout: seconds for each call; streams have none.
 
     Raises:
-        ConfigError: an address, token file or certificate is unusable. Nothing is connected yet.
+        ConfigError: an address, token file or certificate is unusable, or several private stores
+            run. Nothing is connected yet.
+        StoreUnavailable: a private store does not answer.
     """
 
     def __init__(
@@ -109,7 +112,8 @@ class Orchestrator:
         timeout: float = 10.0,
     ) -> None:
         self.timeout = timeout
-        self._target = target(address, config, token)
+        self._target = target(address, config, token, timeout)
+        self.address = self._target.shown
         where, credentials = self._target.address, self._target.credentials
         if credentials is None:
             self._channel = grpc.insecure_channel(where, options=OPTIONS)

@@ -75,7 +75,8 @@ class AsyncOrchestrator:
         timeout: float = 10.0,
     ) -> None:
         self.timeout = timeout
-        self._target = target(address, config, token)
+        self._target = target(address, config, token, timeout)
+        self.address = self._target.shown
         where, credentials = self._target.address, self._target.credentials
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(where, options=OPTIONS)

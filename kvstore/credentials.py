@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import socket
+import struct
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from kvstore.config import Config
 from kvstore.errors import ConfigError
 
 if TYPE_CHECKING:
     import ssl
+
+
+_PEER: Final = struct.Struct("3i")
 
 
 def client_token(config: Config) -> str:
@@ -32,6 +37,19 @@ def client_token(config: Config) -> str:
     if not token:
         raise ConfigError(f"session.token_file {path} is empty; put the token into it")
     return token
+
+
+def listener(path: Path) -> int | None:
+    """The process that listens on a unix socket, if it is this user's, or root's; None: nobody."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+            peer = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+        except OSError:
+            return None
+        pid, uid, _ = _PEER.unpack(peer)
+        return pid if uid in (os.geteuid(), 0) else None
 
 
 def client_context(config: Config) -> ssl.SSLContext:

@@ -18,8 +18,10 @@ import time
 from pathlib import Path
 from typing import Final
 
+from kvstore import protocol
 from kvstore.channel import Channel
 from kvstore.config import Config
+from kvstore.credentials import listener
 from kvstore.errors import ConfigError, StoreUnavailable
 
 _POLL: Final = 0.02
@@ -28,6 +30,29 @@ _POLL: Final = 0.02
 def socket_path(config: Config) -> Path:
     """Where the embedded daemon of this configuration listens."""
     return config.run_dir / f"embedded-{config.instance}.sock"
+
+
+def private_daemons(run_dir: Path) -> list[Path]:
+    """The sockets of this user's private daemons that run."""
+    return [path for path in sorted(run_dir.glob("embedded-*.sock")) if listener(path)]
+
+
+def open_control(path: Path, timeout: float) -> Path:
+    """Have the daemon at `path` serve its API, which a private one does once it is asked.
+
+    Takes about half a second the first time; returns the socket of the API.
+
+    Raises:
+        StoreUnavailable: nobody answers in `timeout` seconds, or it refuses.
+    """
+    channel = Channel.connect(path, timeout, populate=False)
+    try:
+        reply = channel.call(protocol.Control(), timeout)
+    finally:
+        channel.retire()
+    if not isinstance(reply, protocol.Controlled):
+        raise StoreUnavailable(f"the daemon at {path} serves no API: {reply}")
+    return Path(reply.path)
 
 
 def prepare_run_dir(folder: Path) -> None:

@@ -239,6 +239,16 @@ class Clear(Message, tag="clear"):
     handle: int
 
 
+class Control(Message, tag="control"):
+    """Open the orchestration API, if it is not: a private daemon has none until it is asked."""
+
+
+class Controlled(Message, tag="controlled"):
+    """The socket of the API."""
+
+    path: str
+
+
 class Attach(Message, tag="attach"):
     """First message of a data connection: it belongs to this session. Its ticket proves it."""
 
@@ -299,11 +309,12 @@ class Failure(Message, tag="failure"):
 
 Request = (
     Hello | Open | Lookup | Reserve | Commit | Acquire | Release | Prefetch | Pin | Flush | Clear
-    | Stats
+    | Stats | Control
 )  # fmt: skip
 Reply = (
-    Welcome | Opened | Found | Reserved | Committed | Held | Count | Flushed | StatsReply | Failure
-)
+    Welcome | Opened | Found | Reserved | Committed | Held | Count | Flushed | StatsReply
+    | Controlled | Failure
+)  # fmt: skip
 StreamRequest = Attach | Put | Get
 StreamReply = Attached | Taken | Sending | Failure
 

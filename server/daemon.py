@@ -73,6 +73,9 @@ class Daemon:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.path = path
+        if embedded:  # It listens nowhere but beside its socket, whatever the engine's file says.
+            server = ServerConfig(grpc=None, http=None)
+            config = config.model_copy(update={"address": f"unix://{path}", "server": server})
         self._config = config
         self._embedded = embedded
         self._progress = progress
@@ -91,7 +94,7 @@ class Daemon:
             ConfigError: another daemon serves there, or the configuration cannot be had.
         """
         loop = asyncio.get_running_loop()
-        server = ServerConfig() if self._embedded else self._config.server
+        server = self._config.server
         access = Access.load(server)
         self._group = None if server.group is None else group_id(server.group)
         await self._take_lock()
@@ -136,13 +139,15 @@ class Daemon:
                 ticking = loop.create_task(self._tick(store))
                 following = loop.create_task(node.follow_tokens())
                 accepting = loop.create_task(self._accept(listener, node, arena))
+                if not self._embedded:
+                    await node.open_control()
                 for face in self._faces(node):
                     await face.start()
                     faces.append(face)
                 node.ready = True
                 if http is not None:
                     http.attach(node)
-                listening = faces if http is None else [http, *faces]
+                listening = [face for face in (http, node.control, *faces) if face is not None]
                 ready([address for face in listening for address in face.addresses])
                 if not self._embedded:  # What we inherited would be the engine's.
                     notify("READY=1")
@@ -156,6 +161,8 @@ class Daemon:
                 listener.close()
                 for face in reversed(faces):
                     await face.stop()
+                if node.control is not None:
+                    await node.control.stop()
             left = await node.drain(_SHUTDOWN_FLUSH_SECONDS)
             if left:
                 _log.warning("%d objects did not reach the disk before the stop", left)
@@ -176,20 +183,15 @@ class Daemon:
         self._stop.set()
 
     def _faces(self, node: Node) -> list[Face]:
-        """The ways in besides the socket; an embedded daemon has none."""
-        if self._embedded:
+        """The ways in besides the sockets."""
+        if self._config.server.tcp is None:
             return []
-        from kvstore.server.control import ControlFace
         from kvstore.server.streams import StreamFace
 
-        server = self._config.server
-        faces: list[Face] = [ControlFace(node)]
-        if server.tcp is not None:
-            faces.append(StreamFace(node))
-        return faces
+        return [StreamFace(node)]
 
     def _http_face(self, access: Access) -> AdminFace | None:
-        if self._embedded or self._config.server.http is None:
+        if self._config.server.http is None:
             return None
         from kvstore.server.admin import AdminFace
 

@@ -9,6 +9,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 from kvstore.config import Config
@@ -65,9 +67,12 @@ class Node:
     calls: dict[asyncio.Timeout, Grant] = field(default_factory=dict)
     """Of the API that run, by what ends them."""
     recent: Recent = field(default_factory=Recent)
+    control: Face | None = None
+    """The API, once it is served."""
     ready: bool = False
     started: float = field(default_factory=time.time)  # Unix seconds
     quiet: QuietLog = field(default_factory=lambda: QuietLog(_log))
+    _opening: asyncio.Lock = field(default_factory=asyncio.Lock)
     _reload: asyncio.Event = field(default_factory=asyncio.Event)
     _owners: dict[bytes | str, Owner] = field(default_factory=dict)
 
@@ -152,6 +157,21 @@ class Node:
                 clock.reschedule(0.0)
         ended = f"{len(sessions)} sessions and {len(calls)} calls end"
         _log.info("the tokens were read again; %s", ended)
+
+    async def open_control(self) -> Path:
+        """Serve the API, if it is not served yet, and say on which socket.
+
+        Raises:
+            ConfigError: the socket or port cannot be had.
+        """
+        async with self._opening:
+            if self.control is None:
+                # In a thread: gRPC takes long to load, and private daemons only do so now.
+                module = await asyncio.to_thread(import_module, "kvstore.server.control")
+                face = module.ControlFace(self)
+                await face.start()
+                self.control = face
+        return self.config.control_socket
 
     async def drain(self, timeout: float) -> int:
         """Take no more saves and sessions, and wait until all is on disk, as long as it gets on.

@@ -22,7 +22,7 @@ import typer
 
 from kvstore.config import load_config, parse_size
 from kvstore.errors import ConfigError, SpecError
-from kvstore.server.output_cli import shown
+from kvstore.server.output_cli import say, shown
 
 if TYPE_CHECKING:
     from kvstore.api.requests import Blocks, Where
@@ -165,7 +165,10 @@ class Link:
                 raise ConfigError(f"--token-file {self.token_file} is empty; put the token into it")
         settings = load_config(self.config)
         timeout = _TIMEOUT if self.timeout is None else self.timeout
-        return Orchestrator(self.address, config=settings, token=token, timeout=timeout)
+        api = Orchestrator(self.address, config=settings, token=token, timeout=timeout)
+        if (self.address or settings.address) is None and api.address != str(settings.socket):
+            say(f"private store unix://{api.address}", err=True)
+        return api
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

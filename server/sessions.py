@@ -258,6 +258,10 @@ class SessionConnection(asyncio.Protocol):
                 namespace, _ = self._handle_of(request.handle)
                 self.grant.check(Role.WRITE, "clear")
                 return protocol.Count(store.clear(namespace))
+            case protocol.Control():
+                self.grant.check(Role.ADMIN, "opening the API")
+                self._start(self._open_control(request_id))
+                return None
             case protocol.Stats():
                 return protocol.StatsReply(json.dumps(store.stats()))
             case protocol.Hello():
@@ -386,6 +390,13 @@ class SessionConnection(asyncio.Protocol):
             self._reply(request_id, protocol.Flushed(self._store.tiering.unwritten))
 
         self._start(wait())
+
+    async def _open_control(self, request_id: int) -> None:
+        try:
+            reply: Message = protocol.Controlled(str(await self._node.open_control()))
+        except KVStoreError as e:
+            reply = Failure(str(e))
+        self._reply(request_id, reply)
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
         """Do something beside the requests, as long as the connection lasts."""

@@ -15,7 +15,7 @@ from kvstore.api import v1
 from kvstore.api.convert import MAX_REPLY, SERVICE
 from kvstore.api.errors import OperationFailed, OperationUnfinished, RequestRefused
 from kvstore.config import Config, checked_text, load_config, split_host_port
-from kvstore.credentials import client_context, client_token
+from kvstore.credentials import client_context, client_token, listener
 from kvstore.errors import AccessDenied, ConfigError, KVStoreError, StoreUnavailable
 
 _SUFFIX: Final = ".control"
@@ -42,23 +42,29 @@ class Target(NamedTuple):
     metadata: tuple[tuple[str, str], ...]
 
 
-def target(address: str | None, config: Config | None, token: str | None) -> Target:
+def target(
+    address: str | None, config: Config | None, token: str | None, timeout: float = 10.0
+) -> Target:
     """Where and how to call.
 
     Args:
         address: unix:///path of the session socket, host:port, or grpc://host:port (never TLS) or
-            grpcs://host:port (always). None: the socket that is configured.
+            grpcs://host:port (always). None: the socket that is configured, or the private daemon
+            that runs. One of those is asked to serve its API first, for `timeout` seconds at most.
         config: gives the socket, the token's file and TLS (`session.*`); loaded if None.
         token: to present, instead of the configured one.
 
     Raises:
-        ConfigError: the address or a file is unusable.
+        ConfigError: the address or a file is unusable, or several private daemons run.
+        StoreUnavailable: a private daemon does not answer.
     """
     settings = load_config() if config is None else config
     token = client_token(settings) if token is None else token
     metadata = (("authorization", f"Bearer {token}"),) if token else ()
     if address is None or address.startswith("unix://"):
         path = settings.control_socket if address is None else _control_socket(address)
+        if listener(path) is None:
+            path = _of_private(path, settings, address or settings.address, timeout)
         shown = str(path).removesuffix(_SUFFIX)
         return Target(shown, f"unix:{path}", None, metadata)
     scheme, separator, rest = address.rpartition("://")
@@ -72,6 +78,21 @@ def target(address: str | None, config: Config | None, token: str | None) -> Tar
     configured = session.tls_ca is not None or session.tls_cert is not None
     secure = scheme == "grpcs" or (not separator and configured)
     return Target(rest, rest, _credentials(settings) if secure else None, metadata)
+
+
+def _of_private(path: Path, config: Config, address: str | None, timeout: float) -> Path:
+    """The API of a private daemon, if that is what there is, else `path`."""
+    from kvstore.embedded import open_control, private_daemons
+
+    found = [path.with_name(path.name.removesuffix(_SUFFIX))]
+    if address is None:
+        found = private_daemons(config.run_dir)
+    if len(found) > 1:
+        raise ConfigError(
+            "several private stores are here; choose one by its address: "
+            + ", ".join(f"unix://{one} (process {listener(one)})" for one in found)
+        )
+    return open_control(found[0], timeout) if found and listener(found[0]) else path
 
 
 def _control_socket(address: str) -> Path:
