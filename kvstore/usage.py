@@ -76,10 +76,10 @@ class TierShare:
 class TenantUsage:
     """What a tenant holds."""
 
-    __slots__ = ("disk", "held_bytes", "memory", "namespaces", "pinned_bytes")
+    __slots__ = ("disk", "held_bytes", "memory", "namespaces", "objects", "pinned_bytes")
 
     def __init__(self) -> None:
-        self.namespaces = 0
+        self.namespaces = self.objects = 0
         self.memory = TierShare()
         self.disk = TierShare()
         self.held_bytes = 0  # being saved or read, so that they cannot leave memory
@@ -141,6 +141,7 @@ class Usage:
         """An object was indexed."""
         account = entry.account = self.account(entry.name.namespace)
         account.objects += 1
+        account.tenant.objects += 1
         part = entry.name.part
         account.parts[part] = account.parts.get(part, 0) + 1
 
@@ -148,6 +149,7 @@ class Usage:
         """An object was taken out of the index."""
         account = entry.account
         account.objects -= 1
+        account.tenant.objects -= 1
         part = entry.name.part
         account.parts[part] -= 1
         if not account.parts[part]:

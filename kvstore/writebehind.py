@@ -5,7 +5,7 @@ Owned by the store's loop. Objects wait in order; so many bytes are under way at
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from kvstore.index import Entry
@@ -41,6 +41,9 @@ class WriteBehind:
 
     def __len__(self) -> int:
         return len(self._wanted)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._wanted)
 
     def __contains__(self, entry: Entry) -> bool:
         return entry in self._wanted

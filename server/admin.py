@@ -26,8 +26,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from kvstore import __version__
 from kvstore.config import Config, split_host_port
-from kvstore.errors import AccessDenied, ConfigError
-from kvstore.server.access import Access, Grant, Role
+from kvstore.errors import ConfigError
+from kvstore.server.access import Access, Denied, Grant, Role
 from kvstore.server.metrics import Exposition
 from kvstore.server.node import Node
 from kvstore.server.samples import Samples
@@ -64,9 +64,10 @@ _requests_log.addFilter(
 class _Refused(Exception):
     """An answer other than 200: what is wrong, and what to do."""
 
-    def __init__(self, status: HTTPStatus, text: str, **headers: str) -> None:
+    def __init__(self, status: HTTPStatus, text: str, reason: str = "", **headers: str) -> None:
         super().__init__(text)
         self.status = status
+        self.reason = reason  # for the counters
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
@@ -199,6 +200,8 @@ class AdminFace:
         try:
             response = await self._answer(request)
         except _Refused as e:
+            if e.reason and self._node is not None:
+                self._node.store.counters.add("refused", e.reason)
             response = _json({"error": str(e)}, e.status)
             response.headers.update(e.headers)
         response.headers.update(_HEADERS)
@@ -235,14 +238,16 @@ class AdminFace:
                 HTTPStatus.MISDIRECTED_REQUEST,
                 f"{host!r} is no name of this machine's loopback; ask for http://127.0.0.1 or "
                 "http://localhost, or set server.tokens",
+                "host",
             )
 
     def _grant(self, request: web.BaseRequest, role: Role) -> Grant:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         try:
             grant = self._access.grant(token.strip() if scheme.lower() == "bearer" else None)
-        except AccessDenied as e:
-            raise _Refused(HTTPStatus.UNAUTHORIZED, str(e), WWW_Authenticate="Bearer") from e
+        except Denied as e:
+            text, status = str(e), HTTPStatus.UNAUTHORIZED
+            raise _Refused(status, text, e.reason, WWW_Authenticate="Bearer") from e
         _check_role(grant, role, request.path)
         return grant
 
@@ -302,6 +307,13 @@ class AdminFace:
 
     async def _set_loglevel(self, request: web.BaseRequest, grant: Grant) -> web.Response:
         _check_role(grant, Role.ADMIN, "changing a log level")
+        if grant.tenants is not None:
+            text = f"log levels concern all tenants, {grant.name!r} only some; use another token"
+            raise _Refused(HTTPStatus.FORBIDDEN, text, "tenant")
+        origin = f"{request.scheme}://{request.host}"
+        if not grant.digest and request.headers.get("Origin") != origin:
+            text = f"without a token send the header Origin: {origin}, as our own page would"
+            raise _Refused(HTTPStatus.FORBIDDEN, text, "origin")
         if request.content_type != "application/json":  # What another site's form cannot send.
             raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send Content-Type: application/json")
         wanted = await _body(request)
@@ -327,8 +339,8 @@ class AdminFace:
 def _check_role(grant: Grant, role: Role, what: str) -> None:
     try:
         grant.check(role, what)
-    except AccessDenied as e:
-        raise _Refused(HTTPStatus.FORBIDDEN, str(e)) from e
+    except Denied as e:
+        raise _Refused(HTTPStatus.FORBIDDEN, str(e), e.reason) from e
 
 
 def _json(value: object, status: HTTPStatus = HTTPStatus.OK) -> web.Response:

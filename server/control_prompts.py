@@ -117,21 +117,20 @@ class PromptVerbs:
         reasons = explain(self._store, asked.namespace, keys)
         if asked.tokens is not None:
             return reasons
-        # Keys that were given may be those of others. Tenants are walls: who holds somebody else's
-        # key, however he got it, is told nothing by it.
+        # Keys that were given may be those of others, which whoever guesses a prompt can compute.
+        # Tenants are walls: who is limited to some is not even told that there is such a block.
         for number, found in enumerate(reasons):
             if found.reason in _OF_STORED:
                 continue
-            known = self._store.tiering.index.of(found.key)
-            if known:
-                other = known[0].name.namespace
-                detail = "it is no block of this namespace"
-                if caller.sees(other.tenant):
-                    detail = f"it is a block of namespace {other.digest.hex()[:12]}"
-                reasons[number] = BlockReason(found.key, False, 0, "other_namespace", detail, None)
-            elif caller.tenants is not None:
-                detail = "not here; what became of it is told to those who give tokens"
-                reasons[number] = BlockReason(found.key, False, 0, "never_stored", detail, None)
+            reason = "never_stored"
+            detail = "not here; what became of it is told to those who give tokens"
+            if caller.tenants is None:
+                known = self._store.tiering.index.of(found.key)
+                if not known:
+                    continue
+                reason = "other_namespace"
+                detail = f"it is a block of namespace {known[0].name.namespace.digest.hex()[:12]}"
+            reasons[number] = BlockReason(found.key, False, 0, reason, detail, None)
         return reasons
 
     async def _elsewhere(self, caller: Grant, asked: Prompt, found: BlockReason) -> BlockReason:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import Any
 
 from kvstore import __version__
@@ -27,46 +28,26 @@ class StateVerbs:
 
     async def stats(self, caller: Grant, request: v1.StatsRequest) -> v1.StatsResponse:
         """Usage; of a caller limited to tenants, that of these."""
-        node, store = self._node, self._store
-        stats = store.stats()
+        node = self._node
+        stats = node.stats(caller)
         reply = v1.StatsResponse(
             node=node.name,
             version=__version__,
             uptime=duration(max(0.0, time.time() - node.started)),
             draining=node.draining,
+            objects=stats["objects"],
+            unwritten_objects=stats.get("unwritten", 0),
+            leases=stats["leases"],
+            sessions=len(node.seen_sessions(caller)),
+            counters=stats["counters"],
+            tiers=[_tier_stats(v1.TIER_MEMORY, stats["memory"])],
         )
-        if caller.tenants is not None:
-            return await self._limited(caller, reply)
-        reply.objects, reply.unwritten_objects = stats["objects"], stats["unwritten"]
-        reply.leases, reply.sessions = stats["leases"], len(node.sessions)
-        reply.counters.update(stats["counters"])
-        reply.tiers.append(_tier_stats(v1.TIER_MEMORY, stats["memory"], ""))
         reply.tiers[0].pinned_bytes = stats["pinned_bytes"]
         if stats["disk"] is not None:
-            reply.tiers.append(_tier_stats(v1.TIER_DISK, stats["disk"], stats["disk"]["problem"]))
+            reply.tiers.append(_tier_stats(v1.TIER_DISK, stats["disk"]))
         elif stats["disk_problem"]:
             problem = stats["disk_problem"]
             reply.tiers.append(v1.TierStats(tier=v1.TIER_DISK, problem=problem))
-        return reply
-
-    async def _limited(self, caller: Grant, reply: v1.StatsResponse) -> v1.StatsResponse:
-        assert caller.tenants is not None
-        memory = v1.TierStats(tier=v1.TIER_MEMORY)
-        disk = v1.TierStats(tier=v1.TIER_DISK)
-        for tenant in caller.tenants:
-            usage = self._store.usage.tenants.get(tenant)
-            if usage is not None:
-                memory.used_bytes += usage.memory_bytes
-                memory.pinned_bytes += usage.pinned_bytes
-                disk.used_bytes += usage.disk_bytes
-        reply.tiers.extend([memory, disk])
-        pace = Pace()
-        for account in list(self._store.usage.namespaces.values()):
-            if caller.sees(account.namespace.tenant):
-                reply.objects += account.objects
-            await pace.step()
-        reply.leases = len(await self._visible_leases(caller))
-        reply.sessions = sum(_visible(caller, s) for s in self._node.sessions.values())
         return reply
 
     async def list_namespaces(
@@ -103,26 +84,22 @@ class StateVerbs:
         self, caller: Grant, request: v1.ListSessionsRequest
     ) -> v1.ListSessionsResponse:
         """Who is connected; of a session of several tenants, what the caller sees."""
-        leases: dict[int, int] = {}
-        for lease in await self._visible_leases(caller):
-            number = _session_of(lease)
-            leases[number] = leases.get(number, 0) + 1
+        leases = Counter(map(_session_of, self._node.leases(caller)))
         reply = v1.ListSessionsResponse()
-        for number, session in sorted(self._node.sessions.items()):
-            if not _visible(caller, session):
-                continue
-            seen = {n.digest.hex() for n, _ in session.opened if caller.sees(n.tenant)}
+        for session in self._node.seen_sessions(caller):
+            seen = {namespace.digest.hex() for namespace in session.seen_by(caller)}
+            whole = all(caller.sees(namespace.tenant) for namespace, _ in session.opened)
             reply.sessions.append(
                 v1.SessionInfo(
-                    id=number,
+                    id=session.peer.session,
                     peer=session.peer.address,
                     pid=session.peer.pid,
                     software=session.peer.software,
                     token=session.grant.name,
                     since=timestamp(session.since),
                     namespace_ids=sorted(seen),
-                    leases=leases.get(number, 0),
-                    requests=session.requests,
+                    leases=leases[session.peer.session],
+                    requests=session.requests if whole else 0,
                 )
             )
         return reply
@@ -133,7 +110,7 @@ class StateVerbs:
         """Rights to blocks, of sessions and of pins."""
         reply = v1.ListLeasesResponse()
         pace = Pace()
-        for lease in await self._visible_leases(caller):
+        for lease in self._node.leases(caller):
             session = _session_of(lease)
             owner = lease.owner.name if isinstance(lease.owner, PinOwner) else ""
             if request.HasField("session") and request.session != session:
@@ -156,37 +133,20 @@ class StateVerbs:
             await pace.step()
         return reply
 
-    async def _visible_leases(self, caller: Grant) -> list[Lease]:
-        pace = Pace()
-        found = []
-        for lease in self._store.leases():
-            entry = next(lease.entries(), None)
-            tenant = None if entry is None else entry.name.namespace.tenant
-            if caller.tenants is None or (tenant is not None and caller.sees(tenant)):
-                found.append(lease)
-            await pace.step()
-        return found
-
 
 def _session_of(lease: Lease) -> int:
     """The number of the session that holds a lease; 0: none does."""
     return lease.owner.peer.session if isinstance(lease.owner, SessionConnection) else 0
 
 
-def _visible(caller: Grant, session: SessionConnection) -> bool:
-    if caller.tenants is None:
-        return True
-    return any(caller.sees(namespace.tenant) for namespace, _ in session.opened)
-
-
-def _tier_stats(tier: v1.Tier, pool: dict[str, Any], problem: str | None) -> v1.TierStats:
+def _tier_stats(tier: v1.Tier, pool: dict[str, Any]) -> v1.TierStats:
     return v1.TierStats(
         tier=tier,
-        capacity_bytes=pool["capacity"],
+        capacity_bytes=pool.get("capacity", 0),
         used_bytes=pool["used"],
-        free_bytes=pool["free"],
-        fragmented_bytes=pool["fragmented"],
-        problem=problem or "",
+        free_bytes=pool.get("free", 0),
+        fragmented_bytes=pool.get("fragmented", 0),
+        problem=pool.get("problem") or "",
     )
 
 

@@ -149,7 +149,7 @@ def counted(name: str) -> tuple[str, str]:
 class Exposition(Collector):
     """All metrics of a node, as one caller may see them; without a node, those of a start.
 
-    Sums of the whole node are shown to everybody; tenants are named to those who see them.
+    A caller limited to tenants is shown what is theirs alone.
     """
 
     def __init__(self, node: Node | None, grant: Grant) -> None:
@@ -167,13 +167,16 @@ class Exposition(Collector):
         ready = node is not None and node.ready
         yield _gauge("ready", "1 once warm-up is done, until the daemon stops.", int(ready))
         if node is not None:
-            stats = node.store.stats()
             yield _gauge("draining", "1 while the node takes no new work.", int(node.draining))
+            yield from _of_tenants(node, self._grant)
+        if self._grant.tenants is not None:
+            return
+        if node is not None:
+            stats = node.store.stats()
             yield from _of_tiers(node, stats)
             yield from _of_work(node, stats)
             yield from _of_counters(stats["counters"])
             yield from _of_histograms(stats["histograms"])
-            yield from _of_tenants(node, self._grant)
         yield from _process.collect()
 
 

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from kvstore.config import Config
 from kvstore.errors import ConfigError, ProtocolError
+from kvstore.index import Lease
 from kvstore.server.access import LOCAL, Access, Denied, Grant
 from kvstore.server.owners import Owner
 from kvstore.server.recent import Recent
@@ -106,19 +107,52 @@ class Node:
             text = "the daemon is draining and takes no new sessions; try another node"
             raise Denied("draining", text)
 
+    # -- as far as a caller sees it -------------------------------------------------------------
+
+    def stats(self, grant: Grant) -> dict[str, Any]:
+        """`Store.stats`; for callers limited to tenants, what these hold, and nothing of others."""
+        stats = self.store.stats()
+        if grant.tenants is None:
+            return stats
+        held = [t for name, t in self.store.usage.tenants.items() if grant.sees(name)]
+        disk = {"used": sum(tenant.disk_bytes for tenant in held)}
+        return {
+            "objects": sum(tenant.objects for tenant in held),
+            "memory": {"used": sum(tenant.memory_bytes for tenant in held)},
+            "disk": None if stats["disk"] is None else disk,
+            "disk_problem": None,
+            "pinned_bytes": sum(tenant.pinned_bytes for tenant in held),
+            "leases": len(self.leases(grant)),
+            "counters": {},
+            "histograms": {},
+        }
+
+    def leases(self, grant: Grant) -> list[Lease]:
+        """Leases on blocks of tenants that the caller sees."""
+        if grant.tenants is None:
+            return self.store.leases()
+        first = ((lease, next(lease.entries(), None)) for lease in self.store.leases())
+        return [lease for lease, e in first if e and grant.sees(e.name.namespace.tenant)]
+
+    def seen_sessions(self, grant: Grant) -> list[SessionConnection]:
+        """Sessions that have opened what the caller sees, oldest first."""
+        return [s for s in self.sessions.values() if grant.tenants is None or s.seen_by(grant)]
+
+    # -- callers --------------------------------------------------------------------------------
+
     def refused(self, reason: str, what: str, why: object) -> None:
         """Count what was turned away, in a word, and say it, though not too often."""
         self.store.counters.add("refused", reason)
         self.quiet.warning(f"{what} {reason}", "%s refused: %s", what, why)
 
-    def ended(self, what: str, error: Exception, where: str = "") -> None:
-        """A connection ended before it was known whose it is; who says nothing is not refused."""
+    def ended(self, what: str, error: Exception) -> None:
+        """A connection ended before it was known whose it is; who just goes is not refused."""
         if isinstance(error, ProtocolError):
-            self.refused("greeting", what, f"{where}{error}")
+            self.refused("greeting", what, error)
         elif isinstance(error, TimeoutError):
-            self.refused("silent", what, f"{where}nothing was said in time")
+            self.refused("silent", what, "nothing was said in time")
         else:
-            _log.debug("%s ended before its greeting: %s%s", what, where, error)
+            _log.debug("%s ended before its greeting: %s", what, error)
 
     def reload(self) -> None:
         """Read the file of tokens again, changed or not; see `follow_tokens`."""

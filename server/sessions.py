@@ -10,8 +10,9 @@ from collections.abc import Callable, Coroutine
 from typing import Final, NamedTuple
 
 from kvstore import protocol
+from kvstore._native import xxh3_64
 from kvstore.errors import KVStoreError, ProtocolError
-from kvstore.index import Saving
+from kvstore.index import Entry, LeaseKind, Saving
 from kvstore.keys import KEY_BYTES
 from kvstore.protocol import Failure, Message
 from kvstore.server.access import Denied, Grant, Role
@@ -24,6 +25,9 @@ _MAX_WAIT: Final = 600.0
 _MAX_PIN_SECONDS: Final = 30 * 24 * 3600.0
 _MAX_TTL_SECONDS: Final = 10 * 365 * 24 * 3600.0
 _MAX_FLUSHES: Final = 16
+_MAX_RECHECKED: Final = 16
+"""Blocks per release whose alleged damage is looked into."""
+
 _MAX_OBJECTS: Final = 1 << 18
 """In one request: blocks × parts."""
 
@@ -80,6 +84,10 @@ class SessionConnection(asyncio.Protocol):
         self._refused = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._timers: set[asyncio.TimerHandle] = set()
+
+    def seen_by(self, grant: Grant) -> list[Namespace]:
+        """What it has opened, each once, as far as the caller sees it."""
+        return list(dict.fromkeys(n for n, _ in self.opened if grant.sees(n.tenant)))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -263,7 +271,7 @@ class SessionConnection(asyncio.Protocol):
                 self._start(self._open_control(request_id))
                 return None
             case protocol.Stats():
-                return protocol.StatsReply(json.dumps(store.stats()))
+                return protocol.StatsReply(json.dumps(self._node.stats(self.grant)))
             case protocol.Hello():
                 raise ProtocolError("a second hello; say it once, first")
 
@@ -301,11 +309,46 @@ class SessionConnection(asyncio.Protocol):
         return protocol.Committed(blocks, reason)
 
     def _release(self, request: protocol.Release) -> Message:
-        # Who shares our memory sees what we see. From elsewhere, see `StreamSession`, a reader's
-        # word is not enough to remove a block.
-        self._store.release(self, request.lease, damaged=request.damaged)
-        self._saved(request.lease, 0, "released")
+        held = self._store.lease(self, request.lease)
+        # Who shares our memory sees what we see, and may change blocks anyway. From elsewhere, or
+        # to whoever may only read, a reader's word is not enough to remove a block.
+        if self.shares_memory and self.grant.role >= Role.WRITE:
+            self._end(request.lease, request.damaged)
+        elif request.damaged and held is not None and held.kind is LeaseKind.READ:
+            chosen = {i for i in request.damaged[:_MAX_RECHECKED] if 0 <= i < len(held.blocks)}
+            self._start(self._recheck(request.lease, {i: held.blocks[i] for i in chosen}))
+        else:
+            self._end(request.lease)
         return protocol.Count(0)
+
+    def _end(self, lease: int, damaged: tuple[int, ...] = ()) -> None:
+        self._store.release(self, lease, damaged=damaged)
+        self._saved(lease, 0, "released")
+
+    async def _recheck(self, lease: int, blocks: dict[int, list[Entry]]) -> None:
+        """Remove blocks that are damaged here; what was damaged on the way stays."""
+        arena = self._store.tiering.arena
+        objects = [
+            (number, arena.address + entry.slot.offset, entry.nbytes, entry.checksum)
+            for number, block in blocks.items()
+            for entry in block
+            if entry.slot is not None and entry.checksum is not None
+        ]
+
+        def check() -> set[int]:
+            return {
+                number
+                for number, address, nbytes, checksum in objects
+                if xxh3_64(address, nbytes) != checksum
+            }
+
+        entries = [entry for block in blocks.values() for entry in block]
+        self._store.hold(entries)
+        try:
+            damaged = await asyncio.to_thread(check)
+        finally:
+            self._store.let_go(entries)
+        self._end(lease, tuple(damaged))
 
     def _saved(self, lease: int, blocks: int, reason: str) -> None:
         """Note a save that has ended, if the lease was for one."""
@@ -387,7 +430,10 @@ class SessionConnection(asyncio.Protocol):
             disk = self._store.tiering.disk
             if disk is not None:
                 await asyncio.to_thread(disk.flush)
-            self._reply(request_id, protocol.Flushed(self._store.tiering.unwritten))
+            left, seen = self._store.tiering.unwritten, self.grant.sees
+            if self.grant.tenants is not None:
+                left = sum(seen(e.name.namespace.tenant) for e in self._store.tiering.writes)
+            self._reply(request_id, protocol.Flushed(left))
 
         self._start(wait())
 

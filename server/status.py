@@ -21,20 +21,19 @@ _MOST: Final = 50
 def status(node: Node, grant: Grant, samples: Samples, after: int) -> dict[str, Any]:
     """All there is to show; `samples` only those after number `after`.
 
-    Sums of the whole node are shown to everybody; namespaces, tenants, sessions and requests only
-    of tenants that the caller sees.
+    A caller limited to tenants is shown what is theirs alone.
     """
     store = node.store
     usage = store.usage
-    stats = store.stats()
+    stats = node.stats(grant)
     del stats["histograms"]  # The samples tell what people want to know of them.
-    leases = store.leases()
+    leases = node.leases(grant)
     kinds = Counter(lease.kind.value for lease in leases)
     namespaces = [n for n in usage.namespaces.values() if grant.sees(n.namespace.tenant)]
     namespaces.sort(key=lambda n: n.last_used, reverse=True)
     tenants = [(name, held) for name, held in usage.tenants.items() if grant.sees(name)]
     tenants.sort(key=lambda t: t[1].memory_bytes + t[1].disk_bytes, reverse=True)
-    sessions = [s for s in node.sessions.values() if _concerns(s, grant)]
+    sessions = node.seen_sessions(grant)
     now = time.time()
     return stats | {
         "node": node.name,
@@ -49,7 +48,7 @@ def status(node: Node, grant: Grant, samples: Samples, after: int) -> dict[str, 
             "pin": kinds["pin"],
             "withdrawn": sum(lease.withdrawn for lease in leases),
         },
-        "sessions": len(node.sessions),
+        "sessions": len(sessions),
         "namespaces": len(namespaces),
         "tenants": len(tenants),
         "largest_tenants": [
@@ -79,7 +78,7 @@ def status(node: Node, grant: Grant, samples: Samples, after: int) -> dict[str, 
         ],
         "latest_sessions": [_session(s, grant) for s in reversed(sessions[-_MOST:])],
         "recent": _recent(node, grant),
-        "samples": samples.after(after),
+        "samples": samples.after(after) if grant.tenants is None else [],
     }
 
 
@@ -87,21 +86,18 @@ def _named(namespace: Namespace) -> dict[str, Any]:
     return {"model": namespace.model.name, "tenant": namespace.tenant}
 
 
-def _concerns(session: SessionConnection, grant: Grant) -> bool:
-    return grant.tenants is None or any(grant.sees(n.tenant) for n, _ in session.opened)
-
-
 def _session(session: SessionConnection, grant: Grant) -> dict[str, Any]:
     peer = session.peer
-    opened = {n.digest: n for n, _ in session.opened if grant.sees(n.tenant)}
+    seen = session.seen_by(grant)
+    whole = all(grant.sees(namespace.tenant) for namespace, _ in session.opened)
     return {
         "session": peer.session,
         "address": peer.address,
         "pid": peer.pid,
         "software": peer.software,
         "since": round(session.since, 3),
-        "requests": session.requests,
-        "namespaces": [_named(namespace) for namespace in list(opened.values())[:_MOST]],
+        "requests": session.requests if whole else None,
+        "namespaces": [_named(namespace) for namespace in seen[:_MOST]],
     }
 
 

@@ -5,19 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from typing import Final
 
 from kvstore import protocol
-from kvstore._native import xxh3_64
-from kvstore.index import Entry, LeaseKind
+from kvstore.index import LeaseKind
 from kvstore.protocol import Message
 from kvstore.server.access import Grant
 from kvstore.server.grants import Granted, Grants
 from kvstore.server.node import Node
 from kvstore.server.sessions import Peer, SessionConnection
-
-_MAX_RECHECKED: Final = 16
-"""Blocks per release whose alleged damage is looked into."""
 
 
 class StreamSession(SessionConnection):
@@ -83,38 +78,6 @@ class StreamSession(SessionConnection):
                 return protocol.Committed(reply.blocks, "corrupt")
         return reply
 
-    def _release(self, request: protocol.Release) -> Message:
-        held = self._store.lease(self, request.lease)
-        if request.damaged and held is not None and held.kind is LeaseKind.READ:
-            chosen = {i for i in request.damaged[:_MAX_RECHECKED] if 0 <= i < len(held.blocks)}
-            self._start(self._recheck(request.lease, {i: held.blocks[i] for i in chosen}))
-        else:
-            self.grants.end(request.lease)
-            super()._release(protocol.Release(request.lease))
-        return protocol.Count(0)
-
-    async def _recheck(self, lease: int, blocks: dict[int, list[Entry]]) -> None:
-        """Remove blocks that are damaged here; what was damaged on the way stays."""
-        arena = self._store.tiering.arena
-        objects = [
-            (number, arena.address + entry.slot.offset, entry.nbytes, entry.checksum)
-            for number, block in blocks.items()
-            for entry in block
-            if entry.slot is not None and entry.checksum is not None
-        ]
-
-        def check() -> set[int]:
-            return {
-                number
-                for number, address, nbytes, checksum in objects
-                if xxh3_64(address, nbytes) != checksum
-            }
-
-        entries = [entry for block in blocks.values() for entry in block]
-        self._store.hold(entries)
-        try:
-            damaged = await asyncio.to_thread(check)
-        finally:
-            self._store.let_go(entries)
+    def _end(self, lease: int, damaged: tuple[int, ...] = ()) -> None:
         self.grants.end(lease)
-        super()._release(protocol.Release(lease, tuple(damaged)))
+        super()._end(lease, damaged)

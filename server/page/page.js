@@ -14,16 +14,16 @@ let minutes = []; // [time, counters] of the last minute
 
 function tier(name, held, pinned) {
   const parts = [["used", held.used - pinned], ["pinned", pinned], ["fragmented", held.fragmented], ["free", held.free]]
-    .filter(([part, bytes]) => bytes || part !== "pinned");
+    .filter(([part, bytes]) => bytes || (bytes === 0 && part !== "pinned"));
   const head = make("div", "head", make("span", "", make("b", "", name)),
-    make("span", "", make("b", "", size(held.used)), ` of ${size(held.capacity)} · ${percent(held.used / held.capacity)}`));
+    make("span", "", make("b", "", size(held.used)), held.capacity ? ` of ${size(held.capacity)} · ${percent(held.used / held.capacity)}` : ""));
   if (held.problem) head.firstChild.append(" ", make("span", "bad", held.problem));
   const bar = make("div", "bar");
   bar.setAttribute("role", "img");
   bar.setAttribute("aria-label", parts.map(([part, bytes]) => `${part} ${size(bytes)}`).join(", "));
   for (const [part, bytes] of parts) {
     const segment = make("i", part);
-    segment.style.width = `${(bytes / held.capacity) * 100}%`;
+    segment.style.width = `${(bytes / (held.capacity ?? held.used)) * 100}%`;
     segment.title = `${part} ${size(bytes)}`;
     bar.append(segment);
   }
@@ -41,6 +41,7 @@ function showTiers(status) {
   byId("tiers").replaceChildren(...shown);
 }
 
+// Who is limited to tenants is shown what these hold, and no sums of the node.
 function showNow(status) {
   const { leases, queues, counters } = status;
   const loaded = (counters["load.bytes.memory"] ?? 0) + (counters["load.bytes.disk"] ?? 0);
@@ -51,11 +52,11 @@ function showNow(status) {
     ["objects", "objects", count(status.objects), ""],
     ["leases", "leases", count(leases.read + leases.write), leases.withdrawn ? ` ${leases.withdrawn} withdrawn` : ""],
     ["pins", "pins", count(leases.pin), leases.pin ? ` ${size(status.pinned_bytes)}` : ""],
-    ["loaded", "loaded in all", size(loaded), ""],
-    ["waiting", "waiting for disk", count(queues.acquiring), ""],
-    ["unwritten", "not on disk yet", count(status.unwritten), status.writing_bytes ? ` ${size(status.writing_bytes)}` : ""],
+    ["loaded", "loaded in all", queues && size(loaded), ""],
+    ["waiting", "waiting for disk", queues && count(queues.acquiring), ""],
+    ["unwritten", "not on disk yet", queues && count(status.unwritten), status.writing_bytes ? ` ${size(status.writing_bytes)}` : ""],
   ];
-  byId("now").replaceChildren(...tiles.map(([id, name, value, more]) => {
+  byId("now").replaceChildren(...tiles.filter(([, , value]) => value !== undefined).map(([id, name, value, more]) => {
     const shown = make("dd", "", value, make("small", "", more));
     shown.id = `now-${id}`;
     return make("div", "", make("dt", "", name), shown);

@@ -202,9 +202,13 @@ def test_the_configuration_tells_no_secret(guarded: Served) -> None:
 def test_the_log_level_can_be_changed_while_it_runs(served: Served) -> None:
     where = address(served)
     assert ask(where, "/loglevel").json["kvstore.http"] == "info"
-    changed = ask(where, "/loglevel", "PUT", send={"level": "debug"})
+    refused = ask(where, "/loglevel", "PUT", send={"level": "debug"})
+    assert (refused.status, f"Origin: http://{where}" in refused.json["error"]) == (403, True)
+    own = {"Origin": f"http://{where}"}
+    changed = ask(where, "/loglevel", "PUT", send={"level": "debug"}, **own)
     assert changed.json["kvstore.http"] == changed.json["kvstore"] == "debug"
-    changed = ask(where, "/loglevel", "POST", send={"level": "error", "logger": "kvstore.http"})
+    send = {"level": "error", "logger": "kvstore.http"}
+    changed = ask(where, "/loglevel", "POST", send=send, **own)
     assert (changed.json["kvstore.http"], changed.json["kvstore"]) == ("error", "debug")
     eventually(lambda: "log level of kvstore is debug now" in served.log.read_text())
 
@@ -220,7 +224,8 @@ def test_a_bad_log_level_is_refused(served: Served) -> None:
         (b"[" * 3000, 400, "no JSON"),
         (b" " * 5000, 413, "4096"),
     ):
-        answer = ask(address(served), "/loglevel", "PUT", send=send)
+        own = {"Origin": f"http://{address(served)}"}
+        answer = ask(address(served), "/loglevel", "PUT", send=send, **own)
         assert (answer.status, word in answer.json["error"]) == (status, True), send
 
 
@@ -346,8 +351,13 @@ def test_another_site_cannot_use_a_browser_against_the_node(served: Served) -> N
         assert ask(where, "/status", Host=host).status == 200, host
     for host in (f"evil.example:{port}", "evil.example", "localhost.evil.example", "10.0.0.1"):
         assert ask(where, "/status", Host=host).status == 421, host
-    form = ask(where, "/loglevel", "POST", send=b'{"level":"debug"}', Content_Type="text/plain")
+    level, own = b'{"level":"debug"}', {"Origin": f"http://{where}"}
+    form = ask(where, "/loglevel", "POST", send=level, Content_Type="text/plain", **own)
     assert form.status == 415
+    for origin in ("http://evil.example", "null", f"https://{where}", "http://localhost"):
+        assert ask(where, "/loglevel", "PUT", send=level, Origin=origin).status == 403, origin
+        assert "Access-Control-Allow-Origin" not in ask(where, "/status", Origin=origin).headers
+    assert 'kvstore_refusals_total{reason="origin"} 4.0' in ask(where, "/metrics").body.decode()
     assert ask(where, "/loglevel").json["kvstore"] == "info"
 
 
