@@ -188,6 +188,13 @@ class SlotPool(Generic[T]):
             for chunk in cls.chunks.values():
                 yield from chunk.slots.values()
 
+    def pieces(self) -> Iterator[list[Slot[T]]]:
+        """The slots in use, chunk by chunk, each as it is when its turn comes."""
+        for number in range(self.capacity // self.chunk):
+            cls = self._class_of.get(number)
+            if cls is not None:
+                yield list(cls.chunks[number].slots.values())
+
     @property
     def free_bytes(self) -> int:
         """Bytes in chunks that no class holds."""

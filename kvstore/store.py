@@ -630,7 +630,7 @@ class Store:
             if not e.pins and e.writer is None and namespace in (None, e.name.namespace)
         ]
         for entry in victims:
-            self.tiering.discard(entry, "cleared", announce=False)
+            self.tiering.discard(entry, "cleared")
         for cleared in {entry.name.namespace for entry in victims}:
             self.events.cleared(cleared)
         return len(victims)

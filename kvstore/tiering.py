@@ -206,21 +206,13 @@ class Tiering:
         if reused:
             self.pump()
 
-    def discard(
-        self,
-        entry: Entry,
-        reason: str,
-        *,
-        by: Namespace | None = None,
-        announce: bool = True,
-    ) -> None:
+    def discard(self, entry: Entry, reason: str, *, by: Namespace | None = None) -> None:
         """Take an object out of sight; its places are freed when nobody uses them any more.
 
-        `reason` and `by` (who needed the room) are kept for those who ask; watchers of events are
-        told if `announce`.
+        `reason` and `by` (who needed the room) are kept for those who ask.
         """
         if not entry.gone:
-            if entry.stored and announce:
+            if entry.stored:
                 for there, medium in ((entry.in_memory, MEMORY), (entry.on_disk, DISK)):
                     if there:
                         self.announce_removed(entry, medium, reason)
@@ -330,7 +322,7 @@ class Tiering:
             self.histograms.observe("seconds.disk_read", ended - started)
             self.histograms.observe("bytes.disk_read", entry.nbytes)
             if not entry.gone:
-                self.events.stored(entry.name.namespace, (entry.name.key,), MEMORY)
+                self.events.arrived(entry.name.namespace, entry.name.key, MEMORY)
         else:
             self.counters.add("load.failed", error)
             self.free_slot(entry)
@@ -441,6 +433,7 @@ class Tiering:
             self.index.add(entry)
             self.expiry.watch(entry, now + left)
             self.counters.add("recover.objects")
+            self.events.arrived(entry.name.namespace, entry.name.key, DISK)
 
     def close(self) -> None:
         """Let go of the disk; objects in memory are gone with the arena. May block."""

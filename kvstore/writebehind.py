@@ -123,8 +123,7 @@ class WriteBehind:
             tiering.histograms.observe("seconds.disk_write", seconds)
             tiering.histograms.observe("bytes.disk_write", entry.nbytes)
             if not entry.gone:
-                namespace = entry.name.namespace
-                tiering.events.stored(namespace, (entry.name.key,), DISK)
+                tiering.events.arrived(entry.name.namespace, entry.name.key, DISK)
             self._wanted.discard(entry)
             self._tell(entry, None)
         else:

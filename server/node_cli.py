@@ -133,11 +133,18 @@ def events(
         int | None,
         typer.Option(min=0, max=_MAX_NUMBER, help="Replay what came after it, if remembered."),
     ] = None,
+    incarnation: Annotated[
+        str | None, typer.Option(help="The daemon's when it gave out that number.")
+    ] = None,
+    snapshot: Annotated[
+        bool, typer.Option("--snapshot", help="Begin with what is stored, unless resumed.")
+    ] = False,
     count: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
 ) -> None:
     """Print what is stored and removed, as it happens, until Ctrl-C."""
     with link.open() as api:
-        for event in itertools.islice(api.watch_events(namespace, tenant, after), count):
+        told = api.watch_events(namespace, tenant, after, incarnation, snapshot=snapshot)
+        for event in itertools.islice(told, count):
             answer(link, event, " ".join(_event_words(event)))
 
 
@@ -146,7 +153,11 @@ def _event_words(event: v1.Event) -> Iterator[str]:
     kind = event.WhichOneof("what") or ""
     yield kind
     if kind == "missed":
-        yield f"{event.missed.events} events"
+        yield f"{event.missed.events or 'unknown'} events"
+        return
+    if kind == "snapshot":
+        yield f"complete at {event.sequence}" if event.snapshot.complete else "begins"
+        yield f"of incarnation {event.incarnation}"
         return
     what: v1.Event.Stored | v1.Event.Removed | v1.Event.Cleared = getattr(event, kind)
     yield what.namespace_id[:12]

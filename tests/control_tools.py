@@ -37,7 +37,8 @@ class Api:
         self, served: Served, token: str | None = None, *, tcp: bool = False, secure: Any = None
     ) -> None:
         address = served.addresses["grpc"] if tcp else f"unix:{served.socket}.control"
-        options = [("grpc.use_local_subchannel_pool", 1)]
+        # A fixed window: a stream that nobody reads holds the daemon up soon.
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)]
         if secure is None:
             self.channel = grpc.insecure_channel(address, options)
         else:

@@ -120,13 +120,13 @@ class Pages:
                 assert np.array_equal(have, want), f"wrong bytes in block {number}"
 
 
-def save(session: Session, keys: Sequence[bytes]) -> Any:
+def save(session: Session, keys: Sequence[bytes], **options: Any) -> Any:
     """Save the blocks of `keys` from pages of their own."""
     pages = [Pages(p, len(keys) * BLOCK_TOKENS // _page_tokens(p) or 1) for p in session.parts]
     ids = [p.ids(len(keys)) for p in pages]
     for p, i in zip(pages, ids, strict=True):
         p.fill(keys, i)
-    return session.save(keys, [p.memory for p in pages], ids)
+    return session.save(keys, [p.memory for p in pages], ids, **options)
 
 
 def load(session: Session, keys: Sequence[bytes], **options: Any) -> Any:

@@ -130,11 +130,24 @@ def list_leases(
 
 
 def watch_events(
-    namespace: str | None = None, tenant: str | None = None, after: int | None = None
+    namespace: str | None = None,
+    tenant: str | None = None,
+    after: int | None = None,
+    incarnation: str | None = None,
+    *,
+    snapshot: bool = False,
 ) -> Call[v1.Event]:
-    """What is stored and removed, from now on, or `after` the event of that sequence number."""
-    named = None if namespace is None else _not_empty(namespace)
-    request = v1.WatchEventsRequest(namespace_id=named, tenant=tenant, after=after)
+    """What is stored and removed, from now on, or `after` the event of that number and incarnation.
+
+    With `snapshot`, what is stored comes first, and again whenever events were missed.
+    """
+    request = v1.WatchEventsRequest(
+        namespace_id=None if namespace is None else _not_empty(namespace),
+        tenant=tenant,
+        after=after,
+        incarnation=incarnation,
+        snapshot=snapshot,
+    )
     return Call("WatchEvents", request, v1.Event)
 
 

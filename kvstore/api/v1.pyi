@@ -343,19 +343,23 @@ class LeaseInfo(_message.Message):
     def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., session: _Optional[int] = ..., owner: _Optional[str] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., expires: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., withdrawn: bool = ...) -> None: ...
 
 class WatchEventsRequest(_message.Message):
-    __slots__ = ("namespace_id", "tenant", "after")
+    __slots__ = ("namespace_id", "tenant", "after", "incarnation", "snapshot")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     AFTER_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     namespace_id: str
     tenant: str
     after: int
-    def __init__(self, namespace_id: _Optional[str] = ..., tenant: _Optional[str] = ..., after: _Optional[int] = ...) -> None: ...
+    incarnation: str
+    snapshot: bool
+    def __init__(self, namespace_id: _Optional[str] = ..., tenant: _Optional[str] = ..., after: _Optional[int] = ..., incarnation: _Optional[str] = ..., snapshot: bool = ...) -> None: ...
 
 class Event(_message.Message):
-    __slots__ = ("sequence", "at", "stored", "removed", "cleared", "missed")
+    __slots__ = ("sequence", "at", "stored", "removed", "cleared", "missed", "snapshot", "incarnation")
     class Stored(_message.Message):
-        __slots__ = ("namespace_id", "block_hashes", "parent_block_hash", "token_ids", "block_size", "adapter", "medium", "tenant")
+        __slots__ = ("namespace_id", "block_hashes", "parent_block_hash", "token_ids", "block_size", "adapter", "medium", "tenant", "unordered")
         NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
         BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
         PARENT_BLOCK_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -364,6 +368,7 @@ class Event(_message.Message):
         ADAPTER_FIELD_NUMBER: _ClassVar[int]
         MEDIUM_FIELD_NUMBER: _ClassVar[int]
         TENANT_FIELD_NUMBER: _ClassVar[int]
+        UNORDERED_FIELD_NUMBER: _ClassVar[int]
         namespace_id: str
         block_hashes: _containers.RepeatedScalarFieldContainer[bytes]
         parent_block_hash: bytes
@@ -372,7 +377,8 @@ class Event(_message.Message):
         adapter: str
         medium: Tier
         tenant: str
-        def __init__(self, namespace_id: _Optional[str] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., parent_block_hash: _Optional[bytes] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_size: _Optional[int] = ..., adapter: _Optional[str] = ..., medium: _Optional[_Union[Tier, str]] = ..., tenant: _Optional[str] = ...) -> None: ...
+        unordered: bool
+        def __init__(self, namespace_id: _Optional[str] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., parent_block_hash: _Optional[bytes] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_size: _Optional[int] = ..., adapter: _Optional[str] = ..., medium: _Optional[_Union[Tier, str]] = ..., tenant: _Optional[str] = ..., unordered: bool = ...) -> None: ...
     class Removed(_message.Message):
         __slots__ = ("namespace_id", "block_hashes", "medium", "reason", "tenant")
         NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -396,19 +402,28 @@ class Event(_message.Message):
         EVENTS_FIELD_NUMBER: _ClassVar[int]
         events: int
         def __init__(self, events: _Optional[int] = ...) -> None: ...
+    class Snapshot(_message.Message):
+        __slots__ = ("complete",)
+        COMPLETE_FIELD_NUMBER: _ClassVar[int]
+        complete: bool
+        def __init__(self, complete: bool = ...) -> None: ...
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     AT_FIELD_NUMBER: _ClassVar[int]
     STORED_FIELD_NUMBER: _ClassVar[int]
     REMOVED_FIELD_NUMBER: _ClassVar[int]
     CLEARED_FIELD_NUMBER: _ClassVar[int]
     MISSED_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     at: _timestamp_pb2.Timestamp
     stored: Event.Stored
     removed: Event.Removed
     cleared: Event.Cleared
     missed: Event.Missed
-    def __init__(self, sequence: _Optional[int] = ..., at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., stored: _Optional[_Union[Event.Stored, _Mapping[str, _Any]]] = ..., removed: _Optional[_Union[Event.Removed, _Mapping[str, _Any]]] = ..., cleared: _Optional[_Union[Event.Cleared, _Mapping[str, _Any]]] = ..., missed: _Optional[_Union[Event.Missed, _Mapping[str, _Any]]] = ...) -> None: ...
+    snapshot: Event.Snapshot
+    incarnation: str
+    def __init__(self, sequence: _Optional[int] = ..., at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., stored: _Optional[_Union[Event.Stored, _Mapping[str, _Any]]] = ..., removed: _Optional[_Union[Event.Removed, _Mapping[str, _Any]]] = ..., cleared: _Optional[_Union[Event.Cleared, _Mapping[str, _Any]]] = ..., missed: _Optional[_Union[Event.Missed, _Mapping[str, _Any]]] = ..., snapshot: _Optional[_Union[Event.Snapshot, _Mapping[str, _Any]]] = ..., incarnation: _Optional[str] = ...) -> None: ...
 
 class PinRequest(_message.Message):
     __slots__ = ("prefix", "ttl", "owner")

@@ -131,6 +131,10 @@ async def test_asyncio(served: Served) -> None:
         assert (await handle.cancel()).state == v1.Operation.STATE_DONE
         first = await anext(events)
         assert first.removed.reason == "moved"
+        whole = kvstore.watch_events(namespace().digest.hex(), snapshot=True)
+        assert not (await anext(whole)).snapshot.complete
+        assert len((await anext(whole)).stored.block_hashes) == 3
+        whole.close()
         events.close()
         assert all([event.sequence > first.sequence async for event in events])
         with pytest.raises(RequestRefused) as caught:

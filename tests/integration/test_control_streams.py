@@ -108,6 +108,55 @@ def test_a_drain_stops_the_daemon_when_all_is_written(served: Served, api: Api) 
         assert not again.call("ListOperations").operations
 
 
+class Router:
+    """Knows where blocks lie, by what a stream told it."""
+
+    def __init__(self) -> None:
+        self.where: dict[int, set[bytes]] = {}
+        self.last: dict[str, Any] = {}
+        """What to resume after."""
+        self.heard: list[str] = []
+        """Kinds of events."""
+
+    def hear(self, event: v1.Event) -> v1.Event:
+        kind = event.WhichOneof("what")
+        assert kind is not None
+        self.heard.append(kind)
+        assert event.incarnation
+        if event.sequence or event.snapshot.complete:
+            if self.last.get("incarnation") == event.incarnation:
+                assert event.sequence > self.last["after"]
+            self.last = {"after": event.sequence, "incarnation": event.incarnation}
+        if kind == "snapshot" and not event.snapshot.complete:
+            self.where = {}
+        if kind == "stored":
+            self.where.setdefault(event.stored.medium, set()).update(event.stored.block_hashes)
+        if kind == "removed":
+            gone = event.removed.block_hashes
+            self.where.setdefault(event.removed.medium, set()).difference_update(gone)
+        return event
+
+    def listen(self, stream: Iterator[v1.Event], until: dict[str, Any]) -> None:
+        """Take in all up to an event."""
+        same = {"incarnation": until["incarnation"]}
+        while not self.last.items() >= same.items() or self.last["after"] < until["after"]:
+            self.hear(next(stream))
+
+    @property
+    def known(self) -> dict[int, set[bytes]]:
+        return {medium: keys for medium, keys in self.where.items() if keys}
+
+
+def snapshot(api: Api, **request: Any) -> Router:
+    """What a router knows that has just come."""
+    router = Router()
+    stream = api.call("WatchEvents", snapshot=True, **request)
+    while not router.last:
+        router.hear(next(stream))
+    stream.cancel()
+    return router
+
+
 def test_events_tell_what_is_stored_moved_and_removed(served: Served, api: Api) -> None:
     stream = api.call("WatchEvents", namespace_id=NAMESPACE_ID)
     stream.initial_metadata()
@@ -117,9 +166,10 @@ def test_events_tell_what_is_stored_moved_and_removed(served: Served, api: Api) 
         assert session.flush() == 0
         api.finished(api.call("Move", selection=ALL, to=v1.TIER_DISK))
         api.finished(api.call("Clear", selection=ALL))
+    router = Router()
     events: list[v1.Event] = []
     while not events or not events[-1].HasField("cleared"):
-        events.append(next(stream))
+        events.append(router.hear(next(stream)))
     stream.cancel()
     first = events[0].stored
     assert list(first.block_hashes) == keys
@@ -142,26 +192,110 @@ def test_events_tell_what_is_stored_moved_and_removed(served: Served, api: Api) 
     replay.cancel()
 
 
-def test_a_slow_watcher_is_told_what_it_missed(served: Served) -> None:
-    with Api(served) as api, served.session(TINY) as session:
-        stream = api.call("WatchEvents", within=3 * PATIENCE)
-        stream.initial_metadata()
-        seen: list[v1.Event] = []
-        for number in range(20):  # More than anything between us holds.
-            save(session, session.keys(prompt(number, 256)))
-            api.finished(api.call("Clear", selection=ALL))
-        sequence = missed = 0
-        while not (missed and seen[-1].HasField("cleared")):
-            event = next(stream)
-            seen.append(event)
-            if event.HasField("missed"):
-                missed = event.missed.events
-                sequence += missed
-                continue
-            sequence += 1
-            assert event.sequence == sequence, "numbers tell the same as what is said to be missed"
+def test_a_session_that_clears_is_told_block_by_block(served: Served, api: Api) -> None:
+    router = Router()
+    with served.session(TINY) as session:
+        keys = session.keys(prompt(1, 500))
+        save(session, keys)
+        assert session.flush() == 0
+        stream = api.call("WatchEvents", after=0)
+        assert session.clear() == 500
+        while router.heard[-1:] != ["cleared"]:
+            router.hear(next(stream))
         stream.cancel()
-        assert api.call("Stats").objects == 0
+    assert not router.known
+    assert router.heard.count("removed") <= 4, "and in few events"
+
+
+def test_a_router_outlives_daemons(served: Served) -> None:
+    """It resumes where it was, is told when that is not possible, and knows what there is then."""
+    with Api(served) as api, served.session(TINY) as session:
+        router = snapshot(api)
+        assert not router.known
+        save(session, session.keys(prompt(1, 300)))
+        assert session.flush() == 0
+        resumed = api.call("WatchEvents", snapshot=True, **router.last)
+        router.listen(resumed, snapshot(api).last)
+        resumed.cancel()
+        assert "snapshot" not in router.heard[router.heard.index("stored") :]
+        assert {m: len(keys) for m, keys in router.known.items()} == {
+            v1.TIER_MEMORY: 300,
+            v1.TIER_DISK: 300,
+        }
+    served.stop()
+    served.restart()
+    with Api(served) as api, served.session(TINY) as session:
+        save(session, session.keys(prompt(2, 50)))
+        plain = api.call("WatchEvents", **router.last)
+        assert next(plain).HasField("missed")
+        told = Router()
+        while len(told.known.get(v1.TIER_DISK, ())) < 300:  # What the disk held is told.
+            told.hear(next(plain))
+        plain.cancel()
+        missing = {"after": 10**9, "incarnation": ""}
+        assert next(api.call("WatchEvents", **missing)).HasField("missed")
+        again = api.call("WatchEvents", snapshot=True, **router.last)
+        router.listen(again, snapshot(api).last)
+        again.cancel()
+        assert router.known == snapshot(api).known
+        assert len(router.known[v1.TIER_MEMORY]) == 50
+        assert not snapshot(api, tenant="another").known
+
+
+def test_a_snapshot_and_what_follows_it_make_a_whole(served: Served, api: Api) -> None:
+    """While blocks come and go as fast as they can."""
+    ended = threading.Event()
+
+    def churn() -> None:
+        with served.session(TINY) as session:
+            for number in range(12):
+                save(session, session.keys(prompt(number, 1500)))
+            assert session.flush() == 0
+        ended.set()
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    routers: list[tuple[Router, Any]] = []
+    while not ended.wait(0.15):
+        router, stream = Router(), api.call("WatchEvents", snapshot=True, within=3 * PATIENCE)
+        while not router.last:
+            router.hear(next(stream))
+        routers.append((router, stream))
+    thread.join()
+    truth = snapshot(api)
+    assert len(truth.known[v1.TIER_MEMORY]) > 1500
+    assert routers
+    for router, stream in routers:
+        router.listen(stream, truth.last)
+        stream.cancel()
+        assert router.known == truth.known
+
+
+def test_a_slow_watcher_is_told_what_it_missed(served: Served, api: Api) -> None:
+    with served.session(TINY, publish_tokens=True) as session:
+        plain = api.call("WatchEvents", within=3 * PATIENCE)
+        routed = api.call("WatchEvents", within=3 * PATIENCE, snapshot=True)
+        plain.initial_metadata()
+        routed.initial_metadata()
+        for number in range(16):  # More than is remembered and anything between us holds.
+            tokens = prompt(number, 2000)
+            save(session, session.keys(tokens), tokens=tokens)
+        assert session.flush() == 0
+    truth = snapshot(api)
+    sequence = missed = 0
+    while sequence < truth.last["after"]:
+        event = next(plain)
+        if event.HasField("missed"):
+            missed += event.missed.events
+            sequence += event.missed.events
+            continue
+        sequence += 1
+        assert event.sequence == sequence, "numbers tell the same as what is said to be missed"
+    assert missed
+    router = Router()
+    router.listen(routed, truth.last)
+    assert router.heard.count("snapshot") >= 4, "another one after it had missed something"
+    assert router.known == truth.known
 
 
 def test_a_deadline_ends_the_work_and_the_daemon_goes_on(served: Served, api: Api) -> None:
