@@ -30,6 +30,7 @@ from kvstore.api.connection import (
     target,
     translated,
     unfinished,
+    within,
 )
 from kvstore.api.convert import SERVICE
 from kvstore.api.errors import OperationFailed, OperationUnfinished, RequestRefused
@@ -95,7 +96,7 @@ class Orchestrator:
             there is just one; that is asked to serve its API, which may take half a second.
         config: gives what is left out here; loaded from file and environment if None.
         token: to present; None: `KVSTORE_TOKEN` or `session.token_file`.
-        timeout: seconds for each call; streams have none.
+        timeout: seconds for each call, 0: at once; streams have none.
 
     Raises:
         ConfigError: an address, token file or certificate is unusable, or several private stores
@@ -147,7 +148,9 @@ class Orchestrator:
             response_deserializer=call.reply.FromString,
         )
         try:
-            return method(call.request, timeout=self.timeout, metadata=self._target.metadata)
+            return method(
+                call.request, timeout=within(self.timeout), metadata=self._target.metadata
+            )
         except grpc.RpcError as e:
             raise translated(e, self._target, self.timeout) from None
 
@@ -158,7 +161,7 @@ class Orchestrator:
             request_serializer=encoded,
             response_deserializer=call.reply.FromString,
         )
-        running = method(call.request, timeout=timeout, metadata=self._target.metadata)
+        running = method(call.request, timeout=within(timeout), metadata=self._target.metadata)
         return Stream(running, self._target, timeout)
 
     lookup = _sends(requests.lookup)

@@ -21,6 +21,7 @@ from kvstore.api.connection import (
     target,
     translated,
     unfinished,
+    within,
 )
 from kvstore.api.convert import SERVICE
 from kvstore.api.requests import Call
@@ -110,7 +111,9 @@ class AsyncOrchestrator:
             response_deserializer=call.reply.FromString,
         )
         try:
-            return await method(call.request, timeout=self.timeout, metadata=self._target.metadata)
+            return await method(
+                call.request, timeout=within(self.timeout), metadata=self._target.metadata
+            )
         except grpc.RpcError as e:
             raise translated(e, self._target, self.timeout) from None
 
@@ -121,7 +124,7 @@ class AsyncOrchestrator:
             request_serializer=encoded,
             response_deserializer=call.reply.FromString,
         )
-        running = method(call.request, timeout=timeout, metadata=self._target.metadata)
+        running = method(call.request, timeout=within(timeout), metadata=self._target.metadata)
         return AsyncStream(running, self._target, timeout)
 
     lookup = _sends(requests.lookup)

@@ -28,7 +28,6 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kvstore.errors import ConfigError
 
@@ -217,14 +216,9 @@ class MemoryConfig(_Space):
     """The memory tier: one arena shared with every session."""
 
     size: Size = Field(2**30, description="bytes of the arena; a hard cap", ge=2**20, le=_MAX_TIER)
-    huge_dir: MaybeFolder = Field(
-        None, description="folder on a tmpfs mounted with huge=always or huge=advise"
-    )
+    huge_dir: MaybeFolder = Field(None, description="folder on a tmpfs mounted with huge=advise")
     prefault: bool = Field(True, description="touch every page at start, not at first use")
-    path: MaybeFolder = Field(
-        None,
-        description="file on a tmpfs for the arena, for containers that cannot pass descriptors",
-    )
+    path: MaybeFolder = Field(None, description="file on a tmpfs, where no descriptors can pass")
     max_pinned: Part = Field(0.5, description="part of the arena that pins may hold")
 
 
@@ -232,17 +226,11 @@ class DiskConfig(_Space):
     """The disk tier: a slab of objects and its table, in a folder of their own."""
 
     path: MaybeFolder = Field(None, description="folder for the slab; none: no disk tier")
-    size: Size = Field(
-        10 * 2**30, description="bytes on disk, everything included", ge=2**22, le=_MAX_TIER
-    )
+    size: Size = Field(10 * 2**30, description="bytes on disk, of all", ge=2**22, le=_MAX_TIER)
     threads: Count = Field(2, description="I/O threads", ge=1, le=64)
-    queue: Size = Field(
-        256 * 2**20, description="bytes waiting to be written; what comes on top is dropped", ge=1
-    )
+    queue: Size = Field(256 * 2**20, description="bytes on their way to disk at a time", ge=1)
     sync_seconds: Seconds = Field(5.0, description="longest time a finished write stays unsynced")
-    retry_seconds: Seconds = Field(
-        5.0, description="time between attempts while the disk is full or broken"
-    )
+    retry_seconds: Seconds = Field(5.0, description="between attempts while the disk is broken")
 
 
 class SessionConfig(_Section):
@@ -261,41 +249,26 @@ class SessionConfig(_Section):
     gpu_staging: Size = Field(
         64 * 2**20, description="bytes of a GPU that copies may use", ge=0, le=2**33
     )
-    checksum: bool = Field(
-        False, description="checksum blocks from save to load, also while they stay in memory"
-    )
-
-    token_file: MaybeFolder = Field(
-        None, description="file with the token to present (or set KVSTORE_TOKEN)"
-    )
+    checksum: bool = Field(False, description="checksum blocks from save to load, in memory, too")
+    token_file: MaybeFolder = Field(None, description="file with the token (or set KVSTORE_TOKEN)")
     tls_ca: MaybeFolder = Field(None, description="certificates to trust, for tls:// addresses")
     tls_cert: MaybeFolder = Field(None, description="own certificate, for mutual TLS")
     tls_key: MaybeFolder = Field(None, description="key of `tls_cert`")
     streams: Count = Field(2, description="TCP connections that carry blocks", ge=1, le=16)
-    publish_tokens: bool = Field(
-        False, description="send token ids along with saves, for watchers of KV events"
-    )
+    publish_tokens: bool = Field(False, description="send token ids along, for watchers of events")
 
 
 class ServerConfig(_Section):
     """Where `kvstore serve` listens besides its socket, and whom it lets in."""
 
-    name: Name = Field(
-        default_factory=socket.gethostname, description="name of this node in answers"
-    )
+    name: Name = Field(default_factory=socket.gethostname, description="this node's, in answers")
     grpc: Listener = Field("127.0.0.1:7420", description="host:port of the gRPC API; none: off")
-    http: Listener = Field(
-        "127.0.0.1:7421", description="host:port of metrics, health and the page; none: off"
-    )
+    http: Listener = Field("127.0.0.1:7421", description="host:port of HTTP; none: off")
     tcp: Listener = Field(None, description="host:port for sessions from elsewhere; none: off")
-    insecure: bool = Field(
-        False, description="allow listeners beyond loopback without TLS and tokens"
-    )
+    insecure: bool = Field(False, description="listen beyond loopback without TLS and tokens")
     tls_cert: MaybeFolder = Field(None, description="certificate chain of the listeners, PEM")
     tls_key: MaybeFolder = Field(None, description="key of `tls_cert`, PEM")
-    tls_client_ca: MaybeFolder = Field(
-        None, description="clients must show a certificate signed by this one (mutual TLS)"
-    )
+    tls_client_ca: MaybeFolder = Field(None, description="signs the certificates of clients")
     tokens: MaybeFolder = Field(None, description="YAML file of tokens, roles and tenants")
     group: Annotated[Name | None, BeforeValidator(_none)] = Field(
         None, description="unix group whose members may open sessions on the socket"
@@ -310,12 +283,7 @@ class ServerConfig(_Section):
     max_labels: Count = Field(
         50, description="tenants that metrics name; the others are one sum", ge=0, le=10_000
     )
-    max_requests: Count = Field(
-        64,
-        description="requests that the gRPC and the HTTP face each serve at a time",
-        ge=1,
-        le=65536,
-    )
+    max_requests: Count = Field(64, description="of gRPC and of HTTP at a time", ge=1, le=65536)
 
 
 class QuotaConfig(_Section):
@@ -332,9 +300,7 @@ class AdmissionConfig(_Section):
     disk: Literal["all", "reused", "none"] = Field(
         "all", description="write-behind: all, reused (what a second request asks for) or none"
     )
-    denied_tenants: frozenset[Tenant] = Field(
-        frozenset(), description="tenants whose saves are dropped"
-    )
+    denied_tenants: frozenset[Tenant] = Field(frozenset(), description="whose saves are dropped")
 
 
 class PlannerConfig(_Section):
@@ -345,26 +311,15 @@ class PlannerConfig(_Section):
     )
 
 
-class Config(BaseSettings):
+class Config(_Section):
     """Everything that can be set. See `load_config`."""
-
-    model_config = SettingsConfigDict(
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        env_prefix="KVSTORE_",
-        env_nested_delimiter="__",
-        validate_default=True,
-    )
 
     address: Annotated[str | None, BeforeValidator(_none)] = Field(
         None,
         description="unix:///path, tcp://host:port or tls://host:port of a daemon; none: a private "
         "one is started on demand",
     )
-    run_dir: Folder = Field(
-        default_factory=default_run_dir, description="folder for sockets and locks"
-    )
+    run_dir: Folder = Field(default_factory=default_run_dir, description="of sockets and locks")
     lease_seconds: Seconds = Field(30.0, description="life of a lease that is not renewed")
     linger_seconds: Annotated[float, BeforeValidator(_number)] = Field(
         1.0, description="how long an embedded daemon outlives its last session", ge=0, le=_WEEK
@@ -377,9 +332,7 @@ class Config(BaseSettings):
     planner: PlannerConfig = Field(default_factory=PlannerConfig)
     server: ServerConfig = Field(default_factory=ServerConfig)
     admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
-    quotas: dict[Tenant, QuotaConfig] = Field(
-        default_factory=dict, description="tenant → what it may hold"
-    )
+    quotas: dict[Tenant, QuotaConfig] = Field(default_factory=dict, description="by tenant")
 
     @field_validator("address")
     @classmethod
@@ -396,17 +349,6 @@ class Config(BaseSettings):
             raise ValueError(f"{value!r} has no port; write the one that the daemon listens on")
         return value
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings,)
-
     @property
     def socket(self) -> Path:
         """The socket of the daemon to talk to, or to serve on.
@@ -417,7 +359,10 @@ class Config(BaseSettings):
         if self.address is None:
             return self.run_dir / "kvstore.sock"
         if not self.address.startswith("unix://"):
-            raise ConfigError(f"address {self.address} is no socket; give unix:///path/to/socket")
+            raise ConfigError(
+                f"address {self.address} is no socket; give unix:///path/to/socket (or, for the "
+                "API, its host:port: --address)"
+            )
         return Path(self.address.removeprefix("unix://"))
 
     @property

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import typer
 
 from kvstore.benchmarks.figures import Report
-from kvstore.server.options_cli import size_option
+from kvstore.server.options_cli import grouped, size_option
 
 bench_app = typer.Typer(
     invoke_without_command=True,
@@ -38,14 +39,44 @@ def _finite(value: float | None) -> float | None:
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per figure.")]
 QuickOption = Annotated[bool, typer.Option("--quick", help="Less data, fewer samples.")]
-SizeOption = Annotated[
-    int | None,
-    typer.Option("--size", parser=_bench_size, metavar="SIZE", help="Bytes to move, e.g. 1GiB."),
-]
+
+
+@dataclass(frozen=True)
+class How:
+    """How figures are taken and printed."""
+
+    as_json: JsonOption = False
+    quick: QuickOption = False
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", min=1, max=1000, help="Runs of which to take the median."),
+    ] = None
+
+    @property
+    def runs(self) -> int:
+        """Of which to take the median."""
+        return self.samples or (_QUICK_SAMPLES if self.quick else _SAMPLES)
+
+    def report(self, bench: str) -> Report:
+        """Of a benchmark."""
+        return Report(bench, samples=self.runs, as_json=self.as_json)
+
+
+@dataclass(frozen=True)
+class Much(How):
+    """How, and how much."""
+
+    size: Annotated[
+        int | None,
+        typer.Option(parser=_bench_size, metavar="SIZE", help="Bytes to move, e.g. 1GiB."),
+    ] = None
+
+    def bytes(self, quick: int, whole: int) -> int:
+        """What is asked for, or so many MiB."""
+        return self.size or (quick if self.quick else whole) << 20
+
+
 ThreadsOption = Annotated[int, typer.Option("--threads", min=1, max=64, help="Threads to use.")]
-SamplesOption = Annotated[
-    int | None, typer.Option("--samples", min=1, max=1000, help="Runs of which to take the median.")
-]
 FolderOption = Annotated[
     Path,
     typer.Option(
@@ -58,14 +89,6 @@ FolderOption = Annotated[
 ]
 
 
-def _report(bench: str, *, as_json: bool, quick: bool, samples: int | None) -> Report:
-    return Report(bench, samples=_chosen(samples, quick), as_json=as_json)
-
-
-def _chosen(samples: int | None, quick: bool) -> int:
-    return samples or (_QUICK_SAMPLES if quick else _SAMPLES)
-
-
 @bench_app.callback()
 def everything(
     context: typer.Context,
@@ -74,64 +97,42 @@ def everything(
     quick: QuickOption = False,
 ) -> None:
     """Without a command: all benchmarks."""
-    if context.invoked_subcommand is None:
-        copy(as_json=as_json, quick=quick)
-        disk(folder, as_json=as_json, quick=quick)
-        session(as_json=as_json, quick=quick)
-        store(folder, as_json=as_json, quick=quick)
-        weights(folder, as_json=as_json, quick=quick)
-        peer(as_json=as_json, quick=quick)
-        _gpu_copy_if_possible(as_json=as_json, quick=quick)
-
-
-def _gpu_copy_if_possible(*, as_json: bool, quick: bool) -> None:
+    if context.invoked_subcommand is not None:
+        return
+    much = Much(as_json, quick)
+    copy(much)
+    disk(much, folder)
+    session(much)
+    store(much, folder)
+    weights(much, folder)
+    peer(much)
     from kvstore.benchmarks.gpu_copy import missing_gpu
 
     if missing := missing_gpu():
         typer.echo(f"left out: {missing}", err=True)
     else:
-        gpu_copy(as_json=as_json, quick=quick)
+        gpu_copy(much)
 
 
-@bench_app.command()
-def copy(
-    as_json: JsonOption = False,
-    quick: QuickOption = False,
-    size: SizeOption = None,
-    threads: ThreadsOption = 2,
-    samples: SamplesOption = None,
-) -> None:
+def copy(much: Much, threads: ThreadsOption = 2) -> None:
     """Copies between pages and slots, keys and checksums, against memory itself."""
     from kvstore.benchmarks import copy as bench
 
-    with _report("copy", as_json=as_json, quick=quick, samples=samples) as report:
-        bench.run(report, size=size or (64 << 20 if quick else 512 << 20), threads=threads)
+    with much.report("copy") as report:
+        bench.run(report, size=much.bytes(64, 512), threads=threads)
 
 
-@bench_app.command()
-def disk(
-    folder: FolderOption = Path(),
-    as_json: JsonOption = False,
-    quick: QuickOption = False,
-    size: SizeOption = None,
-    threads: ThreadsOption = 2,
-    samples: SamplesOption = None,
-) -> None:
+def disk(much: Much, folder: FolderOption = Path(), threads: ThreadsOption = 2) -> None:
     """The disk tier against bare O_DIRECT reads and writes in the same folder."""
     from kvstore.benchmarks import disk as bench
 
-    with _report("disk", as_json=as_json, quick=quick, samples=samples) as report:
-        chosen = size or (256 << 20 if quick else 2 << 30)
-        bench.run(report, folder=folder, size=chosen, threads=threads)
+    with much.report("disk") as report:
+        bench.run(report, folder=folder, size=much.bytes(256, 2048), threads=threads)
 
 
-@bench_app.command()
 def session(
-    as_json: JsonOption = False,
-    quick: QuickOption = False,
-    size: SizeOption = None,
+    much: Much,
     threads: ThreadsOption = 2,
-    samples: SamplesOption = None,
     clients: Annotated[
         list[int] | None,
         typer.Option("--clients", min=1, max=64, help="Client processes at once; may be repeated."),
@@ -140,71 +141,46 @@ def session(
     """Clients and a daemon on one node: saves, loads, lookups, against copies and sockets alone."""
     from kvstore.benchmarks import session as bench
 
-    with _report("session", as_json=as_json, quick=quick, samples=samples) as report:
-        chosen = size or (128 << 20 if quick else 512 << 20)
-        bench.run(report, size=chosen, threads=threads, clients=clients or bench.CLIENTS)
+    with much.report("session") as report:
+        size = much.bytes(128, 512)
+        bench.run(report, size=size, threads=threads, clients=clients or bench.CLIENTS)
 
 
-@bench_app.command()
-def store(
-    folder: FolderOption = Path(),
-    as_json: JsonOption = False,
-    quick: QuickOption = False,
-    size: SizeOption = None,
-    threads: ThreadsOption = 2,
-    samples: SamplesOption = None,
-) -> None:
+def store(much: Much, folder: FolderOption = Path(), threads: ThreadsOption = 2) -> None:
     """A daemon's blocks on disk against the disk and the copy alone, and how it starts."""
     from kvstore.benchmarks import store as bench
 
-    with _report("store", as_json=as_json, quick=quick, samples=samples) as report:
-        chosen = size or (128 << 20 if quick else 512 << 20)
-        bench.run(report, folder=folder, size=chosen, threads=threads)
+    with much.report("store") as report:
+        bench.run(report, folder=folder, size=much.bytes(128, 512), threads=threads)
 
 
-@bench_app.command()
-def weights(
-    folder: FolderOption = Path(),
-    as_json: JsonOption = False,
-    quick: QuickOption = False,
-    size: SizeOption = None,
-    samples: SamplesOption = None,
-) -> None:
+def weights(much: Much, folder: FolderOption = Path()) -> None:
     """Naming a model by all bytes of its weights, against reading them."""
     from kvstore.benchmarks import weights as bench
 
-    with _report("weights", as_json=as_json, quick=quick, samples=samples) as report:
-        bench.run(report, folder=folder, size=size or (256 << 20 if quick else 2 << 30))
+    with much.report("weights") as report:
+        bench.run(report, folder=folder, size=much.bytes(256, 2048))
 
 
-@bench_app.command()
 def peer(
-    as_json: JsonOption = False,
-    quick: QuickOption = False,
-    size: SizeOption = None,
+    much: Much,
     streams: Annotated[
         int, typer.Option("--streams", min=1, max=16, help="Connections that carry blocks.")
     ] = 2,
-    samples: SamplesOption = None,
 ) -> None:
     """A session over TCP, through loopback, against a bare socket and iperf3."""
     from kvstore.benchmarks import peer as bench
 
-    with _report("peer", as_json=as_json, quick=quick, samples=samples) as report:
-        bench.run(report, size=size or (64 << 20 if quick else 512 << 20), streams=streams)
+    with much.report("peer") as report:
+        bench.run(report, size=much.bytes(64, 512), streams=streams)
 
 
-@bench_app.command("gpu-copy")
 def gpu_copy(
-    as_json: JsonOption = False,
-    quick: QuickOption = False,
-    samples: SamplesOption = None,
+    how: How,
     results: Annotated[
         Path | None,
         typer.Option(
-            "--results",
-            file_okay=False,
-            help="Folder for the figures, one file of JSON lines per date and GPU.",
+            file_okay=False, help="Folder for the figures, one file of JSON lines per date and GPU."
         ),
     ] = None,
 ) -> None:
@@ -219,17 +195,16 @@ def gpu_copy(
         raise typer.Exit(2)
     if results is not None:
         results.mkdir(parents=True, exist_ok=True)
-    chosen = _chosen(samples, quick)
-    with bench.Recorder("gpu-copy", samples=chosen, as_json=as_json) as report:
-        bench.run(report, quick=quick)
+    with bench.Recorder("gpu-copy", samples=how.runs, as_json=how.as_json) as report:
+        bench.run(report, quick=how.quick)
     if results is not None:
         path = report.write(results, bench.device_name())
         typer.echo(f"written: {path}", err=True)
 
 
-@bench_app.command()
 def engine(
-    name: Annotated[str, typer.Option("--engine", help="The engine: vllm.")] = "vllm",
+    how: How,
+    name: Annotated[Literal["vllm"], typer.Option("--engine", help="The engine.")] = "vllm",
     model: Annotated[
         str | None,
         typer.Option("--model", help="Folder or name of a model (default: the demo's)."),
@@ -250,21 +225,10 @@ def engine(
         typer.Option("--tokens", min=128, max=1 << 20, help="Tokens of a document."),
     ] = None,
     processes: Annotated[
-        str, typer.Option("--processes", help="default: as vLLM runs; one: all in one process.")
+        Literal["default", "one"], typer.Option(help="As vLLM runs them, or all in one.")
     ] = "default",
-    as_json: JsonOption = False,
-    quick: QuickOption = False,
-    samples: Annotated[
-        int | None, typer.Option("--samples", min=1, max=100, help="Laps (default 2; quick: 1).")
-    ] = None,
 ) -> None:
     """First tokens and throughput of a real engine, plain, with KVStore and with others."""
-    if name != "vllm":
-        raise typer.BadParameter(
-            f"{name!r} is not known; the one engine is vllm", param_hint="--engine"
-        )
-    if processes not in ("default", "one"):
-        raise typer.BadParameter("give default or one", param_hint="--processes")
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:
         typer.echo(
@@ -282,7 +246,8 @@ def engine(
         raise typer.BadParameter(
             "the demo's model is not there: run `make setup`, or name another", param_hint="--model"
         )
-    with Report("engine", samples=samples or (1 if quick else 2), as_json=as_json) as report:
+    quick, laps = how.quick, how.samples or (1 if how.quick else 2)
+    with Report("engine", samples=laps, as_json=how.as_json) as report:
         size = Size.chosen(
             tokens or (768 if quick else 1408), requests or (4 if quick else 8), quick=quick
         )
@@ -290,7 +255,6 @@ def engine(
         bench.run(report, setup, connector or [KVSTORE])
 
 
-@bench_app.command()
 def soak(
     minutes: Annotated[
         float | None,
@@ -322,10 +286,14 @@ def soak(
         folder=folder,
         tell=lambda line: typer.echo(line, err=True),
     )
-    with _report("soak", as_json=as_json, quick=False, samples=None) as report:
+    with Report("soak", samples=_SAMPLES, as_json=as_json) as report:
         bench.figures(report, outcome)
     for problem in outcome.problems:
         typer.echo(f"problem: {problem}", err=True)
     typer.echo("verdict: " + ("bad" if outcome.problems else "good"), err=True)
     if outcome.problems:
         raise typer.Exit(1)
+
+
+for _command in (copy, disk, session, store, weights, peer, gpu_copy, engine, soak):
+    bench_app.command()(grouped(_command))

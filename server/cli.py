@@ -79,6 +79,12 @@ def version() -> None:
     typer.echo(__version__)
 
 
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """Without flags that were not given."""
+    kept = {k: _given(v) if isinstance(v, dict) else v for k, v in values.items()}
+    return {name: value for name, value in kept.items() if value not in (None, {})}
+
+
 @app.command()
 def serve(
     config: ConfigOption = None,
@@ -104,20 +110,16 @@ def serve(
     from kvstore.server.daemon import describe, start_logging
     from kvstore.server.daemon import serve as run
 
-    overrides: dict[str, Any] = {}
-    if socket is not None:
-        overrides["address"] = f"unix://{Path(socket).absolute() if socket else ''}"
-    if memory is not None:
-        overrides["memory"] = {"size": memory}
-    sizes = {"path": disk, "size": disk_size}
-    if given := {name: value for name, value in sizes.items() if value is not None}:
-        overrides["disk"] = given
-    faces = {"grpc": grpc, "http": http, "tcp": tcp, "tokens": tokens, "insecure": insecure or None}
-    if given_faces := {name: value for name, value in faces.items() if value is not None}:
-        overrides["server"] = given_faces
-    if log_level is not None:
-        overrides["log_level"] = log_level
-    settings = load_config(config, overrides)
+    overrides = {
+        "address": socket and f"unix://{Path(socket).absolute()}",
+        "memory": {"size": memory},
+        "disk": {"path": disk, "size": disk_size},
+        "server": {
+            "grpc": grpc, "http": http, "tcp": tcp, "tokens": tokens, "insecure": insecure or None
+        },
+        "log_level": log_level,
+    }  # fmt: skip
+    settings = load_config(config, _given(overrides))
     start_logging(settings.log_level)
     path = settings.socket
     if settings.address is None:

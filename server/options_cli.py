@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar, cast, get_type_hints
 
 import msgspec
 import typer
@@ -37,6 +37,7 @@ _TIMEOUT: Final = 5.0
 _MAX_FILE: Final = 64 << 20
 _Token = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
+N = TypeVar("N", int, float)
 TierChoice = Literal["memory", "disk"]
 
 
@@ -53,20 +54,20 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
-def duration_option(text: str) -> float:
-    """For typer: a duration."""
-    try:
-        return parse_duration(text)
-    except ValueError as e:
-        raise typer.BadParameter(str(e)) from e
+def _option(read: Callable[[str], N]) -> Callable[[str], N]:
+    """For typer: what `read` makes of a text, and its ValueError as a usage error."""
+
+    def option(text: str) -> N:
+        try:
+            return read(text)
+        except ValueError as e:
+            raise typer.BadParameter(str(e)) from e
+
+    return option
 
 
-def size_option(text: str) -> int:
-    """For typer: a size in bytes."""
-    try:
-        return parse_size(text)
-    except ValueError as e:
-        raise typer.BadParameter(str(e)) from e
+duration_option = _option(parse_duration)
+size_option = _option(parse_size)
 
 
 def limit_option(text: str) -> float:
@@ -290,22 +291,14 @@ class WhereOptions(TokenOptions):
 
     def where(self) -> Where:
         """For the API."""
-        where = cast("Where", self.given())
-        if self.namespace is not None:
-            where["namespace"] = self.namespace
-        if self.tenant is not None:
-            where["tenant"] = self.tenant
-        if self.tier is not None:
-            where["tier"] = self.tier
-        if self.older_than is not None:
-            where["older_than"] = self.older_than
-        if self.unused_for is not None:
-            where["unused_for"] = self.unused_for
-        if self.everything:
-            where["everything"] = True
+        where: dict[str, Any] = {**self.given()}
+        for name in ("namespace", "tenant", "tier", "older_than", "unused_for", "everything"):
+            value = getattr(self, name)
+            if value is not None and value is not False:
+                where[name] = value
         if not where:
             raise typer.BadParameter("choose blocks by an option, or take --all")
-        return where
+        return cast("Where", where)
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

@@ -22,6 +22,7 @@ _SUFFIX: Final = ".control"
 _FORMS: Final = "unix:///path/to/socket of the daemon, or host:port of its gRPC API"
 
 _NOW: Final = 0.001
+_LONGEST: Final = 1e9
 
 OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
     ("grpc.max_receive_message_length", MAX_REPLY),
@@ -143,6 +144,11 @@ def translated(error: Any, to: Target, timeout: float | None) -> KVStoreError:
     if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
         return AccessDenied(message)
     return RequestRefused(message or code.name, reason, field)
+
+
+def within(timeout: float | None) -> float | None:
+    """`timeout` as gRPC takes it: it overflows beyond some centuries, and so ends at once."""
+    return None if timeout is None else max(0.0, min(timeout, _LONGEST))
 
 
 def encoded(message: Message) -> bytes:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -89,7 +91,7 @@ HARMLESS = {
     "version", "serve", "stats", "namespaces", "sessions", "leases", "events", "lookup", "explain",
     "inspect", "token new", "operations list", "operations watch", "operations cancel", "bench",
     *(f"bench {name}" for name in (
-        "copy", "disk", "session", "store", "peer", "gpu-copy", "engine", "soak")),
+        "copy", "disk", "session", "store", "weights", "peer", "gpu-copy", "engine", "soak")),
     # What they change can be changed back, and nothing is lost by it.
     "pin", "unpin", "prefetch", "move", "copy", "compress", "decompress", "admission",
     "drain",  # --stop says it, and writes out before
@@ -139,6 +141,17 @@ def test_yes_is_taken_for_an_answer(told: Told, session: Session) -> None:
     told.text("quota", "", "--memory", "none", "--disk", "none")
     assert "changed 1 objects" in told.text("ttl", "1d", "--all", "-y")
     assert told.text("clear", "--all", "-y").startswith("removed 1 objects")
+
+
+def test_no_time_means_at_once(told: Told, served: Served) -> None:
+    served.signal(signal.SIGSTOP)
+    try:
+        started = time.monotonic()
+        code, _, err = told.run("stats", "--timeout", "0s")
+        assert (code, "no daemon answers" in err) == (1, True)
+        assert time.monotonic() - started < 3
+    finally:
+        served.signal(signal.SIGCONT)
 
 
 # -- what clients say ---------------------------------------------------------------------------
@@ -378,7 +391,7 @@ def test_every_option_and_argument_is_in_the_table() -> None:
     assert {key.split()[-1] for key in VALUES} == names
 
 
-@pytest.mark.parametrize(("command", "name", "values"), wrong_values())
+@pytest.mark.parametrize(("command", "name", "values"), list(wrong_values()))
 def test_a_wrong_value_is_told_in_one_message(
     told: Told, session: Session, command: str, name: str, values: list[str]
 ) -> None:

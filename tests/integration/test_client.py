@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import socket
 import threading
@@ -60,6 +61,22 @@ def test_verbs_take_plain_values(served: Served) -> None:
         assert kvstore.stats().objects == 3
         assert [i.objects for i in kvstore.list_namespaces().namespaces] == [3]
         assert not kvstore.list_sessions().sessions
+
+
+@pytest.mark.parametrize("timeout", [1e9, 1e18, 1e300, math.inf])
+def test_no_timeout_is_too_long(served: Served, timeout: float) -> None:
+    with Orchestrator(at(served), timeout=timeout) as kvstore:
+        assert kvstore.clear(everything=True, dry_run=True).wait(timeout).changed == 3
+
+
+def test_values_that_fit_no_field_are_refused(served: Served) -> None:
+    with Orchestrator(at(served)) as kvstore:
+        with pytest.raises(RequestRefused, match="does not fit"):
+            kvstore.watch_events(after=-1)
+        with pytest.raises(RequestRefused, match="does not fit"):
+            kvstore.list_leases(session=1 << 64)
+        with pytest.raises(RequestRefused, match="name fewer blocks"):
+            kvstore.lookup(NAMESPACE_ID, tokens=[1] * (3 << 20))
 
 
 def test_operations_have_handles(served: Served) -> None:
