@@ -22,20 +22,43 @@ def client_token(config: Config) -> str:
     """The token to present: `KVSTORE_TOKEN`, else what `session.token_file` holds, else none.
 
     Raises:
-        ConfigError: the file cannot be read or holds no token.
+        ConfigError: the file cannot be read or holds no token, or it cannot be sent.
     """
     token = os.environ.get("KVSTORE_TOKEN", "").strip()
     path = config.session.token_file
     if token or path is None:
-        return token
+        return checked_token(token, "KVSTORE_TOKEN")
+    return read_token(path, "session.token_file")
+
+
+def read_token(path: Path, key: str) -> str:
+    """The token that a file holds; `key` is what names the file.
+
+    Raises:
+        ConfigError: it cannot be read, or holds no token.
+    """
     try:
         token = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(
-            f"session.token_file {path}: {_reason(e)}; give a file that holds the token alone"
-        ) from e
+    except (OSError, ValueError) as e:
+        reason = (isinstance(e, OSError) and e.strerror) or "it is no text"
+        text = f"{key} {path}: {reason}; give a file that holds the token alone"
+        raise ConfigError(text) from None
     if not token:
-        raise ConfigError(f"session.token_file {path} is empty; put the token into it")
+        raise ConfigError(f"{key} {path} is empty; put the token into it")
+    return checked_token(token, f"{key} {path}")
+
+
+def checked_token(token: str, source: str) -> str:
+    """The token, if it can be sent. Errors do not show it, nor do those that they come from.
+
+    Raises:
+        ConfigError: it holds what no token may.
+    """
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise ConfigError(
+            f"{source} holds a space, a line break or characters beyond ASCII, which cannot be "
+            "sent; give the token alone, `kvstore token new` makes one"
+        )
     return token
 
 

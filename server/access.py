@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import yaml
 
 from kvstore.config import ServerConfig, split_host_port
+from kvstore.credentials import checked_token
 from kvstore.errors import AccessDenied, ConfigError
 
 if TYPE_CHECKING:
@@ -366,12 +367,7 @@ def _digest(entry: dict[Any, Any]) -> bytes:
             f"has a `token` of {len(token)} characters; {_MIN_TOKEN} are the least, "
             "`kvstore token new` makes one"
         )
-    if not token.isascii() or not token.isprintable() or " " in token:
-        raise ValueError(
-            "has a `token` with a space, a line break or characters beyond ASCII, which callers "
-            "cannot send; `kvstore token new` makes one"
-        )
-    return _digest_of(token)
+    return _digest_of(checked_token(token, "has a `token` that"))
 
 
 def _digest_of(token: str) -> bytes:

@@ -21,6 +21,7 @@ import msgspec
 import typer
 
 from kvstore.config import load_config, parse_size
+from kvstore.credentials import read_token
 from kvstore.errors import ConfigError, SpecError
 from kvstore.server.output_cli import say, shown
 
@@ -158,12 +159,7 @@ class Link:
 
         token: str | None = None
         if self.token_file is not None:
-            try:
-                token = self.token_file.read_text().strip()
-            except (OSError, ValueError) as e:
-                raise ConfigError(f"--token-file {self.token_file}: {e}; check the path") from e
-            if not token:
-                raise ConfigError(f"--token-file {self.token_file} is empty; put the token into it")
+            token = read_token(self.token_file, "--token-file")
         settings = load_config(self.config)
         timeout = _TIMEOUT if self.timeout is None else self.timeout
         api = Orchestrator(self.address, config=settings, token=token, timeout=timeout)

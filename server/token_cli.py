@@ -14,6 +14,7 @@ from kvstore.server.access import Role
 token_app = typer.Typer(no_args_is_help=True, help="Tokens that let callers in.")
 
 _TOKEN_BYTES: Final = 32
+_MAX_NAME: Final = 256
 _ROLES: Final = tuple(role.name.lower() for role in Role)
 
 
@@ -23,12 +24,24 @@ def _role(text: str) -> str:
     return text
 
 
+def _name(text: str) -> str:
+    if not text or not text.isprintable() or len(text) > _MAX_NAME:
+        raise typer.BadParameter(
+            f"{text[:_MAX_NAME]!r} is no name; give one of up to {_MAX_NAME} printable characters"
+        )
+    return text
+
+
 @token_app.command()
 def new(
-    name: Annotated[str, typer.Option(help="Who will use it; unique in the file.")],
+    name: Annotated[
+        str,
+        typer.Option(parser=_name, metavar="NAME", help="Who will use it; unique in the file."),
+    ],
     role: Annotated[str, typer.Option(parser=_role, metavar="|".join(_ROLES))],
     tenant: Annotated[
-        list[str] | None, typer.Option(help="Limit it to this tenant; may be repeated.")
+        list[str] | None,
+        typer.Option(parser=_name, metavar="NAME", help="Limit it to this one; may be repeated."),
     ] = None,
 ) -> None:
     """Make a random token.

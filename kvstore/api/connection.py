@@ -12,10 +12,10 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, Help
 from grpc_status import rpc_status
 
 from kvstore.api import v1
-from kvstore.api.convert import MAX_REPLY, SERVICE
+from kvstore.api.convert import MAX_MESSAGE, MAX_REPLY, SERVICE
 from kvstore.api.errors import OperationFailed, OperationUnfinished, RequestRefused
 from kvstore.config import Config, checked_text, load_config, split_host_port
-from kvstore.credentials import client_context, client_token, listener
+from kvstore.credentials import checked_token, client_context, client_token, listener
 from kvstore.errors import AccessDenied, ConfigError, KVStoreError, StoreUnavailable
 
 _SUFFIX: Final = ".control"
@@ -60,7 +60,7 @@ def target(
         StoreUnavailable: a private daemon does not answer.
     """
     settings = load_config() if config is None else config
-    token = client_token(settings) if token is None else token
+    token = client_token(settings) if token is None else checked_token(token, "token")
     metadata = (("authorization", f"Bearer {token}"),) if token else ()
     if address is None or address.startswith("unix://"):
         path = settings.control_socket if address is None else _control_socket(address)
@@ -152,8 +152,16 @@ def within(timeout: float | None) -> float | None:
 
 
 def encoded(message: Message) -> bytes:
-    """A request's bytes."""
-    return message.SerializeToString()
+    """A request's bytes.
+
+    Raises:
+        RequestRefused: they are too many.
+    """
+    data = message.SerializeToString()
+    if len(data) > MAX_MESSAGE:
+        text = f"a request of {len(data)} bytes; {MAX_MESSAGE} are allowed, some two million tokens"
+        raise RequestRefused(f"{text}: ask for the beginning of the prompt", "TOO_LARGE", "")
+    return data
 
 
 def deadline(timeout: float | None) -> float | None:

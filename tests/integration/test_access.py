@@ -370,4 +370,11 @@ def test_a_new_token_is_shown_once_and_its_entry_lets_it_in(stores: Stores) -> N
     wire = Wire(served.socket, token)
     assert wire.open("123") == 0
     assert "may not use" in wire.refused(Open(namespace("124"), (PART,)))
-    assert kvstore("token", "new", "--name", "x", "--role", "owner").returncode == 2
+    for wrong in (
+        ("--name", "x", "--role", "owner"),
+        ("--name", "", "--role", "read"),
+        ("--name", "a\nb", "--role", "read"),
+        ("--name", "x", "--role", "read", "--tenant", ""),
+    ):
+        refused = kvstore("token", "new", *wrong)
+        assert (refused.returncode, refused.stdout) == (2, ""), wrong

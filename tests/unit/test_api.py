@@ -17,7 +17,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 import kvstore.api
 from kvstore.api import requests, v1
-from kvstore.api.connection import target
+from kvstore.api.connection import encoded, target
 from kvstore.api.convert import SERVICE, duration, namespace_message, namespace_of, timestamp
 from kvstore.api.errors import RequestRefused
 from kvstore.client import AsyncOrchestrator, Orchestrator
@@ -250,3 +250,10 @@ def test_neither_the_package_nor_the_command_loads_grpc_before_it_is_needed() ->
 
 def test_the_service_has_the_name_that_clients_call() -> None:
     assert v1.DESCRIPTOR.services_by_name["Orchestrator"].full_name == SERVICE
+
+
+def test_a_request_that_is_too_large_is_not_sent() -> None:
+    assert len(encoded(requests.lookup("3f9a1c", tokens=[1] * 2_000_000).request)) < 8 << 20
+    with pytest.raises(RequestRefused, match="some two million tokens") as caught:
+        encoded(requests.lookup("3f9a1c", tokens=[1] * 2_200_000).request)
+    assert caught.value.reason == "TOO_LARGE"

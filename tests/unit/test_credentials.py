@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ssl
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvstore.api.connection import target
 from kvstore.config import Config, load_config
 from kvstore.credentials import client_context, client_token
 from kvstore.errors import ConfigError
@@ -41,15 +44,41 @@ def test_a_token_from_a_file_or_the_environment(
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [(None, "No such file"), (b"\n", "is empty"), (b"\xff\xfe", "the token")]
+    ("content", "says"),
+    [
+        (None, "No such file"),
+        (b"\n", "is empty"),
+        (b"secret\xff\xfe", "the token"),
+        (b"secret\nsecond", "a line break"),
+        ("secret-é".encode(), "beyond ASCII"),
+        (b"secret and more", "a space"),
+        (b"secret\x00\x1b", "the token alone"),
+    ],
 )
-def test_a_token_file_that_is_none(tmp_path: Path, content: bytes | None, says: str) -> None:
+def test_a_token_that_cannot_be_sent_is_refused_and_shown_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None, says: str
+) -> None:
     file = tmp_path / "token"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(ConfigError, match=says) as e:
-        client_token(config(token_file=file))
-    assert "session.token_file" in str(e.value)
+    ways: list[tuple[str, Callable[[], object]]] = [
+        ("session.token_file", lambda: client_token(config(token_file=file))),
+        ("session.token_file", lambda: target("localhost:1", config(token_file=file), None)),
+    ]
+    if content is not None and b"s" in content and b"\xff" not in content:
+        text = content.decode()
+        ways.append(("token", lambda: target("localhost:1", config(), text)))
+        if "\0" not in text:
+            monkeypatch.setenv("KVSTORE_TOKEN", text)
+            ways = [("KVSTORE_TOKEN", lambda: client_token(config())), ways[-1]]
+    for source, way in ways:
+        with pytest.raises(ConfigError, match=says) as e:
+            way()
+        assert source in str(e.value)
+        shown = "".join(traceback.format_exception(e.value))
+        assert "secret" not in "\n".join(
+            line for line in shown.splitlines() if not line.startswith("    ")
+        )
 
 
 def test_contexts_check_names_and_certificates(tmp_path: Path) -> None:
