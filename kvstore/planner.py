@@ -2,7 +2,7 @@
 
 Loading `n` blocks costs their bytes times the measured time per byte of the tiers they lie in;
 not loading them costs computing their tokens at the measured prefill rate. Only a prefix can be
-loaded, so the plan is the prefix length with the least total. Both sides are fitted to what was
+loaded, so the plan is the prefix length with the least total. Both sides are averages of what was
 measured; until the prefill rate is known, loading is taken to be cheaper. What is not loaded is not
 measured either, so the cost of a tier fades with every plan that shuns it: none is shunned for
 ever, whatever was measured.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final, Literal
 
-from kvstore.telemetry import Cost
+from kvstore.telemetry import Average
 
 _FADE: Final = 0.9
 """What is left of a tier's cost after a plan that shuns it."""
@@ -67,8 +67,8 @@ class Planner:
 
     def __init__(self, mode: Literal["auto", "load", "recompute"] = "auto") -> None:
         self._mode = mode
-        self._copy = Cost()  # of bytes, slots to pages
-        self._token = Cost()  # of tokens computed
+        self._copy = Average()  # of bytes, slots to pages
+        self._token = Average()  # of tokens computed
         self._copies = _Doubt()
         self._below = _Doubt()
 
@@ -94,8 +94,7 @@ class Planner:
         `below_memory` is the measured seconds per byte from disk to memory, `wait` the seconds
         until the disk begins; `belief` in the cost of copies, and in that of the disk.
         """
-        blocks = in_memory + below
-        copy = self._copy.once + self._copy.each * blocks * block_bytes if blocks else 0.0
+        copy = (self._copy.value or 0.0) * (in_memory + below) * block_bytes
         read = wait + below_memory * below * block_bytes if below else 0.0
         return belief[0] * copy + belief[1] * read
 
@@ -122,7 +121,7 @@ class Planner:
             self.load_seconds(n - under, under, block_bytes, below_memory, wait, belief)
             for n, under in enumerate(fetched)
         ]
-        per_token = self._token.mean
+        per_token = self._token.value
         if not found:
             blocks, reason = 0, nothing
         elif self._mode != "auto":

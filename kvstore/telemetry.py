@@ -31,37 +31,25 @@ class Counters:
         return dict(sorted(self._counts.items()))
 
 
-class Cost:
-    """What work takes: `once` seconds, and `each` for every unit of it; fitted to late samples.
+class Average:
+    """Seconds per unit of work of late; None until the first sample.
 
-    The seconds of a small amount are mostly overhead, so per unit they say little about a large
-    one. Where all amounts were alike nothing tells the two apart: then units take it all.
+    Small amounts, whose seconds are mostly overhead, weigh no more than they are.
     """
 
     _KEPT: Final = 0.7
-    """What is left of the weight of a sample when the next one comes."""
-    _ALIKE: Final = 0.01
+    """What is left of a sample when the next one comes."""
 
-    def __init__(self, each: float = 0.0) -> None:
-        self.once = 0.0
-        self.each = each
-        self.mean: float | None = None
-        """Seconds per unit, overhead included; None until something was measured."""
-        self._sums = [0.0] * 5
+    def __init__(self) -> None:
+        self.value: float | None = None
+        self._amount = self._seconds = 0.0
 
     def add(self, amount: float, seconds: float) -> None:
-        """Take in one sample; no time, or none for anything, is none."""
-        if amount <= 0 or seconds <= 0:
-            return
-        sample = 1.0, amount, seconds, amount * amount, amount * seconds
-        self._sums = [self._KEPT * old + new for old, new in zip(self._sums, sample, strict=True)]
-        count, *sums = self._sums
-        x, y, xx, xy = (one / count for one in sums)
-        alike = self._ALIKE * x * x
-        self.mean = y / x
-        slope = (xy - x * y + alike * self.mean) / (xx - x * x + alike)
-        self.each = min(max(slope, 0.0), self.mean)
-        self.once = y - self.each * x
+        """Take in a sample; no time, or none for anything, is none."""
+        if amount > 0 and seconds > 0:
+            self._amount = self._KEPT * self._amount + amount
+            self._seconds = self._KEPT * self._seconds + seconds
+            self.value = self._seconds / self._amount
 
 
 class Busy:
@@ -80,7 +68,7 @@ class Busy:
     def __init__(self, clock: Callable[[], float], guess: float) -> None:
         self._clock = clock
         self._guess = guess
-        self._cost = Cost(guess)
+        self._average = Average()
         self._running = self._left = self._done = 0
         self._since = self._last = clock()
 
@@ -98,24 +86,21 @@ class Busy:
         self._done += done * amount
         self._last = max(self._last, at)
         if not self._running or self._last - self._since >= self._SPELL:
-            self._cost.add(self._done, self._last - self._since)
+            self._average.add(self._done, self._last - self._since)
             self._since, self._done = self._last, 0
 
     @property
     def each(self) -> float:
         """Seconds per unit."""
-        return max(self._cost.each * self._faded, min(self._cost.each, self._guess))
+        idle = 0.0 if self._running else self._clock() - self._last
+        value = self._average.value or self._guess
+        return max(value * float(0.5 ** (idle / self._HALF_LIFE)), min(value, self._guess))
 
     @property
     def wait(self) -> float:
         """Seconds before it begins with something new."""
         stuck = self._clock() - self._last if self._running else 0.0
-        return self._cost.once * self._faded + self._left * self.each + stuck
-
-    @property
-    def _faded(self) -> float:
-        idle = 0.0 if self._running else self._clock() - self._last
-        return float(0.5 ** (idle / self._HALF_LIFE))
+        return self._left * self.each + stuck
 
 
 class Histograms:

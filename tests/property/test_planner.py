@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.planner import Planner
-from kvstore.telemetry import Busy, Cost
+from kvstore.telemetry import Busy
 
 MIB = 1 << 20
 FEW = settings(max_examples=60, deadline=None)
@@ -59,18 +59,6 @@ def test_every_tier_is_tried_again(
             if loaded := blocks_of(planner, found, told):
                 planner.loaded(loaded * MIB, took)
     raise AssertionError(f"{wanted} shunned {BOUND} times")
-
-
-@FEW
-@given(st.lists(st.tuples(st.integers(1, 1 << 40), seconds), min_size=1))
-def test_a_cost_is_never_negative_nor_above_its_dearest_sample(
-    samples: list[tuple[int, float]],
-) -> None:
-    cost = Cost()
-    for sample in samples:
-        cost.add(*sample)
-    assert 0 <= cost.each <= max(took / amount for amount, took in samples) * 1.001
-    assert -1e-6 <= cost.once <= max(took for _, took in samples) * 1.001
 
 
 @FEW

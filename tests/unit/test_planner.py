@@ -7,7 +7,6 @@ import itertools
 import pytest
 
 from kvstore.planner import LoadPlan, Planner
-from kvstore.telemetry import Cost
 
 MIB = 1 << 20
 TOKENS = 64
@@ -150,21 +149,9 @@ def test_one_small_load_does_not_judge_large_ones() -> None:
         shunned += 1
     assert shunned < 20
     planner.loaded(2000 * MIB, 0.1)
-    for _ in range(20):
+    for _ in range(10):
         assert of(1000) == 1000
         planner.loaded(2 * MIB, 2e-3)
-
-
-def test_seconds_at_once_are_told_from_those_of_units() -> None:
-    cost = Cost()
-    for amount in (1, 5, 2, 1, 9):
-        cost.add(amount, 3 + 2 * amount)
-    assert cost.each == pytest.approx(2, rel=0.02)
-    assert cost.once == pytest.approx(3, rel=0.05)
-    same = Cost()
-    for _ in range(3):
-        same.add(10, 5)
-    assert (same.once, same.each) == (0.0, 0.5)
 
 
 def test_a_queue_in_front_of_the_disk_is_waited_for_or_computed_instead() -> None:
