@@ -15,36 +15,44 @@ The tokens generated are saved too, so the next turn of a chat starts where the 
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
-from kvstore.connectors.transformers_model import (
-    adapter_state,
-    cache_group,
-    cache_part,
-    model_identity,
-)
+from kvstore.connectors.transformers_arguments import attended, refused
+from kvstore.connectors.transformers_model import cache_group, cache_part, model_identity
+from kvstore.connectors.transformers_state import Weights, unfit
 from kvstore.copier.base import PagedMemory, PlaneMemory
-from kvstore.errors import SpecError
+from kvstore.errors import KVStoreError, SpecError
 from kvstore.session import Session
 from kvstore.spec import ModelIdentity, Namespace
+from kvstore.telemetry import QuietLog
 from kvstore.transfer import Saved
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from kvstore.config import Config
     from kvstore.planner import LoadPlan
 
 __all__ = ["KVStoreCache", "Report", "cache_part", "model_identity"]
+
+_log = logging.getLogger("kvstore.transformers")
+_CHANGED: Final = (
+    "the model is not what this cache was opened for: the store is left alone; open another cache"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +94,17 @@ class Report:
 class KVStoreCache:
     """The KV cache of one model, kept in a store.
 
-    A store that is down, slow or full costs hits, never an exception: `load` then returns an empty
-    cache and `save` stores nothing, and `last.reason` says why. Wrong arguments raise `SpecError`.
+    `generate` gives what `model.generate` would. Where KV cannot be shared, or the store is down,
+    slow or full, the model computes it, and `last.reason` says why. `load` and `save`, for calls by
+    hand, raise `SpecError` on wrong arguments.
+
+    A model that has changed (weights written in place or replaced, adapters, settings) is named
+    anew at the next call, which reads the weights that have changed. Where its name was given (a
+    session, `revision`, `identity`), the store is left alone until the model is what it was. Single
+    numbers written through `.data` or numpy can pass unseen; whole rows cannot.
 
     One sequence at a time, full attention only. Use one instance per thread; a session may be
-    shared. Weights changed in place need a new instance; switched adapters are noticed and refused.
+    shared.
     """
 
     def __init__(self, session: Session, model: PreTrainedModel) -> None:
@@ -109,7 +123,13 @@ class KVStoreCache:
         self.model = model
         self.last: Report | None = None
         self._part = part
-        self._adapters = adapter_state(model)
+        self._anew: Callable[[], Session] | None = None
+        self._weights = Weights(model)
+        self._state = self._weights.state()
+        self._problem = ""
+        # For each cache that `load` made: whose KV it is, and how many tokens of it may be saved.
+        self._made = WeakKeyDictionary[DynamicCache, tuple[Session | None, int]]()
+        self._once = QuietLog(_log, math.inf)
 
     @classmethod
     def open(
@@ -132,10 +152,16 @@ class KVStoreCache:
             ConfigError: a setting is wrong.
             StoreUnavailable: the store refused the session.
         """
-        part = cache_part(model)
-        identity = identity or model_identity(model, part, revision=revision)
-        namespace = Namespace(identity, tenant=tenant, block_tokens=block_tokens)
-        return cls(Session.open(namespace, [part], config), model)
+        weights = Weights(model)
+
+        def anew() -> Session:
+            part = cache_part(model)
+            named = identity or model_identity(model, part, revision=revision or weights.digest())
+            return Session.open(Namespace(named, tenant, block_tokens), [part], config)
+
+        cache = cls(anew(), model)
+        cache._anew = None if revision or identity else anew
+        return cache
 
     def close(self) -> None:
         """Close the session."""
@@ -153,23 +179,31 @@ class KVStoreCache:
         self.close()
 
     def load(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **options: Any,
     ) -> DynamicCache:
         """A cache that holds the longest stored prefix of `input_ids` worth loading.
 
         `input_ids` has shape [1, tokens]; at least one token is left to compute. Pass the result
-        as `past_key_values`, together with all of `input_ids`, to `model.generate`.
+        as `past_key_values`, with all of `input_ids`, the same mask and `options`, to
+        `model.generate`. A masked token ends the prefix; without a mask, so does the pad token.
 
         Raises:
-            SpecError: a batch, padding, or adapters switched since this cache was opened.
+            SpecError: a batch, or a mask of another shape.
         """
         start = time.perf_counter()
-        self._check_adapters()
         tokens = _tokens(input_ids, attention_mask)
-        size = self.session.block_tokens
-        keys = self.session.keys(tokens[: (len(tokens) - 1) // size * size])
+        problem = self._left_alone()
+        limit = attended(self.model, options, tokens, attention_mask)
+        size, end = self.session.block_tokens, min(limit, len(tokens) - 1)
+        keys = [] if problem else self.session.keys(tokens[: end // size * size])
         past = DynamicCache(config=self.model.config)
-        report = Report(len(tokens), reason=f"the prompt has no whole block of {size} tokens")
+        none = f"the prompt has no whole block of {size} tokens before token {end}"
+        report = Report(len(tokens), reason=problem or none)
+        if problem:
+            self._once.warning(problem, "computed without the store: %s", problem)
         if keys:
             plan = self.session.plan(keys)
             # A store that is away has nothing to offer; say so rather than "nothing found".
@@ -177,6 +211,8 @@ class KVStoreCache:
             report = replace(report, plan=plan, reason=reason)
             if plan.blocks:
                 report = self._fill(past, keys[: plan.blocks], report)
+        session = None if problem else self.session
+        self._made[past] = session, limit if limit < len(tokens) else sys.maxsize
         self.last = replace(report, load_seconds=time.perf_counter() - start)
         return past
 
@@ -184,13 +220,13 @@ class KVStoreCache:
         """Store the whole blocks of `past` that the store lacks, generated tokens included.
 
         `sequences`, shape [1, tokens], are the tokens whose KV `past` holds, in order. It may have
-        more: the token generated last has not been through the model, and has no KV yet.
+        more: the token generated last has not been through the model, and has no KV yet. Nothing is
+        stored if the model has changed since `load` made `past`. Another `past` must come from the
+        model as it was at the last load, without a mask.
 
         Raises:
-            SpecError: no `DynamicCache` of this model, more KV than tokens, a batch, or adapters
-                switched since this cache was opened.
+            SpecError: no `DynamicCache` of this model, more KV than tokens, or a batch.
         """
-        self._check_adapters()
         group = cache_group(past)
         if group != self._part.group:
             raise SpecError(f"past holds {group}; the model of this cache has {self._part.group}")
@@ -202,7 +238,11 @@ class KVStoreCache:
                 "everything generated after it"
             )
         size = self.session.block_tokens
-        keys = self.session.keys(tokens[: held // size * size])
+        own = self.session, attended(self.model, {}, tokens, None)
+        session, limit = self._made.get(past, own)
+        changed = session is not self.session or self._weights.state() != self._state
+        problem = "the model has changed" if changed else self._problem or unfit(self.model)
+        keys = [] if problem else self.session.keys(tokens[: min(held, limit) // size * size])
         # Only what is new should cross from a device; on the CPU the store looks for itself.
         on_cpu = past.layers[0].keys.device.type == "cpu"
         known = 0 if on_cpu else self.session.lookup(keys, again=True).blocks
@@ -211,7 +251,7 @@ class KVStoreCache:
             for layer in past.layers
             for tensor in (layer.keys, layer.values)
         ]
-        saved = Saved(had=known)
+        saved = Saved(had=known, dropped=held // size if problem else 0, reason=problem or None)
         if keys[known:]:
             new = len(keys) - known
             pages = np.arange(new, dtype=np.int64).reshape(-1, 1)
@@ -223,38 +263,45 @@ class KVStoreCache:
 
     def generate(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """`model.generate` with the stored prefix loaded before and the new blocks saved after.
 
         Takes what `model.generate` takes and returns what it returns. `last` tells what happened.
-
-        Raises:
-            SpecError: see `load`; also beams, several sequences, and arguments that change KV
-                values in a way that keys do not cover.
+        Calls with arguments or options that may change KV values go without the store.
         """
-        self._check_arguments(kwargs)
         start = time.perf_counter()
-        past = self.load(input_ids, attention_mask)
-        first = _FirstToken()
-        kwargs["logits_processor"] = LogitsProcessorList(
-            [*(kwargs.get("logits_processor") or ()), first]
-        )
-        prefill = time.perf_counter()
-        output = self.model.generate(
-            input_ids, attention_mask=attention_mask, past_key_values=past, **kwargs
-        )
+        ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
+        past = None
+        try:
+            if names := refused(self.model, kwargs):
+                raise SpecError(f"{', '.join(names)} may change KV, or needs a cache of its own")
+            past = self.load(ids, attention_mask, **kwargs)
+        except Exception as e:  # noqa: BLE001 - whatever is wrong, the model can compute
+            why = str(e) if isinstance(e, KVStoreError) else f"{type(e).__name__}: {e}"
+            self.last = Report(ids.shape[-1] if isinstance(ids, torch.Tensor) else 0, reason=why)
+            self._once.warning(why.split()[0], "computed without the store: %s", why)
+        given = kwargs if attention_mask is None else kwargs | {"attention_mask": attention_mask}
+        inputs = () if ids is None else (ids,)
         report = self.last
-        assert report is not None
-        if first.at is not None:
-            self.last = replace(report, first_token_seconds=first.at - start)
-            # A short prefill measures the overhead of a step, not the rate of many tokens.
-            if report.computed_tokens >= self.session.block_tokens:
-                self.session.report_prefill(report.computed_tokens, first.at - prefill)
-        sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        self.save(sequences, past)
+        if past is None or self._made[past][0] is None or report is None:
+            return self.model.generate(*inputs, **given)
+        first = _FirstToken()
+        processors = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), first])
+        given = given | {"past_key_values": past, "logits_processor": processors}
+        prefill = time.perf_counter()
+        output = self.model.generate(*inputs, **given)
+        try:
+            if first.at is not None:
+                self.last = replace(report, first_token_seconds=first.at - start)
+                # A short prefill measures the overhead of a step, not the rate of many tokens.
+                if report.computed_tokens >= self.session.block_tokens:
+                    self.session.report_prefill(report.computed_tokens, first.at - prefill)
+            self.save(output if isinstance(output, torch.Tensor) else output.sequences, past)
+        except Exception as e:  # noqa: BLE001 - the answer is there; it must not be lost
+            self._once.warning("save", "not saved: %s: %s", type(e).__name__, e)
         return output
 
     def _fill(self, past: DynamicCache, keys: Sequence[bytes], report: Report) -> Report:
@@ -295,34 +342,27 @@ class KVStoreCache:
             places.append(PlaneMemory(plane.data_ptr(), size * token, token, head, channel))
         return PagedMemory(self._part, size, blocks, tuple(places), owner=planes)
 
-    def _check_adapters(self) -> None:
-        now = adapter_state(self.model)
-        if now != self._adapters:
-            raise SpecError(
-                f"the model's adapters are now {now or 'none'}, but this cache was opened for "
-                f"{self._adapters or 'none'}; open a KVStoreCache for each"
-            )
+    def _left_alone(self) -> str:
+        """Why a call that begins now must leave the store alone; empty if it need not.
 
-    def _check_arguments(self, kwargs: dict[str, Any]) -> None:
-        if "past_key_values" in kwargs:
-            raise SpecError("generate() makes past_key_values itself; call load() to make your own")
-        config = kwargs.get("generation_config") or self.model.generation_config
-        for name in ("num_beams", "num_return_sequences"):
-            number = kwargs.get(name, getattr(config, name, None)) or 1
-            if number > 1:
-                raise SpecError(f"{name} is {number}; only one sequence at a time can be stored")
-        for name in ("cache_implementation", "prefill_chunk_size"):
-            value = kwargs.get(name, getattr(config, name, None))
-            if value is not None:
-                raise SpecError(f"{name}={value!r} cannot go on from a loaded prefix; leave it out")
-        if kwargs.get("use_cache", True) is False:
-            raise SpecError("use_cache=False leaves no KV to store; leave it out")
-        tensors = sorted(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
-        if tensors:
-            raise SpecError(
-                f"{', '.join(tensors)} may change KV values, and block keys cover token ids only; "
-                "leave it out, or call model.generate without a store"
-            )
+        A model that has changed is named anew, where that is this cache's business.
+        """
+        if problem := unfit(self.model):
+            return problem
+        state = self._weights.state()
+        if state == self._state:
+            return self._problem
+        if self._anew is None:
+            return _CHANGED
+        self._state, self._problem = state, _CHANGED
+        try:
+            session = self._anew()
+        except KVStoreError as e:
+            self._problem = str(e)
+        else:
+            self.session.close()
+            self.session, self._part, self._problem = session, session.parts[0], ""
+        return self._problem
 
 
 class _FirstToken:
@@ -339,36 +379,26 @@ class _FirstToken:
 
 
 def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor on the CPU, uninitialised.
+    """A tensor on the CPU, uninitialised, in numpy's memory.
 
-    In numpy's memory, for which it asks the kernel for huge pages: touching it for the first time,
-    which a load does, is three times as fast as with torch's.
+    numpy asks for huge pages: the first touch, which a load is, is three times as fast as torch's.
     """
     memory = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(memory).view(dtype).view(shape)
 
 
-def _tokens(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-) -> NDArray[np.int64]:
-    """`input_ids` [1, tokens] as a flat array; refuses batches and padding."""
-    if input_ids.ndim != 2 or input_ids.shape[0] != 1:
+def _tokens(input_ids: Any, attention_mask: Any = None) -> NDArray[np.int64]:
+    """`input_ids` [1, tokens] as a flat array; refuses batches, and masks that do not fit."""
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
+        raise SpecError("input_ids is no tensor of token ids, which block keys are made of")
+    shape = tuple(input_ids.shape)
+    if len(shape) != 2 or shape[0] != 1 or not shape[1]:
         raise SpecError(
-            f"input_ids has shape {tuple(input_ids.shape)}; one sequence, [1, tokens], is "
-            "supported: call once per sequence"
+            f"input_ids has shape {shape}; one sequence, [1, tokens], is supported: call once per "
+            "sequence"
         )
-    if not input_ids.shape[1]:
-        raise SpecError("input_ids is empty")
-    if attention_mask is not None:
-        if attention_mask.shape != input_ids.shape:
-            raise SpecError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids "
-                f"{tuple(input_ids.shape)}; they must be equal"
-            )
-        if not bool((attention_mask == 1).all()):
-            raise SpecError(
-                "attention_mask leaves tokens out (padding?), which block keys do not cover; "
-                "pass the sequence without padding"
-            )
+    masked = getattr(attention_mask, "shape", None)
+    if attention_mask is not None and masked != shape:
+        raise SpecError(f"attention_mask has shape {masked}, input_ids {shape}; they must be equal")
     tokens: NDArray[np.int64] = input_ids[0].to("cpu", torch.int64).numpy()
     return tokens

@@ -9,6 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
 
 from kvstore.config import load_config  # noqa: E402
 from kvstore.connectors.transformers import (  # noqa: E402
@@ -19,34 +20,7 @@ from kvstore.connectors.transformers import (  # noqa: E402
 from kvstore.errors import SpecError  # noqa: E402
 from kvstore.session import Session  # noqa: E402
 from kvstore.spec import Group, ModelIdentity, Namespace  # noqa: E402
-
-BLOCK = 16
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-}
-
-
-def build(config: Any, seed: int = 0, dtype: Any = torch.float32) -> Any:
-    """A model with random weights, ready to answer."""
-    torch.manual_seed(seed)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-
-
-def llama(seed: int = 0, dtype: Any = torch.float32, **settings: Any) -> Any:
-    """A tiny Llama."""
-    return build(transformers.LlamaConfig(**(SIZES | settings)), seed, dtype)
-
-
-def prompt(tokens: int = 4 * BLOCK) -> Any:
-    """Token ids [1, tokens]."""
-    return torch.arange(tokens).remainder(61).add(1).unsqueeze(0)
+from tests.transformers_tools import BLOCK, SIZES, build, llama, prompt  # noqa: E402
 
 
 @pytest.fixture
@@ -155,25 +129,15 @@ def test_whatever_changes_values_changes_the_identity() -> None:
     assert len({named[0], *named[3:]}) == 4
 
 
-def test_adapters_are_part_of_the_identity_and_cannot_be_switched_unseen(away: Any) -> None:
-    peft = pytest.importorskip("peft")
+def test_adapters_are_part_of_the_identity() -> None:
     plain = identity(llama())
-    adapted = peft.get_peft_model(
-        llama(), peft.LoraConfig(target_modules=["k_proj"], init_lora_weights=False)
-    ).eval()
-    other = identity(adapted, revision=plain.revision)
-    assert other.adapter.startswith("default*1 ")
-    assert other != plain
-    with KVStoreCache.open(adapted, away, revision=plain.revision) as cache:
-        cache.load(prompt())
-        with adapted.disable_adapter():
-            assert not identity(adapted, revision="x").adapter
-            with pytest.raises(SpecError, match="adapters are now none"):
-                cache.load(prompt())
-        cache.load(prompt())
-        adapted.merge_adapter()
-        with pytest.raises(SpecError, match="merged"):
-            cache.load(prompt())
+    config = peft.LoraConfig(target_modules=["k_proj"], init_lora_weights=False)
+    adapted = [peft.get_peft_model(llama(seed), config).eval() for seed in range(2)]
+    named = [identity(model, revision=plain.revision) for model in adapted]
+    assert all(name.adapter.startswith("default*1 ") for name in named)
+    assert len({plain.adapter, *(name.adapter for name in named)}) == 3, "of other weights"
+    with adapted[0].disable_adapter():
+        assert not identity(adapted[0], revision="x").adapter
 
 
 # -- models that are refused --------------------------------------------------------------------
@@ -195,12 +159,39 @@ def test_adapters_are_part_of_the_identity_and_cannot_be_switched_unseen(away: A
             "depend on the length",
         ),
         (lambda: transformers.MambaConfig(vocab_size=64, hidden_size=16), "past_key_values"),
+        (lambda: transformers.DogeConfig(**SIZES), "masks or positions"),
     ],
-    ids=["sliding", "hybrid", "dynamic rope", "recurrent"],
+    ids=["sliding", "hybrid", "dynamic rope", "recurrent", "masks of its own"],
 )
 def test_models_without_plain_full_attention_are_refused(make: Any, why: str, away: Any) -> None:
     with pytest.raises(SpecError, match=why):
         KVStoreCache.open(build(make()), away)
+
+
+def test_rope_that_depends_on_length_is_found_however_it_is_said(away: Any) -> None:
+    old, ntk, made = llama(), llama(), llama()
+    old.config.rope_scaling = {"type": "su", "factor": 2.0}
+    ntk.config.use_dynamic_ntk = True
+    made.model.rotary_emb.rope_type = "dynamic"
+    for model in (old, ntk, made):
+        with pytest.raises(SpecError, match="depend on the length"):
+            KVStoreCache.open(model, away)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+        peft.LoraConfig(
+            target_modules=["k_proj"], alora_invocation_tokens=[3, 4], task_type="CAUSAL_LM"
+        ),
+    ],
+    ids=["prompt", "activated"],
+)
+def test_adapters_of_some_tokens_are_refused(config: Any, away: Any) -> None:
+    model = peft.get_peft_model(llama(), config).eval()
+    with pytest.raises(SpecError, match="some tokens only"):
+        KVStoreCache.open(model, away)
 
 
 def test_encoder_decoders_are_refused(away: Any) -> None:
@@ -232,39 +223,6 @@ def cache(away: Any) -> Any:
     """A cache of a tiny model, without a store."""
     with KVStoreCache.open(llama(), away, block_tokens=BLOCK) as cache:
         yield cache
-
-
-def test_batches_and_padding_are_refused(cache: KVStoreCache) -> None:
-    pair = prompt().repeat(2, 1)
-    padded = torch.ones_like(prompt())
-    padded[0, :3] = 0
-    for call in (cache.load, cache.generate):
-        with pytest.raises(SpecError, match="call once per sequence"):
-            call(pair)
-        with pytest.raises(SpecError, match="without padding"):
-            call(prompt(), attention_mask=padded)
-        with pytest.raises(SpecError, match="must be equal"):
-            call(prompt(), attention_mask=padded[:, 1:])
-
-
-@pytest.mark.parametrize(
-    ("argument", "why"),
-    [
-        ({"num_beams": 2}, "num_beams is 2"),
-        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences is 2"),
-        ({"cache_implementation": "static"}, "cache_implementation"),
-        ({"prefill_chunk_size": 8}, "prefill_chunk_size"),
-        ({"use_cache": False}, "use_cache"),
-        ({"past_key_values": None}, "past_key_values"),
-        ({"position_ids": torch.ones((1, 64), dtype=torch.long)}, "position_ids"),
-        ({"generation_config": transformers.GenerationConfig(num_beams=3)}, "num_beams is 3"),
-    ],
-)
-def test_arguments_that_do_not_go_with_a_prefix_are_refused(
-    cache: KVStoreCache, argument: dict[str, Any], why: str
-) -> None:
-    with pytest.raises(SpecError, match=why):
-        cache.generate(prompt(), **argument)
 
 
 def test_other_kinds_of_cache_are_refused(cache: KVStoreCache) -> None:
