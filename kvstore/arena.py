@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Final
 
 from kvstore import _native
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, NotNow
+from kvstore.room import check_room
 
 HUGE_PAGE: Final = 2 << 20
 _PREFAULT_PIECE: Final = 256 << 20
 _MAP_POPULATE: Final = getattr(mmap, "MAP_POPULATE", 0x8000)
 _MADV_HUGEPAGE: Final = 14
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 Progress = Callable[[int, int], None]
 
@@ -42,6 +44,7 @@ class Arena:
         self._users = 0
         flags = mmap.MAP_SHARED | (_MAP_POPULATE if populate else 0)
         self._map = mmap.mmap(fd, size, flags=flags)
+        self._map.madvise(mmap.MADV_DONTDUMP)  # KV of all tenants
         anchor = ctypes.c_char.from_buffer(self._map)
         self.address = ctypes.addressof(anchor)
         # Addresses are handed to native code as numbers; without an exported buffer the mapping
@@ -56,6 +59,7 @@ class Arena:
         huge_dir: Path | None = None,
         path: Path | None = None,
         prefault: bool = True,
+        private: bool = False,
         progress: Progress | None = None,
     ) -> Arena:
         """A new arena of `size` bytes, rounded down to whole pages.
@@ -63,24 +67,23 @@ class Arena:
         Tries reserved HugeTLB pages, then a file in `huge_dir`, then ordinary shared memory. With
         `path` it is that file, on a tmpfs, for clients that open it by name.
         `progress(done, total)` is told while pages are touched (about 1 GB/s the first time); what
-        it raises ends the attempt.
+        it raises ends the attempt. Without `prefault` pages of a tmpfs or of HugeTLB are reserved
+        all the same: should they run out later, whoever touches them would be killed. A `private`
+        arena is smaller where little memory is free.
 
         Raises:
-            ConfigError: `huge_dir` or `path` is not usable, or there is not enough memory.
+            ConfigError: `huge_dir` or `path` is not usable; `NotNow`: there is not enough memory.
         """
         size -= size % mmap.PAGESIZE
-        machine = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
-        if size > machine:
-            raise ConfigError(
-                f"memory.size is {size} bytes, this machine has {machine}; use a smaller size"
-            )
         arena: Arena | None = None
         try:
             if path is not None:
-                arena = cls._named(size, path)
+                arena = cls._named(size, path, reserve=not prefault, private=private)
             else:
-                arena = cls._on_huge_pages(size) or cls._in_folder(size, huge_dir)
-                arena = arena or cls._plain(size)
+                arena = cls._on_huge_pages(size, reserve=not prefault)
+                if arena is None and huge_dir is not None:
+                    arena = cls._in_folder(size, huge_dir, reserve=not prefault, private=private)
+                arena = arena or cls._plain(size, private=private)
             if prefault:
                 arena.prefault(progress)
         except BaseException as e:
@@ -88,7 +91,7 @@ class Arena:
                 arena.close()
             if not isinstance(e, OSError):
                 raise
-            raise ConfigError(
+            raise NotNow(
                 f"memory.size: {size} bytes of shared memory could not be had ({e}); "
                 "use a smaller memory.size or free memory"
             ) from e
@@ -104,7 +107,7 @@ class Arena:
         ends with the last of them to close it; so it is also pinned for a GPU only once.
 
         Raises:
-            OSError: the descriptor is no memory of that size.
+            OSError: the descriptor is no memory of that size, or could be shortened under us.
         """
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_size < size:
@@ -112,6 +115,9 @@ class Arena:
                 f"the descriptor received is no memory of the {size} bytes announced "
                 f"(it has {status.st_size})"
             )
+        # A file on a tmpfs cannot be sealed.
+        if pages != "tmpfs" and fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+            raise OSError("the memory received is not sealed, so its size could change")
         if not shared:
             return cls(fd, size, pages, populate=populate)
         file = (status.st_dev, status.st_ino, size)
@@ -126,24 +132,33 @@ class Arena:
         return arena
 
     @classmethod
-    def _on_huge_pages(cls, size: int) -> Arena | None:
+    def _on_huge_pages(cls, size: int, *, reserve: bool) -> Arena | None:
         rounded = size - size % HUGE_PAGE
         if not rounded:
             return None
-        fd = -1
         try:
-            fd = os.memfd_create("kvstore", os.MFD_CLOEXEC | os.MFD_HUGETLB | os.MFD_HUGE_2MB)
-            os.ftruncate(fd, rounded)
-            return cls(fd, rounded, "hugetlb")
+            return cls._memfd(rounded, "hugetlb", os.MFD_HUGETLB | os.MFD_HUGE_2MB, reserve=reserve)
         except OSError:  # No pages reserved: the usual case, and not an error.
-            if fd >= 0:
-                os.close(fd)
             return None
 
     @classmethod
-    def _in_folder(cls, size: int, folder: Path | None) -> Arena | None:
-        if folder is None:
-            return None
+    def _plain(cls, size: int, *, private: bool) -> Arena:
+        size = check_room(size, private=private)
+        return cls._memfd(size, "shmem")._advise()
+
+    @classmethod
+    def _memfd(cls, size: int, pages: str, flags: int = 0, *, reserve: bool = False) -> Arena:
+        fd = os.memfd_create("kvstore", flags | os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            _set_size(fd, size, reserve=reserve)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            return cls(fd, size, pages)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def _in_folder(cls, size: int, folder: Path, **how: bool) -> Arena:
         try:
             fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as e:
@@ -151,18 +166,10 @@ class Arena:
                 f"memory.huge_dir {folder}: {e.strerror}; give a folder on a tmpfs mounted with "
                 "huge=advise, e.g. mount -t tmpfs -o huge=advise,size=64G tmpfs /mnt/kvstore"
             ) from e
-        space = os.statvfs(folder)
-        if space.f_bavail * space.f_frsize < size:
-            os.close(fd)
-            raise ConfigError(
-                f"memory.huge_dir {folder} has room for {space.f_bavail * space.f_frsize} bytes, "
-                f"memory.size is {size}; enlarge the tmpfs or lower memory.size"
-            )
-        os.ftruncate(fd, size)
-        return cls(fd, size, "tmpfs")._advise()
+        return cls._on_tmpfs(fd, size, f"memory.huge_dir {folder}", **how)
 
     @classmethod
-    def _named(cls, size: int, path: Path) -> Arena:
+    def _named(cls, size: int, path: Path, **how: bool) -> Arena:
         _remove_stale(path)
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -174,31 +181,35 @@ class Arena:
             ) from e
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as the daemon lives
-            if _file_system(fd) not in ("tmpfs", "ramfs", "hugetlbfs"):
-                raise ConfigError(
-                    f"memory.path {path} is on a disk, which would be written all the time; give "
-                    "a file on a tmpfs, e.g. /dev/shm/kvstore/arena"
-                )
-            space = os.fstatvfs(fd)
-            if space.f_bavail * space.f_frsize < size:
-                raise ConfigError(
-                    f"memory.path {path} has room for {space.f_bavail * space.f_frsize} bytes, "
-                    f"memory.size is {size}; enlarge the tmpfs or lower memory.size"
-                )
-            os.ftruncate(fd, size)
-            arena = cls(fd, size, "tmpfs")
+            arena = cls._on_tmpfs(fd, size, f"memory.path {path}", **how)
         except BaseException:
             path.unlink(missing_ok=True)
-            os.close(fd)
             raise
         arena.path = path
-        return arena._advise()
+        return arena
 
     @classmethod
-    def _plain(cls, size: int) -> Arena:
-        fd = os.memfd_create("kvstore", os.MFD_CLOEXEC)
-        os.ftruncate(fd, size)
-        return cls(fd, size, "shmem")._advise()
+    def _on_tmpfs(cls, fd: int, size: int, what: str, *, reserve: bool, private: bool) -> Arena:
+        try:
+            kind = _file_system(fd)
+            if kind not in ("tmpfs", "ramfs", "hugetlbfs"):
+                raise ConfigError(
+                    f"{what} is on a disk, which would be written all the time; give a place on a "
+                    "tmpfs, e.g. below /dev/shm"
+                )
+            space = os.fstatvfs(fd)
+            if space.f_blocks and space.f_bavail * space.f_frsize < size:  # 0: no limit
+                raise NotNow(
+                    f"{what} has room for {space.f_bavail * space.f_frsize} bytes, "
+                    f"memory.size is {size}; enlarge the tmpfs or lower memory.size"
+                )
+            if kind != "hugetlbfs":  # Its pages are counted apart.
+                size = check_room(size, private=private)
+            _set_size(fd, size, reserve=reserve)
+            return cls(fd, size, "tmpfs")._advise()
+        except BaseException:
+            os.close(fd)
+            raise
 
     def _advise(self) -> Arena:
         try:
@@ -280,6 +291,12 @@ class Arena:
 
 _attached: Final[dict[tuple[int, int, int], Arena]] = {}
 _attached_lock: Final = threading.Lock()
+
+
+def _set_size(fd: int, size: int, *, reserve: bool) -> None:
+    os.ftruncate(fd, size)
+    if reserve:
+        os.posix_fallocate(fd, 0, size)
 
 
 def _remove_stale(path: Path) -> None:

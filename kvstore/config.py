@@ -283,6 +283,7 @@ class ServerConfig(_Section):
     max_labels: Count = Field(
         50, description="tenants that metrics name; the others are one sum", ge=0, le=10_000
     )
+    stop_timeout: Seconds = Field(30.0, description="seconds to write out and end, once told to")
     max_requests: Count = Field(64, description="of gRPC and of HTTP at a time", ge=1, le=65536)
 
 

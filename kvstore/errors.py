@@ -9,6 +9,10 @@ class ConfigError(KVStoreError, ValueError):
     """A configuration value is missing, unknown or out of range."""
 
 
+class NotNow(ConfigError):
+    """What is configured cannot be had now, but perhaps later: memory, a port, a lock."""
+
+
 class SpecError(KVStoreError, ValueError):
     """A model identity, group, layout, shard or block description is not valid."""
 

@@ -228,7 +228,10 @@ class Flush(Message, tag="flush"):
 
 
 class Flushed(Message, tag="flushed"):
-    """Objects not on disk yet (0 when there is no disk tier)."""
+    """Objects that are not on disk, of those saved before (0 when there is no disk tier).
+
+    -1: all are written, but the disk did not say in time that it keeps them.
+    """
 
     unwritten: int
 
@@ -291,7 +294,7 @@ class Sending(Message, tag="sending"):
 
 
 class Stats(Message, tag="stats"):
-    """Ask for usage and counters."""
+    """Ask for usage and counters; instead of a hello, on a unix socket: how the daemon is."""
 
 
 class StatsReply(Message, tag="stats_reply"):

@@ -26,6 +26,7 @@ class Bounce:
         memory = mmap.mmap(-1, nbytes + _HUGE, flags=flags)
         base = np.frombuffer(memory, np.uint8).ctypes.data
         skip = -base % _HUGE
+        memory.madvise(mmap.MADV_DONTDUMP)  # KV passes here
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE, skip, nbytes)
         self.address = base + skip

@@ -375,11 +375,14 @@ class Tiering:
         return lambda: open_disk(lambda slot: slot.owner.may_leave_disk, self.evict_from_disk)
 
     def _reopen(self) -> None:
+        disk: Tier | None = None
+        problem: str | None = "an error of ours; the log tells more"
         try:
             disk, problem = _try_open(self._opener())
         except ConfigError as e:
-            disk, problem = None, str(e)
-        self.post(lambda: self._attach(disk, problem))
+            problem = str(e)
+        finally:  # Whatever happens: else it would never be tried again.
+            self.post(lambda: self._attach(disk, problem))
 
     def _attach(self, disk: Tier | None, problem: str | None) -> None:
         self._opening = False
@@ -440,7 +443,6 @@ class Tiering:
         self._closed = True
         self.writes.stop()
         if self.disk is not None:
-            self.disk.flush()
             self.disk.close()
 
     def stats(self) -> dict[str, Any]:

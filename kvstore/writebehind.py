@@ -5,6 +5,7 @@ Owned by the store's loop. Objects wait in order; so many bytes are under way at
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -35,15 +36,24 @@ class WriteBehind:
         self._tiering = tiering
         self._limit = limit
         self._backlog: dict[Entry, None] = {}  # in the order they are to be written
-        self._wanted: set[Entry] = set()
+        self._wanted: dict[Entry, int] = {}  # numbered in the order they came
+        self.last = 0
+        """Number of the latest."""
         self._waiting: dict[Entry, list[Written]] = {}
         self.bytes_under_way = 0
 
     def __len__(self) -> int:
         return len(self._wanted)
 
-    def __iter__(self) -> Iterator[Entry]:
-        return iter(self._wanted)
+    @property
+    def wanted_bytes(self) -> int:
+        """Of all that is to be written."""
+        return sum(entry.nbytes for entry in self._wanted)
+
+    def up_to(self, number: int) -> Iterator[Entry]:
+        """The objects numbered up to `number` that are not written yet."""
+        wanted = self._wanted.items()
+        return (entry for entry, _ in itertools.takewhile(lambda item: item[1] <= number, wanted))
 
     def __contains__(self, entry: Entry) -> bool:
         return entry in self._wanted
@@ -53,12 +63,13 @@ class WriteBehind:
         if done is not None:
             self._waiting.setdefault(entry, []).append(done)
         if entry not in self._wanted:
-            self._wanted.add(entry)
+            self.last += 1
+            self._wanted[entry] = self.last
             self._backlog[entry] = None
 
     def forget(self, entry: Entry, reason: str) -> None:
         """The object need not be written any more."""
-        self._wanted.discard(entry)
+        self._wanted.pop(entry, None)
         self._backlog.pop(entry, None)
         self._tell(entry, reason)
 
@@ -124,7 +135,7 @@ class WriteBehind:
             tiering.histograms.observe("bytes.disk_write", entry.nbytes)
             if not entry.gone:
                 tiering.events.arrived(entry.name.namespace, entry.name.key, DISK)
-            self._wanted.discard(entry)
+            self._wanted.pop(entry, None)
             self._tell(entry, None)
         else:
             self._failed(entry, error)

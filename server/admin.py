@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import ipaddress
 import json
 import logging
+import socket
 import time
 from collections.abc import Callable
 from http import HTTPStatus
@@ -25,13 +25,14 @@ from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from kvstore import __version__
-from kvstore.config import Config, split_host_port
-from kvstore.errors import ConfigError
+from kvstore.config import Config
 from kvstore.server.access import Access, Denied, Grant, Role
+from kvstore.server.listeners import bind, show
 from kvstore.server.metrics import Exposition
 from kvstore.server.node import Node
 from kvstore.server.samples import Samples
 from kvstore.server.status import status
+from kvstore.server.tasks import keep
 
 _REQUEST_SECONDS: Final = 10.0
 _HANDSHAKE_SECONDS: Final = 5.0
@@ -124,10 +125,10 @@ class AdminFace:
         self._node: Node | None = None
         self._config = config
         self._access = access
-        self._host, self._port = split_host_port(config.server.http)
         self._samples = Samples()
         self._sampling: asyncio.Task[None] | None = None
-        self._listener: asyncio.Server | None = None
+        self._bound: list[socket.socket] = []
+        self._listeners: list[asyncio.Server] = []
         self._server: _Server | None = None
         self._pages = _read_page()
         read = Role.READ
@@ -149,47 +150,35 @@ class AdminFace:
         loop = asyncio.get_running_loop()
         server = self._server = _Server(self._handle, self._config.server.max_requests)
         tls = self._access.server_context()
-        try:
-            self._listener = await loop.create_server(
-                server,
-                self._host,
-                self._port,
-                ssl=tls,
-                ssl_handshake_timeout=None if tls is None else _HANDSHAKE_SECONDS,
-            )
-        except OSError as e:
-            why = "it is taken" if e.errno == errno.EADDRINUSE else str(e)
-            raise ConfigError(
-                f"server.http: cannot listen on {self._config.server.http}: {why}; choose another "
-                "address, or `none` to go without metrics and page"
-            ) from e
+        patience = None if tls is None else _HANDSHAKE_SECONDS
+        assert self._config.server.http is not None
+        self._bound = bind("server.http", self._config.server.http)
+        self._listeners = [
+            await loop.create_server(server, sock=bound, ssl=tls, ssl_handshake_timeout=patience)
+            for bound in self._bound
+        ]
 
     def attach(self, node: Node) -> None:
         """The node is ready: tell of it from now on."""
         self._node = node
-        self._sampling = asyncio.get_running_loop().create_task(self._sample(node))
+        self._sampling = keep("sampling", lambda: self._sample(node), node.store.counters)
 
     async def stop(self) -> None:
         """End; a request that runs is answered within a second or cut."""
-        if self._listener is None or self._server is None:
+        if self._server is None:
             return
         if self._sampling is not None:
             self._sampling.cancel()
-        self._listener.close()
+        for listener in self._listeners:
+            listener.close()
         self._server.pre_shutdown()
         await self._server.shutdown(_STOP_SECONDS)
 
     @property
     def addresses(self) -> list[str]:
         """Where it listens."""
-        if self._listener is None:
-            return []
         scheme = "http" if self._access.server_context() is None else "https"
-        names = [found.getsockname()[:2] for found in self._listener.sockets]
-        return [
-            f"{scheme} [{host}]:{port}" if ":" in host else f"{scheme} {host}:{port}"
-            for host, port in names
-        ]
+        return [f"{scheme} {show(bound)}" for bound in self._bound]
 
     async def _sample(self, node: Node) -> None:
         while True:
@@ -253,13 +242,6 @@ class AdminFace:
 
     # -- answers ----------------------------------------------------------------------------------
 
-    def _state(self) -> str:
-        if self._node is None:
-            return "starting"
-        if not self._node.ready:
-            return "stopping"
-        return "draining" if self._node.draining else "ready"
-
     def _healthz(self, request: web.BaseRequest, grant: Grant | None) -> web.Response:
         return self._health(ok=("ready", "draining"))
 
@@ -267,11 +249,12 @@ class AdminFace:
         return self._health(ok=("ready",))
 
     def _health(self, ok: tuple[str, ...]) -> web.Response:
-        state = self._state()
-        answer: dict[str, Any] = {"status": state}
         if self._node is None:
-            answer["memory_touched"] = round(self.touched, 3)
-        return _json(answer, HTTPStatus.OK if state in ok else HTTPStatus.SERVICE_UNAVAILABLE)
+            answer = {"status": "starting", "memory_touched": round(self.touched, 3)}
+        else:
+            answer = dict(self._node.health())
+        well = answer["status"] in ok
+        return _json(answer, HTTPStatus.OK if well else HTTPStatus.SERVICE_UNAVAILABLE)
 
     def _metrics(self, request: web.BaseRequest, grant: Grant | None) -> web.Response:
         assert grant is not None
@@ -374,7 +357,9 @@ def _is_loopback(transport: asyncio.Transport | None) -> bool:
 
 def _is_loopback_address(text: str) -> bool:
     try:
-        return ipaddress.ip_address(text).is_loopback
+        address = ipaddress.ip_address(text)
+        # IPv4 by way of a listener at [::].
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
     except ValueError:
         return False
 

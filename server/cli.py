@@ -126,8 +126,8 @@ def serve(
         prepare_run_dir(settings.run_dir)
     with _byte_progress("touching memory") as progress:
 
-        def ready(addresses: list[str]) -> None:
-            head = f"ready: unix://{path} ({describe(settings)}, pid {os.getpid()})"
+        def ready(addresses: list[str], problem: str | None) -> None:
+            head = f"ready: unix://{path} ({describe(settings, problem)}, pid {os.getpid()})"
             # All at once: who waits for the first line may not read on.
             typer.echo("\n  ".join([head, *addresses]))
             sys.stdout.flush()

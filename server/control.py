@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import errno
+import contextlib
 import logging
 import os
-import socket
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -17,7 +17,8 @@ from grpc_reflection.v1alpha import reflection
 
 from kvstore.api.convert import MAX_MESSAGE, SERVICE
 from kvstore.config import split_host_port
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, NotNow
+from kvstore.files import make_way
 from kvstore.server.access import LOCAL, Grant, Role
 from kvstore.server.control_calls import SPARE_CALLS, Callers, Calls, Gate, Turns, Verb
 from kvstore.server.control_events import EventVerbs
@@ -25,10 +26,11 @@ from kvstore.server.control_prompts import PromptVerbs
 from kvstore.server.control_rules import RuleVerbs
 from kvstore.server.control_state import StateVerbs
 from kvstore.server.control_write import WriteVerbs
+from kvstore.server.listeners import bind, clear
 from kvstore.server.node import Node
 from kvstore.server.operations import Operations
+from kvstore.server.tasks import keep
 
-_MAX_PATH: Final = 107
 _GRACE_SECONDS: Final = 0.5
 _HEALTH_SECONDS: Final = 0.1
 _REVIVE_SECONDS: Final = 0.2
@@ -122,11 +124,11 @@ class ControlFace:
             self._open(self._node.config.server.grpc)
         # A server of its own: whoever floods the port does not shut out the socket.
         self._open("")
-        loop = asyncio.get_running_loop()
+        counters = self._node.store.counters
         for address, server in self._servers.items():
             await server.start()
-            self._tasks.append(loop.create_task(self._revive(address)))
-        self._tasks.append(loop.create_task(self._look_after_health()))
+            self._tasks.append(keep("gRPC", partial(self._revive, address), counters))
+        self._tasks.append(keep("gRPC's health", self._look_after_health, counters))
 
     async def stop(self) -> None:
         """End; operations are cancelled, calls get half a second."""
@@ -135,7 +137,8 @@ class ControlFace:
         await self._health.enter_graceful_shutdown()
         await self._operations.stop()
         await asyncio.gather(*(s.stop(_GRACE_SECONDS) for s in self._servers.values()))
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            make_way(self._path)
 
     @property
     def addresses(self) -> list[str]:
@@ -200,27 +203,20 @@ class ControlFace:
         return server
 
     def _listen_locally(self, server: grpc.aio.Server) -> None:
-        path = self._path
-        length = len(os.fsencode(path))
-        if length > _MAX_PATH:
-            raise ConfigError(
-                f"cannot listen on {path}: AF_UNIX path too long ({length} bytes, {_MAX_PATH} are "
-                "possible); choose another socket"
-            )
-        # Under the daemon's lock, so one found here is one that a killed daemon left.
-        path.unlink(missing_ok=True)
+        clear(self._path)
         mask = os.umask(0o177)
         try:
-            server.add_insecure_port(f"unix:{path}")
+            server.add_insecure_port(f"unix:{self._path}")
         except RuntimeError as e:
-            raise ConfigError(f"cannot listen on {path}; choose another socket") from e
+            raise ConfigError(f"cannot listen on {self._path}; choose another socket") from e
         finally:
             os.umask(mask)
 
     def _listen(self, server: grpc.aio.Server, address: str) -> str:
         """Open the port; returns the address with the port that it really is."""
         host, port = split_host_port(address)
-        _check_free(host, port)
+        for probe in bind("server.grpc", address):  # gRPC would not say why it cannot be had
+            probe.close()
         credentials = self._node.access.grpc_credentials()
         shown = f"[{host}]" if ":" in host else host
         try:
@@ -229,7 +225,8 @@ class ControlFace:
             else:
                 bound = server.add_secure_port(f"{shown}:{port}", credentials)
         except RuntimeError as e:
-            raise _not_free(address, str(e).partition(";")[0]) from e
+            why = str(e).partition(";")[0]
+            raise NotNow(f"server.grpc: cannot listen on {address}: {why}; choose another") from e
         return f"{shown}:{bound}"
 
     async def _look_after_health(self) -> None:
@@ -242,23 +239,3 @@ class ControlFace:
         status = reply.SERVING if serving else reply.NOT_SERVING
         for name in ("", SERVICE):
             await self._health.set(name, status)
-
-
-def _check_free(host: str, port: int) -> None:
-    """Try the port first: gRPC does not say why it cannot be had, and logs on its own."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        for family, kind, number, _, where in found:
-            with socket.socket(family, kind, number) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(where)
-    except OSError as e:
-        why = "another process uses it" if e.errno == errno.EADDRINUSE else e.strerror or str(e)
-        raise _not_free(f"{host}:{port}", why) from e
-
-
-def _not_free(address: str, why: str) -> ConfigError:
-    return ConfigError(
-        f"server.grpc: cannot listen on {address}: {why}; choose another port, or none "
-        "(`--grpc none`) to use the socket alone"
-    )

@@ -6,13 +6,14 @@ import argparse
 import asyncio
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import resource
-import signal
 import socket
 import struct
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,13 +22,17 @@ from kvstore import __version__, protocol
 from kvstore.admission import Admission
 from kvstore.arena import Arena
 from kvstore.config import Config, ServerConfig, format_size
-from kvstore.errors import ConfigError, KVStoreError, ProtocolError
-from kvstore.protocol import Failure, Hello, Welcome
+from kvstore.errors import ConfigError, KVStoreError, NotNow, ProtocolError
+from kvstore.files import make_way, open_own
+from kvstore.protocol import Failure, Hello, Stats, StatsReply, Welcome
 from kvstore.server.access import LOCAL, Access, Denied, Grant, Role
 from kvstore.server.group import group_id, is_member, share
+from kvstore.server.listeners import accepted, bind, clear
 from kvstore.server.node import Face, Node
 from kvstore.server.notify import notify
+from kvstore.server.process import end_after, exit_code, heed_signals
 from kvstore.server.sessions import Peer, SessionConnection
+from kvstore.server.tasks import hear_threads, keep, once
 from kvstore.slots import Slot, slot_policy
 from kvstore.store import Store
 from kvstore.telemetry import LineFormatter
@@ -42,12 +47,16 @@ _TICK: Final = 0.5
 _LOCK_POLL: Final = 0.05
 _HELLO_SECONDS: Final = 5.0
 _FIRST_SESSION_SECONDS: Final = 30.0
-_SHUTDOWN_FLUSH_SECONDS: Final = 30.0
+_PREDECESSOR_SECONDS: Final = 30.0
+_CLOSING_PART: Final = 0.1
+"""Of the time to stop, for all that comes after the writes."""
 _MAX_GREETING: Final = 128
 _MAX_HELLO: Final = 4096
 _PEER: Final = struct.Struct("3i")
 
 _log = logging.getLogger("kvstore.daemon")
+
+Ready = Callable[[list[str], str | None], None]
 
 
 class _StoppedEarly(Exception):
@@ -80,107 +89,169 @@ class Daemon:
         self._embedded = embedded
         self._progress = progress
         self._greeting: dict[asyncio.Task[None], None] = {}
+        self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
+        self._until: float | None = None
         self._group: int | None = None
         self._lock = -1
         self._http: AdminFace | None = None
+        self._arena: Arena | None = None
+        self._node: Node | None = None
 
-    async def run(self, ready: Callable[[list[str]], None]) -> None:
+    async def run(self, ready: Ready) -> None:
         """Open everything, call `ready`, serve, and on `stop` put everything away.
 
-        `ready` is told where the daemon listens besides its socket.
+        `ready` is told where the daemon listens besides its socket, and what ails the disk.
 
         Raises:
             ConfigError: another daemon serves there, or the configuration cannot be had.
         """
-        loop = asyncio.get_running_loop()
         server = self._config.server
         access = Access.load(server)
         self._group = None if server.group is None else group_id(server.group)
         await self._take_lock()
         http = self._http = self._http_face(access)
-        arena: Arena | None = None
         try:
-            if http is not None:  # Before all else: it tells those who probe that we warm up.
-                await http.start()
-            # In a thread, so that a signal is heard: much memory takes long to touch.
-            memory = self._config.memory
-            arena = await asyncio.to_thread(
-                Arena.create,
-                memory.size,
-                huge_dir=memory.huge_dir,
-                path=memory.path,
-                prefault=memory.prefault,
-                progress=self._touched,
-            )
-            advice = arena.advice()
-            if advice is not None:
-                _log.info(advice)
-            # In a thread as well: the disk tier reads what it held.
-            store = await asyncio.to_thread(
-                Store,
-                arena,
-                lambda task: _post(loop, task),
-                chunk=memory.chunk,
-                policy=memory.policy,
-                lease_seconds=self._config.lease_seconds,
-                open_disk=disk_opener(self._config, direct=advice is None),
-                write_queue=self._config.disk.queue,
-                retry_seconds=self._config.disk.retry_seconds,
-                max_pinned=memory.max_pinned,
-            )
-            store.admission = Admission(**self._config.admission.model_dump())
-            for tenant, quota in self._config.quotas.items():
-                store.set_quota(tenant, Quota(quota.memory, quota.disk))
-            node = self._node = Node(self._config, store, access, self.stop)
-            listener = self._listen()
-            faces: list[Face] = []
+            listener = self._bind()
             try:
-                ticking = loop.create_task(self._tick(store))
-                following = loop.create_task(node.follow_tokens())
-                accepting = loop.create_task(self._accept(listener, node, arena))
-                if not self._embedded:
-                    await node.open_control()
-                for face in self._faces(node):
-                    await face.start()
-                    faces.append(face)
-                node.ready = True
-                if http is not None:
-                    http.attach(node)
-                listening = [face for face in (http, node.control, *faces) if face is not None]
-                ready([address for face in listening for address in face.addresses])
-                if not self._embedded:  # What we inherited would be the engine's.
-                    notify("READY=1")
-                await self._stop.wait()
-                if not self._embedded:
-                    notify("STOPPING=1")
+                if http is not None:  # Before all else: it tells those who probe that we warm up.
+                    await http.start()
+                # In a thread, so that a signal is heard: much memory takes long to touch.
+                arena = self._arena = await asyncio.to_thread(self._make_arena)
+                node = self._node = Node(
+                    self._config, await self._open_store(arena), access, self.stop
+                )
+                # Goes on while the writes are waited for.
+                counters = node.store.counters
+                upkeep = [
+                    keep("upkeep", lambda: self._tick(node.store), counters),
+                    keep("following the tokens", node.follow_tokens, counters),
+                ]
+                await self._serve(node, arena, listener, ready)
             finally:
-                node.ready = False
-                self.path.unlink(missing_ok=True)
-                accepting.cancel()
-                listener.close()
-                for face in reversed(faces):
-                    await face.stop()
-                if node.control is not None:
-                    await node.control.stop()
-            left = await node.drain(_SHUTDOWN_FLUSH_SECONDS)
-            if left:
-                _log.warning("%d objects did not reach the disk before the stop", left)
-            following.cancel()
-            ticking.cancel()
+                self._hang_up(listener)
+            assert self._until is not None
+            spare = _CLOSING_PART * self._config.server.stop_timeout
+            await node.drain(self._until - time.monotonic() - spare)
+            self._say_what_is_lost()
+            for task in upkeep:
+                task.cancel()
             for session in list(node.sessions.values()):
                 session.close()
-            await asyncio.to_thread(store.close)
+            await asyncio.to_thread(node.store.close)
         finally:
             if http is not None:  # Last of all: probes and metrics see the draining.
                 await http.stop()
-            if arena is not None:
-                arena.unlink()
+            if self._arena is not None:
+                self._arena.unlink()
             os.close(self._lock)
 
+    def _make_arena(self) -> Arena:
+        memory = self._config.memory
+        arena = Arena.create(
+            memory.size,
+            huge_dir=memory.huge_dir,
+            path=memory.path,
+            prefault=memory.prefault,
+            private=self._embedded,
+            progress=self._touched,
+        )
+        advice = arena.advice()
+        if advice is not None:
+            _log.info(advice)
+        return arena
+
+    async def _open_store(self, arena: Arena) -> Store:
+        memory, disk = self._config.memory, self._config.disk
+        # In a thread as well: the disk tier reads what it held.
+        store = await asyncio.to_thread(
+            Store,
+            arena,
+            lambda task: _post(self._loop, task),
+            chunk=min(memory.chunk, arena.size),  # A private arena may be smaller than configured.
+            policy=memory.policy,
+            lease_seconds=self._config.lease_seconds,
+            open_disk=disk_opener(self._config, direct=arena.huge),
+            write_queue=disk.queue,
+            retry_seconds=disk.retry_seconds,
+            max_pinned=memory.max_pinned,
+        )
+        store.admission = Admission(**self._config.admission.model_dump())
+        for tenant, quota in self._config.quotas.items():
+            store.set_quota(tenant, Quota(quota.memory, quota.disk))
+        return store
+
+    async def _serve(self, node: Node, arena: Arena, listener: socket.socket, ready: Ready) -> None:
+        """Serve until told to stop."""
+        counters = node.store.counters
+        hear_threads(counters)
+        listener.listen(128)
+        accepting = keep("accepting", lambda: self._accept(listener, node, arena), counters)
+        faces: list[Face] = []
+        try:
+            if not self._embedded:
+                await node.open_control()
+            for face in self._faces(node):
+                await face.start()
+                faces.append(face)
+            node.ready = True
+            if self._http is not None:
+                self._http.attach(node)
+            listening = [face for face in (self._http, node.control, *faces) if face is not None]
+            addresses = [address for face in listening for address in face.addresses]
+            ready(addresses, node.store.tiering.disk_problem)
+            if not self._embedded:  # What we inherited would be the engine's.
+                notify("READY=1")
+            await self._stop.wait()
+            if not self._embedded:
+                notify("STOPPING=1")
+        finally:
+            node.ready = False
+            accepting.cancel()
+            self._hang_up(listener)
+            for face in reversed(faces):
+                await face.stop()
+            if node.control is not None:
+                await node.control.stop()
+
+    def _hang_up(self, listener: socket.socket) -> None:
+        listener.close()
+        with contextlib.suppress(OSError):  # Somebody put something else there.
+            make_way(self.path)
+
     def stop(self) -> None:
-        """Ask `run` to end."""
-        self._stop.set()
+        """Ask `run` to end, and see that the process does within `server.stop_timeout`.
+
+        For any thread.
+        """
+        if self._until is None:
+            self._until = time.monotonic() + self._config.server.stop_timeout
+            end_after(self._config.server.stop_timeout, self._give_up)
+        _post(self._loop, self._stop.set)
+
+    def reload(self) -> None:
+        """Read again what may change while we run; for any thread."""
+        if self._node is not None:
+            _post(self._loop, self._node.reload)
+
+    def _say_what_is_lost(self) -> None:
+        if self._node is None or not self._node.store.tiering.unwritten:
+            return
+        tiering = self._node.store.tiering
+        why = tiering.disk_problem if tiering.disk is None else tiering.disk.problem
+        _log.warning(
+            "%d objects (%s) did not reach the disk before the stop: %s",
+            tiering.unwritten,
+            format_size(tiering.writes.wanted_bytes),
+            why or f"server.stop_timeout is {self._config.server.stop_timeout:g} s",
+        )
+
+    def _give_up(self) -> None:
+        """The end did not come in time, because of a disk that hangs most likely."""
+        if self._arena is not None:
+            self._arena.unlink()
+        _log.warning("server.stop_timeout has passed: the process ends as it is")
+        self._say_what_is_lost()
 
     def _faces(self, node: Node) -> list[Face]:
         """The ways in besides the sockets."""
@@ -213,11 +284,11 @@ class Daemon:
         """
         path = self.path.with_name(self.path.name + ".lock")
         try:
-            self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock = open_own(path, os.O_RDWR)
         except OSError as e:
             raise ConfigError(f"cannot write {path}: {e.strerror}; choose another socket") from e
         loop = asyncio.get_running_loop()
-        until = loop.time() + (_SHUTDOWN_FLUSH_SECONDS if self._embedded else 0.0)
+        until = loop.time() + (_PREDECESSOR_SECONDS if self._embedded else 0.0)
         while True:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -228,7 +299,7 @@ class Daemon:
                     continue
                 holder = os.read(self._lock, 32).decode(errors="replace").strip()
                 os.close(self._lock)
-                raise ConfigError(
+                raise NotNow(
                     f"a daemon (pid {holder or '?'}) serves {self.path} already; stop it or choose "
                     "another socket"
                 ) from None
@@ -241,10 +312,17 @@ class Daemon:
             probe.setblocking(False)
             return probe.connect_ex(str(self.path)) == 0
 
-    def _listen(self) -> socket.socket:
+    def _bind(self) -> socket.socket:
+        """Take our socket, which refuses callers yet, and see that the other places can be had."""
+        clear(self.path)
+        if not self._embedded:
+            clear(self._config.control_socket)
+        with contextlib.ExitStack() as probes:
+            for key in ("grpc", "tcp"):
+                if (address := getattr(self._config.server, key)) is not None:
+                    for probe in bind(f"server.{key}", address):
+                        probes.enter_context(probe)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        # Under our lock, so a socket found here is one that a killed daemon left.
-        self.path.unlink(missing_ok=True)
         mask = os.umask(0o177)
         try:
             listener.bind(str(self.path))
@@ -254,22 +332,12 @@ class Daemon:
             os.umask(mask)
         if self._group is not None:
             share(self.path, self._group)
-        listener.listen(128)
         listener.setblocking(False)
         return listener
 
     async def _accept(self, listener: socket.socket, node: Node, arena: Arena) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(0)  # An accept that need not wait lets nobody else have a turn.
-            try:
-                connection, _ = await loop.sock_accept(listener)
-            except OSError as e:  # Out of descriptors, say: others go on, and so do we.
-                node.quiet.warning("accept", "a connection could not be accepted: %s", e)
-                await asyncio.sleep(_TICK)
-                continue
-            connection.setblocking(False)
-            task = loop.create_task(self._greet(connection, node, arena))
+        async for connection in accepted(listener, node.quiet):
+            task = once("greeting", self._greet(connection, node, arena), node.store.counters)
             self._greeting[task] = None
             task.add_done_callback(self._greeting.pop)
             if len(self._greeting) > _MAX_GREETING:  # The one that has been silent longest.
@@ -281,6 +349,11 @@ class Daemon:
         try:
             async with asyncio.timeout(_HELLO_SECONDS):
                 hello = await _read_hello(connection)
+            if isinstance(hello, Stats):
+                health = json.dumps(node.health())
+                await loop.sock_sendall(connection, protocol.encode(1, StatsReply(health)))
+                connection.close()
+                return
             peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
             pid, uid, gid = _PEER.unpack(peer)
             try:
@@ -313,12 +386,11 @@ class Daemon:
                 return session
 
             await loop.connect_accepted_socket(serve, connection)
-        except (OSError, ProtocolError, TimeoutError) as e:
+        except BaseException as e:
+            connection.close()
+            if not isinstance(e, (OSError, ProtocolError)):
+                raise
             node.ended("session", e)
-            connection.close()
-        except asyncio.CancelledError:
-            connection.close()
-            raise
 
     def _trusted(self, access: Access, uid: int, member: bool) -> Grant | None:
         """What a process of user `uid` may do without a token; None: nothing.
@@ -339,18 +411,18 @@ class Daemon:
         return None if access.has_tokens else Grant(f"user {uid}", Role.WRITE)
 
     def _left(self, session: SessionConnection) -> None:
+        assert self._node is not None
         del self._node.sessions[session.peer.session]
         if self._embedded and not self._node.sessions:
-            loop = asyncio.get_running_loop()
-            loop.call_later(self._config.linger_seconds, self._stop_if_alone)
+            self._loop.call_later(self._config.linger_seconds, self._stop_if_alone)
 
     def _stop_if_alone(self) -> None:
-        if not self._node.sessions and not self._greeting:
+        if self._node is not None and not self._node.sessions and not self._greeting:
             self.stop()
 
     async def _tick(self, store: Store) -> None:
         if self._embedded:
-            asyncio.get_running_loop().call_later(_FIRST_SESSION_SECONDS, self._stop_if_alone)
+            self._loop.call_later(_FIRST_SESSION_SECONDS, self._stop_if_alone)
         while True:
             store.tick()
             await asyncio.sleep(_TICK)
@@ -375,7 +447,7 @@ def admit(node: Node, hello: Hello, trusted: Grant | None, *, here: bool) -> Gra
     return grant
 
 
-async def _read_hello(connection: socket.socket) -> Hello:
+async def _read_hello(connection: socket.socket) -> Hello | Stats:
     loop = asyncio.get_running_loop()
     data = bytearray()
     need = protocol.HEADER.size
@@ -390,7 +462,7 @@ async def _read_hello(connection: socket.socket) -> Hello:
                 raise ProtocolError(f"a hello of {length} bytes; {_MAX_HELLO} are allowed")
             need += length
     hello = protocol.decode_request(bytes(data[protocol.HEADER.size :]))
-    if not isinstance(hello, Hello):
+    if not isinstance(hello, (Hello, Stats)):
         raise ProtocolError("the first message must be a hello")
     return hello
 
@@ -433,10 +505,10 @@ def serve(
     path: Path,
     *,
     embedded: bool = False,
-    ready: Callable[[list[str]], None] = lambda _: None,
+    ready: Ready = lambda *_: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Run a daemon in this process until SIGTERM or SIGINT (or, embedded, until it is alone).
+    """Run a daemon in this process until it is told to stop (or, embedded, until it is alone).
 
     Raises:
         ConfigError: see `Daemon.run`.
@@ -448,19 +520,17 @@ def serve(
 
     async def main() -> None:
         daemon = Daemon(config, path, embedded=embedded, progress=progress)
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, daemon.stop)
+        heed_signals(daemon.stop, daemon.stop if embedded else daemon.reload)
         with contextlib.suppress(_StoppedEarly):
             await daemon.run(ready)
 
     asyncio.run(main())
 
 
-def describe(config: Config) -> str:
-    """One line on what a daemon of this configuration offers."""
-    disk = "no disk tier"
-    if config.disk.path is not None:
+def describe(config: Config, problem: str | None) -> str:
+    """One line on what a daemon of this configuration offers. `problem`: why it has no disk."""
+    disk = "no disk tier" if problem is None else f"no disk tier: {problem}"
+    if config.disk.path is not None and problem is None:
         disk = f"disk {format_size(config.disk.size)} in {config.disk.path}"
     return f"memory {format_size(config.memory.size)}, {disk}"
 
@@ -481,10 +551,12 @@ def main() -> None:
     parser.add_argument("--ready-fd", type=int, required=True)
     arguments = parser.parse_args()
     try:
+        with contextlib.suppress(OSError):  # Should memory run out, we go before the engine.
+            Path("/proc/self/oom_score_adj").write_text("1000")
         config = Config.model_validate_json(sys.stdin.read())
         start_logging(config.log_level)
 
-        def ready(_: list[str]) -> None:
+        def ready(*_: object) -> None:
             with contextlib.suppress(BrokenPipeError):  # The starter died; others will join.
                 os.write(arguments.ready_fd, b"1")
             os.close(arguments.ready_fd)
@@ -492,7 +564,7 @@ def main() -> None:
         serve(config, arguments.embedded, embedded=True, ready=ready)
     except (KVStoreError, ValueError) as e:
         print(e, file=sys.stderr)
-        sys.exit(1)
+        sys.exit(exit_code(e))
 
 
 if __name__ == "__main__":

@@ -107,6 +107,9 @@ COUNTERS: Final[Mapping[str, Counted]] = {
     "recover.dropped": Counted(
         "recovery_drops", "Objects found on disk that could not be used, by reason.", "reason"
     ),
+    "task.died": Counted(
+        "task_deaths", "Tasks and threads of the daemon that died of an error of ours.", "task"
+    ),
 }
 """By the name of the event. A counter that is not here is exported as `kvstore_events_total`."""
 

@@ -221,6 +221,18 @@ class Node:
             await asyncio.sleep(_DRAIN_POLL)
         return tiering.unwritten
 
+    def health(self) -> dict[str, str]:
+        """In two words how it is doing, for those who probe: `status` and `disk`."""
+        tiering = self.store.tiering
+        if self.config.disk.path is None:
+            disk = "none"
+        elif tiering.disk is None:
+            disk = "missing"
+        else:
+            disk = "failing" if tiering.disk.problem else "ready"
+        status = "draining" if self.draining else "ready"
+        return {"status": status if self.ready else "stopping", "disk": disk}
+
     @property
     def draining(self) -> bool:
         """Whether no more saves and sessions are taken."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from array import array
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Final, NamedTuple
 
 from kvstore import protocol
@@ -18,6 +19,7 @@ from kvstore.protocol import Failure, Message
 from kvstore.server.access import Denied, Grant, Role
 from kvstore.server.node import Node
 from kvstore.server.recent import by_tier
+from kvstore.server.tasks import once
 from kvstore.spec import Namespace, Part
 from kvstore.store import Acquired, Acquisition
 
@@ -425,15 +427,23 @@ class SessionConnection(asyncio.Protocol):
         async def wait() -> None:
             loop = asyncio.get_running_loop()
             until = loop.time() + min(max(request.wait, 0.0), _MAX_WAIT)
-            while self._store.tiering.unwritten and loop.time() < until:
+            writes = self._store.tiering.writes
+            seen = self.grant.sees
+            last = writes.last  # What is saved from here on is not waited for.
+
+            def unwritten() -> Iterator[Entry]:
+                return (e for e in writes.up_to(last) if seen(e.name.namespace.tenant))
+
+            while next(unwritten(), None) is not None and loop.time() < until:
                 await asyncio.sleep(_FLUSH_POLL)
             disk = self._store.tiering.disk
+            synced = disk is None
             if disk is not None:
-                await asyncio.to_thread(disk.flush)
-            left, seen = self._store.tiering.unwritten, self.grant.sees
-            if self.grant.tenants is not None:
-                left = sum(seen(e.name.namespace.tenant) for e in self._store.tiering.writes)
-            self._reply(request_id, protocol.Flushed(left))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(until):
+                        synced = await asyncio.to_thread(disk.flush, until - loop.time())
+            left = sum(1 for _ in unwritten())
+            self._reply(request_id, protocol.Flushed(left if synced or left else -1))
 
         self._start(wait())
 
@@ -446,7 +456,7 @@ class SessionConnection(asyncio.Protocol):
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
         """Do something beside the requests, as long as the connection lasts."""
-        task = asyncio.get_running_loop().create_task(work)
+        task = once("an answer", work, self._store.counters)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -19,17 +19,18 @@ from functools import partial
 from typing import Final, cast
 
 from kvstore import __version__, protocol
-from kvstore.config import split_host_port
-from kvstore.errors import ConfigError, ProtocolError
+from kvstore.errors import ProtocolError
 from kvstore.protocol import STREAM_MARK, Failure, Hello, Welcome
 from kvstore.server.access import Denied
 from kvstore.server.bulk import HELLO_SECONDS, BulkServer, Sample
 from kvstore.server.daemon import admit
 from kvstore.server.grants import Grants
+from kvstore.server.listeners import accepted, bind, show
 from kvstore.server.node import Node
 from kvstore.server.owners import Owner
 from kvstore.server.sessions import Peer, SessionConnection
 from kvstore.server.stream_session import StreamSession
+from kvstore.server.tasks import keep, once
 from kvstore.wire import PlainWire, TlsWire, Wire, tune
 
 _MAX_THREADS: Final = 512
@@ -53,7 +54,7 @@ class StreamFace:
         self._newcomers: dict[int, Callable[[], object]] = {}
         """Ends connections that have not said yet whose they are, by number, oldest first."""
         self._numbers = itertools.count(1)
-        self._listener: socket.socket | None = None
+        self._listeners: list[socket.socket] = []
         self._samples: deque[Sample] = deque(maxlen=10_000)
         self._bulk = BulkServer(
             node.store.tiering.arena,
@@ -71,27 +72,20 @@ class StreamFace:
         """
         address = self.node.config.server.tcp
         assert address is not None
-        host, port = split_host_port(address)
-        try:
-            family, _, _, _, place = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            listener = socket.create_server(place[:2], family=family, backlog=_MAX_GREETING)
-        except OSError as e:
-            raise ConfigError(
-                f"server.tcp: cannot listen on {address}: {e.strerror or e}; choose another address"
-            ) from e
-        listener.setblocking(False)
-        self._listener = listener
-        self._run(self._accept(listener))
-        self._run(self._tick())
+        counters = self.node.store.counters
+        self._listeners = bind("server.tcp", address)
+        for listener in self._listeners:
+            listener.listen(_MAX_GREETING)
+            listener.setblocking(False)
+            self._hold(keep("accepting TCP", partial(self._accept, listener), counters))
+        self._hold(keep("upkeep of TCP", self._tick, counters))
 
     async def stop(self) -> None:
         """End all sessions that came this way."""
         for task in list(self._tasks):
             task.cancel()
-        if self._listener is not None:
-            self._listener.close()
+        for listener in self._listeners:
+            listener.close()
         for session in list(self._sessions.values()):
             session.grants.close()
             session.close()
@@ -103,14 +97,10 @@ class StreamFace:
     @property
     def addresses(self) -> list[str]:
         """Where it listens, with the real port."""
-        if self._listener is None:
-            return []
-        host, port = self._listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        return [f"{'tcp' if self._context is None else 'tls'} {shown}:{port}"]
+        scheme = "tcp" if self._context is None else "tls"
+        return [f"{scheme} {show(listener)}" for listener in self._listeners]
 
-    def _run(self, work: asyncio._CoroutineLike[None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
+    def _hold(self, task: asyncio.Task[None]) -> asyncio.Task[None]:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -118,17 +108,10 @@ class StreamFace:
     # -- on the loop ------------------------------------------------------------------------------
 
     async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(0)  # An accept that need not wait lets nobody else have a turn.
-            try:
-                connection, _ = await loop.sock_accept(listener)
-            except OSError as e:  # Out of descriptors, say: others go on, and so do we.
-                self.node.quiet.warning("accept", "a connection could not be accepted: %s", e)
-                await asyncio.sleep(_TICK)
-                continue
+        async for connection in accepted(listener, self.node.quiet):
             number = next(self._numbers)
-            self._newcomers[number] = self._run(self._meet(connection, number)).cancel
+            meeting = once("greeting", self._meet(connection, number), self.node.store.counters)
+            self._newcomers[number] = self._hold(meeting).cancel
             if len(self._newcomers) > _MAX_GREETING:
                 self.known(next(iter(self._newcomers)))()
 
@@ -146,7 +129,6 @@ class StreamFace:
     async def _meet(self, connection: socket.socket, number: int) -> None:
         """Find out what a connection is for."""
         try:
-            connection.setblocking(False)
             tune(connection)
             async with asyncio.timeout(HELLO_SECONDS):
                 carries_blocks = await _begins_with_mark(connection)
@@ -154,14 +136,12 @@ class StreamFace:
                 self._start_thread(connection, number)
             else:
                 await self._greet(connection, number)
-        except (OSError, TimeoutError) as e:
+        except BaseException as e:
+            self.known(number)
+            connection.close()
+            if not isinstance(e, OSError):
+                raise
             self.node.ended("connection", e)
-            self.known(number)
-            connection.close()
-        except asyncio.CancelledError:
-            self.known(number)
-            connection.close()
-            raise
 
     async def _greet(self, connection: socket.socket, number: int) -> None:
         """Hear the hello, and serve from then on."""

@@ -154,10 +154,11 @@ def prompt(number: int, blocks: int) -> list[int]:
 
 
 class Served:
-    """`kvstore serve` as its own process."""
+    """`kvstore serve` as its own process. It runs `fault` first: Python that breaks something."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], fault: str = "") -> None:
         self.folder = folder
+        self.fault = fault
         self.socket = folder / "kvstore.sock"
         self.log = folder / "log"
         self._file = folder / "config.yaml"
@@ -171,7 +172,8 @@ class Served:
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "kvstore.server.cli", "serve", "-c", str(self._file)]
+        script = f"{self.fault}\nfrom kvstore.server.cli import main\nmain()"
+        command = [sys.executable, "-c", script, "serve", "-c", str(self._file)]
         with self.log.open("a") as log:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         assert process.stdout is not None
@@ -179,7 +181,8 @@ class Served:
         said = os.read(process.stdout.fileno(), 1 << 16).decode() if readable else ""
         process.stdout.close()
         assert said.startswith(f"ready: unix://{self.socket} "), (said, self.log.read_text())
-        self.addresses = dict(line.split(maxsplit=1) for line in said.splitlines()[1:])
+        self.head, *others = said.splitlines()
+        self.addresses = dict(line.split(maxsplit=1) for line in others)
         return process
 
     def kill(self) -> None:
@@ -228,6 +231,7 @@ class Stores:
         self,
         memory: str | dict[str, Any] = "8MiB",
         disk: str | dict[str, Any] | None = None,
+        fault: str = "",
         **settings: Any,
     ) -> Served:
         """A daemon; tiers are given by size (a disk then lies in its folder) or in full."""
@@ -237,7 +241,7 @@ class Stores:
         if disk is not None:
             here = {"path": str(folder / "disk"), "size": disk}
             settings["disk"] = here if isinstance(disk, str) else disk
-        served = Served(folder, settings)
+        served = Served(folder, settings, fault)
         self._served.append(served)
         return served
 

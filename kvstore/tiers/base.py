@@ -109,8 +109,11 @@ class Tier(Protocol):
     def forget(self, slot: Slot[Any]) -> None:
         """The object must not come back after a restart; call before `pool.free`."""
 
-    def flush(self) -> None:
-        """Return when all jobs are done and written data would survive a power loss."""
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until the jobs given so far are done and what they wrote would survive a power loss.
+
+        False if that takes longer than `timeout` seconds. For any thread.
+        """
 
     def close(self) -> None:
         """Finish running jobs, fail queued ones with `closed`, and let go of the medium."""

@@ -9,6 +9,7 @@ moment the record is absent, or its data was whole. What a power loss mixes up, 
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import threading
 import time
@@ -93,12 +94,15 @@ class DiskTier:
         self._health = Health(str(slab.path), retry_seconds)
         lock = threading.Lock()
         self._queue = threading.Condition(lock)  # I/O threads wait for jobs
-        self._idle = threading.Condition(lock)  # flush waits for the end of all
-        self._reads: deque[_Job] = deque()
-        self._writes: deque[_Job] = deque()
-        self._running = 0
+        self._idle = threading.Condition(lock)  # flush waits for the ends of jobs
+        self._reads: deque[tuple[int, _Job]] = deque()
+        self._writes: deque[tuple[int, _Job]] = deque()
+        self._numbers = itertools.count(1)
+        self._open: dict[int, None] = {}
+        """Jobs that have not ended, by number, oldest first."""
         self._closing = False
-        self._syncing = threading.Lock()
+        self._flushes = self._flushed = 0
+        """Numbers of flushes: of those that asked for a sync, and of those that have had theirs."""
         self._sync_wanted = threading.Condition()
         self._dirty_since: float | None = None
         for reason, count in slab.dropped.items():
@@ -275,11 +279,19 @@ class DiskTier:
         else:
             self._mark_dirty()
 
-    def flush(self) -> None:
+    def flush(self, timeout: float | None = None) -> bool:
         """See `Tier.flush`. Not from a `done`: it waits for all jobs, the calling one included."""
+        until = None if timeout is None else time.monotonic() + timeout
         with self._idle:
-            self._idle.wait_for(lambda: not (self._reads or self._writes or self._running))
-        self._sync()
+            mark = next(self._numbers)
+            if not self._idle.wait_for(lambda: next(iter(self._open), mark) >= mark, timeout):
+                return False
+        with self._sync_wanted:
+            self._flushes = wanted = self._flushes + 1
+            self._sync_wanted.notify_all()
+            left = None if until is None else until - time.monotonic()
+            self._sync_wanted.wait_for(lambda: self._flushed >= wanted or self._closing, left)
+            return self._flushed >= wanted
 
     def close(self) -> None:
         """See `Tier.close`; idempotent. Not from a `done`."""
@@ -297,10 +309,12 @@ class DiskTier:
 
     # --- The I/O threads --------------------------------------------------------------------------
 
-    def _submit(self, job: _Job, queue: deque[_Job]) -> None:
+    def _submit(self, job: _Job, queue: deque[tuple[int, _Job]]) -> None:
         with self._queue:
             if not self._closing:
-                queue.append(job)
+                number = next(self._numbers)
+                self._open[number] = None
+                queue.append((number, job))
                 self._queue.notify()
                 return
         self._finish(job, None, "closed")
@@ -311,9 +325,8 @@ class DiskTier:
                 self._queue.wait_for(lambda: self._reads or self._writes or self._closing)
                 if not self._reads and not self._writes:
                     return
-                job = (self._reads or self._writes).popleft()
+                number, job = (self._reads or self._writes).popleft()
                 closing = self._closing
-                self._running += 1
             result: _Result
             if closing:
                 result = None, "closed"
@@ -323,9 +336,8 @@ class DiskTier:
                 result = self._try_read(job, mover)
             self._finish(job, *result)
             with self._queue:
-                self._running -= 1
-                if not (self._reads or self._writes or self._running):
-                    self._idle.notify_all()
+                del self._open[number]
+                self._idle.notify_all()
 
     def _finish(self, job: _Job, checksum: int | None, error: str | None) -> None:
         try:
@@ -437,26 +449,36 @@ class DiskTier:
     def _sync_loop(self) -> None:
         while True:
             with self._sync_wanted:
-                self._sync_wanted.wait_for(lambda: self._dirty_since is not None or self._closing)
-                if self._closing or self._dirty_since is None:
+                self._sync_wanted.wait_for(lambda: self._sync_due() is not None)
+                while not self._closing and (pause := self._sync_due() or 0.0) > 0:
+                    self._sync_wanted.wait(pause)
+                if self._closing:
                     return
-                pause = self._dirty_since + self._sync_seconds - time.monotonic()
-                if pause > 0 and self._sync_wanted.wait_for(lambda: self._closing, pause):
-                    return
+                flushes = self._flushes
             self._sync()
+            with self._sync_wanted:
+                self._flushed = flushes
+                self._sync_wanted.notify_all()
+
+    def _sync_due(self) -> float | None:
+        """Seconds until the next sync; None while there is no need."""
+        if self._closing or self._flushes > self._flushed:
+            return 0.0
+        if self._dirty_since is None:
+            return None
+        return max(0.0, self._dirty_since + self._sync_seconds - time.monotonic())
 
     def _sync(self) -> None:
-        """Sync what is unsynced; when another thread is at it, wait for that first."""
-        with self._syncing:
-            with self._sync_wanted:
-                if self._dirty_since is None:
-                    return
-                self._dirty_since = None  # what is written from here on counts anew
-            try:
-                self._slab.sync()
-            except OSError as e:
-                # Trying again would not help: the system has let go of the pages it failed on.
-                self._health.count("sync_errors")
-                self._write_failed(e)
-            else:
-                self._health.count("syncs")
+        """Sync what is unsynced. One thread at a time."""
+        with self._sync_wanted:
+            if self._dirty_since is None:
+                return
+            self._dirty_since = None  # what is written from here on counts anew
+        try:
+            self._slab.sync()
+        except OSError as e:
+            # Trying again would not help: the system has let go of the pages it failed on.
+            self._health.count("sync_errors")
+            self._write_failed(e)
+        else:
+            self._health.count("syncs")

@@ -15,6 +15,7 @@ from typing import Final
 
 from kvstore._native import Xxh3Stream
 from kvstore.errors import TierUnavailable
+from kvstore.files import open_own
 from kvstore.slots import ALIGNMENT, align
 from kvstore.staging import Bounce
 
@@ -212,14 +213,13 @@ class FolderLock:
             OSError: the lock file can be neither opened nor made.
         """
         path = folder / LOCK_NAME
-        flags = os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o600)
+            self._fd = open_own(path, os.O_RDWR)
             writable = True
         except OSError as e:
             if reason_of(e) != "read_only":
                 raise
-            self._fd = os.open(path, os.O_RDONLY | flags)
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             writable = False
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.errors import TierUnavailable
+from kvstore.files import open_own
 from kvstore.slots import align, choose_chunk
 from kvstore.spec import Namespace, Part
 from kvstore.tiers.base import ObjectName, Recovered
@@ -177,7 +178,7 @@ class SlabFile:
 
     def _create_file(self, path: Path, start: bytes, *, reserve: int, nbytes: int) -> None:
         draft = path.with_name(path.name + ".new")
-        fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = open_own(draft, os.O_RDWR | os.O_TRUNC)
         try:
             if reserve:
                 allocate(fd, 0, reserve)

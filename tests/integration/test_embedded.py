@@ -206,9 +206,10 @@ def test_sockets_and_locks_that_a_crash_left_are_no_obstacle(stores: Stores) -> 
         assert session.stats()["objects"] == 0
     path = socket_path(config)
     eventually(lambda: not path.exists())
-    path.write_text("not even a socket")
+    path.write_text("somebody's")
     with opened(config) as session:
-        assert session.problem is None
+        assert "what is there is no socket" in str(session.problem)
+    assert path.read_text() == "somebody's"
 
 
 def test_other_settings_of_the_daemon_are_another_daemon(stores: Stores) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvstore.arena import Arena
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, NotNow
 
 SIZE = 4 << 20
 
@@ -96,6 +98,44 @@ def test_a_descriptor_that_is_no_such_memory_is_refused(tmp_path: Path) -> None:
         Arena.attach(read_end, SIZE, "shmem")
     os.close(read_end)
     os.close(write_end)
+
+
+def test_the_size_of_memory_that_is_attached_cannot_change() -> None:
+    arena = Arena.create(SIZE)
+    for size in (SIZE - 4096, SIZE + 4096):
+        with pytest.raises(PermissionError):
+            os.ftruncate(arena.fd, size)
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(arena.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    arena.close()
+    for seals in (0, fcntl.F_SEAL_GROW, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL):
+        loose = os.memfd_create("loose", os.MFD_ALLOW_SEALING)
+        os.ftruncate(loose, SIZE)
+        fcntl.fcntl(loose, fcntl.F_ADD_SEALS, seals)
+        with pytest.raises(OSError, match="not sealed"):
+            Arena.attach(loose, SIZE, "shmem")
+        os.close(loose)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_what_is_not_touched_at_start_is_reserved(huge_tmpfs: Path, named: bool) -> None:
+    """On a tmpfs that fills up later, writing to it would be the end of whoever did."""
+    place: dict[str, Any] = {"path": huge_tmpfs / "arena"} if named else {"huge_dir": huge_tmpfs}
+    arena = Arena.create(SIZE, prefault=False, **place)
+    with pytest.raises(OSError, match="No space"):
+        (huge_tmpfs / "others").write_bytes(bytes(16 << 20))
+    arena.view(0, SIZE)[:] = bytes(range(256)) * (SIZE // 256)
+    assert bytes(arena.view(SIZE - 256, 256)) == bytes(range(256))
+    with pytest.raises(NotNow, match="has room for"):
+        Arena.create(SIZE, huge_dir=huge_tmpfs, prefault=False)
+    arena.close()
+
+
+def test_an_arena_on_a_tmpfs_without_a_limit(huge_tmpfs: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=0", huge_tmpfs], check=True)
+    arena = Arena.create(SIZE, huge_dir=huge_tmpfs)
+    assert arena.size == SIZE
+    arena.close()
 
 
 def test_one_mapping_serves_all_of_a_process() -> None:

@@ -352,6 +352,7 @@ WRONG: dict[str, list[Any]] = {
     "server.max_token_sessions": [*NO_NUMBER, 0, -1, 1.5, 65537],
     "server.max_held": [*NO_NUMBER, -0.1, 1.1],
     "server.max_labels": [*NO_NUMBER, -1, 1.5, 10_001],
+    "server.stop_timeout": NO_SECONDS,
     "server.max_requests": [*NO_NUMBER, 0, -1, 1.5, 65537],
     "admission.memory": NO_CHOICE,
     "admission.disk": NO_CHOICE,

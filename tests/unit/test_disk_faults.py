@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -258,3 +259,53 @@ def test_the_newest_of_equal_names_is_kept(tmp_path: Path) -> None:
         assert store.tier.counters["dropped_records.duplicate"] == 1
     with MiniStore(tmp_path) as store:
         assert store.tier.counters["dropped_records.duplicate"] == 0
+
+
+# --- Flushing -------------------------------------------------------------------------------------
+
+
+def test_a_flush_does_not_wait_for_what_came_later(tmp_path: Path) -> None:
+    with MiniStore(tmp_path, 64 * MIB) as store:
+        name = object_name(1, MIB)
+        slot = store.tier.pool.allocate(MIB, name)
+        assert slot is not None
+        ended = threading.Event()
+
+        def again(checksum: int | None, error: str | None) -> None:
+            """There are two writes at any time."""
+            if not ended.is_set():
+                store.tier.write(slot, name, store.memory.address, MIB, None, again)
+
+        for _ in range(2):
+            again(None, None)
+        began = time.monotonic()
+        assert store.tier.flush(timeout=10)
+        assert store.tier.flush()
+        assert time.monotonic() - began < 5
+        ended.set()
+
+
+def test_a_flush_keeps_its_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether data is waited for, or what makes it last."""
+    goes_on = threading.Event()
+    for call in ("pwritev", "fdatasync"):
+        real = getattr(os, call)
+
+        def hung(*arguments: Any, real: Any = real) -> Any:
+            goes_on.wait(20)
+            return real(*arguments)
+
+        goes_on.clear()
+        with MiniStore(tmp_path / call) as store, monkeypatch.context() as patched:
+            patched.setattr(os, call, hung)
+            outcome = Outcome()
+            slot = store.tier.pool.allocate(4096, 1)
+            assert slot is not None
+            store.tier.write(slot, object_name(1), store.memory.address, 4096, None, outcome)
+            began = time.monotonic()
+            assert not store.tier.flush(timeout=0.1)
+            assert not store.tier.flush(timeout=0)
+            assert time.monotonic() - began < 5
+            goes_on.set()
+            assert store.tier.flush()
+            assert outcome.wait().error is None

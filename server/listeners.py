@@ -1,0 +1,88 @@
+"""Where the daemon listens: ports and sockets, bound before anything costly is begun."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Final
+
+from kvstore.config import split_host_port
+from kvstore.errors import ConfigError, NotNow
+from kvstore.files import make_way
+from kvstore.telemetry import QuietLog
+
+_MAX_PATH: Final = 107
+_PAUSE: Final = 0.25
+
+
+def bind(key: str, address: str) -> list[socket.socket]:
+    """Sockets at all that `address` (host:port) means, which do not listen yet.
+
+    `[::]` means IPv4 as well. Port 0 becomes one port for all.
+
+    Raises:
+        ConfigError: it cannot be had; names `key`, the setting.
+    """
+    host, port = split_host_port(address)
+    bound: list[socket.socket] = []
+    try:
+        for family, kind, number, _, where in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            bound.append(made := socket.socket(family, kind, number))
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(where[0] != "::"))
+            made.bind((where[0], port, *where[2:]))
+            port = made.getsockname()[1]
+    except (OSError, UnicodeError) as e:
+        for made in bound:
+            made.close()
+        taken = isinstance(e, OSError) and e.errno == errno.EADDRINUSE
+        why = "it is taken" if taken else getattr(e, "strerror", None) or e
+        raise (NotNow if taken else ConfigError)(
+            f"{key}: cannot listen on {address}: {why}; choose another address, or none "
+            f"(`--{key.rpartition('.')[2]} none`)"
+        ) from e
+    return bound
+
+
+def show(bound: socket.socket) -> str:
+    """Where it listens, e.g. `127.0.0.1:7420`."""
+    host, port = bound.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def clear(path: Path) -> None:
+    """Make way for a unix socket at `path`, of which there is a lock that we hold.
+
+    Raises:
+        ConfigError: there can be none.
+    """
+    length = len(os.fsencode(path))
+    try:
+        if length > _MAX_PATH:
+            text = f"AF_UNIX path too long ({length} bytes, {_MAX_PATH} are possible)"
+            raise OSError(errno.ENAMETOOLONG, text)
+        make_way(path)
+    except OSError as e:
+        raise ConfigError(f"cannot listen on {path}: {e.strerror}; choose another socket") from e
+
+
+async def accepted(listener: socket.socket, quiet: QuietLog) -> AsyncIterator[socket.socket]:
+    """Connections as they come, for ever; none of them blocks."""
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(0)  # An accept that need not wait lets nobody else have a turn.
+        try:
+            connection, _ = await loop.sock_accept(listener)
+        except OSError as e:  # Out of descriptors, say: others go on, and so do we.
+            quiet.warning("accept", "a connection could not be accepted: %s", e)
+            await asyncio.sleep(_PAUSE)
+            continue
+        connection.setblocking(False)
+        yield connection

@@ -1,0 +1,66 @@
+"""The daemon as a process: the signals that it heeds, and an end that comes in time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+from kvstore.errors import NotNow
+
+
+def heed_signals(stop: Callable[[], None], reload: Callable[[], None]) -> None:
+    """Call `stop` at SIGTERM and SIGINT, and `reload` at SIGHUP, on a thread of their own.
+
+    The loop may be waiting for a disk that hangs. SIGHUP is `stop` too where there is a terminal:
+    then it says that the terminal has gone. With `nohup` it stays ignored. For the main thread.
+    """
+    acts: dict[int, Callable[[], None]] = {signal.SIGTERM: stop, signal.SIGINT: stop}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        acts[signal.SIGHUP] = stop if _has_terminal() else reload
+    heard, told = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)  # told at once, whatever Python waits for
+    for number in acts:
+        signal.signal(number, lambda *_: None)
+
+    def listen() -> None:
+        while number := os.read(heard, 1):
+            if (act := acts.get(number[0])) is not None:
+                act()
+
+    threading.Thread(target=listen, name="kvstore-signals", daemon=True).start()
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+def end_after(seconds: float, last_words: Callable[[], None]) -> None:
+    """End this process in `seconds`, wherever its threads hang; before that, call `last_words`.
+
+    Should these hang as well, the end comes a second later.
+    """
+
+    def end() -> None:
+        try:
+            last_words()
+            logging.shutdown()
+        finally:
+            os._exit(0)
+
+    for timer in (threading.Timer(seconds, end), threading.Timer(seconds + 1, os._exit, (0,))):
+        timer.daemon = True
+        timer.start()
+
+
+def exit_code(error: Exception) -> int:
+    """Of a daemon that could not start: whether to try again makes sense."""
+    passing = isinstance(error, NotNow) or not isinstance(error, ValueError)
+    return 1 if passing else os.EX_CONFIG

@@ -1,0 +1,94 @@
+"""A daemon where a control group limits memory: it refuses, shrinks, and goes before the engine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.test_embedded import daemon_pid
+from tests.session_tools import (
+    MIB,
+    ROOT,
+    Child,
+    Stores,
+    eventually,
+)
+
+LIMIT = 320 * MIB
+
+
+@pytest.fixture
+def container() -> Iterator[Path]:
+    """A control group of `LIMIT` bytes."""
+    group = limited()
+    if group is None:
+        pytest.skip("making a control group needs root, and one that may have children")
+    yield group
+    eventually(lambda: not (group / "cgroup.procs").read_text())
+    group.rmdir()
+
+
+def limited() -> Path | None:
+    """Make it below ours, in whichever version of control groups that works."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        number, controllers, path = line.split(":", 2)
+        if controllers == "memory" or (number == "0" and not controllers):
+            base = Path("/sys/fs/cgroup", controllers, path.lstrip("/"))
+            group, file = base / f"kvstore-test-{os.getpid()}", "memory.limit_in_bytes"
+            try:
+                group.mkdir()
+                (group / (file if controllers else "memory.max")).write_text(str(LIMIT))
+            except OSError:
+                if group.exists():
+                    group.rmdir()
+                continue
+            return group
+    return None
+
+
+INSIDE = """
+from pathlib import Path
+Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
+config = Config.model_validate_json(sys.argv[2])
+session = Session.open(namespace(), [BIG], config)
+keys = session.keys(prompt(1, 8))
+save(session, keys)
+print(session.stats()["memory"]["capacity"], load(session, keys).blocks, flush=True)
+input()
+engine = bytearray(int(sys.argv[3]))  # What the engine needs grows.
+engine[::4096] = b"x" * len(engine[::4096])
+print(session.problem, load(session, keys).blocks, flush=True)
+input()
+"""
+
+
+def test_serve_refuses_what_cannot_fit(stores: Stores, container: Path) -> None:
+    command = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(container / "cgroup.procs")]
+    command += [sys.executable, "-m", "kvstore.server.cli", "serve", "--memory", "1GiB"]
+    command += ["--socket", f"{stores.folder}/s", "--grpc", "none", "--http", "none"]
+    ended = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 1
+    assert "memory.size is 1073741824 bytes" in ended.stderr
+    assert f"of the {LIMIT} bytes of {container}" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_private_daemon_shrinks_and_the_engine_lives(stores: Stores, container: Path) -> None:
+    config = stores.embedded(memory={"size": "1GiB"})
+    with Child(INSIDE, container, config.model_dump_json(), 64 * MIB) as engine:
+        capacity, loaded = map(int, engine.says(60).split())
+        assert loaded == 8
+        assert 16 * MIB < capacity < LIMIT // 2
+        daemon = daemon_pid(config)
+        assert Path(f"/proc/{daemon}/oom_score_adj").read_text().strip() == "1000"
+        engine.tell()
+        assert engine.says(60) == "None 8"
+        engine.tell()
+        assert engine.wait() == 0

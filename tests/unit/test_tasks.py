@@ -1,0 +1,100 @@
+"""What runs beside the requests, when it dies of an error."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvstore.server import tasks
+from kvstore.server.tasks import hear_threads, keep, once
+from kvstore.telemetry import Counters
+from kvstore.tiering import Tiering
+from tests.store_tools import Bench, keys
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No pauses, and the way in which threads die as it was."""
+    monkeypatch.setattr(tasks, "_PAUSE", 0.0)
+    before = threading.excepthook
+    yield
+    threading.excepthook = before
+
+
+async def test_what_must_go_on_begins_anew(caplog: pytest.LogCaptureFixture) -> None:
+    counters, runs = Counters(), 0
+    going_on = asyncio.Event()
+
+    async def work() -> None:
+        nonlocal runs
+        runs += 1
+        if runs < 3:
+            raise ValueError(f"run {runs}")
+        going_on.set()
+        await asyncio.sleep(60)
+
+    task = keep("work", work, counters)
+    async with asyncio.timeout(5):
+        await going_on.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert counters["task.died.work"] == 2
+    assert [str(r.exc_info[1]) for r in caplog.records if r.exc_info] == ["run 1", "run 2"]
+
+
+async def test_what_runs_once_is_heard(caplog: pytest.LogCaptureFixture) -> None:
+    counters = Counters()
+
+    async def work(error: Exception | None) -> None:
+        if error is not None:
+            raise error
+
+    broken, well, cut = (once("work", work(e), counters) for e in (KeyError("k"), None, None))
+    cut.cancel()
+    await asyncio.wait([broken, well, cut])
+    await asyncio.sleep(0)
+    assert counters["task.died.work"] == 1
+    assert len(caplog.records) == 1
+    assert "KeyError" in caplog.text
+
+
+async def test_threads_are_heard(caplog: pytest.LogCaptureFixture) -> None:
+    counters = Counters()
+    hear_threads(counters)
+    thread = threading.Thread(target=lambda: {}["nothing"], name="some thread")
+    thread.start()
+    thread.join()
+    await asyncio.sleep(0.05)
+    assert counters["task.died.thread"] == 1
+    assert "thread some thread died" in caplog.text
+    assert "KeyError" in caplog.text
+
+
+def test_a_disk_that_cannot_be_opened_for_an_error_of_ours_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk").write_text("in its place")
+    bench = Bench(tmp_path / "disk")
+    tiering = bench.store.tiering
+    assert tiering.disk is None
+    (tmp_path / "disk").unlink()
+    threading.excepthook = lambda _: None  # It dies of it, and that is heard.
+    with monkeypatch.context() as odd:
+        odd.setattr(Tiering, "_opener", lambda _: lambda: 1 // 0)
+        bench.now = 10.0
+        bench.store.tick()
+        bench.posted.get(timeout=5)()
+    assert tiering.disk is None
+    assert "error of ours" in str(tiering.disk_problem)
+    bench.now = 20.0
+    bench.store.tick()
+    bench.posted.get(timeout=5)()
+    assert tiering.disk is not None
+    bench.save(keys(1))
+    bench.drain()
+    bench.close()
