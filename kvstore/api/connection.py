@@ -12,7 +12,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, Help
 from grpc_status import rpc_status
 
 from kvstore.api import v1
-from kvstore.api.convert import MAX_MESSAGE, MAX_REPLY, SERVICE
+from kvstore.api.convert import MAX_REPLY, SERVICE
 from kvstore.api.errors import OperationFailed, OperationUnfinished, RequestRefused
 from kvstore.config import Config, checked_text, load_config, split_host_port
 from kvstore.credentials import checked_token, client_context, client_token, listener
@@ -152,16 +152,8 @@ def within(timeout: float | None) -> float | None:
 
 
 def encoded(message: Message) -> bytes:
-    """A request's bytes.
-
-    Raises:
-        RequestRefused: they are too many.
-    """
-    data = message.SerializeToString()
-    if len(data) > MAX_MESSAGE:
-        text = f"a request of {len(data)} bytes; {MAX_MESSAGE} are allowed, some two million tokens"
-        raise RequestRefused(f"{text}: ask for the beginning of the prompt", "TOO_LARGE", "")
-    return data
+    """A request's bytes."""
+    return message.SerializeToString()
 
 
 def deadline(timeout: float | None) -> float | None:

@@ -57,9 +57,10 @@ def made(build: Callable[P, Call[M]], *args: P.args, **kwargs: P.kwargs) -> Call
     except ValueError as e:  # Of protobuf: numbers out of range, strings that are no text.
         raise RequestRefused(f"a value does not fit: {e}") from e
     if (size := call.request.ByteSize()) > convert.MAX_MESSAGE:
-        raise RequestRefused(
-            f"a request of {size} bytes; {convert.MAX_MESSAGE} are allowed: name fewer blocks"
+        text = (
+            f"a request of {size} bytes; {convert.MAX_MESSAGE} are allowed, some two million tokens"
         )
+        raise RequestRefused(f"{text}: ask for the beginning of the prompt", "TOO_LARGE")
     return call
 
 

@@ -75,7 +75,7 @@ def test_values_that_fit_no_field_are_refused(served: Served) -> None:
             kvstore.watch_events(after=-1)
         with pytest.raises(RequestRefused, match="does not fit"):
             kvstore.list_leases(session=1 << 64)
-        with pytest.raises(RequestRefused, match="name fewer blocks"):
+        with pytest.raises(RequestRefused, match="some two million tokens"):
             kvstore.lookup(NAMESPACE_ID, tokens=[1] * (3 << 20))
 
 
