@@ -222,7 +222,7 @@ class TokenOptions:
 def _adapter(text: str) -> str:
     from kvstore.weights import weights_digest
 
-    if re.fullmatch(r"[0-9a-f]{64}", text):
+    if re.fullmatch(r"[0-9a-f]{64}( \w+)?", text, re.ASCII):
         return text
     try:
         return weights_digest(Path(text))

@@ -19,6 +19,7 @@ from kvstore.errors import StoreUnavailable
 from kvstore.keys import Media, block_keys, prompt_extras
 from kvstore.server.cli import app
 from kvstore.session import Session
+from kvstore.weights import weights_digest
 from tests.control_tools import NAMESPACE_ID
 from tests.session_tools import (
     BLOCK_TOKENS,
@@ -99,6 +100,24 @@ def test_explain_without_an_address_finds_the_private_store(
     session.close()
     eventually(lambda: not stores.embedded_pids())
     assert not control.exists()
+
+
+def test_an_adapter_may_be_given_by_its_folder(
+    session: Session,
+    run: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    (lora / "adapter_model.safetensors").write_bytes(b"weights")
+    code, out, _ = run(
+        "explain", NAMESPACE_ID, "--tokens", TOKENS, "--lora", str(lora), "--format", "json"
+    )
+    extras = prompt_extras(BLOCK_TOKENS, range(4), adapter=weights_digest(lora))
+    keys = block_keys(namespace(), IDS, extras=extras)
+    assert (code, [b["key"] for b in json.loads(out)["blocks"]]) == (0, [k.hex() for k in keys])
 
 
 async def test_both_kinds_of_client(config: Config, session: Session) -> None:
