@@ -319,7 +319,7 @@ def _ways(report: Report, arena: Arena) -> Iterator[list[Way]]:
     with ExitStack() as stack:
         ways = []
         for name, copier in _copiers(report):
-            mapped = Arena.attach(os.dup(arena.fd), arena.size, arena.pages)
+            mapped = Arena(os.dup(arena.fd), arena.size, arena.pages)
             stack.callback(mapped.close)
             stack.callback(copier.close)
             copier.attach(mapped.address, mapped.size)

@@ -306,7 +306,8 @@ class WorkerSide:
         arrived, loaded = 0, Loaded()
         try:
             session = self._session(job.tenant)
-            until = time.monotonic() + (job.timeout or self._load_timeout)
+            wait = self._load_timeout if job.timeout is None else job.timeout
+            until = time.monotonic() + wait
             memory, pages = self._memory, self._page_ids(job.pages)
             assert memory is not None
             after, then = gates.after, gates.then

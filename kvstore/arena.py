@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
+from weakref import WeakValueDictionary
 
 from kvstore import _native
 from kvstore.errors import ConfigError, NotNow
@@ -23,7 +24,6 @@ from kvstore.room import check_room
 
 HUGE_PAGE: Final = 2 << 20
 _PREFAULT_PIECE: Final = 256 << 20
-_MAP_POPULATE: Final = getattr(mmap, "MAP_POPULATE", 0x8000)
 _MADV_HUGEPAGE: Final = 14
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -33,17 +33,14 @@ Progress = Callable[[int, int], None]
 class Arena:
     """A shared mapping of `size` bytes at `address`. Close it when nobody copies any more."""
 
-    def __init__(self, fd: int, size: int, pages: str, *, populate: bool = False) -> None:
+    def __init__(self, fd: int, size: int, pages: str) -> None:
         self.fd = fd
         self.size = size
         self.pages = pages
         self.path: Path | None = None
         """Its file, where it has a name."""
-        self._file: tuple[int, int, int] | None = None
-        """Device, inode and size, where several of this process may use the mapping."""
-        self._users = 0
-        flags = mmap.MAP_SHARED | (_MAP_POPULATE if populate else 0)
-        self._map = mmap.mmap(fd, size, flags=flags)
+        self._populating = False
+        self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED)
         self._map.madvise(mmap.MADV_DONTDUMP)  # KV of all tenants
         anchor = ctypes.c_char.from_buffer(self._map)
         self.address = ctypes.addressof(anchor)
@@ -98,13 +95,11 @@ class Arena:
         return arena
 
     @classmethod
-    def attach(
-        cls, fd: int, size: int, pages: str, *, populate: bool = True, shared: bool = False
-    ) -> Arena:
-        """Map an arena received from a daemon, all of it at once if `populate`. Takes over `fd`.
+    def attach(cls, fd: int, size: int, pages: str) -> Arena:
+        """Map an arena received from a daemon. Takes over `fd`.
 
-        With `shared` all who attach the same memory in this process get the same mapping, which
-        ends with the last of them to close it; so it is also pinned for a GPU only once.
+        All who attach the same memory in this process get the same mapping, so it is also pinned
+        for a GPU only once. It ends with the last reference to it, or in the child of a fork.
 
         Raises:
             OSError: the descriptor is no memory of that size, or could be shortened under us.
@@ -118,17 +113,13 @@ class Arena:
         # A file on a tmpfs cannot be sealed.
         if pages != "tmpfs" and fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
             raise OSError("the memory received is not sealed, so its size could change")
-        if not shared:
-            return cls(fd, size, pages, populate=populate)
         file = (status.st_dev, status.st_ino, size)
         with _attached_lock:
             arena = _attached.get(file)
             if arena is None:
-                arena = _attached[file] = cls(fd, size, pages, populate=populate)
-                arena._file = file
-            else:
-                os.close(fd)
-            arena._users += 1
+                arena = _attached[file] = cls(fd, size, pages)
+                arena.fd = -1  # The mapping has a descriptor of its own.
+        os.close(fd)
         return arena
 
     @classmethod
@@ -231,6 +222,17 @@ class Arena:
         if progress is not None:
             progress(self.size, self.size)
 
+    def populate(self) -> None:
+        """Begin to map what there is, in a thread, so that copies meet no page faults."""
+        if not self._populating:
+            self._populating = True
+            with contextlib.suppress(RuntimeError):  # no more threads
+                threading.Thread(target=self._populate, daemon=True).start()
+
+    def _populate(self) -> None:
+        with contextlib.suppress(OSError):  # no memory
+            self.prefault()
+
     @property
     def huge(self) -> bool:
         """Whether the memory really lies on huge pages (read from the kernel after prefaulting)."""
@@ -274,23 +276,28 @@ class Arena:
         self.path = None
 
     def close(self) -> None:
-        """Unmap and close. Nothing may be copying."""
-        if self._file is not None:
-            with _attached_lock:
-                self._users -= 1
-                if self._users:
-                    return
-                del _attached[self._file]
+        """Unmap and close, if it was created here. Nothing may be copying."""
         if self.fd >= 0:
             self.unlink()
-        self._map.close()
-        if self.fd >= 0:
+            self._map.close()
             os.close(self.fd)
             self.fd = -1
 
 
-_attached: Final[dict[tuple[int, int, int], Arena]] = {}
-_attached_lock: Final = threading.Lock()
+_attached: Final[WeakValueDictionary[tuple[int, int, int], Arena]] = WeakValueDictionary()
+_attached_lock = threading.Lock()
+
+
+def _let_go() -> None:
+    """In the child of a fork."""
+    global _attached_lock
+    _attached_lock = threading.Lock()
+    for arena in list(_attached.values()):
+        arena._map.close()
+    _attached.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _set_size(fd: int, size: int, *, reserve: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
+from weakref import finalize
 
 from kvstore.arena import Arena
 from kvstore.errors import StoreUnavailable
@@ -70,13 +71,15 @@ class ArenaCarrier:
     whole = True
 
     def __init__(self, arena: Arena) -> None:
-        self.arena = arena
-        self._copier: Copier | None = None
+        self.arena: Arena | None = arena
+        self._end: Callable[[], object] = int
 
     def prepare(self, copier: Copier) -> None:
         """See `Carrier.prepare`."""
+        assert self.arena is not None
         copier.attach(self.arena.address, self.arena.size)
-        self._copier = copier
+        end = self._end = finalize(self, copier.detach, self.arena.address)  # also if it is dropped
+        end.atexit = False
 
     def write(
         self, lease: int, slots: NDArray[np.int64], nbytes: int, gather: Gather, patience: float
@@ -92,11 +95,13 @@ class ArenaCarrier:
 
     def close(self) -> None:
         """See `Carrier.close`."""
-        if self._copier is not None:
-            self._copier.detach(self.arena.address)
-        self.arena.close()
+        self._end()
+        self.arena = None  # Unmapped once no session of the process uses it.
 
     def _addresses(self, slots: NDArray[np.int64], nbytes: int) -> list[int]:
-        if len(slots) and (int(slots.min()) < 0 or int(slots.max()) + nbytes > self.arena.size):
+        arena = self.arena
+        assert arena is not None
+        arena.populate()
+        if len(slots) and (int(slots.min()) < 0 or int(slots.max()) + nbytes > arena.size):
             raise StoreUnavailable("the daemon named a slot outside the arena")
-        return [self.arena.address + int(slot) for slot in slots]
+        return [arena.address + int(slot) for slot in slots]

@@ -18,10 +18,13 @@ from typing import Final
 from kvstore import __version__, protocol
 from kvstore.arena import Arena
 from kvstore.carrier import ArenaCarrier, Carrier
-from kvstore.errors import ProtocolError, StoreUnavailable
+from kvstore.credentials import check_daemon, trusted
+from kvstore.errors import ConfigError, KVStoreError, ProtocolError, StoreUnavailable
+from kvstore.forks import in_child
 from kvstore.line import Line, PlainLine
 from kvstore.protocol import Failure, Hello, Message, Release, Reply, Welcome
 
+FORKED: Final = "this process was forked from the one that connected"
 _NOTIFY_SECONDS: Final = 0.5
 
 
@@ -53,22 +56,26 @@ class Channel:
         self._broken: str | None = None
         self._users = 0
         self._retired = False
+        in_child(self, Channel._forked)
 
     @classmethod
     def connect(
-        cls, path: Path, timeout: float, *, populate: bool = True, token: str = ""
+        cls, path: Path, timeout: float, *, token: str = "", user: str | None = None
     ) -> Channel:
-        """Connect to a socket, say hello and map the arena (all of it at once if `populate`).
+        """Connect to a socket, say hello and map the arena. `user`: see `check_daemon`.
 
         Raises:
             StoreUnavailable: nobody answers there in `timeout` seconds, or the daemon refuses.
+            ConfigError: as `check_daemon`.
         """
         deadline = time.monotonic() + timeout
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        in_child(connection, socket.socket.close)
         fds: list[int] = []
         try:
             connection.settimeout(timeout)
             connection.connect(str(path))
+            check_daemon(connection, path, user)
             connection.sendall(protocol.encode(1, our_hello(token)))
             reply = _read_welcome(connection, deadline, fds)
             if isinstance(reply, Failure):
@@ -76,15 +83,13 @@ class Channel:
             if not isinstance(reply, Welcome):
                 raise StoreUnavailable(f"the daemon at {path} did not answer the greeting")
             if not fds:
-                fds.append(_open_arena(path, reply))
-            arena = Arena.attach(
-                fds[0], reply.arena_bytes, reply.arena_pages, populate=populate, shared=True
-            )
+                fds.append(_open_arena(path, reply, user))
+            arena = Arena.attach(fds[0], reply.arena_bytes, reply.arena_pages)
             del fds[0]
             return cls(PlainLine(connection), reply, ArenaCarrier(arena))
-        except (OSError, ProtocolError) as e:
+        except (OSError, KVStoreError) as e:
             connection.close()
-            if isinstance(e, StoreUnavailable):
+            if isinstance(e, (StoreUnavailable, ConfigError)):
                 raise
             raise StoreUnavailable(f"no daemon answers at {path}: {e}") from e
         finally:
@@ -165,6 +170,13 @@ class Channel:
         if last:
             self._close()
 
+    def _forked(self) -> None:
+        """In the child: the connection is the parent's, and who held our locks is not here."""
+        self._send_lock = threading.Lock()
+        self._state = threading.Condition()
+        self._retired = True
+        self._broken = FORKED
+
     def _close(self) -> None:
         self._line.close()
         self.carrier.close()
@@ -237,7 +249,7 @@ def our_hello(token: str) -> Hello:
     return Hello(protocol.VERSION, f"kvstore {__version__}", os.getpid(), token)
 
 
-def _open_arena(socket_path: Path, welcome: Welcome) -> int:
+def _open_arena(socket_path: Path, welcome: Welcome, user: str | None) -> int:
     """The arena by its name, where its descriptor does not come through.
 
     Raises:
@@ -256,7 +268,8 @@ def _open_arena(socket_path: Path, welcome: Welcome) -> int:
             f"memory.path {path} of the daemon at {socket_path}: {e.strerror}; mount its folder "
             "here under the same name"
         ) from e
-    if os.fstat(fd).st_ino != welcome.arena_inode:
+    found = os.fstat(fd)
+    if found.st_ino != welcome.arena_inode or not trusted(found.st_uid, user):
         os.close(fd)
         raise StoreUnavailable(
             f"{path} is not the arena of the daemon at {socket_path} but another file of that "

@@ -17,16 +17,20 @@ from functools import wraps
 from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
+from kvstore.api import requests, v1  # before gRPC
+
+# isort: split
 import grpc
 from google.protobuf.message import Message
 
-from kvstore.api import requests, v1
 from kvstore.api.connection import (
     OPTIONS,
     Target,
     deadline,
     encoded,
     ended,
+    inherited,
+    refuse_child,
     target,
     translated,
     unfinished,
@@ -123,7 +127,8 @@ class Orchestrator:
 
     def close(self) -> None:
         """End the connection and all streams."""
-        self._channel.close()
+        if not inherited():
+            self._channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -142,6 +147,7 @@ class Orchestrator:
         Raises:
             KVStoreError: see above.
         """
+        self._target.check()
         method = self._channel.unary_unary(
             f"/{SERVICE}/{call.method}",
             request_serializer=encoded,
@@ -156,6 +162,7 @@ class Orchestrator:
 
     def stream(self, call: Call[M], timeout: float | None = None) -> Stream[M]:
         """Make a streaming call, which ends after `timeout` seconds at the latest."""
+        self._target.check()
         method = self._channel.unary_stream(
             f"/{SERVICE}/{call.method}",
             request_serializer=encoded,
@@ -211,12 +218,14 @@ class Stream(Generic[M]):
     def close(self) -> None:
         """End the call; the iterator ends."""
         self._closed = True
-        self._running.cancel()
+        if not inherited():
+            self._running.cancel()
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> M:
+        refuse_child()
         try:
             reply: M = next(self._running)
         except grpc.RpcError as e:

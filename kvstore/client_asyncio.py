@@ -8,16 +8,20 @@ from functools import wraps
 from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
+from kvstore.api import requests, v1  # before gRPC
+
+# isort: split
 import grpc
 from google.protobuf.message import Message
 
-from kvstore.api import requests, v1
 from kvstore.api.connection import (
     OPTIONS,
     Target,
     deadline,
     encoded,
     ended,
+    inherited,
+    refuse_child,
     target,
     translated,
     unfinished,
@@ -86,7 +90,8 @@ class AsyncOrchestrator:
 
     async def close(self) -> None:
         """End the connection and all streams."""
-        await self._channel.close()
+        if not inherited():
+            await self._channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -105,6 +110,7 @@ class AsyncOrchestrator:
         Raises:
             KVStoreError: see `Orchestrator`.
         """
+        self._target.check()
         method = self._channel.unary_unary(
             f"/{SERVICE}/{call.method}",
             request_serializer=encoded,
@@ -119,6 +125,7 @@ class AsyncOrchestrator:
 
     def stream(self, call: Call[M], timeout: float | None = None) -> AsyncStream[M]:
         """Make a streaming call, which ends after `timeout` seconds at the latest."""
+        self._target.check()
         method = self._channel.unary_stream(
             f"/{SERVICE}/{call.method}",
             request_serializer=encoded,
@@ -174,12 +181,14 @@ class AsyncStream(Generic[M]):
     def close(self) -> None:
         """End the call; the iterator ends."""
         self._closed = True
-        self._running.cancel()
+        if not inherited():
+            self._running.cancel()
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> M:
+        refuse_child()
         try:
             reply = await self._running.read()
         except asyncio.CancelledError:

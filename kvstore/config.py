@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import logging
 import os
 import re
@@ -176,6 +177,9 @@ Folder = Annotated[Path, BeforeValidator(_path), AfterValidator(_folder)]
 MaybeFolder = Annotated[Path | None, BeforeValidator(_path), AfterValidator(_folder)]
 Listener = Annotated[str | None, BeforeValidator(_listener), AfterValidator(_check_listener)]
 Name = Annotated[str, AfterValidator(checked_text), Field(min_length=1, max_length=256)]
+User = Annotated[
+    Name | None, BeforeValidator(lambda v: str(v) if type(v) is int else _none(v))  # YAML has both
+]
 Tenant = Annotated[str, AfterValidator(checked_text), Field(max_length=4096)]
 PolicyName = Literal["lru", "s3fifo"]
 
@@ -251,6 +255,9 @@ class SessionConfig(_Section):
     )
     checksum: bool = Field(False, description="checksum blocks from save to load, in memory, too")
     token_file: MaybeFolder = Field(None, description="file with the token (or set KVSTORE_TOKEN)")
+    daemon_user: User = Field(
+        None, description="user whose daemon is trusted, besides one's own and root; name or number"
+    )
     tls_ca: MaybeFolder = Field(None, description="certificates to trust, for tls:// addresses")
     tls_cert: MaybeFolder = Field(None, description="own certificate, for mutual TLS")
     tls_key: MaybeFolder = Field(None, description="key of `tls_cert`")
@@ -374,8 +381,12 @@ class Config(_Section):
     @property
     def instance(self) -> str:
         """Names the embedded daemon that serves exactly this configuration."""
-        text = self.model_dump_json(
-            exclude={"session", "planner", "log_level", "address", "server"}
+        values = self.model_dump(exclude={"session", "planner", "log_level", "address", "server"})
+        # Sets come in another order in each process, and tables as they were written.
+        text = json.dumps(
+            values,
+            sort_keys=True,
+            default=lambda value: sorted(value) if isinstance(value, frozenset) else str(value),
         )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

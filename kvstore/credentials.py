@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import pwd
 import socket
+import stat
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kvstore.config import Config
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, StoreUnavailable
 
 if TYPE_CHECKING:
     import ssl
@@ -62,8 +64,8 @@ def checked_token(token: str, source: str) -> str:
     return token
 
 
-def listener(path: Path) -> int | None:
-    """The process that listens on a unix socket, if it is this user's, or root's; None: nobody."""
+def listener(path: Path, user: str | None = None) -> int | None:
+    """The process that listens on a unix socket, if it is `trusted`; None: nobody."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         try:
@@ -72,7 +74,57 @@ def listener(path: Path) -> int | None:
         except OSError:
             return None
         pid, uid, _ = _PEER.unpack(peer)
-        return pid if uid in (os.geteuid(), 0) else None
+        return pid if trusted(uid, user) else None
+
+
+def trusted(uid: int, user: str | None) -> bool:
+    """Whether this process believes what user `uid` serves: itself, root, and `user` if given.
+
+    Raises:
+        ConfigError: there is no `user`, which is a name or a number.
+    """
+    if uid in (os.geteuid(), 0) or user is None:
+        return uid in (os.geteuid(), 0)
+    if user.isascii() and user.isdecimal():
+        return uid == int(user)
+    try:
+        return uid == pwd.getpwnam(user).pw_uid
+    except KeyError:
+        raise ConfigError(
+            f"session.daemon_user: there is no user {user!r}; give a name or number of a user"
+        ) from None
+
+
+def open_to_others(folder: Path, user: str | None = None) -> Path | None:
+    """Where somebody who is not `trusted` could replace what lies on the way to `folder`, or in it.
+
+    Raises:
+        OSError: it is not there.
+        ConfigError: as `trusted`.
+    """
+    for place in (folder, *folder.parents):
+        found = place.stat()
+        anybody = found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX
+        if anybody or not trusted(found.st_uid, user):
+            return place
+    return None
+
+
+def check_daemon(connection: socket.socket, path: Path, user: str | None) -> None:
+    """Refuse a daemon of somebody else before a word is said to it. For a unix socket at `path`.
+
+    Raises:
+        StoreUnavailable: it runs as a user who is not `trusted`.
+        ConfigError: as `trusted`.
+    """
+    peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+    uid = _PEER.unpack(peer)[1]
+    if not trusted(uid, user):
+        raise StoreUnavailable(
+            f"the daemon at {path} runs as user {uid}, which is neither this process's "
+            f"({os.geteuid()}) nor root: nothing was said to it. If it is to be trusted, set "
+            f"session.daemon_user to {uid} (in a user namespace, all users from outside are 65534)"
+        )
 
 
 def client_context(config: Config) -> ssl.SSLContext:

@@ -14,22 +14,30 @@ import select
 import stat
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import Final
 
 from kvstore import protocol
 from kvstore.channel import Channel
 from kvstore.config import Config
-from kvstore.credentials import listener
+from kvstore.credentials import listener, open_to_others
 from kvstore.errors import ConfigError, StoreUnavailable
+from kvstore.forks import in_child
 
 _POLL: Final = 0.02
+_LOOK: Final = 0.2
+_FIRST_PAUSE: Final = 1.0
+_LONGEST_PAUSE: Final = 300.0
 
 
 def socket_path(config: Config) -> Path:
     """Where the embedded daemon of this configuration listens."""
-    return config.run_dir / f"embedded-{config.instance}.sock"
+    # By the protocol, too: releases side by side that do not understand each other have their own.
+    return config.run_dir / f"embedded-{config.instance}-{protocol.VERSION}.sock"
 
 
 def private_daemons(run_dir: Path) -> list[Path]:
@@ -45,7 +53,7 @@ def open_control(path: Path, timeout: float) -> Path:
     Raises:
         StoreUnavailable: nobody answers in `timeout` seconds, or it refuses.
     """
-    channel = Channel.connect(path, timeout, populate=False)
+    channel = Channel.connect(path, timeout)
     try:
         reply = channel.call(protocol.Control(), timeout)
     finally:
@@ -55,14 +63,18 @@ def open_control(path: Path, timeout: float) -> Path:
     return Path(reply.path)
 
 
-def prepare_run_dir(folder: Path) -> None:
+def prepare_run_dir(config: Config) -> None:
     """Make the run directory, for this user only.
 
     Raises:
         ConfigError: it cannot be made, or belongs to somebody else.
     """
+    folder = config.run_dir
+    configured = "run_dir" in config.model_fields_set
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not configured:
+            _check_default(folder)
+        folder.mkdir(mode=0o700, parents=configured, exist_ok=True)
         found = folder.lstat()
     except OSError as e:
         raise ConfigError(
@@ -78,22 +90,45 @@ def prepare_run_dir(folder: Path) -> None:
         )
 
 
+def _check_default(folder: Path) -> None:
+    """XDG_RUNTIME_DIR may be that of a user we were before."""
+    if not Path(os.environ.get("XDG_RUNTIME_DIR") or "/").is_absolute():
+        raise ConfigError("run_dir: XDG_RUNTIME_DIR is relative; set run_dir to a folder of yours")
+    place = open_to_others(folder.parent.resolve(strict=True))
+    if place is not None:
+        raise ConfigError(
+            f"run_dir {folder}: other users can change {place}; set run_dir to a folder of yours"
+        )
+
+
 def join_or_start(config: Config) -> Channel:
     """Connect to the embedded daemon, starting it if nobody has.
 
+    After a failed start the next one waits longer each time; at once, if the configuration failed.
+
     Raises:
-        StoreUnavailable: it could not be started within `session.start_timeout`, with its words.
-        ConfigError: the run directory is not usable.
+        StoreUnavailable: it could not be started within `session.start_timeout`, with its words;
+            or the run directory is not usable, and nobody has configured it.
+        ConfigError: the run directory that is configured is not usable.
     """
-    prepare_run_dir(config.run_dir)
+    try:
+        prepare_run_dir(config)
+    except ConfigError as e:
+        if "run_dir" in config.model_fields_set:
+            raise
+        raise StoreUnavailable(str(e)) from None
     path = socket_path(config)
     deadline = time.monotonic() + config.session.start_timeout
-    lock = _open(path.with_suffix(".start"), os.O_RDWR)
+    lock = os.fdopen(_open(path.with_suffix(".start"), os.O_RDWR), "rb+", buffering=0)
+    in_child(lock, FileIO.close)
     try:
         while True:
             try:
-                return Channel.connect(path, config.session.connect_timeout)
+                return _join(config, path)
             except StoreUnavailable as e:
+                until, _, why = _failed.get(path, (0, 0, ""))
+                if time.monotonic() < until:
+                    raise StoreUnavailable(why) from None
                 if time.monotonic() >= deadline:
                     raise
                 reason = str(e)
@@ -103,25 +138,44 @@ def join_or_start(config: Config) -> Channel:
                 time.sleep(_POLL)
                 continue
             try:
-                return Channel.connect(path, config.session.connect_timeout)
+                return _join(config, path)
             except StoreUnavailable:
                 try:
                     _start(config, path, deadline, reason)
-                except StoreUnavailable as failed:
+                except StoreUnavailable as e:
                     # Maybe it gave way to the daemon of a starter that was killed half-way.
                     try:
-                        return Channel.connect(path, config.session.connect_timeout)
+                        return _join(config, path)
                     except StoreUnavailable:
-                        raise failed from None
+                        raise e from None
             finally:
                 fcntl.flock(lock, fcntl.LOCK_UN)
     finally:
-        os.close(lock)
+        lock.close()
+
+
+def _join(config: Config, path: Path) -> Channel:
+    channel = Channel.connect(path, config.session.connect_timeout)
+    _failed.pop(path, None)
+    return channel
+
+
+_failed: Final[dict[Path, tuple[float, float, str]]] = {}
+"""Starts that failed: when the next one may be, in monotonic seconds, after what pause, and why."""
+
+
+def _unstarted(path: Path, why: str, least: float = _FIRST_PAUSE) -> StoreUnavailable:
+    """Note that a start failed. `least` is the pause before the next one, at least."""
+    _, before, _ = _failed.get(path, (0, 0, ""))
+    pause = min(max(2 * before, least), _LONGEST_PAUSE)
+    why += f"; the next attempt is in {pause:.0f} s"
+    _failed[path] = time.monotonic() + pause, pause, why
+    return StoreUnavailable(why)
 
 
 def _open(path: Path, flags: int) -> int:
     try:
-        return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as e:
         raise StoreUnavailable(
             f"the embedded daemon must write {path}: {e.strerror}; set run_dir to another folder"
@@ -146,27 +200,31 @@ def _start(config: Config, path: Path, deadline: float, reason: str) -> None:
     finally:
         os.close(write_end)
         os.close(log)
+    with suppress(RuntimeError):  # No more threads; otherwise it is no zombie when it has ended.
+        threading.Thread(target=daemon.wait, name="kvstore-daemon", daemon=True).start()
     try:
         assert daemon.stdin is not None
-        try:
-            # Through a pipe, not the command line: other users can read that.
-            daemon.stdin.write(config.model_dump_json().encode())
+        # Through a pipe, not the command line: other users can read that. As a line, not to the
+        # end: a process forked meanwhile may keep the pipe open.
+        with suppress(BrokenPipeError):  # It ended already; its words are in the log.
+            daemon.stdin.write(config.model_dump_json().encode() + b"\n")
             daemon.stdin.close()
-        except BrokenPipeError:
-            pass  # It ended already; its words are in the log.
-        readable, _, _ = select.select([read_end], [], [], max(0.0, deadline - time.monotonic()))
+        readable: list[int] = []
+        while not readable and daemon.poll() is None and time.monotonic() < deadline:
+            readable, _, _ = select.select([read_end], [], [], _LOOK)
         if readable and os.read(read_end, 1):
             return
         if daemon.poll() is None and not readable:
             daemon.kill()
-            raise StoreUnavailable(
+            raise _unstarted(
+                path,
                 "the embedded daemon was not ready within session.start_timeout "
                 f"({config.session.start_timeout:g} s); raise that, or lower memory.size: "
-                "memory is touched at about 1 GB/s"
+                "memory is touched at about 1 GB/s",
             )
-        raise StoreUnavailable(
-            f"the embedded daemon did not start ({reason}); its last words: {_tail(log_path)}"
-        )
+        words = f"the embedded daemon did not start ({reason}); its last words: {_tail(log_path)}"
+        for_good = daemon.wait() == os.EX_CONFIG
+        raise _unstarted(path, words, _LONGEST_PAUSE if for_good else _FIRST_PAUSE)
     finally:
         os.close(read_end)
 

@@ -159,6 +159,13 @@ def _plain_chain(parent: bytes, ids: NDArray[np.uint32], size: int) -> list[byte
     return split_keys(joined)
 
 
+def join_keys(keys: Sequence[bytes]) -> bytes:
+    """Keys as requests carry them; raises SpecError if one is none."""
+    if not set(map(len, keys)) <= {KEY_BYTES}:
+        raise SpecError(f"keys must be {KEY_BYTES} bytes long; make them with Session.keys")
+    return b"".join(keys)
+
+
 def split_keys(joined: bytes) -> list[bytes]:
     """Cut a run of keys into keys."""
     return list(struct.unpack(f"{KEY_BYTES}s" * (len(joined) // KEY_BYTES), joined))

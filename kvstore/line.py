@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
+from kvstore.wire import shut
+
 if TYPE_CHECKING:
     import ssl
 
@@ -57,6 +59,7 @@ class PlainLine:
 
     def close(self) -> None:
         """See `Line.close`."""
+        shut(self._socket)  # A child of ours may have it too.
         self._socket.close()
 
 
@@ -93,6 +96,7 @@ class TlsLine:
 
     def close(self) -> None:
         """See `Line.close`."""
+        shut(self._socket)  # A child of ours may have it too.
         self._socket.close()
 
 

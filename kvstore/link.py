@@ -6,14 +6,15 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import ref
 
 from kvstore import protocol
-from kvstore.channel import Channel
+from kvstore.channel import FORKED, Channel
 from kvstore.config import Config
 from kvstore.copier.base import Copier
 from kvstore.credentials import client_token
 from kvstore.embedded import join_or_start
-from kvstore.errors import ConfigError, SpecError, StoreUnavailable
+from kvstore.errors import ConfigError, ProtocolError, SpecError, StoreUnavailable
 from kvstore.protocol import Failure, Message, Reply
 from kvstore.spec import Namespace, Part
 from kvstore.telemetry import Counters, QuietLog
@@ -43,7 +44,7 @@ class Link:
         self._handle = 0
         self._problem = "not connected yet"
         self._closed = threading.Event()
-        self._reconnecting: threading.Thread | None = None
+        self._reconnecting = False
 
     def open(self) -> None:
         """Connect now; without a daemon, go on trying in the background.
@@ -63,6 +64,12 @@ class Link:
         channel = self._channel
         return self._problem if channel is None else channel.broken
 
+    def after_fork(self, parents: Link) -> None:
+        """In the child, in place of `parents`: whoever uses it first has it connect for itself."""
+        self._problem = f"{FORKED}; this one connects for itself"
+        if parents._closed.is_set():
+            self.close()
+
     def close(self) -> None:
         """Let go of the channel once running copies are done."""
         self._closed.set()
@@ -78,8 +85,9 @@ class Link:
         with self._lock:
             channel, handle = self._channel, self._handle
         if channel is None or channel.broken is not None or not channel.enter():
-            if channel is not None and not self._closed.is_set():
-                self._lost(channel, channel.broken or "closed")
+            if channel is not None or not self._reconnecting:
+                why = self._problem if channel is None else channel.broken or "closed"
+                self._lost(channel, why)
             yield None
             return
         try:
@@ -94,7 +102,7 @@ class Link:
         kind = type(message).__name__.lower()
         try:
             reply = channel.call(message, timeout, lease=lease)
-        except StoreUnavailable as e:
+        except (StoreUnavailable, ProtocolError) as e:  # too large for a frame, that is
             self.counters.add(f"{kind}.failed", "broken" if channel.broken else "deadline")
             if channel.broken is not None:
                 self._lost(channel, str(e))
@@ -114,62 +122,78 @@ class Link:
             reply = channel.call(
                 protocol.Open(self._namespace, self._parts), config.session.connect_timeout
             )
-        except StoreUnavailable:
+            if not isinstance(reply, protocol.Opened):
+                reason = reply.reason if isinstance(reply, Failure) else f"answered {reply!r}"
+                raise SpecError(f"the store cannot serve this session: {reason}")
+            channel.carrier.prepare(self._copier)
+            with self._lock:
+                if self._closed.is_set():
+                    raise StoreUnavailable("closed")
+                self._channel, self._handle = channel, reply.handle
+        except BaseException:
             channel.retire()
             raise
-        if not isinstance(reply, protocol.Opened):
-            channel.retire()
-            reason = reply.reason if isinstance(reply, Failure) else f"answered {reply!r}"
-            raise SpecError(f"the store cannot serve this session: {reason}")
-        channel.carrier.prepare(self._copier)
-        with self._lock:
-            if self._closed.is_set():
-                channel.retire()
-                return
-            self._channel, self._handle = channel, reply.handle
 
     def _lost(self, channel: Channel | None, reason: str) -> None:
         """Give up a channel and look for a new one in the background."""
         with self._lock:
-            if self._channel is not channel:
+            if self._channel is not channel or self._closed.is_set():
                 return
             self._channel = None
             self._problem = reason
-            if self._reconnecting is None and not self._closed.is_set():
-                self._reconnecting = threading.Thread(
-                    target=self._reconnect, name="kvstore-reconnect", daemon=True
-                )
-                self._reconnecting.start()
+            if not self._reconnecting:
+                try:
+                    threading.Thread(
+                        target=_reconnect,
+                        args=(ref(self), self._closed),
+                        name="kvstore-reconnect",
+                        daemon=True,
+                    ).start()
+                    self._reconnecting = True
+                except RuntimeError:  # No more threads: whoever comes next tries again.
+                    self.counters.add("reconnect.failed", "threads")
         if channel is not None:
             channel.retire()
         self.counters.add("connection.lost")
         self.quiet.warning("lost", "store unavailable, going on without it: %s", reason)
 
-    def _reconnect(self) -> None:
-        pause = _FIRST_RETRY
-        while not self._closed.wait(pause):
-            try:
-                self._connect()
-            except (StoreUnavailable, SpecError, ConfigError) as e:
-                self._problem = str(e)
-                pause = min(pause * 2, self._config.session.retry_max)
-                continue
-            with self._lock:
-                if self._channel is not None:
-                    self._reconnecting = None
-                    break
-            pause = _FIRST_RETRY  # Lost again before this thread could end.
-        if not self._closed.is_set():
-            self.counters.add("connection.made")
-            _log.info("connected to the store again")
+    def _connect_again(self, pause: float) -> float | None:
+        """How long to wait before the next attempt; None when there is no need."""
+        try:
+            self._connect()
+        except Exception as e:  # noqa: BLE001 - this thread would end, and the store never be back
+            self._problem = str(e)
+            if not isinstance(e, (StoreUnavailable, SpecError, ConfigError)):
+                self.counters.add("reconnect.failed", type(e).__name__)
+                self.quiet.warning("reconnect", "connecting failed, trying again: %r", e)
+            return min(pause * 2, self._config.session.retry_max)
+        with self._lock:
+            if self._channel is None:
+                return _FIRST_RETRY  # Lost again before this thread could end.
+            self._reconnecting = False
+        self.counters.add("connection.made")
+        _log.info("connected to the store again")
+        return None
+
+
+def _reconnect(link: ref[Link], closed: threading.Event) -> None:
+    """Until it is there again, closed, or dropped: nothing here keeps a link alive."""
+    pause: float | None = _FIRST_RETRY
+    while pause is not None and not closed.wait(pause):
+        here = link()
+        if here is None:
+            return
+        pause = here._connect_again(pause)
+        del here
 
 
 def _connect(config: Config) -> Channel:
     if config.address is None:
         return join_or_start(config)
     if config.address.startswith("unix://"):
-        token = client_token(config)
-        return Channel.connect(config.socket, config.session.connect_timeout, token=token)
+        session = config.session
+        token, user = client_token(config), session.daemon_user
+        return Channel.connect(config.socket, session.connect_timeout, token=token, user=user)
     from kvstore.remote import connect
 
     return connect(config)

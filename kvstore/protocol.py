@@ -23,6 +23,8 @@ MAX_FRAME: Final = 8 << 20
 MAX_KEYS: Final = 1 << 16
 MAX_PARTS: Final = 256
 MAX_OPEN: Final = 1024
+MAX_WAIT: Final = 600.0
+"""Seconds that a request may ask the daemon to wait."""
 
 # Data connections of sessions over TCP.
 STREAM_MARK: Final = b"KVSTREAM"

@@ -15,10 +15,11 @@ from kvstore.channel import Channel, our_hello
 from kvstore.config import Config, split_host_port
 from kvstore.credentials import client_context, client_token
 from kvstore.errors import ProtocolError, StoreUnavailable
+from kvstore.forks import count, in_child
 from kvstore.line import Line, PlainLine, TlsLine
 from kvstore.protocol import Attach, Attached, Failure, Welcome
 from kvstore.streams import StreamCarrier
-from kvstore.wire import PlainWire, TlsWire, Wire, receive_frame, send_message, tune
+from kvstore.wire import PlainWire, TlsWire, Wire, receive_frame, send_message, shut, tune
 
 _MAX_WELCOME: Final = 64 << 10
 
@@ -87,17 +88,23 @@ class _Dialer(NamedTuple):
     def _dialled(self, mark: bytes, deadline: float) -> Iterator[socket.socket]:
         """A connection, secured if it shall be; closed if what is done with it fails."""
         connection: socket.socket | None = None
+        forks = count()
         try:
             connection = socket.create_connection((self.host, self.port), self.timeout)
+            in_child(connection, socket.socket.close)
             tune(connection)
             connection.settimeout(max(0.001, deadline - time.monotonic()))
             if mark:
                 connection.sendall(mark)
             if self.context is not None:
                 connection = self.context.wrap_socket(connection, server_hostname=self.host)
+                in_child(connection, socket.socket.close)
+            if count() != forks:  # A child may have it too, and never let go of it.
+                raise StoreUnavailable("this process was forked while it connected")
             yield connection
         except BaseException as e:
             if connection is not None:
+                shut(connection)
                 connection.close()
             if isinstance(e, (OSError, ProtocolError)) and not isinstance(e, StoreUnavailable):
                 raise StoreUnavailable(self._explain(e)) from e

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from numbers import Real
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from kvstore import protocol
 from kvstore.channel import Channel
@@ -21,7 +24,8 @@ from kvstore.config import Config, load_config
 from kvstore.copier.base import Copier, PagedMemory
 from kvstore.copier.cpu import CpuCopier
 from kvstore.errors import SpecError
-from kvstore.keys import block_keys, token_array
+from kvstore.forks import in_child
+from kvstore.keys import block_keys, join_keys, token_array
 from kvstore.link import Link
 from kvstore.planner import LoadPlan, Planner
 from kvstore.protocol import MEMORY, Message, Release, Reply, tier_names
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
     from kvstore.copier.gate import LayerGate
 
 __all__ = ["LoadPlan", "Loaded", "Lookup", "Pin", "Saved", "Session"]
+
+_WEEK: Final = 7 * 24 * 3600.0  # seconds; more than all kinds of waiting take is too much
 
 _log = logging.getLogger("kvstore.session")
 
@@ -89,19 +95,31 @@ class Session:
         self.block_tokens = namespace.block_tokens
         self.block_bytes = sum(part.nbytes(namespace.block_tokens) for part in parts)
         self._config = config
-        copier = copier or CpuCopier(_copy_threads(config))
-        self._link = Link(namespace, self.parts, config, copier)
+        self._copier = copier or CpuCopier(_copy_threads(config))
+        self._begin()
+        in_child(self, Session._forked)
+
+    def _begin(self) -> None:
+        """Everything that a fork leaves to the parent."""
+        config = self._config
+        self._link = Link(self.namespace, self.parts, config, self._copier)
         self.counters = self._link.counters
+        self._planner = Planner(config.planner.mode)
+        self._planner_lock = threading.Lock()
         self._transfer = Transfer(
             self._link,
             self.parts,
-            namespace.block_tokens,
-            copier,
+            self.block_tokens,
+            self._copier,
             config.session.checksum,
-            self._copied,
+            # Without a way back to here: a session that is dropped ends at once.
+            partial(_copied, self._planner, self._planner_lock),
         )
-        self._planner = Planner(config.planner.mode)
-        self._planner_lock = threading.Lock()
+
+    def _forked(self) -> None:
+        parents = self._link
+        self._begin()
+        self._link.after_fork(parents)
 
     @classmethod
     def open(
@@ -147,11 +165,12 @@ class Session:
         Hit rates count requests: say `again` if the daemon answered for this one before.
         """
         keys = keys[: protocol.MAX_KEYS]
+        joined = join_keys(keys)
         if not keys:
             return Lookup(0, (), None, 0.0)
         reply = self._request(
-            lambda handle: protocol.Lookup(handle, b"".join(keys), again),
-            timeout or self._config.session.lookup_timeout,
+            lambda handle: protocol.Lookup(handle, joined, again),
+            _seconds(timeout, self._config.session.lookup_timeout),
         )
         if not isinstance(reply, protocol.Found):
             return Lookup(0, (), "unavailable", 0.0)
@@ -197,7 +216,7 @@ class Session:
 
         For a session that only plans; one that loads takes its own times.
         """
-        self._copied(blocks * self.block_bytes, seconds)
+        _copied(self._planner, self._planner_lock, blocks * self.block_bytes, seconds)
 
     def report_prefill(self, tokens: int, seconds: float) -> None:
         """Tell the planner that the engine computed `tokens` prompt tokens in `seconds`."""
@@ -227,7 +246,7 @@ class Session:
         """
         self._transfer.check_pages(keys, memory, page_ids)
         started = time.monotonic()
-        deadline = started + (timeout or self._config.session.load_timeout)
+        deadline = started + _seconds(timeout, self._config.session.load_timeout)
         result = Loaded()
         gates = Gates(after, then)
         try:
@@ -268,6 +287,8 @@ class Session:
             SpecError: memory, page ids or tokens do not fit the parts and keys.
         """
         self._transfer.check_pages(keys, memory, page_ids)
+        join_keys([parent] if parent else [])
+        ttl = None if ttl is None else _seconds(ttl, longest=math.inf)
         ids = None
         if tokens is not None and self._config.session.publish_tokens:
             ids = token_array(tokens)
@@ -277,7 +298,7 @@ class Session:
                 )
         about = About(ttl, parent, ids, after)
         started = time.monotonic()
-        wait = timeout or self._config.session.save_timeout
+        wait = _seconds(timeout, self._config.session.save_timeout)
         result = Saved()
         with self._link.using() as link:
             if link is None:
@@ -292,19 +313,21 @@ class Session:
 
     def prefetch(self, keys: Sequence[bytes]) -> int:
         """Start to bring blocks into memory; returns how many the store has."""
+        joined = join_keys(keys[: protocol.MAX_KEYS])
         reply = self._request(
-            lambda handle: protocol.Prefetch(handle, b"".join(keys[: protocol.MAX_KEYS])),
+            lambda handle: protocol.Prefetch(handle, joined),
             self._config.session.lookup_timeout,
         )
         return reply.blocks if isinstance(reply, protocol.Count) else 0
 
     def pin(self, keys: Sequence[bytes], *, ttl: float = 300.0) -> Pin:
         """Keep a prefix from eviction for `ttl` seconds, or until released or closed."""
+        joined, ttl = join_keys(keys[: protocol.MAX_KEYS]), _seconds(ttl, longest=math.inf)
         lease = next(self._transfer.leases)
         with self._link.using() as link:
             if link is not None:
                 channel, handle = link
-                request = protocol.Pin(handle, lease, b"".join(keys[: protocol.MAX_KEYS]), ttl)
+                request = protocol.Pin(handle, lease, joined, ttl)
                 reply = self._link.call(
                     channel, request, self._config.session.lookup_timeout, lease=lease
                 )
@@ -317,12 +340,13 @@ class Session:
 
         -1 when the store could not be asked or refused.
         """
-        reply = self._request(protocol.Clear, timeout)
+        reply = self._request(protocol.Clear, _seconds(timeout))
         return reply.blocks if isinstance(reply, protocol.Count) else -1
 
     def flush(self, timeout: float = 60.0) -> int:
         """Wait until all is on disk; returns how many objects are not (-1: unknown)."""
-        reply = self._request(lambda _: protocol.Flush(timeout), timeout + 1.0)
+        wait = _seconds(timeout)
+        reply = self._request(lambda _: protocol.Flush(wait), wait + 1.0)
         return reply.unwritten if isinstance(reply, protocol.Flushed) else -1
 
     def stats(self) -> dict[str, Any]:
@@ -351,16 +375,25 @@ class Session:
     ) -> None:
         self.close()
 
-    def _copied(self, nbytes: int, seconds: float) -> None:
-        with self._planner_lock:
-            self._planner.loaded(nbytes, seconds)
-
     def _request(self, make: Callable[[int], Message], timeout: float) -> Reply | None:
         with self._link.using() as link:
             if link is None:
                 return None
             channel, handle = link
             return self._link.call(channel, make(handle), timeout)
+
+
+def _copied(planner: Planner, lock: threading.Lock, nbytes: int, seconds: float) -> None:
+    with lock:
+        planner.loaded(nbytes, seconds)
+
+
+def _seconds(given: float | None, otherwise: float = 0.0, longest: float = _WEEK) -> float:
+    """A time; 0 is none at all. Raises SpecError if it is no number."""
+    seconds = otherwise if given is None else given
+    if not isinstance(seconds, Real) or math.isnan(seconds):
+        raise SpecError(f"{seconds!r} is no time; give seconds")
+    return min(max(float(seconds), 0.0), longest)
 
 
 def _copy_threads(config: Config) -> int:

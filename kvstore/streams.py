@@ -12,7 +12,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
@@ -106,7 +106,6 @@ class StreamCarrier:
         self._open = 0
         self._waiting = 0
         self._changed = threading.Condition()
-        self._helpers = ThreadPoolExecutor(streams, thread_name_prefix="kvstore-stream")
 
     def prepare(self, copier: Copier) -> None:
         """Nothing: copies go by way of private memory."""
@@ -174,7 +173,6 @@ class StreamCarrier:
             idle, self._idle = self._idle, []
         for stream in idle:
             stream.wire.close()
-        self._helpers.shutdown(wait=False)
 
     def _share(
         self,
@@ -196,17 +194,14 @@ class StreamCarrier:
                 raise
 
         helpers: list[Future[None]] = []
-        with suppress(RuntimeError):  # The interpreter ends: no new threads then.
-            helpers += [
-                self._helpers.submit(work) for _ in range(min(self._streams, len(todo)) - 1)
-            ]
+        with suppress(RuntimeError):  # no more threads
+            helpers += [_started(work) for _ in range(min(self._streams, len(todo)) - 1)]
         try:
             work()
         finally:
             # Nobody may touch the caller's pages after this; each helper ends at its deadline.
-            running = [helper for helper in helpers if not helper.cancel()]
-            wait(running)
-        for helper in running:
+            wait(helpers)
+        for helper in helpers:
             helper.result()
 
     def _carry(
@@ -280,6 +275,22 @@ class StreamCarrier:
         with self._changed:
             self._open -= 1
             self._changed.notify()
+
+
+def _started(work: Callable[[], None]) -> Future[None]:
+    """Do `work` in a daemon thread: the end of the process waits for no store that hangs."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as e:  # noqa: BLE001 - raised where it is waited for
+            future.set_exception(e)
+        else:
+            future.set_result(None)
+
+    threading.Thread(target=run, name="kvstore-stream", daemon=True).start()
+    return future
 
 
 def _batches(count: int, nbytes: int, streams: int) -> list[_Span]:

@@ -15,7 +15,7 @@ from kvstore import protocol
 from kvstore.channel import Channel
 from kvstore.copier.base import Copier, PagedMemory
 from kvstore.errors import SpecError, StoreUnavailable
-from kvstore.keys import KEY_BYTES
+from kvstore.keys import join_keys
 from kvstore.link import Link
 from kvstore.protocol import BUSY, HAVE, NO_ROOM, Held, Release, tier_names
 from kvstore.spec import Part
@@ -139,7 +139,7 @@ class Transfer:
         while result.blocks < len(keys):
             first = result.blocks
             lease = next(self.leases)
-            wait = max(0.0, deadline - time.monotonic())
+            wait = min(max(0.0, deadline - time.monotonic()), protocol.MAX_WAIT)
             joined = b"".join(keys[first : first + step])
             request = protocol.Acquire(handle, lease, joined, wait, enough)
             # The daemon answers at the deadline with what it has; give that time to arrive.
@@ -361,8 +361,7 @@ class Transfer:
         Raises:
             SpecError: what is wrong, with both sizes.
         """
-        if any(len(key) != KEY_BYTES for key in keys):
-            raise SpecError(f"keys must be {KEY_BYTES} bytes long; make them with Session.keys")
+        join_keys(keys)
         if len(memory) != len(self._parts) or len(page_ids) != len(self._parts):
             raise SpecError(
                 f"the session has {len(self._parts)} parts; give one memory and one page_ids each, "

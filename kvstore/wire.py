@@ -137,7 +137,7 @@ class PlainWire:
 
     def shutdown(self) -> None:
         """See `Wire.shutdown`."""
-        _shutdown(self._socket)
+        shut(self._socket)
 
     def close(self) -> None:
         """See `Wire.close`."""
@@ -203,7 +203,7 @@ class TlsWire:
 
     def shutdown(self) -> None:
         """See `Wire.shutdown`."""
-        _shutdown(self._socket)
+        shut(self._socket)
 
     def close(self) -> None:
         """See `Wire.close`."""
@@ -270,7 +270,8 @@ def _poll(connection: socket.socket, milliseconds: float | None) -> bool:
     return bool(poll.poll(milliseconds))
 
 
-def _shutdown(connection: socket.socket) -> None:
+def shut(connection: socket.socket) -> None:
+    """End a connection for all who have it; for any thread."""
     try:
         # Not an SSL socket's own: that would forget TLS, and whoever is using it go on without.
         socket.socket.shutdown(connection, socket.SHUT_RDWR)

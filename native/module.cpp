@@ -5,13 +5,19 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <pthread.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "copy.hpp"
@@ -29,6 +35,7 @@ namespace {
 using Array = nb::ndarray<nb::ro, nb::device::cpu>;
 using HashArray = nb::ndarray<nb::numpy, std::uint64_t, nb::ndim<1>>;
 
+constexpr std::chrono::milliseconds kFinishWait{5000};
 constexpr std::int64_t kMaxThreads = 256;
 constexpr std::size_t kMaxSegments = 1 << 20;
 constexpr std::size_t kMaxPageIds = std::size_t{1} << 32;
@@ -36,6 +43,42 @@ constexpr std::int64_t kMaxPageTokens = 1 << 24;
 constexpr std::int64_t kMaxBlockTokens = 1 << 24;
 
 [[noreturn]] void reject(const std::string& message) { throw std::invalid_argument(message); }
+
+// Lets go of the GIL while it lives. CPython unwinds daemon threads that want the GIL back while the
+// interpreter ends, and no C++ frame survives that. So its end waits for those that are here, but
+// not for ever (`finish`, with the GIL): who comes later stays where it is.
+class Unlocked {
+ public:
+  Unlocked() {
+    if (ending_) return;  // keeps it
+    ++inside_;
+    thread_ = PyEval_SaveThread();
+  }
+  ~Unlocked() {
+    if (thread_ == nullptr) return;
+    while (ended_) pause();
+    PyEval_RestoreThread(thread_);
+    --inside_;
+  }
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+
+  static void finish() {
+    ending_ = true;
+    PyThreadState* const thread = PyEval_SaveThread();
+    for (int i = 0; inside_ > 0 && i < kFinishWait.count(); ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    ended_ = true;
+    PyEval_RestoreThread(thread);
+  }
+  static void forget() { inside_ = 0; }  // in the child of a fork: none of those threads is there
+
+ private:
+  PyThreadState* thread_ = nullptr;
+  static inline std::atomic<bool> ending_{false}, ended_{false};
+  static inline std::atomic<int> inside_{0};
+};
 
 // A memory range from Python: a positive address and a size that do not wrap around.
 struct Range {
@@ -86,7 +129,7 @@ std::vector<std::string> cpu_feature_names() {
 
 std::uint64_t hash_range(std::int64_t address, std::int64_t nbytes) {
   const Range range = checked_range("address", address, nbytes);
-  nb::gil_scoped_release unlocked;
+  const Unlocked unlocked;
   return xxh3_64(range.data, range.size);
 }
 
@@ -95,7 +138,7 @@ void copy_range(std::int64_t dst, std::int64_t src, std::int64_t nbytes, std::in
   const Range from = checked_range("src", src, nbytes);
   check_disjoint(to, from);
   const unsigned workers = checked_threads(threads);
-  nb::gil_scoped_release unlocked;
+  const Unlocked unlocked;
   linear_copy(to.data, from.data, to.size, workers);
 }
 
@@ -110,14 +153,14 @@ void stream_copy(Xxh3Stream& stream, std::int64_t dst, std::int64_t src, std::in
   const Range from = checked_range("src", src, nbytes);
   check_disjoint(to, from);
   check_open(stream, from);
-  nb::gil_scoped_release unlocked;
+  const Unlocked unlocked;
   stream.update(to.data, from.data, from.size);
 }
 
 void stream_update(Xxh3Stream& stream, std::int64_t src, std::int64_t nbytes) {
   const Range from = checked_range("src", src, nbytes);
   check_open(stream, from);
-  nb::gil_scoped_release unlocked;
+  const Unlocked unlocked;
   stream.update(nullptr, from.data, from.size);
 }
 
@@ -189,7 +232,7 @@ nb::object copy_blocks_checked(bool to_slots, const Array& segments, const Array
   std::unique_ptr<std::uint64_t[]> hashes;
   if (checksum) hashes = std::make_unique<std::uint64_t[]>(blocks);
   {
-    nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     copy_blocks(plan, pages.data(), page_ids.shape(1), addresses.data(), blocks, workers,
                 hashes.get());
   }
@@ -208,7 +251,7 @@ nb::bytes chain_keys_checked(const nb::bytes& parent, const Array& tokens,
   std::vector<std::uint8_t> keys(blocks * kKeyBytes);
   const auto* parent_key = reinterpret_cast<const std::uint8_t*>(parent.c_str());
   {
-    nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     chain_keys(parent_key, data, blocks, static_cast<std::uint32_t>(block_tokens), keys.data());
   }
   return nb::bytes(keys.data(), keys.size());
@@ -232,7 +275,7 @@ nb::tuple call_copies(std::int64_t function_address, const Array& dst, const Arr
   std::size_t done = 0;
   int status = 0;
   {
-    nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     for (; done < count; ++done) {
       status = copy(to[done], from[done], bytes[done], reinterpret_cast<void*>(stream));
       if (status != 0) break;
@@ -273,7 +316,7 @@ void prefault_range(std::int64_t address, std::int64_t nbytes) {
   if (range.size == 0) return;
   int error = 0;
   {
-    nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     error = prefault(range.data, range.size);
   }
   if (error != 0) {
@@ -288,6 +331,8 @@ void prefault_range(std::int64_t address, std::int64_t nbytes) {
 NB_MODULE(_native, m) {
   m.doc() = "Native core of KVStore: block copies, XXH3 checksums and token-chain keys.";
   cpu_features();  // reads KVSTORE_CPU now
+  nb::module_::import_("atexit").attr("register")(nb::cpp_function(&Unlocked::finish));
+  pthread_atfork(nullptr, nullptr, &Unlocked::forget);
 
   m.def("cpu_features", &cpu_feature_names);
   m.def("xxh3_64", &hash_range, "address"_a, "nbytes"_a);

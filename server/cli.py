@@ -123,7 +123,7 @@ def serve(
     start_logging(settings.log_level)
     path = settings.socket
     if settings.address is None:
-        prepare_run_dir(settings.run_dir)
+        prepare_run_dir(settings)
     with _byte_progress("touching memory") as progress:
 
         def ready(addresses: list[str], problem: str | None) -> None:

@@ -553,7 +553,7 @@ def main() -> None:
     try:
         with contextlib.suppress(OSError):  # Should memory run out, we go before the engine.
             Path("/proc/self/oom_score_adj").write_text("1000")
-        config = Config.model_validate_json(sys.stdin.read())
+        config = Config.model_validate_json(sys.stdin.readline())
         start_logging(config.log_level)
 
         def ready(*_: object) -> None:

@@ -23,7 +23,6 @@ from kvstore.server.tasks import once
 from kvstore.spec import Namespace, Part
 from kvstore.store import Acquired, Acquisition
 
-_MAX_WAIT: Final = 600.0
 _MAX_PIN_SECONDS: Final = 30 * 24 * 3600.0
 _MAX_TTL_SECONDS: Final = 10 * 365 * 24 * 3600.0
 _MAX_FLUSHES: Final = 16
@@ -365,8 +364,8 @@ class SessionConnection(asyncio.Protocol):
         started = time.monotonic()
         namespace, parts = self._handle_of(request.handle)
         keys = _keys(request.keys, parts)
-        if not 0 <= request.wait <= _MAX_WAIT:
-            raise ValueError(f"a wait of {request.wait} seconds; give 0 to {_MAX_WAIT:.0f}")
+        if not 0 <= request.wait <= protocol.MAX_WAIT:
+            raise ValueError(f"a wait of {request.wait} seconds; give 0 to {protocol.MAX_WAIT:.0f}")
         answer: list[Message] = []
         waiting: list[Acquisition] = []
         timer: list[asyncio.TimerHandle] = []
@@ -426,7 +425,7 @@ class SessionConnection(asyncio.Protocol):
 
         async def wait() -> None:
             loop = asyncio.get_running_loop()
-            until = loop.time() + min(max(request.wait, 0.0), _MAX_WAIT)
+            until = loop.time() + min(max(request.wait, 0.0), protocol.MAX_WAIT)
             writes = self._store.tiering.writes
             seen = self.grant.sees
             last = writes.last  # What is saved from here on is not waited for.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import grpc
 from google.protobuf.message import Message
@@ -15,7 +17,14 @@ from kvstore.api import v1
 from kvstore.api.convert import MAX_REPLY, SERVICE
 from kvstore.api.errors import OperationFailed, OperationUnfinished, RequestRefused
 from kvstore.config import Config, checked_text, load_config, split_host_port
-from kvstore.credentials import checked_token, client_context, client_token, listener
+from kvstore.credentials import (
+    checked_token,
+    client_context,
+    client_token,
+    listener,
+    open_to_others,
+    trusted,
+)
 from kvstore.errors import AccessDenied, ConfigError, KVStoreError, StoreUnavailable
 
 _SUFFIX: Final = ".control"
@@ -34,13 +43,54 @@ OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
 )
 
 
-class Target(NamedTuple):
+_first = 0
+"""The process that has set gRPC up: this one, or one that it was forked from."""
+
+
+@dataclass(slots=True)
+class Target:
     """A daemon's API: for people, for gRPC, and what to present there."""
 
     shown: str
     address: str
     credentials: grpc.ChannelCredentials | None
-    metadata: tuple[tuple[str, str], ...]
+    metadata: tuple[tuple[str, str], ...] = field(repr=False)
+    socket: Path | None = None
+    user: str | None = None
+
+    def check(self) -> None:
+        """Before each call: raises StoreUnavailable if it must not be made."""
+        refuse_child()
+        if self.socket is None:
+            return
+        try:
+            folder = self.socket.parent.resolve(strict=True)
+            strange = not trusted(self.socket.stat().st_uid, self.user)
+            place = self.socket if strange else open_to_others(folder, self.user)
+        except OSError as e:
+            raise StoreUnavailable(f"no daemon answers at {self.shown}: {e}") from None
+        if place is not None:
+            raise StoreUnavailable(
+                f"{place} belongs to another user or is open to others, who could take the place "
+                f"of the daemon at {self.shown}: nothing was said to it; move its socket, or set "
+                "session.daemon_user to the user who is to be trusted"
+            )
+
+
+def inherited() -> bool:
+    """Whether a process that this one was forked from has set gRPC up: then it is not touched."""
+    return _first not in (0, os.getpid())
+
+
+def refuse_child() -> None:
+    """Raise StoreUnavailable if `inherited`."""
+    global _first
+    if inherited():
+        raise StoreUnavailable(
+            "this process was forked from one that had used an Orchestrator, and gRPC does not "
+            "survive that; start processes by spawn or forkserver, or fork before the first"
+        )
+    _first = os.getpid()
 
 
 def target(
@@ -57,17 +107,18 @@ def target(
 
     Raises:
         ConfigError: the address or a file is unusable, or several private daemons run.
-        StoreUnavailable: a private daemon does not answer.
+        StoreUnavailable: a private daemon does not answer, or this process cannot use gRPC.
     """
+    refuse_child()
     settings = load_config() if config is None else config
     token = client_token(settings) if token is None else checked_token(token, "token")
     metadata = (("authorization", f"Bearer {token}"),) if token else ()
     if address is None or address.startswith("unix://"):
         path = settings.control_socket if address is None else _control_socket(address)
-        if listener(path) is None:
+        if listener(path, settings.session.daemon_user) is None:
             path = _of_private(path, settings, address or settings.address, timeout)
         shown = str(path).removesuffix(_SUFFIX)
-        return Target(shown, f"unix:{path}", None, metadata)
+        return Target(shown, f"unix:{path}", None, metadata, path, settings.session.daemon_user)
     scheme, separator, rest = address.rpartition("://")
     try:
         if separator and scheme not in ("grpc", "grpcs"):

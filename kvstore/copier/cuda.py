@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final, Literal
@@ -148,7 +148,7 @@ class CudaCopier:
 
     def detach(self, address: int) -> None:
         """See `Copier.detach`."""
-        with self._device.current():
+        with suppress(StoreUnavailable), self._device.current():
             self._pinned.detach(address)
 
     def mark(self, stream: int) -> CudaEvent:

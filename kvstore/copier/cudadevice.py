@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from kvstore.copier.cudadriver import Driver
 from kvstore.errors import DeviceUnavailable
+from kvstore.forks import in_child
 
 if TYPE_CHECKING:
     from kvstore.copier.gate import Event
@@ -52,12 +53,13 @@ class Device:
         driver.call("cuCtxGetStreamPriorityRange", byref(least), byref(greatest))
         driver.call("cuCtxPopCurrent", byref(pushed))
         self._least = least.value
+        in_child(self, Device._forked)
 
     @contextmanager
     def current(self) -> Iterator[None]:
         """Make the context that of the calling thread, and give back the one it had."""
         if self._context is None:
-            raise DeviceUnavailable(f"CUDA device {self.ordinal} was closed")
+            raise DeviceUnavailable(f"CUDA device {self.ordinal} was closed, or is our parent's")
         before = c_void_p()
         self.driver.call("cuCtxGetCurrent", byref(before))
         if before.value == self._context:
@@ -68,6 +70,9 @@ class Device:
             yield
         finally:
             self.driver.call("cuCtxPopCurrent", byref(before))
+
+    def _forked(self) -> None:
+        self._context = None
 
     def stream(self, *, low_priority: bool = False) -> int:
         """A new stream that does not wait for the default stream; `close` ends it."""

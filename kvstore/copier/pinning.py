@@ -52,7 +52,7 @@ class PinnedMemory:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._attached: dict[int, _Attached] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # A session that is collected meanwhile detaches.
         self._pieces = self._arranged()
 
     def attach(self, address: int, nbytes: int) -> None:

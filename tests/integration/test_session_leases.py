@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -127,8 +128,15 @@ def test_a_closed_session_holds_nothing(stores: Stores) -> None:
 
 
 def test_a_received_arena_is_not_inherited_by_children(stores: Stores) -> None:
-    channel = stores.serve().channel()
-    assert not os.get_inheritable(channel.carrier.arena.fd)
+    def fds() -> set[Path]:
+        return {path for path in Path("/proc/self/fd").iterdir() if path.exists()}
+
+    served = stores.serve()
+    before = fds()
+    channel = served.channel()
+    new = fds() - before
+    assert len(new) == 2, "a socket and the arena"
+    assert not any(os.get_inheritable(int(path.name)) for path in new)
     channel.retire()
 
 

@@ -140,21 +140,22 @@ def test_an_arena_on_a_tmpfs_without_a_limit(huge_tmpfs: Path) -> None:
 
 def test_one_mapping_serves_all_of_a_process() -> None:
     arena = Arena.create(SIZE)
-    first = Arena.attach(os.dup(arena.fd), SIZE, arena.pages, shared=True)
-    second = Arena.attach(os.dup(arena.fd), SIZE, arena.pages, shared=True)
-    apart = Arena.attach(os.dup(arena.fd), SIZE, arena.pages)
+    fds = set(os.listdir("/proc/self/fd"))
+    first = Arena.attach(os.dup(arena.fd), SIZE, arena.pages)
+    second = Arena.attach(os.dup(arena.fd), SIZE, arena.pages)
     assert first is second
-    assert apart.address != first.address
-    apart.close()
+    own = set(os.listdir("/proc/self/fd")) - fds
+    assert len(own) == 1, "the mapping's"
+    assert not os.get_inheritable(int(own.pop()))
     first.close()
+    del first
     arena.view(0, 1)[0] = 7
     assert second.view(0, 1)[0] == 7
-    fd = second.fd
-    second.close()
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(fd)
-    again = Arena.attach(os.dup(arena.fd), SIZE, arena.pages, shared=True)
-    assert again is not first
+    here = f"{second.address:x}-"
+    assert here in Path("/proc/self/maps").read_text()
+    del second
+    assert here not in Path("/proc/self/maps").read_text()
+    assert set(os.listdir("/proc/self/fd")) == fds
+    again = Arena.attach(os.dup(arena.fd), SIZE, arena.pages)
     assert again.view(0, 1)[0] == 7
-    again.close()
     arena.close()

@@ -333,6 +333,7 @@ WRONG: dict[str, list[Any]] = {
     "session.gpu_staging": [*NO_SIZE, "9GiB"],
     "session.checksum": NO_FLAG,
     "session.token_file": NO_PATH,
+    "session.daemon_user": [value for value in NO_NAME if value != 5],
     "session.tls_ca": NO_PATH,
     "session.tls_cert": NO_PATH,
     "session.tls_key": NO_PATH,
