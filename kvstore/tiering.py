@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -39,8 +40,8 @@ _BYTES_PER_USE: Final = 1 << 11
 
 _log = logging.getLogger("kvstore.store")
 
-OpenDisk = Callable[[Callable[[Slot[Any]], bool], Callable[[Slot[Any]], None]], Tier]
-"""Opens the disk tier, given what may be evicted from it and how."""
+OpenDisk = Callable[..., Tier]
+"""Opens the disk tier, given what may be evicted from it (`evictable`) and how (`evict`)."""
 
 Done = Callable[[str | None], None]
 """Told that a move ended: None, or the reason why it did not happen."""
@@ -104,7 +105,7 @@ class Tiering:
         self.expiry = Expiry(self, clock.monotonic)
         self._closed = False
         if open_disk is not None:
-            self._attach(*_try_open(self._opener()))
+            self._attach(*self._try_open())
 
     # -- places ---------------------------------------------------------------------------------
 
@@ -369,16 +370,19 @@ class Tiering:
             threading.Thread(target=self._reopen, name="kvstore-open", daemon=True).start()
         self.pump()
 
-    def _opener(self) -> Callable[[], Tier]:
+    def _try_open(self) -> tuple[Tier | None, str | None]:
         assert self._open_disk is not None
-        open_disk = self._open_disk
-        return lambda: open_disk(lambda slot: slot.owner.may_leave_disk, self.evict_from_disk)
+        try:
+            evictable = operator.attrgetter("owner.may_leave_disk")
+            return self._open_disk(evictable=evictable, evict=self.evict_from_disk), None
+        except (OSError, FormatError) as e:
+            return None, str(e)
 
     def _reopen(self) -> None:
         disk: Tier | None = None
         problem: str | None = "an error of ours; the log tells more"
         try:
-            disk, problem = _try_open(self._opener())
+            disk, problem = self._try_open()
         except ConfigError as e:
             problem = str(e)
         finally:  # Whatever happens: else it would never be tried again.
@@ -457,13 +461,6 @@ class Tiering:
             "writing_bytes": self.writes.bytes_under_way,
             "pinned_bytes": self.usage.pinned_bytes,
         }
-
-
-def _try_open(opener: Callable[[], Tier]) -> tuple[Tier | None, str | None]:
-    try:
-        return opener(), None
-    except (OSError, FormatError) as e:
-        return None, str(e)
 
 
 def _pool_stats(pool: SlotPool[Entry]) -> dict[str, int]:

@@ -32,7 +32,7 @@ from kvstore.server.metrics import Exposition
 from kvstore.server.node import Node
 from kvstore.server.samples import Samples
 from kvstore.server.status import status
-from kvstore.server.tasks import keep
+from kvstore.server.tasks import run
 
 _REQUEST_SECONDS: Final = 10.0
 _HANDSHAKE_SECONDS: Final = 5.0
@@ -161,7 +161,9 @@ class AdminFace:
     def attach(self, node: Node) -> None:
         """The node is ready: tell of it from now on."""
         self._node = node
-        self._sampling = keep("sampling", lambda: self._sample(node), node.store.counters)
+        self._sampling = run(
+            "sampling", lambda: self._sample(node), node.store.counters, again=True
+        )
 
     async def stop(self) -> None:
         """End; a request that runs is answered within a second or cut."""

@@ -20,10 +20,10 @@ from kvstore.arena import Arena
 from kvstore.errors import ProtocolError
 from kvstore.protocol import Attach, Attached, Failure, Get, Put, Sending, Taken
 from kvstore.server.grants import Granted, Grants, LeaseGone
+from kvstore.server.greeting import HELLO_SECONDS
 from kvstore.staging import Bounce
 from kvstore.wire import Wire, receive_frame, runs, send_message
 
-HELLO_SECONDS: Final = 5.0
 _IN: Final = 2 << 20
 _OUT: Final = 8 << 20
 """Bytes per system call."""

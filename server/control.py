@@ -29,7 +29,7 @@ from kvstore.server.control_write import WriteVerbs
 from kvstore.server.listeners import bind, clear
 from kvstore.server.node import Node
 from kvstore.server.operations import Operations
-from kvstore.server.tasks import keep
+from kvstore.server.tasks import run
 
 _GRACE_SECONDS: Final = 0.5
 _HEALTH_SECONDS: Final = 0.1
@@ -127,8 +127,8 @@ class ControlFace:
         counters = self._node.store.counters
         for address, server in self._servers.items():
             await server.start()
-            self._tasks.append(keep("gRPC", partial(self._revive, address), counters))
-        self._tasks.append(keep("gRPC's health", self._look_after_health, counters))
+            self._tasks.append(run("gRPC", partial(self._revive, address), counters, again=True))
+        self._tasks.append(run("gRPC's health", self._look_after_health, counters, again=True))
 
     async def stop(self) -> None:
         """End; operations are cancelled, calls get half a second."""

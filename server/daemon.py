@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import resource
@@ -15,29 +14,30 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from kvstore import __version__, protocol
 from kvstore.admission import Admission
 from kvstore.arena import Arena
 from kvstore.config import Config, ServerConfig, format_size
-from kvstore.errors import ConfigError, KVStoreError, NotNow, ProtocolError
+from kvstore.errors import ConfigError, KVStoreError, NotNow
 from kvstore.files import make_way, open_own
-from kvstore.protocol import Failure, Hello, Stats, StatsReply, Welcome
+from kvstore.protocol import Hello, Welcome
 from kvstore.server.access import LOCAL, Access, Denied, Grant, Role
+from kvstore.server.greeting import Greeting, Newcomers, admit
 from kvstore.server.group import group_id, is_member, share
-from kvstore.server.listeners import accepted, bind, clear
+from kvstore.server.listeners import bind, clear
 from kvstore.server.node import Face, Node
 from kvstore.server.notify import notify
 from kvstore.server.process import end_after, exit_code, heed_signals
 from kvstore.server.sessions import Peer, SessionConnection
-from kvstore.server.tasks import hear_threads, keep, once
-from kvstore.slots import Slot, slot_policy
+from kvstore.server.tasks import hear_threads, run
+from kvstore.slots import slot_policy
 from kvstore.store import Store
 from kvstore.telemetry import LineFormatter
 from kvstore.tiering import OpenDisk
-from kvstore.tiers.base import Tier
 from kvstore.usage import Quota
 
 if TYPE_CHECKING:
@@ -45,13 +45,10 @@ if TYPE_CHECKING:
 
 _TICK: Final = 0.5
 _LOCK_POLL: Final = 0.05
-_HELLO_SECONDS: Final = 5.0
 _FIRST_SESSION_SECONDS: Final = 30.0
 _PREDECESSOR_SECONDS: Final = 30.0
 _CLOSING_PART: Final = 0.1
 """Of the time to stop, for all that comes after the writes."""
-_MAX_GREETING: Final = 128
-_MAX_HELLO: Final = 4096
 _PEER: Final = struct.Struct("3i")
 
 _log = logging.getLogger("kvstore.daemon")
@@ -88,7 +85,7 @@ class Daemon:
         self._config = config
         self._embedded = embedded
         self._progress = progress
-        self._greeting: dict[asyncio.Task[None], None] = {}
+        self._newcomers = Newcomers()
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self._until: float | None = None
@@ -124,8 +121,8 @@ class Daemon:
                 # Goes on while the writes are waited for.
                 counters = node.store.counters
                 upkeep = [
-                    keep("upkeep", lambda: self._tick(node.store), counters),
-                    keep("following the tokens", node.follow_tokens, counters),
+                    run("upkeep", lambda: self._tick(node.store), counters, again=True),
+                    run("following the tokens", node.follow_tokens, counters, again=True),
                 ]
                 await self._serve(node, arena, listener, ready)
             finally:
@@ -183,10 +180,11 @@ class Daemon:
 
     async def _serve(self, node: Node, arena: Arena, listener: socket.socket, ready: Ready) -> None:
         """Serve until told to stop."""
-        counters = node.store.counters
-        hear_threads(counters)
-        listener.listen(128)
-        accepting = keep("accepting", lambda: self._accept(listener, node, arena), counters)
+        hear_threads(node.store.counters)
+        welcome = partial(self._welcome, node, arena)
+        accepting = await self._loop.create_unix_server(
+            partial(Greeting, node, self._newcomers, "session", "", welcome), sock=listener
+        )
         faces: list[Face] = []
         try:
             if not self._embedded:
@@ -207,7 +205,7 @@ class Daemon:
                 notify("STOPPING=1")
         finally:
             node.ready = False
-            accepting.cancel()
+            accepting.close()
             self._hang_up(listener)
             for face in reversed(faces):
                 await face.stop()
@@ -332,40 +330,19 @@ class Daemon:
             os.umask(mask)
         if self._group is not None:
             share(self.path, self._group)
-        listener.setblocking(False)
         return listener
 
-    async def _accept(self, listener: socket.socket, node: Node, arena: Arena) -> None:
-        async for connection in accepted(listener, node.quiet):
-            task = once("greeting", self._greet(connection, node, arena), node.store.counters)
-            self._greeting[task] = None
-            task.add_done_callback(self._greeting.pop)
-            if len(self._greeting) > _MAX_GREETING:  # The one that has been silent longest.
-                next(iter(self._greeting)).cancel()
-
-    async def _greet(self, connection: socket.socket, node: Node, arena: Arena) -> None:
-        """Hear the hello, hand over the arena, and serve from then on."""
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(_HELLO_SECONDS):
-                hello = await _read_hello(connection)
-            if isinstance(hello, Stats):
-                health = json.dumps(node.health())
-                await loop.sock_sendall(connection, protocol.encode(1, StatsReply(health)))
-                connection.close()
-                return
+    def _welcome(
+        self, node: Node, arena: Arena, hello: Hello, request_id: int, transport: asyncio.Transport
+    ) -> SessionConnection:
+        """Hand over the arena, and serve from then on; a `Welcomer`."""
+        with socket.socket(
+            fileno=os.dup(transport.get_extra_info("socket").fileno())
+        ) as connection:
             peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
             pid, uid, gid = _PEER.unpack(peer)
-            try:
-                member = self._group is not None and is_member(connection, self._group, gid)
-                trusted = self._trusted(node.access, uid, member)
-                grant = admit(node, hello, trusted, here=True)
-            except Denied as e:
-                node.refused(e.reason, "session", e)
-                refusal = Failure(str(e), fatal=True)
-                await loop.sock_sendall(connection, protocol.encode(1, refusal))
-                connection.close()
-                return
+            member = self._group is not None and is_member(connection, self._group, gid)
+            grant = admit(node, hello, self._trusted(node.access, uid, member), here=True)
             number = next(node.numbers)
             welcome = Welcome(
                 protocol.VERSION,
@@ -377,20 +354,10 @@ class Daemon:
                 "" if arena.path is None else str(arena.path),
                 arena.inode,
             )
-            socket.send_fds(connection, [protocol.encode(1, welcome)], [arena.fd])
-
-            def serve() -> SessionConnection:
-                client = Peer(number, "unix", pid, hello.software)
-                session = SessionConnection(node, client, grant, self._left)
-                node.sessions[number] = session
-                return session
-
-            await loop.connect_accepted_socket(serve, connection)
-        except BaseException as e:
-            connection.close()
-            if not isinstance(e, (OSError, ProtocolError)):
-                raise
-            node.ended("session", e)
+            socket.send_fds(connection, [protocol.encode(request_id, welcome)], [arena.fd])
+        client = Peer(number, "unix", pid, hello.software)
+        session = node.sessions[number] = SessionConnection(node, client, grant, self._left)
+        return session
 
     def _trusted(self, access: Access, uid: int, member: bool) -> Grant | None:
         """What a process of user `uid` may do without a token; None: nothing.
@@ -417,7 +384,7 @@ class Daemon:
             self._loop.call_later(self._config.linger_seconds, self._stop_if_alone)
 
     def _stop_if_alone(self) -> None:
-        if self._node is not None and not self._node.sessions and not self._greeting:
+        if self._node is not None and not self._node.sessions and not self._newcomers:
             self.stop()
 
     async def _tick(self, store: Store) -> None:
@@ -426,45 +393,6 @@ class Daemon:
         while True:
             store.tick()
             await asyncio.sleep(_TICK)
-
-
-def admit(node: Node, hello: Hello, trusted: Grant | None, *, here: bool) -> Grant:
-    """What a session that said `hello` may do.
-
-    `trusted`: what it may do without a token; `here`: it comes from this machine's socket.
-
-    Raises:
-        Denied: nothing; names the field and both values.
-    """
-    if hello.version != protocol.VERSION:
-        raise Denied(
-            "version",
-            f"protocol version: the session speaks {hello.version} ({hello.software[:80]}), the "
-            f"daemon {protocol.VERSION} (kvstore {__version__}); install the same release",
-        )
-    grant = node.access.grant(hello.token) if hello.token or trusted is None else trusted
-    node.welcome(grant, here=here)
-    return grant
-
-
-async def _read_hello(connection: socket.socket) -> Hello | Stats:
-    loop = asyncio.get_running_loop()
-    data = bytearray()
-    need = protocol.HEADER.size
-    while len(data) < need:
-        piece = await loop.sock_recv(connection, need - len(data))
-        if not piece:
-            raise ConnectionResetError("closed by the client")
-        data += piece
-        if need == protocol.HEADER.size and len(data) == need:
-            length, _ = protocol.frame_size(data)
-            if length > _MAX_HELLO:
-                raise ProtocolError(f"a hello of {length} bytes; {_MAX_HELLO} are allowed")
-            need += length
-    hello = protocol.decode_request(bytes(data[protocol.HEADER.size :]))
-    if not isinstance(hello, (Hello, Stats)):
-        raise ProtocolError("the first message must be a hello")
-    return hello
 
 
 def _post(loop: asyncio.AbstractEventLoop, task: Callable[[], None]) -> None:
@@ -479,25 +407,17 @@ def disk_opener(config: Config, *, direct: bool) -> OpenDisk | None:
         return None
     from kvstore.tiers.disk import DiskTier
 
-    folder = disk.path
-
-    def open_disk(
-        evictable: Callable[[Slot[Any]], bool], evict: Callable[[Slot[Any]], None]
-    ) -> Tier:
-        return DiskTier.open(
-            folder,
-            disk.size,
-            chunk=disk.chunk,
-            policy=slot_policy(disk.policy),
-            evictable=evictable,
-            evict=evict,
-            threads=disk.threads,
-            sync_seconds=disk.sync_seconds,
-            retry_seconds=disk.retry_seconds,
-            direct_to_arena=direct,
-        )
-
-    return open_disk
+    return partial(
+        DiskTier.open,
+        disk.path,
+        disk.size,
+        chunk=disk.chunk,
+        policy=slot_policy(disk.policy),
+        threads=disk.threads,
+        sync_seconds=disk.sync_seconds,
+        retry_seconds=disk.retry_seconds,
+        direct_to_arena=direct,
+    )
 
 
 def serve(

@@ -8,6 +8,7 @@ import json
 import time
 from array import array
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from typing import Final, NamedTuple
 
 from kvstore import protocol
@@ -19,7 +20,7 @@ from kvstore.protocol import Failure, Message
 from kvstore.server.access import Denied, Grant, Role
 from kvstore.server.node import Node
 from kvstore.server.recent import by_tier
-from kvstore.server.tasks import once
+from kvstore.server.tasks import run
 from kvstore.spec import Namespace, Part
 from kvstore.store import Acquired, Acquisition
 
@@ -269,7 +270,7 @@ class SessionConnection(asyncio.Protocol):
                 return protocol.Count(store.clear(namespace))
             case protocol.Control():
                 self.grant.check(Role.ADMIN, "opening the API")
-                self._start(self._open_control(request_id))
+                self._start(partial(self._open_control, request_id))
                 return None
             case protocol.Stats():
                 return protocol.StatsReply(json.dumps(self._node.stats(self.grant)))
@@ -317,7 +318,8 @@ class SessionConnection(asyncio.Protocol):
             self._end(request.lease, request.damaged)
         elif request.damaged and held is not None and held.kind is LeaseKind.READ:
             chosen = {i for i in request.damaged[:_MAX_RECHECKED] if 0 <= i < len(held.blocks)}
-            self._start(self._recheck(request.lease, {i: held.blocks[i] for i in chosen}))
+            blocks = {i: held.blocks[i] for i in chosen}
+            self._start(partial(self._recheck, request.lease, blocks))
         else:
             self._end(request.lease)
         return protocol.Count(0)
@@ -444,7 +446,7 @@ class SessionConnection(asyncio.Protocol):
             left = sum(1 for _ in unwritten())
             self._reply(request_id, protocol.Flushed(left if synced or left else -1))
 
-        self._start(wait())
+        self._start(wait)
 
     async def _open_control(self, request_id: int) -> None:
         try:
@@ -453,9 +455,9 @@ class SessionConnection(asyncio.Protocol):
             reply = Failure(str(e))
         self._reply(request_id, reply)
 
-    def _start(self, work: Coroutine[None, None, None]) -> None:
+    def _start(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
         """Do something beside the requests, as long as the connection lasts."""
-        task = once("an answer", work, self._store.counters)
+        task = run("an answer", work, self._store.counters)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

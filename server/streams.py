@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import os
 import socket
 import threading
@@ -16,26 +15,22 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Final, cast
+from typing import Final
 
 from kvstore import __version__, protocol
-from kvstore.errors import ProtocolError
-from kvstore.protocol import STREAM_MARK, Failure, Hello, Welcome
-from kvstore.server.access import Denied
-from kvstore.server.bulk import HELLO_SECONDS, BulkServer, Sample
-from kvstore.server.daemon import admit
+from kvstore.protocol import STREAM_MARK, Hello, Welcome
+from kvstore.server.bulk import BulkServer, Sample
 from kvstore.server.grants import Grants
+from kvstore.server.greeting import HELLO_SECONDS, Greeting, Newcomers, admit
 from kvstore.server.listeners import accepted, bind, show
 from kvstore.server.node import Node
 from kvstore.server.owners import Owner
 from kvstore.server.sessions import Peer, SessionConnection
 from kvstore.server.stream_session import StreamSession
-from kvstore.server.tasks import keep, once
+from kvstore.server.tasks import run
 from kvstore.wire import PlainWire, TlsWire, Wire, tune
 
 _MAX_THREADS: Final = 512
-_MAX_GREETING: Final = 128
-_MAX_HELLO: Final = 4096
 _TICK: Final = 0.25
 _STOP_SECONDS: Final = 2.0
 _PEEK_PAUSE: Final = 0.01
@@ -51,9 +46,7 @@ class StreamFace:
         self._sessions: dict[int, StreamSession] = {}
         self._threads: set[threading.Thread] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._newcomers: dict[int, Callable[[], object]] = {}
-        """Ends connections that have not said yet whose they are, by number, oldest first."""
-        self._numbers = itertools.count(1)
+        self._newcomers = Newcomers()
         self._listeners: list[socket.socket] = []
         self._samples: deque[Sample] = deque(maxlen=10_000)
         self._bulk = BulkServer(
@@ -75,10 +68,10 @@ class StreamFace:
         counters = self.node.store.counters
         self._listeners = bind("server.tcp", address)
         for listener in self._listeners:
-            listener.listen(_MAX_GREETING)
+            listener.listen(128)
             listener.setblocking(False)
-            self._hold(keep("accepting TCP", partial(self._accept, listener), counters))
-        self._hold(keep("upkeep of TCP", self._tick, counters))
+            self._hold(run("accepting TCP", partial(self._accept, listener), counters, again=True))
+        self._hold(run("upkeep of TCP", self._tick, counters, again=True))
 
     async def stop(self) -> None:
         """End all sessions that came this way."""
@@ -109,22 +102,10 @@ class StreamFace:
 
     async def _accept(self, listener: socket.socket) -> None:
         async for connection in accepted(listener, self.node.quiet):
-            number = next(self._numbers)
-            meeting = once("greeting", self._meet(connection, number), self.node.store.counters)
-            self._newcomers[number] = self._hold(meeting).cancel
-            if len(self._newcomers) > _MAX_GREETING:
-                self.known(next(iter(self._newcomers)))()
-
-    def newcomer(self, number: int, end: Callable[[], object]) -> None:
-        """How to end a connection that has not said yet whose it is; for any thread."""
-        self._newcomers[number] = end
-
-    def known(self, number: int) -> Callable[[], object]:
-        """A connection is no newcomer any more; returns what would have ended it.
-
-        For any thread.
-        """
-        return self._newcomers.pop(number, _nothing)
+            number = next(self._newcomers.numbers)
+            meet = partial(self._meet, connection, number)
+            meeting = run("greeting", meet, self.node.store.counters)
+            self._newcomers.put(number, self._hold(meeting).cancel)
 
     async def _meet(self, connection: socket.socket, number: int) -> None:
         """Find out what a connection is for."""
@@ -137,7 +118,7 @@ class StreamFace:
             else:
                 await self._greet(connection, number)
         except BaseException as e:
-            self.known(number)
+            self._newcomers.known(number)
             connection.close()
             if not isinstance(e, OSError):
                 raise
@@ -146,19 +127,19 @@ class StreamFace:
     async def _greet(self, connection: socket.socket, number: int) -> None:
         """Hear the hello, and serve from then on."""
         host, port = connection.getpeername()[:2]
-        await asyncio.get_running_loop().connect_accepted_socket(
-            lambda: _Greeting(self, f"{host}:{port}", number),
+        who, what = f"{host}:{port}", "session over TCP"
+        welcome = partial(self._welcome, who)
+        await self._loop.connect_accepted_socket(
+            partial(Greeting, self.node, self._newcomers, what, f"{who}: ", welcome, number),
             connection,
             ssl=self._context,
             ssl_handshake_timeout=None if self._context is None else HELLO_SECONDS,
         )
 
-    def welcome(self, hello: Hello, address: str) -> tuple[StreamSession, Welcome]:
-        """A session for whoever said `hello`, and the answer.
-
-        Raises:
-            Denied: it is refused.
-        """
+    def _welcome(
+        self, address: str, hello: Hello, request_id: int, transport: asyncio.Transport
+    ) -> StreamSession:
+        """Serve whoever said `hello`; a `Welcomer`."""
         node = self.node
         grant = admit(node, hello, None, here=False)
         number = next(node.numbers)
@@ -168,7 +149,7 @@ class StreamFace:
         self.node.sessions[number] = self._sessions[number] = session
         session.grants.full = partial(self._full, session.owner)
         arena = node.store.tiering.arena
-        return session, Welcome(
+        welcome = Welcome(
             protocol.VERSION,
             f"kvstore {__version__}",
             number,
@@ -177,6 +158,8 @@ class StreamFace:
             node.config.lease_seconds,
             ticket=ticket,
         )
+        transport.write(protocol.encode(request_id, welcome))
+        return session
 
     def _left(self, session: SessionConnection) -> None:
         number = session.peer.session
@@ -207,7 +190,7 @@ class StreamFace:
     def _start_thread(self, connection: socket.socket, number: int) -> None:
         if len(self._threads) >= _MAX_THREADS:
             self.node.refused("streams", "data connection", f"{_MAX_THREADS} are open")
-            self.known(number)
+            self._newcomers.known(number)
             connection.close()
             return
         thread = threading.Thread(
@@ -219,7 +202,7 @@ class StreamFace:
     def _serve(self, connection: socket.socket, number: int) -> None:
         """A data connection, from TLS to its end."""
         try:
-            self.newcomer(number, partial(_shutdown, connection))
+            self._newcomers.put(number, partial(_shutdown, connection))
             connection.settimeout(HELLO_SECONDS)
             connection.recv(len(STREAM_MARK), socket.MSG_WAITALL)
             wire: Wire
@@ -229,15 +212,15 @@ class StreamFace:
                 secured = self._context.wrap_socket(
                     connection, server_side=True, do_handshake_on_connect=False
                 )
-                self.newcomer(number, partial(_shutdown, secured))
+                self._newcomers.put(number, partial(_shutdown, secured))
                 connection = secured
                 secured.do_handshake()
                 wire = TlsWire(secured)
-            self._bulk.serve(wire, partial(self.known, number))
+            self._bulk.serve(wire, partial(self._newcomers.known, number))
         except OSError as e:
             self._post(self.node.ended, "data connection", e)
         finally:
-            self.known(number)
+            self._newcomers.known(number)
             connection.close()
             self._threads.discard(threading.current_thread())
 
@@ -255,63 +238,6 @@ class StreamFace:
         """Whether one owner has as many data connections as it may; called by threads."""
         own = [s.grants.streams for s in list(self._sessions.values()) if s.owner is owner]
         return sum(own) >= _MAX_THREADS // 2
-
-
-class _Greeting(asyncio.Protocol):
-    """A connection whose hello has not come yet."""
-
-    def __init__(self, face: StreamFace, address: str, number: int) -> None:
-        self._face = face
-        self._address = address
-        self._number = number
-        self._buffer = bytearray()
-        self._late: asyncio.TimerHandle | None = None
-        self._transport: asyncio.Transport | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        loop = asyncio.get_running_loop()
-        self._late = loop.call_later(HELLO_SECONDS, self._transport.abort)
-        self._face.newcomer(self._number, self._transport.abort)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._face.known(self._number)
-        if self._late is not None:
-            self._late.cancel()
-
-    def data_received(self, data: bytes) -> None:
-        assert self._transport is not None
-        self._buffer += data
-        header = protocol.HEADER.size
-        try:
-            if len(self._buffer) < header:
-                return
-            length, request_id = protocol.frame_size(self._buffer, _MAX_HELLO)
-            if len(self._buffer) < header + length:
-                return
-            hello = protocol.decode_request(bytes(self._buffer[header : header + length]))
-            if not isinstance(hello, Hello):
-                raise ProtocolError("the first message must be a hello")
-            session, welcome = self._face.welcome(hello, self._address)
-        except (Denied, ProtocolError) as e:
-            reason = e.reason if isinstance(e, Denied) else "greeting"
-            self._face.node.refused(reason, "session over TCP", f"{self._address}: {e}")
-            self._transport.write(protocol.encode(1, Failure(str(e), fatal=True)))
-            self._transport.close()
-            return
-        if self._late is not None:
-            self._late.cancel()
-        self._face.known(self._number)
-        self._transport.write(protocol.encode(request_id, welcome))
-        self._transport.set_protocol(session)
-        session.connection_made(self._transport)
-        rest = bytes(self._buffer[header + length :])
-        if rest:
-            session.data_received(rest)
-
-
-def _nothing() -> None:
-    """Ends what has ended."""
 
 
 def _shutdown(connection: socket.socket) -> None:

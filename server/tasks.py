@@ -16,34 +16,28 @@ _PAUSE: Final = 0.5
 _logger = logging.getLogger("kvstore.daemon")
 
 
-def keep(
-    name: str, work: Callable[[], Coroutine[Any, Any, None]], counters: Counters
+def run(
+    name: str,
+    work: Callable[[], Coroutine[Any, Any, None]],
+    counters: Counters,
+    *,
+    again: bool = False,
 ) -> asyncio.Task[None]:
-    """Run `work`, which is not to end, until cancelled. If it dies of an error it begins anew."""
+    """Run `work` as a task; with `again` it begins anew whenever it has died of an error."""
 
-    async def again() -> None:
+    async def heard() -> None:
         while True:
             try:
                 return await work()
             except Exception:
-                _logger.exception("%s died of an error of ours; it is begun anew", name)
+                what_now = "it is begun anew" if again else "it ends"
+                _logger.exception("%s died of an error of ours; %s", name, what_now)
                 counters.add("task.died", name)
+            if not again:
+                return
             await asyncio.sleep(_PAUSE)
 
-    return asyncio.get_running_loop().create_task(again(), name=name)
-
-
-def once(name: str, work: Coroutine[Any, Any, None], counters: Counters) -> asyncio.Task[None]:
-    """Run `work` to its end."""
-
-    def ended(task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _logger.error("%s died of an error of ours", name, exc_info=error)
-            counters.add("task.died", name)
-
-    task = asyncio.get_running_loop().create_task(work, name=name)
-    task.add_done_callback(ended)
-    return task
+    return asyncio.get_running_loop().create_task(heard(), name=name)
 
 
 def hear_threads(counters: Counters) -> None:

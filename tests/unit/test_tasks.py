@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from kvstore.server import tasks
-from kvstore.server.tasks import hear_threads, keep, once
+from kvstore.server.tasks import hear_threads, run
 from kvstore.telemetry import Counters
-from kvstore.tiering import Tiering
 from tests.store_tools import Bench, keys
 
 
@@ -37,7 +37,7 @@ async def test_what_must_go_on_begins_anew(caplog: pytest.LogCaptureFixture) -> 
         going_on.set()
         await asyncio.sleep(60)
 
-    task = keep("work", work, counters)
+    task = run("work", work, counters, again=True)
     async with asyncio.timeout(5):
         await going_on.wait()
     task.cancel()
@@ -54,7 +54,9 @@ async def test_what_runs_once_is_heard(caplog: pytest.LogCaptureFixture) -> None
         if error is not None:
             raise error
 
-    broken, well, cut = (once("work", work(e), counters) for e in (KeyError("k"), None, None))
+    broken, well, cut = (
+        run("work", partial(work, e), counters) for e in (KeyError("k"), None, None)
+    )
     cut.cancel()
     await asyncio.wait([broken, well, cut])
     await asyncio.sleep(0)
@@ -85,7 +87,7 @@ def test_a_disk_that_cannot_be_opened_for_an_error_of_ours_is_tried_again(
     (tmp_path / "disk").unlink()
     threading.excepthook = lambda _: None  # It dies of it, and that is heard.
     with monkeypatch.context() as odd:
-        odd.setattr(Tiering, "_opener", lambda _: lambda: 1 // 0)
+        odd.setattr(tiering, "_open_disk", lambda **_: 1 // 0)
         bench.now = 10.0
         bench.store.tick()
         bench.posted.get(timeout=5)()
