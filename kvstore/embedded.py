@@ -8,6 +8,7 @@ and then join. The daemon itself holds a second lock for life, so there is never
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import select
@@ -26,6 +27,7 @@ from kvstore.channel import Channel
 from kvstore.config import Config
 from kvstore.credentials import listener, open_to_others
 from kvstore.errors import ConfigError, StoreUnavailable
+from kvstore.files import open_own
 from kvstore.forks import in_child
 
 _POLL: Final = 0.02
@@ -67,37 +69,29 @@ def prepare_run_dir(config: Config) -> None:
     """Make the run directory, for this user only.
 
     Raises:
-        ConfigError: it cannot be made, or belongs to somebody else.
+        ConfigError: it cannot be made, or others can change it.
+        StoreUnavailable: the same, but nobody has configured it: it is the default.
     """
-    folder = config.run_dir
+    folder, others = config.run_dir, None
     configured = "run_dir" in config.model_fields_set
+    wrong = ConfigError if configured else StoreUnavailable
     try:
-        if not configured:
-            _check_default(folder)
-        folder.mkdir(mode=0o700, parents=configured, exist_ok=True)
-        found = folder.lstat()
+        if not configured:  # XDG_RUNTIME_DIR may be that of a user we were before.
+            if not Path(os.environ.get("XDG_RUNTIME_DIR") or "/").is_absolute():
+                raise OSError(errno.EINVAL, "XDG_RUNTIME_DIR is relative")
+            others = open_to_others(folder.parent.resolve(strict=True))
+        if others is None:
+            folder.mkdir(mode=0o700, parents=configured, exist_ok=True)
+            found = folder.lstat()
     except OSError as e:
-        raise ConfigError(
-            f"run_dir {folder}: {e.strerror}; set run_dir to a folder of yours"
-        ) from e
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise ConfigError(
-            f"run_dir {folder} is no folder of this user; set run_dir to a folder of yours"
+        raise wrong(f"run_dir {folder}: {e.strerror}; set run_dir to a folder of yours") from e
+    if others is not None or not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise wrong(
+            f"run_dir {others or folder} is no folder of this user; set it to a folder of yours"
         )
     if found.st_mode & 0o022:
-        raise ConfigError(
+        raise wrong(
             f"run_dir {folder} can be written by others; `chmod go-w {folder}` or set another"
-        )
-
-
-def _check_default(folder: Path) -> None:
-    """XDG_RUNTIME_DIR may be that of a user we were before."""
-    if not Path(os.environ.get("XDG_RUNTIME_DIR") or "/").is_absolute():
-        raise ConfigError("run_dir: XDG_RUNTIME_DIR is relative; set run_dir to a folder of yours")
-    place = open_to_others(folder.parent.resolve(strict=True))
-    if place is not None:
-        raise ConfigError(
-            f"run_dir {folder}: other users can change {place}; set run_dir to a folder of yours"
         )
 
 
@@ -108,15 +102,10 @@ def join_or_start(config: Config) -> Channel:
 
     Raises:
         StoreUnavailable: it could not be started within `session.start_timeout`, with its words;
-            or the run directory is not usable, and nobody has configured it.
-        ConfigError: the run directory that is configured is not usable.
+            or as `prepare_run_dir`.
+        ConfigError: as `prepare_run_dir`.
     """
-    try:
-        prepare_run_dir(config)
-    except ConfigError as e:
-        if "run_dir" in config.model_fields_set:
-            raise
-        raise StoreUnavailable(str(e)) from None
+    prepare_run_dir(config)
     path = socket_path(config)
     deadline = time.monotonic() + config.session.start_timeout
     lock = os.fdopen(_open(path.with_suffix(".start"), os.O_RDWR), "rb+", buffering=0)
@@ -164,18 +153,18 @@ _failed: Final[dict[Path, tuple[float, float, str]]] = {}
 """Starts that failed: when the next one may be, in monotonic seconds, after what pause, and why."""
 
 
-def _unstarted(path: Path, why: str, least: float = _FIRST_PAUSE) -> StoreUnavailable:
+def _unstarted(path: Path, why: str, least: float = 0.0) -> StoreUnavailable:
     """Note that a start failed. `least` is the pause before the next one, at least."""
     _, before, _ = _failed.get(path, (0, 0, ""))
-    pause = min(max(2 * before, least), _LONGEST_PAUSE)
-    why += f"; the next attempt is in {pause:.0f} s"
+    pause = min(max(_FIRST_PAUSE, 2 * before, least), _LONGEST_PAUSE)
+    why += f"; the next attempt is in {pause:.3g} s"
     _failed[path] = time.monotonic() + pause, pause, why
     return StoreUnavailable(why)
 
 
 def _open(path: Path, flags: int) -> int:
     try:
-        return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        return open_own(path, flags)
     except OSError as e:
         raise StoreUnavailable(
             f"the embedded daemon must write {path}: {e.strerror}; set run_dir to another folder"
@@ -196,7 +185,7 @@ def _start(config: Config, path: Path, deadline: float, reason: str) -> None:
         )  # fmt: skip
     except OSError as e:
         os.close(read_end)
-        raise StoreUnavailable(f"the embedded daemon could not be started: {e}") from e
+        raise _unstarted(path, f"the embedded daemon could not be started: {e}") from e
     finally:
         os.close(write_end)
         os.close(log)
@@ -223,8 +212,7 @@ def _start(config: Config, path: Path, deadline: float, reason: str) -> None:
                 "memory is touched at about 1 GB/s",
             )
         words = f"the embedded daemon did not start ({reason}); its last words: {_tail(log_path)}"
-        for_good = daemon.wait() == os.EX_CONFIG
-        raise _unstarted(path, words, _LONGEST_PAUSE if for_good else _FIRST_PAUSE)
+        raise _unstarted(path, words, _LONGEST_PAUSE if daemon.wait() == os.EX_CONFIG else 0.0)
     finally:
         os.close(read_end)
 

@@ -88,19 +88,22 @@ class _Dialer(NamedTuple):
     def _dialled(self, mark: bytes, deadline: float) -> Iterator[socket.socket]:
         """A connection, secured if it shall be; closed if what is done with it fails."""
         connection: socket.socket | None = None
-        forks = count()
         try:
-            connection = socket.create_connection((self.host, self.port), self.timeout)
-            in_child(connection, socket.socket.close)
-            tune(connection)
-            connection.settimeout(max(0.001, deadline - time.monotonic()))
-            if mark:
-                connection.sendall(mark)
-            if self.context is not None:
-                connection = self.context.wrap_socket(connection, server_hostname=self.host)
+            while connection is None:
+                forks = count()
+                connection = socket.create_connection((self.host, self.port), self.timeout)
                 in_child(connection, socket.socket.close)
-            if count() != forks:  # A child may have it too, and never let go of it.
-                raise StoreUnavailable("this process was forked while it connected")
+                tune(connection)
+                connection.settimeout(max(0.001, deadline - time.monotonic()))
+                if mark:
+                    connection.sendall(mark)
+                if self.context is not None:
+                    connection = self.context.wrap_socket(connection, server_hostname=self.host)
+                    in_child(connection, socket.socket.close)
+                if count() != forks:  # A child has it too, and may never let go of it.
+                    shut(connection)
+                    connection.close()
+                    connection = None
             yield connection
         except BaseException as e:
             if connection is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LoadPlan", "Loaded", "Lookup", "Pin", "Saved", "Session"]
 
+_AGES: Final = 1e12
 _WEEK: Final = 7 * 24 * 3600.0  # seconds; more than all kinds of waiting take is too much
 
 _log = logging.getLogger("kvstore.session")
@@ -288,7 +288,7 @@ class Session:
         """
         self._transfer.check_pages(keys, memory, page_ids)
         join_keys([parent] if parent else [])
-        ttl = None if ttl is None else _seconds(ttl, longest=math.inf)
+        ttl = None if ttl is None else _seconds(ttl, longest=_AGES)
         ids = None
         if tokens is not None and self._config.session.publish_tokens:
             ids = token_array(tokens)
@@ -322,7 +322,7 @@ class Session:
 
     def pin(self, keys: Sequence[bytes], *, ttl: float = 300.0) -> Pin:
         """Keep a prefix from eviction for `ttl` seconds, or until released or closed."""
-        joined, ttl = join_keys(keys[: protocol.MAX_KEYS]), _seconds(ttl, longest=math.inf)
+        joined, ttl = join_keys(keys[: protocol.MAX_KEYS]), _seconds(ttl, longest=_AGES)
         lease = next(self._transfer.leases)
         with self._link.using() as link:
             if link is not None:
@@ -391,9 +391,9 @@ def _copied(planner: Planner, lock: threading.Lock, nbytes: int, seconds: float)
 def _seconds(given: float | None, otherwise: float = 0.0, longest: float = _WEEK) -> float:
     """A time; 0 is none at all. Raises SpecError if it is no number."""
     seconds = otherwise if given is None else given
-    if not isinstance(seconds, Real) or math.isnan(seconds):
+    if not isinstance(seconds, Real) or not (seconds < 0 or seconds >= 0):  # NaN is neither
         raise SpecError(f"{seconds!r} is no time; give seconds")
-    return min(max(float(seconds), 0.0), longest)
+    return float(min(max(seconds, 0.0), longest))
 
 
 def _copy_threads(config: Config) -> int:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from kvstore.config import Config
+from kvstore.config import Config, load_config
 from kvstore.embedded import socket_path
 from kvstore.errors import ConfigError
 from kvstore.session import Session
@@ -252,7 +256,7 @@ def test_a_run_dir_of_somebody_else_is_refused(stores: Stores) -> None:
     config = stores.embedded()
     config.run_dir.mkdir(mode=0o700)
     os.chown(config.run_dir, 12345, 12345)
-    with pytest.raises(ConfigError, match="is no folder of this user; set run_dir to a folder of"):
+    with pytest.raises(ConfigError, match="is no folder of this user; set it to a folder of"):
         opened(config)
 
 
@@ -263,7 +267,7 @@ def test_a_run_dir_that_is_no_folder_is_refused(stores: Stores, kind: str) -> No
         config.run_dir.write_text("")
     else:
         config.run_dir.symlink_to(stores.folder)
-    with pytest.raises(ConfigError, match=r"run_dir .*; set run_dir to a folder of yours"):
+    with pytest.raises(ConfigError, match=r"run_dir .*; set (it|run_dir) to a folder of yours"):
         opened(config)
 
 
@@ -300,6 +304,125 @@ def test_relative_paths_mean_the_same_for_the_daemon(
         assert session.problem is None
         assert (stores.folder / "cache").is_dir()
         assert not Path("/cache").exists()
+
+
+def private(**settings: Any) -> Config:
+    """A configuration that says nothing of the run directory."""
+    session = {"start_timeout": 30, "lookup_timeout": 10, "retry_max": 0.2}
+    small = {"memory": {"size": "4MiB"}, "linger_seconds": 0.5, "session": session}
+    return load_config(overrides=small | settings)
+
+
+@pytest.mark.parametrize("kind", ["missing", "foreign", "open", "relative", "link", "ours"])
+def test_a_default_run_dir_costs_the_store_not_the_start(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """XDG_RUNTIME_DIR after `su`, say. What was configured is an error, see above."""
+    runtime = stores.folder / "runtime"
+    runtime.mkdir(mode=0o777 if kind == "open" else 0o700)
+    if kind == "missing":
+        runtime.rmdir()
+    elif kind == "foreign":
+        if os.getuid():
+            pytest.skip("only root can give a folder to somebody else")
+        os.chown(runtime, 12345, 12345)
+    elif kind == "open":
+        runtime.chmod(0o777)
+    elif kind == "link":
+        (runtime / "kvstore").symlink_to(stores.folder)
+    monkeypatch.chdir(stores.folder)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "runtime" if kind == "relative" else str(runtime))
+    with opened(private()) as session:
+        if kind == "ours":
+            assert session.problem is None
+            return
+        assert "run_dir" in str(session.problem)
+        assert "to a folder of yours" in str(session.problem)
+        assert session.lookup([bytes(32)]).reason == "unavailable"
+    assert not (runtime / "kvstore").is_dir() or kind == "link"
+    run_dir = str(stores.folder / "mine")
+    with opened(private(run_dir=run_dir)) as session:
+        assert session.problem is None
+
+
+@pytest.fixture
+def spawned(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """When daemons were started."""
+    at, start = [], subprocess.Popen
+
+    def popen(*arguments: Any, **options: Any) -> Any:
+        at.append(time.monotonic())
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    return at
+
+
+def test_a_start_that_cannot_succeed_is_not_tried_for_ever(
+    stores: Stores, spawned: list[float]
+) -> None:
+    config = stores.embedded(memory={"huge_dir": "/nowhere"}, session={"retry_max": 0.05})
+    with opened(config) as session, opened(config) as other:
+        assert "; the next attempt is in 300 s" in str(session.problem)
+        assert session.problem == other.problem
+        time.sleep(0.7)
+        assert len(spawned) == 1, "one try for all sessions of the process"
+
+
+def test_a_start_that_may_succeed_later_is_tried_more_and_more_rarely(
+    stores: Stores, spawned: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = stores.embedded(session={"retry_max": 0.05})
+    good = sys.executable
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    monkeypatch.setattr("kvstore.embedded._FIRST_PAUSE", 0.25)
+    with opened(config) as session:
+        assert "did not start" in str(session.problem)
+        assert "; the next attempt is in 0.25 s" in str(session.problem)
+        eventually(lambda: len(spawned) == 3)
+        first, second, third = spawned
+        assert second - first > 0.24
+        assert third - second > 0.48
+        monkeypatch.setattr(sys, "executable", good)
+        back_again(session)
+        assert len(spawned) == 4
+        os.kill(daemon_pid(config), signal.SIGKILL)
+        back_again(session)
+        assert spawned[-1] - spawned[-2] < 5, "what went well counts from the beginning"
+
+
+def test_no_zombie_is_left_of_a_private_daemon(stores: Stores, spawned: list[float]) -> None:
+    """The engine may go on for long without looking at its sessions."""
+    config = stores.embedded()
+    opened(config).close()
+    with opened(stores.embedded(memory={"huge_dir": "/nowhere"})):
+        assert len(spawned) == 2
+    eventually(lambda: not psutil.Process().children())
+
+
+def test_releases_that_do_not_understand_each_other_have_daemons_of_their_own(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = stores.embedded()
+    mine = socket_path(config)
+    monkeypatch.setattr("kvstore.protocol.VERSION", 99)
+    assert socket_path(config) != mine
+
+
+def test_processes_name_their_daemon_alike(stores: Stores) -> None:
+    """Hashes of text differ from process to process, and with them the order of sets."""
+    denied = {"admission": {"denied_tenants": [f"tenant-{i}" for i in range(8)]}}
+    quotas = {"a": {"memory": "1MiB"}, "b": {"disk": "1MiB"}}
+    script = (
+        "from kvstore.embedded import socket_path\n"
+        "print(socket_path(load_config(overrides=json.loads(sys.argv[1]))), flush=True)\n"
+    )
+    names = set()
+    for turned in (quotas, dict(reversed(quotas.items()))):
+        settings = {"run_dir": str(stores.folder), "quotas": turned} | denied
+        with Child(script, json.dumps(settings)) as child:
+            names.add(child.says())
+    assert len(names) == 1
 
 
 def dump(config: Config) -> str:

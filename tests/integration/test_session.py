@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +31,7 @@ from tests.session_tools import (
     Child,
     Pages,
     Stores,
+    back_again,
     eventually,
     load,
     namespace,
@@ -34,6 +40,7 @@ from tests.session_tools import (
     save,
     wide,
 )
+from tests.tcp_tools import tcp_session
 
 # --- What is saved is loaded ----------------------------------------------------------------------
 
@@ -268,6 +275,78 @@ def test_a_pin_keeps_its_blocks(stores: Stores) -> None:
         for number in range(12, 40):
             save(session, session.keys(prompt(number, 4)))
         assert session.lookup(keys).blocks == 0
+
+
+def test_keys_that_are_none_are_refused_where_they_come_in(stores: Stores) -> None:
+    """The daemon would end the connection, for all threads that use it."""
+    wrong = [[bytes(31)], [bytes(16), bytes(48)], [b""], [bytes(32), bytes(33)], ["k" * 32]]
+    with stores.serve().session() as session:
+        pages, good = Pages(PART), session.keys(prompt(1, 2))
+        calls: list[Callable[[Any], object]] = [
+            session.lookup,
+            session.plan,
+            session.prefetch,
+            session.pin,
+            lambda keys: session.load(keys, [pages.memory], [pages.ids(len(keys))]),
+            lambda keys: session.save(keys, [pages.memory], [pages.ids(len(keys))]),
+            lambda keys: session.save(
+                good, [pages.memory], [pages.ids(2)], parent=keys[-1] or bytes(1)
+            ),
+        ]
+        for keys, call in itertools.product(wrong, calls):
+            with pytest.raises((SpecError, TypeError), match=r"32 bytes long|bytes-like"):
+                call(keys)
+        assert session.lookup([bytes(32)]).reason == "absent"
+        assert session.counters["connection.lost"] == 0
+
+
+def test_no_time_is_no_time_and_not_the_default(stores: Stores) -> None:
+    """A daemon that hangs shows how long is waited."""
+    served = stores.serve()
+    with served.session(load_timeout=20, save_timeout=20, lookup_timeout=20) as session:
+        keys = session.keys(prompt(1, 2))
+        save(session, keys)
+        assert load(session, keys, timeout=0).blocks == 2, "what is in memory needs no time"
+        served.signal(signal.SIGSTOP)
+        pages = Pages(PART)
+        there = [pages.memory], [pages.ids(2)]
+        started = time.monotonic()
+        for no_time in (0, -1, 0.0):
+            assert session.lookup(keys, timeout=no_time).reason == "unavailable"
+            assert session.plan(keys, timeout=no_time).blocks == 0
+            assert session.save(keys, *there, timeout=no_time).reason == "unavailable"
+            assert session.load(keys, *there, timeout=no_time).reason == "unavailable"
+        assert time.monotonic() - started < 4
+        served.signal(signal.SIGCONT)
+        back_again(session)
+        assert load(session, keys).blocks == 2
+
+
+@pytest.mark.parametrize("way", ["unix", "tcp"])
+def test_any_time_may_be_given_but_none_that_is_no_number(stores: Stores, way: str) -> None:
+    served = stores.serve(server={"tcp": "127.0.0.1:0"})
+    with tcp_session(served) if way == "tcp" else served.session() as session:
+        keys = session.keys(prompt(1, 2))
+        save(session, keys)
+        pages = Pages(PART)
+        there = [pages.memory], [pages.ids(2)]
+        for long in (1e300, float("inf"), 10**400, np.float32(1e30)):
+            assert session.lookup(keys, timeout=long).blocks == 2
+            assert session.load(keys, *there, timeout=long).blocks == 2
+            assert session.save(keys, *there, timeout=long).had == 2
+            assert session.flush(timeout=long) == 0
+        calls: list[Callable[[Any], object]] = [
+            lambda wrong: session.lookup(keys, timeout=wrong),
+            lambda wrong: session.load(keys, *there, timeout=wrong),
+            lambda wrong: session.save(keys, *there, timeout=wrong),
+            lambda wrong: session.save(keys, *there, ttl=wrong),
+            lambda wrong: session.pin(keys, ttl=wrong),
+            session.flush,
+        ]
+        for wrong, call in itertools.product((float("nan"), "5", b"", [], 1j), calls):
+            with pytest.raises(SpecError, match="is no time; give seconds"):
+                call(wrong)
+        assert session.problem is None
 
 
 # --- Planning -------------------------------------------------------------------------------------
