@@ -22,6 +22,9 @@ HEADER: Final = struct.Struct("<IQ")
 MAX_FRAME: Final = 8 << 20
 MAX_KEYS: Final = 1 << 16
 MAX_PARTS: Final = 256
+MAX_OBJECTS: Final = 1 << 18
+"""In one request: keys × parts."""
+
 MAX_OPEN: Final = 1024
 MAX_WAIT: Final = 600.0
 """Seconds that a request may ask the daemon to wait."""
@@ -397,15 +400,16 @@ def _decode(decoder: msgspec.msgpack.Decoder[_T], body: bytes | memoryview, what
         raise ProtocolError(f"not {what} of protocol {VERSION}: {e}") from e
 
 
-def keys_of(joined: bytes) -> list[bytes]:
-    """The keys in a request.
+def keys_of(joined: bytes, parts: int = 1) -> list[bytes]:
+    """The keys in a request about so many parts of each block.
 
     Raises:
         ProtocolError: no whole number of keys, or too many.
     """
     count, rest = divmod(len(joined), KEY_BYTES)
-    if rest or count > MAX_KEYS:
+    most = min(MAX_KEYS, MAX_OBJECTS // parts)
+    if rest or count > most:
         raise ProtocolError(
-            f"keys take {len(joined)} bytes; send up to {MAX_KEYS} keys of {KEY_BYTES} bytes"
+            f"keys take {len(joined)} bytes; send up to {most} keys of {KEY_BYTES} bytes"
         )
     return split_keys(joined)

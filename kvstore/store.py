@@ -7,6 +7,7 @@ through `post`, which must run a function on the loop.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -67,7 +68,9 @@ _DROPPED: Final = {
 MAX_LEASES: Final = 4096
 """Of one owner: what it costs to remember them stays small against an arena."""
 
-_MAX_OWED: Final = 128 << 20
+MAX_OWED: Final = 128 << 20
+"""Bytes that what a payer asked for may take to remember."""
+
 _LEASE_WEIGHT: Final = 1000
 _KEY_WEIGHT: Final = 160
 """Bytes that it takes to remember a lease, and each of its blocks."""
@@ -121,6 +124,8 @@ class Store:
         self._clock = clock.monotonic
         self._lease_seconds = lease_seconds
         self._leases: dict[Hashable, dict[int, Lease]] = {}
+        self._payers: dict[Hashable, Payer] = {}
+        self._prefetches = itertools.count(1)
         self._acquiring = 0
         self.draining = False
         self.max_pinned_bytes = int(max_pinned * arena.size)
@@ -141,13 +146,12 @@ class Store:
         parts: Sequence[Part],
         *,
         saving: Saving | None = None,
-        payer: Payer | None = None,
     ) -> tuple[list[int], str]:
         """Slots for blocks about to be saved, `len(keys) × len(parts)` answers, block by block.
 
         An answer is the slot's offset in the arena, or HAVE (stored already), BUSY (somebody else
         is saving it) or NO_ROOM: the save is to be dropped. The second value says why then:
-        `no_room` (nothing more can be evicted), `held` (`payer` may hold no more), `quota`,
+        `no_room` (nothing more can be evicted), `held` (the payer may hold no more), `quota`,
         `admission` or `draining`. `saving` says more about the blocks.
 
         Raises:
@@ -155,7 +159,7 @@ class Store:
         """
         saving = saving or Saving()
         weight = len(keys) * _KEY_WEIGHT + 4 * len(saving.tokens)
-        lease = self._new_lease(owner, lease_id, LeaseKind.WRITE, weight, payer)
+        lease = self._new_lease(owner, lease_id, LeaseKind.WRITE, weight)
         lease.saving = saving
         lease.saving.keys = keys
         refusal = ""
@@ -339,21 +343,20 @@ class Store:
         enough: int | None = None,
         namespace: Namespace | None = None,
         reads: bool = True,
-        payer: Payer | None = None,
     ) -> Acquisition:
         """Bring blocks into memory and hold them there under a read lease.
 
         `done` is called once, on the loop, maybe before this returns: when all blocks have come, or
         the first `enough` of them, or one cannot be had. It is given the prefix that is there by
         then; the rest goes on coming up, for the next acquire. `settle` ends the waiting early.
-        `namespace` as for `lookup`. A prefix ends (`held`) where `payer` may hold no more;
+        `namespace` as for `lookup`. A prefix ends (`held`) where the payer may hold no more;
         without `reads`, nobody wants the blocks yet, and nothing is counted.
 
         Raises:
             ValueError: the owner holds a lease of that id, or too much is held.
         """
         weight = len(keys) * _KEY_WEIGHT
-        lease = self._new_lease(owner, lease_id, LeaseKind.READ, weight, payer)
+        lease = self._new_lease(owner, lease_id, LeaseKind.READ, weight)
         running = Acquisition(lease, done, self._clock(), enough or len(keys), reads)
         self._acquiring += 1
         running.promoting = 1  # Held until all promotions are started.
@@ -420,20 +423,21 @@ class Store:
         keys: Sequence[bytes],
         parts: Sequence[Part],
         namespace: Namespace | None = None,
-        payer: Payer | None = None,
+        owner: Hashable = None,
     ) -> int:
         """Start to bring blocks into memory; returns how many were found in any tier.
 
-        `namespace` and `payer` as for `acquire`.
+        `namespace` as for `lookup`. Until they have come, `owner` has a lease on them.
+
+        Raises:
+            ValueError: too much is held.
         """
-        owner = object()
+        lease = -next(self._prefetches)
 
         def arrived(_: Acquired) -> None:
-            self.release_owner(owner)
+            self.release(owner, lease)
 
-        running = self.acquire(
-            owner, 0, keys, parts, arrived, namespace=namespace, reads=False, payer=payer
-        )
+        running = self.acquire(owner, lease, keys, parts, arrived, namespace=namespace, reads=False)
         return len(running.tiers)
 
     def _promotion_ended(self, running: Acquisition, entry: Entry) -> Callable[[str | None], None]:
@@ -475,6 +479,7 @@ class Store:
 
     def release_owner(self, owner: Hashable) -> None:
         """End all leases of an owner that is gone."""
+        self._payers.pop(owner, None)
         for lease in self._leases.pop(owner, {}).values():
             self._end(lease)
 
@@ -486,11 +491,10 @@ class Store:
         parts: Sequence[Part],
         ttl: float,
         namespace: Namespace | None = None,
-        payer: Payer | None = None,
     ) -> int:
         """Keep a stored prefix from being evicted, in the tiers it lies in, for `ttl` seconds.
 
-        Returns the number of blocks pinned, fewer where `max_pinned_bytes` or `payer`'s limit is
+        Returns the number of blocks pinned, fewer where `max_pinned_bytes` or the payer's limit is
         reached. `namespace` as for `lookup`.
 
         Raises:
@@ -503,7 +507,7 @@ class Store:
             if len(block) < len(parts):
                 break
             blocks.append(block)
-        return len(self.pin_blocks(owner, lease_id, blocks, ttl, payer).blocks)
+        return len(self.pin_blocks(owner, lease_id, blocks, ttl).blocks)
 
     def _block(
         self, key: bytes, parts: Sequence[Part], within: NamespaceUsage | None
@@ -526,7 +530,7 @@ class Store:
             ValueError: the owner holds a lease of that id, or too much is held.
         """
         weight = len(blocks) * _KEY_WEIGHT
-        lease = self._new_lease(owner, lease_id, LeaseKind.PIN, weight, payer, ttl)
+        lease = self._new_lease(owner, lease_id, LeaseKind.PIN, weight, ttl, payer)
         room = self.max_pinned_bytes - self.usage.pinned_bytes
         if lease.payer.most_pinned is not None and blocks:
             tenant = blocks[0][0].account.tenant
@@ -567,21 +571,25 @@ class Store:
         """All leases."""
         return [lease for held in self._leases.values() for lease in held.values()]
 
+    def charge(self, owner: Hashable, payer: Payer) -> None:
+        """From now on, until `release_owner`, `payer` pays for new leases of an owner."""
+        self._payers[owner] = payer
+
     def _new_lease(
         self,
         owner: Hashable,
         lease_id: int,
         kind: LeaseKind,
         weight: int,
-        payer: Payer | None,
         ttl: float | None = None,
+        payer: Payer | None = None,
     ) -> Lease:
-        payer = payer or Payer()
+        payer = payer or self._payers.get(owner) or Payer()
         weight += _LEASE_WEIGHT
         held = self._leases.get(owner, {})
         if lease_id in held:
             raise ValueError(f"lease {lease_id} is held already; use a new number")
-        if len(held) >= MAX_LEASES or payer.owed + weight > _MAX_OWED:
+        if len(held) >= MAX_LEASES or payer.owed + weight > MAX_OWED:
             raise ValueError(
                 f"{len(held)} leases are held, those of this token take {payer.owed} bytes to "
                 "remember; release some first"

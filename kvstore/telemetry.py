@@ -144,15 +144,15 @@ class LineFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """The line, with what is not printable escaped."""
-        return printable(super().formatMessage(record))
+        return shown(super().formatMessage(record))
 
     def formatException(self, ei: Any) -> str:
         """The traceback, no line of which looks like one of the log."""
         lines = super().formatException(ei).splitlines()
-        return "\n".join(f"  {printable(line)}" for line in lines)
+        return "\n".join(f"  {shown(line)}" for line in lines)
 
 
-def printable(text: str) -> str:
+def shown(text: str) -> str:
     """The text with control characters, line breaks and the like written out as escapes."""
     if text.isprintable():
         return text

@@ -128,6 +128,10 @@ class Access:
         """Whether the file of tokens is another one than `reload` saw last. Asks the disk."""
         return self._config.tokens is not None and _version(self._config.tokens) != self._seen
 
+    def forget(self) -> None:
+        """Have `changed` say so, whether it is or not."""
+        self._seen = (-1,)
+
     @property
     def has_tokens(self) -> bool:
         """Whether callers must present a token."""

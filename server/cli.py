@@ -21,8 +21,8 @@ from kvstore.config import load_config
 from kvstore.errors import KVStoreError
 from kvstore.server import blocks_cli, node_cli
 from kvstore.server.bench_cli import bench_app
-from kvstore.server.output_cli import shown
 from kvstore.server.token_cli import token_app
+from kvstore.telemetry import shown
 
 _log = logging.getLogger("kvstore.cli")
 

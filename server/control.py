@@ -20,7 +20,7 @@ from kvstore.config import split_host_port
 from kvstore.errors import ConfigError, NotNow
 from kvstore.files import make_way
 from kvstore.server.access import LOCAL, Grant, Role
-from kvstore.server.control_calls import SPARE_CALLS, Callers, Calls, Gate, Turns, Verb
+from kvstore.server.control_calls import SPARE_CALLS, Callers, Calls, Gate, Verb
 from kvstore.server.control_events import EventVerbs
 from kvstore.server.control_prompts import PromptVerbs
 from kvstore.server.control_rules import RuleVerbs
@@ -192,7 +192,7 @@ class ControlFace:
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ]
         server = grpc.aio.server(
-            interceptors=[Gate(callers, Turns(limit), self._node)],
+            interceptors=[Gate(callers, limit, self._node)],
             options=options,
             maximum_concurrent_rpcs=limit + SPARE_CALLS,
         )

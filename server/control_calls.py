@@ -30,8 +30,7 @@ SPARE_CALLS: Final = 16
 """Probes at a time, beside the calls of those who are known."""
 
 _REQUEST_SECONDS: Final = 10.0
-_SEND_SECONDS: Final = 60.0
-"""Until a request must have come, and an answer been taken."""
+"""Until a request must have come."""
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -81,53 +80,20 @@ class Callers:
             raise Refused(grpc.StatusCode.UNAUTHENTICATED, e.reason.upper(), str(e)) from e
 
 
-class Turns:
-    """Calls that run on one listener at a time.
-
-    Of `limit`, half may be streams; a token has half of either, so that others get theirs.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._running: Counter[str] = Counter()
-
-    @contextmanager
-    def taken(self, caller: Grant, *, stream: bool) -> Iterator[None]:
-        """Run a call.
-
-        Raises:
-            Refused: too many run already.
-        """
-        share = {"probes": SPARE_CALLS}
-        if caller is not _PROBE:
-            share = {"calls": self._limit} | ({"streams": self._limit // 2} if stream else {})
-        if caller.digest:
-            share |= {f"{what} of {caller.name!r}": most // 2 for what, most in share.items()}
-        for what, most in share.items():
-            if self._running[what] >= max(1, most):
-                reason = "TOO_MANY_WATCHERS" if "streams" in what else "TOO_MANY_CALLS"
-                message = f"{max(1, most)} {what} run (see server.max_requests); try again"
-                raise exhausted(reason, message)
-        self._running.update(share.keys())
-        try:
-            yield
-        finally:
-            self._running.subtract(share.keys())
-
-
 class Gate(grpc.aio.ServerInterceptor):
-    """Stands before all methods: who may call, how many at a time, and how slow they may be.
+    """Stands before all methods: who may call, how many at a time, and by when a request must come.
 
     Args:
         callers: tells who calls.
-        turns: those of the listener.
+        limit: calls at a time. Half of them may be streams, and a token has half of either.
         node: is told what runs, and what is refused.
     """
 
-    def __init__(self, callers: Callers, turns: Turns, node: Node) -> None:
+    def __init__(self, callers: Callers, limit: int, node: Node) -> None:
         self._callers = callers
-        self._turns = turns
+        self._limit = limit
         self._node = node
+        self._running: Counter[str] = Counter()
 
     async def intercept_service(
         self,
@@ -136,54 +102,55 @@ class Gate(grpc.aio.ServerInterceptor):
     ) -> Handler | None:
         """The handler of a call. Of callers without a token, nothing is read."""
         caller = _PROBE
-        if handler_call_details.method != _PUBLIC:
-            try:
+        try:
+            if handler_call_details.method != _PUBLIC:
                 caller = self._callers.grant(handler_call_details.invocation_metadata)
-            except Refused as e:
-                return self._guarded(_refusal(e), caller)
-        handler = await continuation(handler_call_details)
+            handler = await continuation(handler_call_details)
+        except Refused as e:
+            handler = _refusal(e)
         return None if handler is None else self._guarded(handler, caller)
 
     def _guarded(self, handler: Handler, caller: Grant) -> Handler:
         # A stream in both directions: what comes is read when the call has its turn.
         async def serve(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+            clock = asyncio.timeout(_REQUEST_SECONDS)
+            self._node.calls[clock] = caller
             try:
-                with self._turns.taken(caller, stream=handler.response_streaming):
-                    async for reply in self._replies(handler, caller, requests, context):
-                        yield reply
+                with self._turn(caller, stream=handler.response_streaming):
+                    async with clock:
+                        async for reply in _replies(handler, requests, context, clock):
+                            yield reply
             except TimeoutError:
                 await self._refuse(context, self._late(caller))
             except Refused as e:
                 await self._refuse(context, e)
+            finally:
+                del self._node.calls[clock]
 
         return grpc.stream_stream_rpc_method_handler(
             serve, handler.request_deserializer, handler.response_serializer
         )
 
-    async def _replies(
-        self, handler: Handler, caller: Grant, requests: AsyncIterator[Any], context: Context
-    ) -> AsyncIterator[Any]:
-        method: Any = handler.stream_stream or handler.unary_stream or handler.unary_unary
-        async with asyncio.timeout(_REQUEST_SECONDS) as clock:
-            self._node.calls[clock] = caller
-            try:
-                request: Any = requests
-                if not handler.request_streaming:
-                    request = await anext(requests, None)
-                    _set(clock, None)
-                    if request is None:
-                        raise _unreadable("there is no request")
-                answer = method(request, context)
-                if isinstance(answer, AsyncIterator):
-                    async for reply in answer:
-                        _set(clock, _SEND_SECONDS)
-                        yield reply
-                        _set(clock, None)
-                elif (reply := await answer) is not None:
-                    _set(clock, _SEND_SECONDS)
-                    yield reply
-            finally:
-                del self._node.calls[clock]
+    @contextmanager
+    def _turn(self, caller: Grant, *, stream: bool) -> Iterator[None]:
+        """
+        Raises:
+            Refused: too many calls run already.
+        """
+        most = {"calls": self._limit} | ({"streams": self._limit // 2} if stream else {})
+        if caller.digest:
+            most |= {f"{what} of {caller.name!r}": count // 2 for what, count in most.items()}
+        most = {"probes": SPARE_CALLS} if caller is _PROBE else most
+        for what, count in most.items():
+            if self._running[what] >= max(1, count):
+                reason = "TOO_MANY_WATCHERS" if "streams" in what else "TOO_MANY_CALLS"
+                text = f"{max(1, count)} {what} run (see server.max_requests); try again"
+                raise exhausted(reason, text)
+        self._running.update(most.keys())
+        try:
+            yield
+        finally:
+            self._running.subtract(most.keys())
 
     def _late(self, caller: Grant) -> Refused:
         if not self._node.access.knows(caller):
@@ -197,11 +164,24 @@ class Gate(grpc.aio.ServerInterceptor):
         await abort(context, refused)
 
 
-def _set(clock: asyncio.Timeout, seconds: float | None) -> None:
-    """Let a call last so much longer, unless it is over."""
-    if not clock.expired():
-        now = asyncio.get_running_loop().time()
-        clock.reschedule(None if seconds is None else now + seconds)
+async def _replies(
+    handler: Handler, requests: AsyncIterator[Any], context: Context, clock: asyncio.Timeout
+) -> AsyncIterator[Any]:
+    """What a handler of any kind answers. Once its request is here, the clock is stopped."""
+    method: Any = handler.stream_stream or handler.unary_stream or handler.unary_unary
+    request: Any = requests
+    if not handler.request_streaming:
+        request = await anext(requests, None)
+        if request is None:
+            raise _unreadable("there is no request")
+        if not clock.expired():
+            clock.reschedule(None)
+    answer = method(request, context)
+    if isinstance(answer, AsyncIterator):
+        async for reply in answer:
+            yield reply
+    elif (reply := await answer) is not None:
+        yield reply
 
 
 class Calls(grpc.GenericRpcHandler):
@@ -224,11 +204,8 @@ class Calls(grpc.GenericRpcHandler):
         verb = self._verbs.get(method)
         if service != SERVICE or verb is None:
             return None
-        try:
-            caller = self._callers.grant(handler_call_details.invocation_metadata)
-            check_role(caller, verb.role, method)
-        except Refused as e:
-            return _refusal(e)
+        caller = self._callers.grant(handler_call_details.invocation_metadata)
+        check_role(caller, verb.role, method)
         if verb.stream is not None:
             return self._streaming(method, verb.stream, caller)
         assert verb.answer is not None

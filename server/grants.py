@@ -20,6 +20,9 @@ from kvstore.index import Entry
 from kvstore.store import Store
 from kvstore.wire import Wire
 
+MAX_OWNED: Final = 256
+"""Data connections of one token: half of those there may be."""
+
 _GRACE: Final = 1.0
 """Seconds that a thread may take to notice that its request was the last one."""
 
@@ -48,12 +51,18 @@ class Grants:
 
     Grants are made and ended on the loop; `post` runs a function there. For as long as a grant
     lives and somebody uses it, its objects are held in `store`, so no slot is given to others.
+    `owned` has the data connections of all sessions of the same token.
     """
 
     def __init__(
-        self, ticket: bytes, store: Store, post: Callable[[Callable[[], None]], None]
+        self,
+        ticket: bytes,
+        store: Store,
+        post: Callable[[Callable[[], None]], None],
+        owned: set[Wire],
     ) -> None:
         self._ticket = ticket
+        self._owned = owned
         self._store = store
         self._post = post
         self._lock = threading.Lock()
@@ -61,8 +70,6 @@ class Grants:
         self._leaving: list[Granted] = []
         self._wires: set[Wire] = set()
         self._closed = False
-        self.full: Callable[[], bool] = lambda: False
-        """Whether its owner has too many data connections; asked in any thread."""
 
     # -- on the loop ------------------------------------------------------------------------------
 
@@ -116,11 +123,6 @@ class Grants:
                 entry.checksum = checksum  # made for sending; good for the next reader too
         self._store.let_go(granted.entries)
 
-    @property
-    def streams(self) -> int:
-        """Data connections there are."""
-        return len(self._wires)
-
     # -- in the threads ---------------------------------------------------------------------------
 
     def attach(self, ticket: bytes, wire: Wire) -> str | None:
@@ -130,15 +132,17 @@ class Grants:
                 return "no session has this ticket"
             if len(self._wires) >= protocol.MAX_STREAMS:
                 return f"the session has {protocol.MAX_STREAMS} data connections already"
-            if self.full():
-                return "the sessions of its token have too many data connections already"
+            if len(self._owned) >= MAX_OWNED:
+                return f"the sessions of its token have {MAX_OWNED} data connections already"
             self._wires.add(wire)
+            self._owned.add(wire)
         return None
 
     def detach(self, wire: Wire) -> None:
         """A data connection ends; after this nobody else touches it."""
         with self._lock:
             self._wires.discard(wire)
+            self._owned.discard(wire)
 
     @contextmanager
     def use(self, wire: Wire, lease: int, slots: Sequence[int], *, fill: bool) -> Iterator[Granted]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import time
@@ -74,7 +73,6 @@ class Node:
     started: float = field(default_factory=time.time)  # Unix seconds
     quiet: QuietLog = field(default_factory=lambda: QuietLog(_log))
     _opening: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _reload: asyncio.Event = field(default_factory=asyncio.Event)
     _owners: dict[bytes | str, Owner] = field(default_factory=dict)
 
     def owner(self, grant: Grant) -> Owner:
@@ -156,29 +154,27 @@ class Node:
 
     def reload(self) -> None:
         """Read the file of tokens again, changed or not; see `follow_tokens`."""
-        self._reload.set()
+        self.access.forget()
 
     async def follow_tokens(self) -> None:
-        """Read the file of tokens again whenever it changes, and on `reload`.
+        """Read the file of tokens again within a second or two of a change.
 
         Sessions and calls end whose token is not what it was. If the file is no good, all stays as
         it is, and the log says so.
         """
         while True:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._reload.wait(), _FOLLOW_SECONDS)
+            await asyncio.sleep(_FOLLOW_SECONDS)
             # In a thread: it asks a disk, and much may have to be parsed.
-            if not self._reload.is_set() and not await asyncio.to_thread(self.access.changed):
+            if not await asyncio.to_thread(self.access.changed):
                 continue
-            self._reload.clear()
             try:
                 await asyncio.to_thread(self.access.reload)
             except ConfigError as e:
                 self.store.counters.add("tokens.read", "failed")
                 _log.error("the tokens stay as they were: %s", e)
-                continue
-            self.store.counters.add("tokens.read", "done")
-            self._revoke()
+            else:
+                self.store.counters.add("tokens.read", "done")
+                self._revoke()
 
     def _revoke(self) -> None:
         knows = self.access.knows

@@ -23,7 +23,8 @@ import typer
 from kvstore.config import load_config, parse_size
 from kvstore.credentials import read_token
 from kvstore.errors import ConfigError, SpecError
-from kvstore.server.output_cli import say, shown
+from kvstore.server.output_cli import say
+from kvstore.telemetry import shown
 
 if TYPE_CHECKING:
     from kvstore.api.requests import Blocks, Where

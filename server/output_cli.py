@@ -21,6 +21,7 @@ from rich.text import Text
 
 from kvstore.config import format_size
 from kvstore.errors import StoreUnavailable
+from kvstore.telemetry import shown
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -98,11 +99,6 @@ def lasting(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{math.floor(seconds / size)} {unit}"
     return f"{seconds:.3g} s"
-
-
-def shown(text: str) -> str:
-    """Text without what steers a terminal: control and format characters as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def say(text: str, *, err: bool = False) -> None:

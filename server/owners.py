@@ -11,21 +11,23 @@ from typing import TYPE_CHECKING
 
 from kvstore.index import Payer
 from kvstore.server.pacing import SLICE_SECONDS
+from kvstore.wire import Wire
 
 if TYPE_CHECKING:
     from kvstore.server.sessions import SessionConnection
 
 
 class Owner(Payer):
-    """Pays for the leases of its sessions, and lets one of them at a time have its requests served.
+    """Pays for its sessions, and lets one of them at a time have its requests served.
 
-    So nobody waits for more than a slice of anybody else's, or for one request. `buffered` counts
-    bytes of requests that have not come wholly, or wait for their turn. Belongs to the loop.
+    So nobody waits for more than a slice of another's time, or one request. Belongs to the loop.
     """
 
     def __init__(self, most: int | None = None, most_pinned: int | None = None) -> None:
         super().__init__(most, most_pinned)
-        self.buffered = 0
+        self.wires = set[Wire]()
+        """Their data connections; for any thread."""
+
         self._waiting: dict[SessionConnection, None] = {}
         self._turn: asyncio.Handle | None = None
 
@@ -39,10 +41,6 @@ class Owner(Payer):
     def waits(self, session: SessionConnection) -> bool:
         """Whether a session waits for its turn."""
         return session in self._waiting
-
-    def leave(self, session: SessionConnection) -> None:
-        """A session has ended."""
-        self._waiting.pop(session, None)
 
     def _run(self, session: SessionConnection) -> None:
         until = time.perf_counter() + SLICE_SECONDS

@@ -22,19 +22,13 @@ from kvstore.server.node import Node
 from kvstore.server.recent import by_tier
 from kvstore.server.tasks import run
 from kvstore.spec import Namespace, Part
-from kvstore.store import Acquired, Acquisition
+from kvstore.store import MAX_OWED, Acquired, Acquisition
 
 _MAX_PIN_SECONDS: Final = 30 * 24 * 3600.0
 _MAX_TTL_SECONDS: Final = 10 * 365 * 24 * 3600.0
 _MAX_FLUSHES: Final = 16
 _MAX_RECHECKED: Final = 16
 """Blocks per release whose alleged damage is looked into."""
-
-_MAX_OBJECTS: Final = 1 << 18
-"""In one request: blocks × parts."""
-
-_MAX_BUFFERED: Final = 64 << 20
-"""Bytes of unanswered requests of one owner."""
 
 _FLUSH_POLL: Final = 0.02
 
@@ -71,6 +65,7 @@ class SessionConnection(asyncio.Protocol):
         self.requests = 0
         self.opened: list[tuple[Namespace, tuple[Part, ...]]] = []
         self.owner = node.owner(grant)
+        node.store.charge(self, self.owner)
         self.waiting: float | None = None
         """Since when the client owes us the rest of a request, or to read; monotonic seconds."""
 
@@ -101,9 +96,7 @@ class SessionConnection(asyncio.Protocol):
             task.cancel()
         for timer in self._timers:
             timer.cancel()
-        self.owner.leave(self)
-        self.owner.buffered -= len(self._buffer)
-        self.owner.owed -= self._owed
+        self.owner.owed -= self._owed + len(self._buffer)
         self._buffer.clear()
         self._store.release_owner(self)
         self._closed(self)
@@ -121,10 +114,9 @@ class SessionConnection(asyncio.Protocol):
         if self._refused:
             return
         self._buffer += data
-        self.owner.buffered += len(data)
-        if self.owner.buffered > _MAX_BUFFERED:
-            text = f"{self.owner.buffered} bytes of requests wait; send less at a time"
-            self.refuse("buffered", text)
+        self.owner.owed += len(data)
+        if self.owner.owed > 2 * MAX_OWED:
+            self.refuse("owed", "too many requests wait to be answered or released; send fewer")
         elif not self.owner.waits(self):
             self.owner.serve(self)
         self._regulate()
@@ -156,7 +148,7 @@ class SessionConnection(asyncio.Protocol):
             return None
         body = bytes(self._buffer[header : header + length])
         del self._buffer[: header + length]
-        self.owner.buffered -= header + length
+        self.owner.owed -= header + length
         return request_id, body
 
     def _regulate(self) -> None:
@@ -174,7 +166,7 @@ class SessionConnection(asyncio.Protocol):
         self._reply(0, Failure(why, fatal=True))
         self._refused = True
         self.waiting = self.waiting or time.monotonic()  # It shall close, or read that it shall.
-        self.owner.buffered -= len(self._buffer)
+        self.owner.owed -= len(self._buffer)
         self._buffer.clear()
         # Other threads of the client may be copying under its leases. It closes when they are
         # done, and only that frees the slots.
@@ -216,7 +208,7 @@ class SessionConnection(asyncio.Protocol):
             case protocol.Lookup():
                 started = time.monotonic()
                 namespace, parts = self._handle_of(request.handle)
-                keys = _keys(request.keys, parts)
+                keys = protocol.keys_of(request.keys, len(parts))
                 tiers, reason = store.lookup(keys, parts, namespace, again=request.again)
                 codes = bytes(tiers)
                 if not request.again:
@@ -230,10 +222,10 @@ class SessionConnection(asyncio.Protocol):
                 self.grant.check(Role.WRITE, "saving")
                 started = time.monotonic()
                 namespace, parts = self._handle_of(request.handle)
-                keys = _keys(request.keys, parts)
+                keys = protocol.keys_of(request.keys, len(parts))
                 saving = _saving(request, namespace, len(keys))
                 slots, reason = store.reserve(
-                    self, request.lease, namespace, keys, parts, saving=saving, payer=self.owner
+                    self, request.lease, namespace, keys, parts, saving=saving
                 )
                 self._saves[request.lease] = namespace, len(keys), started
                 return protocol.Reserved(_i64(self._name_slots(request.lease, slots)), reason)
@@ -245,8 +237,8 @@ class SessionConnection(asyncio.Protocol):
                 return self._release(request)
             case protocol.Prefetch():
                 namespace, parts = self._handle_of(request.handle)
-                keys = _keys(request.keys, parts)
-                return protocol.Count(store.prefetch(keys, parts, namespace, self.owner))
+                keys = protocol.keys_of(request.keys, len(parts))
+                return protocol.Count(store.prefetch(keys, parts, namespace, self))
             case protocol.Pin():
                 self.grant.check(Role.WRITE, "pin")
                 namespace, parts = self._handle_of(request.handle)
@@ -254,11 +246,10 @@ class SessionConnection(asyncio.Protocol):
                     raise ValueError(
                         f"a pin of {request.ttl} seconds; give 0 to {_MAX_PIN_SECONDS:.0f}"
                     )
-                keys = _keys(request.keys, parts)
-                blocks = store.pin(
-                    self, request.lease, keys, parts, request.ttl, namespace, self.owner
+                keys = protocol.keys_of(request.keys, len(parts))
+                return protocol.Count(
+                    store.pin(self, request.lease, keys, parts, request.ttl, namespace)
                 )
-                return protocol.Count(blocks)
             case protocol.Open():
                 return self._open(request, nbytes)
             case protocol.Flush():
@@ -365,7 +356,7 @@ class SessionConnection(asyncio.Protocol):
     def _acquire(self, request_id: int, request: protocol.Acquire) -> Message | None:
         started = time.monotonic()
         namespace, parts = self._handle_of(request.handle)
-        keys = _keys(request.keys, parts)
+        keys = protocol.keys_of(request.keys, len(parts))
         if not 0 <= request.wait <= protocol.MAX_WAIT:
             raise ValueError(f"a wait of {request.wait} seconds; give 0 to {protocol.MAX_WAIT:.0f}")
         answer: list[Message] = []
@@ -394,7 +385,6 @@ class SessionConnection(asyncio.Protocol):
             done,
             enough=max(1, request.enough),
             namespace=namespace,
-            payer=self.owner,
         )
         if answer:
             return answer[0]
@@ -460,21 +450,6 @@ class SessionConnection(asyncio.Protocol):
         task = run("an answer", work, self._store.counters)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _keys(joined: bytes, parts: tuple[Part, ...]) -> list[bytes]:
-    """The keys in a request.
-
-    Raises:
-        ProtocolError: no whole number of keys, or too many.
-        ValueError: too many objects.
-    """
-    keys = protocol.keys_of(joined)
-    if len(keys) * len(parts) > _MAX_OBJECTS:
-        raise ValueError(
-            f"{len(keys)} blocks of {len(parts)} parts; ask for {_MAX_OBJECTS} objects at a time"
-        )
-    return keys
 
 
 def _saving(request: protocol.Reserve, namespace: Namespace, blocks: int) -> Saving:

@@ -30,7 +30,7 @@ class StreamSession(SessionConnection):
     ) -> None:
         super().__init__(node, peer, grant, closed)
         self._loop = asyncio.get_running_loop()
-        self.grants = Grants(ticket, node.store, self._post)
+        self.grants = Grants(ticket, node.store, self._post, self.owner.wires)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.grants.close()

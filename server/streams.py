@@ -20,17 +20,16 @@ from typing import Final
 from kvstore import __version__, protocol
 from kvstore.protocol import STREAM_MARK, Hello, Welcome
 from kvstore.server.bulk import BulkServer, Sample
-from kvstore.server.grants import Grants
+from kvstore.server.grants import MAX_OWNED, Grants
 from kvstore.server.greeting import HELLO_SECONDS, Greeting, Newcomers, admit
 from kvstore.server.listeners import accepted, bind, show
 from kvstore.server.node import Node
-from kvstore.server.owners import Owner
 from kvstore.server.sessions import Peer, SessionConnection
 from kvstore.server.stream_session import StreamSession
 from kvstore.server.tasks import run
 from kvstore.wire import PlainWire, TlsWire, Wire, tune
 
-_MAX_THREADS: Final = 512
+_MAX_THREADS: Final = 2 * MAX_OWNED
 _TICK: Final = 0.25
 _STOP_SECONDS: Final = 2.0
 _PEEK_PAUSE: Final = 0.01
@@ -147,7 +146,6 @@ class StreamFace:
         peer = Peer(number, address, hello.pid, hello.software)
         session = StreamSession(node, peer, grant, self._left, ticket)
         self.node.sessions[number] = self._sessions[number] = session
-        session.grants.full = partial(self._full, session.owner)
         arena = node.store.tiering.arena
         welcome = Welcome(
             protocol.VERSION,
@@ -233,11 +231,6 @@ class StreamFace:
         """Called by threads; a dictionary is safe to look into."""
         found = self._sessions.get(session)
         return None if found is None else found.grants
-
-    def _full(self, owner: Owner) -> bool:
-        """Whether one owner has as many data connections as it may; called by threads."""
-        own = [s.grants.streams for s in list(self._sessions.values()) if s.owner is owner]
-        return sum(own) >= _MAX_THREADS // 2
 
 
 def _shutdown(connection: socket.socket) -> None:

@@ -264,7 +264,7 @@ SESSION: Final[dict[type, Asked | None]] = {
     protocol.Release: Asked("read", protocol.Release(7, (0, 1, 2)), protocol.Count(0)),
     protocol.Prefetch: Asked("read", protocol.Prefetch(0, THEIR_JOINED), protocol.Count(0)),
     protocol.Pin: Asked("write", protocol.Pin(0, 52, THEIR_JOINED, 9.0), protocol.Count(0)),
-    protocol.Flush: Asked("read", protocol.Flush(0.0), protocol.Flushed(0)),
+    protocol.Flush: Asked("read", protocol.Flush(9.0), protocol.Flushed(0)),
     protocol.Clear: Asked("write", protocol.Clear(0), protocol.Count(0)),
     protocol.Stats: Asked("read", protocol.Stats(), ""),
     protocol.Control: Asked("admin", protocol.Control(), ""),
@@ -437,7 +437,7 @@ def everything_told(world: World) -> dict[str, Any]:
             protocol.Lookup(0, THEIR_JOINED + b"".join(MY_KEYS)),
             protocol.Lookup(0, b"".join(MY_KEYS)),
             protocol.Prefetch(0, THEIR_JOINED),
-            protocol.Flush(0.0),
+            protocol.Flush(9.0),
         ):
             told[f"{name} {message}"] = repr(wire.ask(message))
         stats = wire.ask(protocol.Stats())
