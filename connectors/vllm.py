@@ -21,14 +21,16 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 
-from kvstore.connectors.vllm_config import Settings, settings_of
+from kvstore.connectors.vllm_config import PLACE, PREFIX, Settings, settings_of
 from kvstore.connectors.vllm_identity import identity_of
+from kvstore.connectors.vllm_inputs import Inputs
 from kvstore.connectors.vllm_layout import pages_of
 from kvstore.connectors.vllm_messages import Step
 from kvstore.connectors.vllm_scheduler import SchedulerSide
 from kvstore.connectors.vllm_stats import KVStoreMetrics, KVStoreStats
+from kvstore.connectors.vllm_weights import WeightsWatch, engine_core
 from kvstore.connectors.vllm_worker import WorkerSide
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, SpecError
 from kvstore.spec import Namespace, block_tokens_for, check_block_tokens
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         """Called by vLLM.
 
+        A model that cannot be named costs the store, not the start.
+
         Raises:
             ConfigError: a setting is wrong.
             SpecError: the model's KV cannot be stored, and why.
@@ -68,14 +72,38 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
         if settings.store_dtype:
             pages = pages.stored_as(settings.store_dtype)
         size = settings.block_tokens or block_tokens_for(pages.page_tokens)
-        check_block_tokens(size, pages.page_tokens)
-        dtype = pages.parts[0].group.dtype
-        identity = identity_of(vllm_config, dtype, settings.revision, settings.store_dtype)
-        namespace = Namespace(identity, settings.tenant, size)
+        try:
+            check_block_tokens(size, pages.page_tokens)
+        except SpecError as e:
+            raise ConfigError(f"{PLACE}: {PREFIX}vllm.{e}") from e
         _check_layerwise(settings, vllm_config)
-        self._scheduler: SchedulerSide | None = None
+        self._scheduler: SchedulerSide | Off | None = None
         self._worker: WorkerSide | None = None
-        if role == KVConnectorRole.SCHEDULER:
+        dtype, namespace = pages.parts[0].group.dtype, None
+        try:
+            identity = identity_of(vllm_config, dtype, settings.revision, settings.store_dtype)
+            namespace = Namespace(identity, settings.tenant, size)
+        except (SpecError, OSError) as e:
+            _log.warning(
+                "KVStore: the model cannot be told from others, so this engine goes without the "
+                "store: %s; to use it all the same, set kvstore.vllm.revision in "
+                "kv_connector_extra_config to a name that changes with the weights",
+                e,
+            )
+        core = engine_core() if role == KVConnectorRole.SCHEDULER else None
+        if role != KVConnectorRole.SCHEDULER:
+            self._worker = WorkerSide(settings, namespace, pages, _rank())
+        elif namespace is None or core is None:
+            self._scheduler = Off()
+            if core is None:
+                _log.warning(
+                    "KVStore: this release of vLLM does not show whether weights change, so this "
+                    "engine goes without the store"
+                )
+        else:
+            tokens = kv_cache_config.num_blocks * pages.page_tokens
+            encoded_elsewhere = vllm_config.ec_transfer_config is not None
+            inputs = Inputs(tokens, encoded_elsewhere=encoded_elsewhere)
             self._scheduler = SchedulerSide(
                 settings,
                 namespace,
@@ -83,18 +111,18 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
                 vllm_config.parallel_config.world_size,
                 loads=transfer.is_kv_consumer,
                 saves=transfer.is_kv_producer,
-                hashed_media=_hashes_media(vllm_config),
+                inputs=inputs,
+                watch=WeightsWatch(core, inputs.loaded),
                 events=_publishes_events(vllm_config),
             )
             _log.info(
-                "KVStore: model %s, revision %.12s, blocks of %d tokens, store %s",
-                identity.name,
-                identity.revision,
+                "KVStore: model %s, %s of revision %.12s, blocks of %d tokens, store %s",
+                vllm_config.model_config.model,
+                namespace.model.name,
+                namespace.model.revision,
                 size,
                 settings.config.address or "private to this engine",
             )
-        else:
-            self._worker = WorkerSide(settings, namespace, pages, _rank())
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -164,7 +192,7 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
     # -- scheduler --------------------------------------------------------------------------------
 
     @property
-    def _on_scheduler(self) -> SchedulerSide:
+    def _on_scheduler(self) -> SchedulerSide | Off:
         assert self._scheduler is not None
         return self._scheduler
 
@@ -172,6 +200,10 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Take the scheduler's cache manager."""
         super().bind_kv_cache_manager(kv_cache_manager)
         self._on_scheduler.bind(kv_cache_manager)
+
+    def on_new_request(self, request: Any) -> None:
+        """Take note of a request."""
+        self._on_scheduler.arrived(request)
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
@@ -246,6 +278,35 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
                 side.close()
 
 
+class Off:
+    """The scheduler's side of an engine that goes without the store."""
+
+    frees_pages_soon = False
+
+    def match(self, request: Any, computed: int) -> tuple[int | None, bool]:
+        """Nothing."""
+        return 0, False
+
+    def sources(self, request: Any, external: int) -> dict[CacheHitSource, int]:
+        """None."""
+        return {}
+
+    def step(self, output: Any) -> Step:
+        """Nothing to do."""
+        return Step(None)
+
+    def finished(self, request: Any, page_ids: list[int]) -> bool:
+        """Pages come free at once."""
+        return False
+
+    def take_events(self) -> Iterable[Any]:
+        """None."""
+        return ()
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+
 def _print_ours() -> None:
     """vLLM prints what its own loggers say, and no others: have it print the store's, too."""
     ours, theirs = logging.getLogger("kvstore"), logging.getLogger("vllm")
@@ -281,13 +342,6 @@ def _rank() -> int:
 
     tensor = get_tp_group()
     return int(get_pp_group().rank_in_group * tensor.world_size + tensor.rank_in_group)
-
-
-def _hashes_media(vllm_config: Any) -> bool:
-    """Whether vLLM names images by content; without any cache it names them by request."""
-    media = vllm_config.model_config.multimodal_config
-    caches = vllm_config.cache_config.enable_prefix_caching
-    return bool(media is None or caches or media.mm_processor_cache_gb)
 
 
 def _publishes_events(vllm_config: Any) -> bool:

@@ -11,6 +11,7 @@ from kvstore.config import Config, load_config
 from kvstore.errors import ConfigError
 from kvstore.spec import MAX_BLOCK_TOKENS
 
+PLACE: Final = "kv_connector_extra_config"
 PREFIX: Final = "kvstore."
 
 
@@ -19,14 +20,16 @@ class Settings:
     """What `kv_connector_extra_config` and the usual sources of configuration say.
 
     `tenant` is whose blocks these are where a request does not say; `revision` names the weights
-    (empty: found out); `block_tokens` are the tokens of a block (0: chosen). `layerwise` has steps
-    compute a layer as soon as its KV has arrived, where blocks lie in memory. `store_dtype` is the
-    type that numbers are rounded to in the store (empty: none, they stay as they are).
+    (empty: found out); with `salt_is_tenant`, a request's `cache_salt` says whose its blocks are,
+    and is no part of its keys; `block_tokens` are the tokens of a block (0: chosen). `layerwise`
+    has steps compute a layer as soon as its KV has arrived, where blocks lie in memory.
+    `store_dtype` is the type that numbers are rounded to in the store (empty: none, they stay).
     """
 
     config: Config
     tenant: str = ""
     revision: str = ""
+    salt_is_tenant: bool = False
     block_tokens: int = 0
     layerwise: bool = False
     store_dtype: str = ""
@@ -35,6 +38,7 @@ class Settings:
 _OWN: Final = {
     "tenant": str,
     "revision": str,
+    "salt_is_tenant": bool,
     "block_tokens": int,
     "layerwise": bool,
     "store_dtype": str,
@@ -54,7 +58,7 @@ def settings_of(extra: Mapping[str, Any]) -> Settings:
     for name, value in extra.items():
         if not name.startswith(PREFIX):
             raise ConfigError(
-                f"kv_connector_extra_config: {name!r} is not known; settings of KVStore begin with "
+                f"{PLACE}: {name!r} is not known; settings of KVStore begin with "
                 f"{PREFIX!r}, e.g. 'kvstore.address'"
             )
         *sections, leaf = name.removeprefix(PREFIX).split(".")
@@ -62,20 +66,21 @@ def settings_of(extra: Mapping[str, Any]) -> Settings:
         for section in sections:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
-                raise ConfigError(f"kv_connector_extra_config: {name!r} contradicts another entry")
+                raise ConfigError(f"{PLACE}: {name!r} contradicts another entry")
         place[leaf] = value
-    own = nested.pop("vllm", {})
-    return Settings(load_config(overrides=nested), **_own(own))
+    own = _own(nested.pop("vllm", {}))
+    return Settings(load_config(overrides=nested, source=PLACE, prefix=PREFIX), **own)
 
 
 def _own(values: Any) -> dict[str, Any]:
-    where = "kv_connector_extra_config: kvstore.vllm"
+    where = f"{PLACE}: {PREFIX}vllm"
     if not isinstance(values, dict):
         raise ConfigError(f"{where} is a section; set kvstore.vllm.tenant and the like")
     for name, value in values.items():
         if name not in _OWN:
             near = difflib.get_close_matches(name, _OWN, n=1) or sorted(_OWN)
-            raise ConfigError(f"{where}.{name}: unknown key; did you mean {' or '.join(near)}?")
+            others = " or ".join(f"{PREFIX}vllm.{other}" for other in near)
+            raise ConfigError(f"{where}.{name}: unknown key; did you mean {others}?")
         wanted = _OWN[name]
         if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
             raise ConfigError(f"{where}.{name} is {value!r}; give a {wanted.__name__}")
@@ -123,6 +128,11 @@ def wishes_of(params: Mapping[str, Any] | None) -> tuple[Wishes, list[str]]:
     return Wishes(**values), wrong
 
 
+def is_tenant(value: str) -> bool:
+    """Whether that may be the name of a tenant."""
+    return len(value.encode("utf-8", "replace")) <= 256 and value.isprintable()
+
+
 def _any(value: Any) -> bool:
     return True
 
@@ -136,6 +146,6 @@ _CHECKS: Final[dict[str, tuple[Any, Any, str]]] = {
     "skip_load": (bool, _any, "true or false"),
     "ttl": ((int, float), _seconds, "seconds"),
     "pin": ((int, float), _seconds, "seconds"),
-    "tenant": (str, lambda value: len(value.encode()) <= 256, "a name of up to 256 bytes"),
+    "tenant": (str, is_tenant, "a name of up to 256 bytes"),
     "priority": (int, _any, "a whole number"),
 }

@@ -1,31 +1,77 @@
-"""Which KV belongs together: the namespace of a model in vLLM, and the keys of a request.
+"""Which KV belongs together: the name of a model in vLLM.
 
-Two engines share blocks only if their KV values are equal for equal tokens. So the namespace covers
-the weights and every flag that changes values; the keys cover the tokens, what was put in the place
-of some of them (images and the like), the LoRA adapter and vLLM's `cache_salt`.
+Two engines share blocks only if their KV values are equal for equal tokens. So the name covers
+every byte of the weights, the configuration as vLLM has resolved it, code that came with the model,
+and all flags that are not known to leave values alone.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
-from collections.abc import Iterator
-from functools import lru_cache
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from kvstore.errors import SpecError
-from kvstore.keys import Media
-from kvstore.spec import ModelIdentity
+from vllm.model_executor.models.registry import ModelRegistry
 
-_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-_WHOLE: Final = 64 << 20
-"""Files up to this size are read in full, larger ones every MiB a page."""
-_STRIDE: Final = 1 << 20
-_PAGE: Final = 4096
-_SNAPSHOT: Final = re.compile(r"models--([^/]+)/snapshots/([0-9a-f]{40})")
+from kvstore.connectors.model_config import config_digest
+from kvstore.errors import SpecError
+from kvstore.spec import ModelIdentity
+from kvstore.weights import code_digest, weights_digest
+
+# Fields of vLLM's configuration that change no value of the KV cache, or that other entries cover:
+# the weights, the resolved configuration, the tensors that are made of media.
+_NEUTRAL: Final = frozenset(
+    {
+        # Of the model: where it comes from …
+        "model", "model_weights", "tokenizer", "tokenizer_mode", "trust_remote_code", "dtype",
+        "seed", "hf_config", "hf_text_config", "is_submodel_config",
+        "word_embeddings_untied_by_checkpoint", "hf_config_path", "allowed_local_media_path",
+        "allowed_media_domains", "revision", "code_revision", "tokenizer_revision", "config_format",
+        "hf_token", "served_model_name", "generation_config", "override_generation_config",
+        # … and how it is run, and what is done with its output.
+        "runner", "convert", "max_model_len", "spec_target_max_model_len",
+        "allow_deprecated_quantization", "enforce_eager", "return_sampling_mask", "max_logprobs",
+        "logprobs_mode", "use_fp64_gumbel", "enable_trace_replay", "disable_cascade_attn",
+        "skip_tokenizer_init", "enable_prompt_embeds", "enable_sleep_mode",
+        "sleep_preserve_parameter_names", "sleep_mode_backend", "sleep_mode_offload_cudagraph",
+        "enable_nccl_comm_suspend", "enable_cumem_allocator", "logits_processors",
+        "io_processor_plugin", "renderer_num_workers", "pooler_config", "multimodal_config",
+        # Of media.
+        "limit_per_prompt", "enable_mm_embeds", "media_io_kwargs", "mm_processor_kwargs",
+        "mm_processor_cache_gb", "mm_processor_cache_type", "mm_hasher_algorithm",
+        "mm_shm_cache_max_object_size_mb", "mm_encoder_tp_mode", "mm_encoder_attn_backend",
+        "interleave_mm_strings", "skip_mm_profiling", "mm_tensor_ipc", "mm_ipc_gpu_memory_gb",
+        "mm_processor_device", "mm_encoder_fp8_scale_save_path", "mm_encoder_fp8_scale_save_margin",
+        # Of attention: kernels for the same numbers.
+        "backend", "minimax_m3_msa_decode_backend", "backend_per_kind", "flash_attn_version",
+        "flash_attn_max_num_splits_for_cuda_graph", "tokenspeed_mla_min_split_kv",
+        "tq_max_kv_splits_for_cuda_graph", "use_trtllm_attention", "mla_prefill_backend",
+        "hisparse_config", "sparse_mla_force_mqa", "sparse_mla_prefill_workspace_factor",
+        "flex_attn_block_m", "flex_attn_block_n", "flex_attn_q_block_size",
+        "flex_attn_kv_block_size",
+    }
+)  # fmt: skip
+_FROM_FILES: Final = frozenset(
+    {
+        "auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "pt", "gguf",
+        "bitsandbytes", "sharded_state", "runai_streamer",
+    }
+)  # fmt: skip
+"""Ways of loading that read the files in the model's folder, and nothing else."""
+_OF_LOADING: Final = frozenset(
+    {"concurrency", "enable_multithread_load", "enable_weights_track", "memory_limit",
+     "num_threads"}
+)  # fmt: skip
+"""What loaders are told that changes no weight."""
+
+_OTHER_MODELS: Final = r"[^_].*(model_id|name_or_path)"
+"""Entries of configurations that name models whose weights are loaded along with this one's."""
+_TICK: Final = 0.02
+"""Seconds by which the kernel's times of files and of processes may differ."""
 
 
 def identity_of(
@@ -33,44 +79,74 @@ def identity_of(
 ) -> ModelIdentity:
     """Everything about the engine's model that changes KV values; `dtype` is the cache's.
 
-    `stored` is the type that they are rounded to in the store, if it is another one.
-
-    Without a `revision` the weights name themselves: by their commit if they come from a Hugging
-    Face cache, else by a digest of their files. The folder's place is no part of the identity.
+    `stored` is the type that they are rounded to in the store, if it is another one. A `revision`
+    that is given names the weights, their code, and functions that change the configuration, and
+    is taken at its word; without one the files name themselves. Where they lie is no part of it.
 
     Raises:
-        SpecError: the weights cannot be told from others.
+        SpecError: the model cannot be told from others.
+        OSError: a file cannot be read.
     """
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    name, found = _weights(model.model, model.revision, bool(revision))
+    if callable(model.hf_overrides) and not revision:
+        raise SpecError("hf_overrides is a function, whose effect cannot be told")
     extra = {
         "engine": "vllm",
         "weights": str(model.dtype).removeprefix("torch."),
         "quantization": str(model.quantization or ""),
         "cache": str(cache.cache_dtype),
+        "config": config_digest(model.hf_config),
+        "flags": config_digest(_flags(vllm_config)),
+        "stored": stored,
     }
-    if model.hf_overrides:
-        extra["overrides"] = _digest(_stable(model.hf_overrides))
-    if vllm_config.load_config.load_format == "dummy":
-        extra["dummy"] = str(model.seed)
-    if stored:
-        extra["stored"] = stored
     if _depends_on_length(model.hf_config):
         extra["max_model_len"] = str(model.max_model_len)
-    return ModelIdentity(name, revision or found, dtype, extra=tuple(sorted(extra.items())))
+    if revision:
+        name = _called(model.model)
+    else:
+        name = str(model.architecture)
+        revision = _weights(vllm_config)
+        extra["code"] = _code(vllm_config)
+    extra["implementation"] = _implementation(model.architecture)
+    told = tuple(sorted((key, value) for key, value in extra.items() if value))
+    return ModelIdentity(name, revision, dtype, extra=told)
 
 
-def _stable(value: Any) -> str:
-    if callable(value):
-        raise SpecError(
-            "hf_overrides is a function, whose effect on KV values cannot be told; give a "
-            "dictionary, or set kvstore.vllm.revision to name the weights it makes"
-        )
-    return json.dumps(value, sort_keys=True, default=str)
+def _called(place: str) -> str:
+    """What people call the model: its repository, or its folder."""
+    path = Path(place)
+    for part in path.absolute().parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return path.resolve().name if path.exists() else place
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _implementation(name: str) -> str:
+    """The class that computes the model, if it is none of vLLM's own."""
+    entry = ModelRegistry.models.get(name)
+    module = getattr(entry, "module_name", "") or getattr(entry, "model_cls", entry).__module__
+    return "" if module.startswith("vllm.") else str(module)
+
+
+def _flags(vllm_config: Any) -> dict[str, Any]:
+    """What the engine was told, but for what is known not to count."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    flags = {
+        "skip_layers": cache.kv_cache_dtype_skip_layers,
+        "additional": vllm_config.additional_config,
+    }
+    if (lora := vllm_config.lora_config) is not None and lora.lora_dtype != model.dtype:
+        flags["lora_dtype"] = lora.lora_dtype
+    for part in (model, model.multimodal_config, vllm_config.attention_config):
+        if is_dataclass(part):
+            flags |= {f.name: getattr(part, f.name) for f in fields(part)}
+    if callable(model.hf_overrides):
+        flags["hf_overrides"] = "a function"  # Which one, the revision says.
+    counting = {name: value for name, value in flags.items() if name not in _NEUTRAL}
+    for name, value in counting.items():
+        if name.endswith("_path") and value:
+            raise SpecError(f"{name} is {value!r}, and what is in that file is not known")
+    return counting
 
 
 def _depends_on_length(config: Any) -> bool:
@@ -82,99 +158,69 @@ def _depends_on_length(config: Any) -> bool:
     return bool(kinds & {"longrope", "su", "dynamic"})
 
 
-def _weights(model: str, revision: str | None, known: bool) -> tuple[str, str]:
-    """Name and revision of the weights at `model`, a folder or the name of a repository."""
-    folder = Path(model)
-    if not folder.exists():
-        found = _cached(model, revision)
-        if found is None and not known:
-            raise SpecError(
-                f"the weights of {model!r} cannot be told from others; set kvstore.vllm.revision "
-                "in kv_connector_extra_config to a name that changes with them"
-            )
-        return model, found or ""
-    snapshot = _SNAPSHOT.search(str(folder.absolute()))
-    if snapshot:
-        return snapshot[1].replace("--", "/"), snapshot[2]
-    return folder.resolve().name, "" if known else fingerprint(folder)
+def _weights(vllm_config: Any) -> str:
+    model, load = vllm_config.model_config, vllm_config.load_config
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        raise SpecError("the scales of the cache are computed from the first prompt")
+    if load.load_format == "dummy":
+        return f"dummy {model.seed}"
+    extra = load.model_loader_extra_config
+    if load.load_format not in _FROM_FILES or model.model_weights or set(extra) - _OF_LOADING:
+        source = model.model_weights or model.model
+        raise SpecError(f"{source!r}, loaded as {load.load_format!r}, has no files to hash")
+    for key, value in _named_elsewhere(model.hf_config.to_dict()):
+        raise SpecError(f"the configuration says {key} {value!r}: weights of that belong to it")
+    folder = _folder(vllm_config, model.model, model.revision)
+    files = weights_digest(folder, loaded_at=_started())
+    return files if load.load_format in ("auto", "hf") else f"{files} {load.load_format}"
 
 
-def _cached(model: str, revision: str | None) -> str | None:
-    """The commit under which a repository lies in the Hugging Face cache."""
-    if revision and re.fullmatch("[0-9a-f]{40}", revision):
-        return revision
-    from huggingface_hub import try_to_load_from_cache
-
-    path = try_to_load_from_cache(model, "config.json", revision=revision)
-    snapshot = _SNAPSHOT.search(path) if isinstance(path, str) else None
-    return snapshot[2] if snapshot else None
+def _started() -> float:
+    """When this process was started, and so before it loaded anything, in seconds since 1970."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age + _TICK
 
 
-def fingerprint(path: Path) -> str:
-    """SHA-256 in hex over the files of weights in `path`, and their configuration.
-
-    Large files are sampled, a page of every MiB: about a second for 100 GB. A change that leaves
-    all of those bytes as they were needs a `revision` of its own.
-    """
-    files = sorted(_weight_files(path)) if path.is_dir() else [path]
-    h = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            size = os.fstat(opened.fileno()).st_size
-            h.update(f"{file.name} {size}\n".encode())
-            if size <= _WHOLE:
-                h.update(hashlib.file_digest(opened, "sha256").digest())
-                continue
-            for offset in range(0, size, _STRIDE):
-                h.update(os.pread(opened.fileno(), _PAGE, offset))
-            h.update(os.pread(opened.fileno(), _PAGE, size - _PAGE))
-    return h.hexdigest()
+def _named_elsewhere(config: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _named_elsewhere(value)
+        elif isinstance(value, str) and value and re.fullmatch(_OTHER_MODELS, str(key)):
+            yield str(key), value
 
 
-def _weight_files(folder: Path) -> Iterator[Path]:
-    for file in folder.iterdir():
-        counts = file.suffix in _WEIGHTS or file.name in ("config.json", "adapter_config.json")
-        if counts and file.is_file():
-            yield file
-
-
-@lru_cache(maxsize=256)
-def _adapter(name: str, number: int, path: str) -> str:
-    from vllm.lora.utils import get_adapter_absolute_path
-
-    folder = Path(get_adapter_absolute_path(path))
-    if not folder.exists():
-        raise SpecError(f"LoRA adapter {name!r} is not at {path}, so it cannot be told from others")
-    return fingerprint(folder)
-
-
-def adapter_of(request: Any) -> str:
-    """The digest of the request's LoRA adapter; empty without one.
-
-    Raises:
-        SpecError: it cannot be told from others.
-    """
-    lora = request.lora_request
-    if lora is None:
+def _code(vllm_config: Any) -> str:
+    """A digest of the code that came with the model; empty: none did."""
+    model = vllm_config.model_config
+    classes = (getattr(model.hf_config, "auto_map", None) or {}).values()
+    if not model.trust_remote_code or not classes:
         return ""
-    if lora.load_inplace:
-        raise SpecError(f"LoRA adapter {lora.lora_name!r} is changed in place")
-    return _adapter(lora.lora_name, lora.lora_int_id, lora.lora_path)
+    folders = {_folder(vllm_config, model.model, model.revision)}
+    if model.hf_config_path:
+        folders.add(_folder(vllm_config, model.hf_config_path, None))
+    for name in classes:
+        for one in [name] if isinstance(name, str) else name or ():
+            place, apart, _ = (one or "").partition("--")
+            if apart:
+                own = model.revision if place == model.model else None
+                folders.add(_folder(vllm_config, place, model.code_revision or own))
+    return code_digest(sorted(folders))
 
 
-def media_of(request: Any) -> list[Media]:
-    """What lies in place of the request's tokens."""
-    return [
-        Media(f.modality, f.identifier, f.mm_position.offset, f.mm_position.length)
-        for f in request.mm_features
-    ]
+def _folder(vllm_config: Any, place: str, revision: str | None) -> Path:
+    """Where on this machine a model lies: a path, or the name of a repository on a hub."""
+    if Path(place).exists():
+        return Path(place)
+    from huggingface_hub import snapshot_download
 
-
-def keyable(request: Any, hashed_media: bool) -> bool:
-    """Whether keys can tell this request's KV from others'.
-
-    `hashed_media`: vLLM names images and the like by their content, not by the request.
-    """
-    if request.prompt_embeds is not None or request.resumable:
-        return False
-    return hashed_media or not request.mm_features
+    try:
+        found: str = snapshot_download(
+            place,
+            revision=revision,
+            cache_dir=vllm_config.load_config.download_dir,
+            local_files_only=True,
+        )
+    except (OSError, ValueError) as e:
+        raise SpecError(f"{place!r} is not on this machine") from e
+    return Path(found)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from kvstore.spec import Namespace
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
@@ -46,11 +48,12 @@ class Step(KVConnectorMetadata):  # type: ignore[misc]
 
     `preempted` are requests that lost their pages, `held` finished ones whose pages stay until
     each worker has named them once. `idle`: this step computes nothing. `asked` is true while a
-    request waits for the store in the queue. `namespace` is the digest of the default namespace.
-    `failures` counts the layered loads of which the scheduler knows that they failed.
+    request waits for the store in the queue. `namespace` is the default one; None: the engine goes
+    without the store. `failures` counts the layered loads of which the scheduler knows that they
+    failed.
     """
 
-    namespace: bytes
+    namespace: Namespace | None
     loads: list[Job] = field(default_factory=list)
     saves: list[Job] = field(default_factory=list)
     preempted: frozenset[str] = frozenset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.connectors.vllm_config import Wishes
-from kvstore.connectors.vllm_identity import media_of
 from kvstore.connectors.vllm_messages import Job
 from kvstore.keys import block_keys, prompt_extras
 from kvstore.spec import Namespace
@@ -50,8 +50,8 @@ class Tracked:
     request: Any
     namespace: Namespace
     wishes: Wishes
-    adapter: str = ""
-    """The digest of its LoRA adapter."""
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    """What its keys cover beside tokens, as `prompt_extras` takes it."""
     keys: list[bytes] = field(default_factory=list)
     found: Found | None = None
     promise: Promise | None = None
@@ -63,20 +63,15 @@ class Tracked:
     answered: bool = False
     """The store was asked and has answered, so it has counted the request."""
     tainted: bool = False
-    """Computed beside a layered load that failed: what its pages hold is not saved."""
+    """Computed beside a layered load that failed, or while weights or names changed: what its pages
+    hold is not saved."""
 
     def extend_keys(self) -> list[bytes]:
         """The keys of all whole blocks whose tokens are known."""
         size, have = self.namespace.block_tokens, len(self.keys)
         count = self.request.num_tokens // size
         if count > have:
-            extras = prompt_extras(
-                size,
-                range(have, count),
-                salt=self.request.cache_salt or "",
-                adapter=self.adapter,
-                media=media_of(self.request),
-            )
+            extras = prompt_extras(size, range(have, count), **self.extras)
             tokens = self.request.all_token_ids[have * size : count * size]
             parent = self.keys[-1] if have else None
             self.keys += block_keys(self.namespace, tokens, extras=extras, parent=parent)

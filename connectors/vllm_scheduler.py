@@ -18,14 +18,15 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import RequestStatus
 
-from kvstore.connectors.vllm_config import Settings, wishes_of
+from kvstore.connectors.vllm_config import Settings, is_tenant, wishes_of
 from kvstore.connectors.vllm_events import stored_event
-from kvstore.connectors.vllm_identity import adapter_of, keyable
+from kvstore.connectors.vllm_inputs import Inputs, Unkeyed
 from kvstore.connectors.vllm_layout import Pages
 from kvstore.connectors.vllm_messages import Job, Report, Step
 from kvstore.connectors.vllm_requests import Found, Promise, Saving, Tracked, page_rows
 from kvstore.connectors.vllm_sessions import Sessions
 from kvstore.connectors.vllm_stats import KVStoreStats
+from kvstore.connectors.vllm_weights import WeightsWatch
 from kvstore.errors import SpecError
 from kvstore.spec import Namespace
 from kvstore.telemetry import QuietLog
@@ -60,7 +61,8 @@ class SchedulerSide:
         *,
         loads: bool,
         saves: bool,
-        hashed_media: bool,
+        inputs: Inputs,
+        watch: WeightsWatch,
         events: bool,
     ) -> None:
         self._settings = settings
@@ -69,7 +71,7 @@ class SchedulerSide:
         self._block_tokens = namespace.block_tokens
         self._ranks = ranks
         self._may_load, self._may_save = loads, saves
-        self._hashed_media = hashed_media
+        self._inputs, self._watch = inputs, watch
         self._events: list[Any] | None = [] if events else None
         self._sessions = Sessions(settings.config, namespace, pages.stored)
         self._session = self._sessions.open(settings.tenant)
@@ -97,10 +99,33 @@ class SchedulerSide:
         """Take the scheduler's cache manager, to give pages back when nothing arrived."""
         self._kv_cache_manager = kv_cache_manager
 
+    def arrived(self, request: Any) -> None:
+        """Take note of what a new request's names mean, whether or not it is keyed."""
+        try:
+            self._inputs.of(request)
+        except Unkeyed as e:
+            self._stats.unkeyed(e.reason)
+            for tracked in self._tracked.values():
+                tracked.tainted |= self._inputs.shared(tracked.request, request)
+        else:
+            if self._weights_now() is None:
+                self._stats.unkeyed("weights")
+
+    def _weights_now(self) -> str | None:
+        """The name of the weights beside the namespace's; None: they have none."""
+        if self._watch.changed():
+            for name, tracked in list(self._tracked.items()):
+                tracked.tainted = True
+                if tracked.promise is not None and not tracked.promise.job.layered:
+                    tracked.promise.arrived = 0
+                elif not tracked.saving:
+                    del self._tracked[name]  # If it still waits, it is looked at anew.
+        return self._watch.name(self._kv_cache_manager)
+
     def match(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """How many tokens beyond `computed` will be loaded; None: ask again later."""
         tracked = self._track(request)
-        if tracked is None or tracked.wishes.skip_load or not self._may_load:
+        if tracked is None or tracked.wishes.skip_load or tracked.tainted or not self._may_load:
             return 0, False
         size = self._block_tokens
         # At least the last token is left to compute: its logits start the answer.
@@ -120,22 +145,28 @@ class SchedulerSide:
         return self._settings.layerwise and set(found.tiers) <= {"memory"}
 
     def _track(self, request: Any) -> Tracked | None:
+        weights = self._weights_now()
         tracked = self._tracked.get(request.request_id)
-        if tracked is not None:
+        if tracked is not None or weights is None:
             return tracked
-        if not keyable(request, self._hashed_media):
-            return None
         wishes, wrong = wishes_of(request.kv_transfer_params)
+        tenant = self._settings.tenant if wishes.tenant is None else wishes.tenant
+        salt = request.cache_salt or ""
+        if salt and self._settings.salt_is_tenant:
+            if wishes.tenant not in (None, salt):
+                wrong.append(f"tenant is {wishes.tenant!r}, but the salt says who the tenant is")
+            tenant, salt = salt, ""
         for words in wrong:
             self._quiet.warning("wish", "kv_transfer_params: %s; left out", words)
         try:
-            adapter = adapter_of(request)
-        except (SpecError, OSError) as e:
-            self._quiet.warning("adapter", "a request goes without the store: %s", e)
+            if not is_tenant(tenant):
+                raise SpecError(f"its salt, {tenant!r:.80}, is no name of a tenant")
+            extras = self._inputs.of(request) | {"salt": salt, "weights": weights}
+            namespace = Namespace(self._namespace.model, tenant, self._block_tokens)
+        except SpecError as e:
+            self._quiet.warning("unkeyed", "a request goes without the store: %s", e)
             return None
-        tenant = self._settings.tenant if wishes.tenant is None else wishes.tenant
-        namespace = Namespace(self._namespace.model, tenant, self._block_tokens)
-        tracked = Tracked(request, namespace, wishes, adapter)
+        tracked = Tracked(request, namespace, wishes, extras)
         self._tracked[request.request_id] = tracked
         return tracked
 
@@ -219,6 +250,7 @@ class SchedulerSide:
 
     def step(self, output: Any) -> Step:
         """What workers have to do along with this step."""
+        self._weights_now()
         for name in output.preempted_req_ids or ():
             if name in self._tracked:
                 self._tracked[name].asked = 0  # What was waiting to be saved is dropped.
@@ -233,7 +265,7 @@ class SchedulerSide:
             decoding |= left < scheduled
             self._save(tracked, request.num_computed_tokens + scheduled, state, None)
         step = Step(
-            namespace=self._namespace.digest,
+            namespace=self._namespace,
             loads=self._loads,
             saves=self._saves,
             preempted=frozenset(output.preempted_req_ids or ()),

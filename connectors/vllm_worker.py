@@ -15,6 +15,7 @@ were scheduled before the scheduler knew, is saved.
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 from collections import Counter
@@ -65,10 +66,14 @@ _WORTH_PIECES: Final = 4
 class WorkerSide:
     """All that happens in one worker's process. Its methods belong to the worker's thread."""
 
-    def __init__(self, settings: Settings, namespace: Namespace, pages: Pages, rank: int) -> None:
+    def __init__(
+        self, settings: Settings, namespace: Namespace | None, pages: Pages, rank: int
+    ) -> None:
+        """Without a `namespace`, nothing is loaded or saved here."""
         self._settings = settings
         self._load_timeout = settings.config.session.load_timeout
         self._namespace = namespace
+        self._block_tokens = sys.maxsize if namespace is None else namespace.block_tokens
         self._pages = pages
         self._part = pages.part(rank)
         self._stored = pages.stored_part(rank)
@@ -126,10 +131,13 @@ class WorkerSide:
                 "kvstore.vllm.store_dtype needs an NVIDIA GPU and triton, which turn the numbers; "
                 "leave it out"
             )
-        self._sessions = Sessions(
-            self._settings.config, self._namespace, [self._stored], self._device.copier
-        )
-        self._sessions.open(self._settings.tenant)
+        if self._namespace is not None:
+            self._sessions = self._open(self._namespace)
+            self._sessions.open(self._settings.tenant)
+
+    def _open(self, namespace: Namespace) -> Sessions:
+        config = self._settings.config
+        return Sessions(config, namespace, [self._stored], self._device.copier)
 
     # -- the course of a step ---------------------------------------------------------------------
 
@@ -142,11 +150,8 @@ class WorkerSide:
 
     def begin(self, step: Step) -> None:
         """Before the model computes: start loads, take note of what is to be saved."""
-        if step.namespace != self._namespace.digest:
-            raise SpecError(
-                "scheduler and worker name the model differently, so that nothing saved would be "
-                "found; set kvstore.vllm.revision in kv_connector_extra_config"
-            )
+        if step.namespace not in (None, self._namespace):
+            self._follow(step.namespace)
         self._step = step
         self._times.begin(step.prompt_tokens)
         with self._changed:
@@ -169,6 +174,26 @@ class WorkerSide:
         self._unsaved, self._computed = step.saves, None
         if step.failures == self._failures and _blocks(step.saves) >= _WORTH_PIECES:
             self._start_saves()
+
+    def _follow(self, namespace: Namespace) -> None:
+        """Go by the scheduler's name of the model, if only the configuration reads differently.
+
+        Some models write to it, in the worker's process.
+        """
+        own, self._namespace = self._namespace, namespace
+        self._block_tokens = namespace.block_tokens
+        if self._sessions is not None:
+            self._sessions.close()
+            self._sessions = None
+        if own is not None and own.model.revision == namespace.model.revision:
+            self._sessions = self._open(namespace)
+            _log.info("the configuration reads differently in this worker; the scheduler's counts")
+        else:
+            _log.error(
+                "this worker's weights are %s, the scheduler's %s: nothing is loaded or saved here",
+                own and own.model.revision,
+                namespace.model.revision,
+            )
 
     def layer_needed(self, name: str) -> None:
         """Before a layer is computed: wait for what is loaded of it."""
@@ -215,7 +240,7 @@ class WorkerSide:
             for job in self._unsaved:
                 self._dropped(job, "load_failed")
                 self._saved(job, 0)
-        self._times.end(counts=sound and step.prompt_tokens >= self._namespace.block_tokens)
+        self._times.end(counts=sound and step.prompt_tokens >= self._block_tokens)
         with self._changed:
             self._report.computed = self._times.take() or self._report.computed
 
@@ -305,6 +330,8 @@ class WorkerSide:
     def _load(self, job: Job, gates: Gates) -> None:
         arrived, loaded = 0, Loaded()
         try:
+            if self._sessions is None:
+                return
             session = self._session(job.tenant)
             wait = self._load_timeout if job.timeout is None else job.timeout
             until = time.monotonic() + wait
@@ -336,14 +363,14 @@ class WorkerSide:
                 if arrived and loaded.tiers.get("memory") == arrived:
                     self._report.copied = (arrived, loaded.seconds)
                 self._in_flight -= 1
-                self._stats.loaded(job, loaded, arrived, self._namespace.block_tokens)
+                self._stats.loaded(job, loaded, arrived, self._block_tokens)
                 self._changed.notify_all()
 
     def _save(self, job: Job, gates: Gates) -> None:
         stored = 0
         try:
-            if time.monotonic() < self._save_from:
-                self._dropped(job, "resting")
+            if self._sessions is None or time.monotonic() < self._save_from:
+                self._dropped(job, "resting" if self._sessions else "unnamed")
                 return
             session = self._session(job.tenant)
             memory = self._memory
@@ -365,13 +392,13 @@ class WorkerSide:
             if gates.after is not None:
                 saved.seconds = time.monotonic() - max(started, gates.after.opened_at)
             with self._changed:
-                self._stats.saved(saved, self._namespace.block_tokens)
+                self._stats.saved(saved, self._block_tokens)
         finally:
             self._saved(job, stored if stored == len(job.keys) else 0)
 
     def _dropped(self, job: Job, reason: str) -> None:
         with self._changed:
-            self._stats.dropped(len(job.keys) * self._namespace.block_tokens, reason)
+            self._stats.dropped(len(job.keys) * self._block_tokens, reason)
 
     def _saved(self, job: Job, blocks: int) -> None:
         with self._changed:

@@ -400,12 +400,13 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def _explain(error: ValidationError, source: str) -> ConfigError:
+def _explain(error: ValidationError, source: str, prefix: str) -> ConfigError:
     lines = []
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])[:200]
+        where = prefix + ".".join(str(part) for part in item["loc"])[:200]
         if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(where, known := list(_known_keys(Config)), 1, 0.5)
+            known = list(_known_keys(Config, prefix))
+            near = difflib.get_close_matches(where, known, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
             lines.append(f"{where}: unknown key; {hint}")
         else:
@@ -497,10 +498,17 @@ def _suggest(name: str, known: Iterable[str]) -> None:
         _log.warning("%s is no setting and counts for nothing; did you mean %s?", name, near[0])
 
 
-def load_config(path: Path | str | None = None, overrides: dict[str, Any] | None = None) -> Config:
+def load_config(
+    path: Path | str | None = None,
+    overrides: dict[str, Any] | None = None,
+    *,
+    source: str = "settings",
+    prefix: str = "",
+) -> Config:
     """The configuration from `path` (or `$KVSTORE_CONFIG`), the environment and `overrides`.
 
-    `overrides` is nested like the file, e.g. `{"memory": {"size": "8GiB"}}`.
+    `overrides` is nested like the file, e.g. `{"memory": {"size": "8GiB"}}`; `source` is where they
+    stood, and `prefix` what stood before their names there.
 
     Raises:
         ConfigError: names the source, the field and the remedy.
@@ -511,12 +519,12 @@ def load_config(path: Path | str | None = None, overrides: dict[str, Any] | None
     if chosen:
         sources.append((f"config file {chosen}", _from_file(Path(chosen))))
     sources.append(("environment KVSTORE_*", _from_environment()))
-    sources.append(("settings", overrides or {}))
+    sources.append((source, overrides or {}))
     config = Config()
-    for source, values in sources:
+    for place, values in sources:
         merged = _merge(merged, values)
         try:
             config = Config(**merged)
         except ValidationError as e:
-            raise _explain(e, source) from None
+            raise _explain(e, place, prefix if place == source else "") from None
     return config

@@ -46,17 +46,20 @@ def prompt_extras(
     *,
     salt: str = "",
     adapter: str = "",
+    weights: str = "",
     media: Iterable[Media] = (),
 ) -> dict[int, list[bytes]]:
     """What changes the values of a prompt's `blocks` beside its tokens, as `block_keys` takes it.
 
     The result is numbered from the first of `blocks`. `salt` keeps prompts apart, `adapter` is the
-    digest of a LoRA's files (empty: none); both stand in block 0, so they change every key.
+    digest of a LoRA's files, `weights` names weights that a live engine has changed; each (empty:
+    none) stands in block 0, and so changes every key.
     """
     extras: dict[int, list[bytes]] = {}
     if 0 in blocks:
         whole = [b"adapter:" + _utf8(adapter)] if adapter else []
         whole += [b"salt:" + _utf8(salt)] if salt else []
+        whole += [b"weights:" + _utf8(weights)] if weights else []
         if whole:
             extras[-blocks.start] = whole
     for item in sorted(media, key=lambda item: item.offset):

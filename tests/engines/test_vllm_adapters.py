@@ -88,4 +88,10 @@ def test_adapters_share_no_blocks_but_their_own(stores: Stores, tmp_path: Path) 
         assert cached(engine, ["other", 7, str(moved)], answers[1]) == USABLE
         assert cached(engine, ["two", 1, str(second)], answers[2]) == USABLE
         assert cached(engine, None, answers[0]) == USABLE
-        assert engine.generate(prompt, lora=["one", 3, str(third)])["cached"] == [0]
+        last = engine.generate(prompt, lora=["one", 3, str(third)])
+        assert last["cached"] == [0]
+        # Its files replaced where it lies: nobody knows which of them vLLM has loaded by then.
+        before = engine.metrics().get("kvstore_unkeyed_requests_total.adapter", 0)
+        shutil.copytree(third, second, dirs_exist_ok=True)
+        assert cached(engine, ["two", 1, str(second)], last["tokens"][0]) == 0
+        assert engine.metrics()["kvstore_unkeyed_requests_total.adapter"] == before + 1

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
-from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.multimodal.inputs import (
+    MultiModalFeatureSpec,
+    MultiModalFieldElem,
+    MultiModalKwargsItem,
+    MultiModalSharedField,
+    PlaceholderRange,
+)
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
+from kvstore.connectors import vllm_identity
 from kvstore.connectors.vllm_config import Wishes, settings_of, wishes_of
-from kvstore.connectors.vllm_identity import adapter_of, fingerprint, identity_of, keyable
+from kvstore.connectors.vllm_identity import identity_of
+from kvstore.connectors.vllm_inputs import Inputs, Unkeyed
 from kvstore.connectors.vllm_requests import Tracked, page_rows
 from kvstore.errors import ConfigError, SpecError
 from kvstore.keys import block_keys
 from kvstore.spec import ModelIdentity, Namespace
-from tests.engines.vllm_tools import model
+from tests.engines.vllm_tools import small_model
 
 pytestmark = pytest.mark.vllm
 
@@ -29,13 +42,32 @@ def request(tokens: int = 40, **settings: Any) -> Request:
     return Request("name", list(range(tokens)), SamplingParams(max_tokens=4), None, **settings)
 
 
+def inputs() -> Inputs:
+    return Inputs(1000, encoded_elsewhere=False)
+
+
 def keys(one: Request) -> list[bytes]:
-    return Tracked(one, NAMESPACE, Wishes(), adapter_of(one)).extend_keys()
+    extras = inputs().of(one) | {"salt": one.cache_salt or ""}
+    return Tracked(one, NAMESPACE, Wishes(), extras).extend_keys()
 
 
-def image(name: str, offset: int = 10, length: int = 12) -> MultiModalFeatureSpec:
-    place = PlaceholderRange(offset=offset, length=length)
-    return MultiModalFeatureSpec(None, "image", name, place)
+def image(
+    content: Any,
+    name: str = "name",
+    offset: int = 10,
+    length: int = 12,
+    modality: str = "image",
+    mask: list[bool] | None = None,
+) -> MultiModalFeatureSpec:
+    """Something that the model is given as `content`: pixels, or a dictionary of such."""
+    embedded = None if mask is None else torch.tensor(mask)
+    place = PlaceholderRange(offset=offset, length=length, is_embed=embedded)
+    fields = content if isinstance(content, dict) else {"pixels": content}
+    field = MultiModalSharedField(batch_size=1)
+    data = MultiModalKwargsItem(
+        {key: MultiModalFieldElem(data=value, field=field) for key, value in fields.items()}
+    )
+    return MultiModalFeatureSpec(None if content is None else data, modality, name, place)
 
 
 def test_plain_keys_are_those_of_every_engine() -> None:
@@ -73,7 +105,7 @@ def test_an_image_changes_keys_from_its_first_block_on() -> None:
 
 def test_an_image_in_later_blocks_counts_when_those_are_reached() -> None:
     one = request(13, mm_features=[image("one", offset=17, length=4)])
-    tracked = Tracked(one, NAMESPACE, Wishes())
+    tracked = Tracked(one, NAMESPACE, Wishes(), inputs().of(one))
     tracked.extend_keys()
     for token in range(13, 40):
         one.append_output_token_ids(token)
@@ -81,96 +113,307 @@ def test_an_image_in_later_blocks_counts_when_those_are_reached() -> None:
     assert tracked.extend_keys() == keys(whole)
 
 
+def adapter(folder: Path, content: bytes) -> Path:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    return folder
+
+
 def test_an_adapter_is_named_by_its_weights(tmp_path: Path) -> None:
     found = []
     for number, (name, content) in enumerate([("a", b"1"), ("b", b"2"), ("c", b"1")], start=1):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "adapter_config.json").write_text("{}")
-        (folder / "adapter_model.safetensors").write_bytes(content)
-        lora = LoRARequest(name, number, str(folder))
+        lora = LoRARequest(name, number, str(adapter(tmp_path / name, content)))
         found.append(keys(request(lora_request=lora)))
     assert found[0] == found[2]
     assert not set(found[0]) & set(found[1])
     assert not set(found[0]) & set(keys(request()))
-    with pytest.raises(SpecError, match="LoRA adapter 'gone'"):
-        keys(request(lora_request=LoRARequest("gone", 9, str(tmp_path / "gone"))))
 
 
-def test_requests_whose_keys_would_not_tell_are_left_out() -> None:
-    assert keyable(request(), hashed_media=True)
-    assert not keyable(request(resumable=True), hashed_media=True)
-    assert not keyable(request(mm_features=[image("one")]), hashed_media=False)
-    assert keyable(request(mm_features=[image("one")]), hashed_media=True)
+def test_an_adapter_whose_name_may_mean_another_is_not_keyed(tmp_path: Path) -> None:
+    """vLLM has it loaded under its number, and blocks under its name, for nobody knows how long."""
+    one, two = adapter(tmp_path / "one", b"1"), adapter(tmp_path / "two", b"2")
+
+    def uses(known: Inputs, name: str, number: int, folder: Path, **more: Any) -> None:
+        known.of(request(lora_request=LoRARequest(name, number, str(folder), **more)))
+
+    uses(known := inputs(), "a", 1, one)
+    uses(known, "b", 2, two)
+    for name, number in (("a", 3), ("c", 1)):
+        with pytest.raises(Unkeyed, match="its number or its name have stood for others"):
+            uses(known, name, number, two)
+    for name, number in (("a", 4), ("d", 1)):
+        with pytest.raises(Unkeyed, match="give it new ones"):
+            uses(known, name, number, one)
+    uses(known, "b", 2, two)
+    # Files replaced under one path, before and after they are first used.
+    (two / "adapter_model.safetensors").write_bytes(b"3")
+    with pytest.raises(Unkeyed, match="have stood for others"):
+        uses(known, "b", 2, two)
+    known.loaded(LoRARequest("e", 5, str(one)))
+    (one / "adapter_model.safetensors").write_bytes(b"4")
+    with pytest.raises(Unkeyed, match="have stood for others"):
+        uses(known, "e", 5, one)
+    with pytest.raises(Unkeyed, match="is loaded anew with every step"):
+        uses(known, "f", 6, one, load_inplace=True)
+    with pytest.raises(Unkeyed, match="LoRA adapter 'gone' is not at"):
+        uses(known, "gone", 9, tmp_path / "gone")
+    with pytest.raises(Unkeyed, match="only adapters in folders of this machine"):
+        uses(known, "hub", 10, Path("org/adapter"))
 
 
-def engine(path: str | Path, **settings: Any) -> Any:
-    values: dict[str, Any] = {
-        "model": str(path),
-        "revision": None,
-        "dtype": "torch.float32",
-        "quantization": None,
-        "hf_overrides": {},
-        "hf_config": SimpleNamespace(),
-        "max_model_len": 4096,
-        "seed": 0,
-    }
-    return SimpleNamespace(
-        model_config=SimpleNamespace(**(values | settings)),
-        cache_config=SimpleNamespace(cache_dtype="auto"),
-        load_config=SimpleNamespace(load_format="auto"),
-    )
-
-
-def test_a_model_is_named_by_its_weights(tmp_path: Path) -> None:
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(b"1" * 100)
-    (tmp_path / "config.json").write_text("{}")
-    first = identity_of(engine(tmp_path), "float32")
-    (tmp_path / "README.md").write_text("words")
-    assert identity_of(engine(tmp_path), "float32") == first
-    weights.write_bytes(b"1" * 99 + b"2")
-    assert identity_of(engine(tmp_path), "float32") != first
-    assert identity_of(engine(tmp_path), "float32", "v1").revision == "v1"
-
-
-def test_a_changed_tensor_of_a_large_file_is_seen(tmp_path: Path) -> None:
-    weights = tmp_path / "model.safetensors"
-    with weights.open("wb") as file:
-        file.truncate(80 << 20)
-    first = fingerprint(tmp_path)
-    with weights.open("r+b") as file:
-        file.seek(40 << 20)
-        file.write(b"x" * (1 << 20))
-    assert fingerprint(tmp_path) != first
-
-
-def test_flags_that_change_values_are_part_of_the_name() -> None:
-    path = model()
-    plain = identity_of(engine(path), "float32")
-    rope = SimpleNamespace(rope_parameters={"rope_type": "longrope"})
+def test_media_are_named_by_what_the_model_is_given() -> None:
+    same = [keys(request(mm_features=[image("one", name)])) for name in ("x", "y")]
+    assert same[0] == same[1]
     others = [
-        identity_of(engine(path), "bfloat16"),
-        identity_of(engine(path, dtype="torch.bfloat16"), "float32"),
-        identity_of(engine(path, quantization="fp8"), "float32"),
-        identity_of(engine(path, hf_overrides={"rope_theta": 1}), "float32"),
-        identity_of(engine(path, hf_config=rope), "float32"),
-        identity_of(engine(path, hf_config=rope, max_model_len=8192), "float32"),
-        identity_of(engine(path), "float32", stored="float16"),
+        image("two", "x"),
+        image("one", "x", offset=11),
+        image("one", "x", length=11),
+        image("one", "x", modality="audio"),
+        image("one", "x", mask=[True] * 11 + [False]),
     ]
-    assert len({plain, *others}) == 8
-    assert identity_of(engine(path, max_model_len=8192), "float32") == plain
+    found = [keys(request(mm_features=[one]))[1] for one in others]
+    assert len({same[0][1], *found}) == 6
 
 
-def test_a_model_from_a_hub_is_named_by_its_commit(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        (torch.zeros(4), torch.zeros(2, 2)),
+        (torch.zeros(4), torch.zeros(4, dtype=torch.int32)),
+        (torch.zeros(4, dtype=torch.bfloat16), torch.ones(4, dtype=torch.bfloat16)),
+        ([torch.zeros(1), torch.zeros(1)], [torch.zeros(2)]),
+        ([torch.zeros(1), [torch.zeros(1)]], [[torch.zeros(1), torch.zeros(1)]]),
+        (torch.tensor(1), 1),
+        (1, True),
+        ("1", 1),
+        (torch.arange(6).reshape(2, 3), torch.arange(6).reshape(3, 2).T),
+        (torch.zeros(0), {"pixels": None}),
+    ],
+)
+def test_no_two_things_that_a_model_is_given_look_alike(tensors: tuple[Any, Any]) -> None:
+    one, other = (inputs().of(request(mm_features=[image(each)]))["media"] for each in tensors)
+    assert one != other
+
+
+def test_media_that_a_client_named_wrongly_are_not_keyed() -> None:
+    """Even in vLLM's own form: its caches may hold one thing under the name of another."""
+    name = "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"
+    known = inputs()
+    known.of(request(mm_features=[image("one", name)]))
+    for content in ("two", "one"):
+        with pytest.raises(Unkeyed, match="under names of its media"):
+            known.of(request(mm_features=[image("fine", "fine"), image(content, name)]))
+    assert known.of(request(mm_features=[image("fine", "fine")]))["media"]
+
+
+def test_names_are_remembered_as_long_as_media_can_be_in_the_engines_cache() -> None:
+    known = Inputs(10, encoded_elsewhere=False)
+    for number in range(11):
+        known.of(request(mm_features=[image(str(number), str(number))]))
+    known.of(request(mm_features=[image("other", "0")]))
+    with pytest.raises(Unkeyed):
+        known.of(request(mm_features=[image("other", "5")]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"resumable": True}, "streamed"),
+        ({"prompt_embeds": torch.zeros(40, 8)}, "embeddings"),
+        ({"mm_features": [image(None)]}, "media"),
+        ({"mm_features": [image({"address": 1})]}, "media"),
+        ({"mm_features": [image(object())]}, "media"),
+    ],
+)
+def test_requests_whose_keys_would_not_tell_are_left_out(
+    settings: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(Unkeyed) as caught:
+        inputs().of(request(**settings))
+    assert caught.value.reason == reason
+
+
+def test_media_encoded_or_streamed_elsewhere_are_not_keyed() -> None:
+    with pytest.raises(Unkeyed, match="media"):
+        Inputs(10, encoded_elsewhere=True).of(request(mm_features=[image("one")]))
+    known = inputs()
+    with pytest.raises(Unkeyed, match="streamed"):
+        known.of(request(resumable=True))
+    with pytest.raises(Unkeyed, match="media"):
+        known.of(request(mm_features=[image("one")]))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(autouse=True)
+def loads_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines of these tests load what this process has written."""
+    monkeypatch.setattr(vllm_identity, "_started", time.time)
+
+
+def engine(path: str | Path, **flags: Any) -> Any:
+    """What vLLM resolves of its flags."""
+    plain = {"dtype": "float32", "max_model_len": 512, "load_format": "safetensors"}
+    return EngineArgs(model=str(path), **(plain | flags)).create_engine_config()
+
+
+def edited(model: Path, folder: Path, **values: Any) -> Path:
+    """The same weights with another configuration."""
+    made = Path(shutil.copytree(model, folder))
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | values))
+    return made
+
+
+def test_a_model_is_named_by_its_weights(small: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(small, tmp_path / "copy"))
+    first = identity_of(engine(small), "float32")
+    (copy / "README.md").write_text("words")
+    assert identity_of(engine(copy), "float32") == first
+    weights = copy / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    assert identity_of(engine(copy), "float32") != first
+    assert identity_of(engine(copy), "float32", "v1").revision == "v1"
+
+
+def test_what_vllm_resolved_is_part_of_the_name(small: Path, tmp_path: Path) -> None:
+    """Whatever the way by which a value got into the configuration."""
+    rope = {"rope_theta": 5e5, "rope_type": "default"}
+    other = edited(small, tmp_path / "other", rope_parameters=rope)
+    quantized, rounded = engine(small), engine(small)  # CPUs have neither.
+    quantized.model_config.quantization = "fp8"
+    rounded.cache_config.cache_dtype = "fp8"
+    names = [
+        identity_of(engine(small), "float32"),
+        identity_of(engine(small), "bfloat16"),
+        identity_of(engine(small), "float32", stored="float16"),
+        identity_of(engine(small), "float32", "v1"),
+        identity_of(engine(small, dtype="bfloat16"), "float32"),
+        identity_of(engine(other), "float32"),
+        identity_of(engine(small, hf_overrides={"rms_norm_eps": 1e-3}), "float32"),
+        identity_of(quantized, "float32"),
+        identity_of(rounded, "float32"),
+        identity_of(engine(small, load_format="dummy"), "float32"),
+        identity_of(engine(small, load_format="dummy", seed=1), "float32"),
+        identity_of(engine(small, load_format="pt"), "float32"),
+        identity_of(engine(small, model_impl="transformers"), "float32"),
+    ]
+    assert len(set(names)) == len(names)
+    by_path = engine(small, hf_config_path=str(other))
+    assert identity_of(by_path, "float32") == identity_of(engine(other), "float32")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"max_model_len": 256},
+        {"seed": 7},
+        {"served_model_name": "other"},
+        {"enforce_eager": True},
+        {"max_num_seqs": 3},
+        {"gpu_memory_utilization": 0.1},
+        {"max_logprobs": 5},
+        {"enable_prompt_embeds": True},
+    ],
+    ids=str,
+)
+def test_flags_that_change_no_value_are_no_part_of_the_name(
+    small: Path, flags: dict[str, Any]
+) -> None:
+    assert identity_of(engine(small, **flags), "float32") == identity_of(engine(small), "float32")
+
+
+def test_a_rope_that_depends_on_the_longest_prompt_makes_that_part_of_the_name(
+    small: Path, tmp_path: Path
+) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    other = edited(small, tmp_path / "other", rope_parameters=rope)
+    lengths = [identity_of(engine(other, max_model_len=n), "float32") for n in (256, 512)]
+    assert lengths[0] != lengths[1]
+
+
+def test_code_that_comes_with_a_model_is_part_of_its_name(small: Path, tmp_path: Path) -> None:
+    code = {"AutoConfig": "own_config.Own", "AutoModelForCausalLM": "own_model.Own"}
+    own = edited(small, tmp_path / "own", auto_map=code)
+    (own / "own_config.py").write_text(
+        "from transformers import LlamaConfig\nclass Own(LlamaConfig):\n    pass\n"
+    )
+    made = engine(own, trust_remote_code=True)
+    first = identity_of(made, "float32")
+    assert "code" in dict(first.extra)
+    (own / "own_model.py").write_text("raise SystemExit")
+    assert identity_of(made, "float32") != first
+
+
+def test_a_model_from_a_hub_is_named_like_its_copy(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No commit stands for bytes that may have been edited since."""
     commit = "0123456789abcdef" * 2 + "01234567"
-    folder = tmp_path / "models--org--name" / "snapshots" / commit
-    folder.mkdir(parents=True)
-    identity = identity_of(engine(folder), "float32")
-    assert (identity.name, identity.revision) == ("org/name", commit)
-    assert identity_of(engine("org/name", revision=commit), "float32") == identity
-    with pytest.raises(SpecError, match=r"set kvstore\.vllm\.revision"):
-        identity_of(engine("org/never-downloaded"), "float32")
+    repository = tmp_path / "hub" / "models--org--name"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    for file in small.iterdir():
+        blob = Path(shutil.copy(file, repository / "blobs" / file.name))
+        (snapshot / file.name).symlink_to(blob)
+    plain = identity_of(engine(small), "float32")
+    assert identity_of(engine(snapshot), "float32") == plain
+    from_hub = engine(snapshot, download_dir=str(tmp_path / "hub"))
+    from_hub.model_config.model, from_hub.model_config.revision = "org/name", commit
+    assert identity_of(from_hub, "float32") == plain
+    assert identity_of(from_hub, "float32", "v1").name == "org/name"
+    assert identity_of(engine(snapshot), "float32", "v1").name == "org/name"
+    # What the engine downloaded itself may be younger than it is, what was edited may not.
+    monkeypatch.setattr(vllm_identity, "_started", lambda: 0.0)
+    assert identity_of(engine(snapshot), "float32") == plain
+    with pytest.raises(SpecError, match="was changed after the engine had started"):
+        identity_of(engine(small), "float32")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"load_format": "runai_streamer_sharded"}, "loaded as 'runai_streamer_sharded', has no"),
+        ({"load_format": "npcache"}, "loaded as 'npcache', has no files to hash"),
+        ({"hf_overrides": lambda config: config}, "hf_overrides is a function"),
+    ],
+)
+def test_a_model_that_cannot_be_told_from_others_has_no_name(
+    small: Path, flags: dict[str, Any], words: str
+) -> None:
+    made = engine(small, **flags)
+    with pytest.raises(SpecError, match=words):
+        identity_of(made, "float32")
+    assert identity_of(made, "float32", "v1").revision == "v1"
+
+
+def test_weights_from_elsewhere_have_no_name(small: Path, tmp_path: Path) -> None:
+    streamed = engine(small)
+    streamed.model_config.model_weights = "s3://bucket/model"
+    with pytest.raises(SpecError, match="'s3://bucket/model', loaded as"):
+        identity_of(streamed, "float32")
+    other = engine(edited(small, tmp_path / "other", audio_model_id="openai/whisper"))
+    with pytest.raises(SpecError, match="audio_model_id 'openai/whisper'"):
+        identity_of(other, "float32")
+    hub = engine(small)
+    hub.model_config.model = "org/never-downloaded"
+    with pytest.raises(SpecError, match="'org/never-downloaded' is not on this machine"):
+        identity_of(hub, "float32")
+    (tmp_path / "other" / "model.safetensors").unlink()
+    other.model_config.hf_config.audio_model_id = None
+    with pytest.raises(SpecError, match="no files of weights"):
+        identity_of(other, "float32")
 
 
 def test_settings_come_with_dots() -> None:
@@ -190,10 +433,16 @@ def test_settings_come_with_dots() -> None:
     ("extra", "words"),
     [
         ({"adress": "x"}, "begin with 'kvstore.'"),
-        ({"kvstore.adress": "x"}, "did you mean address"),
-        ({"kvstore.memory.size": "2 gb"}, "unknown unit"),
+        (
+            {"kvstore.adress": "x"},
+            r"^kv_connector_extra_config: kvstore\.adress: .* did you mean kvstore\.address",
+        ),
+        (
+            {"kvstore.memory.size": "2 gb"},
+            r"^kv_connector_extra_config: kvstore\.memory\.size: .* unknown unit",
+        ),
         ({"kvstore.memory": 1, "kvstore.memory.size": 1}, "contradicts"),
-        ({"kvstore.vllm.tennant": "x"}, "did you mean tenant"),
+        ({"kvstore.vllm.tennant": "x"}, r"kvstore\.vllm\.tennant: .* mean kvstore\.vllm\.tenant"),
         ({"kvstore.vllm.tenant": 7}, "give a str"),
         ({"kvstore.vllm.block_tokens": -1}, "block_tokens must lie"),
         ({"kvstore.vllm": "x"}, "is a section"),

@@ -96,7 +96,18 @@ def test_a_prompt_hits_with_the_same_sound_only(stores: Stores, tmp_path: Path) 
         text = engine.generate([*before, *[token] * FEATURES, *after])
         assert text["cached"] == [BEFORE // BLOCK * BLOCK]
         assert text["tokens"] not in (low["tokens"], high["tokens"])
+        # Under a name that its caller gave, and what vLLM makes of that name.
+        for more in ({}, {"options": {"audio_kwargs": {"padding": True}}}):
+            engine.forget()
+            engine.generate(prompt, tone=200, uuid="recording-1", salt="named", **more)
     with Engine(connector, **settings) as engine:
         again = engine.generate(prompt, tone=200)
         assert again["cached"] == [usable]
         assert again["tokens"] == low["tokens"]
+        for more in ({}, {"options": {"audio_kwargs": {"padding": True}}}):
+            named = {"uuid": "recording-1", "salt": "named", "wishes": {"skip_save": True}} | more
+            other = engine.generate(prompt, tone=900, **named)
+            assert other["cached"][0] <= BEFORE
+            apart = {"skip_load": True, "skip_save": True}
+            right = engine.generate(prompt, tone=900, salt="apart", wishes=apart)
+            assert other["tokens"] == right["tokens"] != low["tokens"]

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from kvstore.connectors.vllm_config import settings_of
+from kvstore.connectors.vllm_inputs import Inputs
 from kvstore.connectors.vllm_layout import Pages
 from kvstore.connectors.vllm_scheduler import SchedulerSide
+from kvstore.connectors.vllm_weights import WeightsWatch
+from kvstore.keys import block_keys, prompt_extras
 from tests.session_tools import (
     BLOCK_TOKENS,
     PART,
@@ -32,14 +35,22 @@ def served(stores: Stores) -> Served:
 
 
 @pytest.fixture
-def side(served: Served) -> Iterator[SchedulerSide]:
+def more() -> dict[str, Any]:
+    """Settings of one test."""
+    return {}
+
+
+@pytest.fixture
+def side(served: Served, more: dict[str, Any]) -> Iterator[SchedulerSide]:
     settings = settings_of(
         {
             "kvstore.address": f"unix://{served.socket}",
             "kvstore.planner.mode": "load",
             "kvstore.session.lookup_timeout": 10.0,
         }
+        | more
     )
+    core = SimpleNamespace(model_executor=SimpleNamespace(collective_rpc=None))
     pages = Pages((PART,), BLOCK_TOKENS, 1, (PART,))
     made = SchedulerSide(
         settings,
@@ -48,14 +59,15 @@ def side(served: Served) -> Iterator[SchedulerSide]:
         1,
         loads=True,
         saves=True,
-        hashed_media=True,
+        inputs=Inputs(1000, encoded_elsewhere=False),
+        watch=WeightsWatch(core, lambda lora: None),
         events=False,
     )
     yield made
     made.close()
 
 
-def request(name: str, tokens: list[int], **wishes: Any) -> SimpleNamespace:
+def request(name: str, tokens: list[int], salt: str = "", **wishes: Any) -> SimpleNamespace:
     return SimpleNamespace(
         request_id=name,
         num_tokens=len(tokens),
@@ -64,7 +76,7 @@ def request(name: str, tokens: list[int], **wishes: Any) -> SimpleNamespace:
         resumable=False,
         mm_features=[],
         lora_request=None,
-        cache_salt=None,
+        cache_salt=salt or None,
         kv_transfer_params=wishes,
     )
 
@@ -102,3 +114,30 @@ def test_a_request_that_waits_counts_once(served: Served, side: SchedulerSide) -
     assert counted == [10, 10 * 8 * BLOCK_TOKENS, 8 * BLOCK_TOKENS]
     asked = sum(stats["histograms"]["seconds.lookup"]["counts"])
     assert polls > asked > 11, "it was asked again all the same"
+
+
+@pytest.mark.parametrize("more", [{}, {"kvstore.vllm.salt_is_tenant": True}], ids=str)
+def test_a_salt_is_part_of_keys_or_says_who_the_tenant_is(
+    served: Served, side: SchedulerSide, more: dict[str, Any]
+) -> None:
+    """As tools can ask for it: `prompt_extras` has the same words for it."""
+    tokens = prompt(500 + len(more), 4)
+    salted = prompt_extras(BLOCK_TOKENS, range(4), salt="somebody")
+    with served.session() as session, served.session(tenant="somebody") as tenant:
+        save(session, block_keys(namespace(), tokens, extras=salted))
+        if more:
+            save(tenant, tenant.keys(tokens))
+    found = [
+        answered(side, request(f"{more}{number}", [*tokens, 7], salt, **wishes))
+        for number, (salt, wishes) in enumerate(
+            [
+                ("", {}),
+                ("somebody", {}),
+                ("somebody", {"tenant": "else"}),
+                ("else", {"tenant": "somebody"}),
+            ]
+        )
+    ]
+    whole = 4 * BLOCK_TOKENS
+    assert found == ([0, whole, whole, 0] if more else [0, whole, 0, 0])
+    assert answered(side, request("no tenant", [*tokens, 7], "\ud800", tenant="\ud800")) == 0

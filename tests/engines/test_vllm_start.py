@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.vllm_tools import Engine, document, transfer
+from tests.engines.vllm_tools import Engine, document, model, transfer
 from tests.session_tools import Stores, eventually
 
 pytestmark = pytest.mark.vllm
@@ -14,7 +14,8 @@ pytestmark = pytest.mark.vllm
 
 def test_a_wrong_setting_ends_the_start_with_its_name() -> None:
     connector = transfer(memory__sice="1GiB")
-    with pytest.raises(RuntimeError, match=r"memory\.sice: unknown key; did you mean memory\.size"):
+    words = r"kvstore\.memory\.sice: unknown key; did you mean kvstore\.memory\.size"
+    with pytest.raises(RuntimeError, match=words):
         Engine(connector, block_size=32, max_model_len=512)
 
 
@@ -56,3 +57,9 @@ def test_a_private_store_is_shared_by_all_of_an_engine(tmp_path: Path) -> None:
             return bool(answer["cached"] == [192])
 
         eventually(from_the_store, 60)
+        assert "reads differently" not in engine.log
+        # Workers of other processes are given other weights: what was stored is not theirs.
+        assert engine.ask(do="change", how="reload_weights", path=str(model()))["done"]
+        engine.generate(prompt)
+        assert engine.metrics()["kvstore_unkeyed_requests_total.weights"] == 1
+        assert "the weights may have been changed (reload_weights)" in engine.log

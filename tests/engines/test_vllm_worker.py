@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
 from kvstore.connectors import vllm_device, vllm_worker
@@ -153,7 +154,7 @@ def job(number: int, pages: Any, keys: list[bytes] = KEYS, **more: Any) -> Job:
 
 
 def step(**more: Any) -> Step:
-    return Step(namespace=NAMESPACE.digest, **more)
+    return Step(namespace=NAMESPACE, **more)
 
 
 def reports(model: Model, wanted: Any) -> Any:
@@ -233,6 +234,24 @@ def test_a_model_that_does_not_ask_for_layers_may_have_been_too_early(model: Mod
     assert report.loaded[8] == 0
     assert report.failures == 1
     assert model._worker.take_invalid() == set(LOADED.ravel().tolist())
+
+
+@pytest.mark.parametrize("revision", ["", "other"])
+def test_a_worker_goes_by_the_schedulers_name_of_equal_weights_only(
+    model: Model, revision: str
+) -> None:
+    """Weights of another node may differ; a configuration may, too: some models write to it."""
+    identity = structs.replace(NAMESPACE.model, revision=revision, extra=(("config", revision),))
+    named = Namespace(identity, block_tokens=BLOCK)
+    keys = block_keys(named, list(range(4 * BLOCK)))
+    saves = Step(namespace=named, saves=[job(10, SAVED[:4], keys)])
+    model.step(saves, writes=SAVED[:4].ravel())
+    report = reports(model, lambda report: 10 in report.saved)
+    assert report.saved[10] == (1, 0 if revision else 4)
+    model.step(Step(namespace=named, loads=[job(11, LOADED[:4], keys)]))
+    report = reports(model, lambda report: 11 in report.loaded)
+    assert report.loaded[11] == (0 if revision else 4)
+    assert model._worker.results().finished_recving == {"request11"}
 
 
 @pytest.mark.parametrize("rank", [0, 1])

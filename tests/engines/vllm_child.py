@@ -41,6 +41,10 @@ def _generate(llm: Any, order: dict[str, Any]) -> dict[str, Any]:
     if "tone" in order:
         sound = {"audio": (_tone(order["tone"]), _SAMPLES)}
         prompts = [prompt | {"multi_modal_data": sound} for prompt in prompts]
+    if "uuid" in order:
+        prompts = [prompt | {"multi_modal_uuids": {"audio": [order["uuid"]]}} for prompt in prompts]
+    if "options" in order:
+        prompts = [prompt | {"mm_processor_kwargs": order["options"]} for prompt in prompts]
     started = time.perf_counter()
     outputs = llm.generate(
         prompts,
@@ -65,6 +69,51 @@ def _forget(llm: Any, store: bool) -> bool:
         # In this process nothing else moves the engine on.
         _generate(llm, {"prompts": [[1, 2, 3]], "max_tokens": 2})
     return False
+
+
+def _change(llm: Any, how: str, path: str) -> None:
+    """Change the model's weights: by those at `path`, or in place."""
+    import torch
+
+    def negate(model: Any) -> None:
+        model.model.embed_tokens.weight.data.neg_()
+
+    match how:
+        case "reload_weights":
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        case "apply_model":
+            llm.apply_model(negate)
+        case "load_weights":
+            from safetensors.torch import load_file
+
+            # The others are packed for the CPU, and cannot be loaded twice.
+            weights = load_file(f"{path}/model.safetensors").items()
+            _model(llm).load_weights([(n, w) for n, w in weights if "embed_tokens" in n])
+        case "in place":
+            with torch.no_grad():
+                _model(llm).model.embed_tokens.weight.neg_()
+
+
+def _model(llm: Any) -> Any:
+    """As those do that train beside an engine in one process."""
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+
+
+def _change_midway(llm: Any, order: dict[str, Any]) -> dict[str, Any]:
+    """Change the weights when some of an answer's tokens are there."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=order["max_tokens"], ignore_eos=True)
+    llm.llm_engine.add_request("midway", {"prompt_token_ids": order["prompt"]}, params)
+    tokens: list[int] = []
+    changed = False
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            tokens = list(output.outputs[0].token_ids)
+        if not changed and len(tokens) >= order["after"]:
+            _change(llm, order["how"], order["path"])
+            changed = True
+    return {"tokens": tokens}
 
 
 def _metrics(llm: Any) -> dict[str, Any]:
@@ -125,6 +174,10 @@ def main() -> None:
                 answer = _generate(llm, order)
             case "forget":
                 answer = {"done": _forget(llm, order.get("store", False))}
+            case "change":
+                answer = {"done": _change(llm, order["how"], order["path"]) is None}
+            case "midway":
+                answer = _change_midway(llm, order)
             case "metrics":
                 answer = _metrics(llm)
             case "events":

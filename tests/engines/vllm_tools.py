@@ -39,12 +39,12 @@ def model() -> Path:
     return found[-1]
 
 
-def small_model(folder: Path) -> Path:
+def small_model(folder: Path, seed: int = 0) -> Path:
     """A Llama of random weights whose heads two ranks can share (SmolLM2 has nine), in `folder`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=4096,
         hidden_size=256,
