@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import select
 import stat
@@ -23,14 +24,16 @@ from pathlib import Path
 from typing import Final
 
 from kvstore import protocol
+from kvstore.arena import HUGE_PAGE
 from kvstore.channel import Channel
-from kvstore.config import Config
+from kvstore.config import Config, format_size
 from kvstore.credentials import listener, open_to_others
 from kvstore.errors import ConfigError, StoreUnavailable
 from kvstore.files import open_own
 from kvstore.forks import in_child
 
 _POLL: Final = 0.02
+_log = logging.getLogger("kvstore.session")
 _LOOK: Final = 0.2
 _FIRST_PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 300.0
@@ -146,6 +149,11 @@ def join_or_start(config: Config) -> Channel:
 def _join(config: Config, path: Path) -> Channel:
     channel = Channel.connect(path, config.session.connect_timeout)
     _failed.pop(path, None)
+    if channel.welcome.arena_bytes <= config.memory.size - HUGE_PAGE:
+        _log.warning(
+            "the private daemon has %s of memory.size: little was free; `kvstore serve` takes all",
+            format_size(channel.welcome.arena_bytes),
+        )
     return channel
 
 

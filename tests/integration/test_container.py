@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.integration.test_embedded import daemon_pid
@@ -29,6 +31,8 @@ def container() -> Iterator[Path]:
     if group is None:
         pytest.skip("making a control group needs root, and one that may have children")
     yield group
+    for pid in (group / "cgroup.procs").read_text().split():
+        os.kill(int(pid), signal.SIGKILL)
     eventually(lambda: not (group / "cgroup.procs").read_text())
     group.rmdir()
 
@@ -59,11 +63,12 @@ session = Session.open(namespace(), [BIG], config)
 keys = session.keys(prompt(1, 8))
 save(session, keys)
 print(session.stats()["memory"]["capacity"], load(session, keys).blocks, flush=True)
-input()
-engine = bytearray(int(sys.argv[3]))  # What the engine needs grows.
-engine[::4096] = b"x" * len(engine[::4096])
-print(session.problem, load(session, keys).blocks, flush=True)
-input()
+daemon, grown = input(), []
+while os.path.exists(f"/proc/{daemon}") and len(grown) < 512:  # What the engine needs grows.
+    grown.append(b"x" * (1 << 20))
+    time.sleep(0.001)
+print(load(session, keys).reason, flush=True)
+os._exit(0)
 """
 
 
@@ -80,15 +85,18 @@ def test_serve_refuses_what_cannot_fit(stores: Stores, container: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
-def test_a_private_daemon_shrinks_and_the_engine_lives(stores: Stores, container: Path) -> None:
+def test_a_private_daemon_shrinks_and_goes_before_the_engine(
+    stores: Stores, container: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     config = stores.embedded(memory={"size": "1GiB"})
-    with Child(INSIDE, container, config.model_dump_json(), 64 * MIB) as engine:
+    with Child(INSIDE, container, config.model_dump_json()) as engine:
         capacity, loaded = map(int, engine.says(60).split())
         assert loaded == 8
         assert 16 * MIB < capacity < LIMIT // 2
-        daemon = daemon_pid(config)
-        assert Path(f"/proc/{daemon}/oom_score_adj").read_text().strip() == "1000"
-        engine.tell()
-        assert engine.says(60) == "None 8"
-        engine.tell()
+        daemon = psutil.Process(daemon_pid(config))
+        assert Path(f"/proc/{daemon.pid}/oom_score_adj").read_text().strip() == "1000"
+        engine.tell(str(daemon.pid))
+        assert engine.says(60) == "unavailable"
         assert engine.wait() == 0
+        assert not daemon.is_running() or daemon.status() == psutil.STATUS_ZOMBIE
+    assert "memory.size: little was free" in capfd.readouterr().err

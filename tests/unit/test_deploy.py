@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -213,6 +214,16 @@ def test_the_example_engine_reaches_the_daemon_of_its_node() -> None:
     assert variables["KVSTORE_ADDRESS"] == served
     (group,) = engine["securityContext"]["supplementalGroups"]
     assert f"--gid {group} kvstore" in (DEPLOY / "Dockerfile").read_text()
+
+
+def test_the_probe_of_the_guide_is_a_command() -> None:
+    guide = (DEPLOY.parent / "docs/operations.md").read_text()
+    (command,) = re.findall(r"`exec: \{command: (\[.*?\])\}`", guide)
+    program, socket_path = yaml.safe_load(command)
+    scripts = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts[program] == "kvstore.server.probe:main"
+    served = yaml.safe_load(manifests("daemonset.yaml")["ConfigMap"]["data"]["kvstore.yaml"])
+    assert served["address"] == f"unix://{socket_path}"
 
 
 # -- the image ----------------------------------------------------------------------------------
