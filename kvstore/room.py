@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import mmap
 from collections.abc import Iterator
@@ -10,9 +11,12 @@ from typing import Final, NamedTuple
 
 from kvstore.errors import NotNow
 
-_V1: Final = ("memory.usage_in_bytes", "total_", ("memory.limit_in_bytes",))
-_V2: Final = ("memory.current", "", ("memory.max", "memory.high"))
-"""Files of a control group: what it uses, how its counts begin, what it may use."""
+_FILES: Final = (
+    ("memory.max", "memory.current"),
+    ("memory.high", "memory.current"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+"""Of a control group, in the second version and in the first: what it may use, and what it uses."""
 
 _LEAST: Final = 1 << 20
 _OWN: Final = 64 << 20
@@ -36,17 +40,16 @@ def room(root: Path = Path("/")) -> Room:
     Page cache counts as free. `root`: where `/proc` and `/sys` are.
     """
     memory = _counts(root / "proc/meminfo")
-    total = memory["MemTotal:"] * 1024
-    rooms = [Room(memory["MemAvailable:"] * 1024, total, "this machine")]
-    for folder, (usage, prefix, limits) in _groups(root):
-        for name in limits:
-            try:
-                limit, used = int((folder / name).read_text()), int((folder / usage).read_text())
-                stat = _counts(folder / "memory.stat")
-            except (OSError, ValueError):  # no limit, or not for us to know
-                continue
-            cache = stat.get(f"{prefix}inactive_file", 0) + stat.get(f"{prefix}active_file", 0)
-            rooms.append(Room(max(0, limit - max(0, used - cache)), limit, f"{folder / name}"))
+    rooms = [Room(memory["MemAvailable:"] << 10, memory["MemTotal:"] << 10, "this machine")]
+    for folder, (name, usage) in itertools.product(_groups(root), _FILES):
+        try:
+            limit, used = int((folder / name).read_text()), int((folder / usage).read_text())
+            stat = _counts(folder / "memory.stat")
+        except (OSError, ValueError):  # not that version, no limit, or not for us to know
+            continue
+        prefix = "total_" if "total_cache" in stat else ""
+        cache = stat.get(f"{prefix}inactive_file", 0) + stat.get(f"{prefix}active_file", 0)
+        rooms.append(Room(max(0, limit - max(0, used - cache)), limit, f"{folder / name}"))
     return min(rooms)
 
 
@@ -67,17 +70,12 @@ def check_room(size: int, *, private: bool) -> int:
             "memory.size, or allow more memory"
         )
     if size > fits:
-        _log.warning(
-            "memory.size is %d bytes; this private daemon takes %d, half of what %s has room for",
-            size,
-            fits,
-            where,
-        )
+        _log.warning("memory.size is %d bytes, but half of what %s has is %d", size, where, fits)
     return min(size, fits) // mmap.PAGESIZE * mmap.PAGESIZE
 
 
-def _groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, tuple[str, ...]]]]:
-    """The folders of our control group and those around it, each with the names of its files."""
+def _groups(root: Path) -> Iterator[Path]:
+    """The folders of our control group and of those around it."""
     ours: dict[str, str] = {}
     try:
         for line in (root / "proc/self/cgroup").read_text().splitlines():
@@ -99,7 +97,7 @@ def _groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, tuple[str, ...]]
         # Where a container sees the paths of its host, our group is the mount itself.
         inside = group.relative_to(top) if group.is_relative_to(top) else Path()
         for each in (inside, *inside.parents):
-            yield root / point.lstrip("/") / each, _V2 if kind == "cgroup2" else _V1
+            yield root / point.lstrip("/") / each
 
 
 def _counts(path: Path) -> dict[str, int]:

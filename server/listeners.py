@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import socket
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
 from kvstore.config import split_host_port
 from kvstore.errors import ConfigError, NotNow
 from kvstore.files import make_way
-from kvstore.telemetry import QuietLog
 
 _MAX_PATH: Final = 107
-_PAUSE: Final = 0.25
 
 
 def bind(key: str, address: str) -> list[socket.socket]:
@@ -71,18 +67,3 @@ def clear(path: Path) -> None:
         make_way(path)
     except OSError as e:
         raise ConfigError(f"cannot listen on {path}: {e.strerror}; choose another socket") from e
-
-
-async def accepted(listener: socket.socket, quiet: QuietLog) -> AsyncIterator[socket.socket]:
-    """Connections as they come, for ever; none of them blocks."""
-    loop = asyncio.get_running_loop()
-    while True:
-        await asyncio.sleep(0)  # An accept that need not wait lets nobody else have a turn.
-        try:
-            connection, _ = await loop.sock_accept(listener)
-        except OSError as e:  # Out of descriptors, say: others go on, and so do we.
-            quiet.warning("accept", "a connection could not be accepted: %s", e)
-            await asyncio.sleep(_PAUSE)
-            continue
-        connection.setblocking(False)
-        yield connection

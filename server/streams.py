@@ -22,7 +22,7 @@ from kvstore.protocol import STREAM_MARK, Hello, Welcome
 from kvstore.server.bulk import BulkServer, Sample
 from kvstore.server.grants import MAX_OWNED, Grants
 from kvstore.server.greeting import HELLO_SECONDS, Greeting, Newcomers, admit
-from kvstore.server.listeners import accepted, bind, show
+from kvstore.server.listeners import bind, show
 from kvstore.server.node import Node
 from kvstore.server.sessions import Peer, SessionConnection
 from kvstore.server.stream_session import StreamSession
@@ -100,7 +100,15 @@ class StreamFace:
     # -- on the loop ------------------------------------------------------------------------------
 
     async def _accept(self, listener: socket.socket) -> None:
-        async for connection in accepted(listener, self.node.quiet):
+        while True:
+            await asyncio.sleep(0)  # An accept that need not wait lets nobody else have a turn.
+            try:
+                connection, _ = await self._loop.sock_accept(listener)
+            except OSError as e:  # Out of descriptors, say: others go on, and so do we.
+                self.node.quiet.warning("accept", "a connection could not be accepted: %s", e)
+                await asyncio.sleep(_TICK)
+                continue
+            connection.setblocking(False)
             number = next(self._newcomers.numbers)
             meet = partial(self._meet, connection, number)
             meeting = run("greeting", meet, self.node.store.counters)

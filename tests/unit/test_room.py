@@ -30,7 +30,9 @@ def v1(folder: Path, limit: int, used: int = 0, cache: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
     (folder / "memory.usage_in_bytes").write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"inactive_file 1\ntotal_inactive_file {cache}\n")
+    (folder / "memory.stat").write_text(
+        f"cache 1\ninactive_file 1\ntotal_cache 2\ntotal_inactive_file {cache}\n"
+    )
 
 
 def v2(folder: Path, limit: str, used: int = 0, cache: int = 0, high: str = "max") -> None:
