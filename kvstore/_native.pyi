@@ -106,7 +106,7 @@ def pack_u32(values: list[int]) -> bytes:
     no ``int``. Holds the GIL: about 5 ns a value.
     """
 
-def prefault(address: int, nbytes: int) -> None:
+def prefault(address: int, nbytes: int, write: bool = True) -> None:
     """Map the pages of a range for writing now; their content stays.
 
     Raises ``OSError`` if the kernel cannot (not mapped, not writable, out of memory). Kernels

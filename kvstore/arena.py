@@ -24,6 +24,7 @@ from kvstore.room import check_room
 
 HUGE_PAGE: Final = 2 << 20
 _PREFAULT_PIECE: Final = 256 << 20
+_POPULATE_PIECE: Final = 8 << 20
 _MADV_HUGEPAGE: Final = 14
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -223,7 +224,10 @@ class Arena:
             progress(self.size, self.size)
 
     def populate(self) -> None:
-        """Begin to map what there is, in a thread, so that copies meet no page faults."""
+        """Begin to map what there is, in a thread, so that copies meet no page faults.
+
+        After the first of them: for that one it would be slower.
+        """
         if not self._populating:
             self._populating = True
             with contextlib.suppress(RuntimeError):  # no more threads
@@ -231,7 +235,9 @@ class Arena:
 
     def _populate(self) -> None:
         with contextlib.suppress(OSError):  # no memory
-            self.prefault()
+            for at in range(0, self.size, _POPULATE_PIECE):  # Others, too, want the page tables.
+                left = min(_POPULATE_PIECE, self.size - at)
+                _native.prefault(self.address + at, left, write=False)
 
     @property
     def huge(self) -> bool:

@@ -71,12 +71,11 @@ class ArenaCarrier:
     whole = True
 
     def __init__(self, arena: Arena) -> None:
-        self.arena: Arena | None = arena
+        self.arena = arena
         self._end: Callable[[], object] = int
 
     def prepare(self, copier: Copier) -> None:
         """See `Carrier.prepare`."""
-        assert self.arena is not None
         copier.attach(self.arena.address, self.arena.size)
         end = self._end = finalize(self, copier.detach, self.arena.address)  # also if it is dropped
         end.atexit = False
@@ -85,23 +84,23 @@ class ArenaCarrier:
         self, lease: int, slots: NDArray[np.int64], nbytes: int, gather: Gather, patience: float
     ) -> list[int] | None:
         """See `Carrier.write`."""
-        return gather(0, self._addresses(slots, nbytes))
+        sums = gather(0, self._addresses(slots, nbytes))
+        self.arena.populate()
+        return sums
 
     def read(
         self, lease: int, slots: NDArray[np.int64], nbytes: int, scatter: Scatter, deadline: float
     ) -> None:
         """See `Carrier.read`."""
         scatter(0, self._addresses(slots, nbytes), None)
+        self.arena.populate()
 
     def close(self) -> None:
         """See `Carrier.close`."""
         self._end()
-        self.arena = None  # Unmapped once no session of the process uses it.
+        del self.arena  # Unmapped once no session of the process uses it.
 
     def _addresses(self, slots: NDArray[np.int64], nbytes: int) -> list[int]:
-        arena = self.arena
-        assert arena is not None
-        arena.populate()
-        if len(slots) and (int(slots.min()) < 0 or int(slots.max()) + nbytes > arena.size):
+        if len(slots) and (int(slots.min()) < 0 or int(slots.max()) + nbytes > self.arena.size):
             raise StoreUnavailable("the daemon named a slot outside the arena")
-        return [arena.address + int(slot) for slot in slots]
+        return [self.arena.address + int(slot) for slot in slots]

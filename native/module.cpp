@@ -311,13 +311,13 @@ nb::bytes pack_u32(const nb::list& values) {
   return packed;
 }
 
-void prefault_range(std::int64_t address, std::int64_t nbytes) {
+void prefault_range(std::int64_t address, std::int64_t nbytes, bool write) {
   const Range range = checked_range("address", address, nbytes);
   if (range.size == 0) return;
   int error = 0;
   {
     const Unlocked unlocked;
-    error = prefault(range.data, range.size);
+    error = prefault(range.data, range.size, write);
   }
   if (error != 0) {
     errno = error;
@@ -344,7 +344,7 @@ NB_MODULE(_native, m) {
         "src"_a.noconvert(), "sizes"_a.noconvert(), "stream"_a);
   m.def("chain_keys", &chain_keys_checked, "parent"_a, "tokens"_a.noconvert(), "block_tokens"_a);
   m.def("pack_u32", &pack_u32, "values"_a);
-  m.def("prefault", &prefault_range, "address"_a, "nbytes"_a);
+  m.def("prefault", &prefault_range, "address"_a, "nbytes"_a, "write"_a = true);
 
   nb::class_<Xxh3Stream>(m, "Xxh3Stream")
       .def(nb::init<>())
