@@ -31,6 +31,7 @@ REQUESTS: list[Message] = [
     protocol.Flush(1.5),
     protocol.Clear(0),
     protocol.Stats(),
+    protocol.Control(),
 ]
 REPLIES: list[Message] = [
     protocol.Welcome(1, "kvstore 0.1.0", 7, 1 << 40, "shmem", 30.0),
@@ -43,6 +44,7 @@ REPLIES: list[Message] = [
     protocol.Count(2),
     protocol.Flushed(0),
     protocol.StatsReply("{}"),
+    protocol.Controlled("/run/kvstore.sock.control"),
     protocol.Failure("no"),
     protocol.Failure("no", fatal=True),
 ]
