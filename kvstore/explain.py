@@ -49,6 +49,7 @@ _MEANING: Final = {
     "cleared": "it was cleared",
     "no_room": "its save was dropped: memory was full of blocks in use or being written",
     "admission": "its save was dropped by the admission policy",
+    "parts": "its save was dropped: its tenant had blocks of too many namespaces and layouts",
     "held": "its save was dropped: its tenant held as much under leases as it may",
     "draining": "its save was dropped: the daemon was draining",
     "uncommitted": "its save was begun but never finished",
@@ -138,10 +139,11 @@ def _why_not(store: Store, namespace: Namespace, key: bytes) -> BlockReason:
     if gone is None:
         return BlockReason(key, False, 0, "never_stored", "not seen by this daemon so far", None)
     detail = _MEANING.get(gone.reason, gone.reason)
-    if gone.reason == "evicted" and gone.by is not None:
+    if gone.reason == "evicted" and gone.by:
         # Tenants are walls: who they are is nobody else's business.
-        same = gone.by.tenant == namespace.tenant
-        detail += f" for {gone.by.model.name}" if same else " for another tenant"
+        by = store.usage.namespaces.get(gone.by)
+        same = by is not None and by.namespace.tenant == namespace.tenant
+        detail += f" for {by.namespace.model.name}" if by and same else " for another tenant"
     return BlockReason(key, False, 0, gone.reason, detail, gone.at)
 
 

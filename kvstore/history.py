@@ -15,11 +15,11 @@ from kvstore.spec import Namespace
 
 
 class Gone(NamedTuple):
-    """What became of a block, for what reason, when (Unix seconds), and on whose behalf."""
+    """What became of a block, for what reason, when (Unix seconds), and for which namespace."""
 
     reason: str
     at: float
-    by: Namespace | None
+    by: bytes  # its digest, or nothing
 
 
 class History:
@@ -33,7 +33,7 @@ class History:
     def record(self, key: bytes, reason: str, by: Namespace | None = None) -> None:
         """The block of `key` is not here any more, or was not taken in, for `reason`."""
         self._gone.pop(key, None)
-        self._gone[key] = Gone(reason, self._wall(), by)
+        self._gone[key] = Gone(reason, self._wall(), b"" if by is None else by.digest)
         if len(self._gone) > self._limit:
             self._gone.popitem(last=False)
 

@@ -61,6 +61,7 @@ _DROPPED: Final = {
     "quota": "the tenant's quota is full of blocks in use or being written",
     "admission": "the admission policy refuses them",
     "draining": "the daemon is draining",
+    "parts": "their tenant has blocks of too many namespaces and layouts",
     "held": "their tenant holds as much under leases as it may (server.max_held)",
 }
 
@@ -70,6 +71,9 @@ MAX_LEASES: Final = 4096
 
 MAX_OWED: Final = 128 << 20
 """Bytes that what a payer asked for may take to remember."""
+
+_MAX_PARTS: Final = 4096
+"""Of one tenant, in all its namespaces."""
 
 _LEASE_WEIGHT: Final = 1000
 _KEY_WEIGHT: Final = 160
@@ -205,10 +209,18 @@ class Store:
     def _reserve(self, entry: Entry, payer: Payer) -> str:
         if not self._may_hold(payer, entry.name.namespace, entry.nbytes):
             return "held"
+        if payer.most is not None and self._many_parts(entry.name.namespace, entry.name.part):
+            return "parts"
         refusal = self.tiering.reserve(entry) or ""
         if not refusal:
             self.usage.held(entry, 1)
         return refusal
+
+    def _many_parts(self, namespace: Namespace, part: Part) -> bool:
+        """Whether a tenant may have no further part: what describes it lies beside the arena."""
+        tenant = self.usage.tenants.get(namespace.tenant)
+        known = self.usage.namespaces.get(namespace.digest, _NOBODY)
+        return tenant is not None and tenant.parts >= _MAX_PARTS and part not in known.parts
 
     def _may_hold(self, payer: Payer, namespace: Namespace | None, more: int) -> bool:
         """Whether `more` bytes of a tenant may be kept from leaving memory."""

@@ -76,10 +76,11 @@ class TierShare:
 class TenantUsage:
     """What a tenant holds."""
 
-    __slots__ = ("disk", "held_bytes", "memory", "namespaces", "objects", "pinned_bytes")
+    __slots__ = ("disk", "held_bytes", "memory", "namespaces", "objects", "parts", "pinned_bytes")
 
     def __init__(self) -> None:
         self.namespaces = self.objects = 0
+        self.parts = 0  # of all its namespaces
         self.memory = TierShare()
         self.disk = TierShare()
         self.held_bytes = 0  # being saved or read, so that they cannot leave memory
@@ -143,6 +144,7 @@ class Usage:
         account.objects += 1
         account.tenant.objects += 1
         part = entry.name.part
+        account.tenant.parts += part not in account.parts
         account.parts[part] = account.parts.get(part, 0) + 1
 
     def removed(self, entry: Entry) -> None:
@@ -154,6 +156,7 @@ class Usage:
         account.parts[part] -= 1
         if not account.parts[part]:
             del account.parts[part]
+            account.tenant.parts -= 1
         self.close_if_empty(account)
 
     def took_memory(self, entry: Entry) -> None:

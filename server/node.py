@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from ssl import SSLError
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from kvstore.config import Config
@@ -149,6 +150,8 @@ class Node:
             self.refused("greeting", what, error)
         elif isinstance(error, TimeoutError):
             self.refused("silent", what, "nothing was said in time")
+        elif isinstance(error, SSLError):
+            self.refused("tls", what, error)
         else:
             _log.debug("%s ended before its greeting: %s", what, error)
 
@@ -162,7 +165,7 @@ class Node:
         Sessions and calls end whose token is not what it was. If the file is no good, all stays as
         it is, and the log says so.
         """
-        while True:
+        while self.config.server.tokens is not None:
             await asyncio.sleep(_FOLLOW_SECONDS)
             # In a thread: it asks a disk, and much may have to be parsed.
             if not await asyncio.to_thread(self.access.changed):

@@ -26,6 +26,9 @@ from kvstore.store import MAX_OWED, Acquired, Acquisition
 
 _MAX_PIN_SECONDS: Final = 30 * 24 * 3600.0
 _MAX_TTL_SECONDS: Final = 10 * 365 * 24 * 3600.0
+_MAX_DESCRIBED: Final = 1 << 14
+"""Bytes of an `open` with a token."""
+
 _MAX_FLUSHES: Final = 16
 _MAX_RECHECKED: Final = 16
 """Blocks per release whose alleged damage is looked into."""
@@ -271,8 +274,9 @@ class SessionConnection(asyncio.Protocol):
     def _open(self, request: protocol.Open, nbytes: int) -> Message:
         if len(self.opened) >= protocol.MAX_OPEN:
             return Failure(f"{protocol.MAX_OPEN} namespaces are open; use another session")
-        if self._owed + nbytes > protocol.MAX_FRAME:
-            return Failure("what is open takes too much to remember; use another session")
+        most = protocol.MAX_FRAME if self.owner.most is None else _MAX_DESCRIBED
+        if nbytes > most or self._owed + nbytes > protocol.MAX_FRAME:
+            return Failure(f"{self._owed} and {nbytes} bytes describe what is open; shorten names")
         if not 1 <= len(request.parts) <= protocol.MAX_PARTS:
             return Failure(f"{len(request.parts)} parts; give 1 to {protocol.MAX_PARTS}")
         self.grant.check_tenant(request.namespace.tenant)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ import pytest
 from kvstore import protocol
 from kvstore.protocol import Failure, Hello, Message, Reserved
 from kvstore.spec import Group, Namespace, Part
-from tests.control_tools import SERVICE, Api, secret, write_tokens
+from tests.control_tools import SERVICE, Api, refusal, secret, write_tokens
 from tests.http_tools import ON, address, ask
 from tests.session_tools import (
     BIG,
@@ -350,6 +351,16 @@ def test_who_says_half_of_something_is_ended_at_every_door(served: Served) -> No
                 connection = stack.enter_context(socket.create_connection((host, int(port))))
             connection.sendall(data)
             open_.append(connection)
+        # Calls whose request never comes, with a token and without.
+        api = stack.enter_context(Api(served, secret("modest"), tcp=True))
+        done = threading.Event()
+        stack.callback(done.set)
+        calls = [
+            api.channel.stream_unary(path).future(
+                iter(lambda: done.wait() and None, None), 3 * PATIENCE, api._metadata
+            )
+            for path in (f"/{SERVICE.full_name}/Stats", "/grpc.health.v1.Health/Check")
+        ]
         # A session that is known, too: half a request, and answers that are not read.
         half = stack.enter_context(opened(served, "modest", TINY))
         half.socket.sendall(frame[:-1])
@@ -361,6 +372,9 @@ def test_who_says_half_of_something_is_ended_at_every_door(served: Served) -> No
         all_left(served)
         for connection, (door, data) in zip(open_, doors, strict=True):
             assert ended(connection), (door, data)
+        for call in calls:
+            error = call.exception(PATIENCE)
+            assert refusal(error).reason == "SLOW"
 
 
 def test_a_flood_at_one_door_leaves_the_others_open(served: Served) -> None:

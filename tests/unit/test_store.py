@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from kvstore.index import Payer
 from kvstore.protocol import BUSY, HAVE, NO_ROOM
-from kvstore.spec import Described, Group, Opaque, Part
+from kvstore.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part
 from kvstore.store import Acquired
 from kvstore.tiers.base import Tier
 from tests.store_tools import GROUP, NAMESPACE, NBYTES, PART, Bench, content, keys
@@ -301,3 +302,46 @@ def test_an_object_larger_than_a_chunk_is_refused_with_the_remedy(memory: Bench)
     assert problem is not None
     assert "memory.chunk" in problem
     assert memory.store.check_object(PART, 16) is None
+
+
+def test_a_payer_may_hold_so_much_for_a_tenant(memory: Bench) -> None:
+    store, payer = memory.store, Payer(most=4 * NBYTES, most_pinned=2 * NBYTES)
+    for owner in ("a", "b"):
+        store.charge(owner, payer)
+    answers, reason = store.reserve("a", 1, NAMESPACE, keys(1, 2, 3), [PART])
+    assert (min(answers) >= 0, reason) == (True, "")
+    answers, reason = store.reserve("b", 1, NAMESPACE, keys(4, 5), [PART])
+    assert (answers[0] >= 0, answers[1], reason) == (True, NO_ROOM, "held")
+    other = Namespace(NAMESPACE.model, "other", 16)
+    assert store.reserve("b", 2, other, keys(6), [PART])[1] == "", "another tenant's account"
+    assert store.reserve("c", 1, NAMESPACE, keys(7), [PART])[1] == "", "nobody pays: no limit"
+    for owner, number in (("a", 1), ("b", 1), ("c", 1)):
+        assert store.commit(owner, number)[0] > 0
+    assert store.usage.tenants[""].held_bytes == 0
+    acquired: list[Acquired] = []
+    store.acquire("a", 3, keys(1, 2, 3, 4, 7), [PART], acquired.append, namespace=NAMESPACE)
+    store.acquire("b", 3, keys(1, 2, 3, 4, 7), [PART], acquired.append, namespace=NAMESPACE)
+    assert [(len(a.blocks), a.reason) for a in acquired] == [(4, "held"), (4, "held")]
+    assert store.usage.tenants[""].held_bytes == 4 * NBYTES, "what two read counts once"
+    assert store.pin("a", 4, keys(1, 2, 3), [PART], 60.0, NAMESPACE) == 2
+    assert store.pin("c", 4, keys(1, 2, 3), [PART], 60.0, NAMESPACE) == 3
+    assert payer.owed > 0
+    for owner in ("a", "b", "c"):
+        store.release_owner(owner)
+    assert payer.owed == store.usage.tenants[""].held_bytes == 0
+
+
+def test_what_describes_the_blocks_of_a_payer_is_bounded(
+    memory: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvstore.store._MAX_PARTS", 3)
+    store = memory.store
+    store.charge("a", Payer(most=1 << 30))
+    spaces = [Namespace(ModelIdentity(f"model {n}"), "", 16) for n in range(4)]
+    reasons = [store.reserve("a", n, s, keys(n), [PART])[1] for n, s in enumerate(spaces)]
+    assert reasons == ["", "", "", "parts"]
+    assert store.reserve("a", 9, spaces[0], keys(9), [PART])[1] == "", "a part that is known"
+    assert store.reserve("b", 1, spaces[3], keys(10), [PART])[1] == "", "nobody pays: no limit"
+    store.release_owner("a")
+    store.release_owner("b")
+    assert store.reserve("a", 1, spaces[3], keys(3), [PART])[1] == ""
