@@ -602,10 +602,8 @@ class Store:
         if lease_id in held:
             raise ValueError(f"lease {lease_id} is held already; use a new number")
         if len(held) >= MAX_LEASES or payer.owed + weight > MAX_OWED:
-            raise ValueError(
-                f"{len(held)} leases are held, those of this token take {payer.owed} bytes to "
-                "remember; release some first"
-            )
+            text = f"{len(held)} leases are held; release some first"
+            raise ValueError(f"{text} ({payer.owed} bytes are remembered for them)")
         payer.owed += weight
         now = self._clock()
         expires = now + (self._lease_seconds if ttl is None else ttl)

@@ -181,7 +181,7 @@ def test_requests_that_are_remembered_are_bounded(served: Served) -> None:
         for number in range(24):
             keys = b"".join(keys_of(100 + number, 31))
             reply = raw.ask(protocol.Reserve(0, number, keys, tokens=tokens))
-            refused += isinstance(reply, Failure) and "bytes to remember" in reply.reason
+            refused += isinstance(reply, Failure) and "bytes are remembered" in reply.reason
         assert refused >= 7
         assert process.memory_info().rss - before < 256 * MIB
         for number in range(24):
