@@ -60,6 +60,10 @@ class Tracked:
     saving: set[int] = field(default_factory=set)
     """Numbers of the jobs among those that are not done."""
     failures: int = 0
+    patience: float = 0.0
+    """Until when its tenant's session may take to open (monotonic)."""
+    skipped: bool = False
+    """Counted as one that goes without the store."""
     answered: bool = False
     """The store was asked and has answered, so it has counted the request."""
     tainted: bool = False

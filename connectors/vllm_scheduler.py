@@ -41,6 +41,8 @@ _WORTH_WAITING: Final = 0.03
 """Seconds a load must take for its request to wait in the queue, without pages, meanwhile."""
 _REST: Final = 1.0
 """Seconds not to ask a store that did not answer."""
+_OPENING: Final = 1.0
+"""Seconds that a request waits for the session of its tenant."""
 _PATIENCE: Final = 2.0
 """Seconds that a load may take beyond four times what is expected."""
 _STEP_PATIENCE: Final = 0.5
@@ -181,11 +183,18 @@ class SchedulerSide:
         else:
             found = None
         tenant = tracked.namespace.tenant
-        if now < self._rest_until or self._sessions.refused(tenant):
-            return Found(start, first, (), now)
-        session = self._sessions.get(tenant)
+        session = None if now < self._rest_until else self._sessions.get(tenant)
         if session is None:
-            return None
+            reason = "resting"
+            if now >= self._rest_until:
+                reason = "refused" if self._sessions.refused(tenant) else "opening"
+            tracked.patience = tracked.patience or now + _OPENING
+            if reason == "opening" and now < tracked.patience:
+                return None
+            if not tracked.skipped:
+                tracked.skipped = True
+                self._stats.skipped(reason)
+            return Found(start, first, (), now)
         keys = tracked.extend_keys()[first:usable]
         plan = session.plan(keys, again=tracked.answered)
         self._stats.lookup(time.monotonic() - now)
@@ -360,6 +369,7 @@ class SchedulerSide:
         assert tracked.wishes.pin is not None
         if session is not None and tracked.asked:
             # Of the session, so it outlives this object; its time ends it.
+            self._sessions.keep(tracked.namespace.tenant, tracked.wishes.pin)
             session.pin(tracked.keys[: tracked.asked], ttl=tracked.wishes.pin)
 
     def _took_part(self, tracked: Tracked) -> None:

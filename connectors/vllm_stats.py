@@ -26,6 +26,7 @@ _COUNTERS: Final = {
     "kvstore_saved_bytes": ("Bytes newly stored.", None),
     "kvstore_dropped_tokens": ("Tokens whose KV was not stored, by reason.", "reason"),
     "kvstore_unkeyed_requests": ("Requests that went without the store, by reason.", "reason"),
+    "kvstore_skipped_requests": ("Requests that were not looked up, by reason.", "reason"),
 }
 _HISTOGRAMS: Final = {
     "kvstore_lookup_seconds": "Time of a lookup in the scheduler, keys included.",
@@ -74,6 +75,10 @@ class KVStoreStats(KVConnectorStats):  # type: ignore[misc]
         self._add("kvstore_saved_bytes", saved.nbytes)
         self.dropped(saved.dropped * block_tokens, saved.reason or "failed")
         self._time("kvstore_save_seconds", saved.seconds)
+
+    def skipped(self, reason: str) -> None:
+        """A request goes without the store."""
+        self._add("kvstore_skipped_requests", 1, reason)
 
     def dropped(self, tokens: int, reason: str) -> None:
         """So many tokens were not stored."""

@@ -32,7 +32,7 @@ from kvstore.connectors.vllm_device import Device, StepTimes
 from kvstore.connectors.vllm_lane import Lane
 from kvstore.connectors.vllm_layout import Pages, memory_of
 from kvstore.connectors.vllm_messages import Job, Report, Step
-from kvstore.connectors.vllm_sessions import Sessions
+from kvstore.connectors.vllm_sessions import REFUSED, Sessions
 from kvstore.connectors.vllm_stats import KVStoreStats
 from kvstore.copier.gate import LayerGate
 from kvstore.errors import SpecError, StoreUnavailable
@@ -323,9 +323,13 @@ class WorkerSide:
 
     # -- in the threads ---------------------------------------------------------------------------
 
-    def _session(self, tenant: str) -> Session:
+    def _session(self, tenant: str) -> Session | None:
+        """The session of a tenant; None if the store refuses it."""
         assert self._sessions is not None
-        return self._sessions.open(tenant)
+        try:
+            return self._sessions.open(tenant)
+        except REFUSED:
+            return None  # Logged there, and counted by who wanted it.
 
     def _load(self, job: Job, gates: Gates) -> None:
         arrived, loaded = 0, Loaded()
@@ -333,6 +337,9 @@ class WorkerSide:
             if self._sessions is None:
                 return
             session = self._session(job.tenant)
+            if session is None:
+                loaded.reason = "refused"
+                return
             wait = self._load_timeout if job.timeout is None else job.timeout
             until = time.monotonic() + wait
             memory, pages = self._memory, self._page_ids(job.pages)
@@ -373,6 +380,9 @@ class WorkerSide:
                 self._dropped(job, "resting" if self._sessions else "unnamed")
                 return
             session = self._session(job.tenant)
+            if session is None:
+                self._dropped(job, "refused")
+                return
             memory = self._memory
             assert memory is not None
             started = time.monotonic()

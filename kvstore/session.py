@@ -85,6 +85,7 @@ class Session:
         parts: Sequence[Part],
         config: Config,
         copier: Copier | None = None,
+        like: Session | None = None,
     ) -> None:
         if not parts or len(parts) > protocol.MAX_PARTS:
             raise SpecError(f"a session needs 1 to {protocol.MAX_PARTS} parts, not {len(parts)}")
@@ -96,16 +97,18 @@ class Session:
         self.block_bytes = sum(part.nbytes(namespace.block_tokens) for part in parts)
         self._config = config
         self._copier = copier or CpuCopier(_copy_threads(config))
-        self._begin()
+        self._begin(like)
         in_child(self, Session._forked)
 
-    def _begin(self) -> None:
+    def _begin(self, like: Session | None = None) -> None:
         """Everything that a fork leaves to the parent."""
         config = self._config
         self._link = Link(self.namespace, self.parts, config, self._copier)
         self.counters = self._link.counters
-        self._planner = Planner(config.planner.mode)
-        self._planner_lock = threading.Lock()
+        self._planner: Planner = Planner(config.planner.mode) if like is None else like._planner
+        self._planner_lock: threading.Lock = (
+            threading.Lock() if like is None else like._planner_lock
+        )
         self._transfer = Transfer(
             self._link,
             self.parts,
@@ -129,16 +132,18 @@ class Session:
         config: Config | None = None,
         *,
         copier: Copier | None = None,
+        like: Session | None = None,
     ) -> Self:
         """A session with the configured daemon, or with a private one started on demand.
 
-        A daemon that is away is no error: the session finds nothing until it comes.
+        A daemon that is away is no error: the session finds nothing until it comes. What loading
+        and computing cost is shared with the session `like`, of another tenant, say.
 
         Raises:
             SpecError: the parts are not valid, or the store can never hold such blocks.
             ConfigError: the configuration is not usable.
         """
-        session = cls(namespace, parts, config or load_config(), copier)
+        session = cls(namespace, parts, config or load_config(), copier, like)
         try:
             session._link.open()
         except BaseException:

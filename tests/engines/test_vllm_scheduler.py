@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -9,12 +10,14 @@ from typing import Any
 
 import pytest
 
+from kvstore.connectors import vllm_sessions
 from kvstore.connectors.vllm_config import settings_of
 from kvstore.connectors.vllm_inputs import Inputs
 from kvstore.connectors.vllm_layout import Pages
 from kvstore.connectors.vllm_scheduler import SchedulerSide
 from kvstore.connectors.vllm_weights import WeightsWatch
 from kvstore.keys import block_keys, prompt_extras
+from tests.control_tools import secret, write_tokens
 from tests.session_tools import (
     BLOCK_TOKENS,
     PART,
@@ -42,6 +45,12 @@ def more() -> dict[str, Any]:
 
 @pytest.fixture
 def side(served: Served, more: dict[str, Any]) -> Iterator[SchedulerSide]:
+    made = scheduler(served, **more)
+    yield made
+    made.close()
+
+
+def scheduler(served: Served, **more: Any) -> SchedulerSide:
     settings = settings_of(
         {
             "kvstore.address": f"unix://{served.socket}",
@@ -52,7 +61,7 @@ def side(served: Served, more: dict[str, Any]) -> Iterator[SchedulerSide]:
     )
     core = SimpleNamespace(model_executor=SimpleNamespace(collective_rpc=None))
     pages = Pages((PART,), BLOCK_TOKENS, 1, (PART,))
-    made = SchedulerSide(
+    return SchedulerSide(
         settings,
         namespace(),
         pages,
@@ -63,8 +72,15 @@ def side(served: Served, more: dict[str, Any]) -> Iterator[SchedulerSide]:
         watch=WeightsWatch(core, lambda lora: None),
         events=False,
     )
-    yield made
-    made.close()
+
+
+def skipped(side: SchedulerSide) -> dict[str, int]:
+    """Requests that went without the store since the last call, by reason."""
+    stats = side.take_stats()
+    found: dict[str, int] = (
+        stats.data["counts"].get("kvstore_skipped_requests", {}) if stats else {}
+    )
+    return found
 
 
 def request(name: str, tokens: list[int], salt: str = "", **wishes: Any) -> SimpleNamespace:
@@ -141,3 +157,80 @@ def test_a_salt_is_part_of_keys_or_says_who_the_tenant_is(
     whole = 4 * BLOCK_TOKENS
     assert found == ([0, whole, whole, 0] if more else [0, whole, 0, 0])
     assert answered(side, request("no tenant", [*tokens, 7], "\ud800", tenant="\ud800")) == 0
+
+
+def test_any_number_of_tenants_is_served(
+    served: Served, side: SchedulerSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With few sessions: those unused for longest end, except where something is pinned."""
+    monkeypatch.setattr(vllm_sessions, "_OPEN", 6)
+    tokens = [*prompt(2, 4), 7]
+
+    def connected() -> int:
+        with served.session() as session:
+            counts: int = session.stats()["leases"]
+        return counts
+
+    for number in range(20):
+        with served.session(tenant=f"t{number}") as session:
+            save(session, session.keys(prompt(2, 4)))
+        name = f"tenant{number}"
+        asked = request(name, tokens, tenant=f"t{number}", pin=60.0)
+        assert answered(side, asked) == 4 * BLOCK_TOKENS, name
+        if number == 0:
+            tracked = side._tracked[name]
+            tracked.asked = 4
+            side._pin(tracked)
+            assert connected() == 1
+    assert connected() == 1, "the pin is still held"
+    assert len(side._sessions._open) == 6
+    assert answered(side, request("again", tokens, tenant="t1")) == 4 * BLOCK_TOKENS
+    assert skipped(side) == {}
+    assert side.clear()
+    for number in (1, 19):
+        with served.session(tenant=f"t{number}") as session:
+            assert session.lookup(session.keys(prompt(2, 4))).blocks == 0, "cleared, all of them"
+
+
+def test_a_tenant_that_is_refused_is_counted_and_tried_again(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_sessions, "_AGAIN", 0.3)
+    tokens = write_tokens(stores.folder, {"name": "some", "role": "write", "tenants": ["", "a"]})
+    guarded = stores.serve("8MiB", server={"tokens": tokens})
+    monkeypatch.setenv("KVSTORE_TOKEN", secret("some"))
+    side = scheduler(guarded)
+    wanted = [*prompt(3, 4), 7]
+    with guarded.session(tenant="a") as session:
+        save(session, session.keys(prompt(3, 4)))
+    assert answered(side, request("a", wanted, tenant="a")) == 4 * BLOCK_TOKENS
+    for _ in range(3):
+        assert answered(side, request("b", wanted, tenant="b")) == 0
+    assert skipped(side) == {"refused": 1}
+    write_tokens(stores.folder, {"name": "some", "role": "write", "tenants": ["", "a", "b"]})
+    with guarded.session() as session:
+        assert session.problem is None
+
+    def served_now() -> bool:
+        asked = request(f"b{time.monotonic()}", wanted, tenant="b")
+        answered(side, asked)
+        return not skipped(side)
+
+    eventually(served_now)
+    side.close()
+
+
+def test_a_store_that_hangs_keeps_no_new_tenant_waiting(stores: Stores) -> None:
+    hanging = stores.serve("8MiB")
+    side = scheduler(hanging)
+    hanging.signal(signal.SIGSTOP)
+    started = time.monotonic()
+    waiting = [request(f"r{n}", [*prompt(4, 4), 7], tenant=f"{n}") for n in range(4)]
+    try:
+        assert [side.match(one, 0)[0] for one in waiting] == [None] * 4
+        assert [answered(side, one) for one in waiting] == [0] * 4
+        assert time.monotonic() - started < 1.0 + 2.0
+        assert skipped(side) == {"opening": 4}
+    finally:
+        hanging.signal(signal.SIGCONT)
+        side.close()

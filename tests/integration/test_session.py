@@ -367,6 +367,19 @@ def test_plans_follow_what_was_measured(stores: Stores) -> None:
         assert (plan.blocks, plan.found, plan.reason) == (4, 4, "loading is faster")
 
 
+def test_sessions_of_several_tenants_can_share_what_is_measured(stores: Stores) -> None:
+    served = stores.serve()
+    with served.session() as first:
+        first.report_prefill(1_000_000, 1e-6)
+        other = Session.open(namespace("other"), [PART], served.config(), like=first)
+        with other:
+            keys = other.keys(prompt(1, 4))
+            save(other, keys)
+            load(other, keys)
+            plan = other.plan(keys)
+            assert (plan.blocks, plan.reason) == (0, "recomputing is faster")
+
+
 def test_answers_of_reserve_are_what_they_say(stores: Stores) -> None:
     served = stores.serve()
     with served.session() as session:
