@@ -70,14 +70,14 @@ class Entry:
         """Whether nobody reads, writes or moves it."""
         return not (self.readers or self.disk_io or self.writer or self.waiting)
 
-    @property
-    def may_leave_memory(self) -> bool:
-        """Whether its copy in memory may be given up now."""
-        return self.in_memory and self.idle and not self.pins
+    def lies_in(self, tier: int) -> bool:
+        """Whether a tier holds the whole object."""
+        return self.in_memory if tier == MEMORY else self.on_disk
 
-    @property
-    def may_leave_disk(self) -> bool:
-        """Whether its copy on disk may be given up now."""
+    def may_leave(self, tier: int) -> bool:
+        """Whether its copy in a tier may be given up now."""
+        if tier == MEMORY:
+            return self.in_memory and self.idle and not self.pins
         return self.on_disk and not (self.disk_io or self.pins or self.waiting)
 
 

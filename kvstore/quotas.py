@@ -5,10 +5,9 @@ Belongs to the store's loop; nothing is thread-safe.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from kvstore.index import Entry
+from kvstore.protocol import DISK, MEMORY
 from kvstore.usage import Quota, TierShare
 
 if TYPE_CHECKING:
@@ -57,37 +56,20 @@ class Quotas:
     def enforce(self) -> None:
         """Evict what tenants hold beyond their quotas, as far as it may go now."""
         for tenant in list(self._tiering.usage.quotas):
-            self.make_room_in_memory(tenant, 0)
-            self.make_room_on_disk(tenant, 0)
+            self.make_room(tenant, MEMORY, 0)
+            self.make_room(tenant, DISK, 0)
 
-    def make_room_in_memory(self, tenant: str, nbytes: int) -> bool:
-        """Whether the tenant may hold `nbytes` more in memory, after evicting what had to go."""
+    def make_room(self, tenant: str, tier: int, nbytes: int) -> bool:
+        """Whether the tenant may hold `nbytes` more in a tier, after evicting what had to go."""
         account = self._tiering.usage.tenants.get(tenant)
-        return account is None or self._make_room(account.memory, nbytes, self._evict_from_memory)
-
-    def make_room_on_disk(self, tenant: str, nbytes: int) -> bool:
-        """Whether the tenant may hold `nbytes` more on disk, after evicting what had to go."""
-        account = self._tiering.usage.tenants.get(tenant)
-        return account is None or self._make_room(account.disk, nbytes, self._evict_from_disk)
-
-    def _make_room(self, share: TierShare, nbytes: int, evict: Callable[[Entry], bool]) -> bool:
-        if share.limit is None:
+        if account is None:
             return True
-        if nbytes > share.limit:
+        share = account.memory if tier == MEMORY else account.disk
+        if share.limit is not None and nbytes > share.limit:
             return False
         while share.over(nbytes):
-            if not any(evict(entry) for entry in share.coldest(_TRIES)):
+            entry = next((e for e in share.coldest(_TRIES) if e.may_leave(tier)), None)
+            if entry is None:
                 return False
-        return True
-
-    def _evict_from_memory(self, entry: Entry) -> bool:
-        if entry.slot is None or not entry.may_leave_memory:
-            return False
-        self._tiering.evict_from_memory(entry.slot, "quota")
-        return True
-
-    def _evict_from_disk(self, entry: Entry) -> bool:
-        if entry.place is None or not entry.may_leave_disk or self._tiering.disk is None:
-            return False
-        self._tiering.evict_from_disk(entry.place, "quota")
+            self._tiering.evict(entry, tier, "quota")
         return True

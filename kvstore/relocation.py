@@ -24,7 +24,7 @@ def copy_to(tiering: Tiering, entry: Entry, tier: int, done: Done) -> None:
         done("gone")
     elif not entry.stored:
         done("writing")
-    elif entry.in_memory if tier == MEMORY else entry.on_disk:
+    elif entry.lies_in(tier):
         done("already")
     elif tier == MEMORY:
         tiering.promote(entry, done)
@@ -37,31 +37,23 @@ def copy_to(tiering: Tiering, entry: Entry, tier: int, done: Done) -> None:
 
 def move_to(tiering: Tiering, entry: Entry, tier: int, done: Done) -> None:
     """Bring an object into a tier and let it leave the other one."""
-    leave = _leave_disk if tier == MEMORY else _leave_memory
 
     def copied(reason: str | None) -> None:
-        done(leave(tiering, entry) if reason in (None, "already") else reason)
+        done(
+            _leave(tiering, entry, DISK if tier == MEMORY else MEMORY)
+            if reason in (None, "already")
+            else reason
+        )
 
     copy_to(tiering, entry, tier, copied)
 
 
-def _leave_memory(tiering: Tiering, entry: Entry) -> str | None:
-    if not entry.in_memory:
+def _leave(tiering: Tiering, entry: Entry, tier: int) -> str | None:
+    if not entry.lies_in(tier):
         return "already"
-    if not entry.may_leave_memory:
+    if not entry.may_leave(tier):
         return "pinned" if entry.pins else "in_use"
-    tiering.announce_removed(entry, MEMORY, "moved")
-    tiering.free_slot(entry)
-    return None
-
-
-def _leave_disk(tiering: Tiering, entry: Entry) -> str | None:
-    if not entry.on_disk:
-        return "already"
-    if not entry.may_leave_disk:
-        return "pinned" if entry.pins else "in_use"
-    tiering.announce_removed(entry, DISK, "moved")
-    tiering.free_place(entry, forget=True)
+    tiering.leave(entry, tier, "moved")
     return None
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvstore.index import Entry
-from kvstore.protocol import MEMORY
 
 if TYPE_CHECKING:
     from kvstore.store import Store
@@ -38,7 +37,7 @@ class Selection:
             and (self.namespace is None or namespace.digest == self.namespace)
             and (self.tenant is None or namespace.tenant == self.tenant)
             and (self.tenants is None or namespace.tenant in self.tenants)
-            and (self.tier is None or (entry.in_memory if self.tier == MEMORY else entry.on_disk))
+            and (self.tier is None or entry.lies_in(self.tier))
             and (self.older_than is None or now - entry.created >= self.older_than)
             and (self.unused_for is None or now - entry.used >= self.unused_for)
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import operator
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -22,7 +21,7 @@ from kvstore.events import EventLog
 from kvstore.expiry import Expiry
 from kvstore.history import History, Uses
 from kvstore.index import Entry, Index
-from kvstore.protocol import DISK, MEMORY
+from kvstore.protocol import DISK, MEMORY, TIER_NAMES
 from kvstore.quotas import Quotas
 from kvstore.slots import Slot, SlotPool, choose_chunk, slot_policy
 from kvstore.spec import Namespace
@@ -88,8 +87,8 @@ class Tiering:
             arena.size,
             chunk or choose_chunk(arena.size),
             slot_policy(policy),
-            lambda slot: slot.owner.may_leave_memory,
-            self.evict_from_memory,
+            lambda slot: slot.owner.may_leave(MEMORY),
+            lambda slot: self.evict(slot.owner, MEMORY),
         )
         self.reading = Busy(clock.monotonic, _GUESSED_DISK_SECONDS_PER_BYTE)
         """What bytes from disk to memory take."""
@@ -122,7 +121,7 @@ class Tiering:
 
     def _slot_for(self, entry: Entry) -> tuple[Slot[Entry] | None, str]:
         self._for = entry.name.namespace
-        if not self.quotas.make_room_in_memory(self._for.tenant, entry.nbytes):
+        if not self.quotas.make_room(self._for.tenant, MEMORY, entry.nbytes):
             return None, "quota"
         return self.memory.allocate(entry.nbytes, entry), "no_room"
 
@@ -134,7 +133,7 @@ class Tiering:
         """Give an entry a place on disk; none with the reason why not."""
         assert self.disk is not None
         self._for = entry.name.namespace
-        if not self.quotas.make_room_on_disk(self._for.tenant, entry.nbytes):
+        if not self.quotas.make_room(self._for.tenant, DISK, entry.nbytes):
             return None, "quota"
         place = self.disk.pool.allocate(entry.nbytes, entry)
         if place is not None:
@@ -213,10 +212,9 @@ class Tiering:
         `reason` and `by` (who needed the room) are kept for those who ask.
         """
         if not entry.gone:
-            if entry.stored:
-                for there, medium in ((entry.in_memory, MEMORY), (entry.on_disk, DISK)):
-                    if there:
-                        self.announce_removed(entry, medium, reason)
+            for tier in (MEMORY, DISK):
+                if entry.lies_in(tier):
+                    self.events.removed(entry.name.namespace, entry.name.key, tier, reason)
             entry.gone = True
             self.expiry.forget(entry)
             self.index.remove(entry)
@@ -237,29 +235,21 @@ class Tiering:
         elif entry.recorded != entry.expires and entry.on_disk and not entry.disk_io:
             self._stamp(entry)
 
-    def announce_removed(self, entry: Entry, medium: int, reason: str) -> None:
-        """Tell watchers of events that an object is not in a tier any more."""
-        self.events.removed(entry.name.namespace, entry.name.key, medium, reason)
+    def leave(self, entry: Entry, tier: int, reason: str, *, evicted: bool = False) -> None:
+        """Give up an object's copy in a tier, which may go."""
+        self.events.removed(entry.name.namespace, entry.name.key, tier, reason)
+        if tier == MEMORY:
+            self.free_slot(entry, evicted=evicted)
+        else:  # Forgotten there, too: what was evicted, and cleared since, must not come back.
+            self.free_place(entry, evicted=evicted, forget=True)
 
-    def evict_from_memory(self, slot: Slot[Entry], reason: str = "evicted") -> None:
-        """Give up the copy in memory of an object that may go."""
-        entry = slot.owner
-        self.announce_removed(entry, MEMORY, reason)
-        self.free_slot(entry, evicted=True)
-        self.counters.add("evict", "memory")
-        if not entry.on_disk:
+    def evict(self, entry: Entry, tier: int, reason: str = "evicted") -> None:
+        """Make room by a copy that may go; without another one the object is gone."""
+        self.leave(entry, tier, reason, evicted=True)
+        self.counters.add("evict", TIER_NAMES[tier])
+        if not entry.stored:
             if entry in self.writes:
                 self.counters.add("evict.lost", "not_written_yet")
-            self.discard(entry, reason, by=self._for)
-
-    def evict_from_disk(self, slot: Slot[Entry], reason: str = "evicted") -> None:
-        """Give up the copy on disk of an object that may go."""
-        entry = slot.owner
-        self.announce_removed(entry, DISK, reason)
-        # Forgotten on disk too: what was evicted, and cleared since, must not come back.
-        self.free_place(entry, evicted=True, forget=True)
-        self.counters.add("evict", "disk")
-        if not entry.in_memory:
             self.discard(entry, reason, by=self._for)
 
     def free_slot(self, entry: Entry, *, evicted: bool = False) -> None:
@@ -373,8 +363,10 @@ class Tiering:
     def _try_open(self) -> tuple[Tier | None, str | None]:
         assert self._open_disk is not None
         try:
-            evictable = operator.attrgetter("owner.may_leave_disk")
-            return self._open_disk(evictable=evictable, evict=self.evict_from_disk), None
+            return self._open_disk(
+                evictable=lambda slot: slot.owner.may_leave(DISK),
+                evict=lambda slot: self.evict(slot.owner, DISK),
+            ), None
         except (OSError, FormatError) as e:
             return None, str(e)
 

@@ -107,7 +107,7 @@ class EventVerbs:
             for slots in itertools.chain(pool.pieces(), (None,)):
                 for slot in slots or ():
                     entry = slot.owner
-                    if not entry.gone and (entry.in_memory if medium == MEMORY else entry.on_disk):
+                    if not entry.gone and entry.lies_in(medium):
                         found.setdefault(entry.account, {})[entry.name.key] = None
                         count += 1
                 if slots is None or count >= _PIECE:
