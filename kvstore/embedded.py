@@ -197,6 +197,8 @@ def _start(config: Config, path: Path, deadline: float, reason: str) -> None:
     finally:
         os.close(write_end)
         os.close(log)
+    with suppress(OSError):  # Should memory run out, now or later, it goes before the engine.
+        Path(f"/proc/{daemon.pid}/oom_score_adj").write_text("1000")
     with suppress(RuntimeError):  # No more threads; otherwise it is no zombie when it has ended.
         threading.Thread(target=daemon.wait, name="kvstore-daemon", daemon=True).start()
     try:

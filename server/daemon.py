@@ -471,8 +471,6 @@ def main() -> None:
     parser.add_argument("--ready-fd", type=int, required=True)
     arguments = parser.parse_args()
     try:
-        with contextlib.suppress(OSError):  # Should memory run out, we go before the engine.
-            Path("/proc/self/oom_score_adj").write_text("1000")
         config = Config.model_validate_json(sys.stdin.readline())
         start_logging(config.log_level)
 
