@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final
@@ -73,7 +72,7 @@ class EventVerbs:
         log = self._store.events
 
         def message(sequence: int = 0, **what: Any) -> v1.Event:
-            at = timestamp(time.time())
+            at = timestamp(self._store.clock.wall())
             return v1.Event(sequence=sequence, at=at, incarnation=log.incarnation, **what)
 
         while True:

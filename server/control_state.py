@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from typing import Any
 
@@ -33,7 +32,7 @@ class StateVerbs:
         reply = v1.StatsResponse(
             node=node.name,
             version=__version__,
-            uptime=duration(max(0.0, time.time() - node.started)),
+            uptime=duration(node.store.clock.monotonic() - node.started),
             draining=node.draining,
             objects=stats["objects"],
             unwritten_objects=stats.get("unwritten", 0),

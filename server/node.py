@@ -71,7 +71,7 @@ class Node:
     control: Face | None = None
     """The API, once it is served."""
     ready: bool = False
-    started: float = field(default_factory=time.time)  # Unix seconds
+    started: float = field(default_factory=time.monotonic)
     quiet: QuietLog = field(default_factory=lambda: QuietLog(_log))
     _opening: asyncio.Lock = field(default_factory=asyncio.Lock)
     _owners: dict[bytes | str, Owner] = field(default_factory=dict)

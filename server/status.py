@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from typing import Any, Final
 
@@ -34,12 +33,11 @@ def status(node: Node, grant: Grant, samples: Samples, after: int) -> dict[str, 
     tenants = [(name, held) for name, held in usage.tenants.items() if grant.sees(name)]
     tenants.sort(key=lambda t: t[1].memory_bytes + t[1].disk_bytes, reverse=True)
     sessions = node.seen_sessions(grant)
-    now = time.time()
     return stats | {
         "node": node.name,
         "version": __version__,
-        "now": round(now, 3),
-        "started": round(node.started, 3),
+        "now": round(store.clock.wall(), 3),
+        "started": round(store.clock.unix(node.started), 3),
         "ready": node.ready,
         "draining": node.draining,
         "leases": {
