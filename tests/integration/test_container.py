@@ -56,6 +56,7 @@ def limited() -> Path | None:
 
 
 INSIDE = """
+import contextlib
 from pathlib import Path
 Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
 config = Config.model_validate_json(sys.argv[2])
@@ -63,10 +64,11 @@ session = Session.open(namespace(), [BIG], config)
 keys = session.keys(prompt(1, 8))
 save(session, keys)
 print(session.stats()["memory"]["capacity"], load(session, keys).blocks, flush=True)
-daemon, grown = input(), []
-while os.path.exists(f"/proc/{daemon}") and len(grown) < 512:  # What the engine needs grows.
-    grown.append(b"x" * (1 << 20))
-    time.sleep(0.001)
+daemon, grown = psutil.Process(int(input())), []
+with contextlib.suppress(psutil.NoSuchProcess):
+    while daemon.status() != psutil.STATUS_ZOMBIE and len(grown) < 512:
+        grown.append(b"x" * (1 << 20))  # What the engine needs grows.
+        time.sleep(0.003)
 print(load(session, keys).reason, flush=True)
 os._exit(0)
 """
