@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import vllm
 from vllm.model_executor.models.registry import ModelRegistry
 
 from kvstore.connectors.model_config import config_digest
@@ -68,7 +69,7 @@ _OF_LOADING: Final = frozenset(
 )  # fmt: skip
 """What loaders are told that changes no weight."""
 
-_OTHER_MODELS: Final = r"[^_].*(model_id|name_or_path)"
+_OTHER_MODELS: Final = r"[a-z]\w*_model_id"
 """Entries of configurations that name models whose weights are loaded along with this one's."""
 _TICK: Final = 0.02
 """Seconds by which the kernel's times of files and of processes may differ."""
@@ -88,15 +89,13 @@ def identity_of(
         OSError: a file cannot be read.
     """
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    if callable(model.hf_overrides) and not revision:
-        raise SpecError("hf_overrides is a function, whose effect cannot be told")
     extra = {
         "engine": "vllm",
         "weights": str(model.dtype).removeprefix("torch."),
         "quantization": str(model.quantization or ""),
         "cache": str(cache.cache_dtype),
-        "config": config_digest(model.hf_config),
-        "flags": config_digest(_flags(vllm_config)),
+        "config": _told(lambda: config_digest(model.hf_config), revision),
+        "flags": _told(lambda: config_digest(_flags(vllm_config)), revision),
         "stored": stored,
     }
     if _depends_on_length(model.hf_config):
@@ -110,6 +109,16 @@ def identity_of(
     extra["implementation"] = _implementation(model.architecture)
     told = tuple(sorted((key, value) for key, value in extra.items() if value))
     return ModelIdentity(name, revision, dtype, extra=told)
+
+
+def _told(digest: Callable[[], str], revision: str) -> str:
+    """A digest; empty where it cannot be made, and the revision speaks for it."""
+    try:
+        return digest()
+    except SpecError:
+        if not revision:
+            raise
+        return ""
 
 
 def _called(place: str) -> str:
@@ -141,7 +150,7 @@ def _flags(vllm_config: Any) -> dict[str, Any]:
         if is_dataclass(part):
             flags |= {f.name: getattr(part, f.name) for f in fields(part)}
     if callable(model.hf_overrides):
-        flags["hf_overrides"] = "a function"  # Which one, the revision says.
+        raise SpecError("hf_overrides is a function, whose effect cannot be told")
     counting = {name: value for name, value in flags.items() if name not in _NEUTRAL}
     for name, value in counting.items():
         if name.endswith("_path") and value:
@@ -163,7 +172,9 @@ def _weights(vllm_config: Any) -> str:
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         raise SpecError("the scales of the cache are computed from the first prompt")
     if load.load_format == "dummy":
-        return f"dummy {model.seed}"
+        # Each rank makes its own.
+        ranks = vllm_config.parallel_config.world_size
+        return f"dummy {model.seed}, {ranks} ranks, vLLM {vllm.__version__}"
     extra = load.model_loader_extra_config
     if load.load_format not in _FROM_FILES or model.model_weights or set(extra) - _OF_LOADING:
         source = model.model_weights or model.model

@@ -86,6 +86,8 @@ class SchedulerSide:
         self._saves: list[Job] = []
         self._held: set[str] = set()
         """Finished requests that workers have not been told of yet."""
+        self._looked = False
+        """Whether the weights were looked at since others than the engine could change them."""
         self._waiting = False
         self._late = False
         self._failures = 0
@@ -112,10 +114,12 @@ class SchedulerSide:
         else:
             if self._weights_now() is None:
                 self._stats.unkeyed("weights")
+            self._looked = False
 
     def _weights_now(self) -> str | None:
         """The name of the weights beside the namespace's; None: they have none."""
-        if self._watch.changed():
+        looked, self._looked = self._looked, True
+        if self._watch.changed(again=not looked):
             for name, tracked in list(self._tracked.items()):
                 tracked.tainted = True
                 if tracked.promise is not None and not tracked.promise.job.layered:
@@ -260,6 +264,7 @@ class SchedulerSide:
     def step(self, output: Any) -> Step:
         """What workers have to do along with this step."""
         self._weights_now()
+        self._looked = False
         for name in output.preempted_req_ids or ():
             if name in self._tracked:
                 self._tracked[name].asked = 0  # What was waiting to be saved is dropped.

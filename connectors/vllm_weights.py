@@ -72,9 +72,12 @@ class WeightsWatch:
 
             self._model.load_weights = heard
 
-    def changed(self) -> bool:
-        """Whether the weights have been changed since the last call."""
-        if self._model is not None:
+    def changed(self, *, again: bool = True) -> bool:
+        """Whether the weights have been changed since the last call.
+
+        Not `again`: nobody has had a chance to write to them in place.
+        """
+        if self._model is not None and again:
             before, self._tensors = self._tensors, self._look()
             if self._tensors != before:
                 self._cause = self._cause or "a write in place"
