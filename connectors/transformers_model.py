@@ -7,9 +7,7 @@ plain full attention is refused with a reason, never stored in part.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +16,7 @@ import torch
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from kvstore.connectors.model_config import config_digest
 from kvstore.connectors.transformers_state import Weights, adapter_identity, precision
 from kvstore.errors import SpecError
 from kvstore.spec import Described, Group, ModelIdentity, Part
@@ -25,13 +24,6 @@ from kvstore.spec import Described, Group, ModelIdentity, Part
 LAYOUT: Final = Described("LPHNC")
 """transformers keeps keys and values of a layer apart, each [batch, head, token, channel]."""
 
-# What a configuration says beside the numbers; `dtype` is an entry of the identity itself.
-_NOT_NUMBERS: Final = frozenset((
-    "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
-    "id2label", "initializer_range", "label2id", "output_attentions", "output_hidden_states",
-    "pad_token_id", "problem_type", "return_dict", "torch_dtype", "transformers_version",
-    "unk_token_id", "use_cache",
-))  # fmt: skip
 # By these a model says that masks or positions follow from more than the tokens so far.
 _METHODS: Final = (
     "_prepare_attention_mask_for_generation", "_prepare_position_ids_for_generation",
@@ -169,7 +161,7 @@ def model_identity(
     """
     name = str(model.config.name_or_path) or type(model).__name__
     extra = {
-        "config": _config_digest(model),
+        "config": config_digest(model.config),
         "precision": precision(model),
         "weights": str(getattr(model, "dtype", None)).removeprefix("torch."),
     }
@@ -180,10 +172,3 @@ def model_identity(
         adapter=adapter_identity(model),
         extra=tuple(extra.items()),
     )
-
-
-def _config_digest(model: PreTrainedModel) -> str:
-    """Hash of the configuration's numbers (RoPE, epsilons, scalings …), 16 hex digits."""
-    values = json.loads(model.config.to_json_string(use_diff=False))
-    kept = {k: v for k, v in values.items() if k not in _NOT_NUMBERS and not k.startswith("_")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

@@ -31,7 +31,7 @@ from kvstore.connectors.vllm_stats import KVStoreMetrics, KVStoreStats
 from kvstore.connectors.vllm_weights import WeightsWatch, engine_core
 from kvstore.connectors.vllm_worker import WorkerSide
 from kvstore.errors import ConfigError, SpecError
-from kvstore.spec import Namespace, block_tokens_for, check_block_tokens
+from kvstore.spec import ModelIdentity, Namespace, block_tokens_for, check_block_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -77,52 +77,47 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
         except SpecError as e:
             raise ConfigError(f"{PLACE}: {PREFIX}vllm.{e}") from e
         _check_layerwise(settings, vllm_config)
-        self._scheduler: SchedulerSide | Off | None = None
+        self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
-        dtype, namespace = pages.parts[0].group.dtype, None
+        dtype = pages.parts[0].group.dtype
+        identity, core, named = ModelIdentity("unnamed"), engine_core(), True
         try:
             identity = identity_of(vllm_config, dtype, settings.revision, settings.store_dtype)
-            namespace = Namespace(identity, settings.tenant, size)
+            if core is None and role == KVConnectorRole.SCHEDULER:
+                raise SpecError("this release of vLLM does not show whether weights change")
         except (SpecError, OSError) as e:
+            named = False
             _log.warning(
                 "KVStore: the model cannot be told from others, so this engine goes without the "
                 "store: %s; to use it all the same, set kvstore.vllm.revision in "
                 "kv_connector_extra_config to a name that changes with the weights",
                 e,
             )
-        core = engine_core() if role == KVConnectorRole.SCHEDULER else None
+        namespace = Namespace(identity, settings.tenant, size)
         if role != KVConnectorRole.SCHEDULER:
             self._worker = WorkerSide(settings, namespace, pages, _rank())
-        elif namespace is None or core is None:
-            self._scheduler = Off()
-            if core is None:
-                _log.warning(
-                    "KVStore: this release of vLLM does not show whether weights change, so this "
-                    "engine goes without the store"
-                )
-        else:
-            tokens = kv_cache_config.num_blocks * pages.page_tokens
-            encoded_elsewhere = vllm_config.ec_transfer_config is not None
-            inputs = Inputs(tokens, encoded_elsewhere=encoded_elsewhere)
-            self._scheduler = SchedulerSide(
-                settings,
-                namespace,
-                pages,
-                vllm_config.parallel_config.world_size,
-                loads=transfer.is_kv_consumer,
-                saves=transfer.is_kv_producer,
-                inputs=inputs,
-                watch=WeightsWatch(core, inputs.loaded),
-                events=_publishes_events(vllm_config),
-            )
-            _log.info(
-                "KVStore: model %s, %s of revision %.12s, blocks of %d tokens, store %s",
-                vllm_config.model_config.model,
-                namespace.model.name,
-                namespace.model.revision,
-                size,
-                settings.config.address or "private to this engine",
-            )
+            return
+        tokens = kv_cache_config.num_blocks * pages.page_tokens
+        inputs = Inputs(tokens, encoded_elsewhere=vllm_config.ec_transfer_config is not None)
+        self._scheduler = SchedulerSide(
+            settings,
+            namespace,
+            pages,
+            vllm_config.parallel_config.world_size,
+            loads=named and transfer.is_kv_consumer,
+            saves=named and transfer.is_kv_producer,
+            inputs=inputs,
+            watch=WeightsWatch(core, inputs.loaded),
+            events=_publishes_events(vllm_config),
+        )
+        _log.info(
+            "KVStore: model %s, %s of revision %.12s, blocks of %d tokens, store %s",
+            vllm_config.model_config.model,
+            identity.name,
+            identity.revision,
+            size,
+            settings.config.address or "private to this engine",
+        )
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -192,7 +187,7 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
     # -- scheduler --------------------------------------------------------------------------------
 
     @property
-    def _on_scheduler(self) -> SchedulerSide | Off:
+    def _on_scheduler(self) -> SchedulerSide:
         assert self._scheduler is not None
         return self._scheduler
 
@@ -276,35 +271,6 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
         for side in (self._scheduler, self._worker):
             if side is not None:
                 side.close()
-
-
-class Off:
-    """The scheduler's side of an engine that goes without the store."""
-
-    frees_pages_soon = False
-
-    def match(self, request: Any, computed: int) -> tuple[int | None, bool]:
-        """Nothing."""
-        return 0, False
-
-    def sources(self, request: Any, external: int) -> dict[CacheHitSource, int]:
-        """None."""
-        return {}
-
-    def step(self, output: Any) -> Step:
-        """Nothing to do."""
-        return Step(None)
-
-    def finished(self, request: Any, page_ids: list[int]) -> bool:
-        """Pages come free at once."""
-        return False
-
-    def take_events(self) -> Iterable[Any]:
-        """None."""
-        return ()
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args, **kwargs: None
 
 
 def _print_ours() -> None:

@@ -23,52 +23,28 @@ from kvstore.errors import SpecError
 from kvstore.spec import ModelIdentity
 from kvstore.weights import code_digest, weights_digest
 
-# Fields of vLLM's configuration that change no value of the KV cache, or that other entries cover:
-# the weights, the resolved configuration, the tensors that are made of media.
-_NEUTRAL: Final = frozenset(
-    {
-        # Of the model: where it comes from …
-        "model", "model_weights", "tokenizer", "tokenizer_mode", "trust_remote_code", "dtype",
-        "seed", "hf_config", "hf_text_config", "is_submodel_config",
-        "word_embeddings_untied_by_checkpoint", "hf_config_path", "allowed_local_media_path",
-        "allowed_media_domains", "revision", "code_revision", "tokenizer_revision", "config_format",
-        "hf_token", "served_model_name", "generation_config", "override_generation_config",
-        # … and how it is run, and what is done with its output.
-        "runner", "convert", "max_model_len", "spec_target_max_model_len",
-        "allow_deprecated_quantization", "enforce_eager", "return_sampling_mask", "max_logprobs",
-        "logprobs_mode", "use_fp64_gumbel", "enable_trace_replay", "disable_cascade_attn",
-        "skip_tokenizer_init", "enable_prompt_embeds", "enable_sleep_mode",
-        "sleep_preserve_parameter_names", "sleep_mode_backend", "sleep_mode_offload_cudagraph",
-        "enable_nccl_comm_suspend", "enable_cumem_allocator", "logits_processors",
-        "io_processor_plugin", "renderer_num_workers", "pooler_config", "multimodal_config",
-        # Of media.
-        "limit_per_prompt", "enable_mm_embeds", "media_io_kwargs", "mm_processor_kwargs",
-        "mm_processor_cache_gb", "mm_processor_cache_type", "mm_hasher_algorithm",
-        "mm_shm_cache_max_object_size_mb", "mm_encoder_tp_mode", "mm_encoder_attn_backend",
-        "interleave_mm_strings", "skip_mm_profiling", "mm_tensor_ipc", "mm_ipc_gpu_memory_gb",
-        "mm_processor_device", "mm_encoder_fp8_scale_save_path", "mm_encoder_fp8_scale_save_margin",
-        # Of attention: kernels for the same numbers.
-        "backend", "minimax_m3_msa_decode_backend", "backend_per_kind", "flash_attn_version",
-        "flash_attn_max_num_splits_for_cuda_graph", "tokenspeed_mla_min_split_kv",
-        "tq_max_kv_splits_for_cuda_graph", "use_trtllm_attention", "mla_prefill_backend",
-        "hisparse_config", "sparse_mla_force_mqa", "sparse_mla_prefill_workspace_factor",
-        "flex_attn_block_m", "flex_attn_block_n", "flex_attn_q_block_size",
-        "flex_attn_kv_block_size",
-    }
-)  # fmt: skip
-_FROM_FILES: Final = frozenset(
-    {
-        "auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "pt", "gguf",
-        "bitsandbytes", "sharded_state", "runai_streamer",
-    }
-)  # fmt: skip
+# Fields of vLLM's configuration that change no value of the KV cache, or that other entries cover
+# (the weights, the resolved configuration, the tensors made of media): of the model, of media, of
+# attention.
+_NEUTRAL: Final = re.compile(
+    r"model|model_weights|runner|convert|tokenizer.*|trust_remote_code|dtype|seed|hf_token"
+    r"|hf_config(_path)?|hf_text_config|is_submodel_config|word_embeddings_untied_by_checkpoint"
+    r"|allowed_.*|allow_deprecated_.*|(code_)?revision|config_format|served_model_name"
+    r"|(override_)?generation_config|(spec_target_)?max_.*|enforce_eager|return_sampling_mask"
+    r"|logprobs_mode|use_fp64_gumbel|disable_cascade_attn|skip_.*|(enable_)?sleep_.*|logits_processors"
+    r"|enable_(trace_replay|prompt_embeds|nccl_comm_suspend|cumem_allocator)|io_processor_plugin"
+    r"|renderer_num_workers|pooler_config|multimodal_config"
+    r"|limit_per_prompt|enable_mm_embeds|media_io_kwargs|mm_processor_.*|mm_hasher_.*|mm_shm_.*"
+    r"|mm_encoder_(tp_mode|attn_backend|fp8_scale_save_.*)|interleave_.*|mm_tensor_ipc|mm_ipc_.*"
+    r"|.*backend|backend_per_kind|flash_attn_.*|tokenspeed_.*|tq_max_.*|use_trtllm_attention"
+    r"|hisparse_config|sparse_mla_.*|flex_attn_.*"
+)
+_FROM_FILES: Final = re.compile(
+    r"auto|hf|(fast)?safetensors|instanttensor|mistral|pt|gguf|bitsandbytes|sharded_state|runai_streamer"
+)
 """Ways of loading that read the files in the model's folder, and nothing else."""
-_OF_LOADING: Final = frozenset(
-    {"concurrency", "enable_multithread_load", "enable_weights_track", "memory_limit",
-     "num_threads"}
-)  # fmt: skip
+_OF_LOADING: Final = re.compile(r"concurrency|enable_\w+|memory_limit|num_threads")
 """What loaders are told that changes no weight."""
-
 _OTHER_MODELS: Final = r"[a-z]\w*_model_id"
 """Entries of configurations that name models whose weights are loaded along with this one's."""
 _TICK: Final = 0.02
@@ -141,7 +117,7 @@ def _flags(vllm_config: Any) -> dict[str, Any]:
     """What the engine was told, but for what is known not to count."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     flags = {
-        "skip_layers": cache.kv_cache_dtype_skip_layers,
+        "unquantized_layers": cache.kv_cache_dtype_skip_layers,
         "additional": vllm_config.additional_config,
     }
     if (lora := vllm_config.lora_config) is not None and lora.lora_dtype != model.dtype:
@@ -151,7 +127,7 @@ def _flags(vllm_config: Any) -> dict[str, Any]:
             flags |= {f.name: getattr(part, f.name) for f in fields(part)}
     if callable(model.hf_overrides):
         raise SpecError("hf_overrides is a function, whose effect cannot be told")
-    counting = {name: value for name, value in flags.items() if name not in _NEUTRAL}
+    counting = {name: value for name, value in flags.items() if not _NEUTRAL.fullmatch(name)}
     for name, value in counting.items():
         if name.endswith("_path") and value:
             raise SpecError(f"{name} is {value!r}, and what is in that file is not known")
@@ -176,7 +152,8 @@ def _weights(vllm_config: Any) -> str:
         ranks = vllm_config.parallel_config.world_size
         return f"dummy {model.seed}, {ranks} ranks, vLLM {vllm.__version__}"
     extra = load.model_loader_extra_config
-    if load.load_format not in _FROM_FILES or model.model_weights or set(extra) - _OF_LOADING:
+    known = _FROM_FILES.fullmatch(load.load_format) and all(map(_OF_LOADING.fullmatch, extra))
+    if not known or model.model_weights:
         source = model.model_weights or model.model
         raise SpecError(f"{source!r}, loaded as {load.load_format!r}, has no files to hash")
     for key, value in _named_elsewhere(model.hf_config.to_dict()):
@@ -204,19 +181,19 @@ def _named_elsewhere(config: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
 def _code(vllm_config: Any) -> str:
     """A digest of the code that came with the model; empty: none did."""
     model = vllm_config.model_config
-    classes = (getattr(model.hf_config, "auto_map", None) or {}).values()
+    given = (getattr(model.hf_config, "auto_map", None) or {}).values()
+    classes = [c for one in given for c in ([one] if isinstance(one, str) else one) if c]
     if not model.trust_remote_code or not classes:
         return ""
     folders = {_folder(vllm_config, model.model, model.revision)}
     if model.hf_config_path:
         folders.add(_folder(vllm_config, model.hf_config_path, None))
-    for name in classes:
-        for one in [name] if isinstance(name, str) else name or ():
-            place, apart, _ = (one or "").partition("--")
-            if apart:
-                own = model.revision if place == model.model else None
-                folders.add(_folder(vllm_config, place, model.code_revision or own))
-    return code_digest(sorted(folders))
+    for place, _, _ in (one.rpartition("--") for one in classes):
+        if place:
+            own = model.revision if place == model.model else None
+            folders.add(_folder(vllm_config, place, model.code_revision or own))
+    names = sorted({one.rpartition("--")[2] for one in classes})
+    return " ".join([code_digest(sorted(folders)), *names])
 
 
 def _folder(vllm_config: Any, place: str, revision: str | None) -> Path:

@@ -48,12 +48,11 @@ class Step(KVConnectorMetadata):  # type: ignore[misc]
 
     `preempted` are requests that lost their pages, `held` finished ones whose pages stay until
     each worker has named them once. `idle`: this step computes nothing. `asked` is true while a
-    request waits for the store in the queue. `namespace` is the default one; None: the engine goes
-    without the store. `failures` counts the layered loads of which the scheduler knows that they
-    failed.
+    request waits for the store in the queue. `namespace` is the default one.
+    `failures` counts the layered loads of which the scheduler knows that they failed.
     """
 
-    namespace: Namespace | None
+    namespace: Namespace
     loads: list[Job] = field(default_factory=list)
     saves: list[Job] = field(default_factory=list)
     preempted: frozenset[str] = frozenset()

@@ -105,6 +105,8 @@ class SchedulerSide:
 
     def arrived(self, request: Any) -> None:
         """Take note of what a new request's names mean, whether or not it is keyed."""
+        if not (self._may_load or self._may_save):
+            return
         try:
             self._inputs.of(request)
         except Unkeyed as e:
@@ -151,6 +153,8 @@ class SchedulerSide:
         return self._settings.layerwise and set(found.tiers) <= {"memory"}
 
     def _track(self, request: Any) -> Tracked | None:
+        if not (self._may_load or self._may_save):
+            return None
         weights = self._weights_now()
         tracked = self._tracked.get(request.request_id)
         if tracked is not None or weights is None:

@@ -53,15 +53,17 @@ def engine_core() -> EngineCore | None:
 class WeightsWatch:
     """Watches an engine's weights. Used by the engine's thread."""
 
-    def __init__(self, core: EngineCore, adapter_loads: Callable[[Any], None]) -> None:
+    def __init__(self, core: EngineCore | None, adapter_loads: Callable[[Any], None]) -> None:
         """`adapter_loads` is told of LoRA requests before adapters are loaded for them."""
-        self._executor: Any = core.model_executor
         self._adapter_loads = adapter_loads
         self._cause = ""
         self._name: str | None = ""
-        self._collective_rpc = self._executor.collective_rpc
-        self._executor.collective_rpc = self._rpc
-        self._model = None if isinstance(core, EngineCoreProc) else _model(self._executor)
+        self._model: Any = None
+        if core is not None:
+            executor = core.model_executor
+            self._collective_rpc = executor.collective_rpc
+            executor.collective_rpc = self._rpc
+            self._model = None if isinstance(core, EngineCoreProc) else _model(executor)
         self._tensors = self._look()
         if self._model is not None:
             load_weights = self._model.load_weights

@@ -15,7 +15,6 @@ were scheduled before the scheduler knew, is saved.
 from __future__ import annotations
 
 import math
-import sys
 import threading
 import time
 from collections import Counter
@@ -66,14 +65,10 @@ _WORTH_PIECES: Final = 4
 class WorkerSide:
     """All that happens in one worker's process. Its methods belong to the worker's thread."""
 
-    def __init__(
-        self, settings: Settings, namespace: Namespace | None, pages: Pages, rank: int
-    ) -> None:
-        """Without a `namespace`, nothing is loaded or saved here."""
+    def __init__(self, settings: Settings, namespace: Namespace, pages: Pages, rank: int) -> None:
         self._settings = settings
         self._load_timeout = settings.config.session.load_timeout
         self._namespace = namespace
-        self._block_tokens = sys.maxsize if namespace is None else namespace.block_tokens
         self._pages = pages
         self._part = pages.part(rank)
         self._stored = pages.stored_part(rank)
@@ -131,13 +126,12 @@ class WorkerSide:
                 "kvstore.vllm.store_dtype needs an NVIDIA GPU and triton, which turn the numbers; "
                 "leave it out"
             )
-        if self._namespace is not None:
-            self._sessions = self._open(self._namespace)
-            self._sessions.open(self._settings.tenant)
+        self._sessions = self._made_sessions()
+        self._sessions.open(self._settings.tenant)
 
-    def _open(self, namespace: Namespace) -> Sessions:
+    def _made_sessions(self) -> Sessions:
         config = self._settings.config
-        return Sessions(config, namespace, [self._stored], self._device.copier)
+        return Sessions(config, self._namespace, [self._stored], self._device.copier)
 
     # -- the course of a step ---------------------------------------------------------------------
 
@@ -150,7 +144,7 @@ class WorkerSide:
 
     def begin(self, step: Step) -> None:
         """Before the model computes: start loads, take note of what is to be saved."""
-        if step.namespace not in (None, self._namespace):
+        if step.namespace != self._namespace:
             self._follow(step.namespace)
         self._step = step
         self._times.begin(step.prompt_tokens)
@@ -176,24 +170,20 @@ class WorkerSide:
             self._start_saves()
 
     def _follow(self, namespace: Namespace) -> None:
-        """Go by the scheduler's name of the model, if only the configuration reads differently.
+        """Go by the scheduler's name of the model, but for other weights.
 
-        Some models write to it, in the worker's process.
+        The rest may read differently here, since some models write to their configuration.
         """
-        own, self._namespace = self._namespace, namespace
-        self._block_tokens = namespace.block_tokens
+        own, self._namespace = self._namespace.model, namespace
         if self._sessions is not None:
             self._sessions.close()
             self._sessions = None
-        if own is not None and own.model.revision == namespace.model.revision:
-            self._sessions = self._open(namespace)
+        if own.revision == namespace.model.revision:
+            self._sessions = self._made_sessions()
             _log.info("the configuration reads differently in this worker; the scheduler's counts")
         else:
-            _log.error(
-                "this worker's weights are %s, the scheduler's %s: nothing is loaded or saved here",
-                own and own.model.revision,
-                namespace.model.revision,
-            )
+            words = "this worker has weights %r, the scheduler %r: nothing is loaded or saved here"
+            _log.error(words, own.revision, namespace.model.revision)
 
     def layer_needed(self, name: str) -> None:
         """Before a layer is computed: wait for what is loaded of it."""
@@ -240,7 +230,7 @@ class WorkerSide:
             for job in self._unsaved:
                 self._dropped(job, "load_failed")
                 self._saved(job, 0)
-        self._times.end(counts=sound and step.prompt_tokens >= self._block_tokens)
+        self._times.end(counts=sound and step.prompt_tokens >= self._namespace.block_tokens)
         with self._changed:
             self._report.computed = self._times.take() or self._report.computed
 
@@ -370,7 +360,7 @@ class WorkerSide:
                 if arrived and loaded.tiers.get("memory") == arrived:
                     self._report.copied = (arrived, loaded.seconds)
                 self._in_flight -= 1
-                self._stats.loaded(job, loaded, arrived, self._block_tokens)
+                self._stats.loaded(job, loaded, arrived, self._namespace.block_tokens)
                 self._changed.notify_all()
 
     def _save(self, job: Job, gates: Gates) -> None:
@@ -402,13 +392,13 @@ class WorkerSide:
             if gates.after is not None:
                 saved.seconds = time.monotonic() - max(started, gates.after.opened_at)
             with self._changed:
-                self._stats.saved(saved, self._block_tokens)
+                self._stats.saved(saved, self._namespace.block_tokens)
         finally:
             self._saved(job, stored if stored == len(job.keys) else 0)
 
     def _dropped(self, job: Job, reason: str) -> None:
         with self._changed:
-            self._stats.dropped(len(job.keys) * self._block_tokens, reason)
+            self._stats.dropped(len(job.keys) * self._namespace.block_tokens, reason)
 
     def _saved(self, job: Job, blocks: int) -> None:
         with self._changed:

@@ -80,7 +80,7 @@ def weights_digest(path: Path, *, loaded_at: float | None = None) -> str:
         OSError: a file cannot be read.
     """
     folder = path if path.is_dir() else path.parent
-    found = sorted(_File.of(file) for file in (_in(path) if folder is path else _with_parts(path)))
+    found = sorted(_File.of(file) for file in (_in(path) if folder is path else [path]))
     if not any(file.path.suffix in _WEIGHTS for file in found):
         raise SpecError(f"there are no files of weights in {path}")
     for file in found:
@@ -101,12 +101,11 @@ def code_digest(folders: Iterable[Path]) -> str:
     Raises:
         OSError: a file cannot be read.
     """
-    lines = {
-        f"{file.relative_to(folder).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}"
-        for folder in folders
-        for file in folder.rglob("*.py")
-    }
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    h = hashlib.sha256()
+    files = ((file.relative_to(f), file) for f in folders for file in f.rglob("*.py"))
+    for name, text in sorted({(name.as_posix(), file.read_bytes()) for name, file in files}):
+        h.update(json.dumps([name, hashlib.sha256(text).hexdigest()]).encode())
+    return h.hexdigest()
 
 
 def _in(folder: Path) -> list[Path]:
@@ -123,16 +122,6 @@ def _in(folder: Path) -> list[Path]:
         if len(found) > _MOST_FILES:
             raise SpecError(f"{folder} holds more than {_MOST_FILES} files: is it one model's?")
     return found
-
-
-def _with_parts(file: Path) -> list[Path]:
-    """A file and those that are loaded with it: other parts, and what sees and hears for it."""
-
-    def whole(name: str) -> str:
-        return re.sub(r"-\d{5}-of-\d{5}(?=\.\w+$)", "-of", name)
-
-    beside = file.parent.iterdir() if file.suffix == ".gguf" else [file]
-    return [f for f in beside if "mmproj" in f.name or whole(f.name) == whole(file.name)]
 
 
 def _digests(files: list[_File]) -> list[str]:

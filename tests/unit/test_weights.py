@@ -125,17 +125,14 @@ def test_names_of_files_count(model: Path) -> None:
     assert weights_digest(model) != first
 
 
-def test_a_file_alone_counts_with_its_parts(tmp_path: Path) -> None:
-    for name in ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "q8.gguf", "n.safetensors"):
-        (tmp_path / name).write_text(name)
-    parts, alone = tmp_path / "m-00001-of-00002.gguf", tmp_path / "q8.gguf"
-    before = [weights_digest(file) for file in (parts, alone)]
-    (tmp_path / "m-00002-of-00002.gguf").write_text("changed")
-    assert weights_digest(parts) != before[0]
-    assert weights_digest(alone) == before[1]
-    assert weights_digest(alone.rename(tmp_path / "renamed.gguf")) == before[1]
-    (tmp_path / "mmproj-f16.gguf").write_text("eyes")
-    assert weights_digest(tmp_path / "renamed.gguf") != before[1]
+def test_a_file_alone_has_no_name_but_its_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "q8.gguf"
+    file.write_text("bytes")
+    first = weights_digest(file)
+    file = file.rename(tmp_path / "renamed.gguf")
+    assert weights_digest(file) == first
+    file.write_text("other")
+    assert weights_digest(file) != first
 
 
 def test_a_folder_without_weights_has_no_name(tmp_path: Path) -> None:
