@@ -80,10 +80,12 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         dtype = pages.parts[0].group.dtype
+        worker = role != KVConnectorRole.SCHEDULER
         identity, core, named = ModelIdentity("unnamed"), engine_core(), True
         try:
-            identity = identity_of(vllm_config, dtype, settings.revision, settings.store_dtype)
-            if core is None and role == KVConnectorRole.SCHEDULER:
+            revision, stored = settings.revision, settings.store_dtype
+            identity = identity_of(vllm_config, dtype, revision, stored, worker=worker)
+            if core is None and not worker:
                 raise SpecError("this release of vLLM does not show whether weights change")
         except (SpecError, OSError) as e:
             named = False
@@ -94,7 +96,7 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
                 e,
             )
         namespace = Namespace(identity, settings.tenant, size)
-        if role != KVConnectorRole.SCHEDULER:
+        if worker:
             self._worker = WorkerSide(settings, namespace, pages, _rank())
             return
         tokens = kv_cache_config.num_blocks * pages.page_tokens

@@ -52,13 +52,14 @@ _TICK: Final = 0.02
 
 
 def identity_of(
-    vllm_config: Any, dtype: str, revision: str = "", stored: str = ""
+    vllm_config: Any, dtype: str, revision: str = "", stored: str = "", *, worker: bool = False
 ) -> ModelIdentity:
     """Everything about the engine's model that changes KV values; `dtype` is the cache's.
 
     `stored` is the type that they are rounded to in the store, if it is another one. A `revision`
     that is given names the weights, their code, and functions that change the configuration, and
-    is taken at its word; without one the files name themselves. Where they lie is no part of it.
+    is taken at its word; without one the files name themselves. Where they lie is no part of it. A
+    `worker` goes by the scheduler's name in the end, and only for the weights needs its own.
 
     Raises:
         SpecError: the model cannot be told from others.
@@ -70,8 +71,8 @@ def identity_of(
         "weights": str(model.dtype).removeprefix("torch."),
         "quantization": str(model.quantization or ""),
         "cache": str(cache.cache_dtype),
-        "config": _told(lambda: config_digest(model.hf_config), revision),
-        "flags": _told(lambda: config_digest(_flags(vllm_config)), revision),
+        "config": _told(lambda: config_digest(model.hf_config), worker or revision),
+        "flags": _told(lambda: config_digest(_flags(vllm_config)), worker or revision),
         "stored": stored,
     }
     if _depends_on_length(model.hf_config):
@@ -87,12 +88,12 @@ def identity_of(
     return ModelIdentity(name, revision, dtype, extra=told)
 
 
-def _told(digest: Callable[[], str], revision: str) -> str:
-    """A digest; empty where it cannot be made, and the revision speaks for it."""
+def _told(digest: Callable[[], str], otherwise: str | bool) -> str:
+    """A digest; empty where it cannot be made, and something else speaks for it."""
     try:
         return digest()
     except SpecError:
-        if not revision:
+        if not otherwise:
             raise
         return ""
 

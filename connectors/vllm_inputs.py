@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Hashable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -42,7 +41,8 @@ class Inputs:
         self._capacity = capacity
         self._encoded_elsewhere = encoded_elsewhere
         self._streamed = False
-        self._meant: dict[Hashable, str] = {}
+        self._adapters: dict[str | int, str] = {}
+        self._items: dict[str | int, str] = {}
 
     def of(self, request: Any) -> dict[str, Any]:
         """What keys of `request` cover, as `prompt_extras` takes it; its names are taken note of.
@@ -79,14 +79,16 @@ class Inputs:
                 words += ", its number or its name have stood for others; give it new ones"
         except (SpecError, OSError) as e:
             words += f": {e}"
-        names = ("lora", lora.lora_name), ("lora", lora.lora_int_id)
-        if not all([self._means(name, found) for name in names]):
+        names = lora.lora_name, lora.lora_int_id
+        if not all([_means(self._adapters, name, found) for name in names]):
             raise Unkeyed("adapter", words)
         return found
 
     def _media(self, features: list[Any]) -> list[Media] | None:
         found = [(feature, self._content(feature)) for feature in features]
-        same = [self._means(("media", f.identifier), digest) for f, digest in found]
+        same = [_means(self._items, f.identifier, digest) for f, digest in found]
+        while len(self._items) > self._capacity:
+            del self._items[next(iter(self._items))]
         if not all(same) or (features and self._streamed):
             return None
         return [
@@ -122,13 +124,12 @@ class Inputs:
             f.identifier for f in other.mm_features
         )
 
-    def _means(self, name: Hashable, digest: str) -> bool:
-        """Note that `name` stands for `digest`; whether that is known and has always been so."""
-        before = self._meant.pop(name, digest)
-        self._meant[name] = digest if before == digest else ""
-        if len(self._meant) > self._capacity:
-            del self._meant[next(iter(self._meant))]
-        return bool(digest) and before == digest
+
+def _means(meant: dict[str | int, str], name: str | int, digest: str) -> bool:
+    """Note that `name` stands for `digest`; whether that is known and has always been so."""
+    before = meant.pop(name, digest)
+    meant[name] = digest if before == digest else ""
+    return bool(digest) and before == digest
 
 
 def _fed(h: Any, value: Any) -> bool:

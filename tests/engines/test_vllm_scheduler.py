@@ -234,3 +234,37 @@ def test_a_store_that_hangs_keeps_no_new_tenant_waiting(stores: Stores) -> None:
     finally:
         hanging.signal(signal.SIGCONT)
         side.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "changes"),
+    [
+        ("execute_model", {"non_block": True}, False),
+        ("reset_mm_cache", {}, False),
+        ("add_lora", {"args": ("adapter",)}, False),
+        ("sleep", {"kwargs": {"level": 1}}, False),
+        ("sleep", {"kwargs": {"level": 2}}, True),
+        ("sleep", {"args": (2,)}, True),
+        ("update_weights", {"args": ({},)}, True),
+        ("whatever_comes_next", {}, True),
+        (print, {}, True),
+    ],
+)
+def test_what_workers_are_asked_counts_unless_it_is_known_to_be_harmless(
+    method: Any, given: dict[str, Any], changes: bool
+) -> None:
+    asked: list[Any] = []
+
+    def workers(*args: Any, **kwargs: Any) -> str:
+        asked.append((*args, kwargs))
+        return "answer"
+
+    adapters: list[Any] = []
+    core = SimpleNamespace(model_executor=SimpleNamespace(collective_rpc=workers))
+    watch = WeightsWatch(core, adapters.append)
+    assert core.model_executor.collective_rpc(method, 5.0, **given) == "answer"
+    more = {"non_block": True} if "non_block" in given else {}
+    assert asked == [(method, 5.0, given.get("args", ()), given.get("kwargs"), more)]
+    assert watch.changed() is changes
+    assert not watch.changed()
+    assert adapters == (["adapter"] if method == "add_lora" else [])
