@@ -110,12 +110,12 @@ class SchedulerSide:
         try:
             self._inputs.of(request)
         except Unkeyed as e:
-            self._stats.unkeyed(e.reason)
+            self._stats.skipped(e.reason)
             for tracked in self._tracked.values():
                 tracked.tainted |= self._inputs.shared(tracked.request, request)
         else:
             if self._weights_now() is None:
-                self._stats.unkeyed("weights")
+                self._stats.skipped("weights")
             self._looked = False
 
     def _weights_now(self) -> str | None:

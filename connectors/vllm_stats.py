@@ -25,8 +25,7 @@ _COUNTERS: Final = {
     "kvstore_saved_tokens": ("Tokens whose KV was newly stored.", None),
     "kvstore_saved_bytes": ("Bytes newly stored.", None),
     "kvstore_dropped_tokens": ("Tokens whose KV was not stored, by reason.", "reason"),
-    "kvstore_unkeyed_requests": ("Requests that went without the store, by reason.", "reason"),
-    "kvstore_skipped_requests": ("Requests that were not looked up, by reason.", "reason"),
+    "kvstore_skipped_requests": ("Requests that went without the store, by reason.", "reason"),
 }
 _HISTOGRAMS: Final = {
     "kvstore_lookup_seconds": "Time of a lookup in the scheduler, keys included.",
@@ -83,10 +82,6 @@ class KVStoreStats(KVConnectorStats):  # type: ignore[misc]
     def dropped(self, tokens: int, reason: str) -> None:
         """So many tokens were not stored."""
         self._add("kvstore_dropped_tokens", tokens, reason)
-
-    def unkeyed(self, reason: str) -> None:
-        """A request's KV cannot be told from others'."""
-        self._add("kvstore_unkeyed_requests", 1, reason)
 
     def reset(self) -> None:
         """Start over."""

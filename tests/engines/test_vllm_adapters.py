@@ -91,7 +91,7 @@ def test_adapters_share_no_blocks_but_their_own(stores: Stores, tmp_path: Path) 
         last = engine.generate(prompt, lora=["one", 3, str(third)])
         assert last["cached"] == [0]
         # Its files replaced where it lies: nobody knows which of them vLLM has loaded by then.
-        before = engine.metrics().get("kvstore_unkeyed_requests_total.adapter", 0)
+        before = engine.metrics().get("kvstore_skipped_requests_total.adapter", 0)
         shutil.copytree(third, second, dirs_exist_ok=True)
         assert cached(engine, ["two", 1, str(second)], last["tokens"][0]) == 0
-        assert engine.metrics()["kvstore_unkeyed_requests_total.adapter"] == before + 1
+        assert engine.metrics()["kvstore_skipped_requests_total.adapter"] == before + 1

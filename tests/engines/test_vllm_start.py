@@ -61,5 +61,5 @@ def test_a_private_store_is_shared_by_all_of_an_engine(tmp_path: Path) -> None:
         # Workers of other processes are given other weights: what was stored is not theirs.
         assert engine.ask(do="change", how="reload_weights", path=str(model()))["done"]
         engine.generate(prompt)
-        assert engine.metrics()["kvstore_unkeyed_requests_total.weights"] == 1
+        assert engine.metrics()["kvstore_skipped_requests_total.weights"] == 1
         assert "the weights may have been changed (reload_weights)" in engine.log

@@ -141,7 +141,7 @@ def test_kv_of_changed_weights_is_found_under_no_old_name(
     engine.generate(prompt, unseen)
     counts = engine.metrics()
     assert counts["kvstore_loaded_tokens_total.memory"] == loaded
-    assert counts["kvstore_unkeyed_requests_total.weights"] >= 2
+    assert counts["kvstore_skipped_requests_total.weights"] >= 2
     engine.forget()
     right = engine.generate(prompt, wishes=APART)
     assert right["cached"] == [0]
