@@ -207,27 +207,24 @@ class Store:
         return answers, refusal
 
     def _reserve(self, entry: Entry, payer: Payer) -> str:
-        if not self._may_hold(payer, entry.name.namespace, entry.nbytes):
-            return "held"
-        if payer.most is not None and self._many_parts(entry.name.namespace, entry.name.part):
-            return "parts"
-        refusal = self.tiering.reserve(entry) or ""
+        name = entry.name
+        refusal = self._too_much(payer, name.namespace, entry.nbytes, name.part)
+        refusal = refusal or self.tiering.reserve(entry) or ""
         if not refusal:
             self.usage.held(entry, 1)
         return refusal
 
-    def _many_parts(self, namespace: Namespace, part: Part) -> bool:
-        """Whether a tenant may have no further part: what describes it lies beside the arena."""
-        tenant = self.usage.tenants.get(namespace.tenant)
-        known = self.usage.namespaces.get(namespace.digest, _NOBODY)
-        return tenant is not None and tenant.parts >= _MAX_PARTS and part not in known.parts
-
-    def _may_hold(self, payer: Payer, namespace: Namespace | None, more: int) -> bool:
-        """Whether `more` bytes of a tenant may be kept from leaving memory."""
+    def _too_much(
+        self, payer: Payer, namespace: Namespace | None, more: int, part: Part | None = None
+    ) -> str:
+        """Why `more` bytes of a tenant may not be kept in use, or blocks of a part be had."""
         if payer.most is None or namespace is None:
-            return True
-        tenant = self.usage.tenants.get(namespace.tenant)
-        return more + (0 if tenant is None else tenant.held_bytes) <= payer.most
+            return ""
+        tenant = self.usage.tenants.get(namespace.tenant, _NOBODY.tenant)
+        known = self.usage.namespaces.get(namespace.digest, _NOBODY)
+        if part is not None and part not in known.parts and tenant.parts >= _MAX_PARTS:
+            return "parts"  # What describes it lies beside the arena.
+        return "held" if tenant.held_bytes + more > payer.most else ""
 
     def commit(
         self,
@@ -381,7 +378,7 @@ class Store:
                 _, running.reason = self._find([key], parts, namespace)
                 break
             more = sum(e.nbytes for e in block if not (e.readers or e.writer))
-            if not self._may_hold(lease.payer, namespace, more):
+            if self._too_much(lease.payer, namespace, more):
                 running.reason = "held"
                 break
             lease.blocks.append(block)

@@ -230,7 +230,7 @@ class Daemon:
     def reload(self) -> None:
         """Read again what may change while we run; for any thread."""
         if self._node is not None:
-            _post(self._loop, self._node.reload)
+            _post(self._loop, self._node.access.forget)
 
     def _say_what_is_lost(self) -> None:
         if self._node is None or not self._node.store.tiering.unwritten:

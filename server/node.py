@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 _DRAIN_POLL: Final = 0.02
-_FOLLOW_SECONDS: Final = 1.0
+_FOLLOW_SECONDS: Final = 0.5
 
 _log = logging.getLogger("kvstore.daemon")
 
@@ -154,10 +154,6 @@ class Node:
             self.refused("tls", what, error)
         else:
             _log.debug("%s ended before its greeting: %s", what, error)
-
-    def reload(self) -> None:
-        """Read the file of tokens again, changed or not; see `follow_tokens`."""
-        self.access.forget()
 
     async def follow_tokens(self) -> None:
         """Read the file of tokens again within a second or two of a change.

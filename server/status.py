@@ -10,11 +10,10 @@ from kvstore.server.access import Grant
 from kvstore.server.node import Node
 from kvstore.server.recent import Request
 from kvstore.server.samples import Samples
-from kvstore.server.sessions import SessionConnection
 from kvstore.spec import Namespace
 
 _MOST: Final = 50
-"""Namespaces, tenants, sessions and requests in one answer."""
+"""Namespaces and requests in one answer."""
 
 
 def status(node: Node, grant: Grant, samples: Samples, after: int) -> dict[str, Any]:
@@ -30,9 +29,6 @@ def status(node: Node, grant: Grant, samples: Samples, after: int) -> dict[str, 
     kinds = Counter(lease.kind.value for lease in leases)
     namespaces = [n for n in usage.namespaces.values() if grant.sees(n.namespace.tenant)]
     namespaces.sort(key=lambda n: n.last_used, reverse=True)
-    tenants = [(name, held) for name, held in usage.tenants.items() if grant.sees(name)]
-    tenants.sort(key=lambda t: t[1].memory_bytes + t[1].disk_bytes, reverse=True)
-    sessions = node.seen_sessions(grant)
     return stats | {
         "node": node.name,
         "version": __version__,
@@ -46,21 +42,9 @@ def status(node: Node, grant: Grant, samples: Samples, after: int) -> dict[str, 
             "pin": kinds["pin"],
             "withdrawn": sum(lease.withdrawn for lease in leases),
         },
-        "sessions": len(sessions),
+        "sessions": len(node.seen_sessions(grant)),
         "namespaces": len(namespaces),
-        "tenants": len(tenants),
-        "largest_tenants": [
-            {
-                "tenant": name,
-                "memory": held.memory_bytes,
-                "disk": held.disk_bytes,
-                "pinned": held.pinned_bytes,
-                "quota_memory": quota.memory if quota is not None else None,
-                "quota_disk": quota.disk if quota is not None else None,
-            }
-            for name, held in tenants[:_MOST]
-            for quota in (usage.quotas.get(name),)
-        ],
+        "tenants": sum(map(grant.sees, usage.tenants)),
         "latest_namespaces": [
             _named(n.namespace)
             | {
@@ -74,7 +58,6 @@ def status(node: Node, grant: Grant, samples: Samples, after: int) -> dict[str, 
             }
             for n in namespaces[:_MOST]
         ],
-        "latest_sessions": [_session(s, grant) for s in reversed(sessions[-_MOST:])],
         "recent": _recent(node, grant),
         "samples": samples.after(after) if grant.tenants is None else [],
     }
@@ -82,21 +65,6 @@ def status(node: Node, grant: Grant, samples: Samples, after: int) -> dict[str, 
 
 def _named(namespace: Namespace) -> dict[str, Any]:
     return {"model": namespace.model.name, "tenant": namespace.tenant}
-
-
-def _session(session: SessionConnection, grant: Grant) -> dict[str, Any]:
-    peer = session.peer
-    seen = session.seen_by(grant)
-    whole = all(grant.sees(namespace.tenant) for namespace, _ in session.opened)
-    return {
-        "session": peer.session,
-        "address": peer.address,
-        "pid": peer.pid,
-        "software": peer.software,
-        "since": round(session.since, 3),
-        "requests": session.requests if whole else None,
-        "namespaces": [_named(namespace) for namespace in seen[:_MOST]],
-    }
 
 
 def _recent(node: Node, grant: Grant) -> list[dict[str, Any]]:
