@@ -13,8 +13,6 @@ import json
 import logging
 import os
 import re
-import stat
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,17 +26,14 @@ from kvstore.errors import SpecError
 _log = logging.getLogger(__name__)
 
 _WEIGHTS: Final = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
-_OF_TRAINING: Final = re.compile(r"(optimizer|rng_state.*|scaler|scheduler|training_args)\.\w+")
-# JSON files that say nothing of weights: the configuration counts as the engine understands it, and
-# what makes tokens and pixels shows in those.
-_NOT_OF_WEIGHTS: Final = re.compile(
-    r"(config|params|.*token.*|vocab.*|merges.*|tekken.*|generation_config|.*chat_template.*"
-    r"|.*processor.*|trainer_state|.*results)\.json"
+# Left over from training, the original of a converted model; and JSON that says nothing of weights,
+# since the configuration counts as the engine understands it, and the rest shows in tokens.
+_NOT_READ: Final = re.compile(
+    r"\..*|checkpoint-.*|global_step.*|original"
+    r"|(.*/)?(optimizer|rng_state.*|scaler|scheduler|training_args|trainer_state)\.\w+"
+    r"|(config|params|generation_config|[^/]*(token|vocab|merges|tekken|template|process)[^/]*)\.json"
 )
-# Engines read neither copies from within a training nor the original of a converted model.
-_NOT_READ: Final = re.compile(r"\..*|checkpoint-.*|global_step.*|original")
 _DEPTH: Final = 4
-_MOST_FILES: Final = 10_000
 _PIECE: Final = 64 << 20
 _READ: Final = 4 << 20
 _SLOWEST: Final = 100e6
@@ -46,7 +41,6 @@ _SLOWEST: Final = 100e6
 _SETTLED: Final = 2.0
 """Seconds after which a change cannot hide behind the same times of a file."""
 _MOST_KEPT: Final = 4096
-_MAX_CACHE: Final = 1 << 20
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
 
 _known: dict[str, str] = {}
@@ -88,10 +82,11 @@ def weights_digest(path: Path, *, loaded_at: float | None = None) -> str:
         downloaded = file.path.is_symlink() and file.path.resolve().parent.name == "blobs"
         if loaded_at is not None and file.changed > loaded_at and not downloaded:
             raise SpecError(f"{file.path} was changed after the engine had started")
+    digests = _digests(found)
     h = hashlib.sha256(b"kvstore/weights/1")
-    for file, digest in zip(found, _digests(found), strict=True):
+    for file in found:
         name = file.path.relative_to(folder).as_posix() if len(found) > 1 else file.path.suffix
-        h.update(json.dumps([name, file.size, digest]).encode())
+        h.update(json.dumps([name, file.size, digests[file.key]]).encode())
     return h.hexdigest()
 
 
@@ -108,47 +103,41 @@ def code_digest(folders: Iterable[Path]) -> str:
     return h.hexdigest()
 
 
-def _in(folder: Path) -> list[Path]:
+def _in(folder: Path) -> Iterator[Path]:
     """The files that count in a folder and, where engines look, below it."""
-    found: list[Path] = []
     for here, folders, names in os.walk(folder, followlinks=True):
-        depth = len(Path(here).relative_to(folder).parts)
-        folders[:] = [n for n in folders if depth < _DEPTH and not _NOT_READ.fullmatch(n)]
+        inside = Path(here).relative_to(folder)
+        deep = len(inside.parts) >= _DEPTH
+        folders[:] = [name for name in folders if not deep and not _NOT_READ.fullmatch(name)]
         for name in names:
-            kind = Path(name).suffix
-            weights = kind in _WEIGHTS and not _OF_TRAINING.fullmatch(name)
-            if weights or (kind == ".json" and not depth and not _NOT_OF_WEIGHTS.fullmatch(name)):
-                found.append(Path(here, name))
-        if len(found) > _MOST_FILES:
-            raise SpecError(f"{folder} holds more than {_MOST_FILES} files: is it one model's?")
-    return found
+            counts = Path(name).suffix in _WEIGHTS or name.endswith(".json")
+            if counts and not _NOT_READ.fullmatch((inside / name).as_posix()):
+                yield Path(here, name)
 
 
-def _digests(files: list[_File]) -> list[str]:
-    digests = {file.key: _known.get(file.key, "") for file in files}
-    missing = [file for file in files if not digests[file.key]]
-    if missing:
-        folder = _cache_folder()
-        kept = _kept(folder)
-        if any(file.key not in kept for file in missing):
-            with _turn(folder, sum(file.size for file in missing) / _SLOWEST):
-                kept = _kept(folder)  # Somebody else may have hashed them meanwhile.
-                fresh = [file for file in missing if file.key not in kept]
-                now = time.time()
-                made = _hashed(fresh)
-                kept |= {f.key: made[f.key] for f in fresh if f.changed < now - _SETTLED}
-                _keep(folder, kept)
-            digests |= made
-        found = {file.key: kept[file.key] for file in missing if file.key in kept}
-        if len(_known) > _MOST_KEPT:
-            _known.clear()
-        _known.update(found)
-        digests |= found
-    return [digests[file.key] for file in files]
+def _digests(files: list[_File]) -> dict[str, str]:
+    """Digests by key."""
+    digests = {file.key: known for file in files if (known := _known.get(file.key))}
+    missing = [file for file in files if file.key not in digests]
+    folder = _cache_folder() if missing else None
+    kept = _kept(folder)
+    if any(file.key not in kept for file in missing):
+        with _turn(folder, sum(file.size for file in missing) / _SLOWEST):
+            kept = _kept(folder)  # Somebody else may have hashed them meanwhile.
+            fresh = [file for file in missing if file.key not in kept]
+            now = time.time()
+            digests |= _hashed(fresh)
+            kept |= {f.key: digests[f.key] for f in fresh if f.changed < now - _SETTLED}
+            _keep(folder, kept)
+    found = {file.key: kept[file.key] for file in missing if file.key in kept}
+    if len(_known) > _MOST_KEPT:
+        _known.clear()
+    _known.update(found)
+    return digests | found
 
 
 def _hashed(files: list[_File]) -> dict[str, str]:
-    """Digests of files by key, made now, by as many threads as there are cores."""
+    """The same, made now, by as many threads as there are cores."""
     started, nbytes = time.perf_counter(), sum(file.size for file in files)
     pieces = [(file, start) for file in files for start in range(0, file.size or 1, _PIECE)]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -169,10 +158,7 @@ def _piece(piece: tuple[_File, int]) -> bytes:
     end = min(start + _PIECE, file.size)
     h, memory = hashlib.sha256(), memoryview(bytearray(min(_READ, end - start)))
     with file.path.open("rb", buffering=0) as opened:
-        while start < end:
-            count = os.preadv(opened.fileno(), [memory[: end - start]], start)
-            if not count:
-                break  # It was cut off: its size tells.
+        while count := os.preadv(opened.fileno(), [memory[: end - start]], start):
             h.update(memory[:count])
             start += count
     return h.digest()
@@ -182,7 +168,7 @@ def _piece(piece: tuple[_File, int]) -> bytes:
 
 
 def _cache_folder() -> Path | None:
-    """This user's own folder for digests; None: there is none, and hashing is paid each time."""
+    """A folder in which nobody else can write; None: there is none, so hashing is paid again."""
     try:
         chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
         folder = (chosen if chosen.is_absolute() else Path.home() / ".cache") / "kvstore/weights"
@@ -190,8 +176,7 @@ def _cache_folder() -> Path | None:
         found = folder.lstat()
     except (OSError, RuntimeError):  # The latter: nobody knows where the home is.
         return None
-    own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-    return folder if own and not found.st_mode & 0o022 else None
+    return folder if found.st_uid == os.geteuid() and not found.st_mode & 0o022 else None
 
 
 @contextmanager
@@ -200,7 +185,7 @@ def _turn(folder: Path | None, patience: float) -> Iterator[None]:
     lock = None
     if folder is not None:
         with suppress(OSError):
-            lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            lock = (folder / "lock").open("w")
     try:
         deadline = time.monotonic() + patience
         while lock is not None and time.monotonic() < deadline:
@@ -212,18 +197,13 @@ def _turn(folder: Path | None, patience: float) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
-            os.close(lock)
+            lock.close()
 
 
 def _kept(folder: Path | None) -> dict[str, str]:
-    """The digests in the cache; none if it is damaged or not this user's."""
-    if folder is None:
-        return {}
+    """The digests in the cache; none if it is damaged."""
     try:
-        fd = os.open(folder / "digests.json", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(fd, "rb") as file:
-            own = os.fstat(fd).st_uid == os.geteuid()
-            kept = json.loads(file.read(_MAX_CACHE)) if own else {}
+        kept = {} if folder is None else json.loads((folder / "digests.json").read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
     whole = isinstance(kept, dict) and all(_HEX.fullmatch(str(value)) for value in kept.values())
@@ -232,13 +212,8 @@ def _kept(folder: Path | None) -> dict[str, str]:
 
 def _keep(folder: Path | None, digests: dict[str, str]) -> None:
     """Replace the cache; one that cannot be written costs time, nothing more."""
-    if folder is None:
-        return
-    with suppress(OSError):
-        fd, path = tempfile.mkstemp(dir=folder)
-        try:
-            with open(fd, "w") as file:
-                json.dump(dict(list(digests.items())[-_MOST_KEPT:]), file)
-            os.replace(path, folder / "digests.json")
-        except OSError:
-            os.unlink(path)
+    if folder is not None:
+        with suppress(OSError):
+            made = folder / f"{os.getpid()}-{time.monotonic_ns()}"
+            made.write_text(json.dumps(dict(list(digests.items())[-_MOST_KEPT:])))
+            made.replace(folder / "digests.json")
