@@ -6,6 +6,7 @@ import socket
 import threading
 from array import array
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from kvstore import protocol
@@ -16,6 +17,7 @@ from kvstore.remote import connect
 from kvstore.session import Session
 from kvstore.spec import Part
 from kvstore.wire import PlainWire, receive_frame
+from tests.certificates import Authority
 from tests.session_tools import PART, PATIENCE, Served, namespace
 
 TCP = {"server": {"tcp": "127.0.0.1:0"}}
@@ -38,6 +40,19 @@ def tcp_session(
 ) -> Session:
     chosen = [parts] if isinstance(parts, Part) else list(parts)
     return Session.open(namespace(tenant), chosen, tcp_config(served, address, **session))
+
+
+def tls_settings(folder: Path) -> dict[str, dict[str, str]]:
+    """Of a daemon with a certificate, signed by the authority in `folder`."""
+    authority = Authority(folder)
+    identity = authority.issue("daemon")
+    return {
+        "server": {
+            "tcp": "127.0.0.1:0",
+            "tls_cert": str(identity.cert),
+            "tls_key": str(identity.key),
+        }
+    }
 
 
 def free_port() -> int:

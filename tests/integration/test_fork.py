@@ -29,7 +29,7 @@ from tests.session_tools import (
     save,
     wide,
 )
-from tests.tcp_tools import TCP, tcp_session
+from tests.tcp_tools import TCP, tcp_session, tls_settings
 
 BIG = wide(1 << 20)
 
@@ -42,7 +42,7 @@ def served() -> Iterator[Served]:
 
 
 def opened(served: Served, way: str, **settings: Any) -> Session:
-    if way == "tcp":
+    if way != "unix":
         return tcp_session(served, BIG, **settings)
     return served.session(BIG, **settings)
 
@@ -66,12 +66,16 @@ def in_child(work: Callable[[], object]) -> str:
     return said
 
 
-@pytest.mark.parametrize("way", ["unix", "tcp"])
+@pytest.mark.parametrize("way", ["unix", "tcp", "tls"])
 def test_both_sides_of_a_fork_get_their_own_numbers(
-    served: Served, way: str, caplog: pytest.LogCaptureFixture
+    served: Served, stores: Stores, tmp_path: Path, way: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """`load` compares every byte. Both sides ask as fast as they can, for different blocks."""
-    with opened(served, way, load_timeout=2) as session:
+    settings: dict[str, Any] = {"load_timeout": 2}
+    if way == "tls":
+        served = stores.serve("64MiB", **tls_settings(tmp_path))
+        settings["tls_ca"] = str(tmp_path / "authority.pem")
+    with opened(served, way, **settings) as session:
         keys = {side: session.keys(prompt(side, 2)) for side in (1, 2)}
         for blocks in keys.values():
             save(session, blocks)

@@ -29,21 +29,9 @@ from tests.session_tools import (
     save,
     wide,
 )
-from tests.tcp_tools import TCP, tcp_session, used
+from tests.tcp_tools import TCP, tcp_session, tls_settings, used
 
 SIZES = {"320 bytes": 320 * 16, "64 KiB": 64 << 10, "3 MiB and a bit": (3 << 20) + 256}
-
-
-def tls_settings(folder: Path) -> dict[str, dict[str, str]]:
-    authority = Authority(folder)
-    identity = authority.issue("daemon")
-    return {
-        "server": {
-            "tcp": "127.0.0.1:0",
-            "tls_cert": str(identity.cert),
-            "tls_key": str(identity.key),
-        }
-    }
 
 
 @pytest.fixture(params=["tcp", "tls"])
