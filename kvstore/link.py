@@ -143,12 +143,8 @@ class Link:
             self._problem = reason
             if not self._reconnecting:
                 try:
-                    threading.Thread(
-                        target=_reconnect,
-                        args=(ref(self), self._closed),
-                        name="kvstore-reconnect",
-                        daemon=True,
-                    ).start()
+                    arguments = ref(self), self._closed, self._config.session.retry_max
+                    threading.Thread(target=_reconnect, args=arguments, daemon=True).start()
                     self._reconnecting = True
                 except RuntimeError:  # No more threads: whoever comes next tries again.
                     self.counters.add("reconnect.failed", "threads")
@@ -157,8 +153,8 @@ class Link:
         self.counters.add("connection.lost")
         self.quiet.warning("lost", "store unavailable, going on without it: %s", reason)
 
-    def _connect_again(self, pause: float) -> float | None:
-        """How long to wait before the next attempt; None when there is no need."""
+    def _comes_back(self) -> bool:
+        """Try once more to connect; whether that is done with."""
         try:
             self._connect()
         except Exception as e:  # noqa: BLE001 - this thread would end, and the store never be back
@@ -166,25 +162,25 @@ class Link:
             if not isinstance(e, (StoreUnavailable, SpecError, ConfigError)):
                 self.counters.add("reconnect.failed", type(e).__name__)
                 self.quiet.warning("reconnect", "connecting failed, trying again: %r", e)
-            return min(pause * 2, self._config.session.retry_max)
+            return False
         with self._lock:
-            if self._channel is None:
-                return _FIRST_RETRY  # Lost again before this thread could end.
+            if self._channel is None:  # Lost again before this thread could end.
+                return False
             self._reconnecting = False
         self.counters.add("connection.made")
         _log.info("connected to the store again")
-        return None
+        return True
 
 
-def _reconnect(link: ref[Link], closed: threading.Event) -> None:
+def _reconnect(of: ref[Link], closed: threading.Event, longest: float) -> None:
     """Until it is there again, closed, or dropped: nothing here keeps a link alive."""
-    pause: float | None = _FIRST_RETRY
-    while pause is not None and not closed.wait(pause):
-        here = link()
-        if here is None:
+    pause = _FIRST_RETRY
+    while not closed.wait(pause):
+        link = of()
+        if link is None or link._comes_back():
             return
-        pause = here._connect_again(pause)
-        del here
+        pause = min(2 * pause, longest)
+        del link
 
 
 def _connect(config: Config) -> Channel:

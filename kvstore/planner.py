@@ -63,7 +63,7 @@ class _Doubt:
 
 
 class Planner:
-    """Keeps the measurements and decides. Not thread-safe; the session locks around it."""
+    """Keeps the measurements and decides. Threads that meet here may spoil a sample, no more."""
 
     def __init__(self, mode: Literal["auto", "load", "recompute"] = "auto") -> None:
         self._mode = mode

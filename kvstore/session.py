@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from numbers import Real
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -106,17 +104,13 @@ class Session:
         self._link = Link(self.namespace, self.parts, config, self._copier)
         self.counters = self._link.counters
         self._planner: Planner = Planner(config.planner.mode) if like is None else like._planner
-        self._planner_lock: threading.Lock = (
-            threading.Lock() if like is None else like._planner_lock
-        )
         self._transfer = Transfer(
             self._link,
             self.parts,
             self.block_tokens,
             self._copier,
             config.session.checksum,
-            # Without a way back to here: a session that is dropped ends at once.
-            partial(_copied, self._planner, self._planner_lock),
+            self._planner.loaded,  # no way back to here: a session that is dropped ends at once
         )
 
     def _forked(self) -> None:
@@ -181,14 +175,13 @@ class Session:
             return Lookup(0, (), "unavailable", 0.0)
         codes = reply.tiers[: len(keys)]
         in_memory = codes.count(MEMORY)
-        with self._planner_lock:
-            seconds = self._planner.load_seconds(
-                in_memory,
-                len(codes) - in_memory,
-                self.block_bytes,
-                reply.disk_seconds_per_byte,
-                reply.disk_wait,
-            )
+        seconds = self._planner.load_seconds(
+            in_memory,
+            len(codes) - in_memory,
+            self.block_bytes,
+            reply.disk_seconds_per_byte,
+            reply.disk_wait,
+        )
         tiers = tier_names(codes)
         disk = reply.disk_seconds_per_byte, reply.disk_wait
         return Lookup(len(tiers), tiers, reply.reason or None, seconds, *disk)
@@ -201,18 +194,17 @@ class Session:
         Arguments as for `lookup`.
         """
         found = self.lookup(keys, timeout=timeout, again=again)
-        with self._planner_lock:
-            plan = self._planner.plan(
-                found.tiers,
-                block_tokens=self.block_tokens,
-                block_bytes=self.block_bytes,
-                below_memory=found.disk_seconds_per_byte,
-                wait=found.disk_wait,
-                again=again,
-                nothing=f"nothing found: {found.reason}" if found.reason else "nothing to find",
-            )
-            if not again:
-                self.counters.add("plan", plan.reason)
+        plan = self._planner.plan(
+            found.tiers,
+            block_tokens=self.block_tokens,
+            block_bytes=self.block_bytes,
+            below_memory=found.disk_seconds_per_byte,
+            wait=found.disk_wait,
+            again=again,
+            nothing=f"nothing found: {found.reason}" if found.reason else "nothing to find",
+        )
+        if not again:
+            self.counters.add("plan", plan.reason)
         _log.debug("plan: load %d of %d blocks (%s)", plan.blocks, plan.found, plan.reason)
         return plan
 
@@ -221,12 +213,11 @@ class Session:
 
         For a session that only plans; one that loads takes its own times.
         """
-        _copied(self._planner, self._planner_lock, blocks * self.block_bytes, seconds)
+        self._planner.loaded(blocks * self.block_bytes, seconds)
 
     def report_prefill(self, tokens: int, seconds: float) -> None:
         """Tell the planner that the engine computed `tokens` prompt tokens in `seconds`."""
-        with self._planner_lock:
-            self._planner.computed(tokens, seconds)
+        self._planner.computed(tokens, seconds)
 
     def load(
         self,
@@ -386,11 +377,6 @@ class Session:
                 return None
             channel, handle = link
             return self._link.call(channel, make(handle), timeout)
-
-
-def _copied(planner: Planner, lock: threading.Lock, nbytes: int, seconds: float) -> None:
-    with lock:
-        planner.loaded(nbytes, seconds)
 
 
 def _seconds(given: float | None, otherwise: float = 0.0, longest: float = _WEEK) -> float:
