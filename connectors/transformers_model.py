@@ -8,7 +8,7 @@ plain full attention is refused with a reason, never stored in part.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any, Final
 
@@ -105,12 +105,14 @@ def _check_model(model: PreTrainedModel) -> None:
         usual = getattr(GenerationMixin, method, None)
         if getattr(type(plain), method, usual) is not usual:
             raise SpecError(f"{name} has masks or positions that keys do not cover ({method})")
-    for kind in _rope_types(text, model):
-        if "dynamic" in kind or kind in ("longrope", "su"):
-            raise SpecError(
-                f"{name} uses RoPE type {kind!r}, by which a prefix's keys depend on the length of "
-                "the whole sequence; its blocks cannot be shared between sequences"
-            )
+    # As the configuration says, in new or old words, and as the modules were made.
+    ropes = [getattr(text, key, None) for key in ("rope_parameters", "rope_scaling")]
+    ropes += [getattr(module, "rope_type", None) for module in model.modules()]
+    if getattr(text, "use_dynamic_ntk", False) or re.search("dynamic|longrope|'su'", str(ropes)):
+        raise SpecError(
+            f"{name} uses a RoPE by which a prefix's keys depend on the length of the whole "
+            "sequence; its blocks cannot be shared between sequences"
+        )
     if model.training:
         raise SpecError(f"{name} is in training mode, where dropout changes KV; call model.eval()")
     devices = sorted({str(p.device) for p in model.parameters()})
@@ -126,23 +128,6 @@ def _check_model(model: PreTrainedModel) -> None:
                 f"adapter {adapter!r} ({type(peft).__name__}) adds virtual tokens or works on some "
                 "tokens only, which keys do not cover; use one that changes weights, such as LoRA"
             )
-
-
-def _rope_types(config: Any, model: torch.nn.Module) -> Iterator[str]:
-    """By the configuration, in new or old words, and by the modules as they were made."""
-    if getattr(config, "use_dynamic_ntk", False):
-        yield "dynamic"
-    found = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
-    for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        found += kinds.values() if isinstance(kinds, dict) else [kinds]
-    while found:
-        rope = found.pop()
-        if isinstance(rope, str):
-            yield rope
-        elif isinstance(rope, dict):  # one set of parameters, or one for each type of layer
-            named = ("rope_type", "type")
-            found += [v for k, v in rope.items() if k in named or isinstance(v, dict)]
 
 
 def model_identity(

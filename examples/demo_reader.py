@@ -84,6 +84,7 @@ def read(model_dir: Path, address: str, document: str, question: str, limit: int
         "first_token_seconds_alone": clock.seconds,
         "load_seconds": report.load_seconds,
         "blocks_saved": report.saved.stored,
+        "save_seconds": report.saved.seconds,
         "reason": report.reason,
     }
 

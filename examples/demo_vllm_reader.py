@@ -29,9 +29,10 @@ def counted(name: str) -> dict[str, int]:
 
 def read(given: argparse.Namespace, out: IO[str]) -> dict[str, Any]:
     """Answer the question through the store at the address given, then without it; tell both."""
+    say(out, step="importing vLLM")
     from vllm import LLM, SamplingParams
 
-    say(out, step="starting vLLM")
+    say(out, step="starting the engine (some 20 s)")
     llm = LLM(
         str(given.model),
         dtype="float32",

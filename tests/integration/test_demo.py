@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -30,7 +34,9 @@ def run_demo(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     )
 
 
-def test_three_processes_share_a_document(model_folder: Path) -> None:
+def test_three_processes_share_a_document(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = run_demo("--json", "--new-tokens", "8")
     assert done.returncode == 0, done.stderr
     facts: dict[str, Any] = json.loads(done.stdout)
@@ -50,7 +56,23 @@ def test_three_processes_share_a_document(model_folder: Path) -> None:
             assert list(loaded) == [tier]
             assert loaded[tier] >= prompt - 3 * 64
             assert reader["first_token_seconds"] < reader["first_token_seconds_alone"]
-    assert "first" in done.stderr, "progress is shown while it runs"
+    # Without a terminal, a line tells of each step as it begins, and how long that took.
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert all(re.fullmatch(r" *\d+\.\d s  (store|first|second|third): .+", line) for line in lines)
+    times = [float(line.split()[0]) for line in lines]
+    assert times == sorted(times)
+    assert times[-1] > 0
+    texts = [line.split("s  ", 1)[1] for line in lines]
+    assert texts[:3] == ["store: starting", "store: ready", "first: starting"]
+    assert "first: loading the model" in texts
+
+    monkeypatch.syspath_prepend(str(DEMO.parent))
+    shown = io.StringIO()
+    importlib.import_module("demo").show(facts["readers"], Console(file=shown, width=80))
+    sentence = " ".join(shown.getvalue().split())
+    assert re.search(
+        r"saves what it computes in \d\.\d\d s: what it takes longer is its save", sentence
+    )
 
 
 def test_a_missing_model_package_is_told_in_one_line(tmp_path: Path) -> None:
