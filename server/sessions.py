@@ -156,7 +156,7 @@ class SessionConnection(asyncio.Protocol):
 
     def _regulate(self) -> None:
         """Read on, unless the client is to wait: for its turn, or for itself."""
-        if self._transport is None:
+        if self._transport is None or self._transport.is_closing():
             return
         if self._full or self.owner.waits(self):
             self._transport.pause_reading()
@@ -187,7 +187,7 @@ class SessionConnection(asyncio.Protocol):
             self._transport.abort()
 
     def _reply(self, request_id: int, message: Message) -> None:
-        if self._transport is not None:
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.write(protocol.encode(request_id, message))
 
     def _handle(self, request_id: int, body: bytes) -> None:
