@@ -2,7 +2,7 @@
 
 import sys
 
-from kvstore.server.cli import main
+from kvstore.server.cli.main import main
 
 if __name__ == "__main__":
     sys.argv[1:1] = ["bench"]

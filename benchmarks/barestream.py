@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Final, Self
 
-from kvstore.arena import Arena
 from kvstore.benchmarks.figures import BenchmarkError
-from kvstore.staging import Bounce
-from kvstore.wire import tune
+from kvstore.memory.arena import Arena
+from kvstore.transport.staging import Bounce
+from kvstore.transport.wire import tune
 
 _PIECE: Final = 2 << 20
 _ASK: Final = struct.Struct("<cQ")

@@ -15,10 +15,10 @@ from kvstore import _native
 from kvstore.benchmarks import shapes
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run
 from kvstore.benchmarks.shapes import Shape
+from kvstore.blocks.keys import block_keys
+from kvstore.blocks.spec import Described, Part
 from kvstore.copier.cpu import CpuCopier
-from kvstore.keys import block_keys
-from kvstore.spec import Described, Part
-from kvstore.staging import Bounce
+from kvstore.transport.staging import Bounce
 
 _SHAPES: Final[tuple[tuple[Shape, tuple[str, ...]], ...]] = (
     (shapes.LLAMA_NHD, ("LNHPC", "LHNPC")),

@@ -12,8 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
+from kvstore.client.embedded import socket_path
 from kvstore.config import Config, load_config
-from kvstore.embedded import socket_path
 
 _END_SECONDS: Final = 60.0
 _POLL: Final = 0.01

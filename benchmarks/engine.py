@@ -8,13 +8,13 @@ from typing import Self
 
 import numpy as np
 
-from kvstore.arena import Arena
 from kvstore.benchmarks.figures import BenchmarkError
 from kvstore.benchmarks.shapes import Shape
+from kvstore.client.session import Session
 from kvstore.config import Config
 from kvstore.copier.cpu import CpuCopier
-from kvstore.session import Session
-from kvstore.staging import Bounce
+from kvstore.memory.arena import Arena
+from kvstore.transport.staging import Bounce
 
 
 class Pages:

@@ -21,18 +21,18 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
-from kvstore.arena import HUGE_PAGE, Arena
 from kvstore.benchmarks import shapes
 from kvstore.benchmarks.figures import BenchmarkError, Param, Report, Run, Samples
 from kvstore.benchmarks.shapes import Shape
 from kvstore.config import format_size, load_config
 from kvstore.copier.base import Copier
+from kvstore.memory.arena import HUGE_PAGE, Arena
 
 if TYPE_CHECKING:
     from kvstore.benchmarks.gpu_load import Matmuls
     from kvstore.benchmarks.gpu_pages import DevicePages
     from kvstore.benchmarks.gpu_peers import Rival
-    from kvstore.copier.cuda import CudaCopier
+    from kvstore.copier.cuda.copier import CudaCopier
 
 Action = Literal["save", "load"]
 
@@ -347,11 +347,11 @@ def _check_pinned(arena: Arena) -> None:
 
 def _copiers(report: Report) -> Iterator[tuple[str, CudaCopier]]:
     """By name; without kernels there is but one way."""
-    from kvstore.copier.cuda import CudaCopier
+    from kvstore.copier.cuda.copier import CudaCopier
 
     kernels, paths = None, PATHS
     if importlib.util.find_spec("triton") is not None:
-        from kvstore.copier.triton import TritonKernels
+        from kvstore.copier.cuda.triton import TritonKernels
 
         kernels = TritonKernels(_DEVICE)
     else:
@@ -372,7 +372,7 @@ def _driver_version() -> str:
 
 
 if __name__ == "__main__":
-    from kvstore.server.cli import main
+    from kvstore.server.cli.main import main
 
     sys.argv[1:1] = ["bench", "gpu-copy"]
     main()

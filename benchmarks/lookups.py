@@ -10,12 +10,12 @@ from typing import Final, Self
 
 import numpy as np
 
-from kvstore import protocol
 from kvstore.benchmarks.figures import BenchmarkError
 from kvstore.benchmarks.pingpong import PingPong
 from kvstore.benchmarks.shapes import Shape
-from kvstore.session import Session
-from kvstore.spec import Group
+from kvstore.blocks.spec import Group
+from kvstore.client.session import Session
+from kvstore.transport import protocol
 
 INDEX_ONLY: Final = Shape("index only", Group(1, 1, (1,), "uint8"), "LPBNHC", 64)
 """Objects of 64 bytes: lookups never touch bytes, so a long prompt need not fill the machine."""

@@ -16,10 +16,10 @@ from kvstore.benchmarks.crew import Answer, Order
 from kvstore.benchmarks.engine import Engine, prompt_keys
 from kvstore.benchmarks.lookups import INDEX_ONLY, Asker
 from kvstore.benchmarks.shapes import LLAMA_NHD
+from kvstore.blocks.spec import Namespace, Part
+from kvstore.client.session import Session
 from kvstore.config import Config
 from kvstore.errors import KVStoreError
-from kvstore.session import Session
-from kvstore.spec import Namespace, Part
 
 Job = Callable[[], object]
 

@@ -14,8 +14,8 @@ from kvstore.benchmarks.engine import Engine, prompt_keys
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run, Samples
 from kvstore.benchmarks.served import served
 from kvstore.benchmarks.shapes import LLAMA_NHD
+from kvstore.client.session import Session
 from kvstore.config import load_config
-from kvstore.session import Session
 
 SHAPE: Final = LLAMA_NHD
 _SECONDS: Final = 60.0

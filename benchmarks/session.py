@@ -11,7 +11,7 @@ from kvstore.benchmarks.crew import Crew, Taken
 from kvstore.benchmarks.embedded import private_store
 from kvstore.benchmarks.figures import Report
 from kvstore.benchmarks.shapes import LLAMA_NHD
-from kvstore.session import Session
+from kvstore.client.session import Session
 
 SHAPE: Final = LLAMA_NHD
 CLIENTS: Final = (1, 4, 16)

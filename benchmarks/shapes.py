@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Part
 from kvstore.copier.base import PagedMemory, PlaneMemory
-from kvstore.spec import Described, Group, ModelIdentity, Namespace, Part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -23,8 +23,8 @@ from kvstore.benchmarks.figures import BenchmarkError, Param, Report
 from kvstore.benchmarks.served import served
 from kvstore.benchmarks.soak_client import SHAPE, Did
 from kvstore.benchmarks.soak_clients import Clients
+from kvstore.client.session import Session
 from kvstore.config import Config, load_config
-from kvstore.session import Session
 
 _MEMORY: Final = 128 << 20
 _DISK: Final = 512 << 20

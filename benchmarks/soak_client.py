@@ -16,10 +16,10 @@ import msgspec
 import numpy as np
 
 from kvstore.benchmarks.shapes import Shape
+from kvstore.blocks.spec import Group
+from kvstore.client.session import Session
 from kvstore.config import Config
-from kvstore.session import Session
-from kvstore.spec import Group
-from kvstore.staging import Bounce
+from kvstore.transport.staging import Bounce
 
 SHAPE: Final = Shape("soak", Group(4, 8, (64, 64), "bfloat16"), "LPBNHC", 16)
 """Blocks of 512 KiB."""

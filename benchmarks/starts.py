@@ -7,11 +7,11 @@ import sys
 from contextlib import ExitStack
 from typing import Final
 
-from kvstore.arena import Arena
 from kvstore.benchmarks.embedded import private_store
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run, Samples
 from kvstore.benchmarks.shapes import Shape
-from kvstore.session import Session
+from kvstore.client.session import Session
+from kvstore.memory.arena import Arena
 
 _SECONDS: Final = 60.0
 _OWED_IMPORT_SECONDS: Final = 0.1

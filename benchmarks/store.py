@@ -14,8 +14,8 @@ from kvstore.benchmarks.embedded import private_store
 from kvstore.benchmarks.engine import Engine, prompt_keys
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run
 from kvstore.benchmarks.shapes import LLAMA_NHD
+from kvstore.client.session import Session
 from kvstore.config import Config
-from kvstore.session import Session
 
 SHAPE: Final = LLAMA_NHD
 _START_ARENA: Final = 256 << 20

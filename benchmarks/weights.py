@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Final
 
 from kvstore.benchmarks.figures import Report, Run
-from kvstore.weights import weights_digest
+from kvstore.blocks.weights import weights_digest
 
 _PIECE: Final = 4 << 20
 _SETTLES: Final = 2.1

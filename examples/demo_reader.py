@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from kvstore.config import load_config
-from kvstore.connectors.transformers import KVStoreCache
+from kvstore.connectors.transformers.cache import KVStoreCache
 
 
 class FirstToken:

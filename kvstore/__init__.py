@@ -9,30 +9,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvstore.blocks.spec import Described as Described
+    from kvstore.blocks.spec import Group as Group
+    from kvstore.blocks.spec import ModelIdentity as ModelIdentity
+    from kvstore.blocks.spec import Namespace as Namespace
+    from kvstore.blocks.spec import Opaque as Opaque
+    from kvstore.blocks.spec import Part as Part
+    from kvstore.blocks.spec import Shard as Shard
+    from kvstore.client.session import Session as Session
     from kvstore.config import Config as Config
     from kvstore.config import load_config as load_config
-    from kvstore.session import Session as Session
-    from kvstore.spec import Described as Described
-    from kvstore.spec import Group as Group
-    from kvstore.spec import ModelIdentity as ModelIdentity
-    from kvstore.spec import Namespace as Namespace
-    from kvstore.spec import Opaque as Opaque
-    from kvstore.spec import Part as Part
-    from kvstore.spec import Shard as Shard
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Config": "config",
     "load_config": "config",
-    "Session": "session",
-    "Described": "spec",
-    "Group": "spec",
-    "ModelIdentity": "spec",
-    "Namespace": "spec",
-    "Opaque": "spec",
-    "Part": "spec",
-    "Shard": "spec",
+    "Session": "client.session",
+    "Described": "blocks.spec",
+    "Group": "blocks.spec",
+    "ModelIdentity": "blocks.spec",
+    "Namespace": "blocks.spec",
+    "Opaque": "blocks.spec",
+    "Part": "blocks.spec",
+    "Shard": "blocks.spec",
 }
 
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604

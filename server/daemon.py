@@ -18,30 +18,31 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kvstore import __version__, protocol
-from kvstore.admission import Admission
-from kvstore.arena import Arena
+from kvstore import __version__
 from kvstore.config import Config, ServerConfig, format_size
 from kvstore.errors import ConfigError, KVStoreError, NotNow
 from kvstore.files import make_way, open_own
-from kvstore.protocol import Hello, Welcome
-from kvstore.server.access import LOCAL, Access, Denied, Grant, Role
-from kvstore.server.greeting import Greeting, Newcomers, admit
-from kvstore.server.group import group_id, is_member, share
+from kvstore.memory.arena import Arena
+from kvstore.memory.slots import slot_policy
+from kvstore.server.access.access import LOCAL, Access, Denied, Grant, Role
+from kvstore.server.access.group import group_id, is_member, share
 from kvstore.server.listeners import bind, clear
 from kvstore.server.node import Face, Node
 from kvstore.server.notify import notify
 from kvstore.server.process import end_after, exit_code, heed_signals
-from kvstore.server.sessions import Peer, SessionConnection
+from kvstore.server.sessions.greeting import Greeting, Newcomers, admit
+from kvstore.server.sessions.session import Peer, SessionConnection
 from kvstore.server.tasks import hear_threads, run
-from kvstore.slots import slot_policy
-from kvstore.store import Store
+from kvstore.store.admission import Admission
+from kvstore.store.store import Store
+from kvstore.store.tiering import OpenDisk
+from kvstore.store.usage import Quota
 from kvstore.telemetry import LineFormatter
-from kvstore.tiering import OpenDisk
-from kvstore.usage import Quota
+from kvstore.transport import protocol
+from kvstore.transport.protocol import Hello, Welcome
 
 if TYPE_CHECKING:
-    from kvstore.server.admin import AdminFace
+    from kvstore.server.http.admin import AdminFace
 
 _TICK: Final = 0.5
 _LOCK_POLL: Final = 0.05
@@ -255,14 +256,14 @@ class Daemon:
         """The ways in besides the sockets."""
         if self._config.server.tcp is None:
             return []
-        from kvstore.server.streams import StreamFace
+        from kvstore.server.sessions.streams import StreamFace
 
         return [StreamFace(node)]
 
     def _http_face(self, access: Access) -> AdminFace | None:
         if self._config.server.http is None:
             return None
-        from kvstore.server.admin import AdminFace
+        from kvstore.server.http.admin import AdminFace
 
         return AdminFace(self._config, access)
 
@@ -405,7 +406,7 @@ def disk_opener(config: Config, *, direct: bool) -> OpenDisk | None:
     disk = config.disk
     if disk.path is None:
         return None
-    from kvstore.tiers.disk import DiskTier
+    from kvstore.tiers.slab.tier import DiskTier
 
     return partial(
         DiskTier.open,

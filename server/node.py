@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from kvstore.config import Config
 from kvstore.errors import ConfigError, ProtocolError
-from kvstore.index import Lease
-from kvstore.server.access import LOCAL, Access, Denied, Grant
-from kvstore.server.owners import Owner
-from kvstore.server.recent import Recent
-from kvstore.store import Store
+from kvstore.server.access.access import LOCAL, Access, Denied, Grant
+from kvstore.server.sessions.owners import Owner
+from kvstore.server.sessions.recent import Recent
+from kvstore.store.index import Lease
+from kvstore.store.store import Store
 from kvstore.telemetry import QuietLog
 
 if TYPE_CHECKING:
-    from kvstore.server.sessions import SessionConnection
+    from kvstore.server.sessions.session import SessionConnection
 
 
 _DRAIN_POLL: Final = 0.02
@@ -196,7 +196,7 @@ class Node:
         async with self._opening:
             if self.control is None:
                 # In a thread: gRPC takes long to load, and private daemons only do so now.
-                module = await asyncio.to_thread(import_module, "kvstore.server.control")
+                module = await asyncio.to_thread(import_module, "kvstore.server.control.face")
                 face = module.ControlFace(self)
                 await face.start()
                 self.control = face

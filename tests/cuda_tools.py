@@ -20,13 +20,13 @@ import pytest
 from numpy.typing import NDArray
 
 from kvstore import _native
+from kvstore.blocks.spec import Group, Part
 from kvstore.copier.base import PagedMemory, PlaneMemory
 from kvstore.copier.cpu import CpuCopier
-from kvstore.copier.cuda import CudaCopier
-from kvstore.copier.cudadevice import Device
-from kvstore.copier.cudadriver import Driver
+from kvstore.copier.cuda.copier import CudaCopier
+from kvstore.copier.cuda.device import Device
+from kvstore.copier.cuda.driver import Driver
 from kvstore.copier.segments import Segments
-from kvstore.spec import Group, Part
 
 SOURCE = Path(__file__).with_name("fake_cuda.cpp")
 DEVICE_MEMORY, PINNED_MEMORY = 1, 2

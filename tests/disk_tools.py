@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from kvstore.eviction import Lru
-from kvstore.slots import Slot
-from kvstore.spec import Group, ModelIdentity, Namespace, Part
+from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part
+from kvstore.memory.eviction import Lru
+from kvstore.memory.slots import Slot
 from kvstore.tiers.base import ObjectName
-from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.slab.tier import DiskTier
 
 MIB = 1 << 20
 BLOCK_TOKENS = 16

@@ -13,8 +13,8 @@ import threading
 import time
 from pathlib import Path
 
-from kvstore.session import Session
-from kvstore.spec import Group, ModelIdentity, Namespace, Part
+from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part
+from kvstore.client.session import Session
 from tests import browser
 from tests.session_tools import Pages, Served, Stores
 

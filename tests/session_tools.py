@@ -20,11 +20,11 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from kvstore.channel import Channel
+from kvstore.blocks.spec import Described, Group, Layout, ModelIdentity, Namespace, Opaque, Part
+from kvstore.client.channel import Channel
+from kvstore.client.session import Session
 from kvstore.config import Config, load_config
 from kvstore.copier.base import PagedMemory, PlaneMemory
-from kvstore.session import Session
-from kvstore.spec import Described, Group, Layout, ModelIdentity, Namespace, Opaque, Part
 
 MIB: Final = 1 << 20
 ROOT: Final = Path(__file__).parents[1]
@@ -172,7 +172,7 @@ class Served:
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[str]:
-        script = f"{self.fault}\nfrom kvstore.server.cli import main\nmain()"
+        script = f"{self.fault}\nfrom kvstore.server.cli.main import main\nmain()"
         command = [sys.executable, "-c", script, "serve", "-c", str(self._file)]
         with self.log.open("a") as log:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)

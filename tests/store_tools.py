@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kvstore.arena import Arena
+from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part
 from kvstore.clock import Clock
 from kvstore.config import Config
-from kvstore.index import Entry, Saving
-from kvstore.selection import Selection, candidates
+from kvstore.memory.arena import Arena
 from kvstore.server.daemon import disk_opener
-from kvstore.spec import Group, ModelIdentity, Namespace, Part
-from kvstore.store import Acquired, Store
+from kvstore.store.index import Entry, Saving
+from kvstore.store.selection import Selection, candidates
+from kvstore.store.store import Acquired, Store
 
 NAMESPACE = Namespace(ModelIdentity("model"), "", 16)
 GROUP = Group(layers=2, heads=4, channels=(32, 32), dtype="float32")

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvstore import protocol
-from kvstore.channel import Channel
+from kvstore.blocks.spec import Part
+from kvstore.client.channel import Channel
+from kvstore.client.session import Session
 from kvstore.config import Config, load_config
-from kvstore.protocol import Attach, Attached, Get, Message, Put, StreamReply
-from kvstore.remote import connect
-from kvstore.session import Session
-from kvstore.spec import Part
-from kvstore.wire import PlainWire, receive_frame
+from kvstore.transport import protocol
+from kvstore.transport.protocol import Attach, Attached, Get, Message, Put, StreamReply
+from kvstore.transport.remote import connect
+from kvstore.transport.wire import PlainWire, receive_frame
 from tests.certificates import Authority
 from tests.session_tools import PART, PATIENCE, Served, namespace
 

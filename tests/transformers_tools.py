@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 import transformers
 
-from kvstore.connectors.transformers import KVStoreCache
+from kvstore.connectors.transformers.cache import KVStoreCache
 
 BLOCK: Final = 16
 SIZES: Final = {

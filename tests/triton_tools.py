@@ -9,11 +9,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from kvstore.blocks.spec import Group, Part
 from kvstore.copier import base
 from kvstore.copier.base import PagedMemory, PlaneMemory
-from kvstore.spec import Group, Part
 
-SOURCE = Path(base.__file__).with_name("triton.py")
+SOURCE = Path(base.__file__).with_name("cuda") / "triton.py"
 GUARD = 64
 
 

@@ -17,7 +17,8 @@ from kvstore.api import v1
 from kvstore.api.convert import MAX_REPLY, SERVICE
 from kvstore.api.errors import OperationFailed, OperationUnfinished, RequestRefused
 from kvstore.config import Config, checked_text, load_config, split_host_port
-from kvstore.credentials import (
+from kvstore.errors import AccessDenied, ConfigError, KVStoreError, StoreUnavailable
+from kvstore.transport.credentials import (
     checked_token,
     client_context,
     client_token,
@@ -25,7 +26,6 @@ from kvstore.credentials import (
     open_to_others,
     trusted,
 )
-from kvstore.errors import AccessDenied, ConfigError, KVStoreError, StoreUnavailable
 
 _SUFFIX: Final = ".control"
 _FORMS: Final = "unix:///path/to/socket of the daemon, or host:port of its gRPC API"
@@ -134,7 +134,7 @@ def target(
 
 def _of_private(path: Path, config: Config, address: str | None, timeout: float) -> Path:
     """The API of a private daemon, if that is what there is, else `path`."""
-    from kvstore.embedded import open_control, private_daemons
+    from kvstore.client.embedded import open_control, private_daemons
 
     found = [path.with_name(path.name.removesuffix(_SUFFIX))]
     if address is None:

@@ -9,8 +9,8 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from kvstore.api import v1
+from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.errors import SpecError
-from kvstore.spec import ModelIdentity, Namespace
 
 DOMAIN: Final = "kvstore"
 """Of the google.rpc.ErrorInfo in errors."""

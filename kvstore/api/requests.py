@@ -1,4 +1,4 @@
-"""The verbs of the orchestration API as functions of plain values; `kvstore.client` sends them.
+"""The verbs of the orchestration API as functions of plain values; `kvstore.api.client` sends them.
 
 Namespaces are given by id (a unique beginning of at least 6 hex digits will do) or as a
 `kvstore.Namespace`. Blocks of a prompt are named by its `tokens` and what else names them
@@ -24,10 +24,10 @@ from google.protobuf.message import Message
 
 from kvstore.api import convert, v1
 from kvstore.api.errors import RequestRefused
-from kvstore.spec import Namespace
+from kvstore.blocks.spec import Namespace
 
 if TYPE_CHECKING:
-    from kvstore.keys import Media
+    from kvstore.blocks.keys import Media
 
 M = TypeVar("M", bound=Message)
 P = ParamSpec("P")

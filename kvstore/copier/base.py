@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from kvstore.blocks.spec import Opaque, Part
 from kvstore.errors import SpecError
-from kvstore.spec import Opaque, Part
 
 if TYPE_CHECKING:
     import numpy as np

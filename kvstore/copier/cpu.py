@@ -10,10 +10,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from kvstore import _native
+from kvstore.blocks.spec import Part
 from kvstore.copier.base import PagedMemory
 from kvstore.copier.gate import LayerGate
 from kvstore.copier.segments import Segments, check_copy, check_layouts, segments_of
-from kvstore.spec import Part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvstore.copier.base import PagedMemory
-from kvstore.errors import SpecError
-from kvstore.spec import (
+from kvstore.blocks.spec import (
     Described,
     Opaque,
     Part,
@@ -18,6 +16,8 @@ from kvstore.spec import (
     check_block_tokens,
     plane_strides,
 )
+from kvstore.copier.base import PagedMemory
+from kvstore.errors import SpecError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

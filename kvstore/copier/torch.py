@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
+from kvstore.blocks.spec import Part
 from kvstore.copier.base import Copier, PagedMemory, PlaneMemory
 from kvstore.copier.cpu import CpuCopier
 from kvstore.copier.gate import LayerGate
 from kvstore.copier.segments import check_copy, check_layouts
 from kvstore.errors import SpecError, StoreUnavailable
-from kvstore.spec import Part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

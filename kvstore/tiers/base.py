@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
-from kvstore.slots import Slot, SlotPool
-from kvstore.spec import Namespace, Part
+from kvstore.blocks.spec import Namespace, Part
+from kvstore.memory.slots import Slot, SlotPool
 
 
 class ObjectName(NamedTuple):

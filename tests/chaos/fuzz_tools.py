@@ -12,8 +12,8 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from kvstore import protocol
-from kvstore.protocol import Hello, Message, Open
+from kvstore.transport import protocol
+from kvstore.transport.protocol import Hello, Message, Open
 from tests.session_tools import PART, namespace, wide
 
 Connect = Callable[[], socket.socket]

@@ -21,9 +21,9 @@ from typing import Any, Final
 import psutil
 import pytest
 
+from kvstore.client.session import Session
 from kvstore.config import Config
 from kvstore.copier.cpu import CpuCopier
-from kvstore.session import Session
 from tests.session_tools import (
     PATIENCE,
     Child,

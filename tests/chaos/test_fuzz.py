@@ -16,11 +16,11 @@ import grpc
 import psutil
 import pytest
 
-from kvstore import protocol
+from kvstore.client.session import Session
 from kvstore.config import load_config, split_host_port
-from kvstore.protocol import Failure, Hello, Open, Welcome
-from kvstore.session import Session
-from kvstore.store import MAX_LEASES
+from kvstore.store.store import MAX_LEASES
+from kvstore.transport import protocol
+from kvstore.transport.protocol import Failure, Hello, Open, Welcome
 from tests.certificates import Authority
 from tests.chaos.fuzz_tools import (
     Conversation,

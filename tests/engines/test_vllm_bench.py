@@ -18,7 +18,7 @@ from kvstore.benchmarks.figures import BenchmarkError, Report
 from kvstore.benchmarks.serving import FRESH, Taken, check, gist
 from kvstore.benchmarks.serving_load import Chat, Documents, Size, Unseen
 from kvstore.benchmarks.vllm_engine import KVSTORE, PLAIN, UNCACHED, connector
-from kvstore.server.bench_cli import bench_app
+from kvstore.server.cli.bench import bench_app
 from tests.engines.vllm_tools import model
 
 pytestmark = pytest.mark.vllm

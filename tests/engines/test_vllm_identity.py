@@ -23,14 +23,14 @@ from vllm.multimodal.inputs import (
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
-from kvstore.connectors import vllm_identity
-from kvstore.connectors.vllm_config import Wishes, settings_of, wishes_of
-from kvstore.connectors.vllm_identity import identity_of
-from kvstore.connectors.vllm_inputs import Inputs, Unkeyed
-from kvstore.connectors.vllm_requests import Tracked, page_rows
+from kvstore.blocks.keys import block_keys
+from kvstore.blocks.spec import ModelIdentity, Namespace
+from kvstore.connectors.vllm import identity as vllm_identity
+from kvstore.connectors.vllm.identity import identity_of
+from kvstore.connectors.vllm.inputs import Inputs, Unkeyed
+from kvstore.connectors.vllm.requests import Tracked, page_rows
+from kvstore.connectors.vllm.settings import Wishes, settings_of, wishes_of
 from kvstore.errors import ConfigError, SpecError
-from kvstore.keys import block_keys
-from kvstore.spec import ModelIdentity, Namespace
 from tests.engines.vllm_tools import small_model
 
 pytestmark = pytest.mark.vllm

@@ -17,10 +17,10 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from kvstore.connectors.vllm_layout import memory_of, pages_of
+from kvstore.blocks.spec import Described, ModelIdentity, Namespace, Opaque
+from kvstore.client.session import Session
+from kvstore.connectors.vllm.layout import memory_of, pages_of
 from kvstore.errors import SpecError
-from kvstore.session import Session
-from kvstore.spec import Described, ModelIdentity, Namespace, Opaque
 from tests.session_tools import Served, Stores
 
 pytestmark = pytest.mark.vllm
@@ -103,7 +103,7 @@ def test_pages_of_one_layout_load_into_another(served: Served, stored: str, want
 
 
 def namespace_keys(namespace: Namespace, blocks: int) -> list[bytes]:
-    from kvstore.keys import block_keys
+    from kvstore.blocks.keys import block_keys
 
     return block_keys(namespace, list(range(blocks * namespace.block_tokens)))
 

@@ -10,9 +10,9 @@ from typing import Any, Final
 import numpy as np
 import pytest
 
-from kvstore.connectors.vllm_lane import Lane
-from kvstore.connectors.vllm_messages import Job
-from kvstore.transfer import Gates
+from kvstore.client.transfer import Gates
+from kvstore.connectors.vllm.lane import Lane
+from kvstore.connectors.vllm.messages import Job
 from tests.engines.vllm_tools import Engine, document, transfer
 from tests.session_tools import Served, Stores, eventually
 

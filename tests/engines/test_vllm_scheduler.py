@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from kvstore.connectors import vllm_sessions
-from kvstore.connectors.vllm_config import settings_of
-from kvstore.connectors.vllm_inputs import Inputs
-from kvstore.connectors.vllm_layout import Pages
-from kvstore.connectors.vllm_scheduler import SchedulerSide
-from kvstore.connectors.vllm_weights import WeightsWatch
-from kvstore.keys import block_keys, prompt_extras
+from kvstore.blocks.keys import block_keys, prompt_extras
+from kvstore.connectors.vllm import sessions as vllm_sessions
+from kvstore.connectors.vllm.inputs import Inputs
+from kvstore.connectors.vllm.layout import Pages
+from kvstore.connectors.vllm.scheduler import SchedulerSide
+from kvstore.connectors.vllm.settings import settings_of
+from kvstore.connectors.vllm.weights import WeightsWatch
 from tests.control_tools import secret, write_tokens
 from tests.session_tools import (
     BLOCK_TOKENS,

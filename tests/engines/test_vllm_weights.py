@@ -12,10 +12,10 @@ from typing import Any, Final
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
-from kvstore.client import Orchestrator
-from kvstore.connectors import vllm_identity
-from kvstore.connectors.vllm_identity import identity_of
-from kvstore.spec import Namespace
+from kvstore.api.client import Orchestrator
+from kvstore.blocks.spec import Namespace
+from kvstore.connectors.vllm import identity as vllm_identity
+from kvstore.connectors.vllm.identity import identity_of
 from tests.engines.vllm_tools import Engine, document, small_model, transfer
 from tests.session_tools import Served, Stores, eventually
 

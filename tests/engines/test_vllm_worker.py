@@ -17,13 +17,14 @@ import torch
 from msgspec import structs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
-from kvstore.connectors import vllm_device, vllm_worker
-from kvstore.connectors.vllm_config import Settings
-from kvstore.connectors.vllm_layout import memory_of, pages_of
-from kvstore.connectors.vllm_messages import Job, Step
-from kvstore.connectors.vllm_worker import WorkerSide
-from kvstore.keys import block_keys
-from kvstore.spec import ModelIdentity, Namespace
+from kvstore.blocks.keys import block_keys
+from kvstore.blocks.spec import ModelIdentity, Namespace
+from kvstore.connectors.vllm import device as vllm_device
+from kvstore.connectors.vllm import worker as vllm_worker
+from kvstore.connectors.vllm.layout import memory_of, pages_of
+from kvstore.connectors.vllm.messages import Job, Step
+from kvstore.connectors.vllm.settings import Settings
+from kvstore.connectors.vllm.worker import WorkerSide
 from tests import cuda_tools
 from tests.cuda_tools import FakeCuda
 from tests.session_tools import Served, Stores, eventually

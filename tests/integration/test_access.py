@@ -17,8 +17,8 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from kvstore import protocol
-from kvstore.protocol import Failure, Hello, Message, Open, Opened, Reply, Welcome
+from kvstore.transport import protocol
+from kvstore.transport.protocol import Failure, Hello, Message, Open, Opened, Reply, Welcome
 from tests.session_tools import (
     PART,
     PATIENCE,
@@ -298,7 +298,7 @@ def test_a_group_that_is_unknown_is_named(stores: Stores) -> None:
 @needs_root
 def test_a_group_that_we_are_not_in_is_refused(stores: Stores, group: grp.struct_group) -> None:
     from kvstore.errors import ConfigError
-    from kvstore.server.group import share
+    from kvstore.server.access.group import share
 
     path = stores.folder / "file"
     path.touch()

@@ -79,7 +79,7 @@ def test_import_is_light() -> None:
 
 def test_the_session_needs_no_server_and_no_engine() -> None:
     script = (
-        "import sys, kvstore.session\n"
+        "import sys, kvstore.client.session\n"
         "heavy = ('torch', 'grpc', 'transformers', 'kvstore.server', 'kvstore.connectors')\n"
         "print([m for m in sys.modules if m.startswith(heavy)])\n"
     )

@@ -17,11 +17,11 @@ import pytest
 import typer.main
 from rich.cells import cell_len
 
-from kvstore import protocol
-from kvstore.client import Orchestrator
-from kvstore.server import cli as command_line
-from kvstore.server.cli import app
-from kvstore.session import Session
+from kvstore.api.client import Orchestrator
+from kvstore.client.session import Session
+from kvstore.server.cli import main as command_line
+from kvstore.server.cli.main import app
+from kvstore.transport import protocol
 from tests.control_tools import NAMESPACE_ID
 from tests.integration.test_cli_verbs import COMMAND, served, session
 from tests.session_tools import PATIENCE, Served, namespace, prompt, save

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from kvstore.server.cli import app
-from kvstore.session import Session
+from kvstore.client.session import Session
+from kvstore.server.cli.main import app
 from tests.control_tools import NAMESPACE_ID, secret, write_tokens
 from tests.session_tools import PATIENCE, Served, Stores, namespace, prompt, save
 

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from kvstore.api import v1
-from kvstore.client import (
+from kvstore.api.client import (
     AsyncOrchestrator,
     OperationFailed,
     OperationUnfinished,

@@ -9,8 +9,8 @@ import pytest
 
 from kvstore.api import v1
 from kvstore.api.convert import namespace_message
-from kvstore.keys import Media, prompt_extras
-from kvstore.session import Session
+from kvstore.blocks.keys import Media, prompt_extras
+from kvstore.client.session import Session
 from tests.control_tools import NAMESPACE_ID, Api, by_keys, by_tokens
 from tests.session_tools import (
     BLOCK_TOKENS,

@@ -14,10 +14,10 @@ from typing import Any
 import psutil
 import pytest
 
+from kvstore.client.embedded import socket_path
+from kvstore.client.session import Session
 from kvstore.config import Config, load_config
-from kvstore.embedded import socket_path
 from kvstore.errors import ConfigError
-from kvstore.session import Session
 from tests.session_tools import (
     PART,
     Child,
@@ -375,7 +375,7 @@ def test_a_start_that_may_succeed_later_is_tried_more_and_more_rarely(
     config = stores.embedded(session={"retry_max": 0.05})
     good = sys.executable
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    monkeypatch.setattr("kvstore.embedded._FIRST_PAUSE", 0.25)
+    monkeypatch.setattr("kvstore.client.embedded._FIRST_PAUSE", 0.25)
     with opened(config) as session:
         assert "did not start" in str(session.problem)
         assert "; the next attempt is in 0.25 s" in str(session.problem)
@@ -405,7 +405,7 @@ def test_releases_that_do_not_understand_each_other_have_daemons_of_their_own(
 ) -> None:
     config = stores.embedded()
     mine = socket_path(config)
-    monkeypatch.setattr("kvstore.protocol.VERSION", 99)
+    monkeypatch.setattr("kvstore.transport.protocol.VERSION", 99)
     assert socket_path(config) != mine
 
 
@@ -414,7 +414,7 @@ def test_processes_name_their_daemon_alike(stores: Stores) -> None:
     denied = {"admission": {"denied_tenants": [f"tenant-{i}" for i in range(8)]}}
     quotas = {"a": {"memory": "1MiB"}, "b": {"disk": "1MiB"}}
     script = (
-        "from kvstore.embedded import socket_path\n"
+        "from kvstore.client.embedded import socket_path\n"
         "print(socket_path(load_config(overrides=json.loads(sys.argv[1]))), flush=True)\n"
     )
     names = set()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.session import Session
+from kvstore.client.session import Session
 from tests.session_tools import (
     PART,
     ROOT,
@@ -154,7 +154,7 @@ def test_an_error_in_the_thread_that_connects_is_heard_and_tried_again(
                 raise failing.pop()
             connect(link)
 
-        monkeypatch.setattr("kvstore.link.Link._connect", fail)
+        monkeypatch.setattr("kvstore.client.link.Link._connect", fail)
         served.kill()
         assert session.lookup([bytes(32)]).reason == "unavailable"
         eventually(lambda: not failing)

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from kvstore.client import Orchestrator
-from kvstore.session import Session
+from kvstore.api.client import Orchestrator
+from kvstore.client.session import Session
 from tests.session_tools import (
     PART,
     Child,

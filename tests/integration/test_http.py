@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import pytest
 
-from kvstore.session import Session
+from kvstore.client.session import Session
 from tests.certificates import Authority
 from tests.http_tools import ON, address, ask
 from tests.session_tools import MIB, PATIENCE, Served, Stores, eventually, load, prompt, save

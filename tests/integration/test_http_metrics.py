@@ -8,7 +8,7 @@ from typing import Any, Final
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvstore.session import Session
+from kvstore.client.session import Session
 from tests.http_tools import ON, address, ask
 from tests.session_tools import (
     BIG,

@@ -179,7 +179,7 @@ def _brightness(colour: str) -> float:
 
 
 def test_the_page_is_small_and_needs_nothing_from_elsewhere() -> None:
-    files = sorted((ROOT / "server" / "page").iterdir())
+    files = sorted((ROOT / "server" / "http" / "page").iterdir())
     assert sum(file.stat().st_size for file in files) < 50_000
     for file in files:
         _check_file(file)

@@ -12,14 +12,14 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from kvstore import embedded
-from kvstore.client import AsyncOrchestrator, Orchestrator
+from kvstore.api.client import AsyncOrchestrator, Orchestrator
+from kvstore.blocks.keys import Media, block_keys, prompt_extras
+from kvstore.blocks.weights import weights_digest
+from kvstore.client import embedded
+from kvstore.client.session import Session
 from kvstore.config import Config
 from kvstore.errors import StoreUnavailable
-from kvstore.keys import Media, block_keys, prompt_extras
-from kvstore.server.cli import app
-from kvstore.session import Session
-from kvstore.weights import weights_digest
+from kvstore.server.cli.main import app
 from tests.control_tools import NAMESPACE_ID
 from tests.session_tools import (
     BLOCK_TOKENS,

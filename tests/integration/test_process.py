@@ -329,7 +329,7 @@ def test_all_addresses_of_ipv6_are_those_of_ipv4_as_well(stores: Stores) -> None
 # --- Tasks that die -------------------------------------------------------------------------------
 
 MORTAL: Final = """
-from kvstore.store import Store
+from kvstore.store.store import Store
 tick, fails = Store.tick, [ValueError("the first time"), MemoryError("the second")]
 
 def mortal(self):

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvstore import protocol
-from kvstore.client import Orchestrator
+from kvstore.api.client import Orchestrator
+from kvstore.blocks.spec import Described, Opaque, Part
+from kvstore.client.session import Session
 from kvstore.config import load_config
 from kvstore.copier.gate import LayerGate
 from kvstore.errors import SpecError
-from kvstore.protocol import HAVE
-from kvstore.session import Session
-from kvstore.spec import Described, Opaque, Part
+from kvstore.transport import protocol
+from kvstore.transport.protocol import HAVE
 from tests.session_tools import (
     BIG,
     BLOCK_TOKENS,

@@ -15,10 +15,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvstore import protocol
-from kvstore.channel import Channel
-from kvstore.session import Session
-from kvstore.spec import Part
+from kvstore.blocks.spec import Part
+from kvstore.client.channel import Channel
+from kvstore.client.session import Session
+from kvstore.transport import protocol
 from tests.session_tools import (
     BIG,
     GROUP,

@@ -15,10 +15,10 @@ import numpy as np
 import psutil
 import pytest
 
-from kvstore import protocol
-from kvstore.channel import Channel
+from kvstore.client.channel import Channel
+from kvstore.client.session import Session
 from kvstore.errors import SpecError, StoreUnavailable
-from kvstore.session import Session
+from kvstore.transport import protocol
 from tests.session_tools import (
     BIG,
     MIB,
@@ -53,7 +53,7 @@ def test_a_killed_client_leaves_no_lease(stores: Stores, kind: str) -> None:
         "pin": f"protocol.Pin(0, 1, {b''.join(keys)!r}, 3600.0)",
     }
     script = (
-        "from kvstore import protocol\n"
+        "from kvstore.transport import protocol\n"
         "channel = Channel.connect(Path(sys.argv[1]), 10)\n"
         "channel.call(protocol.Open(namespace(), (PART,)), 10)\n"
         f"print(type(channel.call({requests[kind]}, 10)).__name__, flush=True)\n"

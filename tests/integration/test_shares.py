@@ -14,9 +14,9 @@ import grpc
 import psutil
 import pytest
 
-from kvstore import protocol
-from kvstore.protocol import Failure, Hello, Message, Reserved
-from kvstore.spec import Group, Namespace, Part
+from kvstore.blocks.spec import Group, Namespace, Part
+from kvstore.transport import protocol
+from kvstore.transport.protocol import Failure, Hello, Message, Reserved
 from tests.control_tools import SERVICE, Api, refusal, secret, write_tokens
 from tests.http_tools import ON, address, ask
 from tests.session_tools import (

@@ -16,13 +16,13 @@ import grpc
 import pytest
 from google.protobuf.json_format import MessageToDict
 
-from kvstore import protocol
 from kvstore.api import v1
 from kvstore.api.convert import namespace_message
 from kvstore.config import Config
-from kvstore.protocol import Attach, Failure, Get, Put
-from kvstore.server.access import Access
-from kvstore.server.admin import AdminFace
+from kvstore.server.access.access import Access
+from kvstore.server.http.admin import AdminFace
+from kvstore.transport import protocol
+from kvstore.transport.protocol import Attach, Failure, Get, Put
 from tests.control_tools import SERVICE, Api, by_keys, by_tokens, refusal, secret, write_tokens
 from tests.http_tools import ON, address, ask
 from tests.integration.test_access import Wire

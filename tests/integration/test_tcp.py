@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.blocks.spec import Described, Part
+from kvstore.client.session import Session
 from kvstore.errors import ConfigError, SpecError
-from kvstore.session import Session
-from kvstore.spec import Described, Part
-from kvstore.streams import StreamCarrier
+from kvstore.transport.streams import StreamCarrier
 from tests.certificates import Authority
 from tests.session_tools import (
     BIG,

@@ -13,10 +13,10 @@ import numpy as np
 import psutil
 import pytest
 
-from kvstore import protocol
 from kvstore._native import xxh3_64
-from kvstore.protocol import Attached, Failure, Sending, Taken
-from kvstore.wire import receive_frame
+from kvstore.transport import protocol
+from kvstore.transport.protocol import Attached, Failure, Sending, Taken
+from kvstore.transport.wire import receive_frame
 from tests.session_tools import (
     BIG,
     MIB,

@@ -10,8 +10,8 @@ from typing import Any, Final
 import grpc
 import pytest
 
-from kvstore import protocol
-from kvstore.protocol import Failure, Welcome
+from kvstore.transport import protocol
+from kvstore.transport.protocol import Failure, Welcome
 from tests.control_tools import Api, refusal, secret, write_tokens
 from tests.http_tools import ON, address, ask
 from tests.integration.test_access import Wire

@@ -17,7 +17,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from kvstore.connectors.transformers import KVStoreCache  # noqa: E402
+from kvstore.connectors.transformers.cache import KVStoreCache  # noqa: E402
 
 pytestmark = pytest.mark.model
 

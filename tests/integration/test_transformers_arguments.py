@@ -15,7 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from kvstore.connectors.transformers import KVStoreCache  # noqa: E402
+from kvstore.connectors.transformers.cache import KVStoreCache  # noqa: E402
 from kvstore.errors import SpecError  # noqa: E402
 from tests.transformers_tools import BLOCK, greedy, llama, open_cache, prompt  # noqa: E402
 

@@ -16,10 +16,10 @@ peft = pytest.importorskip("peft")
 from transformers import AttentionInterface  # noqa: E402
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 
-from kvstore.connectors.transformers import KVStoreCache, cache_part, model_identity  # noqa: E402
+from kvstore.blocks.spec import Namespace  # noqa: E402
+from kvstore.client.session import Session  # noqa: E402
+from kvstore.connectors.transformers.cache import KVStoreCache, cache_part, model_identity  # noqa: E402
 from kvstore.errors import SpecError  # noqa: E402
-from kvstore.session import Session  # noqa: E402
-from kvstore.spec import Namespace  # noqa: E402
 from tests.transformers_tools import BLOCK, greedy, llama, open_cache, prompt  # noqa: E402
 
 IDS, MORE = prompt(5 * BLOCK), prompt(6 * BLOCK).flip(1)
@@ -162,7 +162,7 @@ def test_what_changes_back_finds_its_kv_again(shared_store: Any) -> None:
 def test_only_what_changed_is_read_again(
     shared_store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvstore.connectors import transformers_state as state
+    from kvstore.connectors.transformers import state
 
     read, line = [], state._line
     model = tiny()

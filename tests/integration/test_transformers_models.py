@@ -11,15 +11,15 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+from kvstore.blocks.spec import Group, ModelIdentity, Namespace  # noqa: E402
+from kvstore.client.session import Session  # noqa: E402
 from kvstore.config import load_config  # noqa: E402
-from kvstore.connectors.transformers import (  # noqa: E402
+from kvstore.connectors.transformers.cache import (  # noqa: E402
     KVStoreCache,
     cache_part,
     model_identity,
 )
 from kvstore.errors import SpecError  # noqa: E402
-from kvstore.session import Session  # noqa: E402
-from kvstore.spec import Group, ModelIdentity, Namespace  # noqa: E402
 from tests.transformers_tools import BLOCK, SIZES, build, llama, prompt  # noqa: E402
 
 

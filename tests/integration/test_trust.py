@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from kvstore.api.client import Orchestrator
 from kvstore.api.connection import target
-from kvstore.client import Orchestrator
+from kvstore.client.session import Session
 from kvstore.config import Config, load_config
 from kvstore.errors import ConfigError, StoreUnavailable
-from kvstore.session import Session
 from tests.session_tools import PART, Stores, eventually, namespace
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can be several users")
@@ -103,7 +103,7 @@ def test_a_user_that_is_none_is_a_wrong_setting(
 
 def test_a_private_daemon_is_ones_own(stores: Stores, stranger: Callable[[Path], Path]) -> None:
     """Whoever may write into the run directory, and whatever is configured."""
-    from kvstore.embedded import socket_path
+    from kvstore.client.embedded import socket_path
 
     private = stores.embedded(session={"daemon_user": NOBODY, "start_timeout": 1})
     private.run_dir.mkdir(mode=0o700)

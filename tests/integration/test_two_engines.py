@@ -24,7 +24,7 @@ PATIENCE: Final = 180.0  # for one answer: two engines share two cores with whoe
 # An engine is asked for line by line. It answers through the store, and `plain` without.
 ENGINE: Final = """
 import torch, transformers
-from kvstore.connectors.transformers import KVStoreCache
+from kvstore.connectors.transformers.cache import KVStoreCache
 
 config = Config.model_validate_json(sys.argv[1])
 folder, document_tokens = sys.argv[2], int(sys.argv[3])

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvstore.tiers.slabcheck import fsck, inspect
+from kvstore.tiers.slab.fsck import fsck, inspect
 from tests.disk_tools import MIB, MiniStore, content, object_name
 
 CAPACITY = 8 * MIB

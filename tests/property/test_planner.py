@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.planner import Planner
+from kvstore.client.planner import Planner
 from kvstore.telemetry import Busy
 
 MIB = 1 << 20

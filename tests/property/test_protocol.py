@@ -8,9 +8,9 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore import protocol
+from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part, Shard
 from kvstore.errors import ProtocolError
-from kvstore.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part, Shard
+from kvstore.transport import protocol
 
 TAGS = st.sampled_from([t.__struct_config__.tag for t in protocol.Message.__subclasses__()])
 TEXT = st.text("aé\0", max_size=8)

@@ -6,8 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from kvstore.eviction import make_policy
-from kvstore.slots import Slot, SlotPool
+from kvstore.memory.eviction import make_policy
+from kvstore.memory.slots import Slot, SlotPool
 
 CHUNK = 1 << 15
 SIZES = st.sampled_from([1, 4096, 5000, 8192, 12_000, 16_384, 20_000, CHUNK, CHUNK + 1])

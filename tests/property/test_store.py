@@ -18,20 +18,20 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvstore.admission import DISK_RULES, Admission
-from kvstore.arena import Arena
+from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Part, Shard
 from kvstore.clock import Clock
 from kvstore.config import Config
-from kvstore.explain import explain, survey
-from kvstore.index import Entry
-from kvstore.protocol import DISK as DISK_TIER
-from kvstore.protocol import MEMORY
-from kvstore.relocation import copy_to, move_to, remove
-from kvstore.selection import Selection
+from kvstore.memory.arena import Arena
 from kvstore.server.daemon import disk_opener
-from kvstore.spec import Described, Group, ModelIdentity, Namespace, Part, Shard
-from kvstore.store import Acquired, Store
-from kvstore.usage import Quota
+from kvstore.store.admission import DISK_RULES, Admission
+from kvstore.store.explain import explain, survey
+from kvstore.store.index import Entry
+from kvstore.store.relocation import copy_to, move_to, remove
+from kvstore.store.selection import Selection
+from kvstore.store.store import Acquired, Store
+from kvstore.store.usage import Quota
+from kvstore.transport.protocol import DISK as DISK_TIER
+from kvstore.transport.protocol import MEMORY
 from tests.store_tools import select
 
 NAMESPACE = Namespace(ModelIdentity("model"), "", 16)

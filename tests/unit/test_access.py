@@ -13,7 +13,7 @@ import pytest
 
 from kvstore.config import ServerConfig
 from kvstore.errors import AccessDenied, ConfigError
-from kvstore.server.access import LOCAL, Access, Grant, Role
+from kvstore.server.access.access import LOCAL, Access, Grant, Role
 from tests.certificates import Authority, Identity
 
 SECRET = "a-secret-of-somebody-0123456789"

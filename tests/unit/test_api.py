@@ -17,17 +17,18 @@ from google.protobuf.message_factory import GetMessageClass
 
 import kvstore.api
 from kvstore.api import requests, v1
+from kvstore.api.client import AsyncOrchestrator, Orchestrator
 from kvstore.api.connection import target
 from kvstore.api.convert import SERVICE, duration, namespace_message, namespace_of, timestamp
 from kvstore.api.errors import RequestRefused
-from kvstore.client import AsyncOrchestrator, Orchestrator
+from kvstore.blocks.keys import Media
+from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.config import load_config
 from kvstore.errors import ConfigError, SpecError
-from kvstore.keys import Media
-from kvstore.server import blocks_cli, node_cli
-from kvstore.server.options_cli import limit_option, parse_duration
-from kvstore.server.output_cli import plain
-from kvstore.spec import ModelIdentity, Namespace
+from kvstore.server.cli import blocks as blocks_cli
+from kvstore.server.cli import node as node_cli
+from kvstore.server.cli.options import limit_option, parse_duration
+from kvstore.server.cli.output import plain
 
 ROOT = Path(__file__).parents[2]
 METHODS = [m.name for m in v1.DESCRIPTOR.services_by_name["Orchestrator"].methods]
@@ -236,7 +237,7 @@ def test_every_verb_is_a_command() -> None:
 
 
 def test_neither_the_package_nor_the_command_loads_grpc_before_it_is_needed() -> None:
-    for script in ("import kvstore, kvstore.session", "import kvstore.server.cli"):
+    for script in ("import kvstore, kvstore.client.session", "import kvstore.server.cli.main"):
         heavy = "[m for m in ('grpc', 'google.protobuf', 'aiohttp', 'torch') if m in sys.modules]"
         code = f"import sys; {script}; print({heavy})"
         command = [sys.executable, "-c", code]

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from kvstore.arena import Arena
 from kvstore.errors import ConfigError, NotNow
+from kvstore.memory.arena import Arena
 
 SIZE = 4 << 20
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.arena import Arena
 from kvstore.errors import ConfigError
+from kvstore.memory.arena import Arena
 
 SIZE = 4 << 20
 

@@ -11,10 +11,10 @@ import pytest
 import xxhash
 from numpy.typing import NDArray
 
+from kvstore.blocks.spec import AXES, Described, Group, Opaque, Part
 from kvstore.copier.base import PagedMemory, PlaneMemory
 from kvstore.copier.cpu import CpuCopier
 from kvstore.errors import SpecError
-from kvstore.spec import AXES, Described, Group, Opaque, Part
 from tests.session_tools import BLOCK_TOKENS, PAGE_TOKENS, Pages
 
 EQUAL = Group(layers=2, heads=3, channels=(4, 4), dtype="float16")

@@ -12,8 +12,8 @@ import pytest
 
 from kvstore.api.connection import target
 from kvstore.config import Config, load_config
-from kvstore.credentials import client_context, client_token
 from kvstore.errors import ConfigError
+from kvstore.transport.credentials import client_context, client_token
 from tests.certificates import Authority
 
 

@@ -11,11 +11,11 @@ import torch
 from msgspec import structs
 from numpy.typing import NDArray
 
+from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Part
+from kvstore.client.session import Session
 from kvstore.copier.gate import LayerGate
 from kvstore.copier.segments import Segments
 from kvstore.errors import SpecError, StoreUnavailable
-from kvstore.session import Session
-from kvstore.spec import Described, Group, ModelIdentity, Namespace, Part
 from tests import cuda_tools
 from tests.cuda_tools import IDS, PAGE, PAGES, TOKENS, Arena, EnginePages, FakeCuda, FakeKernels
 from tests.session_tools import Stores

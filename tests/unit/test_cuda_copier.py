@@ -11,11 +11,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kvstore.copier import lanes
+from kvstore.blocks.spec import AXES, Described, Group, Layout, Opaque, Part
 from kvstore.copier.base import PagedMemory
+from kvstore.copier.cuda import lanes
 from kvstore.copier.gate import LayerGate
 from kvstore.errors import SpecError, StoreUnavailable
-from kvstore.spec import AXES, Described, Group, Layout, Opaque, Part
 from tests import cuda_tools
 from tests.cuda_tools import (
     CPU,

@@ -11,9 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from kvstore import _native
-from kvstore.copier import cudadriver
-from kvstore.copier.cudadevice import Device
-from kvstore.copier.cudadriver import Direction, Driver, SourceOrder
+from kvstore.copier.cuda import driver as cudadriver
+from kvstore.copier.cuda.device import Device
+from kvstore.copier.cuda.driver import Direction, Driver, SourceOrder
 from kvstore.errors import DeviceUnavailable, StoreUnavailable
 from tests import cuda_tools
 from tests.cuda_tools import FakeCuda

@@ -8,9 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from kvstore.copier import pinning
+from kvstore.blocks.spec import Described, Part
+from kvstore.copier.cuda import pinning
 from kvstore.errors import StoreUnavailable
-from kvstore.spec import Described, Part
 from tests import cuda_tools
 from tests.cuda_tools import (
     CPU,

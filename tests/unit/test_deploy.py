@@ -19,8 +19,8 @@ from pydantic import BaseModel
 
 from kvstore.config import Config, load_config, parse_size
 from kvstore.errors import ConfigError
-from kvstore.server.access import Access
-from kvstore.server.cli import app
+from kvstore.server.access.access import Access
+from kvstore.server.cli.main import app
 from kvstore.server.notify import notify
 
 DEPLOY: Final = Path(__file__).parents[2] / "deploy"

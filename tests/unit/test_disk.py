@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from kvstore.errors import ConfigError
-from kvstore.tiers.rawio import PIECE, write_full
-from kvstore.tiers.slab import checksum
-from kvstore.tiers.slabread import SLAB_NAME
+from kvstore.tiers.slab.direct import PIECE, write_full
+from kvstore.tiers.slab.format import checksum
+from kvstore.tiers.slab.read import SLAB_NAME
 from tests.disk_tools import (
     MIB,
     Memory,
@@ -117,13 +117,13 @@ def test_chunks_change_their_class(tmp_path: Path) -> None:
 def test_reads_go_before_queued_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     order: list[str] = []
-    monkeypatch.setattr("kvstore.tiers.disk._MOVERS_PER_TRANSFER", 1)
+    monkeypatch.setattr("kvstore.tiers.slab.tier._MOVERS_PER_TRANSFER", 1)
     with MiniStore(tmp_path, threads=1) as store:
         name = object_name(0)
         store.put(name)
         slot, known = store.objects[name]
         monkeypatch.setattr(
-            "kvstore.tiers.rawio.write_full",
+            "kvstore.tiers.slab.direct.write_full",
             lambda *args: (gate.wait(10), write_full(*args))[1],
         )
         outcomes = []
@@ -262,9 +262,9 @@ def test_close_fails_queued_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         gate.wait(10)
         write_full(*args)
 
-    monkeypatch.setattr("kvstore.tiers.disk._MOVERS_PER_TRANSFER", 1)
+    monkeypatch.setattr("kvstore.tiers.slab.tier._MOVERS_PER_TRANSFER", 1)
     store = MiniStore(tmp_path, threads=1)
-    monkeypatch.setattr("kvstore.tiers.rawio.write_full", slow)
+    monkeypatch.setattr("kvstore.tiers.slab.direct.write_full", slow)
     outcomes = [Outcome() for _ in range(5)]
     slot = None
     for i, outcome in enumerate(outcomes):

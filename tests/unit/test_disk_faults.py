@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from kvstore.errors import TierUnavailable
-from kvstore.tiers.slabread import SLAB_NAME, TABLE_NAME
+from kvstore.tiers.slab.read import SLAB_NAME, TABLE_NAME
 from tests.disk_tools import (
     MIB,
     MiniStore,
@@ -175,7 +175,7 @@ def test_a_failed_write_leaves_no_record(tmp_path: Path, monkeypatch: pytest.Mon
         second = Outcome()
         with monkeypatch.context() as patched:
             patched.setattr(
-                "kvstore.tiers.rawio.write_full",
+                "kvstore.tiers.slab.direct.write_full",
                 lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "gone")),
             )
             store.tier.write(slot, object_name(2), store.memory.address, 4096, None, second)

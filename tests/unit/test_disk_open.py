@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.blocks.spec import Namespace
 from kvstore.errors import ConfigError, FormatError, TierUnavailable
-from kvstore.spec import Namespace
-from kvstore.tiers.rawio import FolderLock
-from kvstore.tiers.slab import HEADER_BYTES, Header
-from kvstore.tiers.slabcheck import fsck, inspect
-from kvstore.tiers.slabdict import Dictionary, DictionaryFull
-from kvstore.tiers.slabfile import SlabFile
-from kvstore.tiers.slabread import SLAB_NAME, TABLE_NAME
+from kvstore.tiers.slab.dictionary import Dictionary, DictionaryFull
+from kvstore.tiers.slab.direct import FolderLock
+from kvstore.tiers.slab.file import SlabFile
+from kvstore.tiers.slab.format import HEADER_BYTES, Header
+from kvstore.tiers.slab.fsck import fsck, inspect
+from kvstore.tiers.slab.read import SLAB_NAME, TABLE_NAME
 from tests.disk_tools import (
     MIB,
     MiniStore,
@@ -38,7 +38,7 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
         f"""
         import sys
         from pathlib import Path
-        from kvstore.tiers.slabfile import SlabFile
+        from kvstore.tiers.slab.file import SlabFile
         slab = SlabFile(Path({str(tmp_path)!r}), {8 * MIB}, 0)
         print("open", flush=True)
         sys.stdin.read()
@@ -190,7 +190,7 @@ def test_nothing_leaks(tmp_path: Path) -> None:
 
 
 def test_full_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvstore.tiers.slabfile._COMPACTION_PAUSE", 0.0)
+    monkeypatch.setattr("kvstore.tiers.slab.file._COMPACTION_PAUSE", 0.0)
     with MiniStore(tmp_path, chunk=64 << 10) as store:
         tenants = [f"{i:04}" + "x" * 2000 for i in range(60)]
         names = [object_name(i, tenant=tenant) for i, tenant in enumerate(tenants)]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvstore.eviction import EvictionPolicy, Lru, S3Fifo, make_policy
+from kvstore.memory.eviction import EvictionPolicy, Lru, S3Fifo, make_policy
 
 POLICIES = pytest.mark.parametrize("make", [Lru, S3Fifo])
 

@@ -11,8 +11,8 @@ import pytest
 from kvstore.errors import ConfigError, TierUnavailable
 from kvstore.files import make_way, open_own
 from kvstore.server.listeners import clear
-from kvstore.tiers.rawio import LOCK_NAME, FolderLock
-from kvstore.tiers.slabread import TABLE_NAME
+from kvstore.tiers.slab.direct import LOCK_NAME, FolderLock
+from kvstore.tiers.slab.read import TABLE_NAME
 from tests.disk_tools import MiniStore
 
 KINDS = ["link", "dangling", "hard link", "folder", "fifo", "socket", "stranger's"]

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from kvstore.blocks.spec import Described, Group, Part
 from kvstore.copier.cpu import CpuCopier
 from kvstore.copier.gate import LayerGate
 from kvstore.errors import StoreUnavailable
-from kvstore.spec import Described, Group, Part
 from tests.session_tools import BLOCK_TOKENS, Pages
 
 # A layer of all blocks is larger than what is copied at once.

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kvstore.arena import Arena
 from kvstore.benchmarks import gpu_copy, shapes
 from kvstore.benchmarks.figures import BenchmarkError
 from kvstore.benchmarks.shapes import Shape
+from kvstore.blocks.spec import Group
 from kvstore.copier.base import PagedMemory
 from kvstore.copier.cpu import CpuCopier
 from kvstore.copier.gate import LayerGate
 from kvstore.errors import StoreUnavailable
-from kvstore.spec import Group
+from kvstore.memory.arena import Arena
 
 torch = pytest.importorskip("torch")
 

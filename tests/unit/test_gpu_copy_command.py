@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 from kvstore.benchmarks import gpu_copy
 from kvstore.benchmarks.figures import BenchmarkError
 from kvstore.benchmarks.shapes import Shape
+from kvstore.blocks.spec import Group
 from kvstore.copier.base import PagedMemory
 from kvstore.copier.cpu import CpuCopier
-from kvstore.server import bench_cli
-from kvstore.spec import Group
+from kvstore.server.cli import bench as bench_cli
 
 torch = pytest.importorskip("torch")
 

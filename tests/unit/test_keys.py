@@ -23,9 +23,9 @@ from array import array
 import numpy as np
 import pytest
 
+from kvstore.blocks.keys import KEY_BYTES, Media, block_keys, prompt_extras, split_keys, token_array
+from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.errors import SpecError
-from kvstore.keys import KEY_BYTES, Media, block_keys, prompt_extras, split_keys, token_array
-from kvstore.spec import ModelIdentity, Namespace
 
 SMALL = Namespace(ModelIdentity("m"), "", 4)
 FULL = Namespace(
@@ -72,14 +72,14 @@ def test_golden_keys() -> None:
 @pytest.mark.parametrize("seed", ["0", "1", "random"])
 def test_equal_in_processes_with_other_hash_seeds(seed: str) -> None:
     script = (
-        "from kvstore.keys import block_keys\n"
-        "from kvstore.spec import ModelIdentity, Namespace, Group, Part\n"
+        "from kvstore.blocks.keys import block_keys\n"
+        "from kvstore.blocks.spec import ModelIdentity, Namespace, Group, Part\n"
         "n = Namespace(ModelIdentity('m'), '', 4)\n"
         "keys = block_keys(n, range(12), extras={1: [b'image', b'']})\n"
         "part = Part(Group(layers=2, heads=4, channels=(8, 16), dtype='float16'))\n"
         "print(*[k.hex() for k in keys], part.variant.hex())\n"
     )
-    from kvstore.spec import Group, Part
+    from kvstore.blocks.spec import Group, Part
 
     part = Part(Group(layers=2, heads=4, channels=(8, 16), dtype="float16"))
     result = subprocess.run(

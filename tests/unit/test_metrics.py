@@ -12,10 +12,10 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from kvstore.server.metrics import COUNTERS, counted
-from kvstore.server.recent import Recent, by_tier
-from kvstore.server.samples import Samples, quantile
-from kvstore.spec import ModelIdentity, Namespace
+from kvstore.blocks.spec import ModelIdentity, Namespace
+from kvstore.server.http.metrics import COUNTERS, counted
+from kvstore.server.http.samples import Samples, quantile
+from kvstore.server.sessions.recent import Recent, by_tier
 
 ROOT: Final = Path(__file__).parents[2]
 METRIC: Final = re.compile(r"\bkvstore_[a-z0-9_]+")

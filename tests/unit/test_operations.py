@@ -11,12 +11,12 @@ import pytest
 from kvstore.api import v1
 from kvstore.config import Config
 from kvstore.errors import TierUnavailable
-from kvstore.index import Entry
-from kvstore.server.access import LOCAL, Access, Grant, Role
-from kvstore.server.control_errors import Refused
-from kvstore.server.control_rules import RuleVerbs
+from kvstore.server.access.access import LOCAL, Access, Grant, Role
+from kvstore.server.control.errors import Refused
+from kvstore.server.control.operations import Done, Operation, Operations, each
+from kvstore.server.control.rules import RuleVerbs
 from kvstore.server.node import Node
-from kvstore.server.operations import Done, Operation, Operations, each
+from kvstore.store.index import Entry
 from kvstore.tiers.base import ObjectName
 from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, keys
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from kvstore.copier.pathcost import RUN_BYTES, TOTAL_BYTES, PathCosts, Sample, Way, measure
+from kvstore.copier.cuda.pathcost import RUN_BYTES, TOTAL_BYTES, PathCosts, Sample, Way, measure
 
 SMALL, LARGE = TOTAL_BYTES
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from kvstore.planner import LoadPlan, Planner
+from kvstore.client.planner import LoadPlan, Planner
 
 MIB = 1 << 20
 TOKENS = 64

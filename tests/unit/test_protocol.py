@@ -7,10 +7,10 @@ import typing
 import msgspec
 import pytest
 
-from kvstore import protocol
+from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part, Shard
 from kvstore.errors import ProtocolError
-from kvstore.protocol import Message
-from kvstore.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part, Shard
+from kvstore.transport import protocol
+from kvstore.transport.protocol import Message
 
 NAMESPACE = Namespace(ModelIdentity("m", "r", "d", "a", (("x", "y"),)), "tenant", 32)
 PART = Part(Group(layers=2, heads=3, channels=(4, 6), dtype="float16"), Described("LNHPC"))

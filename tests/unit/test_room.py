@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from kvstore import room as rooms
-from kvstore.arena import Arena
 from kvstore.errors import NotNow
-from kvstore.room import Room, check_room, room
+from kvstore.memory import room as rooms
+from kvstore.memory.arena import Arena
+from kvstore.memory.room import Room, check_room, room
 
 MIB = 1 << 20
 UNLIMITED = 0x7FFFFFFFFFFFF000  # what v1 says without a limit

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kvstore import _native
-from kvstore.copier.runs import Runs
+from kvstore.blocks.spec import AXES, Described, Group, Opaque, Part
+from kvstore.copier.cuda.runs import Runs
 from kvstore.copier.segments import segments_of
-from kvstore.spec import AXES, Described, Group, Opaque, Part
 from tests.cuda_tools import EnginePages
 from tests.session_tools import BLOCK_TOKENS, PAGE_TOKENS, Pages
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvstore.eviction import Lru
-from kvstore.slots import ALIGNMENT, MAX_SLOTS_PER_CHUNK, Slot, SlotPool, align, choose_chunk
+from kvstore.memory.eviction import Lru
+from kvstore.memory.slots import ALIGNMENT, MAX_SLOTS_PER_CHUNK, Slot, SlotPool, align, choose_chunk
 
 CHUNK = 1 << 16
 K4, K12, K16 = 4096, 12288, 16384

@@ -8,8 +8,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from kvstore.errors import SpecError
-from kvstore.spec import (
+from kvstore.blocks.spec import (
     AXES,
     DTYPE_BYTES,
     MAX_OBJECT_BYTES,
@@ -24,6 +23,7 @@ from kvstore.spec import (
     check_block_tokens,
     plane_strides,
 )
+from kvstore.errors import SpecError
 
 LONG = "x" * 4097
 

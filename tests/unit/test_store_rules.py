@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.admission import Admission
-from kvstore.events import Event, EventLog, Missed
-from kvstore.explain import explain, survey
-from kvstore.history import History, Uses
-from kvstore.index import Entry, Saving
-from kvstore.protocol import DISK, MEMORY, NO_ROOM
-from kvstore.relocation import copy_to, move_to, reencode, remove
-from kvstore.selection import Selection
-from kvstore.spec import Group, ModelIdentity, Namespace, Part, Shard
-from kvstore.usage import Quota
+from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part, Shard
+from kvstore.store.admission import Admission
+from kvstore.store.events import Event, EventLog, Missed
+from kvstore.store.explain import explain, survey
+from kvstore.store.history import History, Uses
+from kvstore.store.index import Entry, Saving
+from kvstore.store.relocation import copy_to, move_to, reencode, remove
+from kvstore.store.selection import Selection
+from kvstore.store.usage import Quota
+from kvstore.transport.protocol import DISK, MEMORY, NO_ROOM
 from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, keys, select
 
 ALICE = Namespace(ModelIdentity("model"), "alice", 16)

@@ -6,9 +6,9 @@ import typing
 
 import pytest
 
-from kvstore import protocol
 from kvstore.errors import ProtocolError
-from kvstore.protocol import Message
+from kvstore.transport import protocol
+from kvstore.transport.protocol import Message
 
 REQUESTS: list[Message] = [
     protocol.Attach(7, b"t" * 16),

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from kvstore.copier.cuda.tiles import NUMBERS, TILE, TURN, Cast, Tiling, tile
 from kvstore.copier.segments import Segments
-from kvstore.copier.tiles import NUMBERS, TILE, TURN, Cast, Tiling, tile
 from kvstore.errors import SpecError
 
 SIZES = st.sampled_from([1, 2, 3, 4, 5, 16, 20])

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from kvstore.blocks.spec import Described, Group, Opaque, Part
 from kvstore.copier import torch as plain
 from kvstore.copier.base import PagedMemory, PlaneMemory
 from kvstore.copier.cpu import CpuCopier
 from kvstore.copier.gate import LayerGate
 from kvstore.copier.torch import TorchCopier
 from kvstore.errors import SpecError, StoreUnavailable
-from kvstore.spec import Described, Group, Opaque, Part
 
 LAYERS, HEADS, WIDTH, PAGE, PAGES, BLOCK = 3, 2, 8, 4, 20, 8
 BLOCKS = 5

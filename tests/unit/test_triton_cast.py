@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 from kvstore import _native
+from kvstore.blocks.spec import Described, Group, Part
 from kvstore.copier.segments import Segments, segments_of
-from kvstore.spec import Described, Group, Part
 from tests.triton_tools import GUARD, Memory, Slots, interpreted
 
 torch = pytest.importorskip("torch")

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kvstore import _native
+from kvstore.blocks.spec import AXES, Described, Group, Opaque, Part
 from kvstore.copier.base import PagedMemory, PlaneMemory
+from kvstore.copier.cuda.tiles import tile
 from kvstore.copier.segments import Segments, segments_of
-from kvstore.copier.tiles import tile
 from kvstore.errors import SpecError, StoreUnavailable
-from kvstore.spec import AXES, Described, Group, Opaque, Part
 from tests.triton_tools import GUARD, Memory, Slots, fresh, interpreted
 
 torch = pytest.importorskip("torch")
@@ -265,8 +265,8 @@ COMPILE = """
 import numpy as np, triton
 from triton.backends.compiler import GPUTarget
 from kvstore.copier.segments import Segments
-from kvstore.copier.tiles import tile
-from kvstore.copier.triton import constants_of, copy_rows
+from kvstore.copier.cuda.tiles import tile
+from kvstore.copier.cuda.triton import constants_of, copy_rows
 
 page = 16 * 8 * 256 * 2  # K beside V in the pages
 rows = {

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from kvstore import weights
+from kvstore.blocks import weights
+from kvstore.blocks.weights import code_digest, weights_digest
 from kvstore.errors import SpecError
-from kvstore.weights import code_digest, weights_digest
 
 MIB = 1 << 20
 

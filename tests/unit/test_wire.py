@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from kvstore import protocol
 from kvstore.errors import ProtocolError
-from kvstore.line import Line, PlainLine, TlsLine
-from kvstore.wire import PlainWire, TlsWire, Wire, receive_frame, runs, send_message
+from kvstore.transport import protocol
+from kvstore.transport.line import Line, PlainLine, TlsLine
+from kvstore.transport.wire import PlainWire, TlsWire, Wire, receive_frame, runs, send_message
 from tests.certificates import Authority
 
 Pair = tuple[socket.socket, socket.socket]

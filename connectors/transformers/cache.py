@@ -1,0 +1,404 @@
+"""Prefix reuse for Hugging Face transformers, across requests, processes and restarts.
+
+    cache = KVStoreCache.open(model)
+    output = cache.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=64)
+    print(cache.last)
+
+or step by step, with `model.generate` called by hand::
+
+    past = cache.load(input_ids)
+    sequences = model.generate(input_ids, past_key_values=past, max_new_tokens=64)
+    cache.save(sequences, past)
+
+The tokens generated are saved too, so the next turn of a chat starts where the last one ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
+
+from kvstore.blocks.spec import ModelIdentity, Namespace
+from kvstore.client.session import Session
+from kvstore.client.transfer import Saved
+from kvstore.connectors.transformers.arguments import attended, refused
+from kvstore.connectors.transformers.model import cache_group, cache_part, model_identity
+from kvstore.connectors.transformers.state import Weights, unfit
+from kvstore.copier.base import PagedMemory, PlaneMemory
+from kvstore.errors import KVStoreError, SpecError
+from kvstore.telemetry import QuietLog
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from kvstore.client.planner import LoadPlan
+    from kvstore.config import Config
+
+__all__ = ["KVStoreCache", "Report", "cache_part", "model_identity"]
+
+_log = logging.getLogger("kvstore.transformers")
+_CHANGED: Final = (
+    "the model is not what this cache was opened for: the store is left alone; open another cache"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one request took from the store, what it computed, and what it gave back.
+
+    Attributes:
+        prompt_tokens: length of the prompt.
+        tiers: tokens loaded, by the tier they came from.
+        load_seconds: time to make keys, ask, plan and copy.
+        nbytes: bytes loaded.
+        reason: why that many tokens were loaded, or why no more.
+        plan: what the planner decided; None if the prompt has no whole block to look for.
+        first_token_seconds: from the call of `generate` to the first token's logits, the load
+            included; None if `generate` of the model was called by hand.
+        saved: what was stored afterwards; None before `save`.
+    """
+
+    prompt_tokens: int
+    tiers: dict[str, int] = field(default_factory=dict)
+    load_seconds: float = 0.0
+    nbytes: int = 0
+    reason: str = ""
+    plan: LoadPlan | None = None
+    first_token_seconds: float | None = None
+    saved: Saved | None = None
+
+    @property
+    def loaded_tokens(self) -> int:
+        """Tokens of the prompt that came from the store."""
+        return sum(self.tiers.values())
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens of the prompt that the model has to compute; at least one."""
+        return self.prompt_tokens - self.loaded_tokens
+
+
+class KVStoreCache:
+    """The KV cache of one model, kept in a store.
+
+    `generate` gives what `model.generate` would. Where KV cannot be shared, or the store is down,
+    slow or full, the model computes it, and `last.reason` says why. `load` and `save`, for calls by
+    hand, raise `SpecError` on wrong arguments.
+
+    A model that has changed (weights written in place or replaced, adapters, settings) is named
+    anew at the next call, which reads the weights that have changed. Where its name was given (a
+    session, `revision`, `identity`), the store is left alone until the model is what it was. Single
+    numbers written through `.data` or numpy can pass unseen; whole rows cannot.
+
+    One sequence at a time, full attention only. Use one instance per thread; a session may be
+    shared.
+    """
+
+    def __init__(self, session: Session, model: PreTrainedModel) -> None:
+        """Use an open `session`, whose namespace must identify `model` (see `model_identity`).
+
+        Raises:
+            SpecError: the model's KV cannot be stored, or the session is for another shape of KV.
+        """
+        part = cache_part(model)
+        if list(session.parts) != [part]:
+            raise SpecError(
+                f"the session holds {list(session.parts)}, but the model's cache is {part}; "
+                "open the session with parts=[cache_part(model)]"
+            )
+        self.session = session
+        self.model = model
+        self.last: Report | None = None
+        self._part = part
+        self._anew: Callable[[], Session] | None = None
+        self._weights = Weights(model)
+        self._state = self._weights.state()
+        self._problem = ""
+        # For each cache that `load` made: whose KV it is, and how many tokens of it may be saved.
+        self._made = WeakKeyDictionary[DynamicCache, tuple[Session | None, int]]()
+        self._once = QuietLog(_log, math.inf)
+
+    @classmethod
+    def open(
+        cls,
+        model: PreTrainedModel,
+        config: Config | None = None,
+        *,
+        tenant: str = "",
+        block_tokens: int = 64,
+        revision: str | None = None,
+        identity: ModelIdentity | None = None,
+    ) -> KVStoreCache:
+        """Open a session for `model`. Without an address in `config` a private store is started.
+
+        Caches of different tenants never share a block. `revision` names the weights (a commit)
+        and saves hashing them; `identity` replaces all that would be found out about the model.
+
+        Raises:
+            SpecError: the model's KV cannot be stored, and why.
+            ConfigError: a setting is wrong.
+            StoreUnavailable: the store refused the session.
+        """
+        weights = Weights(model)
+
+        def anew() -> Session:
+            part = cache_part(model)
+            named = identity or model_identity(model, part, revision=revision or weights.digest())
+            return Session.open(Namespace(named, tenant, block_tokens), [part], config)
+
+        cache = cls(anew(), model)
+        cache._anew = None if revision or identity else anew
+        return cache
+
+    def close(self) -> None:
+        """Close the session."""
+        self.session.close()
+
+    def __enter__(self) -> KVStoreCache:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def load(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **options: Any,
+    ) -> DynamicCache:
+        """A cache that holds the longest stored prefix of `input_ids` worth loading.
+
+        `input_ids` has shape [1, tokens]; at least one token is left to compute. Pass the result
+        as `past_key_values`, with all of `input_ids`, the same mask and `options`, to
+        `model.generate`. A masked token ends the prefix; without a mask, so does the pad token.
+
+        Raises:
+            SpecError: a batch, or a mask of another shape.
+        """
+        start = time.perf_counter()
+        tokens = _tokens(input_ids, attention_mask)
+        problem = self._left_alone()
+        limit = attended(self.model, options, tokens, attention_mask)
+        size, end = self.session.block_tokens, min(limit, len(tokens) - 1)
+        keys = [] if problem else self.session.keys(tokens[: end // size * size])
+        past = DynamicCache(config=self.model.config)
+        none = f"the prompt has no whole block of {size} tokens before token {end}"
+        report = Report(len(tokens), reason=problem or none)
+        if problem:
+            self._once.warning(problem, "computed without the store: %s", problem)
+        if keys:
+            plan = self.session.plan(keys)
+            # A store that is away has nothing to offer; say so rather than "nothing found".
+            reason = plan.reason if plan.found else self.session.problem or plan.reason
+            report = replace(report, plan=plan, reason=reason)
+            if plan.blocks:
+                report = self._fill(past, keys[: plan.blocks], report)
+        session = None if problem else self.session
+        self._made[past] = session, limit if limit < len(tokens) else sys.maxsize
+        self.last = replace(report, load_seconds=time.perf_counter() - start)
+        return past
+
+    def save(self, sequences: torch.Tensor, past: DynamicCache) -> Saved:
+        """Store the whole blocks of `past` that the store lacks, generated tokens included.
+
+        `sequences`, shape [1, tokens], are the tokens whose KV `past` holds, in order. It may have
+        more: the token generated last has not been through the model, and has no KV yet. Nothing is
+        stored if the model has changed since `load` made `past`. Another `past` must come from the
+        model as it was at the last load, without a mask.
+
+        Raises:
+            SpecError: no `DynamicCache` of this model, more KV than tokens, or a batch.
+        """
+        group = cache_group(past)
+        if group != self._part.group:
+            raise SpecError(f"past holds {group}; the model of this cache has {self._part.group}")
+        tokens = _tokens(sequences)
+        held = past.get_seq_length()
+        if held > len(tokens):
+            raise SpecError(
+                f"past holds {held} tokens, sequences only {len(tokens)}; pass the prompt and "
+                "everything generated after it"
+            )
+        size = self.session.block_tokens
+        own = self.session, attended(self.model, {}, tokens, None)
+        session, limit = self._made.get(past, own)
+        changed = session is not self.session or self._weights.state() != self._state
+        problem = "the model has changed" if changed else self._problem or unfit(self.model)
+        keys = [] if problem else self.session.keys(tokens[: min(held, limit) // size * size])
+        # Only what is new should cross from a device; on the CPU the store looks for itself.
+        on_cpu = past.layers[0].keys.device.type == "cpu"
+        known = 0 if on_cpu else self.session.lookup(keys, again=True).blocks
+        planes = [
+            tensor[:, :, known * size : len(keys) * size].detach().to("cpu")
+            for layer in past.layers
+            for tensor in (layer.keys, layer.values)
+        ]
+        saved = Saved(had=known, dropped=held // size if problem else 0, reason=problem or None)
+        if keys[known:]:
+            new = len(keys) - known
+            pages = np.arange(new, dtype=np.int64).reshape(-1, 1)
+            saved = self.session.save(keys[known:], [self._memory(planes, new)], [pages])
+            saved.had += known
+        if self.last is not None:
+            self.last = replace(self.last, saved=saved)
+        return saved
+
+    def generate(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`model.generate` with the stored prefix loaded before and the new blocks saved after.
+
+        Takes what `model.generate` takes and returns what it returns. `last` tells what happened.
+        Calls with arguments or options that may change KV values go without the store.
+        """
+        start = time.perf_counter()
+        ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
+        past = None
+        try:
+            if names := refused(self.model, kwargs):
+                raise SpecError(f"{', '.join(names)} may change KV, or needs a cache of its own")
+            past = self.load(ids, attention_mask, **kwargs)
+        except Exception as e:  # noqa: BLE001 - whatever is wrong, the model can compute
+            why = str(e) if isinstance(e, KVStoreError) else f"{type(e).__name__}: {e}"
+            self.last = Report(ids.shape[-1] if isinstance(ids, torch.Tensor) else 0, reason=why)
+            self._once.warning(why.split()[0], "computed without the store: %s", why)
+        given = kwargs if attention_mask is None else kwargs | {"attention_mask": attention_mask}
+        inputs = () if ids is None else (ids,)
+        report = self.last
+        if past is None or self._made[past][0] is None or report is None:
+            return self.model.generate(*inputs, **given)
+        first = _FirstToken()
+        processors = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), first])
+        given = given | {"past_key_values": past, "logits_processor": processors}
+        prefill = time.perf_counter()
+        output = self.model.generate(*inputs, **given)
+        try:
+            if first.at is not None:
+                self.last = replace(report, first_token_seconds=first.at - start)
+                # A short prefill measures the overhead of a step, not the rate of many tokens.
+                if report.computed_tokens >= self.session.block_tokens:
+                    self.session.report_prefill(report.computed_tokens, first.at - prefill)
+            self.save(output if isinstance(output, torch.Tensor) else output.sequences, past)
+        except Exception as e:  # noqa: BLE001 - the answer is there; it must not be lost
+            self._once.warning("save", "not saved: %s: %s", type(e).__name__, e)
+        return output
+
+    def _fill(self, past: DynamicCache, keys: Sequence[bytes], report: Report) -> Report:
+        """Load `keys` into `past`, as far as they arrive."""
+        group, size = self._part.group, self.session.block_tokens
+        length = len(keys) * size
+        dtype = getattr(torch, group.dtype)
+        whole = [
+            _allocate((group.layers, 1, group.heads, length, width), dtype)
+            for width in group.channels
+        ]
+        planes = [plane[layer] for layer in range(group.layers) for plane in whole]
+        pages = np.arange(len(keys), dtype=np.int64).reshape(-1, 1)
+        loaded = self.session.load(keys, [self._memory(planes, len(keys))], [pages])
+        if not loaded.blocks:
+            return replace(report, reason=loaded.reason or report.reason)
+        arrived = loaded.blocks * size
+        device = self.model.device
+        for layer, keys_of, values_of in zip(past.layers, planes[::2], planes[1::2], strict=True):
+            # Set, not `update`d: that would copy them, and the first step does so anyway.
+            layer.keys = keys_of[:, :, :arrived].to(device)
+            layer.values = values_of[:, :, :arrived].to(device)
+            layer.dtype, layer.device = dtype, device
+            layer.is_initialized = True
+        return replace(
+            report,
+            tiers={tier: blocks * size for tier, blocks in loaded.tiers.items() if blocks},
+            nbytes=loaded.nbytes,
+            reason=loaded.reason or report.reason,
+        )
+
+    def _memory(self, planes: Sequence[torch.Tensor], blocks: int) -> PagedMemory:
+        """`planes`, each [1, heads, tokens, channels] on the CPU, as pages of one block each."""
+        size = self.session.block_tokens
+        places = []
+        for plane in planes:
+            _, head, token, channel = (stride * plane.element_size() for stride in plane.stride())
+            places.append(PlaneMemory(plane.data_ptr(), size * token, token, head, channel))
+        return PagedMemory(self._part, size, blocks, tuple(places), owner=planes)
+
+    def _left_alone(self) -> str:
+        """Why a call that begins now must leave the store alone; empty if it need not.
+
+        A model that has changed is named anew, where that is this cache's business.
+        """
+        if problem := unfit(self.model):
+            return problem
+        state = self._weights.state()
+        if state == self._state:
+            return self._problem
+        if self._anew is None:
+            return _CHANGED
+        self._state, self._problem = state, _CHANGED
+        try:
+            session = self._anew()
+        except KVStoreError as e:
+            self._problem = str(e)
+        else:
+            self.session.close()
+            self.session, self._part, self._problem = session, session.parts[0], ""
+        return self._problem
+
+
+class _FirstToken:
+    """A logits processor that changes nothing and notes when the first logits are there."""
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.at is None:
+            scores[0, 0].item()  # waits for the device
+            self.at = time.perf_counter()
+        return scores
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor on the CPU, uninitialised, in numpy's memory.
+
+    numpy asks for huge pages: the first touch, which a load is, is three times as fast as torch's.
+    """
+    memory = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(shape)
+
+
+def _tokens(input_ids: Any, attention_mask: Any = None) -> NDArray[np.int64]:
+    """`input_ids` [1, tokens] as a flat array; refuses batches, and masks that do not fit."""
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
+        raise SpecError("input_ids is no tensor of token ids, which block keys are made of")
+    shape = tuple(input_ids.shape)
+    if len(shape) != 2 or shape[0] != 1 or not shape[1]:
+        raise SpecError(
+            f"input_ids has shape {shape}; one sequence, [1, tokens], is supported: call once per "
+            "sequence"
+        )
+    masked = getattr(attention_mask, "shape", None)
+    if attention_mask is not None and masked != shape:
+        raise SpecError(f"attention_mask has shape {masked}, input_ids {shape}; they must be equal")
+    tokens: NDArray[np.int64] = input_ids[0].to("cpu", torch.int64).numpy()
+    return tokens

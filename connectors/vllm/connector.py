@@ -1,0 +1,322 @@
+"""KVStore as a KV connector of vLLM, turned on by one flag:
+
+    vllm serve MODEL --kv-transfer-config '{"kv_connector": "KVStoreConnector",
+        "kv_connector_module_path": "kvstore.connectors.vllm", "kv_role": "kv_both"}'
+
+Blocks are saved as they fill, during prefill and decode, and a prompt whose beginning is in the
+store is computed from where that ends: across requests, engines, processes and restarts.
+`kv_connector_extra_config` takes every setting of KVStore, e.g. `"kvstore.address"`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorRole,
+)
+from vllm.logger import init_logger
+
+from kvstore.blocks.spec import ModelIdentity, Namespace, block_tokens_for, check_block_tokens
+from kvstore.connectors.vllm.identity import identity_of
+from kvstore.connectors.vllm.inputs import Inputs
+from kvstore.connectors.vllm.layout import pages_of
+from kvstore.connectors.vllm.messages import Step
+from kvstore.connectors.vllm.scheduler import SchedulerSide
+from kvstore.connectors.vllm.settings import PLACE, PREFIX, Settings, settings_of
+from kvstore.connectors.vllm.stats import KVStoreMetrics, KVStoreStats
+from kvstore.connectors.vllm.weights import WeightsWatch, engine_core
+from kvstore.connectors.vllm.worker import WorkerSide
+from kvstore.errors import ConfigError, SpecError
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+    from kvstore.connectors.vllm.messages import Report
+
+__all__ = ["KVStoreConnector"]
+
+# A child of vLLM's logger: vLLM prints no others.
+_log = init_logger("vllm.kvstore")
+
+
+class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
+    """The KV cache of a vLLM engine, kept in a store.
+
+    vLLM makes one instance in the scheduler's process and one in each worker's, and calls each
+    from one thread. A store that is down, slow or full costs hits, never a request; what is wrong
+    with settings, model or layout is raised at start.
+    """
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        """Called by vLLM.
+
+        A model that cannot be named costs the store, not the start.
+
+        Raises:
+            ConfigError: a setting is wrong.
+            SpecError: the model's KV cannot be stored, and why.
+            StoreUnavailable: the store refused the session.
+        """
+        super().__init__(vllm_config, role, kv_cache_config)
+        _print_ours()
+        transfer = self._kv_transfer_config
+        settings = settings_of(transfer.kv_connector_extra_config)
+        pages = pages_of(vllm_config, kv_cache_config)
+        if settings.store_dtype:
+            pages = pages.stored_as(settings.store_dtype)
+        size = settings.block_tokens or block_tokens_for(pages.page_tokens)
+        try:
+            check_block_tokens(size, pages.page_tokens)
+        except SpecError as e:
+            raise ConfigError(f"{PLACE}: {PREFIX}vllm.{e}") from e
+        _check_layerwise(settings, vllm_config)
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        dtype = pages.parts[0].group.dtype
+        worker = role != KVConnectorRole.SCHEDULER
+        identity, core, named = ModelIdentity("unnamed"), engine_core(), True
+        try:
+            revision, stored = settings.revision, settings.store_dtype
+            identity = identity_of(vllm_config, dtype, revision, stored, worker=worker)
+            if core is None and not worker:
+                raise SpecError("this release of vLLM does not show whether weights change")
+        except (SpecError, OSError) as e:
+            named = False
+            _log.warning(
+                "KVStore: the model cannot be told from others, so this engine goes without the "
+                "store: %s; to use it all the same, set kvstore.vllm.revision in "
+                "kv_connector_extra_config to a name that changes with the weights",
+                e,
+            )
+        namespace = Namespace(identity, settings.tenant, size)
+        if worker:
+            self._worker = WorkerSide(settings, namespace, pages, _rank())
+            return
+        tokens = kv_cache_config.num_blocks * pages.page_tokens
+        inputs = Inputs(tokens, encoded_elsewhere=vllm_config.ec_transfer_config is not None)
+        self._scheduler = SchedulerSide(
+            settings,
+            namespace,
+            pages,
+            vllm_config.parallel_config.world_size,
+            loads=named and transfer.is_kv_consumer,
+            saves=named and transfer.is_kv_producer,
+            inputs=inputs,
+            watch=WeightsWatch(core, inputs.loaded),
+            events=_publishes_events(vllm_config),
+        )
+        _log.info(
+            "KVStore: model %s, %s of revision %.12s, blocks of %d tokens, store %s",
+            vllm_config.model_config.model,
+            identity.name,
+            identity.revision,
+            size,
+            settings.config.address or "private to this engine",
+        )
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """False: a block that is not saved is a miss later, nothing more."""
+        return False
+
+    # -- worker -----------------------------------------------------------------------------------
+
+    @property
+    def _on_worker(self) -> WorkerSide:
+        assert self._worker is not None
+        return self._worker
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Take the engine's pages."""
+        (group,) = self._kv_cache_config.kv_cache_groups
+        self._on_worker.register(group.layer_names, kv_caches)
+
+    def handle_preemptions(self, kv_connector_metadata: Any) -> None:
+        """Let go of pages that are about to be written by others."""
+        self._on_worker.preempt(kv_connector_metadata)
+
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        """Start a step, and its loads: they need not wait for the model to compute."""
+        super().bind_connector_metadata(connector_metadata)
+        self._on_worker.begin(connector_metadata)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Nothing: loads have been started."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Before a layer is computed: what is loaded of it must be there."""
+        self._on_worker.layer_needed(layer_name)
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """After a layer was computed: what this step has filled of it may be saved."""
+        self._on_worker.layer_computed(layer_name)
+
+    def wait_for_save(self) -> None:
+        """All of the step is computed."""
+        self._on_worker.computed()
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Pages that a step computed with, though they had not been loaded."""
+        return self._on_worker.take_invalid()
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Whether layers must be told of one by one."""
+        return bool(extra_config.get("kvstore.vllm.layerwise"))
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """Requests whose transfers have ended."""
+        return self._on_worker.results()
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """The same, as older callers ask for it."""
+        results = self._on_worker.results()
+        return results.finished_sending or None, results.finished_recving or None
+
+    def build_connector_worker_meta(self) -> Report | None:
+        """What the scheduler side has to know."""
+        return self._on_worker.take_report()
+
+    # -- scheduler --------------------------------------------------------------------------------
+
+    @property
+    def _on_scheduler(self) -> SchedulerSide:
+        assert self._scheduler is not None
+        return self._scheduler
+
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        """Take the scheduler's cache manager."""
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self._on_scheduler.bind(kv_cache_manager)
+
+    def on_new_request(self, request: Any) -> None:
+        """Take note of a request."""
+        self._on_scheduler.arrived(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """Tokens that the store has beyond those that vLLM has itself."""
+        return self._on_scheduler.match(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Note where the tokens promised are to go."""
+        self._on_scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def get_external_cache_hit_sources(
+        self, request: Any, num_external_tokens: int
+    ) -> dict[CacheHitSource, int]:
+        """The tiers they come from."""
+        return self._on_scheduler.sources(request, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> Step:
+        """What workers have to do along with this step."""
+        return self._on_scheduler.step(scheduler_output)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """Take in what workers report."""
+        self._on_scheduler.done(connector_output)
+
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Forget a request; its pages stay while they are being saved."""
+        return self._on_scheduler.finished(request, block_ids), None
+
+    def has_pending_block_frees(self) -> bool:
+        """Whether waiting is better than preempting."""
+        return self._on_scheduler.frees_pages_soon
+
+    def take_events(self) -> Iterable[Any]:
+        """KV events since the last call."""
+        return self._on_scheduler.take_events()
+
+    def reset_cache(self) -> bool | None:
+        """Remove this model's blocks from the store."""
+        return self._on_scheduler.clear()
+
+    # -- both -------------------------------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> KVStoreStats | None:
+        """Statistics since the last call."""
+        side = self._scheduler or self._worker
+        assert side is not None
+        return side.take_stats()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVStoreStats:
+        """Statistics as they were in another process."""
+        return KVStoreStats(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVStoreMetrics:
+        """Metrics beside vLLM's own."""
+        return KVStoreMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def shutdown(self) -> None:
+        """Let the last saves end, and close."""
+        for side in (self._scheduler, self._worker):
+            if side is not None:
+                side.close()
+
+
+def _print_ours() -> None:
+    """vLLM prints what its own loggers say, and no others: have it print the store's, too."""
+    ours, theirs = logging.getLogger("kvstore"), logging.getLogger("vllm")
+    if theirs.handlers and not ours.handlers:
+        ours.handlers = list(theirs.handlers)
+        ours.setLevel(theirs.level)
+        ours.propagate = False
+
+
+def _check_layerwise(settings: Settings, vllm_config: Any) -> None:
+    """A layer that does not come in time was computed with by then: vLLM must be able to mend it.
+
+    Ranks would have to agree on that within the step, before any of them saves what came of it.
+    """
+    if not settings.layerwise:
+        return
+    policy = vllm_config.kv_transfer_config.kv_load_failure_policy
+    if policy != "recompute":
+        raise ConfigError(
+            f"kvstore.vllm.layerwise needs kv_load_failure_policy 'recompute', it is {policy!r}; "
+            "set it in --kv-transfer-config, or leave kvstore.vllm.layerwise out"
+        )
+    ranks = vllm_config.parallel_config.world_size
+    if ranks > 1:
+        raise ConfigError(
+            f"kvstore.vllm.layerwise is for engines of one rank, this one has {ranks}; leave it out"
+        )
+
+
+def _rank() -> int:
+    """This worker's number in the engine, stage by stage."""
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    tensor = get_tp_group()
+    return int(get_pp_group().rank_in_group * tensor.world_size + tensor.rank_in_group)
+
+
+def _publishes_events(vllm_config: Any) -> bool:
+    events = vllm_config.kv_events_config
+    return events is not None and bool(events.enable_kv_cache_events)
+
+
+# MultiConnector looks its children up by name when it puts their statistics together.
+if "KVStoreConnector" not in KVConnectorFactory._registry:
+    KVConnectorFactory.register_connector("KVStoreConnector", __name__, "KVStoreConnector")

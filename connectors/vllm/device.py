@@ -1,0 +1,160 @@
+"""The processor that a vLLM worker computes on, as far as copies must be in step with it."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from vllm.logger import init_logger
+
+from kvstore.copier.torch import TorchCopier, TorchEvent
+from kvstore.errors import SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from kvstore.config import SessionConfig
+    from kvstore.copier.base import Copier
+    from kvstore.copier.cuda.copier import CudaCopier
+    from kvstore.copier.cuda.triton import TritonKernels
+    from kvstore.copier.gate import Event
+
+_log: Final = init_logger("vllm.kvstore.device")
+
+
+class Device:
+    """Of an engine's KV cache: number `number`, or the CPU. Its methods belong to one thread.
+
+    `copier` copies from and to its memory; None for the CPU, for which sessions have their own.
+    """
+
+    def __init__(self, number: int | None = None, copier: Copier | None = None) -> None:
+        self.number = number
+        self.copier = copier
+        self._cuda: CudaCopier | None = None
+        self._kernels: TritonKernels | None = None
+
+    @classmethod
+    def of(cls, tensors: Iterable[torch.Tensor], session: SessionConfig) -> Device:
+        """The one device that all tensors are on.
+
+        Raises:
+            SpecError: there are several, or copies cannot reach it.
+            DeviceUnavailable: its driver cannot be used.
+        """
+        devices = {tensor.device for tensor in tensors}
+        if {device.type for device in devices} == {"cpu"}:
+            return cls()
+        if len(devices) != 1 or {device.type for device in devices} != {"cuda"}:
+            names = ", ".join(sorted(map(str, devices)))
+            raise SpecError(f"the KV cache lies on {names}; give it one GPU, or the CPU")
+        (device,) = devices
+        number = torch.cuda.current_device() if device.index is None else device.index
+        if torch.version.cuda is None:
+            _log.info("copies go by torch: batched DMA and kernels are for NVIDIA GPUs")
+            return cls(number, TorchCopier())
+        return cls._nvidia(number, session)
+
+    @classmethod
+    def _nvidia(cls, number: int, session: SessionConfig) -> Device:
+        from kvstore.copier.cuda.copier import CudaCopier
+
+        kernels = None
+        if importlib.util.find_spec("triton") is None:
+            _log.warning("triton is not installed: short runs, as of small pages, copy slowly")
+        else:
+            from kvstore.copier.cuda.triton import TritonKernels
+
+            kernels = TritonKernels(number)
+        _log.info(
+            "copies to and from GPU %d: %s, with at most %d MiB of its memory",
+            number,
+            session.gpu_path,
+            session.gpu_staging >> 20,
+        )
+        copier = CudaCopier(
+            number,
+            kernels=kernels,
+            staging_bytes=session.gpu_staging,
+            path=session.gpu_path,
+        )
+        made = cls(number, copier)
+        made._cuda, made._kernels = copier, kernels
+        return made
+
+    @property
+    def casts(self) -> bool:
+        """Whether its copier turns numbers into another type."""
+        return self._kernels is not None
+
+    def close(self) -> None:
+        """Give back what copies needed; nothing may be copying, and no session be open."""
+        if self._cuda is not None:
+            self._cuda.close()
+        if self._kernels is not None:
+            self._kernels.close()
+
+    def mark(self) -> Event | None:
+        """This point in the work of the engine; None: all before it is done."""
+        if self.number is None:
+            return None
+        stream = torch.cuda.current_stream(self.number)
+        if self._cuda is not None:
+            return self._cuda.mark(int(stream.cuda_stream))
+        return TorchEvent(stream)
+
+    def wait(self, event: Event | None) -> None:
+        """Wait for what `mark` gave; from any thread."""
+        if isinstance(event, TorchEvent):
+            event.synchronize()
+        elif event is not None and self._cuda is not None:
+            self._cuda.wait(event)
+
+    def follow(self, event: Event | None) -> None:
+        """Have the engine's further work wait for `event`."""
+        if self._cuda is not None and event is not None:
+            stream = torch.cuda.current_stream(self.number)
+            self._cuda.follow(int(stream.cuda_stream), event)
+
+
+class StepTimes:
+    """How long steps take; a device comes to their ends after the calls that made them."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._step: tuple[int, Any] = (0, 0.0)
+        self._pending: deque[tuple[int, Any, Any]] = deque()
+
+    def begin(self, tokens: int) -> None:
+        """A step begins that computes so many tokens of prompts, and nothing else (0: it does)."""
+        self._step = (tokens, self._now() if tokens else 0.0)
+
+    def end(self, *, counts: bool) -> None:
+        """The step has been handed to the device; `counts`: its time tells something."""
+        tokens, began = self._step
+        if counts and tokens:
+            self._pending.append((tokens, began, self._now()))
+
+    def take(self) -> tuple[int, float] | None:
+        """Tokens and seconds of the latest step that has ended since the last call."""
+        latest = None
+        while self._pending:
+            tokens, began, ended = self._pending[0]
+            if self._device.number is None:
+                latest = (tokens, float(ended - began))
+            elif ended.query():
+                latest = (tokens, float(began.elapsed_time(ended)) / 1000)
+            else:
+                break
+            self._pending.popleft()
+        return latest
+
+    def _now(self) -> Any:
+        if self._device.number is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device.number))
+        return event

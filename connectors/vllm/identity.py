@@ -1,0 +1,215 @@
+"""Which KV belongs together: the name of a model in vLLM.
+
+Two engines share blocks only if their KV values are equal for equal tokens. So the name covers
+every byte of the weights, the configuration as vLLM has resolved it, code that came with the model,
+and all flags that are not known to leave values alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import vllm
+from vllm.model_executor.models.registry import ModelRegistry
+
+from kvstore.blocks.spec import ModelIdentity
+from kvstore.blocks.weights import code_digest, weights_digest
+from kvstore.connectors.common.model_config import config_digest
+from kvstore.errors import SpecError
+
+# Fields of vLLM's configuration that change no value of the KV cache, or that other entries cover
+# (the weights, the resolved configuration, the tensors made of media): of the model, of media, of
+# attention.
+_NEUTRAL: Final = re.compile(
+    r"model|model_weights|runner|convert|tokenizer.*|trust_remote_code|dtype|seed|hf_token"
+    r"|hf_config(_path)?|hf_text_config|is_submodel_config|word_embeddings_untied_by_checkpoint"
+    r"|allowed_.*|allow_deprecated_.*|(code_)?revision|config_format|served_model_name"
+    r"|(override_)?generation_config|(spec_target_)?max_.*|enforce_eager|return_sampling_mask"
+    r"|logprobs_mode|use_fp64_gumbel|disable_cascade_attn|skip_.*|(enable_)?sleep_.*|logits_processors"
+    r"|enable_(trace_replay|prompt_embeds|nccl_comm_suspend|cumem_allocator)|io_processor_plugin"
+    r"|renderer_num_workers|pooler_config|multimodal_config"
+    r"|limit_per_prompt|enable_mm_embeds|media_io_kwargs|mm_processor_.*|mm_hasher_.*|mm_shm_.*"
+    r"|mm_encoder_(tp_mode|attn_backend|fp8_scale_save_.*)|interleave_.*|mm_tensor_ipc|mm_ipc_.*"
+    r"|.*backend|backend_per_kind|flash_attn_.*|tokenspeed_.*|tq_max_.*|use_trtllm_attention"
+    r"|hisparse_config|sparse_mla_.*|flex_attn_.*"
+)
+_FROM_FILES: Final = re.compile(
+    r"auto|hf|(fast)?safetensors|instanttensor|mistral|pt|gguf|bitsandbytes|sharded_state|runai_streamer"
+)
+"""Ways of loading that read the files in the model's folder, and nothing else."""
+_OF_LOADING: Final = re.compile(r"concurrency|enable_\w+|memory_limit|num_threads")
+"""What loaders are told that changes no weight."""
+_OTHER_MODELS: Final = r"[a-z]\w*_model_id"
+"""Entries of configurations that name models whose weights are loaded along with this one's."""
+_TICK: Final = 0.02
+"""Seconds by which the kernel's times of files and of processes may differ."""
+
+
+def identity_of(
+    vllm_config: Any, dtype: str, revision: str = "", stored: str = "", *, worker: bool = False
+) -> ModelIdentity:
+    """Everything about the engine's model that changes KV values; `dtype` is the cache's.
+
+    `stored` is the type that they are rounded to in the store, if it is another one. A `revision`
+    that is given names the weights, their code, and functions that change the configuration, and
+    is taken at its word; without one the files name themselves. Where they lie is no part of it. A
+    `worker` goes by the scheduler's name in the end, and only for the weights needs its own.
+
+    Raises:
+        SpecError: the model cannot be told from others.
+        OSError: a file cannot be read.
+    """
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    extra = {
+        "engine": "vllm",
+        "weights": str(model.dtype).removeprefix("torch."),
+        "quantization": str(model.quantization or ""),
+        "cache": str(cache.cache_dtype),
+        "config": _told(lambda: config_digest(model.hf_config), worker or revision),
+        "flags": _told(lambda: config_digest(_flags(vllm_config)), worker or revision),
+        "stored": stored,
+    }
+    if _depends_on_length(model.hf_config):
+        extra["max_model_len"] = str(model.max_model_len)
+    if revision:
+        name = _called(model.model)
+    else:
+        name = str(model.architecture)
+        revision = _weights(vllm_config)
+        extra["code"] = _code(vllm_config)
+    extra["implementation"] = _implementation(model.architecture)
+    told = tuple(sorted((key, value) for key, value in extra.items() if value))
+    return ModelIdentity(name, revision, dtype, extra=told)
+
+
+def _told(digest: Callable[[], str], otherwise: str | bool) -> str:
+    """A digest; empty where it cannot be made, and something else speaks for it."""
+    try:
+        return digest()
+    except SpecError:
+        if not otherwise:
+            raise
+        return ""
+
+
+def _called(place: str) -> str:
+    """What people call the model: its repository, or its folder."""
+    path = Path(place)
+    for part in path.absolute().parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return path.resolve().name if path.exists() else place
+
+
+def _implementation(name: str) -> str:
+    """The class that computes the model, if it is none of vLLM's own."""
+    entry = ModelRegistry.models.get(name)
+    module = getattr(entry, "module_name", "") or getattr(entry, "model_cls", entry).__module__
+    return "" if module.startswith("vllm.") else str(module)
+
+
+def _flags(vllm_config: Any) -> dict[str, Any]:
+    """What the engine was told, but for what is known not to count."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    flags = {
+        "unquantized_layers": cache.kv_cache_dtype_skip_layers,
+        "additional": vllm_config.additional_config,
+    }
+    if (lora := vllm_config.lora_config) is not None and lora.lora_dtype != model.dtype:
+        flags["lora_dtype"] = lora.lora_dtype
+    for part in (model, model.multimodal_config, vllm_config.attention_config):
+        if is_dataclass(part):
+            flags |= {f.name: getattr(part, f.name) for f in fields(part)}
+    if callable(model.hf_overrides):
+        raise SpecError("hf_overrides is a function, whose effect cannot be told")
+    counting = {name: value for name, value in flags.items() if not _NEUTRAL.fullmatch(name)}
+    for name, value in counting.items():
+        if name.endswith("_path") and value:
+            raise SpecError(f"{name} is {value!r}, and what is in that file is not known")
+    return counting
+
+
+def _depends_on_length(config: Any) -> bool:
+    """Whether RoPE's scaling is chosen by the longest sequence that the engine may see."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    entries = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    kinds = {entry.get("rope_type", entry.get("type")) for entry in entries}
+    return bool(kinds & {"longrope", "su", "dynamic"})
+
+
+def _weights(vllm_config: Any) -> str:
+    model, load = vllm_config.model_config, vllm_config.load_config
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        raise SpecError("the scales of the cache are computed from the first prompt")
+    if load.load_format == "dummy":
+        # Each rank makes its own.
+        ranks = vllm_config.parallel_config.world_size
+        return f"dummy {model.seed}, {ranks} ranks, vLLM {vllm.__version__}"
+    extra = load.model_loader_extra_config
+    known = _FROM_FILES.fullmatch(load.load_format) and all(map(_OF_LOADING.fullmatch, extra))
+    if not known or model.model_weights:
+        source = model.model_weights or model.model
+        raise SpecError(f"{source!r}, loaded as {load.load_format!r}, has no files to hash")
+    for key, value in _named_elsewhere(model.hf_config.to_dict()):
+        raise SpecError(f"the configuration says {key} {value!r}: weights of that belong to it")
+    folder = _folder(vllm_config, model.model, model.revision)
+    files = weights_digest(folder, loaded_at=_started())
+    return files if load.load_format in ("auto", "hf") else f"{files} {load.load_format}"
+
+
+def _started() -> float:
+    """When this process was started, and so before it loaded anything, in seconds since 1970."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age + _TICK
+
+
+def _named_elsewhere(config: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _named_elsewhere(value)
+        elif isinstance(value, str) and value and re.fullmatch(_OTHER_MODELS, str(key)):
+            yield str(key), value
+
+
+def _code(vllm_config: Any) -> str:
+    """A digest of the code that came with the model; empty: none did."""
+    model = vllm_config.model_config
+    given = (getattr(model.hf_config, "auto_map", None) or {}).values()
+    classes = [c for one in given for c in ([one] if isinstance(one, str) else one) if c]
+    if not model.trust_remote_code or not classes:
+        return ""
+    folders = {_folder(vllm_config, model.model, model.revision)}
+    if model.hf_config_path:
+        folders.add(_folder(vllm_config, model.hf_config_path, None))
+    for place, _, _ in (one.rpartition("--") for one in classes):
+        if place:
+            own = model.revision if place == model.model else None
+            folders.add(_folder(vllm_config, place, model.code_revision or own))
+    names = sorted({one.rpartition("--")[2] for one in classes})
+    return " ".join([code_digest(sorted(folders)), *names])
+
+
+def _folder(vllm_config: Any, place: str, revision: str | None) -> Path:
+    """Where on this machine a model lies: a path, or the name of a repository on a hub."""
+    if Path(place).exists():
+        return Path(place)
+    from huggingface_hub import snapshot_download
+
+    try:
+        found: str = snapshot_download(
+            place,
+            revision=revision,
+            cache_dir=vllm_config.load_config.download_dir,
+            local_files_only=True,
+        )
+    except (OSError, ValueError) as e:
+        raise SpecError(f"{place!r} is not on this machine") from e
+    return Path(found)

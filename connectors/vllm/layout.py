@@ -1,0 +1,263 @@
+"""How vLLM's KV pages lie in memory, in the store's words.
+
+Scheduler and workers derive the same parts from the engine's configuration alone; a worker then
+checks that the tensors it was handed agree, so that a layout which differs from what is expected is
+refused at start and never copied.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+import vllm
+from msgspec import structs
+from vllm.distributed.utils import get_pp_indices
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, MLAAttentionSpec
+
+from kvstore.blocks.spec import (
+    DTYPE_BYTES,
+    FLOATS,
+    Described,
+    Group,
+    Kind,
+    Layout,
+    Opaque,
+    Part,
+    Shard,
+)
+from kvstore.copier.base import PagedMemory, PlaneMemory
+from kvstore.errors import SpecError
+
+_PLAIN: Final = (KVQuantMode.NONE, KVQuantMode.FP8_PER_TENSOR)
+_AXES: Final = {"HNC": "LHNPC", "NHC": "LNHPC"}
+"""Order of head, token and content inside a page → axes, a head's content being K‖V."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """The engine's pages: the parts that all ranks together hold, and which is whose.
+
+    Ranks count as vLLM lays them out: pipeline rank × tensor-parallel size + tensor-parallel rank.
+    `replicas` neighbouring ranks hold the same; the first of them stores it.
+    """
+
+    parts: tuple[Part, ...]
+    page_tokens: int
+    replicas: int
+    stored: tuple[Part, ...]
+    """The same as the store has them: of another type of number, if so configured."""
+
+    def stored_as(self, dtype: str) -> Pages:
+        """These pages, with numbers that are rounded to `dtype` in the store.
+
+        Raises:
+            SpecError: they cannot be.
+        """
+        stored = tuple(
+            Part(structs.replace(part.group, dtype=dtype), part.layout, part.shard)
+            for part in self.parts
+        )
+        if not all(a.casts_to(b) for a, b in zip(self.parts, stored, strict=True)):
+            own = self.parts[0]
+            raise SpecError(
+                f"kvstore.vllm.store_dtype is {dtype}; a cache of {own.group.dtype} in layout "
+                f"{own.layout} cannot be turned into that: it is for GPUs, between different ones "
+                f"of {', '.join(sorted(FLOATS))}"
+            )
+        return replace(self, stored=stored)
+
+    def stored_part(self, rank: int) -> Part:
+        """What the store has of `rank`."""
+        return self.stored[rank // self.replicas]
+
+    def part(self, rank: int) -> Part:
+        """What `rank` holds."""
+        return self.parts[rank // self.replicas]
+
+    def saves(self, rank: int) -> bool:
+        """Whether it falls to `rank` to store that."""
+        return rank % self.replicas == 0
+
+
+def pages_of(vllm_config: Any, kv_cache_config: Any) -> Pages:
+    """What the engine's configuration says about its pages.
+
+    Raises:
+        SpecError: a kind of cache, or of parallelism, that this connector would not get right.
+    """
+    _check_engine(vllm_config)
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        kinds = ", ".join(sorted({type(group.kv_cache_spec).__name__ for group in groups}))
+        raise SpecError(
+            f"the model has {len(groups)} KV cache groups ({kinds or 'none'}); this connector "
+            "serves models with one group of full attention. Hybrid models with sliding windows "
+            "run with --disable-hybrid-kv-cache-manager; for others leave out --kv-transfer-config"
+        )
+    (group,) = groups
+    spec = group.kv_cache_spec
+    _check_spec(spec)
+    mla = isinstance(spec, MLAAttentionSpec)
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    total = 1 if mla else vllm_config.model_config.get_total_num_kv_heads()
+    shards = min(ranks, total)
+    if ranks % shards or total % shards:
+        raise SpecError(
+            f"{total} KV heads on {ranks} tensor-parallel ranks are not supported; use a "
+            f"--tensor-parallel-size that {total} divides, or that divides {total}"
+        )
+    channels, dtype = _content(spec)
+    # A private packing has nothing to describe: one run of bytes per page and layer.
+    kind: Kind = "mla" if mla else "full"
+    layout = _layout(vllm_config, kv_cache_config, spec)
+    parts = []
+    for start, end in _stages(vllm_config, len(group.layer_names)):
+        shape = Group(end - start, spec.num_heads, channels, dtype, kind=kind, first_layer=start)
+        parts += [Part(shape, layout, Shard(index, shards)) for index in range(shards)]
+    return Pages(tuple(parts), spec.block_size, ranks // shards, tuple(parts))
+
+
+def _stages(vllm_config: Any, layers: int) -> list[tuple[int, int]]:
+    """First layer and the one after the last, of each pipeline stage.
+
+    `layers` are those of this process; the scheduler, too, is told of one stage only. So the split
+    is asked for by vLLM's own rule, and each worker compares it with the tensors it gets.
+    """
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages == 1:
+        return [(0, layers)]
+    total = vllm_config.model_config.get_total_num_hidden_layers()
+    return [get_pp_indices(total, stage, stages) for stage in range(stages)]
+
+
+def _check_engine(vllm_config: Any) -> None:
+    parallel = vllm_config.parallel_config
+    for name, flag in (
+        ("decode_context_parallel_size", "--decode-context-parallel-size"),
+        ("prefill_context_parallel_size", "--prefill-context-parallel-size"),
+    ):
+        size = getattr(parallel, name, 1)
+        if size > 1:
+            raise SpecError(f"{flag} is {size}; this connector supports only 1")
+    speculative = vllm_config.speculative_config
+    method = None if speculative is None else speculative.method
+    if method not in (None, "ngram", "ngram_gpu", "suffix"):
+        raise SpecError(
+            f"speculative decoding by {method!r} keeps KV of a draft model, which this connector "
+            "does not store; use ngram or suffix, or none"
+        )
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        raise SpecError(
+            "calculate_kv_scales makes KV depend on the first requests an engine has seen; "
+            "leave it out, or use a checkpoint with scales"
+        )
+
+
+def _check_spec(spec: Any) -> None:
+    name = type(spec).__name__
+    # Subclasses keep more or less than this, each in its own way: equal types only.
+    if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
+        raise SpecError(f"KV cache of kind {name} is not supported; only full attention and MLA")
+    wrong = {
+        "non_causal": spec.non_causal,
+        "tokens_per_state": spec.tokens_per_state != 1,
+        "kv_quant_mode": spec.kv_quant_mode not in _PLAIN,
+        "num_head_slots": spec.num_heads != spec.num_kv_heads,
+    }
+    for field, is_wrong in wrong.items():
+        if is_wrong:
+            value = getattr(spec, field)
+            raise SpecError(f"KV cache of kind {name} with {field}={value!s} is not supported")
+
+
+def _content(spec: Any) -> tuple[tuple[int, ...], str]:
+    """Channels per plane, and their type, of what a page holds per head and token."""
+    dtype = str(spec.dtype).removeprefix("torch.")
+    if spec.state_content_bytes is not None:  # Packed: a row of bytes.
+        return (spec.state_content_bytes,), "uint8"
+    if dtype not in DTYPE_BYTES:
+        raise SpecError(f"KV cache of type {dtype} is not supported")
+    return tuple(width for width in (spec.head_size, spec.head_size_v) if width), dtype
+
+
+def _layout(vllm_config: Any, kv_cache_config: Any, spec: Any) -> Layout:
+    name = str(kv_cache_config.kv_cache_layout)
+    if vllm_config.device_config.device_type == "cpu":
+        # Kernels of each instruction set pack a page as suits them, keys transposed.
+        params = {
+            "vllm": vllm.__version__,
+            "machine": platform.machine(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "amx": str(torch.cpu.get_capabilities().get("amx_tile", False)),
+            "layout": name,
+            "type": str(spec.dtype),
+        }
+        return Opaque("vllm-cpu", spec.block_size, spec.page_size_bytes, tuple(params.items()))
+    order = name.replace("L", "").replace("B", "")
+    if order not in _AXES:
+        raise SpecError(f"kv_cache_layout {name!r} is not known to this connector")
+    return Described(_AXES[order])
+
+
+def memory_of(
+    part: Part, page_tokens: int, layer_names: Sequence[str], caches: Mapping[str, torch.Tensor]
+) -> tuple[PagedMemory, int]:
+    """The tensors that vLLM announced as memory for `part`, and into how many it cut a page.
+
+    Tensors have shape [pages, heads, tokens, content], in any order of strides. vLLM may cut a page
+    for its kernels; page `i` then is `i × cut` and those after it.
+
+    Raises:
+        SpecError: the tensors do not hold what `part` says.
+    """
+    missing = [name for name in layer_names if name not in caches]
+    if missing:
+        raise SpecError(f"vLLM announced no KV cache for layer {missing[0]}")
+    if len(layer_names) != part.group.layers:
+        raise SpecError(
+            f"this rank has the KV of {len(layer_names)} layers, {part.group.layers} were expected "
+            "of its pipeline stage; set --pipeline-parallel-size to 1"
+        )
+    tensors = [caches[name] for name in layer_names]
+    shapes = {(tuple(t.shape), t.stride(), t.dtype) for t in tensors}
+    if len(shapes) != 1:
+        raise SpecError(f"the layers' KV caches differ in shape: {sorted(map(str, shapes))}")
+    first = tensors[0]
+    if first.ndim != 4:
+        raise SpecError(f"KV caches of shape {tuple(first.shape)} are not known; 4 axes are")
+    pages, heads, tokens, content = first.shape
+    elem = first.element_size()
+    group, layout = part.group, part.layout
+    held = group.heads * sum(group.channels) * group.elem_size
+    if page_tokens % tokens or heads * content * elem != held or heads != group.heads:
+        raise SpecError(
+            f"KV caches of shape {tuple(first.shape)}, {first.dtype}, do not hold pages of "
+            f"{page_tokens} tokens of {group}"
+        )
+    page, head, token, channel = (stride * elem for stride in first.stride())
+    cut = page_tokens // tokens
+    if isinstance(layout, Opaque):
+        nbytes = layout.page_bytes
+        whole = first[0].is_contiguous() and first[0].numel() * elem == nbytes
+        if cut != 1 or not whole:
+            raise SpecError(
+                f"pages of shape {tuple(first.shape)}, strides {first.stride()}, are no runs of "
+                f"{nbytes} bytes"
+            )
+        planes = [PlaneMemory(t.data_ptr(), page) for t in tensors]
+    else:
+        if channel != elem:
+            raise SpecError(f"content with a stride of {first.stride()[3]} is not supported")
+        planes, width = [], group.elem_size
+        for t in tensors:
+            start = t.data_ptr()
+            for channels in group.channels:
+                planes.append(PlaneMemory(start, page, token, head, width))
+                start += channels * width
+    # Tensors always carry their device's number.
+    device = first.device.index if first.is_cuda else None
+    return PagedMemory(part, tokens, pages, tuple(planes), tensors, device), cut

@@ -1,0 +1,466 @@
+"""The vLLM connector in the scheduler: what to load, what to save, what to wait for.
+
+Loads are asynchronous: a request whose prefix is in the store waits outside the batch, so that a
+slow store delays nobody else, and joins it with as many tokens as arrived. vLLM is told of fewer
+tokens by lowering the request's `num_computed_tokens`, as it does itself where the policy for
+failed loads is "recompute"; reported as a failure instead, a block that did not come would end
+the request under the policy "fail".
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable
+from typing import Any, Final
+
+from vllm.logger import init_logger
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+from vllm.v1.request import RequestStatus
+
+from kvstore.blocks.spec import Namespace
+from kvstore.connectors.vllm.events import stored_event
+from kvstore.connectors.vllm.inputs import Inputs, Unkeyed
+from kvstore.connectors.vllm.layout import Pages
+from kvstore.connectors.vllm.messages import Job, Report, Step
+from kvstore.connectors.vllm.requests import Found, Promise, Saving, Tracked, page_rows
+from kvstore.connectors.vllm.sessions import Sessions
+from kvstore.connectors.vllm.settings import Settings, is_tenant, wishes_of
+from kvstore.connectors.vllm.stats import KVStoreStats
+from kvstore.connectors.vllm.weights import WeightsWatch
+from kvstore.errors import SpecError
+from kvstore.telemetry import QuietLog
+
+_log = init_logger("vllm.kvstore.scheduler")
+
+_FRESH: Final = 0.25
+"""Seconds that an answer of the store is good for a request that waits in the queue."""
+_POLL: Final = 0.01
+"""Seconds between two questions while blocks come up from disk."""
+_WORTH_WAITING: Final = 0.03
+"""Seconds a load must take for its request to wait in the queue, without pages, meanwhile."""
+_REST: Final = 1.0
+"""Seconds not to ask a store that did not answer."""
+_OPENING: Final = 1.0
+"""Seconds that a request waits for the session of its tenant."""
+_PATIENCE: Final = 2.0
+"""Seconds that a load may take beyond four times what is expected."""
+_STEP_PATIENCE: Final = 0.5
+"""The same if a step, and all requests in it, waits for the load."""
+_FAILURES: Final = 2
+"""Loads that may come short before a request is computed."""
+
+
+class SchedulerSide:
+    """All that happens in the scheduler's process. Used by one thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        namespace: Namespace,
+        pages: Pages,
+        ranks: int,
+        *,
+        loads: bool,
+        saves: bool,
+        inputs: Inputs,
+        watch: WeightsWatch,
+        events: bool,
+    ) -> None:
+        self._settings = settings
+        self._namespace = namespace
+        self._page_tokens = pages.page_tokens
+        self._block_tokens = namespace.block_tokens
+        self._ranks = ranks
+        self._may_load, self._may_save = loads, saves
+        self._inputs, self._watch = inputs, watch
+        self._events: list[Any] | None = [] if events else None
+        self._sessions = Sessions(settings.config, namespace, pages.stored)
+        self._session = self._sessions.open(settings.tenant)
+        self._tracked: dict[str, Tracked] = {}
+        self._ended: dict[str, Tracked] = {}
+        """Finished requests of which jobs or pages are left."""
+        self._jobs: dict[int, Saving] = {}
+        self._numbers = itertools.count(1)
+        self._loads: list[Job] = []
+        self._saves: list[Job] = []
+        self._held: set[str] = set()
+        """Finished requests that workers have not been told of yet."""
+        self._looked = False
+        """Whether the weights were looked at since others than the engine could change them."""
+        self._waiting = False
+        self._late = False
+        self._failures = 0
+        """Layered loads that failed."""
+        self._rest_until = 0.0
+        self._kv_cache_manager: Any = None
+        self._quiet = QuietLog(_log)
+        self._stats = KVStoreStats()
+
+    # -- before a request runs --------------------------------------------------------------------
+
+    def bind(self, kv_cache_manager: Any) -> None:
+        """Take the scheduler's cache manager, to give pages back when nothing arrived."""
+        self._kv_cache_manager = kv_cache_manager
+
+    def arrived(self, request: Any) -> None:
+        """Take note of what a new request's names mean, whether or not it is keyed."""
+        if not (self._may_load or self._may_save):
+            return
+        try:
+            self._inputs.of(request)
+        except Unkeyed as e:
+            self._stats.skipped(e.reason)
+            for tracked in self._tracked.values():
+                tracked.tainted |= self._inputs.shared(tracked.request, request)
+        else:
+            if self._weights_now() is None:
+                self._stats.skipped("weights")
+            self._looked = False
+
+    def _weights_now(self) -> str | None:
+        """The name of the weights beside the namespace's; None: they have none."""
+        looked, self._looked = self._looked, True
+        if self._watch.changed(again=not looked):
+            for name, tracked in list(self._tracked.items()):
+                tracked.tainted = True
+                if tracked.promise is not None and not tracked.promise.job.layered:
+                    tracked.promise.arrived = 0
+                elif not tracked.saving:
+                    del self._tracked[name]  # If it still waits, it is looked at anew.
+        return self._watch.name(self._kv_cache_manager)
+
+    def match(self, request: Any, computed: int) -> tuple[int | None, bool]:
+        """How many tokens beyond `computed` will be loaded; None: ask again later."""
+        tracked = self._track(request)
+        if tracked is None or tracked.wishes.skip_load or tracked.tainted or not self._may_load:
+            return 0, False
+        size = self._block_tokens
+        # At least the last token is left to compute: its logits start the answer.
+        usable = (request.num_tokens - 1) // size
+        first = computed // size
+        if first >= usable or tracked.failures >= _FAILURES:
+            return 0, False
+        found = self._find(tracked, computed, first, usable)
+        if found is None:
+            self._waiting = True
+            return None, False
+        tokens = (first + len(found.tiers)) * size - computed
+        return (tokens, not self._layered(found)) if tokens > 0 else (0, False)
+
+    def _layered(self, found: Found) -> bool:
+        """Whether the step that computes the rest takes the layers as they arrive."""
+        return self._settings.layerwise and set(found.tiers) <= {"memory"}
+
+    def _track(self, request: Any) -> Tracked | None:
+        if not (self._may_load or self._may_save):
+            return None
+        weights = self._weights_now()
+        tracked = self._tracked.get(request.request_id)
+        if tracked is not None or weights is None:
+            return tracked
+        wishes, wrong = wishes_of(request.kv_transfer_params)
+        tenant = self._settings.tenant if wishes.tenant is None else wishes.tenant
+        salt = request.cache_salt or ""
+        if salt and self._settings.salt_is_tenant:
+            if wishes.tenant not in (None, salt):
+                wrong.append(f"tenant is {wishes.tenant!r}, but the salt says who the tenant is")
+            tenant, salt = salt, ""
+        for words in wrong:
+            self._quiet.warning("wish", "kv_transfer_params: %s; left out", words)
+        try:
+            if not is_tenant(tenant):
+                raise SpecError(f"its salt, {tenant!r:.80}, is no name of a tenant")
+            extras = self._inputs.of(request) | {"salt": salt, "weights": weights}
+            namespace = Namespace(self._namespace.model, tenant, self._block_tokens)
+        except SpecError as e:
+            self._quiet.warning("unkeyed", "a request goes without the store: %s", e)
+            return None
+        tracked = Tracked(request, namespace, wishes, extras)
+        self._tracked[request.request_id] = tracked
+        return tracked
+
+    def _find(self, tracked: Tracked, start: int, first: int, usable: int) -> Found | None:
+        """What the store has beyond `start`, asked anew if that is long ago; None: not yet."""
+        now = time.monotonic()
+        found = tracked.found
+        if found is not None and found.start == start:
+            on_the_way = found.prefetched > 0 and now < found.deadline and "disk" in found.tiers
+            if now - found.at < (_POLL if on_the_way else _FRESH):
+                return None if on_the_way else found
+        else:
+            found = None
+        tenant = tracked.namespace.tenant
+        session = None if now < self._rest_until else self._sessions.get(tenant)
+        if session is None:
+            reason = "resting"
+            if now >= self._rest_until:
+                reason = "refused" if self._sessions.refused(tenant) else "opening"
+            tracked.patience = tracked.patience or now + _OPENING
+            if reason == "opening" and now < tracked.patience:
+                return None
+            if not tracked.skipped:
+                tracked.skipped = True
+                self._stats.skipped(reason)
+            return Found(start, first, (), now)
+        keys = tracked.extend_keys()[first:usable]
+        plan = session.plan(keys, again=tracked.answered)
+        self._stats.lookup(time.monotonic() - now)
+        late = not plan.found and plan.reason.endswith("unavailable")
+        tracked.answered |= not late
+        self._judge(late)
+        answer = Found(start, first, plan.tiers[: plan.blocks], now, plan.load_seconds)
+        if found is not None and found.prefetched:
+            answer.prefetched, answer.deadline = found.prefetched, found.deadline
+        elif "disk" in answer.tiers and answer.seconds >= _WORTH_WAITING:
+            session.prefetch(keys[: len(answer.tiers)])
+            answer.prefetched = answer.tiers.count("disk")
+            answer.deadline = now + 1.0 + 4 * answer.seconds
+        tracked.found = answer
+        waits = answer.prefetched > 0 and "disk" in answer.tiers and now < answer.deadline
+        return None if waits else answer
+
+    def _judge(self, late: bool) -> None:
+        """Leave a store alone that has not answered twice in a row."""
+        if late and self._late:
+            self._rest_until = time.monotonic() + _REST
+        self._late = late
+
+    def allocated(self, request: Any, page_ids: list[int], external: int) -> None:
+        """Pages are there; `external` tokens are to be loaded into some of them."""
+        tracked = self._tracked.get(request.request_id)
+        if external <= 0 or tracked is None or tracked.found is None:
+            return
+        found, size = tracked.found, self._block_tokens
+        start, end = found.start, found.start + external
+        first, last = found.first, -(-end // size)
+        rows = page_rows(page_ids[: end // self._page_tokens], self._page_tokens, size, first, last)
+        # Pages that vLLM has itself are shared with other requests: they are left alone.
+        rows.reshape(-1)[: start // self._page_tokens - first * rows.shape[1]] = -1
+        layered = self._layered(found)
+        patience = (_STEP_PATIENCE if layered else _PATIENCE) + 4 * found.seconds
+        job = Job(
+            next(self._numbers),
+            request.request_id,
+            tracked.namespace.tenant,
+            tracked.keys[first:last],
+            rows,
+            tracked.wishes.priority,
+            min(self._settings.config.session.load_timeout, patience),
+            prefetched=found.prefetched,
+            layered=layered,
+        )
+        self._loads.append(job)
+        tracked.promise = Promise(job, first, start, end)
+
+    def sources(self, request: Any, external: int) -> dict[CacheHitSource, int]:
+        """The tiers that so many tokens come from."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None or tracked.found is None:
+            return {CacheHitSource.EXTERNAL_UNSPECIFIED: external} if external else {}
+        below = max(tracked.found.prefetched, tracked.found.tiers.count("disk"))
+        disk = min(external, below * self._block_tokens)
+        counts = {CacheHitSource.HOST: external - disk, CacheHitSource.DISK: disk}
+        return {source: tokens for source, tokens in counts.items() if tokens}
+
+    # -- every step -------------------------------------------------------------------------------
+
+    def step(self, output: Any) -> Step:
+        """What workers have to do along with this step."""
+        self._weights_now()
+        self._looked = False
+        for name in output.preempted_req_ids or ():
+            if name in self._tracked:
+                self._tracked[name].asked = 0  # What was waiting to be saved is dropped.
+        state, prompt, decoding = output.kv_connector_block_state, 0, False
+        for name, scheduled in output.num_scheduled_tokens.items():
+            tracked = self._tracked.get(name)
+            if tracked is None:
+                continue
+            request = tracked.request
+            left = request.num_prompt_tokens - request.num_computed_tokens
+            prompt += max(0, min(left, scheduled))
+            decoding |= left < scheduled
+            self._save(tracked, request.num_computed_tokens + scheduled, state, None)
+        step = Step(
+            namespace=self._namespace,
+            loads=self._loads,
+            saves=self._saves,
+            preempted=frozenset(output.preempted_req_ids or ()),
+            held=frozenset(self._held),
+            prompt_tokens=0 if decoding else prompt,
+            idle=output.total_num_scheduled_tokens == 0,
+            asked=self._waiting,
+            failures=self._failures,
+        )
+        self._loads, self._saves, self._waiting = [], [], False
+        self._held.clear()
+        return step
+
+    def _save(
+        self, tracked: Tracked, computed: int, state: Any, page_ids: list[int] | None
+    ) -> None:
+        """Have workers save the blocks that are whole after `computed` tokens."""
+        first, last = tracked.asked, tracked.computed_blocks(computed)
+        if last <= first or tracked.wishes.skip_save or tracked.tainted or not self._may_save:
+            return
+        request, size = tracked.request, self._block_tokens
+        if page_ids is None:
+            page_ids = state.get_block_ids(request.request_id)[0]
+        keys = tracked.extend_keys()
+        published = self._settings.config.session.publish_tokens
+        job = Job(
+            next(self._numbers),
+            request.request_id,
+            tracked.namespace.tenant,
+            keys[first:last],
+            page_rows(page_ids, self._page_tokens, size, first, last),
+            tracked.wishes.priority,
+            ttl=tracked.wishes.ttl,
+            parent=keys[first - 1] if first else b"",
+            tokens=request.all_token_ids[first * size : last * size] if published else None,
+        )
+        tracked.asked = last
+        tracked.saving.add(job.number)
+        self._jobs[job.number] = Saving(tracked, first, last - first, self._ranks)
+        self._saves.append(job)
+
+    def done(self, output: Any) -> None:
+        """Take in what workers report."""
+        report = output.kv_connector_worker_meta
+        if isinstance(report, Report):
+            for number, (ranks, blocks) in report.saved.items():
+                self._saved(number, ranks, blocks)
+            promised = {t.promise.job.number: t for t in self._tracked.values() if t.promise}
+            for number, blocks in report.loaded.items():
+                tracked = promised.get(number)
+                if tracked is None or tracked.promise is None:
+                    continue
+                promise, before = tracked.promise, tracked.promise.arrived
+                promise.arrived = blocks if before is None else min(blocks, before)
+                if promise.job.layered:
+                    self._took_part(tracked)
+            if report.computed is not None:
+                self._session.report_prefill(*report.computed)
+            if report.copied is not None:
+                self._session.report_load(*report.copied)
+            if report.failures:
+                self._failures += report.failures
+                for one in self._tracked.values():
+                    one.tainted = True
+        for name in output.finished_recving or ():
+            if name in self._tracked:
+                self._arrived(self._tracked[name])
+        for name in output.finished_sending or ():
+            self._ended.pop(name, None)
+
+    def _saved(self, number: int, ranks: int, blocks: int) -> None:
+        saving = self._jobs.get(number)
+        if saving is None:
+            return
+        saving.ranks -= ranks
+        saving.blocks = min(saving.blocks, blocks)
+        if saving.ranks > 0:
+            return
+        del self._jobs[number]
+        tracked = saving.tracked
+        tracked.saving.discard(number)
+        if self._events is not None and saving.blocks:
+            last = saving.first + saving.blocks
+            self._events += stored_event(
+                tracked.request, saving.first, last, self._block_tokens, self._page_tokens
+            )
+        if tracked.wishes.pin is not None and not tracked.saving:
+            self._pin(tracked)
+
+    def _pin(self, tracked: Tracked) -> None:
+        session = self._sessions.get(tracked.namespace.tenant)
+        assert tracked.wishes.pin is not None
+        if session is not None and tracked.asked:
+            # Of the session, so it outlives this object; its time ends it.
+            self._sessions.keep(tracked.namespace.tenant, tracked.wishes.pin)
+            session.pin(tracked.keys[: tracked.asked], ttl=tracked.wishes.pin)
+
+    def _took_part(self, tracked: Tracked) -> None:
+        """A layered load has ended, and with it the step that it was part of.
+
+        Of what did not come vLLM was told by the worker, and computes it anew. Until it has, no
+        other request may take those pages, or what was computed on top of them, for whole.
+        """
+        promise, tracked.promise, tracked.found = tracked.promise, None, None
+        assert promise is not None
+        if (promise.arrived or 0) == len(promise.job.keys):
+            return
+        tracked.failures += 1
+        pages = self._kv_cache_manager.get_block_ids(tracked.request.request_id)[0]
+        self._kv_cache_manager.evict_blocks(set(pages[promise.start // self._page_tokens :]))
+        self._came_short(promise, promise.start)
+
+    def _came_short(self, promise: Promise, kept: int) -> None:
+        self._quiet.warning(
+            "short",
+            "%d of %d tokens did not come from the store; they are computed instead",
+            promise.end - kept,
+            promise.end - promise.start,
+        )
+
+    def _arrived(self, tracked: Tracked) -> None:
+        """A load has ended: hold the promise, or take back what did not come."""
+        promise, tracked.promise, tracked.found = tracked.promise, None, None
+        if promise is None:
+            return
+        request = tracked.request
+        arrived = (promise.first + (promise.arrived or 0)) * self._block_tokens
+        if arrived >= promise.end:
+            return
+        tracked.failures += 1
+        kept = max(promise.start, arrived)
+        self._came_short(promise, kept)
+        if request.status != RequestStatus.WAITING_FOR_REMOTE_KVS:
+            return
+        request.num_computed_tokens = kept
+        if not kept:
+            # Scheduled from the start, it is given pages anew.
+            self._kv_cache_manager.free(request)
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def finished(self, request: Any, page_ids: list[int]) -> bool:
+        """Forget a request; True: its pages must stay until workers have named it."""
+        tracked = self._tracked.pop(request.request_id, None)
+        if tracked is None:
+            return False
+        if tracked.promise is not None and not tracked.promise.job.layered:
+            return False  # vLLM itself keeps the pages of a load until that has ended.
+        if request.status != RequestStatus.FINISHED_ERROR:
+            self._save(tracked, request.num_computed_tokens, None, page_ids)
+        if not tracked.saving:
+            return False
+        self._held.add(request.request_id)
+        self._ended[request.request_id] = tracked
+        return True
+
+    @property
+    def frees_pages_soon(self) -> bool:
+        """Whether pages of finished requests come free without a preemption."""
+        return bool(self._ended)
+
+    def take_events(self) -> Iterable[Any]:
+        """KV events since the last call."""
+        if not self._events:
+            return ()
+        events, self._events = self._events, []
+        return events
+
+    def take_stats(self) -> KVStoreStats | None:
+        """Statistics since the last call."""
+        stats, self._stats = self._stats, KVStoreStats()
+        return None if stats.is_empty() else stats
+
+    def clear(self) -> bool:
+        """Remove this model's blocks from the store; whether that worked."""
+        return self._sessions.clear()
+
+    def close(self) -> None:
+        """End the sessions."""
+        self._sessions.close()

@@ -1,0 +1,426 @@
+"""The vLLM connector in a worker: copies blocks between the engine's pages and the store.
+
+Threads for loads and for saves make one call of the session per job; that call lets go of the GIL
+while it copies, so it goes on while the model computes. Pages are safe meanwhile: a load's belong
+to a request that is not in the batch, a save's are full and not written again, and vLLM does not
+give them away before this worker has reported the job (a request that ends), or has waited for it
+(one that is preempted). On a GPU, events keep copies and the engine's stream in order: no page is
+written before what was queued ahead of the step has run, and none is read before it is computed.
+
+A layered load takes part in its step: each layer waits for its KV. If some does not come, the step
+has computed nonsense: its pages are reported to vLLM, and nothing of that step, or of those that
+were scheduled before the scheduler knew, is saved.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+from vllm.logger import init_logger
+
+from kvstore.client.session import Loaded, Session
+from kvstore.client.transfer import Gates
+from kvstore.connectors.vllm.device import Device, StepTimes
+from kvstore.connectors.vllm.lane import Lane
+from kvstore.connectors.vllm.layout import Pages, memory_of
+from kvstore.connectors.vllm.messages import Job, Report, Step
+from kvstore.connectors.vllm.sessions import REFUSED, Sessions
+from kvstore.connectors.vllm.settings import Settings
+from kvstore.connectors.vllm.stats import KVStoreStats
+from kvstore.copier.gate import LayerGate
+from kvstore.errors import SpecError, StoreUnavailable
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from kvstore.blocks.spec import Namespace
+    from kvstore.copier.base import PagedMemory
+
+_log = init_logger("vllm.kvstore.worker")
+
+_IDLE: Final = 0.01
+"""Seconds that a step with nothing to compute waits for a transfer to end."""
+_POLL: Final = 0.002
+"""The same while a request waits for the store in the queue."""
+_COMES_BACK: Final = 0.5
+"""Seconds that a load waits for a connection that was lost."""
+_LAST_SAVES: Final = 5.0
+"""Seconds that saves may go on when the engine ends."""
+_REST: Final = 1.0
+"""Seconds in which nothing is saved after the store did not answer."""
+_SAVE_PIECES: Final = 4
+"""Pieces, of a quarter of the layers each, in which a step's blocks are saved while it goes on."""
+_WORTH_PIECES: Final = 4
+"""Blocks that a step must fill for that."""
+
+
+class WorkerSide:
+    """All that happens in one worker's process. Its methods belong to the worker's thread."""
+
+    def __init__(self, settings: Settings, namespace: Namespace, pages: Pages, rank: int) -> None:
+        self._settings = settings
+        self._load_timeout = settings.config.session.load_timeout
+        self._namespace = namespace
+        self._pages = pages
+        self._part = pages.part(rank)
+        self._stored = pages.stored_part(rank)
+        self._saves_here = pages.saves(rank)
+        self._sessions: Sessions | None = None
+        self._device = Device()
+        self._memory: PagedMemory | None = None
+        self._cut = 1
+        self._layers: dict[str, int] = {}
+        self._layered: list[tuple[Job, LayerGate]] = []
+        """Loads that this step waits for, layer by layer."""
+        self._passed = 0
+        """Layers that this step has waited for."""
+        self._computed: LayerGate | None = None
+        """Opened as this step's layers are computed, if they have blocks to save."""
+        self._unsaved: list[Job] = []
+        """Saves of this step that have not been started."""
+        self._failures = 0
+        """Layered loads that failed."""
+        self._invalid: set[int] = set()
+        self._changed = threading.Condition()
+        self._loading = Lane("kvstore-load", self._load)
+        self._joining = Lane("kvstore-layers", self._load)
+        self._saving = Lane("kvstore-save", self._save)
+        # All below belongs to `_changed`.
+        self._report = Report()
+        self._pending: Counter[str] = Counter()
+        """Saves of a request that are not done."""
+        self._in_flight = 0
+        """Loads that are not done."""
+        self._received: set[str] = set()
+        self._arrived: dict[int, int] = {}
+        """Blocks that layered loads brought, by job."""
+        self._held: set[str] = set()
+        self._stats = KVStoreStats()
+        self._save_from = 0.0
+        self._step: Step | None = None
+        self._times = StepTimes(self._device)
+
+    def register(self, layer_names: Sequence[str], caches: Mapping[str, torch.Tensor]) -> None:
+        """Take the engine's KV cache, and open the session.
+
+        Raises:
+            SpecError: its layout is not the one expected, or copies cannot reach it.
+            KVStoreError: the store refused the session.
+        """
+        self._device = Device.of(caches.values(), self._settings.config.session)
+        self._times = StepTimes(self._device)
+        self._memory, self._cut = memory_of(
+            self._part, self._pages.page_tokens, layer_names, caches
+        )
+        self._layers = {name: number for number, name in enumerate(layer_names)}
+        if self._stored != self._part and not self._device.casts:
+            raise SpecError(
+                "kvstore.vllm.store_dtype needs an NVIDIA GPU and triton, which turn the numbers; "
+                "leave it out"
+            )
+        self._sessions = self._made_sessions()
+        self._sessions.open(self._settings.tenant)
+
+    def _made_sessions(self) -> Sessions:
+        config = self._settings.config
+        return Sessions(config, self._namespace, [self._stored], self._device.copier)
+
+    # -- the course of a step ---------------------------------------------------------------------
+
+    def preempt(self, step: Step) -> None:
+        """Before pages of preempted requests are written: drop their saves, or wait for them."""
+        if step.preempted:
+            for job in self._saving.drop(step.preempted):
+                self._saved(job, 0)
+            self._saving.wait(step.preempted)
+
+    def begin(self, step: Step) -> None:
+        """Before the model computes: start loads, take note of what is to be saved."""
+        if step.namespace != self._namespace:
+            self._follow(step.namespace)
+        self._step = step
+        self._times.begin(step.prompt_tokens)
+        with self._changed:
+            self._in_flight += len(step.loads)
+            self._held |= step.held
+            for job in step.saves:
+                self._pending[job.request] += 1
+        layers, self._passed = len(self._layers), 0
+        if step.loads and self._device.number is not None:
+            after = LayerGate.opened(layers, self._device.mark())
+        else:
+            after = None
+        for job in step.loads:
+            if job.layered:
+                gate = LayerGate(layers)
+                self._layered.append((job, gate))
+                self._joining.put(job, Gates(after, gate))
+            else:
+                self._loading.put(job, Gates(after))
+        self._unsaved, self._computed = step.saves, None
+        if step.failures == self._failures and _blocks(step.saves) >= _WORTH_PIECES:
+            self._start_saves()
+
+    def _follow(self, namespace: Namespace) -> None:
+        """Go by the scheduler's name of the model, but for other weights.
+
+        The rest may read differently here, since some models write to their configuration.
+        """
+        own, self._namespace = self._namespace.model, namespace
+        if self._sessions is not None:
+            self._sessions.close()
+            self._sessions = None
+        if own.revision == namespace.model.revision:
+            self._sessions = self._made_sessions()
+            _log.info("the configuration reads differently in this worker; the scheduler's counts")
+        else:
+            words = "this worker has weights %r, the scheduler %r: nothing is loaded or saved here"
+            _log.error(words, own.revision, namespace.model.revision)
+
+    def layer_needed(self, name: str) -> None:
+        """Before a layer is computed: wait for what is loaded of it."""
+        layer = self._layers.get(name)
+        if not self._layered or layer is None:
+            return
+        self._passed += 1
+        for _, gate in self._layered:
+            if gate.failed is None:
+                self._wait_for(gate, layer)
+
+    def _wait_for(self, gate: LayerGate, layer: int) -> bool:
+        try:
+            # Whoever loads has a deadline, and never leaves without opening the gate or failing it.
+            self._device.follow(gate.wait(layer, math.inf))
+        except StoreUnavailable:
+            return False  # `computed` sees to it.
+        return True
+
+    def layer_computed(self, name: str) -> None:
+        """After a layer is computed: it may be saved, together with some neighbours."""
+        layer, layers = self._layers.get(name), len(self._layers)
+        if self._computed is None or layer is None:
+            return
+        done = layer + 1
+        # The last one waits until it is known that no layered load has failed.
+        if done < layers and done % -(-layers // _SAVE_PIECES) == 0:
+            self._computed.open(done, self._device.mark())
+
+    def computed(self) -> None:
+        """The model has computed this step: its blocks may be saved."""
+        step = self._step
+        if step is None:
+            return
+        self._end_layered()
+        sound = step.failures == self._failures
+        if sound:
+            self._start_saves()
+            if self._computed is not None:
+                self._computed.open(len(self._layers), self._device.mark())
+        else:
+            if self._computed is not None:
+                self._computed.fail("the step was computed without what it should have loaded")
+            for job in self._unsaved:
+                self._dropped(job, "load_failed")
+                self._saved(job, 0)
+        self._times.end(counts=sound and step.prompt_tokens >= self._namespace.block_tokens)
+        with self._changed:
+            self._report.computed = self._times.take() or self._report.computed
+
+    def _start_saves(self) -> None:
+        """Start those of this step that have not been; they follow `_computed`."""
+        jobs, self._unsaved = self._unsaved, []
+        if jobs and self._saves_here:
+            self._computed = LayerGate(len(self._layers))
+        for job in jobs:
+            if self._computed is not None:
+                self._saving.put(job, Gates(self._computed))
+            else:
+                self._saved(job, len(job.keys))
+
+    def _end_layered(self) -> None:
+        """See that the layered loads of this step have ended, and what came of them."""
+        last = len(self._layers) - 1
+        asked = self._passed > last
+        for job, gate in self._layered:
+            whole = self._wait_for(gate, last)
+            with self._changed:
+                while job.number not in self._arrived:
+                    self._changed.wait()
+                arrived = self._arrived.pop(job.number)
+                # Without a word from every layer, the model may have been ahead of the load.
+                if not asked or not whole:
+                    arrived = 0 if not asked else arrived
+                    self._failures += 1
+                    self._report.failures += 1
+                    pages = job.pages[arrived:].ravel()
+                    self._invalid.update(int(page) for page in pages if page >= 0)
+                self._report.loaded[job.number] = arrived
+        self._layered.clear()
+
+    def take_invalid(self) -> set[int]:
+        """Pages that the step computed with though they had not been loaded."""
+        invalid, self._invalid = self._invalid, set()
+        return invalid
+
+    def results(self) -> KVConnectorTransferResults:
+        """Requests whose loads, or last saves, have ended since the last step."""
+        step = self._step
+        with self._changed:
+            if step is not None and step.idle:
+                # Rather than have the scheduler turn in circles, which keeps the GIL from others.
+                if self._in_flight or self._held:
+                    self._changed.wait_for(self._something, _IDLE)
+                elif step.asked:
+                    self._changed.wait(_POLL)
+            sent = {name for name in self._held if not self._pending[name]}
+            self._held -= sent
+            for name in sent:
+                del self._pending[name]
+            received, self._received = self._received, set()
+        return KVConnectorTransferResults(finished_sending=sent, finished_recving=received)
+
+    def _something(self) -> bool:
+        return bool(self._received) or any(not self._pending[name] for name in self._held)
+
+    def take_report(self) -> Report | None:
+        """What the scheduler has to know; None: nothing new."""
+        with self._changed:
+            report, self._report = self._report, Report()
+        return None if report.is_empty else report
+
+    def take_stats(self) -> KVStoreStats | None:
+        """Statistics since the last step."""
+        with self._changed:
+            stats, self._stats = self._stats, KVStoreStats()
+        return None if stats.is_empty() else stats
+
+    def close(self) -> None:
+        """Let the last saves end, then the sessions."""
+        self._loading.close(0.0)
+        self._joining.close(0.0)
+        self._saving.close(_LAST_SAVES)
+        if self._sessions is not None:
+            self._sessions.close()
+        self._device.close()
+
+    # -- in the threads ---------------------------------------------------------------------------
+
+    def _session(self, tenant: str) -> Session | None:
+        """The session of a tenant; None if the store refuses it."""
+        assert self._sessions is not None
+        try:
+            return self._sessions.open(tenant)
+        except REFUSED:
+            return None  # Logged there, and counted by who wanted it.
+
+    def _load(self, job: Job, gates: Gates) -> None:
+        arrived, loaded = 0, Loaded()
+        try:
+            if self._sessions is None:
+                return
+            session = self._session(job.tenant)
+            if session is None:
+                loaded.reason = "refused"
+                return
+            wait = self._load_timeout if job.timeout is None else job.timeout
+            until = time.monotonic() + wait
+            memory, pages = self._memory, self._page_ids(job.pages)
+            assert memory is not None
+            after, then = gates.after, gates.then
+            if after is not None:
+                # Not within the load, whose time tells the planner what loading costs.
+                self._device.wait(after.wait(0, until))
+            loaded = session.load(
+                job.keys, [memory], [pages], timeout=job.timeout, after=after, then=then
+            )
+            arrived = loaded.blocks
+            if arrived < len(job.keys) and not job.layered and _is_back(session, until):
+                # Once more: the connection may have been lost, or a block was just being moved.
+                left = until - time.monotonic()
+                rest = session.load(
+                    job.keys[arrived:], [memory], [pages[arrived:]], timeout=left, after=after
+                )
+                arrived += rest.blocks
+        finally:
+            gates.end(arrived == len(job.keys), "failed")
+            with self._changed:
+                if job.layered:
+                    self._arrived[job.number] = arrived
+                else:
+                    self._report.loaded[job.number] = arrived
+                    self._received.add(job.request)
+                if arrived and loaded.tiers.get("memory") == arrived:
+                    self._report.copied = (arrived, loaded.seconds)
+                self._in_flight -= 1
+                self._stats.loaded(job, loaded, arrived, self._namespace.block_tokens)
+                self._changed.notify_all()
+
+    def _save(self, job: Job, gates: Gates) -> None:
+        stored = 0
+        try:
+            if self._sessions is None or time.monotonic() < self._save_from:
+                self._dropped(job, "resting" if self._sessions else "unnamed")
+                return
+            session = self._session(job.tenant)
+            if session is None:
+                self._dropped(job, "refused")
+                return
+            memory = self._memory
+            assert memory is not None
+            started = time.monotonic()
+            saved = session.save(
+                job.keys,
+                [memory],
+                [self._page_ids(job.pages)],
+                ttl=job.ttl,
+                parent=job.parent,
+                tokens=job.tokens,
+                after=gates.after,
+            )
+            stored = saved.stored + saved.had
+            computed = gates.after is None or gates.after.failed is None
+            if saved.reason == "unavailable" and computed:
+                self._save_from = time.monotonic() + _REST
+            if gates.after is not None:
+                saved.seconds = time.monotonic() - max(started, gates.after.opened_at)
+            with self._changed:
+                self._stats.saved(saved, self._namespace.block_tokens)
+        finally:
+            self._saved(job, stored if stored == len(job.keys) else 0)
+
+    def _dropped(self, job: Job, reason: str) -> None:
+        with self._changed:
+            self._stats.dropped(len(job.keys) * self._namespace.block_tokens, reason)
+
+    def _saved(self, job: Job, blocks: int) -> None:
+        with self._changed:
+            self._report.saved[job.number] = (1, blocks)
+            self._pending[job.request] -= 1
+            self._changed.notify_all()
+
+    def _page_ids(self, pages: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers of the pages as vLLM has cut them for its kernels."""
+        if self._cut == 1:
+            return pages
+        pieces = pages[:, :, None] * self._cut + np.arange(self._cut)
+        return np.where(pages[:, :, None] < 0, -1, pieces).reshape(len(pages), -1)
+
+
+def _blocks(jobs: Sequence[Job]) -> int:
+    return sum(len(job.keys) for job in jobs)
+
+
+def _is_back(session: Session, until: float) -> bool:
+    """Whether the store can be asked once more before `until`, after a moment to come back."""
+    soon = min(until, time.monotonic() + _COMES_BACK)
+    while session.problem is not None and time.monotonic() < soon:
+        time.sleep(0.02)
+    return session.problem is None and time.monotonic() < until

@@ -1,0 +1,393 @@
+"""The client: every engine talks to a store through a `Session`.
+
+No failure of the store crosses into the caller: without a daemon, in time or at all, lookups find
+nothing and saves are dropped, with a reason, until a background thread has reconnected.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from kvstore.blocks.keys import block_keys, join_keys, token_array
+from kvstore.blocks.spec import Namespace, Part
+from kvstore.client.channel import Channel
+from kvstore.client.link import Link
+from kvstore.client.planner import LoadPlan, Planner
+from kvstore.client.transfer import About, Gates, Loaded, Saved, Transfer
+from kvstore.config import Config, load_config
+from kvstore.copier.base import Copier, PagedMemory
+from kvstore.copier.cpu import CpuCopier
+from kvstore.errors import SpecError
+from kvstore.forks import in_child
+from kvstore.transport import protocol
+from kvstore.transport.protocol import MEMORY, Message, Release, Reply, tier_names
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from kvstore.copier.gate import LayerGate
+
+__all__ = ["LoadPlan", "Loaded", "Lookup", "Pin", "Saved", "Session"]
+
+_AGES: Final = 1e12
+_WEEK: Final = 7 * 24 * 3600.0  # seconds; more than all kinds of waiting take is too much
+
+_log = logging.getLogger("kvstore.session")
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """The usable prefix: its blocks' tiers, why it ends (None: all found), seconds to load it."""
+
+    blocks: int
+    tiers: tuple[str, ...]
+    reason: str | None
+    seconds: float
+    disk_seconds_per_byte: float = 0.0
+    disk_wait: float = 0.0
+
+
+class Pin:
+    """Blocks that stay until `release`, the end of their time, or of the session."""
+
+    def __init__(self, channel: Channel | None, lease: int, blocks: int) -> None:
+        self.blocks = blocks
+        self._channel = channel
+        self._lease = lease
+
+    def release(self) -> None:
+        """Let them be evicted again."""
+        if self._channel is not None and self._channel.broken is None:
+            self._channel.notify(Release(self._lease))
+        self._channel = None
+
+
+class Session:
+    """A client of one store for one namespace; thread-safe.
+
+    Use `Session.open`. `parts` says what is stored of every block: one part per group and shard
+    that this process reads and writes.
+    """
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        parts: Sequence[Part],
+        config: Config,
+        copier: Copier | None = None,
+        like: Session | None = None,
+    ) -> None:
+        if not parts or len(parts) > protocol.MAX_PARTS:
+            raise SpecError(f"a session needs 1 to {protocol.MAX_PARTS} parts, not {len(parts)}")
+        if len({part.variant for part in parts}) < len(parts):
+            raise SpecError("two parts of a session are the same; name each group and shard once")
+        self.namespace = namespace
+        self.parts = tuple(parts)
+        self.block_tokens = namespace.block_tokens
+        self.block_bytes = sum(part.nbytes(namespace.block_tokens) for part in parts)
+        self._config = config
+        self._copier = copier or CpuCopier(_copy_threads(config))
+        self._begin(like)
+        in_child(self, Session._forked)
+
+    def _begin(self, like: Session | None = None) -> None:
+        """Everything that a fork leaves to the parent."""
+        config = self._config
+        self._link = Link(self.namespace, self.parts, config, self._copier)
+        self.counters = self._link.counters
+        self._planner: Planner = Planner(config.planner.mode) if like is None else like._planner
+        self._transfer = Transfer(
+            self._link,
+            self.parts,
+            self.block_tokens,
+            self._copier,
+            config.session.checksum,
+            self._planner.loaded,  # no way back to here: a session that is dropped ends at once
+        )
+
+    def _forked(self) -> None:
+        parents = self._link
+        self._begin()
+        self._link.after_fork(parents)
+
+    @classmethod
+    def open(
+        cls,
+        namespace: Namespace,
+        parts: Sequence[Part],
+        config: Config | None = None,
+        *,
+        copier: Copier | None = None,
+        like: Session | None = None,
+    ) -> Self:
+        """A session with the configured daemon, or with a private one started on demand.
+
+        A daemon that is away is no error: the session finds nothing until it comes. What loading
+        and computing cost is shared with the session `like`, of another tenant, say.
+
+        Raises:
+            SpecError: the parts are not valid, or the store can never hold such blocks.
+            ConfigError: the configuration is not usable.
+        """
+        session = cls(namespace, parts, config or load_config(), copier, like)
+        try:
+            session._link.open()
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    # -- what a caller does -----------------------------------------------------------------------
+
+    def keys(
+        self,
+        tokens: Sequence[int] | NDArray[np.integer[Any]],
+        *,
+        extras: Mapping[int, Sequence[bytes]] | None = None,
+    ) -> list[bytes]:
+        """Keys of the whole blocks of `tokens`; see `kvstore.blocks.keys.block_keys`."""
+        return block_keys(self.namespace, tokens, extras=extras)
+
+    def lookup(
+        self, keys: Sequence[bytes], *, timeout: float | None = None, again: bool = False
+    ) -> Lookup:
+        """The longest prefix of `keys` that can be loaded. One round trip; moves nothing.
+
+        Hit rates count requests: say `again` if the daemon answered for this one before.
+        """
+        keys = keys[: protocol.MAX_KEYS]
+        joined = join_keys(keys)
+        if not keys:
+            return Lookup(0, (), None, 0.0)
+        reply = self._request(
+            lambda handle: protocol.Lookup(handle, joined, again),
+            _seconds(timeout, self._config.session.lookup_timeout),
+        )
+        if not isinstance(reply, protocol.Found):
+            return Lookup(0, (), "unavailable", 0.0)
+        codes = reply.tiers[: len(keys)]
+        in_memory = codes.count(MEMORY)
+        seconds = self._planner.load_seconds(
+            in_memory,
+            len(codes) - in_memory,
+            self.block_bytes,
+            reply.disk_seconds_per_byte,
+            reply.disk_wait,
+        )
+        tiers = tier_names(codes)
+        disk = reply.disk_seconds_per_byte, reply.disk_wait
+        return Lookup(len(tiers), tiers, reply.reason or None, seconds, *disk)
+
+    def plan(
+        self, keys: Sequence[bytes], *, timeout: float | None = None, again: bool = False
+    ) -> LoadPlan:
+        """Look up `keys` and decide how many blocks to load; the decision is counted and logged.
+
+        Arguments as for `lookup`.
+        """
+        found = self.lookup(keys, timeout=timeout, again=again)
+        plan = self._planner.plan(
+            found.tiers,
+            block_tokens=self.block_tokens,
+            block_bytes=self.block_bytes,
+            below_memory=found.disk_seconds_per_byte,
+            wait=found.disk_wait,
+            again=again,
+            nothing=f"nothing found: {found.reason}" if found.reason else "nothing to find",
+        )
+        if not again:
+            self.counters.add("plan", plan.reason)
+        _log.debug("plan: load %d of %d blocks (%s)", plan.blocks, plan.found, plan.reason)
+        return plan
+
+    def report_load(self, blocks: int, seconds: float) -> None:
+        """Tell the planner that other processes loaded `blocks` from memory in `seconds`.
+
+        For a session that only plans; one that loads takes its own times.
+        """
+        self._planner.loaded(blocks * self.block_bytes, seconds)
+
+    def report_prefill(self, tokens: int, seconds: float) -> None:
+        """Tell the planner that the engine computed `tokens` prompt tokens in `seconds`."""
+        self._planner.computed(tokens, seconds)
+
+    def load(
+        self,
+        keys: Sequence[bytes],
+        memory: Sequence[PagedMemory],
+        page_ids: Sequence[NDArray[np.int64]],
+        *,
+        timeout: float | None = None,
+        after: LayerGate | None = None,
+        then: LayerGate | None = None,
+    ) -> Loaded:
+        """Copy the blocks of `keys` into the engine's pages, from the start as far as they arrive.
+
+        `memory` has one entry per part, `page_ids` one array (blocks, pages per block) per part;
+        a page id of -1 leaves that page out. Blocks below memory are brought up first.
+
+        No page is written before `after` lets it. `then` is opened layer by layer where all blocks
+        lie in memory and there is one part, else at the end; it fails unless all blocks arrive.
+
+        Raises:
+            SpecError: memory or page ids do not fit the parts.
+        """
+        self._transfer.check_pages(keys, memory, page_ids)
+        started = time.monotonic()
+        deadline = started + _seconds(timeout, self._config.session.load_timeout)
+        result = Loaded()
+        gates = Gates(after, then)
+        try:
+            with self._link.using() as link:
+                if link is None:
+                    result.reason = "unavailable"
+                    return result
+                self._transfer.load(link, keys, memory, page_ids, deadline, gates, result)
+        finally:
+            gates.end(result.blocks == len(keys), result.reason or "failed")
+        result.seconds = time.monotonic() - started
+        for tier, blocks in result.tiers.items():
+            self.counters.add("load.blocks", tier, by=blocks)
+        if result.reason is not None:
+            self.counters.add("load.short", result.reason)
+        return result
+
+    def save(
+        self,
+        keys: Sequence[bytes],
+        memory: Sequence[PagedMemory],
+        page_ids: Sequence[NDArray[np.int64]],
+        *,
+        timeout: float | None = None,
+        ttl: float | None = None,
+        parent: bytes = b"",
+        tokens: Sequence[int] | NDArray[np.integer[Any]] | None = None,
+        after: LayerGate | None = None,
+    ) -> Saved:
+        """Copy those blocks of `keys` that the store lacks out of the engine's pages.
+
+        Arguments as for `load`. Dropped, not waited for, when there is no room. New blocks expire
+        after `ttl` seconds, if given. `parent` is the key before the first one, and `tokens` are
+        the token ids of the blocks; both are for those who watch events, and `tokens` are only sent
+        with `session.publish_tokens`. No page is read before `after` lets it.
+
+        Raises:
+            SpecError: memory, page ids or tokens do not fit the parts and keys.
+        """
+        self._transfer.check_pages(keys, memory, page_ids)
+        join_keys([parent] if parent else [])
+        ttl = None if ttl is None else _seconds(ttl, longest=_AGES)
+        ids = None
+        if tokens is not None and self._config.session.publish_tokens:
+            ids = token_array(tokens)
+            if len(ids) != len(keys) * self.block_tokens:
+                raise SpecError(
+                    f"{len(ids)} tokens given for {len(keys)} blocks of {self.block_tokens}"
+                )
+        about = About(ttl, parent, ids, after)
+        started = time.monotonic()
+        wait = _seconds(timeout, self._config.session.save_timeout)
+        result = Saved()
+        with self._link.using() as link:
+            if link is None:
+                result.dropped, result.reason = len(keys), "unavailable"
+            else:
+                self._transfer.save(link, keys, memory, page_ids, wait, about, result)
+        result.seconds = time.monotonic() - started
+        self.counters.add("save.stored", by=result.stored)
+        if result.dropped:
+            self.counters.add("save.dropped", result.reason or "", by=result.dropped)
+        return result
+
+    def prefetch(self, keys: Sequence[bytes]) -> int:
+        """Start to bring blocks into memory; returns how many the store has."""
+        joined = join_keys(keys[: protocol.MAX_KEYS])
+        reply = self._request(
+            lambda handle: protocol.Prefetch(handle, joined),
+            self._config.session.lookup_timeout,
+        )
+        return reply.blocks if isinstance(reply, protocol.Count) else 0
+
+    def pin(self, keys: Sequence[bytes], *, ttl: float = 300.0) -> Pin:
+        """Keep a prefix from eviction for `ttl` seconds, or until released or closed."""
+        joined, ttl = join_keys(keys[: protocol.MAX_KEYS]), _seconds(ttl, longest=_AGES)
+        lease = next(self._transfer.leases)
+        with self._link.using() as link:
+            if link is not None:
+                channel, handle = link
+                request = protocol.Pin(handle, lease, joined, ttl)
+                reply = self._link.call(
+                    channel, request, self._config.session.lookup_timeout, lease=lease
+                )
+                if isinstance(reply, protocol.Count):
+                    return Pin(channel, lease, reply.blocks)
+        return Pin(None, lease, 0)
+
+    def clear(self, *, timeout: float = 10.0) -> int:
+        """Remove what the store has of this namespace and nobody holds; returns how many objects.
+
+        -1 when the store could not be asked or refused.
+        """
+        reply = self._request(protocol.Clear, _seconds(timeout))
+        return reply.blocks if isinstance(reply, protocol.Count) else -1
+
+    def flush(self, timeout: float = 60.0) -> int:
+        """Wait until all is on disk; returns how many objects are not (-1: unknown)."""
+        wait = _seconds(timeout)
+        reply = self._request(lambda _: protocol.Flush(wait), wait + 1.0)
+        return reply.unwritten if isinstance(reply, protocol.Flushed) else -1
+
+    def stats(self) -> dict[str, Any]:
+        """What the daemon says of itself, with this session's counters under `session`."""
+        reply = self._request(lambda _: protocol.Stats(), self._config.session.connect_timeout)
+        known = json.loads(reply.text) if isinstance(reply, protocol.StatsReply) else {}
+        return known | {"session": self.counters.snapshot(), "problem": self.problem}
+
+    @property
+    def problem(self) -> str | None:
+        """Why the store cannot be used now; None while it can."""
+        return self._link.problem
+
+    def close(self) -> None:
+        """End the session; what it holds is released once running copies are done."""
+        self._link.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _request(self, make: Callable[[int], Message], timeout: float) -> Reply | None:
+        with self._link.using() as link:
+            if link is None:
+                return None
+            channel, handle = link
+            return self._link.call(channel, make(handle), timeout)
+
+
+def _seconds(given: float | None, otherwise: float = 0.0, longest: float = _WEEK) -> float:
+    """A time; 0 is none at all. Raises SpecError if it is no number."""
+    seconds = otherwise if given is None else given
+    if not isinstance(seconds, Real) or not (seconds < 0 or seconds >= 0):  # NaN is neither
+        raise SpecError(f"{seconds!r} is no time; give seconds")
+    return float(min(max(seconds, 0.0), longest))
+
+
+def _copy_threads(config: Config) -> int:
+    """Threads per copy; over TCP every connection already has one that copies."""
+    remote = config.address is not None and not config.address.startswith("unix://")
+    return 1 if remote and config.session.streams > 1 else config.session.copy_threads

@@ -1,0 +1,438 @@
+"""Loads and saves: leases, copies, and the order they go in."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvstore.blocks.keys import join_keys
+from kvstore.blocks.spec import Part
+from kvstore.client.channel import Channel
+from kvstore.client.link import Link
+from kvstore.copier.base import Copier, PagedMemory
+from kvstore.errors import SpecError, StoreUnavailable
+from kvstore.transport import protocol
+from kvstore.transport.protocol import BUSY, HAVE, NO_ROOM, Held, Release, tier_names
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from kvstore.copier.gate import LayerGate
+
+_WINDOW_BYTES = 64 << 20
+"""Bytes that come up from disk before the first of them are copied on."""
+
+_TOKENS_PER_REQUEST = 1 << 20
+"""Token ids that go along with one request; half of what a frame holds."""
+
+_COMPUTE_SECONDS = 30.0
+"""How long a save may wait for the layers that it follows to be computed."""
+
+LATE_SECONDS = 0.5
+"""How much longer than its deadline a daemon may take to say what has arrived."""
+
+
+@dataclass(slots=True)
+class Loaded:
+    """What a load brought: `blocks` from the start are in the pages, the others must be computed.
+
+    `tiers` counts blocks by the tier they came from; `reason` says why not all arrived.
+    """
+
+    blocks: int = 0
+    tiers: dict[str, int] = field(default_factory=dict)
+    nbytes: int = 0
+    seconds: float = 0.0
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a save says of its blocks: seconds they live, the key before them, their token ids.
+
+    `tokens` has as many ids as the blocks have tokens, or none. `after` says from when on pages may
+    be read.
+    """
+
+    ttl: float | None = None
+    parent: bytes = b""
+    tokens: NDArray[np.uint32] | None = None
+    after: LayerGate | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """What a load waits for, and what it opens; see `Copier`."""
+
+    after: LayerGate | None = None
+    then: LayerGate | None = None
+
+    def end(self, whole: bool, reason: str) -> None:
+        """All is in the pages, or will never be."""
+        if self.then is None:
+            return
+        if whole:
+            self.then.open(self.then.layers)
+        else:
+            self.then.fail(reason)
+
+
+@dataclass(slots=True)
+class Saved:
+    """What a save did: blocks newly stored, stored before (or by somebody else now), dropped."""
+
+    stored: int = 0
+    had: int = 0
+    dropped: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+    reason: str | None = None
+
+
+class Transfer:
+    """Moves blocks between an engine's pages and the store's slots; thread-safe."""
+
+    def __init__(
+        self,
+        link: Link,
+        parts: tuple[Part, ...],
+        block_tokens: int,
+        copier: Copier,
+        verify: bool,
+        copied: Callable[[int, float], None],
+    ) -> None:
+        self.leases = itertools.count(1)
+        self._link = link
+        self._parts = parts
+        self._block_tokens = block_tokens
+        self._part_bytes = tuple(part.nbytes(block_tokens) for part in parts)
+        self._block_bytes = sum(self._part_bytes)
+        self._copier = copier
+        self._verify = verify
+        self._copied = copied
+
+    def load(
+        self,
+        link: tuple[Channel, int],
+        keys: Sequence[bytes],
+        memory: Sequence[PagedMemory],
+        page_ids: Sequence[NDArray[np.int64]],
+        deadline: float,
+        gates: Gates,
+        result: Loaded,
+    ) -> None:
+        """Copy blocks into pages as they arrive; `deadline` in monotonic seconds.
+
+        One acquire does when all lies in memory. Otherwise it is answered when the first window
+        has come up from disk, and the rest comes up while that is copied.
+        """
+        channel, handle = link
+        step = self._step(channel)
+        enough = max(1, _WINDOW_BYTES // self._block_bytes)
+        found = bytearray()  # where each block lay before this load moved it
+        while result.blocks < len(keys):
+            first = result.blocks
+            lease = next(self.leases)
+            wait = min(max(0.0, deadline - time.monotonic()), protocol.MAX_WAIT)
+            joined = b"".join(keys[first : first + step])
+            request = protocol.Acquire(handle, lease, joined, wait, enough)
+            # The daemon answers at the deadline with what it has; give that time to arrive.
+            reply = self._link.call(channel, request, wait + LATE_SECONDS, lease=lease)
+            if not isinstance(reply, Held):
+                result.reason = "unavailable"
+                break
+            found += reply.tiers[len(found) - first :]
+            pages = [ids[first:] for ids in page_ids]
+            incoming = _Incoming(reply, len(self._parts))
+            # Layers can be given away one by one only if this is all there is to come.
+            piece = gates if len(incoming.slots) == len(keys) else replace(gates, then=None)
+            try:
+                self._copy_held(channel, lease, incoming, memory, pages, deadline, piece)
+            finally:
+                channel.notify(Release(lease, tuple(sorted(incoming.damaged))))
+            good = incoming.good
+            result.blocks += good
+            result.nbytes += good * self._block_bytes
+            ended = reply.reason and good == len(reply.tiers)  # nothing more was found
+            if incoming.reason or not good or ended:
+                result.reason = incoming.reason or reply.reason or "absent"
+                break
+        for tier in tier_names(bytes(found[: result.blocks])):
+            result.tiers[tier] = result.tiers.get(tier, 0) + 1
+
+    def _copy_held(
+        self,
+        channel: Channel,
+        lease: int,
+        incoming: _Incoming,
+        memory: Sequence[PagedMemory],
+        page_ids: Sequence[NDArray[np.int64]],
+        deadline: float,
+        gates: Gates,
+    ) -> None:
+        """Copy what an acquire brought, as far as it is right and comes before the deadline."""
+        started = time.monotonic()
+        try:
+            if not incoming.fits(len(page_ids[0])):
+                raise StoreUnavailable("the daemon's answer does not fit the request")
+            for column in range(len(self._parts)):
+                self._load_part(channel, lease, incoming, column, memory, page_ids, deadline, gates)
+        except StoreUnavailable as e:
+            incoming.reason = _reason_of(e)
+            self._link.quiet.warning("load", "blocks did not come: %s", e)
+        if incoming.damaged:
+            incoming.reason = "checksum"
+            self._link.quiet.warning("checksum", "a block was damaged on its way; not used")
+        self._copied(incoming.good * self._block_bytes, time.monotonic() - started)
+
+    def _load_part(
+        self,
+        channel: Channel,
+        lease: int,
+        incoming: _Incoming,
+        column: int,
+        memory: Sequence[PagedMemory],
+        page_ids: Sequence[NDArray[np.int64]],
+        deadline: float,
+        gates: Gates,
+    ) -> None:
+        """Copy one part's objects."""
+        verify = self._verify and incoming.has_checksums
+        layouts = incoming.by_layout(column, self._parts[column])
+        # One call of the copier brings all, and nothing is left to verify after it.
+        once = len(self._parts) == len(layouts) == 1 and channel.carrier.whole and not verify
+        for stored, rows in layouts.items():
+
+            def scatter(first: int, addresses: Sequence[int], sent: Sequence[int] | None) -> None:
+                chosen = rows[first : first + len(addresses)]  # noqa: B023 - used within the turn
+                have = self._copier.load(
+                    memory[column],
+                    page_ids[column][chosen],
+                    addresses,
+                    self._block_tokens,
+                    stored=stored,  # noqa: B023
+                    checksum=verify or sent is not None,
+                    after=gates.after,
+                    then=gates.then if once else None,
+                    deadline=deadline,
+                )
+                incoming.take(column, chosen, have, sent)
+
+            slots = incoming.slots[rows, column]
+            channel.carrier.read(lease, slots, self._part_bytes[column], scatter, deadline)
+
+    def save(
+        self,
+        link: tuple[Channel, int],
+        keys: Sequence[bytes],
+        memory: Sequence[PagedMemory],
+        page_ids: Sequence[NDArray[np.int64]],
+        wait: float,
+        about: About,
+        result: Saved,
+    ) -> None:
+        """Copy the blocks that the store lacks into slots, and commit them."""
+        step = self._step(link[0])
+        if about.tokens is not None:
+            step = min(step, max(1, _TOKENS_PER_REQUEST // self._block_tokens))
+        for first in range(0, len(keys), step):
+            window = slice(first, first + step)
+            pages = [ids[window] for ids in page_ids]
+            parent = keys[first - 1] if first else about.parent
+            tokens = b""
+            if about.tokens is not None:
+                size = self._block_tokens
+                ids = about.tokens[first * size : (first + step) * size]
+                tokens = ids.astype("<u4").tobytes()
+            ask = partial(protocol.Reserve, parent=parent, tokens=tokens, ttl=about.ttl)
+            self._save_window(link, keys[window], memory, pages, wait, ask, about.after, result)
+            if result.reason == "unavailable":  # Do not wait for each of the others too.
+                result.dropped += len(keys[first + step :])
+                break
+
+    def _save_window(
+        self,
+        link: tuple[Channel, int],
+        keys: Sequence[bytes],
+        memory: Sequence[PagedMemory],
+        page_ids: Sequence[NDArray[np.int64]],
+        wait: float,
+        ask: Callable[[int, int, bytes], protocol.Reserve],
+        after: LayerGate | None,
+        result: Saved,
+    ) -> None:
+        channel, handle = link
+        lease = next(self.leases)
+        request = ask(handle, lease, b"".join(keys))
+        reply = self._link.call(channel, request, wait, lease=lease)
+        parts = len(self._parts)
+        if not isinstance(reply, protocol.Reserved) or len(reply.slots) != 8 * len(keys) * parts:
+            result.dropped += len(keys)
+            result.reason = "unavailable"
+            channel.notify(Release(lease))
+            return
+        answers = np.frombuffer(reply.slots, dtype="<i8").reshape(len(keys), parts)
+        full = (answers == NO_ROOM).any(axis=1)
+        wanted = (answers >= 0).any(axis=1) & ~full
+        result.had += int(((answers == HAVE) | (answers == BUSY)).all(axis=1).sum())
+        try:
+            sums = self._save_parts(channel, lease, answers, wanted, memory, page_ids, wait, after)
+        except BaseException as e:
+            channel.notify(Release(lease))
+            if not isinstance(e, StoreUnavailable):
+                raise
+            result.dropped += int((full | wanted).sum())
+            result.reason = _reason_of(e)
+            self._link.quiet.warning("save", "blocks were not saved: %s", e)
+            return
+        dropped = tuple(int(i) for i in np.flatnonzero(full))
+        commit = protocol.Commit(lease, dropped, sums)
+        done = self._link.call(channel, commit, wait, lease=lease)
+        stored, problem = 0, "unavailable"
+        if isinstance(done, protocol.Committed):
+            stored, problem = done.blocks, done.reason or "lease"
+        result.stored += stored
+        result.dropped += int(full.sum()) + int(wanted.sum()) - stored
+        result.nbytes += stored * self._block_bytes
+        if full.any():
+            result.reason = reply.reason or "no_room"
+        elif stored < int(wanted.sum()):
+            result.reason = problem
+
+    def _save_parts(
+        self,
+        channel: Channel,
+        lease: int,
+        answers: NDArray[np.int64],
+        wanted: NDArray[np.bool_],
+        memory: Sequence[PagedMemory],
+        page_ids: Sequence[NDArray[np.int64]],
+        wait: float,
+        after: LayerGate | None,
+    ) -> tuple[int, ...] | None:
+        """Copy out what was granted; returns a checksum per granted slot, in order, if wanted."""
+        checksum = self._verify or channel.carrier.checksums
+        deadline = time.monotonic() + _COMPUTE_SECONDS
+        sums = np.zeros(answers.shape, dtype=np.uint64)
+        for column, nbytes in enumerate(self._part_bytes):
+            rows = np.flatnonzero((answers[:, column] >= 0) & wanted)
+            if not len(rows):
+                continue
+            ids = page_ids[column][rows]
+
+            def gather(first: int, addresses: Sequence[int]) -> list[int] | None:
+                return self._copier.save(
+                    memory[column],  # noqa: B023 - used within the turn
+                    ids[first : first + len(addresses)],  # noqa: B023
+                    addresses,
+                    self._block_tokens,
+                    stored=self._parts[column],  # noqa: B023
+                    checksum=checksum,
+                    after=after,
+                    deadline=deadline,
+                )
+
+            made = channel.carrier.write(lease, answers[rows, column], nbytes, gather, wait)
+            if made is not None:
+                sums[rows, column] = made
+        if not self._verify or channel.carrier.checksums:
+            return None
+        return tuple(int(s) for s in sums[answers >= 0])
+
+    def _step(self, channel: Channel) -> int:
+        """Blocks to ask for under one lease."""
+        by_bytes = channel.carrier.lease_bytes // self._block_bytes
+        return max(1, min(protocol.MAX_KEYS // len(self._parts), by_bytes))
+
+    def check_pages(
+        self,
+        keys: Sequence[bytes],
+        memory: Sequence[PagedMemory],
+        page_ids: Sequence[NDArray[np.int64]],
+    ) -> None:
+        """Refuse what does not fit the parts, before anything is asked of the store.
+
+        Raises:
+            SpecError: what is wrong, with both sizes.
+        """
+        join_keys(keys)
+        if len(memory) != len(self._parts) or len(page_ids) != len(self._parts):
+            raise SpecError(
+                f"the session has {len(self._parts)} parts; give one memory and one page_ids each, "
+                f"not {len(memory)} and {len(page_ids)}"
+            )
+        for part, pages, ids in zip(self._parts, memory, page_ids, strict=True):
+            if pages.part != part and not pages.part.casts_to(part):
+                raise SpecError(f"memory of {pages.part.group.name!r} is not of the session's part")
+            if len(ids) != len(keys):
+                raise SpecError(f"page_ids has {len(ids)} rows for {len(keys)} keys")
+
+
+class _Incoming:
+    """What an acquire brought, and which of it has reached the pages and is right.
+
+    Several threads may take in objects at once, each of them other ones.
+    """
+
+    def __init__(self, reply: Held, parts: int) -> None:
+        self.reply = reply
+        self.reason: str | None = None
+        self.damaged: set[int] = set()
+        offsets = np.frombuffer(reply.slots, dtype="<i8")
+        self._whole = offsets.size % parts == 0
+        self.slots = offsets[: offsets.size // parts * parts].reshape(-1, parts)
+        self._right = np.zeros(self.slots.shape, dtype=np.bool_)
+
+    def fits(self, asked: int) -> bool:
+        """Whether the answer makes sense for that many blocks."""
+        blocks = len(self.slots)
+        return self._whole and blocks <= asked and blocks <= len(self.reply.tiers)
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether the answer says what objects must hash to."""
+        return len(self.reply.checksums) == self.slots.size
+
+    @property
+    def good(self) -> int:
+        """Blocks from the start that are whole and right."""
+        wrong = np.flatnonzero(~self._right.all(axis=1))
+        return int(wrong[0]) if len(wrong) else len(self.slots)
+
+    def by_layout(self, column: int, own: Part) -> dict[Part, NDArray[np.int64]]:
+        """Rows of one part by the layout they are stored in."""
+        other, parts = self.reply.other, self.slots.shape[1]
+        if not other:
+            return {own: np.arange(len(self.slots))}
+        rows: dict[Part, list[int]] = {}
+        for row in range(len(self.slots)):
+            rows.setdefault(other.get(row * parts + column, own), []).append(row)
+        return {stored: np.array(numbers) for stored, numbers in rows.items()}
+
+    def take(
+        self,
+        column: int,
+        rows: NDArray[np.int64],
+        have: Sequence[int] | None,
+        sent: Sequence[int] | None,
+    ) -> None:
+        """These objects are in the pages; `have` is what they hash to, `sent` what they must."""
+        self._right[rows, column] = True
+        if have is None:
+            return
+        held, parts = self.reply.checksums, self.slots.shape[1]
+        for number, row in enumerate(rows):
+            wanted = sent[number] if sent is not None else held[int(row) * parts + column]
+            if wanted not in (None, have[number]):
+                self._right[row, column] = False
+                self.damaged.add(int(row))
+
+
+def _reason_of(error: StoreUnavailable) -> str:
+    return "deadline" if isinstance(error.__cause__, TimeoutError) else "unavailable"

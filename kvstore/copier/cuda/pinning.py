@@ -1,0 +1,195 @@
+"""Pinned memory of the host: what is registered with the CUDA driver, and how copies respect it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from kvstore.copier.cuda.device import Device
+from kvstore.copier.cuda.driver import Direction, SourceOrder
+from kvstore.copier.cuda.runs import Copies
+from kvstore.errors import DeviceUnavailable
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PIECE: Final = 1 << 30
+"""Memory is pinned in pieces of so many bytes, from its start on."""
+
+_REPORT_SECONDS: Final = 5.0
+
+_log = logging.getLogger("kvstore.copier")
+
+
+@dataclass(slots=True)
+class _Attached:
+    nbytes: int
+    count: int
+    pieces: list[tuple[int, int, int]]  # address, bytes, address for the device
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """All pieces that are pinned, by address; each (K,)."""
+
+    begin: NDArray[np.uint64]
+    end: NDArray[np.uint64]
+    shift: NDArray[np.uint64]  # from the address for the host to that for the device, modulo 2**64
+
+    def find(self, addresses: NDArray[np.uint64]) -> NDArray[np.intp]:
+        """The last piece that begins at or before each address; -1: none."""
+        return np.searchsorted(self.begin, addresses, side="right") - 1
+
+
+class PinnedMemory:
+    """What one copier has pinned. Thread-safe; its device's context must be current."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._attached: dict[int, _Attached] = {}
+        self._lock = threading.RLock()  # A session that is collected meanwhile detaches.
+        self._pieces = self._arranged()
+
+    def attach(self, address: int, nbytes: int) -> None:
+        """Pin a range; more often the same is only counted. If that fails, a warning says so."""
+        with self._lock:
+            if attached := self._attached.get(address):
+                attached.count += 1
+                return
+            attached = self._attached[address] = _Attached(nbytes, 1, [])
+            try:
+                self._pin(address, nbytes, attached.pieces)
+            except DeviceUnavailable as error:
+                self._unpin(attached)
+                _log.warning(
+                    "%.1f GiB of shared memory cannot be pinned, so copies to and from the device "
+                    "are slower: %s; is the limit of locked memory (ulimit -l) too low?",
+                    nbytes / 2**30,
+                    error,
+                )
+            self._pieces = self._arranged()
+
+    def _pin(self, address: int, nbytes: int, pieces: list[tuple[int, int, int]]) -> None:
+        begin = reported = time.monotonic()
+        for at in range(address, address + nbytes, PIECE):
+            size = min(PIECE, address + nbytes - at)
+            self._device.driver.register(at, size)
+            pieces.append((at, size, at))
+            pieces[-1] = (at, size, self._device.pointer(at))
+            if time.monotonic() - reported > _REPORT_SECONDS:
+                reported = time.monotonic()
+                done = at + size - address
+                _log.info("pinning memory: %.0f of %.0f GiB", done / 2**30, nbytes / 2**30)
+        seconds = time.monotonic() - begin
+        _log.info("pinned %.1f GiB of memory in %.1f s", nbytes / 2**30, seconds)
+
+    def detach(self, address: int) -> None:
+        """Undo one `attach`; the last one unpins the range. An unknown address is none."""
+        with self._lock:
+            attached = self._attached.get(address)
+            if attached is None:
+                return
+            attached.count -= 1
+            if not attached.count:
+                del self._attached[address]
+                self._pieces = self._arranged()
+                self._unpin(attached)
+
+    def close(self) -> None:
+        """Unpin everything."""
+        with self._lock:
+            gone, self._attached = self._attached, {}
+            self._pieces = self._arranged()
+            for attached in gone.values():
+                self._unpin(attached)
+
+    def _unpin(self, attached: _Attached) -> None:
+        while attached.pieces:
+            address, nbytes, _ = attached.pieces.pop()
+            self._device.driver.unregister(address, nbytes)
+
+    def _arranged(self) -> _Pieces:
+        pieces = sorted(p for attached in self._attached.values() for p in attached.pieces)
+        table = np.array(pieces, dtype=np.uint64).reshape(-1, 3)
+        begin, size, seen = table.T
+        return _Pieces(begin, begin + size, seen - begin)
+
+    def mapped(self, addresses: NDArray[np.uint64], nbytes: int) -> NDArray[np.uint64] | None:
+        """Where the device sees ranges of `nbytes` bytes at `addresses` (B,); None: not all."""
+        pieces = self._pieces
+        first, last = pieces.find(addresses), pieces.find(addresses + np.uint64(nbytes - 1))
+        if not len(pieces.begin) or (first < 0).any():
+            return None
+        # Only a range that reaches from one piece into the next, where nothing lies between and
+        # the device sees both alike, may touch two.
+        inside = (addresses + np.uint64(nbytes) <= pieces.end[last]) & (
+            (first == last)
+            | (
+                (last == first + 1)
+                & (pieces.end[first] == pieces.begin[last])
+                & (pieces.shift[first] == pieces.shift[last])
+            )
+        )
+        if not inside.all():
+            return None
+        return addresses + pieces.shift[first]
+
+    def in_one_piece(self, addresses: NDArray[np.uint64], nbytes: int) -> bool:
+        """Whether each of the ranges at `addresses` (B,) lies in one pinned piece."""
+        pieces = self._pieces
+        if not len(pieces.begin):
+            return False
+        at = pieces.find(addresses)
+        inside = (at >= 0) & (addresses + np.uint64(nbytes) <= pieces.end[at])
+        return bool(inside.all())
+
+    def copy(self, to_slots: bool, copies: Copies, stream: int, *, whole: bool) -> None:
+        """Enqueue copies between the device and the host on one of our streams.
+
+        With `whole` all of them lie in one pinned piece each (`in_one_piece`).
+        """
+        if whole:
+            self._enqueue(to_slots, True, copies, stream)
+            return
+        cut, pinned = self._cut(copies)
+        for kind in (True, False):
+            if (chosen := pinned == kind).any():
+                self._enqueue(to_slots, kind, Copies(*(a[chosen] for a in cut)), stream)
+
+    def _enqueue(self, to_slots: bool, pinned: bool, copies: Copies, stream: int) -> None:
+        device, host, nbytes = copies
+        dst, src = (host, device) if to_slots else (device, host)
+        driver = self._device.driver
+        if pinned and driver.batches:
+            # Slots do not change while they are loaded, so they may be read at any time.
+            order = SourceOrder.STREAM if to_slots else SourceOrder.ANY
+            driver.copy_batch(order, dst, src, nbytes, stream)
+        else:
+            direction = Direction.TO_HOST if to_slots else Direction.TO_DEVICE
+            driver.copy_each(direction, dst, src, nbytes, stream)
+
+    def _cut(self, copies: Copies) -> tuple[Copies, NDArray[np.bool_]]:
+        """Copies so cut that none leaves or enters a piece, and which of them are pinned."""
+        pieces = self._pieces
+        if not len(pieces.begin):
+            return copies, np.zeros(len(copies.slots), dtype=np.bool_)
+        edges = np.unique(np.concatenate((pieces.begin, pieces.end)))
+        device, host, nbytes = copies
+        done: list[Copies] = []
+        while len(host):
+            after = np.searchsorted(edges, host, side="right")
+            room = np.full(len(host), 2**63, dtype=np.uint64)
+            bounded = after < len(edges)
+            room[bounded] = edges[after[bounded]] - host[bounded]
+            now = np.minimum(room, nbytes)
+            done.append(Copies(device, host, now))
+            left = now < nbytes
+            device, host, nbytes = (device + now)[left], (host + now)[left], (nbytes - now)[left]
+        cut = Copies(*(np.concatenate(column) for column in zip(*done, strict=True)))
+        at = pieces.find(cut.slots)
+        return cut, (at >= 0) & (cut.slots < pieces.end[at])

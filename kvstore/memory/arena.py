@@ -1,0 +1,355 @@
+"""The arena: one piece of shared memory that holds all slots, on the largest pages to be had.
+
+The daemon creates it and hands its descriptor to sessions of the same user; each maps it once. KV
+bytes are written into it by an engine's copier and read from it by whoever needs them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import mmap
+import os
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+from weakref import WeakValueDictionary
+
+from kvstore import _native
+from kvstore.errors import ConfigError, NotNow
+from kvstore.memory.room import check_room
+
+HUGE_PAGE: Final = 2 << 20
+_PREFAULT_PIECE: Final = 256 << 20
+_POPULATE_PIECE: Final = 8 << 20
+_MADV_HUGEPAGE: Final = 14
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+Progress = Callable[[int, int], None]
+
+
+class Arena:
+    """A shared mapping of `size` bytes at `address`. Close it when nobody copies any more."""
+
+    def __init__(self, fd: int, size: int, pages: str) -> None:
+        self.fd = fd
+        self.size = size
+        self.pages = pages
+        self.path: Path | None = None
+        """Its file, where it has a name."""
+        self._populating = False
+        self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED)
+        self._map.madvise(mmap.MADV_DONTDUMP)  # KV of all tenants
+        anchor = ctypes.c_char.from_buffer(self._map)
+        self.address = ctypes.addressof(anchor)
+        # Addresses are handed to native code as numbers; without an exported buffer the mapping
+        # could be closed under it, so `close` is the only way and callers drain copies first.
+        del anchor
+
+    @classmethod
+    def create(
+        cls,
+        size: int,
+        *,
+        huge_dir: Path | None = None,
+        path: Path | None = None,
+        prefault: bool = True,
+        private: bool = False,
+        progress: Progress | None = None,
+    ) -> Arena:
+        """A new arena of `size` bytes, rounded down to whole pages.
+
+        Tries reserved HugeTLB pages, then a file in `huge_dir`, then ordinary shared memory. With
+        `path` it is that file, on a tmpfs, for clients that open it by name.
+        `progress(done, total)` is told while pages are touched (about 1 GB/s the first time); what
+        it raises ends the attempt. Without `prefault` pages of a tmpfs or of HugeTLB are reserved
+        all the same: should they run out later, whoever touches them would be killed. A `private`
+        arena is smaller where little memory is free.
+
+        Raises:
+            ConfigError: `huge_dir` or `path` is not usable; `NotNow`: there is not enough memory.
+        """
+        size -= size % mmap.PAGESIZE
+        arena: Arena | None = None
+        try:
+            if path is not None:
+                arena = cls._named(size, path, reserve=not prefault, private=private)
+            else:
+                arena = cls._on_huge_pages(size, reserve=not prefault)
+                if arena is None and huge_dir is not None:
+                    arena = cls._in_folder(size, huge_dir, reserve=not prefault, private=private)
+                arena = arena or cls._plain(size, private=private)
+            if prefault:
+                arena.prefault(progress)
+        except BaseException as e:
+            if arena is not None:
+                arena.close()
+            if not isinstance(e, OSError):
+                raise
+            raise NotNow(
+                f"memory.size: {size} bytes of shared memory could not be had ({e}); "
+                "use a smaller memory.size or free memory"
+            ) from e
+        return arena
+
+    @classmethod
+    def attach(cls, fd: int, size: int, pages: str) -> Arena:
+        """Map an arena received from a daemon. Takes over `fd`.
+
+        All who attach the same memory in this process get the same mapping, so it is also pinned
+        for a GPU only once. It ends with the last reference to it, or in the child of a fork.
+
+        Raises:
+            OSError: the descriptor is no memory of that size, or could be shortened under us.
+        """
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size < size:
+            raise OSError(
+                f"the descriptor received is no memory of the {size} bytes announced "
+                f"(it has {status.st_size})"
+            )
+        # A file on a tmpfs cannot be sealed.
+        if pages != "tmpfs" and fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+            raise OSError("the memory received is not sealed, so its size could change")
+        file = (status.st_dev, status.st_ino, size)
+        with _attached_lock:
+            arena = _attached.get(file)
+            if arena is None:
+                arena = _attached[file] = cls(fd, size, pages)
+                arena.fd = -1  # The mapping has a descriptor of its own.
+        os.close(fd)
+        return arena
+
+    @classmethod
+    def _on_huge_pages(cls, size: int, *, reserve: bool) -> Arena | None:
+        rounded = size - size % HUGE_PAGE
+        if not rounded:
+            return None
+        try:
+            return cls._memfd(rounded, "hugetlb", os.MFD_HUGETLB | os.MFD_HUGE_2MB, reserve=reserve)
+        except OSError:  # No pages reserved: the usual case, and not an error.
+            return None
+
+    @classmethod
+    def _plain(cls, size: int, *, private: bool) -> Arena:
+        size = check_room(size, private=private)
+        return cls._memfd(size, "shmem")._advise()
+
+    @classmethod
+    def _memfd(cls, size: int, pages: str, flags: int = 0, *, reserve: bool = False) -> Arena:
+        fd = os.memfd_create("kvstore", flags | os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            _set_size(fd, size, reserve=reserve)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            return cls(fd, size, pages)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def _in_folder(cls, size: int, folder: Path, **how: bool) -> Arena:
+        try:
+            fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            raise ConfigError(
+                f"memory.huge_dir {folder}: {e.strerror}; give a folder on a tmpfs mounted with "
+                "huge=advise, e.g. mount -t tmpfs -o huge=advise,size=64G tmpfs /mnt/kvstore"
+            ) from e
+        return cls._on_tmpfs(fd, size, f"memory.huge_dir {folder}", **how)
+
+    @classmethod
+    def _named(cls, size: int, path: Path, **how: bool) -> Arena:
+        _remove_stale(path)
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = os.open(path, flags, 0o600)
+        except OSError as e:
+            raise ConfigError(
+                f"memory.path {path}: {e.strerror}; give a file in a folder of yours on a tmpfs, "
+                "e.g. /dev/shm/kvstore/arena"
+            ) from e
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as the daemon lives
+            arena = cls._on_tmpfs(fd, size, f"memory.path {path}", **how)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        arena.path = path
+        return arena
+
+    @classmethod
+    def _on_tmpfs(cls, fd: int, size: int, what: str, *, reserve: bool, private: bool) -> Arena:
+        try:
+            kind = _file_system(fd)
+            if kind not in ("tmpfs", "ramfs", "hugetlbfs"):
+                raise ConfigError(
+                    f"{what} is on a disk, which would be written all the time; give a place on a "
+                    "tmpfs, e.g. below /dev/shm"
+                )
+            space = os.fstatvfs(fd)
+            if space.f_blocks and space.f_bavail * space.f_frsize < size:  # 0: no limit
+                raise NotNow(
+                    f"{what} has room for {space.f_bavail * space.f_frsize} bytes, "
+                    f"memory.size is {size}; enlarge the tmpfs or lower memory.size"
+                )
+            if kind != "hugetlbfs":  # Its pages are counted apart.
+                size = check_room(size, private=private)
+            _set_size(fd, size, reserve=reserve)
+            return cls(fd, size, "tmpfs")._advise()
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def _advise(self) -> Arena:
+        try:
+            self._map.madvise(_MADV_HUGEPAGE)
+        except OSError:  # A kernel without huge pages; `huge` tells the truth later.
+            return self
+        return self
+
+    def prefault(self, progress: Progress | None = None) -> None:
+        """Touch every page, in pieces.
+
+        Raises:
+            OSError: memory ran out.
+        """
+        for start in range(0, self.size, _PREFAULT_PIECE):
+            if progress is not None:
+                progress(start, self.size)
+            _native.prefault(self.address + start, min(_PREFAULT_PIECE, self.size - start))
+        if progress is not None:
+            progress(self.size, self.size)
+
+    def populate(self) -> None:
+        """Begin to map what there is, in a thread, so that copies meet no page faults.
+
+        After the first of them: for that one it would be slower.
+        """
+        if not self._populating:
+            self._populating = True
+            with contextlib.suppress(RuntimeError):  # no more threads
+                threading.Thread(target=self._populate, daemon=True).start()
+
+    def _populate(self) -> None:
+        with contextlib.suppress(OSError):  # no memory
+            for at in range(0, self.size, _POPULATE_PIECE):  # Others, too, want the page tables.
+                left = min(_POPULATE_PIECE, self.size - at)
+                _native.prefault(self.address + at, left, write=False)
+
+    @property
+    def huge(self) -> bool:
+        """Whether the memory really lies on huge pages (read from the kernel after prefaulting)."""
+        if self.pages == "hugetlb":
+            return True
+        here = f"{self.address:x}-"
+        inside = False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if line.startswith(here):
+                inside = True
+            elif inside and line.startswith("ShmemPmdMapped:"):
+                return int(line.split()[1]) * 1024 * 2 > self.size
+        return False
+
+    def advice(self) -> str | None:
+        """One line on what 4 KiB pages cost and how to get larger ones; None on huge pages."""
+        if self.huge:
+            return None
+        return (
+            "arena on 4 KiB pages: copies run about a quarter slower and disk reads need one more "
+            f"copy; reserve huge pages with `sysctl vm.nr_hugepages={-(-self.size // HUGE_PAGE)}`"
+            " or set memory.huge_dir to a tmpfs mounted with huge=advise"
+        )
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """The bytes of a slot, for small tests and tools."""
+        return memoryview(self._map)[offset : offset + nbytes]
+
+    @property
+    def inode(self) -> int:
+        """Tells its file from others of the same name."""
+        return os.fstat(self.fd).st_ino
+
+    def unlink(self) -> None:
+        """Take its name away, if it has one; who has mapped it keeps it."""
+        if self.path is None:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if self.path.lstat().st_ino == self.inode:
+                self.path.unlink()
+        self.path = None
+
+    def close(self) -> None:
+        """Unmap and close, if it was created here. Nothing may be copying."""
+        if self.fd >= 0:
+            self.unlink()
+            self._map.close()
+            os.close(self.fd)
+            self.fd = -1
+
+
+_attached: Final[WeakValueDictionary[tuple[int, int, int], Arena]] = WeakValueDictionary()
+_attached_lock = threading.Lock()
+
+
+def _let_go() -> None:
+    """In the child of a fork."""
+    global _attached_lock
+    _attached_lock = threading.Lock()
+    for arena in list(_attached.values()):
+        arena._map.close()
+    _attached.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+def _set_size(fd: int, size: int, *, reserve: bool) -> None:
+    os.ftruncate(fd, size)
+    if reserve:
+        os.posix_fallocate(fd, 0, size)
+
+
+def _remove_stale(path: Path) -> None:
+    """Make way where a daemon that was killed has left its arena.
+
+    Raises:
+        ConfigError: what is there is not that, or a daemon uses it.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        raise ConfigError(
+            f"memory.path {path} is there already and is no arena of ours ({e.strerror}); choose "
+            "another name"
+        ) from e
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
+            raise ConfigError(
+                f"memory.path {path} is there already and is no file of this user; choose another "
+                "name"
+            )
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    except BlockingIOError:
+        raise ConfigError(
+            f"memory.path {path} is the arena of a daemon that runs; give each its own"
+        ) from None
+    finally:
+        os.close(fd)
+
+
+def _file_system(fd: int) -> str:
+    """Type of the file system that a file is on; empty if it cannot be found out."""
+    device = os.fstat(fd).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        mount, _, source = line.partition(" - ")
+        if mount.split()[2] == wanted:
+            return source.split()[0]
+    return ""

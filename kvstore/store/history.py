@@ -1,0 +1,87 @@
+"""Bounded memories: what became of blocks that are not here, and which were asked for.
+
+Belongs to the store's loop; nothing is thread-safe.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from mmap import mmap
+from typing import Final, NamedTuple
+
+from kvstore.blocks.spec import Namespace
+
+
+class Gone(NamedTuple):
+    """What became of a block, for what reason, when (Unix seconds), and for which namespace."""
+
+    reason: str
+    at: float
+    by: bytes  # its digest, or nothing
+
+
+class History:
+    """Remembers the last `limit` blocks that were dropped or removed, by key."""
+
+    def __init__(self, limit: int, wall: Callable[[], float] = time.time) -> None:
+        self._limit = limit
+        self._wall = wall
+        self._gone: OrderedDict[bytes, Gone] = OrderedDict()
+
+    def record(self, key: bytes, reason: str, by: Namespace | None = None) -> None:
+        """The block of `key` is not here any more, or was not taken in, for `reason`."""
+        self._gone.pop(key, None)
+        self._gone[key] = Gone(reason, self._wall(), b"" if by is None else by.digest)
+        if len(self._gone) > self._limit:
+            self._gone.popitem(last=False)
+
+    def forget(self, key: bytes) -> None:
+        """The block of `key` is here (again)."""
+        self._gone.pop(key, None)
+
+    def of(self, key: bytes) -> Gone | None:
+        """What became of the block of `key`; None when that is not known."""
+        return self._gone.get(key)
+
+    def __len__(self) -> int:
+        return len(self._gone)
+
+
+class Uses:
+    """Which blocks were asked for, and which by more requests than one.
+
+    A table of `size` numbers of 8 bytes, made from keys. Each has a row of it, in which the number
+    that was met longest ago makes room for a new one.
+    """
+
+    _ROW: Final = 4
+    _AGAIN: Final = 1
+
+    def __init__(self, size: int) -> None:
+        self._rows = size // self._ROW
+        self._table = memoryview(mmap(-1, 8 * size)).cast("Q")  # takes memory as it fills
+
+    def _row(self, key: bytes) -> tuple[int, int]:
+        """Where a key's row begins, and its number once it was asked for again."""
+        number = int.from_bytes(key[:8], "little")
+        return (number >> 1) % self._rows * self._ROW, number | self._AGAIN
+
+    def note(self, keys: Iterable[bytes], *, saved: bool = False) -> None:
+        """A request asks for these blocks; or `saved` them, which is a use if it did not ask."""
+        table, last = self._table, self._ROW - 1
+        for key in keys:
+            first, again = self._row(key)
+            number, at = again - self._AGAIN, first
+            while table[at] | self._AGAIN != again and at < first + last:
+                at += 1
+            if table[at] | self._AGAIN == again:
+                number = table[at] if saved else again
+            table[first + 1 : at + 1] = table[first:at]
+            table[first] = number
+
+    def again(self, key: bytes) -> bool:
+        """Whether more than one request asked for the block."""
+        first, again = self._row(key)
+        return again in self._table[first : first + self._ROW]

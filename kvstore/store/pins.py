@@ -1,0 +1,93 @@
+"""Pins that operators hold: they outlive the caller, but not the daemon.
+
+Belongs to the store's loop; nothing is thread-safe.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvstore.blocks.spec import Namespace
+from kvstore.store.explain import survey
+from kvstore.store.index import Lease, Payer
+
+if TYPE_CHECKING:
+    from kvstore.store.store import Store
+
+
+class PinOwner(NamedTuple):
+    """Holds the leases of one operator's pins."""
+
+    name: str
+
+
+class PinResult(NamedTuple):
+    """A pin: its id (empty: nothing was pinned), what it holds, why not more, and until when."""
+
+    id: str
+    blocks: int
+    nbytes: int
+    reason: str
+    expires: float  # Unix seconds
+
+
+class Pins:
+    """The pins of operators on a store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._numbers = itertools.count(1)
+
+    def pin(
+        self,
+        owner: str,
+        namespace: Namespace,
+        keys: Sequence[bytes],
+        ttl: float,
+        payer: Payer | None = None,
+    ) -> PinResult:
+        """Pin the stored prefix of `keys` for `ttl` seconds in `owner`'s name.
+
+        Raises:
+            ValueError: the owner has too many pins, or `payer` too much to remember.
+        """
+        found = survey(self._store, namespace, keys)
+        expires = self._store.clock.wall() + ttl
+        if not found.entries:
+            return PinResult("", 0, 0, found.reason, expires)
+        number = next(self._numbers)
+        holder = PinOwner(owner)
+        lease = self._store.pin_blocks(holder, number, found.entries, ttl, payer)
+        nbytes = sum(entry.nbytes for entry in lease.entries())
+        if not lease.blocks:
+            self._store.release(holder, number)
+            return PinResult("", 0, 0, "max_pinned", expires)
+        reason = found.reason if len(lease.blocks) == len(found.entries) else "max_pinned"
+        return PinResult(f"pin-{number}", len(lease.blocks), nbytes, reason, expires)
+
+    def _all(self) -> list[Lease]:
+        return [lease for lease in self._store.leases() if isinstance(lease.owner, PinOwner)]
+
+    def unpin(self, pin: str) -> int:
+        """End one pin; returns how many ended."""
+        held = [lease for lease in self._all() if f"pin-{lease.id}" == pin]
+        return sum(self._store.release(lease.owner, lease.id) for lease in held)
+
+    def unpin_owner(self, owner: str, tenants: frozenset[str] | None) -> int:
+        """End the pins of an owner, of these tenants only (None: of all); returns how many."""
+        held = [lease for lease in self._all() if lease.owner == PinOwner(owner)]
+        return sum(
+            self._store.release(lease.owner, lease.id)
+            for lease in held
+            if tenants is None or _tenant(lease) in tenants
+        )
+
+    def tenant_of(self, pin: str) -> str | None:
+        """Whose blocks a pin holds; None: there is no such pin."""
+        return next((_tenant(lease) for lease in self._all() if f"pin-{lease.id}" == pin), None)
+
+
+def _tenant(lease: Lease) -> str:
+    return next(lease.entries()).name.namespace.tenant

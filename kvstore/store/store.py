@@ -1,0 +1,724 @@
+"""The tier engine: reserve → commit → write-behind → evict → promote.
+
+One loop owns a `Store`: every method must be called from it, none blocks. Bulk bytes never pass
+through here; sessions copy them in and out of the arena, and the disk's threads bring results back
+through `post`, which must run a function on the loop.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from kvstore.blocks.spec import ModelIdentity, Namespace, Part
+from kvstore.clock import SYSTEM, Clock
+from kvstore.config import format_size
+from kvstore.memory.arena import Arena
+from kvstore.store.admission import Admission
+from kvstore.store.index import Entry, Lease, LeaseKind, Payer, Saving
+from kvstore.store.pins import Pins
+from kvstore.store.tiering import OpenDisk, Tiering
+from kvstore.store.usage import NamespaceUsage, Quota, TenantUsage
+from kvstore.tiers.base import ObjectName
+from kvstore.transport.protocol import BUSY, DISK, HAVE, MEMORY, NO_ROOM, TIER_NAMES
+
+
+@dataclass(slots=True)
+class Acquired:
+    """What an acquire brought: whole blocks from the start, in arena slots.
+
+    `tiers` says where each block of the prefix found lay, also those that have not come yet;
+    `reason` why not all have come.
+    """
+
+    blocks: list[list[Entry]]
+    tiers: list[int]
+    reason: str
+
+
+@dataclass(slots=True, eq=False)
+class Acquisition:
+    """A running acquire."""
+
+    lease: Lease
+    done: Callable[[Acquired], None]
+    started: float
+    enough: int
+    reads: bool = True  # somebody is to have the blocks, not only their memory
+    tiers: list[int] = field(default_factory=list)
+    reason: str = ""
+    ready: int = 0  # blocks from the start that are in memory
+    promoting: int = 0
+    failed: dict[Entry, str] = field(default_factory=dict)
+    started_all: bool = False
+    finished: bool = False
+
+
+_DROPPED: Final = {
+    "no_room": "the arena is full of blocks in use or being written",
+    "quota": "the tenant's quota is full of blocks in use or being written",
+    "admission": "the admission policy refuses them",
+    "draining": "the daemon is draining",
+    "parts": "their tenant has blocks of too many namespaces and layouts",
+    "held": "their tenant holds as much under leases as it may (server.max_held)",
+}
+
+
+MAX_LEASES: Final = 4096
+"""Of one owner: what it costs to remember them stays small against an arena."""
+
+MAX_OWED: Final = 128 << 20
+"""Bytes that what a payer asked for may take to remember."""
+
+_MAX_PARTS: Final = 4096
+"""Of one tenant, in all its namespaces."""
+
+_LEASE_WEIGHT: Final = 1000
+_KEY_WEIGHT: Final = 160
+"""Bytes that it takes to remember a lease, and each of its blocks."""
+
+_NOBODY: Final = NamespaceUsage(Namespace(ModelIdentity("nobody")), TenantUsage())
+"""Stands for a namespace that holds nothing."""
+
+
+class Store:
+    """Memory tier over an arena, and an optional disk tier below it.
+
+    Args:
+        arena: where objects live in memory.
+        post: runs a function on the loop; called from any thread.
+        chunk: bytes per chunk of the arena (0: chosen).
+        policy: eviction policy of the memory tier.
+        lease_seconds: life of read and write leases.
+        open_disk: opens the disk tier; None for none. May raise TierUnavailable, then the store
+            runs without and tries again every `retry_seconds`.
+        write_queue: bytes on their way to disk at most; committed objects beyond wait in memory.
+        max_pinned: part of the arena's bytes that pins may hold.
+        clock: what time it is.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        post: Callable[[Callable[[], None]], None],
+        *,
+        chunk: int = 0,
+        policy: str = "lru",
+        lease_seconds: float = 30.0,
+        open_disk: OpenDisk | None = None,
+        write_queue: int = 256 << 20,
+        retry_seconds: float = 5.0,
+        max_pinned: float = 1.0,
+        clock: Clock = SYSTEM,
+    ) -> None:
+        self.tiering = Tiering(
+            arena,
+            post,
+            clock,
+            chunk=chunk,
+            policy=policy,
+            open_disk=open_disk,
+            write_queue=write_queue,
+            retry_seconds=retry_seconds,
+        )
+        self.counters = self.tiering.counters
+        self.clock = clock
+        self._clock = clock.monotonic
+        self._lease_seconds = lease_seconds
+        self._leases: dict[Hashable, dict[int, Lease]] = {}
+        self._payers: dict[Hashable, Payer] = {}
+        self._prefetches = itertools.count(1)
+        self._acquiring = 0
+        self.draining = False
+        self.max_pinned_bytes = int(max_pinned * arena.size)
+        self.pins = Pins(self)
+        self.usage = self.tiering.usage
+        self.history = self.tiering.history
+        self.events = self.tiering.events
+        self.histograms = self.tiering.histograms
+
+    # -- saving ---------------------------------------------------------------------------------
+
+    def reserve(
+        self,
+        owner: Hashable,
+        lease_id: int,
+        namespace: Namespace,
+        keys: Sequence[bytes],
+        parts: Sequence[Part],
+        *,
+        saving: Saving | None = None,
+    ) -> tuple[list[int], str]:
+        """Slots for blocks about to be saved, `len(keys) × len(parts)` answers, block by block.
+
+        An answer is the slot's offset in the arena, or HAVE (stored already), BUSY (somebody else
+        is saving it) or NO_ROOM: the save is to be dropped. The second value says why then:
+        `no_room` (nothing more can be evicted), `held` (the payer may hold no more), `quota`,
+        `admission` or `draining`. `saving` says more about the blocks.
+
+        Raises:
+            ValueError: the owner holds a lease of that id, or too much is held.
+        """
+        saving = saving or Saving()
+        weight = len(keys) * _KEY_WEIGHT + 4 * len(saving.tokens)
+        lease = self._new_lease(owner, lease_id, LeaseKind.WRITE, weight)
+        lease.saving = saving
+        lease.saving.keys = keys
+        refusal = ""
+        if self.draining:
+            refusal = "draining"
+        elif self.tiering.admission.refuses(namespace.tenant):
+            refusal = "admission"
+        index = self.tiering.index
+        within = self._within(namespace)
+        known = [[index.usable(key, part, within) for part in parts] for key in keys]
+        # Before anything is evicted: what is there of this prompt is worth as much as the rest.
+        self.tiering.touch([entry for block in known for entry in block if entry is not None])
+        answers: list[int] = []
+        for key, entries in zip(keys, known, strict=True):
+            block: list[Entry] = []
+            for part, entry in zip(parts, entries, strict=True):
+                if entry is not None and not entry.gone:
+                    answer = HAVE
+                elif index.get(key, part, self._within(namespace)) is not None:
+                    answer = BUSY
+                else:
+                    answer = NO_ROOM
+                    if not refusal:
+                        entry = Entry(
+                            ObjectName(namespace, key, part),
+                            part.nbytes(namespace.block_tokens),
+                            self._clock(),
+                        )
+                        entry.writer = lease
+                        refusal = self._reserve(entry, lease.payer)
+                        if not refusal and entry.slot is not None:
+                            block.append(entry)
+                            answer = entry.slot.offset
+                    if refusal:
+                        self.counters.add("save.dropped", refusal)
+                        self.history.record(key, refusal)
+                answers.append(answer)
+            lease.blocks.append(block)
+        if refusal:
+            self.tiering.quiet.warning(f"save.{refusal}", "saves dropped: %s", _DROPPED[refusal])
+        return answers, refusal
+
+    def _reserve(self, entry: Entry, payer: Payer) -> str:
+        name = entry.name
+        refusal = self._too_much(payer, name.namespace, entry.nbytes, name.part)
+        refusal = refusal or self.tiering.reserve(entry) or ""
+        if not refusal:
+            self.usage.held(entry, 1)
+        return refusal
+
+    def _too_much(
+        self, payer: Payer, namespace: Namespace | None, more: int, part: Part | None = None
+    ) -> str:
+        """Why `more` bytes of a tenant may not be kept in use, or blocks of a part be had."""
+        if payer.most is None or namespace is None:
+            return ""
+        tenant = self.usage.tenants.get(namespace.tenant, _NOBODY.tenant)
+        known = self.usage.namespaces.get(namespace.digest, _NOBODY)
+        if part is not None and part not in known.parts and tenant.parts >= _MAX_PARTS:
+            return "parts"  # What describes it lies beside the arena.
+        return "held" if tenant.held_bytes + more > payer.most else ""
+
+    def commit(
+        self,
+        owner: Hashable,
+        lease_id: int,
+        *,
+        dropped: Iterable[int] = (),
+        checksums: Sequence[int] | None = None,
+    ) -> tuple[int, str]:
+        """Make the objects under a write lease visible, atomically per block, and end the lease.
+
+        `dropped` lists blocks (by position in the reserve) whose copy did not happen; `checksums`
+        gives the XXH3 of each reserved object, in order. Returns (blocks stored, reason why not
+        all): `lease` when there is no such lease or it has expired.
+        """
+        lease = self._leases.get(owner, {}).get(lease_id)
+        if lease is None or lease.kind is not LeaseKind.WRITE:
+            self.counters.add("commit.refused", "no_lease")
+            return 0, "lease"
+        if lease.withdrawn:
+            self.release(owner, lease_id)
+            self.counters.add("commit.refused", "expired")
+            return 0, "lease"
+        sums = iter(checksums) if checksums is not None else None
+        without = set(dropped)
+        committed: list[int] = []
+        ready: list[Entry] = []
+        for number, block in enumerate(lease.blocks):
+            for entry in block:
+                entry.checksum = next(sums, None) if sums is not None else None
+            if number in without or not block:
+                continue
+            for entry in block:
+                self._end_writing(entry)
+                self.counters.add("save.bytes", by=entry.nbytes)
+            ready += block
+            committed.append(number)
+        self.counters.add("save.blocks", by=len(committed))
+        self.release(owner, lease_id)
+        if lease.saving.ttl is not None:
+            for entry in ready:  # Before their way to disk begins, so that a crash forgets nothing.
+                self.tiering.expiry.set_ttl(entry, lease.saving.ttl)
+        self.tiering.committed(ready)
+        if ready:
+            ready[0].account.last_used = self._clock()
+            self._committed(lease.saving, committed, ready)
+        return len(committed), "dropped" if without else ""
+
+    def _committed(self, saving: Saving, numbers: list[int], entries: list[Entry]) -> None:
+        """Tell watchers of events of new blocks."""
+        namespace = entries[0].name.namespace
+        for first, end in _runs(numbers):
+            self.events.stored(
+                namespace,
+                saving.keys[first:end],
+                MEMORY,
+                parent=saving.keys[first - 1] if first else saving.parent,
+                token_ids=saving.tokens[
+                    first * namespace.block_tokens : end * namespace.block_tokens
+                ],
+            )
+
+    # -- loading --------------------------------------------------------------------------------
+
+    def lookup(
+        self,
+        keys: Sequence[bytes],
+        parts: Sequence[Part],
+        namespace: Namespace | None = None,
+        *,
+        again: bool = False,
+    ) -> tuple[list[int], str]:
+        """The tier of each block of the longest usable prefix, and why it ends there.
+
+        A block lies in the slowest tier of its parts. The reason is empty when all were found.
+        Only blocks of `namespace` count; None is for those who may use them all. `again`: the
+        request has been counted.
+        """
+        started = self._clock()
+        tiers, reason = self._find(keys, parts, namespace)
+        if not again:
+            block_tokens = 0 if namespace is None else namespace.block_tokens
+            in_memory = tiers.count(MEMORY)
+            counters = self.counters
+            counters.add("lookup.requests")
+            counters.add("lookup.hit_blocks", by=len(tiers))
+            counters.add("lookup.tokens", by=len(keys) * block_tokens)
+            counters.add("hit.tokens", "memory", by=in_memory * block_tokens)
+            counters.add("hit.tokens", "disk", by=(len(tiers) - in_memory) * block_tokens)
+            if reason:
+                counters.add("lookup.miss", reason)
+            self.tiering.asked(keys)
+        self.histograms.observe("seconds.lookup", self._clock() - started)
+        return tiers, reason
+
+    def _within(self, namespace: Namespace | None) -> NamespaceUsage | None:
+        """Whose objects may be used, for the index."""
+        if namespace is None:
+            return None
+        return self.usage.namespaces.get(namespace.digest, _NOBODY)
+
+    def _find(
+        self, keys: Sequence[bytes], parts: Sequence[Part], namespace: Namespace | None
+    ) -> tuple[list[int], str]:
+        index = self.tiering.index
+        within = self._within(namespace)
+        tiers = index.tiers(keys, parts[0], within)
+        for part in parts[1:]:
+            of_part = index.tiers(keys[: len(tiers)], part, within)
+            tiers = [max(pair) for pair in zip(tiers, of_part, strict=False)]
+        if len(tiers) == len(keys):
+            return tiers, ""
+        end = keys[len(tiers)]
+        missing = next(part for part in parts if index.usable(end, part, within) is None)
+        return tiers, index.why_not(end, missing, within)
+
+    def acquire(
+        self,
+        owner: Hashable,
+        lease_id: int,
+        keys: Sequence[bytes],
+        parts: Sequence[Part],
+        done: Callable[[Acquired], None],
+        *,
+        enough: int | None = None,
+        namespace: Namespace | None = None,
+        reads: bool = True,
+    ) -> Acquisition:
+        """Bring blocks into memory and hold them there under a read lease.
+
+        `done` is called once, on the loop, maybe before this returns: when all blocks have come, or
+        the first `enough` of them, or one cannot be had. It is given the prefix that is there by
+        then; the rest goes on coming up, for the next acquire. `settle` ends the waiting early.
+        `namespace` as for `lookup`. A prefix ends (`held`) where the payer may hold no more;
+        without `reads`, nobody wants the blocks yet, and nothing is counted.
+
+        Raises:
+            ValueError: the owner holds a lease of that id, or too much is held.
+        """
+        weight = len(keys) * _KEY_WEIGHT
+        lease = self._new_lease(owner, lease_id, LeaseKind.READ, weight)
+        running = Acquisition(lease, done, self._clock(), enough or len(keys), reads)
+        self._acquiring += 1
+        running.promoting = 1  # Held until all promotions are started.
+        within = self._within(namespace)
+        # In order, and holding nothing beyond the block at hand: later blocks that lie in memory
+        # must not keep earlier ones from coming up.
+        for key in keys:
+            block = self._block(key, parts, within)
+            if len(block) < len(parts):
+                _, running.reason = self._find([key], parts, namespace)
+                break
+            more = sum(e.nbytes for e in block if not (e.readers or e.writer))
+            if self._too_much(lease.payer, namespace, more):
+                running.reason = "held"
+                break
+            lease.blocks.append(block)
+            running.tiers.append(MEMORY if all(entry.in_memory for entry in block) else DISK)
+            self.hold(block)
+            for entry in block:
+                if not entry.in_memory:
+                    running.promoting += 1
+                    self.tiering.promote(entry, self._promotion_ended(running, entry))
+            if running.failed:
+                break
+        running.started_all = True
+        self._arrived(running)
+        return running
+
+    def settle(self, running: Acquisition, reason: str = "deadline") -> None:
+        """Answer a running acquire with what has arrived; the rest goes on in the background."""
+        if running.finished:
+            return
+        running.finished = True
+        self._acquiring -= 1
+        if running.reads:
+            self.histograms.observe("seconds.acquire", self._clock() - running.started)
+        lease = running.lease
+        if lease.released:
+            running.done(Acquired([], [], "released"))
+            return
+        ready = self._count_ready(running)
+        if ready < len(lease.blocks):
+            failed = [running.failed[e] for e in lease.blocks[ready] if e in running.failed]
+            running.reason = failed[0] if failed else reason
+        for entry in _entries(lease.blocks[ready:]):
+            self._end_reading(entry)
+        del lease.blocks[ready:]
+        if running.reads:
+            self.tiering.asked(block[0].name.key for block in lease.blocks)
+        self.tiering.touch(_entries(lease.blocks))
+        for tier, block in zip(running.tiers, lease.blocks if running.reads else (), strict=False):
+            self.counters.add("load.blocks", TIER_NAMES[tier])
+            self.counters.add("load.bytes", TIER_NAMES[tier], by=sum(e.nbytes for e in block))
+        running.done(Acquired(lease.blocks, running.tiers, running.reason))
+
+    def _count_ready(self, running: Acquisition) -> int:
+        blocks = running.lease.blocks
+        while running.ready < len(blocks) and all(e.in_memory for e in blocks[running.ready]):
+            running.ready += 1
+        return running.ready
+
+    def prefetch(
+        self,
+        keys: Sequence[bytes],
+        parts: Sequence[Part],
+        namespace: Namespace | None = None,
+        owner: Hashable = None,
+    ) -> int:
+        """Start to bring blocks into memory; returns how many were found in any tier.
+
+        `namespace` as for `lookup`. Until they have come, `owner` has a lease on them.
+
+        Raises:
+            ValueError: too much is held.
+        """
+        lease = -next(self._prefetches)
+
+        def arrived(_: Acquired) -> None:
+            self.release(owner, lease)
+
+        running = self.acquire(owner, lease, keys, parts, arrived, namespace=namespace, reads=False)
+        return len(running.tiers)
+
+    def _promotion_ended(self, running: Acquisition, entry: Entry) -> Callable[[str | None], None]:
+        def ended(error: str | None) -> None:
+            if error is not None:
+                running.failed[entry] = error
+            self._arrived(running)
+
+        return ended
+
+    def _arrived(self, running: Acquisition) -> None:
+        running.promoting -= 1
+        if running.promoting:
+            if running.started_all and self._count_ready(running) >= running.enough:
+                self.settle(running, "later")
+            return
+        self.settle(running)
+
+    # -- leases ---------------------------------------------------------------------------------
+
+    def release(self, owner: Hashable, lease_id: int, *, damaged: Iterable[int] = ()) -> bool:
+        """End a lease: uncommitted slots are freed, read and pin rights given back.
+
+        `damaged` lists blocks of a read lease that the reader found changed; they are removed.
+        """
+        leases = self._leases.get(owner)
+        lease = leases.pop(lease_id, None) if leases is not None else None
+        if lease is None or leases is None:
+            return False
+        if not leases:
+            del self._leases[owner]
+        if lease.kind is LeaseKind.READ:
+            for block in (lease.blocks[i] for i in set(damaged) if 0 <= i < len(lease.blocks)):
+                self.counters.add("load.failed", "damaged")
+                for entry in block:
+                    self.tiering.discard(entry, "damaged")
+        self._end(lease)
+        return True
+
+    def release_owner(self, owner: Hashable) -> None:
+        """End all leases of an owner that is gone."""
+        self._payers.pop(owner, None)
+        for lease in self._leases.pop(owner, {}).values():
+            self._end(lease)
+
+    def pin(
+        self,
+        owner: Hashable,
+        lease_id: int,
+        keys: Sequence[bytes],
+        parts: Sequence[Part],
+        ttl: float,
+        namespace: Namespace | None = None,
+    ) -> int:
+        """Keep a stored prefix from being evicted, in the tiers it lies in, for `ttl` seconds.
+
+        Returns the number of blocks pinned, fewer where `max_pinned_bytes` or the payer's limit is
+        reached. `namespace` as for `lookup`.
+
+        Raises:
+            ValueError: the owner holds a lease of that id, or too much is held.
+        """
+        blocks: list[list[Entry]] = []
+        within = self._within(namespace)
+        for key in keys:
+            block = self._block(key, parts, within)
+            if len(block) < len(parts):
+                break
+            blocks.append(block)
+        return len(self.pin_blocks(owner, lease_id, blocks, ttl).blocks)
+
+    def _block(
+        self, key: bytes, parts: Sequence[Part], within: NamespaceUsage | None
+    ) -> list[Entry]:
+        """The objects of a block that readers of `parts` can use; fewer if some are missing."""
+        index = self.tiering.index
+        return [entry for part in parts if (entry := index.usable(key, part, within))]
+
+    def pin_blocks(
+        self,
+        owner: Hashable,
+        lease_id: int,
+        blocks: Sequence[list[Entry]],
+        ttl: float,
+        payer: Payer | None = None,
+    ) -> Lease:
+        """Pin stored blocks, from the first one on, as far as pins (of their tenant) may hold more.
+
+        Raises:
+            ValueError: the owner holds a lease of that id, or too much is held.
+        """
+        weight = len(blocks) * _KEY_WEIGHT
+        lease = self._new_lease(owner, lease_id, LeaseKind.PIN, weight, ttl, payer)
+        room = self.max_pinned_bytes - self.usage.pinned_bytes
+        if lease.payer.most_pinned is not None and blocks:
+            tenant = blocks[0][0].account.tenant
+            room = min(room, lease.payer.most_pinned - tenant.pinned_bytes)
+        for block in blocks:
+            room -= sum(entry.nbytes for entry in block if not entry.pins)
+            if room < 0:
+                self.counters.add("pin.refused", "max_pinned")
+                break
+            for entry in block:
+                entry.pins += 1
+                if entry.pins == 1:
+                    self.usage.pinned(entry, 1)
+            lease.blocks.append(block)
+        return lease
+
+    def holds_leases(self, owner: Hashable) -> bool:
+        """Whether the owner has any lease."""
+        return owner in self._leases
+
+    def lease(self, owner: Hashable, lease_id: int) -> Lease | None:
+        """A lease of an owner, if it has that one."""
+        return self._leases.get(owner, {}).get(lease_id)
+
+    def hold(self, entries: Iterable[Entry]) -> None:
+        """Keep the slots of these from being given to others until `let_go`."""
+        for entry in entries:
+            if not (entry.readers or entry.writer):
+                self.usage.held(entry, 1)
+            entry.readers += 1
+
+    def let_go(self, entries: Iterable[Entry]) -> None:
+        """End what `hold` began."""
+        for entry in entries:
+            self._end_reading(entry)
+
+    def leases(self) -> list[Lease]:
+        """All leases."""
+        return [lease for held in self._leases.values() for lease in held.values()]
+
+    def charge(self, owner: Hashable, payer: Payer) -> None:
+        """From now on, until `release_owner`, `payer` pays for new leases of an owner."""
+        self._payers[owner] = payer
+
+    def _new_lease(
+        self,
+        owner: Hashable,
+        lease_id: int,
+        kind: LeaseKind,
+        weight: int,
+        ttl: float | None = None,
+        payer: Payer | None = None,
+    ) -> Lease:
+        payer = payer or self._payers.get(owner) or Payer()
+        weight += _LEASE_WEIGHT
+        held = self._leases.get(owner, {})
+        if lease_id in held:
+            raise ValueError(f"lease {lease_id} is held already; use a new number")
+        if len(held) >= MAX_LEASES or payer.owed + weight > MAX_OWED:
+            text = f"{len(held)} leases are held; release some first"
+            raise ValueError(f"{text} ({payer.owed} bytes are remembered for them)")
+        payer.owed += weight
+        now = self._clock()
+        expires = now + (self._lease_seconds if ttl is None else ttl)
+        lease = Lease(owner, lease_id, kind, expires, now, payer, weight)
+        self._leases.setdefault(owner, {})[lease_id] = lease
+        return lease
+
+    def _end(self, lease: Lease) -> None:
+        if lease.released:
+            return
+        lease.released = True
+        lease.payer.owed -= lease.weight
+        for entry in lease.entries():
+            if lease.kind is LeaseKind.PIN:
+                entry.pins -= 1
+                if not entry.pins:
+                    self.usage.pinned(entry, -1)
+                self.tiering.settle(entry)
+            elif lease.kind is LeaseKind.READ:
+                self._end_reading(entry)
+            elif entry.writer is lease:
+                self._end_writing(entry)
+                self.counters.add("save.dropped", "uncommitted")
+                self.tiering.discard(entry, "uncommitted")
+
+    def _end_writing(self, entry: Entry) -> None:
+        entry.writer = None
+        if not entry.readers:
+            self.usage.held(entry, -1)
+
+    def _end_reading(self, entry: Entry) -> None:
+        entry.readers -= 1
+        if not (entry.readers or entry.writer):
+            self.usage.held(entry, -1)
+        self.tiering.settle(entry)
+
+    def clear(self, namespace: Namespace | None = None) -> int:
+        """Remove every object (of `namespace`) that is not pinned or being written."""
+        victims = [
+            e
+            for e in self.tiering.index
+            if not e.pins and e.writer is None and namespace in (None, e.name.namespace)
+        ]
+        for entry in victims:
+            self.tiering.discard(entry, "cleared")
+        for cleared in {entry.name.namespace for entry in victims}:
+            self.events.cleared(cleared)
+        return len(victims)
+
+    # -- rules ----------------------------------------------------------------------------------
+
+    @property
+    def admission(self) -> Admission:
+        """What is let in; may be replaced at any time."""
+        return self.tiering.admission
+
+    @admission.setter
+    def admission(self, rules: Admission) -> None:
+        self.tiering.admission = rules
+
+    def set_quota(self, tenant: str, quota: Quota | None) -> None:
+        """Limit what a tenant may hold; None ends the limit. See `Quotas.set`."""
+        self.tiering.quotas.set(tenant, quota)
+
+    # -- upkeep ---------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Expire leases and look after the disk; call about once a second."""
+        now = self._clock()
+        for lease in self.leases():
+            if now < lease.expires or lease.withdrawn:
+                continue
+            self.counters.add("lease.expired", lease.kind.value)
+            if lease.kind is LeaseKind.PIN:
+                self.release(lease.owner, lease.id)
+            else:
+                lease.withdrawn = True
+        self.tiering.expiry.tick()
+        self.tiering.quotas.enforce()
+        self.tiering.look_after_disk()
+
+    def close(self) -> None:
+        """Let go of the disk; objects in memory are gone with the arena. May block."""
+        self.tiering.close()
+
+    def stats(self) -> dict[str, Any]:
+        """Usage, leases and counters, for people and metrics."""
+        return self.tiering.stats() | {
+            "leases": len(self.leases()),
+            "counters": self.counters.snapshot(),
+            "histograms": self.histograms.snapshot(),
+            "queues": {
+                "write_bytes": self.tiering.writes.bytes_under_way,
+                "write_objects": self.tiering.unwritten,
+                "acquiring": self._acquiring,
+            },
+        }
+
+    def check_object(self, part: Part, block_tokens: int) -> str | None:
+        """Why an object of this part can never be stored here; None if it can."""
+        nbytes = part.nbytes(block_tokens)
+        if self.tiering.memory.slot_bytes(nbytes) > self.tiering.memory.chunk:
+            return (
+                f"an object of group {part.group.name!r} takes {format_size(nbytes)}, a chunk of "
+                f"the arena holds {format_size(self.tiering.memory.chunk)}: raise memory.chunk (or "
+                "memory.size), or use fewer block_tokens"
+            )
+        return None
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Runs of consecutive numbers, as (first, end)."""
+    first = 0
+    for i in range(1, len(numbers) + 1):
+        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
+            yield numbers[first], numbers[i - 1] + 1
+            first = i
+
+
+def _entries(blocks: Iterable[list[Entry]]) -> list[Entry]:
+    return [entry for block in blocks for entry in block]

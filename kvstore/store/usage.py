@@ -1,0 +1,206 @@
+"""Who holds how much: bytes and objects per namespace and tenant, and the limits of tenants.
+
+Belongs to the store's loop; nothing is thread-safe.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from kvstore.blocks.spec import Namespace, Part
+
+if TYPE_CHECKING:
+    from kvstore.store.index import Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """What a tenant may hold, in bytes; None: no limit."""
+
+    memory: int | None = None
+    disk: int | None = None
+
+
+class TierShare:
+    """What a tenant holds in one tier.
+
+    `order` has its objects there, coldest first, while the tenant has a quota for the tier: its
+    own blocks have to go then, not the coldest of all.
+    """
+
+    __slots__ = ("limit", "nbytes", "order")
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self.limit: int | None = None
+        self.order: OrderedDict[Entry, None] | None = None
+
+    def over(self, more: int = 0) -> int:
+        """Bytes too many, were there `more` of them."""
+        return 0 if self.limit is None else max(0, self.nbytes + more - self.limit)
+
+    def took(self, entry: Entry) -> None:
+        """The entry has a place in this tier now."""
+        self.nbytes += entry.nbytes
+        if self.order is not None:
+            self.order[entry] = None
+
+    def keep_order(self, entries: Iterable[Entry]) -> None:
+        """From now on know which of these, coldest first, and of later ones is to go first."""
+        self.order = OrderedDict.fromkeys(entries)
+
+    def coldest(self, tries: int) -> Iterator[Entry]:
+        """The coldest entries; each one looked at counts as used, should it turn out to stay."""
+        for _ in range(min(tries, len(self.order or ()))):
+            if not self.order:
+                return
+            entry = next(iter(self.order))
+            self.order.move_to_end(entry)
+            yield entry
+
+    def touched(self, entry: Entry) -> None:
+        """The entry was used, so it is the last to go."""
+        if self.order is not None and entry in self.order:
+            self.order.move_to_end(entry)
+
+    def gave(self, entry: Entry) -> None:
+        """The entry has lost its place in this tier."""
+        self.nbytes -= entry.nbytes
+        if self.order is not None:
+            self.order.pop(entry, None)
+
+
+class TenantUsage:
+    """What a tenant holds."""
+
+    __slots__ = ("disk", "held_bytes", "memory", "namespaces", "objects", "parts", "pinned_bytes")
+
+    def __init__(self) -> None:
+        self.namespaces = self.objects = 0
+        self.parts = 0  # of all its namespaces
+        self.memory = TierShare()
+        self.disk = TierShare()
+        self.held_bytes = 0  # being saved or read, so that they cannot leave memory
+        self.pinned_bytes = 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes in memory, half-written ones included."""
+        return self.memory.nbytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes on disk, half-written ones included."""
+        return self.disk.nbytes
+
+
+@dataclass(slots=True, eq=False)
+class NamespaceUsage:
+    """What is stored of one namespace. `last_used` by the clock; `parts` counts objects."""
+
+    namespace: Namespace
+    tenant: TenantUsage
+    objects: int = 0
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+    last_used: float = 0.0
+    parts: dict[Part, int] = field(default_factory=dict)
+
+
+class Usage:
+    """Accounts of all namespaces and tenants; `clock` gives monotonic seconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.namespaces: dict[bytes, NamespaceUsage] = {}
+        self.tenants: dict[str, TenantUsage] = {}
+        self.quotas: dict[str, Quota] = {}
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of objects that are pinned."""
+        return sum(tenant.pinned_bytes for tenant in self.tenants.values())
+
+    def account(self, namespace: Namespace) -> NamespaceUsage:
+        """The account of a namespace, opened on demand."""
+        known = self.namespaces.get(namespace.digest)
+        if known is None:
+            tenant = self.tenant(namespace.tenant)
+            tenant.namespaces += 1
+            known = NamespaceUsage(namespace, tenant, last_used=self._clock())
+            self.namespaces[namespace.digest] = known
+        return known
+
+    def tenant(self, name: str) -> TenantUsage:
+        """The account of a tenant, opened on demand."""
+        return self.tenants.setdefault(name, TenantUsage())
+
+    def added(self, entry: Entry) -> None:
+        """An object was indexed."""
+        account = entry.account = self.account(entry.name.namespace)
+        account.objects += 1
+        account.tenant.objects += 1
+        part = entry.name.part
+        account.tenant.parts += part not in account.parts
+        account.parts[part] = account.parts.get(part, 0) + 1
+
+    def removed(self, entry: Entry) -> None:
+        """An object was taken out of the index."""
+        account = entry.account
+        account.objects -= 1
+        account.tenant.objects -= 1
+        part = entry.name.part
+        account.parts[part] -= 1
+        if not account.parts[part]:
+            del account.parts[part]
+            account.tenant.parts -= 1
+        self.close_if_empty(account)
+
+    def took_memory(self, entry: Entry) -> None:
+        """An indexed object was given a slot."""
+        entry.account.memory_bytes += entry.nbytes
+        entry.account.tenant.memory.took(entry)
+
+    def gave_memory(self, entry: Entry) -> None:
+        """An object's slot was freed."""
+        entry.account.memory_bytes -= entry.nbytes
+        entry.account.tenant.memory.gave(entry)
+        self.close_if_empty(entry.account)
+
+    def took_disk(self, entry: Entry) -> None:
+        """An indexed object was given a place on disk."""
+        entry.account.disk_bytes += entry.nbytes
+        entry.account.tenant.disk.took(entry)
+
+    def gave_disk(self, entry: Entry) -> None:
+        """An object's place on disk was freed."""
+        entry.account.disk_bytes -= entry.nbytes
+        entry.account.tenant.disk.gave(entry)
+        self.close_if_empty(entry.account)
+
+    def held(self, entry: Entry, by: int) -> None:
+        """Somebody saves or reads the entry now (1), or nobody does any more (-1)."""
+        entry.account.tenant.held_bytes += by * entry.nbytes
+
+    def pinned(self, entry: Entry, by: int) -> None:
+        """The entry's first pin came (1) or its last one ended (-1)."""
+        entry.account.tenant.pinned_bytes += by * entry.nbytes
+
+    def close_tenant_if_empty(self, name: str) -> None:
+        """Forget a tenant that has neither blocks nor a quota."""
+        usage = self.tenants.get(name)
+        if usage is not None and not usage.namespaces and name not in self.quotas:
+            del self.tenants[name]
+
+    def close_if_empty(self, account: NamespaceUsage) -> None:
+        """Forget a namespace that holds nothing."""
+        if account.objects or account.memory_bytes or account.disk_bytes:
+            return
+        namespace = account.namespace
+        if self.namespaces.pop(namespace.digest, None) is None:
+            return
+        account.tenant.namespaces -= 1
+        self.close_tenant_if_empty(namespace.tenant)

@@ -1,0 +1,354 @@
+"""The format of a slab and its table: header and records. No I/O here.
+
+`docs/formats.md` describes every field. Integers are little-endian. Nothing read from the file is
+used before its checksum and its bounds are checked, and nothing in it can execute.
+"""
+
+from __future__ import annotations
+
+import secrets
+import struct
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from kvstore._native import xxh3_64
+from kvstore.blocks.spec import Namespace, Part
+from kvstore.errors import ConfigError, FormatError, SpecError
+from kvstore.memory.slots import ALIGNMENT, MAX_SLOTS_PER_CHUNK, align
+from kvstore.tiers.base import ObjectName
+
+MAGIC: Final = b"KVSLAB\r\n"
+VERSION: Final = 1
+HEADER_BYTES: Final = ALIGNMENT
+"""The first page of both files; the dictionary follows it in the table, the data in the slab."""
+
+RECORD_BYTES: Final = 128
+RESERVE: Final = 1 << 16
+"""Bytes of the capacity left to the lock file and to the file system's own map of the files."""
+
+_MAX_DICTIONARY: Final = 1 << 21
+_STORE_ID_BYTES: Final = 16
+_HEADER: Final = struct.Struct(f"<8sI4x{_STORE_ID_BYTES}s9Q")
+_U64: Final = struct.Struct("<Q")
+
+
+def checksum(data: bytes | bytearray | memoryview) -> int:
+    """XXH3 (64 bits, seed 0) of `data`."""
+    array = np.frombuffer(data, np.uint8)
+    return xxh3_64(array.ctypes.data, array.nbytes)
+
+
+class Header(msgspec.Struct, frozen=True):
+    """Where everything lies; written once, when the slab is made, and equal in both files.
+
+    Sizes and offsets are bytes, `created` is in Unix seconds. `capacity` is the one the slab was
+    made for; the one in force is a setting. The table has rows for `table_chunks` chunks from
+    `table_offset` on; the data starts at `data_offset` in the slab.
+    """
+
+    store_id: bytes
+    capacity: int
+    chunk: int
+    min_slot: int
+    slots_per_chunk: int
+    dictionary_bytes: int
+    table_offset: int
+    table_chunks: int
+    data_offset: int
+    created: int
+
+    @classmethod
+    def plan(cls, capacity: int, chunk: int) -> Header:
+        """The layout of a new slab that stays within `capacity` bytes.
+
+        Raises:
+            ConfigError: not even one chunk fits.
+        """
+        min_slot = max(ALIGNMENT, align(chunk // MAX_SLOTS_PER_CHUNK))
+        slots_per_chunk = chunk // min_slot
+        dictionary_bytes = min(_MAX_DICTIONARY, max(1 << 16, align(capacity // 64)))
+        chunks = max(0, capacity - RESERVE) // chunk
+        row = slots_per_chunk * RECORD_BYTES
+        # Room for the capacity to grow up to fourfold, for at most 0.4 % of it.
+        table_chunks = chunks + min(3 * chunks, capacity // 256 // row)
+        header = cls(
+            store_id=secrets.token_bytes(_STORE_ID_BYTES),
+            capacity=capacity,
+            chunk=chunk,
+            min_slot=min_slot,
+            slots_per_chunk=slots_per_chunk,
+            dictionary_bytes=dictionary_bytes,
+            table_offset=HEADER_BYTES + dictionary_bytes,
+            table_chunks=table_chunks,
+            data_offset=HEADER_BYTES,
+            created=int(time.time()),
+        )
+        header.chunks_within(capacity)
+        return header
+
+    def chunks_within(self, capacity: int) -> int:
+        """Chunks that `capacity` bytes of disk and the table have room for.
+
+        Raises:
+            ConfigError: not even one.
+        """
+        chunks = self.chunks_wanted(capacity)
+        if chunks < 1:
+            least = self.table_bytes + self.data_offset + self.chunk + RESERVE
+            raise ConfigError(
+                f"disk.size is {capacity} bytes; with chunks of {self.chunk} bytes the slab needs "
+                f"at least {least}: raise disk.size, or lower disk.chunk and start a new slab"
+            )
+        return min(chunks, self.table_chunks)
+
+    def chunks_wanted(self, capacity: int) -> int:
+        """Chunks that `capacity` bytes of disk have room for."""
+        return max(0, capacity - RESERVE - self.table_bytes - self.data_offset) // self.chunk
+
+    @property
+    def table_bytes(self) -> int:
+        """Size of the table file."""
+        return align(self.table_offset + self.table_chunks * self.slots_per_chunk * RECORD_BYTES)
+
+    def slab_bytes(self, chunks: int) -> int:
+        """Size of a slab file with all of `chunks` chunks in use."""
+        return self.data_offset + chunks * self.chunk
+
+    def chunks_in_file(self, file_bytes: int) -> int:
+        """Chunks that a slab file of this size holds at least in part."""
+        chunks = -(-max(0, file_bytes - self.data_offset) // self.chunk)
+        return min(chunks, self.table_chunks)
+
+    def index(self, offset: int, slot_bytes: int) -> int:
+        """The number of the record of the slot at `offset` in the data area."""
+        number, inside = divmod(offset, self.chunk)
+        return number * self.slots_per_chunk + inside // slot_bytes
+
+    def record_offset(self, index: int) -> int:
+        """Where record `index` lies in the table file."""
+        return self.table_offset + index * RECORD_BYTES
+
+    def pack(self) -> bytes:
+        """The header page."""
+        body = _HEADER.pack(
+            MAGIC,
+            VERSION,
+            self.store_id,
+            self.capacity,
+            self.chunk,
+            self.min_slot,
+            self.slots_per_chunk,
+            self.dictionary_bytes,
+            self.table_offset,
+            self.table_chunks,
+            self.data_offset,
+            self.created,
+        ).ljust(HEADER_BYTES - _U64.size, b"\0")
+        return body + _U64.pack(checksum(body))
+
+    @classmethod
+    def unpack(cls, raw: bytes, path: Path) -> Header:
+        """The header in a header page.
+
+        Raises:
+            FormatError: not a slab, of another version, or damaged; the message says which, and
+                what to do.
+        """
+        if raw[: len(MAGIC)] != MAGIC:
+            raise FormatError(
+                f"{path} is no slab of kvstore, or its first bytes are damaged; nothing was "
+                "changed. Run `kvstore fsck`, move the file away, or set disk.path to another "
+                "folder"
+            )
+        damaged = FormatError(
+            f"the header of {path} is damaged; nothing was changed. Run `kvstore fsck --repair`, "
+            "or move the file away to start with an empty slab"
+        )
+        if len(raw) != HEADER_BYTES:
+            raise damaged
+        _, version, *fields = _HEADER.unpack_from(raw)
+        if version != VERSION:
+            raise FormatError(
+                f"{path} has format version {version}; this kvstore reads version {VERSION}. Use "
+                "the kvstore that wrote it, or move the file away to start with an empty slab"
+            )
+        body, stored = raw[: -_U64.size], _U64.unpack(raw[-_U64.size :])[0]
+        header = cls(*fields)
+        if checksum(body) != stored or not header._possible():
+            raise damaged
+        return header
+
+    def _possible(self) -> bool:
+        """Whether the values fit together; a checksum alone does not say who wrote them."""
+        return (
+            self.chunk >= ALIGNMENT
+            and self.chunk % ALIGNMENT == 0
+            and self.min_slot == max(ALIGNMENT, align(self.chunk // MAX_SLOTS_PER_CHUNK))
+            and self.slots_per_chunk == self.chunk // self.min_slot
+            and 2 * ALIGNMENT <= self.dictionary_bytes <= _MAX_DICTIONARY
+            and self.dictionary_bytes % (2 * _U64.size) == 0
+            and self.table_offset == HEADER_BYTES + self.dictionary_bytes
+            and 1 <= self.table_chunks < 1 << 40
+            and self.data_offset == HEADER_BYTES
+        )
+
+
+# --- Records --------------------------------------------------------------------------------------
+
+RECORD: Final = np.dtype(
+    [
+        ("magic", "<u4"),
+        ("state", "<u4"),
+        ("key", "V32"),
+        ("namespace", "<u4"),
+        ("part", "<u4"),
+        ("slot_bytes", "<u8"),
+        ("nbytes", "<u8"),
+        ("checksum", "<u8"),
+        ("sequence", "<u8"),
+        ("created", "<u8"),
+        ("expires", "<u8"),
+        ("reserved", "V24"),
+        ("record_checksum", "<u8"),
+    ]
+)
+RECORD_MAGIC: Final = 0x5253564B  # "KVSR"
+COMMITTED: Final = 1
+EMPTY_RECORD: Final = bytes(RECORD_BYTES)
+
+_BODY_BYTES: Final = RECORD_BYTES - _U64.size
+_BODY: Final = struct.Struct("<II32sII6Q24x")
+# What a record's checksum covers beyond its own body: the slab and the place it belongs to, and
+# what the two numbers in it stand for. A record that was copied from elsewhere, or whose numbers
+# mean something else by now, is not valid.
+_SEED: Final = struct.Struct(f"<{_BODY_BYTES}s{_STORE_ID_BYTES}sQ32s16s")
+
+Rows = npt.NDArray[np.void]
+
+
+def pack_record(
+    header: Header,
+    index: int,
+    name: ObjectName,
+    ids: tuple[int, int],
+    *,
+    slot_bytes: int,
+    nbytes: int,
+    data_checksum: int,
+    sequence: int,
+    created: int,
+    expires: int,
+) -> bytes:
+    """The record of a whole object; `ids` are the dictionary's numbers of namespace and part.
+
+    `created` and `expires` (0: never) in Unix seconds.
+    """
+    body = _BODY.pack(
+        RECORD_MAGIC,
+        COMMITTED,
+        name.key,
+        *ids,
+        slot_bytes,
+        nbytes,
+        data_checksum,
+        sequence,
+        created,
+        expires,
+    )
+    return body + _U64.pack(_record_checksum(header, index, body, name.namespace, name.part))
+
+
+def _record_checksum(
+    header: Header, index: int, body: bytes, namespace: Namespace, part: Part
+) -> int:
+    return checksum(_SEED.pack(body, header.store_id, index, namespace.digest, part.variant))
+
+
+class ChunkCheck(NamedTuple):
+    """What became of one chunk's records: positions of live ones, and why others are not."""
+
+    live: list[int]
+    bad: dict[int, str]
+
+
+class RecordChecker:
+    """Tells whole records from damaged, impossible and stale ones."""
+
+    def __init__(
+        self,
+        header: Header,
+        namespaces: Mapping[int, Namespace],
+        parts: Mapping[int, Part],
+        file_bytes: int,
+    ) -> None:
+        self._header = header
+        self._namespaces = namespaces
+        self._parts = parts
+        self._file_bytes = file_bytes
+        self._object_bytes: dict[tuple[int, int], int] = {}
+
+    def check(self, number: int, rows: Rows) -> ChunkCheck:
+        """Judge the records of chunk `number`. Reasons:
+
+        `record_checksum`: torn, flipped, or from another place. `unknown_name`: its namespace or
+        part is not in the dictionary. `impossible`: sizes that do not fit together. `beyond_end`:
+        the file ends before the object does. `class_mismatch`: the chunk was given to another
+        size later.
+        """
+        live: list[int] = []
+        bad: dict[int, str] = {}
+        used = rows.view(np.uint64).reshape(len(rows), -1).any(axis=1)
+        for position in np.flatnonzero(used).tolist():
+            reason = self._judge(number, position, rows[position])
+            if reason is None:
+                live.append(position)
+            else:
+                bad[position] = reason
+        if live:
+            newest = max(live, key=lambda position: int(rows["sequence"][position]))
+            size = rows["slot_bytes"][newest]
+            for position in [p for p in live if rows["slot_bytes"][p] != size]:
+                live.remove(position)
+                bad[position] = "class_mismatch"
+        return ChunkCheck(live, bad)
+
+    def _judge(self, number: int, position: int, row: np.void) -> str | None:
+        header = self._header
+        raw = row.tobytes()
+        body, stored = raw[:_BODY_BYTES], _U64.unpack(raw[_BODY_BYTES:])[0]
+        magic, state, _, namespace_id, part_id, slot_bytes, nbytes, *_ = _BODY.unpack(body)
+        if magic != RECORD_MAGIC or state != COMMITTED:
+            return "record_checksum"
+        namespace, part = self._namespaces.get(namespace_id), self._parts.get(part_id)
+        if namespace is None or part is None:
+            return "unknown_name"
+        index = number * header.slots_per_chunk + position
+        if _record_checksum(header, index, body, namespace, part) != stored:
+            return "record_checksum"
+        start = position * slot_bytes
+        if (
+            not 0 < nbytes <= slot_bytes
+            or slot_bytes != max(header.min_slot, align(nbytes))
+            or start + slot_bytes > header.chunk
+            or nbytes != self._expected(namespace_id, part_id, namespace, part)
+        ):
+            return "impossible"
+        if header.data_offset + number * header.chunk + start + align(nbytes) > self._file_bytes:
+            return "beyond_end"
+        return None
+
+    def _expected(self, namespace_id: int, part_id: int, namespace: Namespace, part: Part) -> int:
+        """Bytes of an object of this kind; -1 when there can be none."""
+        pair = (namespace_id, part_id)
+        if pair not in self._object_bytes:
+            try:
+                self._object_bytes[pair] = part.nbytes(namespace.block_tokens)
+            except SpecError:
+                self._object_bytes[pair] = -1
+        return self._object_bytes[pair]

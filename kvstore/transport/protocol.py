@@ -1,0 +1,415 @@
+"""The messages between a session and a daemon, and how they are framed.
+
+A frame is ``u32 length ‖ u64 request id ‖ MessagePack``, all little-endian; `length` counts the
+MessagePack alone. Request id 0 asks for no reply. A message is a map tagged by ``type``, decoded
+into the structs below and nothing else: nothing executes from the wire, and every size is bounded
+before anything is allocated. docs/protocol.md tells the same in prose.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final, TypeVar
+
+import msgspec
+
+from kvstore.blocks.keys import KEY_BYTES, split_keys
+from kvstore.blocks.spec import Namespace, Part
+from kvstore.errors import ProtocolError
+
+VERSION: Final = 1
+HEADER: Final = struct.Struct("<IQ")
+MAX_FRAME: Final = 8 << 20
+MAX_KEYS: Final = 1 << 16
+MAX_PARTS: Final = 256
+MAX_OBJECTS: Final = 1 << 18
+"""In one request: keys × parts."""
+
+MAX_OPEN: Final = 1024
+MAX_WAIT: Final = 600.0
+"""Seconds that a request may ask the daemon to wait."""
+
+# Data connections of sessions over TCP.
+STREAM_MARK: Final = b"KVSTREAM"
+"""What a data connection begins with, before TLS if there is any: no frame and no TLS does."""
+TICKET_BYTES: Final = 16
+MAX_STREAMS: Final = 16
+MAX_BATCH: Final = 4096
+"""Objects in one `put` or `get`."""
+MAX_STREAM_FRAME: Final = 1 << 17
+
+# Answers to a reserve that are no slot.
+HAVE: Final = -1
+NO_ROOM: Final = -2
+BUSY: Final = -3
+
+# Tiers, fastest first.
+MEMORY: Final = 1
+DISK: Final = 2
+TIER_NAMES: Final = {MEMORY: "memory", DISK: "disk"}
+
+
+_T = TypeVar("_T")
+_ALL_NAMES: Final = tuple(TIER_NAMES.get(code, "unknown") for code in range(256))
+
+
+def tier_names(codes: bytes) -> tuple[str, ...]:
+    """Names for a byte per block; `unknown` for tiers that a newer daemon may have."""
+    return tuple(map(_ALL_NAMES.__getitem__, codes))
+
+
+class Message(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """Base of all messages."""
+
+
+class Hello(Message, tag="hello"):
+    """First message of a session. `token` is needed where the daemon has tokens."""
+
+    version: int
+    software: str
+    pid: int
+    token: str = ""
+
+
+class Welcome(Message, tag="welcome"):
+    """Answer to `Hello`; on a unix socket the arena's descriptor travels with it.
+
+    `session` numbers the session, for operators. `arena_path` names the arena's file, where it has
+    a name, for clients that descriptors do not reach; `arena_inode` tells that it is the right one.
+    Over TCP no arena is handed out, and `ticket` admits data connections to the session.
+    """
+
+    version: int
+    software: str
+    session: int
+    arena_bytes: int
+    arena_pages: str
+    lease_seconds: float
+    arena_path: str = ""
+    arena_inode: int = 0
+    ticket: bytes = b""
+
+
+class Open(Message, tag="open"):
+    """Declares what a session stores: a namespace and the parts of every block."""
+
+    namespace: Namespace
+    parts: tuple[Part, ...]
+
+
+class Opened(Message, tag="opened"):
+    """`handle` stands for the namespace and parts from now on."""
+
+    handle: int
+
+
+class Lookup(Message, tag="lookup"):
+    """How long is the usable prefix of `keys` (32 bytes each, joined)?
+
+    `again`: asked for the same request before, so it does not count as one.
+    """
+
+    handle: int
+    keys: bytes
+    again: bool = False
+
+
+class Found(Message, tag="found"):
+    """One byte per block found: its tier. `reason` says why the prefix ends.
+
+    A read from disk takes `disk_seconds_per_byte` once the disk begins with it, after `disk_wait`.
+    """
+
+    tiers: bytes
+    reason: str
+    disk_seconds_per_byte: float
+    disk_wait: float = 0.0
+
+
+class Reserve(Message, tag="reserve"):
+    """Slots for blocks to be saved, under a new lease numbered by the client.
+
+    `parent` is the key before the first one; `tokens`, for watchers of events, the blocks' token
+    ids as u32 little-endian; `ttl` seconds after they are committed the blocks expire. All three
+    may be left out.
+    """
+
+    handle: int
+    lease: int
+    keys: bytes
+    parent: bytes = b""
+    tokens: bytes = b""
+    ttl: float | None = None
+
+
+class Reserved(Message, tag="reserved"):
+    """i64 little-endian per key and part: an offset, or a negative answer of `Store.reserve`.
+
+    `reason` says why there was no room: `no_room`, `quota`, `admission` or `draining`.
+    """
+
+    slots: bytes
+    reason: str = ""
+
+
+class Commit(Message, tag="commit"):
+    """Makes reserved blocks visible, without those `dropped`; ends the lease."""
+
+    lease: int
+    dropped: tuple[int, ...] = ()
+    checksums: tuple[int, ...] | None = None
+
+
+class Committed(Message, tag="committed"):
+    """How many blocks are visible now."""
+
+    blocks: int
+    reason: str
+
+
+class Acquire(Message, tag="acquire"):
+    """Bring blocks to memory and hold them under a new lease.
+
+    Answered when all have come, or the first `enough` of them, or after `wait` seconds.
+    """
+
+    handle: int
+    lease: int
+    keys: bytes
+    wait: float
+    enough: int
+
+
+class Held(Message, tag="held"):
+    """i64 offsets per block and part, of the blocks that have come.
+
+    `tiers` has a byte for every block found, come or not; `other` gives the layouts that are not
+    the session's own, by position in `slots`.
+    """
+
+    slots: bytes
+    tiers: bytes
+    reason: str
+    other: dict[int, Part] = {}
+    checksums: tuple[int | None, ...] = ()
+
+
+class Release(Message, tag="release"):
+    """Ends a lease, whatever it was for. Sent without wanting a reply.
+
+    `damaged` lists blocks, by position in the acquire, whose checksum was wrong: they are removed.
+    """
+
+    lease: int
+    damaged: tuple[int, ...] = ()
+
+
+class Prefetch(Message, tag="prefetch"):
+    """Start to bring blocks into memory."""
+
+    handle: int
+    keys: bytes
+
+
+class Pin(Message, tag="pin"):
+    """Keep blocks from eviction for `ttl` seconds, under a new lease."""
+
+    handle: int
+    lease: int
+    keys: bytes
+    ttl: float
+
+
+class Count(Message, tag="count"):
+    """How many blocks a request concerned."""
+
+    blocks: int
+
+
+class Flush(Message, tag="flush"):
+    """Wait at most `wait` seconds until everything committed is on disk."""
+
+    wait: float
+
+
+class Flushed(Message, tag="flushed"):
+    """Objects that are not on disk, of those saved before (0 when there is no disk tier).
+
+    -1: all are written, but the disk did not say in time that it keeps them.
+    """
+
+    unwritten: int
+
+
+class Clear(Message, tag="clear"):
+    """Remove all objects of the namespace that nobody holds."""
+
+    handle: int
+
+
+class Control(Message, tag="control"):
+    """Open the orchestration API, if it is not: a private daemon has none until it is asked."""
+
+
+class Controlled(Message, tag="controlled"):
+    """The socket of the API."""
+
+    path: str
+
+
+class Attach(Message, tag="attach"):
+    """First message of a data connection: it belongs to this session. Its ticket proves it."""
+
+    session: int
+    ticket: bytes
+
+
+class Attached(Message, tag="attached"):
+    """Answer to `Attach`."""
+
+
+class Put(Message, tag="put"):
+    """Objects for slots under a write lease; their bytes follow the frame, in order.
+
+    `slots` as in `Reserved`, `checksums` u64 little-endian: the XXH3 of each object.
+    """
+
+    lease: int
+    slots: bytes
+    checksums: bytes
+
+
+class Taken(Message, tag="taken"):
+    """Answer to `Put`, by position in it: `damaged` objects did not arrive as they were sent."""
+
+    damaged: tuple[int, ...] = ()
+
+
+class Get(Message, tag="get"):
+    """Asks for the objects in slots under a read lease."""
+
+    lease: int
+    slots: bytes
+
+
+class Sending(Message, tag="sending"):
+    """Answer to `Get`: the XXH3 of each object, and after the frame their bytes, in order."""
+
+    checksums: bytes
+
+
+class Stats(Message, tag="stats"):
+    """Ask for usage and counters; instead of a hello, on a unix socket: how the daemon is."""
+
+
+class StatsReply(Message, tag="stats_reply"):
+    """`text` is a JSON object."""
+
+    text: str
+
+
+class Failure(Message, tag="failure"):
+    """The request was refused. `fatal` failures end the connection."""
+
+    reason: str
+    fatal: bool = False
+
+
+Request = (
+    Hello | Open | Lookup | Reserve | Commit | Acquire | Release | Prefetch | Pin | Flush | Clear
+    | Stats | Control
+)  # fmt: skip
+Reply = (
+    Welcome | Opened | Found | Reserved | Committed | Held | Count | Flushed | StatsReply
+    | Controlled | Failure
+)  # fmt: skip
+StreamRequest = Attach | Put | Get
+StreamReply = Attached | Taken | Sending | Failure
+
+_encoder = msgspec.msgpack.Encoder()
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+_stream_requests: msgspec.msgpack.Decoder[StreamRequest] = msgspec.msgpack.Decoder(StreamRequest)
+_stream_replies: msgspec.msgpack.Decoder[StreamReply] = msgspec.msgpack.Decoder(StreamReply)
+
+
+def encode(request_id: int, message: Message) -> bytes:
+    """A whole frame.
+
+    Raises:
+        ProtocolError: the message is larger than a frame may be.
+    """
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME:
+        raise ProtocolError(f"message of {len(body)} bytes; a frame holds {MAX_FRAME}")
+    return HEADER.pack(len(body), request_id) + body
+
+
+def frame_size(header: bytes | bytearray | memoryview, limit: int = MAX_FRAME) -> tuple[int, int]:
+    """Body length and request id of a frame's first 12 bytes.
+
+    Raises:
+        ProtocolError: the frame is over the limit.
+    """
+    length, request_id = HEADER.unpack_from(header)
+    if length > limit:
+        raise ProtocolError(f"frame of {length} bytes announced; at most {limit} are allowed")
+    return length, request_id
+
+
+def decode_request(body: bytes | memoryview) -> Request:
+    """The request in a frame's body.
+
+    Raises:
+        ProtocolError: it is none.
+    """
+    return _decode(_requests, body, "a request")
+
+
+def decode_reply(body: bytes | memoryview) -> Reply:
+    """The reply in a frame's body.
+
+    Raises:
+        ProtocolError: it is none.
+    """
+    return _decode(_replies, body, "a reply")
+
+
+def decode_stream_request(body: bytes | memoryview) -> StreamRequest:
+    """The request in a frame's body on a data connection.
+
+    Raises:
+        ProtocolError: it is none.
+    """
+    return _decode(_stream_requests, body, "a request of a data connection")
+
+
+def decode_stream_reply(body: bytes | memoryview) -> StreamReply:
+    """The reply in a frame's body on a data connection.
+
+    Raises:
+        ProtocolError: it is none.
+    """
+    return _decode(_stream_replies, body, "a reply of a data connection")
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_T], body: bytes | memoryview, what: str) -> _T:
+    try:
+        return decoder.decode(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as e:
+        raise ProtocolError(f"not {what} of protocol {VERSION}: {e}") from e
+
+
+def keys_of(joined: bytes, parts: int = 1) -> list[bytes]:
+    """The keys in a request about so many parts of each block.
+
+    Raises:
+        ProtocolError: no whole number of keys, or too many.
+    """
+    count, rest = divmod(len(joined), KEY_BYTES)
+    most = min(MAX_KEYS, MAX_OBJECTS // parts)
+    if rest or count > most:
+        raise ProtocolError(
+            f"keys take {len(joined)} bytes; send up to {most} keys of {KEY_BYTES} bytes"
+        )
+    return split_keys(joined)

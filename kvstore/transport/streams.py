@@ -1,0 +1,309 @@
+"""Slots on another machine: objects go through private memory and over a few TCP connections.
+
+Each of the connections carries one thing after the other; several share the work of one call and
+overlap, one copying while another one sends. Requests are sent ahead of the answers, so that no
+round trip is waited for between them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+
+from kvstore.errors import ProtocolError, StoreUnavailable
+from kvstore.memory.slots import align
+from kvstore.transport import protocol
+from kvstore.transport.carrier import Gather, Scatter
+from kvstore.transport.protocol import Failure, Get, Put, Sending, Taken
+from kvstore.transport.staging import Bounce
+from kvstore.transport.wire import Wire, receive_frame, send_message
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from kvstore.copier.base import Copier
+
+_WINDOW: Final = 8 << 20
+"""Bytes copied and sent at a time, if an object is not larger."""
+_BATCH: Final = 32 << 20
+"""Bytes one connection takes on at a time, at most."""
+_LEAST: Final = 1 << 20
+"""Bytes that are not worth to be shared out."""
+_LEASE_BYTES: Final = 256 << 20
+_AHEAD: Final = 2
+_HUGE: Final = 2 << 20
+
+_T = TypeVar("_T")
+
+Dial = Callable[[float], Wire]
+"""Opens a data connection before a deadline (monotonic seconds)."""
+
+
+class _Span(NamedTuple):
+    """Consecutive objects of a call."""
+
+    first: int
+    number: int
+
+    def of(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of a call's values that are these objects'."""
+        return values[self.first : self.first + self.number]
+
+
+class _Stream:
+    """A data connection and the memory its objects pass through."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self._bounce: Bounce | None = None
+
+    def places(self, span: _Span, nbytes: int) -> tuple[memoryview, list[int]]:
+        """Memory for objects one behind the other, and where each of them begins."""
+        needed = span.number * nbytes
+        if self._bounce is None or self._bounce.nbytes < needed:
+            self._bounce = Bounce(align(needed, _HUGE))
+        start = self._bounce.address
+        return self._bounce.view[:needed], list(range(start, start + needed, nbytes))
+
+    def reply(self) -> protocol.StreamReply:
+        """The next answer.
+
+        Raises:
+            StoreUnavailable: the daemon refused.
+            OSError, ProtocolError: as `receive_frame`.
+        """
+        answer = protocol.decode_stream_reply(receive_frame(self.wire))
+        if isinstance(answer, Failure):
+            raise StoreUnavailable(answer.reason)
+        return answer
+
+
+class StreamCarrier:
+    """See `Carrier`. Opens up to `streams` connections when they are first needed.
+
+    Args:
+        dial: opens one.
+        streams: how many at most.
+        lease_seconds: life of a lease; no write goes on for longer.
+    """
+
+    lease_bytes = _LEASE_BYTES
+    checksums = True
+    whole = False
+
+    def __init__(self, dial: Dial, streams: int, lease_seconds: float) -> None:
+        self._dial = dial
+        self._streams = streams
+        self._lease_seconds = lease_seconds
+        self._idle: list[_Stream] = []
+        self._open = 0
+        self._waiting = 0
+        self._changed = threading.Condition()
+
+    def prepare(self, copier: Copier) -> None:
+        """Nothing: copies go by way of private memory."""
+
+    def write(
+        self, lease: int, slots: NDArray[np.int64], nbytes: int, gather: Gather, patience: float
+    ) -> list[int] | None:
+        """See `Carrier.write`."""
+        limit = time.monotonic() + self._lease_seconds
+        numbers = slots.astype("<i8")
+
+        def until() -> float:
+            return min(limit, time.monotonic() + patience)
+
+        def send(stream: _Stream, batch: _Span) -> int:
+            spans = _cut(batch, nbytes)
+            for span in spans:
+                view, addresses = stream.places(span, nbytes)
+                sums = gather(span.first, addresses)
+                assert sums is not None
+                put = Put(lease, span.of(numbers).tobytes(), array("Q", sums).tobytes())
+                stream.wire.limit(until() - time.monotonic())
+                stream.wire.send([protocol.encode(1, put), view])
+            return len(spans)
+
+        def finish(stream: _Stream, puts: int) -> None:
+            stream.wire.limit(until() - time.monotonic())
+            for _ in range(puts):
+                if not isinstance(stream.reply(), Taken):
+                    raise ProtocolError("a put was answered by something else")
+
+        self._share(_batches(len(slots), nbytes, self._streams), send, finish, until)
+        return None
+
+    def read(
+        self, lease: int, slots: NDArray[np.int64], nbytes: int, scatter: Scatter, deadline: float
+    ) -> None:
+        """See `Carrier.read`."""
+        numbers = slots.astype("<i8")
+
+        def ask(stream: _Stream, batch: _Span) -> _Span:
+            stream.wire.limit(deadline - time.monotonic())
+            send_message(stream.wire, Get(lease, batch.of(numbers).tobytes()))
+            return batch
+
+        def take(stream: _Stream, batch: _Span) -> None:
+            stream.wire.limit(deadline - time.monotonic())
+            answer = stream.reply()
+            sums = array("Q")
+            if not isinstance(answer, Sending) or len(answer.checksums) != 8 * batch.number:
+                raise ProtocolError("a get was answered by something else")
+            sums.frombytes(answer.checksums)
+            for span in _cut(batch, nbytes):
+                view, addresses = stream.places(span, nbytes)
+                stream.wire.limit(deadline - time.monotonic())
+                stream.wire.receive(view)
+                at = span.first - batch.first
+                scatter(span.first, addresses, sums[at : at + span.number])
+
+        self._share(_batches(len(slots), nbytes, self._streams), ask, take, lambda: deadline)
+
+    def close(self) -> None:
+        """See `Carrier.close`."""
+        with self._changed:
+            idle, self._idle = self._idle, []
+        for stream in idle:
+            stream.wire.close()
+
+    def _share(
+        self,
+        batches: Sequence[_Span],
+        begin: Callable[[_Stream, _Span], _T],
+        finish: Callable[[_Stream, _T], None],
+        until: Callable[[], float],
+    ) -> None:
+        """Let this thread and helpers carry all batches, as many at a time as connections."""
+        todo = deque(batches)
+
+        def work() -> None:
+            try:
+                while todo:
+                    with self._stream(until()) as stream:
+                        self._carry(stream, todo, begin, finish)
+            except BaseException:
+                todo.clear()  # It failed as a whole; others need not go on.
+                raise
+
+        helpers: list[Future[None]] = []
+        with suppress(RuntimeError):  # no more threads
+            helpers += [_started(work) for _ in range(min(self._streams, len(todo)) - 1)]
+        try:
+            work()
+        finally:
+            # Nobody may touch the caller's pages after this; each helper ends at its deadline.
+            wait(helpers)
+        for helper in helpers:
+            helper.result()
+
+    def _carry(
+        self,
+        stream: _Stream,
+        todo: deque[_Span],
+        begin: Callable[[_Stream, _Span], _T],
+        finish: Callable[[_Stream, _T], None],
+    ) -> None:
+        """Carry batches until there are no more, or somebody else waits for a connection."""
+        begun: deque[_T] = deque()
+        more = True
+        while more or begun:
+            while more and len(begun) < _AHEAD:
+                try:
+                    batch = todo.popleft()
+                except IndexError:
+                    more = False
+                else:
+                    begun.append(begin(stream, batch))
+                    more = not self._waiting
+            if begun:
+                finish(stream, begun.popleft())
+
+    @contextmanager
+    def _stream(self, deadline: float) -> Iterator[_Stream]:
+        """A connection for the caller alone; after an error it is given up."""
+        stream = self._take(deadline)
+        try:
+            yield stream
+        except BaseException as e:
+            stream.wire.close()
+            self._gone()
+            if isinstance(e, (OSError, ProtocolError)) and not isinstance(e, StoreUnavailable):
+                raise StoreUnavailable(f"data connection: {e}") from e
+            raise
+        with self._changed:
+            self._idle.append(stream)
+            self._changed.notify()
+
+    def _take(self, deadline: float) -> _Stream:
+        with self._changed:
+            self._waiting += 1
+            try:
+                while not (stream := self._usable()) and self._open == self._streams:
+                    left = deadline - time.monotonic()
+                    if left <= 0 or not self._changed.wait(left):
+                        raise StoreUnavailable("no data connection is free") from TimeoutError()
+            finally:
+                self._waiting -= 1
+            if stream is not None:
+                return stream
+            self._open += 1
+        try:
+            return _Stream(self._dial(deadline))
+        except BaseException:
+            self._gone()
+            raise
+
+    def _usable(self) -> _Stream | None:
+        """An idle connection that the daemon has not ended."""
+        while self._idle:
+            stream = self._idle.pop()
+            if stream.wire.idle():
+                return stream
+            stream.wire.close()
+            self._open -= 1
+        return None
+
+    def _gone(self) -> None:
+        with self._changed:
+            self._open -= 1
+            self._changed.notify()
+
+
+def _started(work: Callable[[], None]) -> Future[None]:
+    """Do `work` in a daemon thread: the end of the process waits for no store that hangs."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as e:  # noqa: BLE001 - raised where it is waited for
+            future.set_exception(e)
+        else:
+            future.set_result(None)
+
+    threading.Thread(target=run, name="kvstore-stream", daemon=True).start()
+    return future
+
+
+def _batches(count: int, nbytes: int, streams: int) -> list[_Span]:
+    """Shares of a call, small enough that all connections are busy until its end."""
+    share = min(_BATCH, max(_LEAST, count * nbytes // (2 * streams)))
+    return _spans(0, count, max(1, min(share // nbytes, protocol.MAX_BATCH)))
+
+
+def _cut(batch: _Span, nbytes: int) -> list[_Span]:
+    """The windows of a batch."""
+    return _spans(batch.first, batch.number, max(1, _WINDOW // nbytes))
+
+
+def _spans(first: int, count: int, step: int) -> list[_Span]:
+    end = first + count
+    return [_Span(at, min(step, end - at)) for at in range(first, end, step)]

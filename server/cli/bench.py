@@ -1,0 +1,299 @@
+"""The `kvstore bench` commands."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import typer
+
+from kvstore.benchmarks.figures import Report
+from kvstore.server.cli.options import grouped, size_option
+
+bench_app = typer.Typer(
+    invoke_without_command=True,
+    help="Measure this machine, each figure beside its limit; without a command, all there is.",
+)
+
+_SMALLEST: Final = 1 << 20
+_LARGEST: Final = 64 << 30
+_SAMPLES: Final = 9
+_QUICK_SAMPLES: Final = 3
+
+
+def _bench_size(text: str) -> int:
+    size = size_option(text)
+    if not _SMALLEST <= size <= _LARGEST:
+        raise typer.BadParameter(f"{text!r} is out of range; give 1MiB to 64GiB")
+    return size
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no time")
+    return value
+
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per figure.")]
+QuickOption = Annotated[bool, typer.Option("--quick", help="Less data, fewer samples.")]
+
+
+@dataclass(frozen=True)
+class How:
+    """How figures are taken and printed."""
+
+    as_json: JsonOption = False
+    quick: QuickOption = False
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", min=1, max=1000, help="Runs of which to take the median."),
+    ] = None
+
+    @property
+    def runs(self) -> int:
+        """Of which to take the median."""
+        return self.samples or (_QUICK_SAMPLES if self.quick else _SAMPLES)
+
+    def report(self, bench: str) -> Report:
+        """Of a benchmark."""
+        return Report(bench, samples=self.runs, as_json=self.as_json)
+
+
+@dataclass(frozen=True)
+class Much(How):
+    """How, and how much."""
+
+    size: Annotated[
+        int | None,
+        typer.Option(parser=_bench_size, metavar="SIZE", help="Bytes to move, e.g. 1GiB."),
+    ] = None
+
+    def bytes(self, quick: int, whole: int) -> int:
+        """What is asked for, or so many MiB."""
+        return self.size or (quick if self.quick else whole) << 20
+
+
+ThreadsOption = Annotated[int, typer.Option("--threads", min=1, max=64, help="Threads to use.")]
+FolderOption = Annotated[
+    Path,
+    typer.Option(
+        "--folder",
+        exists=True,
+        file_okay=False,
+        writable=True,
+        help="Where to write, on the disk to measure; what is written is deleted again.",
+    ),
+]
+
+
+@bench_app.callback()
+def everything(
+    context: typer.Context,
+    folder: FolderOption = Path(),
+    as_json: JsonOption = False,
+    quick: QuickOption = False,
+) -> None:
+    """Without a command: all benchmarks."""
+    if context.invoked_subcommand is not None:
+        return
+    much = Much(as_json, quick)
+    copy(much)
+    disk(much, folder)
+    session(much)
+    store(much, folder)
+    weights(much, folder)
+    peer(much)
+    from kvstore.benchmarks.gpu_copy import missing_gpu
+
+    if missing := missing_gpu():
+        typer.echo(f"left out: {missing}", err=True)
+    else:
+        gpu_copy(much)
+
+
+def copy(much: Much, threads: ThreadsOption = 2) -> None:
+    """Copies between pages and slots, keys and checksums, against memory itself."""
+    from kvstore.benchmarks import copy as bench
+
+    with much.report("copy") as report:
+        bench.run(report, size=much.bytes(64, 512), threads=threads)
+
+
+def disk(much: Much, folder: FolderOption = Path(), threads: ThreadsOption = 2) -> None:
+    """The disk tier against bare O_DIRECT reads and writes in the same folder."""
+    from kvstore.benchmarks import disk as bench
+
+    with much.report("disk") as report:
+        bench.run(report, folder=folder, size=much.bytes(256, 2048), threads=threads)
+
+
+def session(
+    much: Much,
+    threads: ThreadsOption = 2,
+    clients: Annotated[
+        list[int] | None,
+        typer.Option("--clients", min=1, max=64, help="Client processes at once; may be repeated."),
+    ] = None,
+) -> None:
+    """Clients and a daemon on one node: saves, loads, lookups, against copies and sockets alone."""
+    from kvstore.benchmarks import session as bench
+
+    with much.report("session") as report:
+        size = much.bytes(128, 512)
+        bench.run(report, size=size, threads=threads, clients=clients or bench.CLIENTS)
+
+
+def store(much: Much, folder: FolderOption = Path(), threads: ThreadsOption = 2) -> None:
+    """A daemon's blocks on disk against the disk and the copy alone, and how it starts."""
+    from kvstore.benchmarks import store as bench
+
+    with much.report("store") as report:
+        bench.run(report, folder=folder, size=much.bytes(128, 512), threads=threads)
+
+
+def weights(much: Much, folder: FolderOption = Path()) -> None:
+    """Naming a model by all bytes of its weights, against reading them."""
+    from kvstore.benchmarks import weights as bench
+
+    with much.report("weights") as report:
+        bench.run(report, folder=folder, size=much.bytes(256, 2048))
+
+
+def peer(
+    much: Much,
+    streams: Annotated[
+        int, typer.Option("--streams", min=1, max=16, help="Connections that carry blocks.")
+    ] = 2,
+) -> None:
+    """A session over TCP, through loopback, against a bare socket and iperf3."""
+    from kvstore.benchmarks import peer as bench
+
+    with much.report("peer") as report:
+        bench.run(report, size=much.bytes(64, 512), streams=streams)
+
+
+def gpu_copy(
+    how: How,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False, help="Folder for the figures, one file of JSON lines per date and GPU."
+        ),
+    ] = None,
+) -> None:
+    """Copies between pages on an NVIDIA GPU and the arena, against one large pinned copy.
+
+    Exit code 2 where there is no torch with CUDA, or no GPU.
+    """
+    from kvstore.benchmarks import gpu_copy as bench
+
+    if missing := bench.missing_gpu():
+        typer.echo(f"error: {missing}", err=True)
+        raise typer.Exit(2)
+    if results is not None:
+        results.mkdir(parents=True, exist_ok=True)
+    with bench.Recorder("gpu-copy", samples=how.runs, as_json=how.as_json) as report:
+        bench.run(report, quick=how.quick)
+    if results is not None:
+        path = report.write(results, bench.device_name())
+        typer.echo(f"written: {path}", err=True)
+
+
+def engine(
+    how: How,
+    name: Annotated[Literal["vllm"], typer.Option("--engine", help="The engine.")] = "vllm",
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Folder or name of a model (default: the demo's)."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="Type of the model (default: float32 on a CPU, else auto)."),
+    ] = None,
+    connector: Annotated[
+        list[str] | None,
+        typer.Option("--connector", help="kvstore, or vLLM's name of one; may be repeated."),
+    ] = None,
+    requests: Annotated[
+        int | None, typer.Option("--requests", min=1, max=1024, help="Conversations at once.")
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", min=128, max=1 << 20, help="Tokens of a document."),
+    ] = None,
+    processes: Annotated[
+        Literal["default", "one"], typer.Option(help="As vLLM runs them, or all in one.")
+    ] = "default",
+) -> None:
+    """First tokens and throughput of a real engine, plain, with KVStore and with others."""
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:
+        typer.echo(
+            "vLLM is not installed beside kvstore: run `pip install vllm` in the same environment,"
+            " then this command with its Python.",
+            err=True,
+        )
+        raise typer.Exit(2)
+    from kvstore.benchmarks import serving as bench
+    from kvstore.benchmarks.serving_load import Size
+    from kvstore.benchmarks.vllm_engine import KVSTORE
+
+    chosen = model or bench.default_model()
+    if chosen is None:
+        raise typer.BadParameter(
+            "the demo's model is not there: run `make setup`, or name another", param_hint="--model"
+        )
+    quick, laps = how.quick, how.samples or (1 if how.quick else 2)
+    with Report("engine", samples=laps, as_json=how.as_json) as report:
+        size = Size.chosen(
+            tokens or (768 if quick else 1408), requests or (4 if quick else 8), quick=quick
+        )
+        setup = bench.Setup(str(chosen), dtype, processes == "one", size)
+        bench.run(report, setup, connector or [KVSTORE])
+
+
+def soak(
+    minutes: Annotated[
+        float | None,
+        typer.Option("--minutes", min=0.0, max=1e5, callback=_finite, help="How long to load (5)."),
+    ] = None,
+    seconds: Annotated[
+        float,
+        typer.Option("--seconds", min=0.0, max=1e6, callback=_finite, help="The same, finer."),
+    ] = 0.0,
+    clients: Annotated[int, typer.Option("--clients", min=1, max=64, help="Processes.")] = 4,
+    address: Annotated[
+        str | None, typer.Option("--address", help="A running daemon (default: one of its own).")
+    ] = None,
+    folder: FolderOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Mixed load for minutes, clients killed now and then: does the daemon stay as it was?
+
+    Prints what it uses every few seconds. Exit code 1 if leases were left, a byte was wrong, a
+    client failed, or the daemon's memory or file descriptors grew after warm-up.
+    """
+    from kvstore.benchmarks import soak as bench
+
+    duration = seconds + 60 * (minutes if minutes is not None else 0 if seconds else 5)
+    outcome = bench.soak(
+        seconds=max(duration, 1.0),
+        clients=clients,
+        address=address,
+        folder=folder,
+        tell=lambda line: typer.echo(line, err=True),
+    )
+    with Report("soak", samples=_SAMPLES, as_json=as_json) as report:
+        bench.figures(report, outcome)
+    for problem in outcome.problems:
+        typer.echo(f"problem: {problem}", err=True)
+    typer.echo("verdict: " + ("bad" if outcome.problems else "good"), err=True)
+    if outcome.problems:
+        raise typer.Exit(1)
+
+
+for _command in (copy, disk, session, store, weights, peer, gpu_copy, engine, soak):
+    bench_app.command()(grouped(_command))

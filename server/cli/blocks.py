@@ -1,0 +1,197 @@
+"""Commands about blocks: what is stored of a prompt, and keeping, moving and removing it."""
+
+from __future__ import annotations
+
+import getpass
+import os
+from typing import Annotated
+
+import typer
+
+from kvstore.config import format_size
+from kvstore.server.cli.options import (
+    Link,
+    PromptOptions,
+    TierChoice,
+    WhereOptions,
+    Yes,
+    agreed,
+    duration_option,
+    grouped,
+    parse_duration,
+)
+from kvstore.server.cli.output import (
+    answer,
+    finish,
+    lasting,
+    show,
+    tier_name,
+    told,
+    when,
+)
+
+_Wait = Annotated[bool, typer.Option(help="Wait for the end, or only start it.")]
+_To = Annotated[TierChoice, typer.Option("--to", help="The tier to bring them to.")]
+
+
+def lookup(prompt: PromptOptions, link: Link) -> None:
+    """Show the longest stored prefix of a prompt, and where its blocks lie."""
+    with link.open() as api:
+        found = api.lookup(prompt.namespace, **prompt.blocks())
+    text = f"{found.blocks} of {found.asked_blocks} blocks, {found.tokens} tokens"
+    if found.reason:
+        text += f"; block {found.blocks}: {found.reason}"
+    if estimate := found.estimate.seconds + found.estimate.nanos / 1e9:
+        text += f"; about {lasting(estimate)} to memory"
+    columns = {
+        "blocks": lambda run: f"{run.first}–{run.first + run.blocks - 1}",
+        "tier": lambda run: tier_name(run.tier),
+        "node": lambda run: run.node,
+    }
+    show(link, found, found.runs, columns, text)
+
+
+def explain(prompt: PromptOptions, link: Link) -> None:
+    """Say why each block of a prompt is there or not."""
+    with link.open() as api:
+        found = api.explain(prompt.namespace, **prompt.blocks())
+    columns = {
+        "block": lambda b: b.block,
+        "key": lambda b: b.key.hex()[:12],
+        "usable": lambda b: "yes" if b.usable else "no",
+        "tier": lambda b: tier_name(b.tier),
+        "reason": lambda b: b.reason,
+        "since": lambda b: when(b.at),
+        "detail": lambda b: b.detail,
+    }
+    show(link, found, found.blocks, columns, found.summary, spare=("since", "key", "usable"))
+
+
+def pin(
+    prompt: PromptOptions,
+    link: Link,
+    ttl: Annotated[
+        float, typer.Option(parser=duration_option, metavar="TIME", help="How long: 2h, 7d.")
+    ],
+    owner: Annotated[str | None, typer.Option(help="For `unpin` (default: the user).")] = None,
+) -> None:
+    """Keep the stored prefix of a prompt from eviction for a time."""
+    with link.open() as api:
+        pinned = api.pin(
+            prompt.namespace,
+            ttl=ttl,
+            owner=_user() if owner is None else owner,
+            **prompt.blocks(),
+        )
+    text = f"pinned {pinned.blocks} blocks ({format_size(pinned.bytes)})"
+    if pinned.id:
+        text += f" as {pinned.id} until {when(pinned.expires)}"
+    answer(link, pinned, text + (f"; the next one: {pinned.reason}" if pinned.reason else ""))
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # A container's user may have no name.
+        return f"user {os.getuid()}"
+
+
+def unpin(
+    link: Link,
+    pin: Annotated[str | None, typer.Argument(help="Id of the pin, e.g. pin-3.")] = None,
+    owner: Annotated[str | None, typer.Option(help="End all pins of this owner.")] = None,
+) -> None:
+    """End a pin, or all pins of an owner."""
+    if (pin is None) == (owner is None):
+        raise typer.BadParameter("give the id of a pin, or --owner")
+    with link.open() as api:
+        ended = api.unpin(pin, owner=owner)
+    answer(link, ended, f"ended {ended.pins} pins")
+
+
+def ttl(
+    link: Link,
+    where: WhereOptions,
+    time: Annotated[str, typer.Argument(metavar="TIME", help="2h, 7d …, or never.")],
+    yes: Yes = False,
+) -> None:
+    """Let blocks expire so long from now, or never; asks before it means all of them."""
+    try:
+        life = None if time == "never" else parse_duration(time)
+    except ValueError as e:
+        raise typer.BadParameter(f"{e}, or never") from e
+    chosen = where.where()
+    with link.open() as api:
+        if life is not None and where.everything:
+            agreed(f"all blocks expire in {time}", yes=yes)
+        changed = api.set_ttl(life, **chosen)
+    answer(link, changed, f"changed {changed.objects} objects")
+
+
+def prefetch(
+    prompt: PromptOptions,
+    link: Link,
+    tier: Annotated[TierChoice, typer.Option(help="The tier to bring them to.")] = "memory",
+    wait: _Wait = True,
+) -> None:
+    """Bring the stored prefix of a prompt into a tier."""
+    with link.open() as api:
+        operation = api.prefetch(prompt.namespace, tier=tier, **prompt.blocks())
+        finish(link, operation, wait=wait, done="brought up")
+
+
+def move(where: WhereOptions, link: Link, to: _To, wait: _Wait = True) -> None:
+    """Bring blocks into a tier; they leave the other one."""
+    with link.open() as api:
+        finish(link, api.move(to, **where.where()), wait=wait, done="moved")
+
+
+def copy(where: WhereOptions, link: Link, to: _To, wait: _Wait = True) -> None:
+    """Bring blocks into a tier; they stay in the other one, too."""
+    with link.open() as api:
+        finish(link, api.copy(to, **where.where()), wait=wait, done="copied")
+
+
+def compress(
+    where: WhereOptions,
+    link: Link,
+    codec: Annotated[str, typer.Option(help="How to encode them.")],
+    wait: _Wait = True,
+) -> None:
+    """Re-encode blocks in place."""
+    with link.open() as api:
+        operation = api.compress(codec, **where.where())
+        finish(link, operation, wait=wait, done="re-encoded")
+
+
+def decompress(where: WhereOptions, link: Link, wait: _Wait = True) -> None:
+    """Re-encode blocks in place as raw bytes."""
+    with link.open() as api:
+        finish(link, api.decompress(**where.where()), wait=wait, done="re-encoded")
+
+
+def clear(
+    where: WhereOptions,
+    link: Link,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count them.")] = False,
+    yes: Yes = False,
+    wait: _Wait = True,
+) -> None:
+    """Remove blocks that nobody holds, from memory and disk.
+
+    Says what would go and asks first; without a terminal, --yes is needed.
+    """
+    chosen = where.where()
+    with link.open() as api:
+        if not yes and not dry_run:
+            agreed(told(api.clear(dry_run=True, **chosen).wait(), "removed"))
+        operation = api.clear(dry_run=dry_run, **chosen)
+        finish(link, operation, wait=wait, done="removed")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    for command in (
+        lookup, explain, pin, unpin, ttl, prefetch, move, copy, compress, decompress, clear,
+    ):  # fmt: skip
+        app.command()(grouped(command))

@@ -1,0 +1,171 @@
+"""The `kvstore` command."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.text import Text
+
+from kvstore import __version__
+from kvstore.config import load_config
+from kvstore.errors import KVStoreError
+from kvstore.server.cli import blocks as blocks_cli
+from kvstore.server.cli import node as node_cli
+from kvstore.server.cli.bench import bench_app
+from kvstore.server.cli.token import token_app
+from kvstore.telemetry import shown
+
+_log = logging.getLogger("kvstore.cli")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="KV-cache storage and transfer for LLM inference.",
+    pretty_exceptions_enable=False,
+)
+app.add_typer(bench_app, name="bench")
+app.add_typer(token_app, name="token")
+blocks_cli.add_to(app)
+node_cli.add_to(app)
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML file (default: $KVSTORE_CONFIG).")
+]
+
+
+def main() -> None:
+    """Run the command; our own errors, and files that fail, become one line and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # Whatever the terminal cannot show.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        app()
+    except (KVStoreError, OSError, MemoryError) as e:
+        _log.debug("the error came from", exc_info=True)
+        text = shown(str(e) or "out of memory")
+        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "red"), f" {text}"))
+        sys.exit(1)
+
+
+@contextmanager
+def _byte_progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over bytes on stderr, when that is a terminal."""
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn(title),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    ) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """Without flags that were not given."""
+    kept = {k: _given(v) if isinstance(v, dict) else v for k, v in values.items()}
+    return {name: value for name, value in kept.items() if value not in (None, {})}
+
+
+@app.command()
+def serve(
+    config: ConfigOption = None,
+    socket: Annotated[str | None, typer.Option(help="Unix socket to listen on.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Size of the memory tier, e.g. 8GiB.")] = None,
+    disk: Annotated[str | None, typer.Option(help="Folder of the disk tier.")] = None,
+    disk_size: Annotated[str | None, typer.Option(help="Size of the disk tier.")] = None,
+    grpc: Annotated[str | None, typer.Option(help="host:port of the gRPC API, or none.")] = None,
+    http: Annotated[str | None, typer.Option(help="host:port of HTTP, or none.")] = None,
+    tcp: Annotated[str | None, typer.Option(help="host:port for sessions over TCP.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="YAML file of tokens.")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond loopback without TLS and tokens.")
+    ] = False,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Serve a store to the engines of this machine until stopped (SIGTERM or Ctrl-C).
+
+    Prints one line once sessions may come: `ready: unix:///path (...)`.
+    """
+    # Here and below, what takes long to import is imported where it is needed.
+    from kvstore.client.embedded import prepare_run_dir
+    from kvstore.server.daemon import describe, start_logging
+    from kvstore.server.daemon import serve as run
+
+    overrides = {
+        "address": socket and f"unix://{Path(socket).absolute()}",
+        "memory": {"size": memory},
+        "disk": {"path": disk, "size": disk_size},
+        "server": {
+            "grpc": grpc, "http": http, "tcp": tcp, "tokens": tokens, "insecure": insecure or None
+        },
+        "log_level": log_level,
+    }  # fmt: skip
+    settings = load_config(config, _given(overrides))
+    start_logging(settings.log_level)
+    path = settings.socket
+    if settings.address is None:
+        prepare_run_dir(settings)
+    with _byte_progress("touching memory") as progress:
+
+        def ready(addresses: list[str], problem: str | None) -> None:
+            head = f"ready: unix://{path} ({describe(settings, problem)}, pid {os.getpid()})"
+            # All at once: who waits for the first line may not read on.
+            typer.echo("\n  ".join([head, *addresses]))
+            sys.stdout.flush()
+
+        run(settings, path, ready=ready, progress=progress)
+
+
+@app.command()
+def fsck(
+    folder: Annotated[Path, typer.Argument(help="Folder of a disk tier that no daemon serves.")],
+    repair: Annotated[bool, typer.Option(help="Drop what is damaged.")] = False,
+) -> None:
+    """Verify every object of a disk tier; exit code 2 when something is damaged."""
+    from kvstore.tiers.slab import fsck as slabcheck
+
+    with _byte_progress("verifying") as progress:
+        report = slabcheck.fsck(folder, repair=repair, progress=progress)
+    _print_struct(report)
+    if not report.clean:
+        raise typer.Exit(2)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Folder of a disk tier.")],
+) -> None:
+    """Show what a disk tier holds, without reading the data."""
+    from kvstore.tiers.slab import fsck as slabcheck
+
+    _print_struct(slabcheck.inspect(folder))
+
+
+def _print_struct(value: object) -> None:
+    import msgspec
+
+    Console().print_json(msgspec.json.encode(value).decode(), ensure_ascii=True)
+
+
+if __name__ == "__main__":
+    main()

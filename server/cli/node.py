@@ -1,0 +1,307 @@
+"""Commands about a daemon: what it holds, who uses it, its rules and its long operations."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+import typer
+
+from kvstore.config import format_size
+from kvstore.server.cli.options import (
+    Link,
+    Yes,
+    agreed,
+    duration_option,
+    grouped,
+    limit_option,
+)
+from kvstore.server.cli.output import answer, finish, lasting, short, show, tier_name, told, when
+
+if TYPE_CHECKING:
+    from kvstore.api import v1
+
+_MAX_NUMBER: Final = (1 << 64) - 1
+_Tenant = Annotated[str | None, typer.Option(help="Only of this tenant.")]
+_Id = Annotated[str, typer.Argument(metavar="ID", help="Of the operation.")]
+
+operations_app = typer.Typer(no_args_is_help=True, help="Long operations.")
+
+
+def stats(link: Link) -> None:
+    """Show what a daemon holds and has counted."""
+    with link.open() as api:
+        found = api.stats()
+    up = lasting(found.uptime.seconds + found.uptime.nanos / 1e9)
+    columns = {
+        "tier": lambda t: tier_name(t.tier),
+        "used": lambda t: format_size(t.used_bytes),
+        "free": lambda t: format_size(t.free_bytes),
+        "fragmented": lambda t: format_size(t.fragmented_bytes),
+        "pinned": lambda t: format_size(t.pinned_bytes),
+        "capacity": lambda t: format_size(t.capacity_bytes),
+        "state": lambda t: t.problem or "healthy",
+    }
+    show(
+        link,
+        found,
+        found.tiers,
+        columns,
+        f"{found.objects} objects, {found.unwritten_objects} not on disk yet, "
+        f"{found.leases} leases, {found.sessions} sessions"
+        + ("; draining" if found.draining else ""),
+        f"{found.node}, kvstore {found.version}, up {up}",
+        spare=("fragmented", "free"),
+    )
+    if link.format == "table":
+        counters = {"counter": lambda item: item[0], "value": lambda item: item[1]}
+        show(link, found, sorted(found.counters.items()), counters)
+
+
+def namespaces(link: Link, tenant: _Tenant = None) -> None:
+    """List the namespaces that hold blocks or are open in a session."""
+    with link.open() as api:
+        found = api.list_namespaces(tenant)
+    columns = {
+        "id": lambda n: n.namespace.id[:12],
+        "model": lambda n: n.namespace.model,
+        "tenant": lambda n: n.namespace.tenant,
+        "tokens": lambda n: n.namespace.block_tokens,
+        "blocks": lambda n: n.blocks,
+        "objects": lambda n: n.objects,
+        "memory": lambda n: format_size(n.memory_bytes),
+        "disk": lambda n: format_size(n.disk_bytes),
+        "sessions": lambda n: n.sessions,
+        "last used": lambda n: when(n.last_used),
+        "parts": lambda n: list(n.parts),
+    }
+    spare = ("parts", "objects", "tokens", "last used", "sessions")
+    show(link, found, found.namespaces, columns, spare=spare)
+
+
+def sessions(link: Link) -> None:
+    """List the connected sessions."""
+    with link.open() as api:
+        found = api.list_sessions()
+    columns = {
+        "id": lambda s: s.id,
+        "peer": lambda s: s.peer,
+        "pid": lambda s: s.pid or "",
+        "software": lambda s: s.software,
+        "token": lambda s: s.token,
+        "since": lambda s: when(s.since),
+        "namespaces": lambda s: [digest[:12] for digest in s.namespace_ids],
+        "leases": lambda s: s.leases,
+        "requests": lambda s: s.requests,
+    }
+    show(link, found, found.sessions, columns, spare=("since", "leases", "requests"))
+
+
+def leases(
+    link: Link,
+    session: Annotated[
+        int | None, typer.Option(min=1, max=_MAX_NUMBER, help="Only of this session.")
+    ] = None,
+    owner: Annotated[str | None, typer.Option(help="Only pins of this owner.")] = None,
+) -> None:
+    """List the leases of sessions and pins."""
+    with link.open() as api:
+        found = api.list_leases(session, owner)
+    columns = {
+        "id": lambda lease: lease.id,
+        "kind": lambda lease: lease.kind,
+        "session": lambda lease: lease.session or "",
+        "owner": lambda lease: lease.owner,
+        "blocks": lambda lease: lease.blocks,
+        "size": lambda lease: format_size(lease.bytes),
+        "since": lambda lease: when(lease.since),
+        "expires": lambda lease: when(lease.expires),
+        "state": lambda lease: "withdrawn" if lease.withdrawn else "",
+    }
+    show(link, found, found.leases, columns, spare=("since", "kind", "session"))
+
+
+def events(
+    link: Link,
+    namespace: Annotated[
+        str | None, typer.Option("--namespace", "-n", help="Only of this namespace (id).")
+    ] = None,
+    tenant: _Tenant = None,
+    after: Annotated[
+        int | None,
+        typer.Option(min=0, max=_MAX_NUMBER, help="Replay what came after it, if remembered."),
+    ] = None,
+    incarnation: Annotated[
+        str | None, typer.Option(help="The daemon's when it gave out that number.")
+    ] = None,
+    snapshot: Annotated[
+        bool, typer.Option("--snapshot", help="Begin with what is stored, unless resumed.")
+    ] = False,
+    count: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
+) -> None:
+    """Print what is stored and removed, as it happens, until Ctrl-C."""
+    with link.open() as api:
+        told = api.watch_events(namespace, tenant, after, incarnation, snapshot=snapshot)
+        for event in itertools.islice(told, count):
+            answer(link, event, " ".join(_event_words(event)))
+
+
+def _event_words(event: v1.Event) -> Iterator[str]:
+    yield when(event.at)
+    kind = event.WhichOneof("what") or ""
+    yield kind
+    if kind == "missed":
+        yield f"{event.missed.events or 'unknown'} events"
+        return
+    if kind == "snapshot":
+        yield f"complete at {event.sequence}" if event.snapshot.complete else "begins"
+        yield f"of incarnation {event.incarnation}"
+        return
+    what: v1.Event.Stored | v1.Event.Removed | v1.Event.Cleared = getattr(event, kind)
+    yield what.namespace_id[:12]
+    if kind == "cleared":
+        return
+    moved: v1.Event.Stored | v1.Event.Removed = getattr(event, kind)
+    yield f"{len(moved.block_hashes)} blocks in {tier_name(moved.medium)}"
+    yield ", ".join(key.hex()[:12] for key in moved.block_hashes[:4])
+    if kind == "removed":
+        yield f"({event.removed.reason})"
+
+
+def quota(
+    link: Link,
+    tenant: Annotated[str | None, typer.Argument(help="Only this one.")] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(parser=limit_option, metavar="SIZE", help="Limit it: 1GiB, or none."),
+    ] = None,
+    disk: Annotated[
+        float | None,
+        typer.Option(parser=limit_option, metavar="SIZE", help="Limit it: 10GiB, or none."),
+    ] = None,
+    yes: Yes = False,
+) -> None:
+    """Show what tenants may hold and do hold, or limit one; asks before blocks have to go."""
+    if tenant is None and (memory is not None or disk is not None):
+        raise typer.BadParameter("name the tenant to limit")
+    with link.open() as api:
+        found = api.get_quota(tenant)
+        if tenant is not None and (memory is not None or disk is not None):
+            (old,) = found.quotas
+            over = (("memory", memory, old.used_memory_bytes), ("disk", disk, old.used_disk_bytes))
+            for tier, new, used in over:
+                if new is not None and new < used:
+                    agreed(f"{tenant!r} holds {format_size(used)} in {tier}", yes=yes)
+            changed = api.set_quota(
+                tenant,
+                memory_bytes=_limit(memory, old.memory_bytes, old.HasField("memory_bytes")),
+                disk_bytes=_limit(disk, old.disk_bytes, old.HasField("disk_bytes")),
+            )
+            found.quotas[0].CopyFrom(changed)
+    columns = {
+        "tenant": lambda q: repr(q.tenant),
+        "memory": lambda q: format_size(q.used_memory_bytes),
+        "memory limit": lambda q: _size_or_none(q, "memory_bytes"),
+        "disk": lambda q: format_size(q.used_disk_bytes),
+        "disk limit": lambda q: _size_or_none(q, "disk_bytes"),
+        "pinned": lambda q: format_size(q.pinned_bytes),
+    }
+    show(link, found, found.quotas, columns)
+
+
+def _size_or_none(quota: v1.Quota, field: Literal["memory_bytes", "disk_bytes"]) -> str:
+    return format_size(getattr(quota, field)) if quota.HasField(field) else "none"
+
+
+def _limit(new: float | None, old: int, had: bool) -> int | None:
+    if new is None:
+        return old if had else None
+    return None if math.isinf(new) else int(new)
+
+
+def admission(
+    link: Link,
+    memory: Annotated[Literal["all", "none"] | None, typer.Option(help="Saves.")] = None,
+    disk: Annotated[
+        Literal["all", "reused", "none"] | None, typer.Option(help="Write-behind.")
+    ] = None,
+    deny: Annotated[
+        list[str] | None, typer.Option(help="Drop saves of this tenant; instead of those before.")
+    ] = None,
+    deny_nobody: Annotated[bool, typer.Option("--deny-nobody", help="End all denials.")] = False,
+) -> None:
+    """Show what is let into memory and onto disk, or change it until the daemon ends."""
+    if deny and deny_nobody:
+        raise typer.BadParameter("give --deny or --deny-nobody")
+    denied = [] if deny_nobody else deny or None
+    with link.open() as api:
+        if memory is None and disk is None and denied is None:
+            found = api.get_admission()
+        else:
+            found = api.set_admission(memory=memory, disk=disk, denied_tenants=denied)
+    denied_names = ", ".join(repr(tenant) for tenant in found.denied_tenants)
+    rows = (("memory", found.memory), ("disk", found.disk), ("denied tenants", denied_names))
+    show(link, found, rows, {"rule": lambda row: row[0], "value": lambda row: row[1]})
+
+
+def drain(
+    link: Link,
+    stop: Annotated[bool, typer.Option("--stop", help="End the daemon afterwards.")] = False,
+    within: Annotated[
+        float | None,
+        typer.Option(parser=duration_option, metavar="TIME", help="For the writes (30s)."),
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Wait for the end, or only start it.")] = True,
+) -> None:
+    """Take no more saves and new sessions, and write out what is not on disk yet."""
+    with link.open() as api:
+        operation = api.drain(stop=stop, timeout=within)
+        finish(link, operation, wait=wait, done="wrote out")
+
+
+def list_operations(link: Link) -> None:
+    """List long operations that run, and those that ended lately."""
+    with link.open() as api:
+        found = api.list_operations()
+    from kvstore.api import v1
+
+    columns = {
+        "id": lambda o: o.id,
+        "verb": lambda o: o.verb + (" (dry run)" if o.dry_run else ""),
+        "state": lambda o: short(v1.Operation.State.Name(o.state)),
+        "done": lambda o: o.done,
+        "total": lambda o: o.total,
+        "size": lambda o: format_size(o.bytes),
+        "by": lambda o: o.requested_by,
+        "started": lambda o: when(o.started),
+        "message": lambda o: o.message,
+    }
+    show(link, found, found.operations, columns, spare=("started", "by", "size"))
+
+
+def watch(operation: _Id, link: Link) -> None:
+    """Wait for an operation, and print how it ended."""
+    from kvstore.api.client import Operation
+
+    with link.open() as api:
+        known = Operation(api, api.check_finish(operation))
+        finish(link, known, wait=True, done="changed")
+
+
+def cancel(operation: _Id, link: Link) -> None:
+    """Ask an operation to end; what it did so far stays done."""
+    with link.open() as api:
+        state = api.cancel(operation)
+    answer(link, state, told(state, "changed"))
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    for command in (stats, namespaces, sessions, leases, events, quota, admission, drain):
+        app.command()(grouped(command))
+    operations_app.command("list")(grouped(list_operations))
+    operations_app.command()(grouped(watch))
+    operations_app.command()(grouped(cancel))
+    app.add_typer(operations_app, name="operations")

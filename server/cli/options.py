@@ -1,0 +1,337 @@
+"""Options that several commands share, and how their values are read.
+
+A command takes a group of options as one parameter, annotated with one of the dataclasses here;
+`grouped` spreads their fields out for the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar, cast, get_type_hints
+
+import msgspec
+import typer
+
+from kvstore.config import load_config, parse_size
+from kvstore.errors import ConfigError, SpecError
+from kvstore.server.cli.output import say
+from kvstore.telemetry import shown
+from kvstore.transport.credentials import read_token
+
+if TYPE_CHECKING:
+    from kvstore.api.client import Orchestrator
+    from kvstore.api.requests import Blocks, Where
+    from kvstore.blocks.keys import Media
+
+_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION: Final = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,12})?)(ms|s|m|h|d)\Z")
+_LONGEST: Final = 36500 * 86400.0
+
+_TIMEOUT: Final = 5.0
+_MAX_FILE: Final = 64 << 20
+_Token = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+
+N = TypeVar("N", int, float)
+TierChoice = Literal["memory", "disk"]
+
+
+def parse_duration(text: str) -> float:
+    """Seconds from `30s`, `5m`, `2h`, `7d`, `250ms`.
+
+    Raises:
+        ValueError: it is none, with the remedy.
+    """
+    match = _DURATION.match(text.strip())
+    seconds = math.inf if match is None else float(match[1]) * _UNITS[match[2]]
+    if seconds > _LONGEST:
+        raise ValueError(f"{text!r:.60} is no duration; write it like 30s, 5m, 2h or 7d")
+    return seconds
+
+
+def _option(read: Callable[[str], N]) -> Callable[[str], N]:
+    """For typer: what `read` makes of a text, and its ValueError as a usage error."""
+
+    def option(text: str) -> N:
+        try:
+            return read(text)
+        except ValueError as e:
+            raise typer.BadParameter(str(e)) from e
+
+    return option
+
+
+duration_option = _option(parse_duration)
+size_option = _option(parse_size)
+
+
+def limit_option(text: str) -> float:
+    """For typer: a size in bytes; infinite for `none`."""
+    return math.inf if text.lower() == "none" else size_option(text)
+
+
+def agreed(what: str, *, yes: bool = False) -> None:
+    """Have the caller agree to what cannot be taken back; ends the command if not.
+
+    Nobody but a terminal is asked: what is piped in may be meant for anything.
+    """
+    if yes:
+        return
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise typer.BadParameter(f"{shown(what)}; without a terminal to ask, give --yes")
+    typer.confirm(f"{shown(what)}. Go on?", abort=True, err=True)
+
+
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+
+def _read_tokens(text: str, source: str) -> list[int]:
+    listed = (
+        text if text.lstrip().startswith("[") else f"[{','.join(text.replace(',', ' ').split())}]"
+    )
+    try:
+        # Strictly: 1.5 and true are no ids, and depth costs nothing.
+        found = msgspec.json.decode(listed, type=list[_Token])
+    except (msgspec.DecodeError, UnicodeError) as e:
+        raise typer.BadParameter(
+            f"{source} holds no token ids ({e}); write 1,2,3, or a JSON list, or one a line"
+        ) from e
+    if not found:
+        raise typer.BadParameter(f"{source} is empty; give the token ids of a prompt")
+    return found
+
+
+def _read_keys(texts: list[str]) -> list[bytes]:
+    try:
+        return [bytes.fromhex(key) for text in texts for key in text.split(",")]
+    except ValueError as e:
+        raise typer.BadParameter(f"--keys: {e}; give keys of 64 hex digits") from e
+
+
+def _read_file(path: Path) -> str:
+    try:
+        with open(0 if str(path) == "-" else path, "rb", closefd=str(path) != "-") as file:
+            data = file.read(_MAX_FILE + 1)
+        if len(data) > _MAX_FILE:
+            raise ValueError(f"it is larger than {_MAX_FILE >> 20} MiB")
+        return data.decode()
+    except (OSError, ValueError) as e:
+        reason = (isinstance(e, OSError) and e.strerror) or e
+        raise ConfigError(f"--tokens-file {path}: {reason}; check the path") from e
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """How to reach the daemon, and how to print what it says."""
+
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="YAML file (default: $KVSTORE_CONFIG).")
+    ] = None
+    address: Annotated[
+        str | None,
+        typer.Option(help="unix:///path of the daemon, or host:port of its gRPC API."),
+    ] = None
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with the token (default: $KVSTORE_TOKEN).")
+    ] = None
+    timeout: Annotated[
+        float | None,
+        typer.Option(parser=duration_option, metavar="TIME", help="For each answer (5s)."),
+    ] = None
+    format: Annotated[Literal["table", "json"], typer.Option(help="How to print.")] = "table"
+    wide: Annotated[
+        bool, typer.Option("--wide", help="All columns, wider than the terminal if need be.")
+    ] = False
+
+    def open(self) -> Orchestrator:
+        """The daemon's API.
+
+        Raises:
+            ConfigError: an address or a file is unusable.
+        """
+        from kvstore.api.client import Orchestrator
+
+        token: str | None = None
+        if self.token_file is not None:
+            token = read_token(self.token_file, "--token-file")
+        settings = load_config(self.config)
+        timeout = _TIMEOUT if self.timeout is None else self.timeout
+        api = Orchestrator(self.address, config=settings, token=token, timeout=timeout)
+        if (self.address or settings.address) is None and api.address != str(settings.socket):
+            say(f"private store unix://{api.address}", err=True)
+        return api
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenOptions:
+    """Names blocks from the start of a prompt, as engines and sessions do."""
+
+    tokens: Annotated[str | None, typer.Option(help="Token ids of the prompt: 1,2,3.")] = None
+    tokens_file: Annotated[
+        Path | None,
+        typer.Option(help="File with token ids: a JSON list, or one a line; - is stdin."),
+    ] = None
+    keys: Annotated[
+        list[str] | None, typer.Option(help="Block keys in hex, instead of tokens.")
+    ] = None
+    salt: Annotated[str | None, typer.Option(help="The request's cache salt.")] = None
+    lora: Annotated[
+        str | None, typer.Option(help="Its LoRA adapter: a folder, or the digest of its files.")
+    ] = None
+    media: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND:DIGEST:FIRST:TOKENS", help="An image or the like among the tokens."
+        ),
+    ] = None
+    extra: Annotated[
+        list[str] | None,
+        typer.Option(metavar="BLOCK:TEXT", help="What else a session names a block by."),
+    ] = None
+
+    def given(self) -> Blocks:
+        """For the API; empty if there is nothing."""
+        blocks: Blocks = {}
+        if self.keys:
+            blocks["keys"] = _read_keys(self.keys)
+        if self.tokens is not None:
+            blocks["tokens"] = _read_tokens(self.tokens, "--tokens")
+        if self.tokens_file is not None:
+            blocks["tokens"] = _read_tokens(_read_file(self.tokens_file), str(self.tokens_file))
+        if sum(value not in (None, []) for value in (self.tokens, self.tokens_file, self.keys)) > 1:
+            raise typer.BadParameter("give one of --tokens, --tokens-file and --keys")
+        if self.salt:
+            blocks["salt"] = self.salt
+        if self.lora is not None:
+            blocks["adapter"] = _adapter(self.lora)
+        if self.media:
+            blocks["media"] = [_media(text) for text in self.media]
+        if self.extra:
+            blocks["extras"] = _extras(self.extra)
+        if blocks and "tokens" not in blocks and blocks.keys() != {"keys"}:
+            raise typer.BadParameter("--salt, --lora, --media and --extra go with tokens")
+        return blocks
+
+
+def _adapter(text: str) -> str:
+    from kvstore.blocks.weights import weights_digest
+
+    if re.fullmatch(r"[0-9a-f]{64}( \w+)?", text, re.ASCII):
+        return text
+    try:
+        return weights_digest(Path(text))
+    except (OSError, SpecError, ValueError) as e:
+        raise ConfigError(f"--lora {text!r:.200}: {e}; give a folder, or 64 hex digits") from e
+
+
+def _media(text: str) -> Media:
+    from kvstore.blocks.keys import Media
+
+    modality, _, rest = text.partition(":")
+    digest, *place = rest.rsplit(":", 2)
+    if len(place) != 2 or not all(re.fullmatch(r"[0-9]{1,9}", number) for number in place):
+        raise typer.BadParameter(f"--media {text!r:.200}: write image:DIGEST:OFFSET:LENGTH")
+    return Media(modality, digest, int(place[0]), int(place[1]))
+
+
+def _extras(texts: list[str]) -> dict[int, list[bytes]]:
+    extras: dict[int, list[bytes]] = {}
+    for text in texts:
+        block, colon, value = text.partition(":")
+        if not colon or not re.fullmatch(r"[0-9]{1,9}", block):
+            raise typer.BadParameter(f"--extra {text!r:.200}: write BLOCK:TEXT, e.g. 0:mine")
+        extras.setdefault(int(block), []).append(os.fsencode(value))
+    return extras
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptOptions(TokenOptions):
+    """Names blocks of a prompt in a namespace."""
+
+    namespace: Annotated[
+        str, typer.Argument(metavar="NAMESPACE", help="Its id, or the first digits of it.")
+    ]
+
+    def blocks(self) -> Blocks:
+        """For the API."""
+        given = self.given()
+        if not given:
+            raise typer.BadParameter("give --tokens, --tokens-file or --keys")
+        return given
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WhereOptions(TokenOptions):
+    """Chooses stored blocks; conditions add up."""
+
+    namespace: Annotated[
+        str | None, typer.Option("--namespace", "-n", help="Only of this namespace (id).")
+    ] = None
+    tenant: Annotated[str | None, typer.Option(help="Only of this tenant.")] = None
+    tier: Annotated[TierChoice | None, typer.Option(help="Only with a copy there.")] = None
+    older_than: Annotated[
+        float | None,
+        typer.Option(parser=duration_option, metavar="TIME", help="Only stored so long ago: 2h."),
+    ] = None
+    unused_for: Annotated[
+        float | None,
+        typer.Option(parser=duration_option, metavar="TIME", help="Only unused so long: 7d."),
+    ] = None
+    everything: Annotated[bool, typer.Option("--all", help="All there is.")] = False
+
+    def where(self) -> Where:
+        """For the API."""
+        where: dict[str, Any] = {**self.given()}
+        for name in ("namespace", "tenant", "tier", "older_than", "unused_for", "everything"):
+            value = getattr(self, name)
+            if value is not None and value is not False:
+                where[name] = value
+        if not where:
+            raise typer.BadParameter("choose blocks by an option, or take --all")
+        return cast("Where", where)
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the fields of its option groups as parameters of their own."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {
+        n: kind for n, kind in hints.items() if dataclasses.is_dataclass(kind)
+    }
+    own = [p for p in inspect.signature(command).parameters.values() if p.name not in groups]
+    parameters = [
+        p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in own
+    ]
+    for kind in groups.values():
+        of_field = get_type_hints(kind, include_extras=True)
+        for field in dataclasses.fields(kind):
+            default = field.default
+            if default is dataclasses.MISSING:
+                default = inspect.Parameter.empty
+            parameters.append(
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=default,
+                    annotation=of_field[field.name],
+                )
+            )
+
+    @functools.wraps(command)
+    def spread(**values: Any) -> None:
+        gathered = {
+            name: kind(**{field.name: values.pop(field.name) for field in dataclasses.fields(kind)})
+            for name, kind in groups.items()
+        }
+        command(**values, **gathered)
+
+    spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    spread.__annotations__ = {p.name: p.annotation for p in parameters}
+    del spread.__wrapped__
+    return spread

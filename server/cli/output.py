@@ -1,0 +1,217 @@
+"""How commands print what a daemon says: tables for people, JSON for programs.
+
+Tenants, software and the like are what clients say, so nothing of it reaches a terminal raw.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, MutableSequence, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+import typer
+from rich.cells import cell_len
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from kvstore.config import format_size
+from kvstore.errors import StoreUnavailable
+from kvstore.telemetry import shown
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+    from kvstore.api import v1
+    from kvstore.api.client import Operation
+    from kvstore.server.cli.options import Link
+
+_FOLDED: Final = 16
+"""A column that is wider takes several lines before another one is left out."""
+
+
+def plain(message: Message) -> dict[str, Any]:
+    """A message as JSON has it: keys in hex, times in ISO 8601, durations in seconds.
+
+    All fields are there, except those that may be missing and are.
+    """
+    found: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        if field.has_presence and not message.HasField(field.name):
+            continue
+        value = getattr(message, field.name)
+        if isinstance(value, MutableMapping):
+            found[field.name] = dict(sorted(value.items()))
+        elif isinstance(value, MutableSequence):
+            found[field.name] = [_plain_value(field, item) for item in value]
+        else:
+            found[field.name] = _plain_value(field, value)
+    return found
+
+
+def _plain_value(field: Any, value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.hex()
+    if field.enum_type is not None:
+        known = field.enum_type.values_by_number.get(value)
+        return short(known.name) if known is not None else value
+    if field.message_type is None:
+        return value
+    match field.message_type.full_name:
+        case "google.protobuf.Timestamp":
+            moment: datetime = value.ToDatetime(UTC)
+            return moment.isoformat(timespec="milliseconds")
+        case "google.protobuf.Duration":
+            return value.seconds + value.nanos / 1e9
+    return plain(value)
+
+
+def short(name: str) -> str:
+    """The last word of an enum's value: memory, running …; empty if it is not specified."""
+    word = name.rpartition("_")[2].lower()
+    return "" if word == "unspecified" else word
+
+
+def tier_name(tier: v1.Tier) -> str:
+    """memory, disk, or nothing."""
+    from kvstore.api import v1
+
+    return short(v1.Tier.Name(tier))
+
+
+def when(message: Any) -> str:
+    """A timestamp for people, in local time."""
+    if not message.seconds:
+        return ""
+    moment: datetime = message.ToDatetime(UTC)
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def lasting(seconds: float) -> str:
+    """A time span for people."""
+    if seconds < 1:
+        return f"{seconds * 1000:.3g} ms"
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{math.floor(seconds / size)} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print a line."""
+    typer.echo(shown(text), err=err)
+
+
+def answer(link: Link, found: Message, *lines: str) -> None:
+    """Print an answer as the caller asked for it: as JSON on one line, or as these lines."""
+    if link.format == "json":
+        typer.echo(json.dumps(plain(found)))
+        return
+    for line in lines:
+        say(line)
+
+
+def show(
+    link: Link,
+    found: Message,
+    rows: Iterable[Any],
+    columns: Mapping[str, Callable[[Any], object]],
+    *lines: str,
+    spare: Sequence[str] = (),
+) -> None:
+    """Print an answer as JSON on one line, or as a table of `rows` and these lines.
+
+    `columns` says what stands in each, a list on lines of its own. Where they do not fit, those
+    that can be spared are left out, from the first on.
+    """
+    if link.format == "table":
+        _show_table(link, list(rows), dict(columns), list(spare))
+    answer(link, found, *lines)
+
+
+def _show_table(
+    link: Link, rows: list[Any], columns: dict[str, Callable[[Any], object]], spare: list[str]
+) -> None:
+    cells = {name: [_cell(content(row)) for row in rows] for name, content in columns.items()}
+    console = Console()
+    widths = {
+        name: max(cell_len(line) for cell in (name, *map(str, column)) for line in cell.split("\n"))
+        for name, column in cells.items()
+    }
+    if link.wide:
+        console.width = sum(widths.values()) + 3 * len(cells) + 1
+    left_out = []
+    while spare and console.width <= 3 * len(cells) + sum(min(widths[n], _FOLDED) for n in cells):
+        left_out.append(spare.pop(0))
+        del cells[left_out[-1]]
+    table = Table()
+    for name in cells:
+        table.add_column(name, overflow="fold")
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*row)
+    console.print(table)
+    if left_out:
+        typer.echo(f"left out: {', '.join(left_out)}; --wide shows all", err=True)
+
+
+def _cell(content: object) -> Text:
+    lines = content if isinstance(content, list) else [content]
+    return Text("\n".join(shown(str(line)) for line in lines))
+
+
+def finish(link: Link, operation: Operation, *, wait: bool, done: str) -> None:
+    """See an operation through, with a progress bar on a terminal, and print how it ended.
+
+    `done` is the word for what has been done to objects.
+
+    Raises:
+        OperationFailed: it failed.
+    """
+    if wait:
+        _wait(operation)
+    hint = f"`kvstore operations watch {operation.id}` tells when it has ended"
+    answer(link, operation.state, told(operation.state, done), *([] if wait else [hint]))
+
+
+def _wait(operation: Operation) -> None:
+    console = Console(stderr=True)
+    columns = (
+        TextColumn(operation.state.verb.lower(), markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+    )
+    try:
+        with Progress(
+            *columns, console=console, disable=not console.is_terminal, transient=True
+        ) as bar:
+            task = bar.add_task("", total=None)
+            for state in operation.watch():
+                bar.update(task, completed=state.done, total=state.total or None)
+    except KeyboardInterrupt:
+        typer.echo(f"it goes on; `kvstore operations cancel {operation.id}` ends it", err=True)
+        sys.exit(130)
+    except StoreUnavailable as e:
+        raise StoreUnavailable(f"the daemon went away during {operation.id}: {e}") from e
+
+
+def told(state: v1.Operation, done: str) -> str:
+    """One line on an operation."""
+    from kvstore.api import v1
+
+    text = f"{done} {state.changed} objects"
+    if state.dry_run:
+        text = f"{state.changed} objects would be {done}"
+    if state.bytes:
+        text += f" ({format_size(state.bytes)})"
+    left = sorted(state.skipped.items())
+    if left:
+        text += "; left alone: " + ", ".join(f"{count} {reason}" for reason, count in left)
+    if state.state != v1.Operation.STATE_DONE:
+        text += f"; {short(v1.Operation.State.Name(state.state))}"
+    if state.message:
+        text += f"; {state.message}"
+    return text

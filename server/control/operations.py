@@ -1,0 +1,283 @@
+"""Long operations: started by a call, watched and cancelled by others, remembered for a while."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from functools import partial
+from typing import Final
+
+from kvstore.api import v1
+from kvstore.api.convert import timestamp
+from kvstore.errors import KVStoreError
+from kvstore.server.access.access import Grant, Role
+from kvstore.server.control.errors import Refused, exhausted, unknown
+from kvstore.server.pacing import Pace
+from kvstore.store.index import Entry
+
+_MAX_AT_A_TIME: Final = 4
+_MAX_UNFINISHED: Final = 64
+_MAX_KEPT: Final = 1000
+_MAX_FLYING: Final = 64
+_NEWS_SECONDS: Final = 0.1
+_STOP_SECONDS: Final = 1.0
+
+_log = logging.getLogger("kvstore.operations")
+
+Done = Callable[[str | None], None]
+"""Told that a step on an object ended: None, or why the object was left alone."""
+
+Work = Callable[["Operation"], Awaitable[str]]
+"""What an operation does; returns its closing message."""
+
+
+class Operation:
+    """One long operation. Belongs to the daemon's loop.
+
+    `tenants` are those it may concern (None: any), `role` the one that may cancel it.
+    """
+
+    def __init__(
+        self, number: str, verb: str, caller: Grant, tenants: frozenset[str] | None, role: Role
+    ) -> None:
+        self.id = number
+        self.verb = verb
+        self.tenants = tenants
+        self.role = role
+        self.dry_run = False
+        self.total = 0
+        self.task: asyncio.Task[None] | None = None
+        self.cancelling = False
+        self.caller = caller
+        self._state = v1.Operation.STATE_RUNNING
+        self._finished_objects = 0
+        self._changed = 0
+        self._nbytes = 0
+        self._skipped: Counter[str] = Counter()
+        self._message = ""
+        self._started = time.time()
+        self._finished: float | None = None
+        self._news = asyncio.Event()
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._finished is None
+
+    def visible(self, grant: Grant) -> bool:
+        """Whether it concerns only tenants that the caller sees."""
+        if grant.tenants is None:
+            return True
+        return self.tenants is not None and self.tenants <= grant.tenants
+
+    def count(self, nbytes: int, reason: str | None) -> None:
+        """One object of `nbytes` is done with: changed, or left alone for `reason`."""
+        self._finished_objects += 1
+        if reason is None:
+            self._changed += 1
+            self._nbytes += nbytes
+        else:
+            self._skipped[reason] += 1
+        self._tell()
+
+    def progress(self, done: int) -> None:
+        """`done` of `total` objects are finished, all of them changed."""
+        self._finished_objects = self._changed = done
+        self._tell()
+
+    def end(self, state: v1.Operation.State, message: str) -> None:
+        """It has ended."""
+        self._state, self._message = state, message
+        self._finished = time.time()
+        self._tell()
+
+    def _tell(self) -> None:
+        if not self._news.is_set():
+            self._news.set()
+
+    def message(self) -> v1.Operation:
+        """Its state, for the API."""
+        message = v1.Operation(
+            id=self.id,
+            verb=self.verb,
+            state=self._state,
+            total=self.total,
+            done=self._finished_objects,
+            changed=self._changed,
+            bytes=self._nbytes,
+            skipped=dict(self._skipped),
+            message=self._message,
+            started=timestamp(self._started),
+            dry_run=self.dry_run,
+            requested_by=self.caller.name,
+        )
+        if self._finished is not None:
+            message.finished.CopyFrom(timestamp(self._finished))
+        return message
+
+    async def watch(self) -> AsyncIterator[v1.Operation]:
+        """Its state now, whenever it has changed (ten times a second at most), and at its end."""
+        while True:
+            running = self.running
+            news = self._news = asyncio.Event() if self._news.is_set() else self._news
+            yield self.message()
+            if not running:
+                return
+            await news.wait()
+            if self.running:
+                await asyncio.sleep(_NEWS_SECONDS)
+
+
+class Operations:
+    """The operations of a daemon: a few of each token run at a time, the latest are remembered.
+
+    Ids begin with the time of the start, so that those of an earlier daemon are not mistaken.
+    """
+
+    def __init__(self) -> None:
+        self._ids = itertools.count(1)
+        self._birth = f"{int(time.time()):x}"
+        self._all: dict[str, Operation] = {}
+        self._turns = defaultdict[bytes, asyncio.Semaphore](
+            lambda: asyncio.Semaphore(_MAX_AT_A_TIME)
+        )
+
+    def start(
+        self,
+        verb: str,
+        caller: Grant,
+        work: Work,
+        *,
+        tenants: frozenset[str] | None,
+        role: Role = Role.WRITE,
+        dry_run: bool = False,
+        at_once: bool = False,
+    ) -> Operation:
+        """Begin, as soon as it has its turn (or `at_once`).
+
+        Raises:
+            Refused: too many have not ended yet.
+        """
+        # Bearers of tokens leave room for each other, and for those without.
+        running = [o.caller.digest for o in self._all.values() if o.running]
+        many, own = sum(map(bool, running)), running.count(caller.digest)
+        if own >= (_MAX_UNFINISHED // 4 if caller.digest else _MAX_UNFINISHED) or (
+            caller.digest and many >= _MAX_UNFINISHED
+        ):
+            raise exhausted(
+                "TOO_MANY_OPERATIONS",
+                f"{own} operations of this caller have not ended; wait for them or cancel some",
+            )
+        number = f"{self._birth}-{next(self._ids)}"
+        operation = Operation(number, verb, caller, tenants, role)
+        operation.dry_run = dry_run
+        self._all[number] = operation
+        ended = [known.id for known in self._all.values() if not known.running]
+        for old in ended[: max(0, len(self._all) - _MAX_KEPT)]:
+            del self._all[old]
+        turn = contextlib.nullcontext() if at_once else self._turns[caller.digest]
+        run = self._run(operation, work, turn)
+        operation.task = asyncio.get_running_loop().create_task(run)
+        operation.task.add_done_callback(partial(_ended, operation))
+        return operation
+
+    async def _run(
+        self,
+        operation: Operation,
+        work: Work,
+        turn: contextlib.AbstractAsyncContextManager[None],
+    ) -> None:
+        try:
+            async with turn:
+                operation.end(v1.Operation.STATE_DONE, await work(operation))
+        except (KVStoreError, Refused) as e:
+            operation.end(v1.Operation.STATE_FAILED, str(e))
+
+    def find(self, number: str, grant: Grant) -> Operation:
+        """The operation of that id, if the caller may know of it.
+
+        Raises:
+            Refused: there is none.
+        """
+        operation = self._all.get(number)
+        if operation is None or not operation.visible(grant):
+            raise unknown(
+                "OPERATION_UNKNOWN",
+                f"no operation {number[:80]!r} here",
+                f"the last {_MAX_KEPT} are remembered until the daemon ends; ListOperations "
+                "(`kvstore operations list`) shows them",
+            )
+        return operation
+
+    def visible(self, grant: Grant) -> list[Operation]:
+        """Those the caller may know of, oldest first."""
+        return [operation for operation in self._all.values() if operation.visible(grant)]
+
+    def cancel(self, operation: Operation) -> None:
+        """Ask it to end; nothing happens if it has, or was asked before."""
+        if operation.running and not operation.cancelling and operation.task is not None:
+            operation.cancelling = True
+            operation.task.cancel()
+
+    async def stop(self) -> None:
+        """End all that run."""
+        tasks = [o.task for o in self._all.values() if o.running and o.task is not None]
+        for operation in list(self._all.values()):
+            self.cancel(operation)
+        if not tasks:
+            return
+        _, late = await asyncio.wait(tasks, timeout=_STOP_SECONDS)
+        for task in late:  # They wait for a disk that does not answer.
+            task.cancel()
+
+
+def _ended(operation: Operation, task: asyncio.Task[None]) -> None:
+    if task.cancelled():
+        operation.end(v1.Operation.STATE_CANCELLED, "cancelled; what was done stays done")
+    elif (error := task.exception()) is not None:
+        _log.error("operation %s (%s) failed", operation.id, operation.verb, exc_info=error)
+        operation.end(v1.Operation.STATE_FAILED, "an error of the daemon; its log tells more")
+
+
+async def each(
+    operation: Operation, entries: Iterable[Entry], step: Callable[[Entry, Done], None]
+) -> None:
+    """Take `step` with every entry, a few at a time, and count what became of it.
+
+    When cancelled, waits for the steps that were taken: the count is right at the end.
+    """
+    flying = 0
+    landed = asyncio.Event()
+
+    def ended(nbytes: int, reason: str | None) -> None:
+        nonlocal flying
+        flying -= 1
+        landed.set()
+        operation.count(nbytes, reason)
+
+    async def until_fewer_than(limit: int) -> None:
+        while flying >= limit:
+            landed.clear()
+            await landed.wait()
+
+    pace = Pace()
+    try:
+        for entry in entries:
+            await until_fewer_than(_MAX_FLYING)
+            if entry.gone:
+                operation.count(0, "gone")
+            else:
+                flying += 1
+                try:
+                    step(entry, partial(ended, entry.nbytes))
+                except Exception:
+                    flying -= 1
+                    raise
+            await pace.step()
+    finally:
+        await until_fewer_than(1)

@@ -1,0 +1,297 @@
+"""What requests of the API mean: fields checked, namespaces found, prompts turned into keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final, NamedTuple
+
+from google.protobuf.duration_pb2 import Duration
+
+from kvstore.api import v1
+from kvstore.api.convert import namespace_of
+from kvstore.blocks.keys import KEY_BYTES, Media, block_keys, prompt_extras
+from kvstore.blocks.spec import Namespace
+from kvstore.errors import SpecError
+from kvstore.server.access.access import Grant
+from kvstore.server.control.errors import bad_field, unknown
+from kvstore.server.node import Node
+from kvstore.server.pacing import Pace
+from kvstore.store.index import Entry
+from kvstore.store.selection import Selection, candidates
+from kvstore.transport.protocol import DISK, MAX_KEYS, MEMORY
+
+MAX_TOKENS: Final = 4 << 20
+MAX_TTL: Final = 30 * 24 * 3600.0
+_MAX_AGE: Final = 100 * 365 * 24 * 3600.0
+_MAX_NAME: Final = 256
+_MAX_MEDIA: Final = 1024
+_MIN_ID: Final = 6
+_ID_DIGITS: Final = 64
+_HEX: Final = frozenset("0123456789abcdef")
+_SLICE_TOKENS: Final = 8192
+_SLICE_KEYS: Final = 4096
+
+TIERS: Final[Mapping[int, v1.Tier]] = {MEMORY: v1.TIER_MEMORY, DISK: v1.TIER_DISK}
+
+
+class Prompt(NamedTuple):
+    """Blocks that a request names, from the start of a prompt."""
+
+    namespace: Namespace
+    keys: list[bytes]
+    tokens: v1.Tokens | None
+    """What it was given by; None: by keys."""
+
+
+def seconds(message: Duration, field: str, *, high: float, low: float = 0.0) -> float:
+    """A duration in seconds, more than `low` (or equal to it, if that is 0) and up to `high`.
+
+    Raises:
+        Refused: it lies outside.
+    """
+    value = message.seconds + message.nanos / 1e9
+    if not low <= value <= high:
+        raise bad_field(field, f"is {value:.10g} s; give {low:g} to {high:.10g} s")
+    return value
+
+
+def ttl(message: Duration, field: str = "ttl") -> float:
+    """A time to live.
+
+    Raises:
+        Refused: it is not positive, or too long.
+    """
+    return seconds(message, field, low=0.001, high=MAX_TTL)
+
+
+def tier(value: v1.Tier, field: str, *, default: int | None = None) -> int:
+    """A tier's code.
+
+    Raises:
+        Refused: it is no tier, or not given though it must be.
+    """
+    for code, message in TIERS.items():
+        if value == message:
+            return code
+    if value == v1.TIER_UNSPECIFIED and default is not None:
+        return default
+    raise bad_field(field, f"is {int(value)}; give TIER_MEMORY or TIER_DISK")
+
+
+def name(value: str, field: str, *, longest: int = _MAX_NAME) -> str:
+    """A name that must be given.
+
+    Raises:
+        Refused: it is empty or too long.
+    """
+    if not value:
+        raise bad_field(field, "is empty; give one")
+    if len(value) > longest:
+        raise bad_field(field, f"has {len(value)} characters; {longest} are allowed")
+    return value
+
+
+async def known_namespaces(node: Node, grant: Grant) -> dict[bytes, Namespace]:
+    """The namespaces that hold blocks or are open in a session, as far as the caller sees them."""
+    pace = Pace()
+    found: dict[bytes, Namespace] = {}
+    for usage in list(node.store.usage.namespaces.values()):
+        if grant.sees(usage.namespace.tenant):
+            found[usage.namespace.digest] = usage.namespace
+        await pace.step()
+    for session in list(node.sessions.values()):
+        for namespace, _ in session.opened:
+            if grant.sees(namespace.tenant):
+                found.setdefault(namespace.digest, namespace)
+        await pace.step()
+    return found
+
+
+async def namespace_by_id(node: Node, grant: Grant, text: str, field: str) -> Namespace:
+    """The namespace whose id is, or begins with, `text`.
+
+    Raises:
+        Refused: none or several do, or `text` is no id.
+    """
+    wanted = text.lower()
+    if not _MIN_ID <= len(wanted) <= _ID_DIGITS or not _HEX.issuperset(wanted):
+        raise bad_field(field, f"{text[:80]!r} is no id; give {_MIN_ID} to {_ID_DIGITS} hex digits")
+    matches = [
+        namespace
+        for digest, namespace in (await known_namespaces(node, grant)).items()
+        if digest.hex().startswith(wanted)
+    ]
+    if not matches:
+        raise unknown(
+            "NAMESPACE_UNKNOWN",
+            f"no namespace {wanted} here",
+            "ListNamespaces (`kvstore namespaces`) shows those there are; one that holds nothing "
+            "can be given by all of its fields",
+        )
+    if len(matches) > 1:
+        raise bad_field(field, f"{len(matches)} namespaces begin with {wanted}; give more digits")
+    return matches[0]
+
+
+async def _namespace(node: Node, grant: Grant, prefix: v1.Prefix, field: str) -> Namespace:
+    match prefix.WhichOneof("in"):
+        case "namespace_id":
+            where = f"{field}.namespace_id"
+            return await namespace_by_id(node, grant, prefix.namespace_id, where)
+        case "namespace":
+            try:
+                namespace = namespace_of(prefix.namespace)
+            except SpecError as e:
+                raise bad_field(f"{field}.namespace", str(e)) from e
+            grant.check_tenant(namespace.tenant)
+            return namespace
+        case _:
+            raise bad_field(f"{field}.namespace_id", "is missing; give it, or namespace")
+
+
+async def prompt(node: Node, grant: Grant, prefix: v1.Prefix, field: str = "prefix") -> Prompt:
+    """The blocks that a request names.
+
+    Raises:
+        Refused: a field is missing or wrong, or there is no such namespace.
+        AccessDenied: its tenant is out of reach.
+    """
+    namespace = await _namespace(node, grant, prefix, field)
+    match prefix.WhichOneof("of"):
+        case "tokens":
+            keys = await _hashed(namespace, prefix.tokens, f"{field}.tokens")
+            return Prompt(namespace, keys, prefix.tokens)
+        case "keys":
+            return Prompt(namespace, await _given(prefix.keys.keys, f"{field}.keys.keys"), None)
+        case _:
+            raise bad_field(f"{field}.tokens", "is missing; give it, or keys")
+
+
+async def _hashed(namespace: Namespace, tokens: v1.Tokens, field: str) -> list[bytes]:
+    count, size = len(tokens.ids), namespace.block_tokens
+    if count > MAX_TOKENS or count // size > MAX_KEYS:
+        raise bad_field(
+            f"{field}.ids",
+            f"has {count} tokens; send up to {min(MAX_TOKENS, MAX_KEYS * size)} in a call",
+        )
+    pace = Pace()
+    given: dict[int, Sequence[bytes]] = {}
+    for number, extra in enumerate(tokens.extras):
+        if extra.block in given:
+            raise bad_field(f"{field}.extras[{number}].block", f"{extra.block} is given twice")
+        given[extra.block] = extra.values
+        await pace.step()
+    _check_media(tokens, field)
+    keys: list[bytes] = []
+    step = max(1, _SLICE_TOKENS // size)
+    for first in range(0, count // size, step):
+        blocks = range(first, min(first + step, count // size))
+        extras = engine_extras(tokens, size, blocks)
+        for block in blocks:
+            if block in given:
+                extras[block - first] = [*extras.get(block - first, ()), *given[block]]
+        ids = tokens.ids[first * size : blocks.stop * size]
+        keys += block_keys(namespace, ids, extras=extras, parent=keys[-1] if keys else None)
+        await pace.step()
+    return keys
+
+
+def engine_extras(tokens: v1.Tokens, size: int, blocks: range) -> dict[int, list[bytes]]:
+    """What an engine names `blocks` of `size` tokens by beside these, numbered from the first."""
+    media = [Media(m.modality, m.digest, m.offset, m.length) for m in tokens.media]
+    return prompt_extras(size, blocks, salt=tokens.salt, adapter=tokens.adapter, media=media)
+
+
+def _check_media(tokens: v1.Tokens, field: str) -> None:
+    if len(tokens.media) > _MAX_MEDIA:
+        raise bad_field(f"{field}.media", f"are {len(tokens.media)}; {_MAX_MEDIA} are allowed")
+    end = 0
+    for number, item in enumerate(tokens.media):
+        where = f"{field}.media[{number}]"
+        name(item.modality, f"{where}.modality")
+        name(item.digest, f"{where}.digest")
+        if item.offset < end or not item.length:
+            raise bad_field(f"{where}.offset", "give media in order, none inside another")
+        end = item.offset + item.length
+
+
+async def _given(keys: Sequence[bytes], field: str) -> list[bytes]:
+    if len(keys) > MAX_KEYS:
+        raise bad_field(field, f"has {len(keys)} keys; send up to {MAX_KEYS} in a call")
+    taken: list[bytes] = []
+    pace = Pace()
+    for part in slices(keys, _SLICE_KEYS):
+        for key in part:
+            if len(key) != KEY_BYTES:
+                raise bad_field(
+                    f"{field}[{len(taken)}]", f"has {len(key)} bytes; a key has {KEY_BYTES}"
+                )
+            taken.append(key)
+        await pace.step()
+    return taken
+
+
+def slices(items: Sequence[bytes], size: int) -> Iterator[Sequence[bytes]]:
+    """`items` in runs of `size`."""
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
+
+
+async def selection(
+    node: Node, grant: Grant, message: v1.Selection, field: str = "selection"
+) -> Selection:
+    """The stored blocks that a request chooses, never beyond what the caller sees.
+
+    Raises:
+        Refused: nothing is chosen, conditions contradict each other, or one makes no sense.
+        AccessDenied: a tenant is out of reach.
+    """
+    conditions = [item.name for item, _ in message.ListFields() if item.name != "everything"]
+    if message.everything and conditions:
+        raise bad_field(
+            f"{field}.everything", f"contradicts {', '.join(conditions)}; give one or the other"
+        )
+    if not message.everything and not conditions:
+        raise bad_field(field, "chooses nothing; give a condition, or everything")
+    namespace: Namespace | None = None
+    keys: list[bytes] | None = None
+    if message.namespace_id:
+        where = f"{field}.namespace_id"
+        namespace = await namespace_by_id(node, grant, message.namespace_id, where)
+    if message.HasField("prefix"):
+        asked = await prompt(node, grant, message.prefix, f"{field}.prefix")
+        if namespace is not None and namespace.digest != asked.namespace.digest:
+            raise bad_field(f"{field}.namespace_id", "is not the namespace of prefix; give one")
+        namespace, keys = asked.namespace, asked.keys
+    tenant = message.tenant if message.HasField("tenant") else None
+    if tenant is not None:
+        grant.check_tenant(tenant)
+    age = unused = None
+    if message.HasField("older_than"):
+        age = seconds(message.older_than, f"{field}.older_than", high=_MAX_AGE)
+    if message.HasField("unused_for"):
+        unused = seconds(message.unused_for, f"{field}.unused_for", high=_MAX_AGE)
+    return Selection(
+        namespace=None if namespace is None else namespace.digest,
+        tenant=tenant,
+        tenants=grant.tenants,
+        keys=keys,
+        tier=None if not message.tier else tier(message.tier, f"{field}.tier"),
+        older_than=age,
+        unused_for=unused,
+    )
+
+
+async def chosen(node: Node, selected: Selection) -> list[Entry]:
+    """The stored objects that a selection means, those of a prompt last block first.
+
+    So a prompt that is removed or moved in part keeps its beginning.
+    """
+    now = node.store.clock.monotonic()
+    pace = Pace()
+    found: list[Entry] = []
+    for entry in candidates(node.store, selected):
+        if not entry.gone and selected.matches(entry, now):
+            found.append(entry)
+        await pace.step()
+    return found

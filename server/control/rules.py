@@ -1,0 +1,203 @@
+"""The verbs of the API that rule the daemon: operations, quotas, admission, draining."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+from kvstore.api import v1
+from kvstore.errors import TierUnavailable
+from kvstore.server.access.access import Grant, Role
+from kvstore.server.control.errors import bad_field, check_role, denied
+from kvstore.server.control.operations import Operation, Operations
+from kvstore.server.control.requests import name, seconds
+from kvstore.server.node import Node
+from kvstore.server.pacing import Pace
+from kvstore.store.admission import Admission
+from kvstore.store.usage import Quota
+
+_DRAIN_SECONDS: Final = 30.0
+_MAX_DRAIN_SECONDS: Final = 24 * 3600.0
+_MAX_TENANT: Final = 4096
+_MAX_DENIED: Final = 1024
+_MAX_BYTES: Final = 1 << 62
+_PROGRESS_SECONDS: Final = 0.1
+_STOP_SECONDS: Final = 0.5
+"""After the end of a drain, so that who asked for it can hear of it."""
+
+
+class RuleVerbs:
+    """Steers operations and the daemon itself."""
+
+    def __init__(self, node: Node, operations: Operations) -> None:
+        self._node = node
+        self._store = node.store
+        self._operations = operations
+        self._drains = 0
+
+    # -- operations -------------------------------------------------------------------------------
+
+    async def check_finish(self, caller: Grant, request: v1.CheckFinishRequest) -> v1.Operation:
+        """The state of an operation."""
+        return self._operations.find(name(request.id, "id"), caller).message()
+
+    @asynccontextmanager
+    async def watch(
+        self, caller: Grant, request: v1.WatchRequest
+    ) -> AsyncIterator[AsyncIterator[v1.Operation]]:
+        """The states of an operation until its end."""
+        yield self._operations.find(name(request.id, "id"), caller).watch()
+
+    async def cancel(self, caller: Grant, request: v1.CancelRequest) -> v1.Operation:
+        """Ask an operation to end."""
+        operation = self._operations.find(name(request.id, "id"), caller)
+        check_role(caller, operation.role, f"cancelling a {operation.verb}")
+        self._operations.cancel(operation)
+        return operation.message()
+
+    async def list_operations(
+        self, caller: Grant, request: v1.ListOperationsRequest
+    ) -> v1.ListOperationsResponse:
+        """The operations that are remembered."""
+        reply = v1.ListOperationsResponse()
+        pace = Pace()
+        for operation in self._operations.visible(caller):
+            reply.operations.append(operation.message())
+            await pace.step()
+        return reply
+
+    # -- quotas -----------------------------------------------------------------------------------
+
+    async def set_quota(self, caller: Grant, request: v1.SetQuotaRequest) -> v1.Quota:
+        """Limit a tenant."""
+        tenant = self._tenant(caller, request.tenant)
+        limits: dict[str, int | None] = {}
+        for field in ("memory_bytes", "disk_bytes"):
+            limits[field] = getattr(request, field) if request.HasField(field) else None
+            if (limits[field] or 0) > _MAX_BYTES:
+                raise bad_field(field, f"is {limits[field]}; leave it out for no limit")
+        quota = Quota(limits["memory_bytes"], limits["disk_bytes"])
+        self._store.set_quota(tenant, quota)
+        return self._quota(tenant)
+
+    async def get_quota(self, caller: Grant, request: v1.GetQuotaRequest) -> v1.GetQuotaResponse:
+        """What tenants may hold and do hold."""
+        usage = self._store.usage
+        tenants = {*usage.tenants, *usage.quotas}
+        if request.HasField("tenant"):
+            tenants = {self._tenant(caller, request.tenant)}
+        reply = v1.GetQuotaResponse()
+        pace = Pace()
+        for tenant in sorted(tenant for tenant in tenants if caller.sees(tenant)):
+            reply.quotas.append(self._quota(tenant))
+            await pace.step()
+        return reply
+
+    def _tenant(self, caller: Grant, tenant: str) -> str:
+        if len(tenant) > _MAX_TENANT:
+            raise bad_field("tenant", f"has {len(tenant)} characters; {_MAX_TENANT} are allowed")
+        caller.check_tenant(tenant)
+        return tenant
+
+    def _quota(self, tenant: str) -> v1.Quota:
+        message = v1.Quota(tenant=tenant)
+        usage = self._store.usage.tenants.get(tenant)
+        if usage is not None:
+            message.used_memory_bytes = usage.memory_bytes
+            message.used_disk_bytes = usage.disk_bytes
+            message.pinned_bytes = usage.pinned_bytes
+        quota = self._store.usage.quotas.get(tenant, Quota())
+        if quota.memory is not None:
+            message.memory_bytes = quota.memory
+        if quota.disk is not None:
+            message.disk_bytes = quota.disk
+        return message
+
+    # -- the daemon -------------------------------------------------------------------------------
+
+    async def get_admission(
+        self, caller: Grant, request: v1.GetAdmissionRequest
+    ) -> v1.AdmissionPolicy:
+        """What is let in."""
+        rules = self._store.admission
+        seen = sorted(tenant for tenant in rules.denied_tenants if caller.sees(tenant))
+        return v1.AdmissionPolicy(memory=rules.memory, disk=rules.disk, denied_tenants=seen)
+
+    async def set_admission(
+        self, caller: Grant, request: v1.SetAdmissionRequest
+    ) -> v1.AdmissionPolicy:
+        """Change what is let in."""
+        _check_unlimited(caller, "the admission policy")
+        rules = self._store.admission
+        for field in ("memory", "disk"):
+            if request.HasField(field):
+                rules = _with_rule(rules, field, getattr(request, field))
+        if request.HasField("denied"):
+            tenants = request.denied.tenants
+            if len(tenants) > _MAX_DENIED or any(len(t) > _MAX_TENANT for t in tenants):
+                raise bad_field(
+                    "denied.tenants",
+                    f"is too long; {_MAX_DENIED} tenants of {_MAX_TENANT} characters are allowed",
+                )
+            rules = dataclasses.replace(rules, denied_tenants=frozenset(tenants))
+        self._store.admission = rules
+        return await self.get_admission(caller, v1.GetAdmissionRequest())
+
+    async def drain(self, caller: Grant, request: v1.DrainRequest) -> v1.Operation:
+        """Take nothing in any more, and write out what is not on disk."""
+        _check_unlimited(caller, "draining the daemon")
+        timeout = _DRAIN_SECONDS
+        if request.HasField("timeout"):
+            timeout = seconds(request.timeout, "timeout", high=_MAX_DRAIN_SECONDS)
+
+        async def work(operation: Operation) -> str:
+            self._drains += 1
+            try:
+                return await self._drain(operation, timeout, stop=request.stop)
+            except asyncio.CancelledError:
+                if self._drains == 1:
+                    self._store.draining = False
+                raise
+            finally:
+                self._drains -= 1
+
+        started = self._operations.start(
+            "Drain", caller, work, tenants=None, role=Role.ADMIN, at_once=True
+        )
+        return started.message()
+
+    async def _drain(self, operation: Operation, timeout: float, *, stop: bool) -> str:
+        unwritten = operation.total = self._store.tiering.unwritten
+        draining = asyncio.create_task(self._node.drain(timeout))
+        try:
+            while not (await asyncio.wait({draining}, timeout=_PROGRESS_SECONDS))[0]:
+                operation.progress(max(0, unwritten - self._store.tiering.unwritten))
+        finally:
+            draining.cancel()
+        left = draining.result()
+        operation.progress(max(0, unwritten - left))
+        if stop:
+            asyncio.get_running_loop().call_later(_STOP_SECONDS, self._node.stop)
+        ending = "the daemon stops" if stop else "the daemon takes no more saves and sessions"
+        if left:
+            raise TierUnavailable(f"{left} objects did not reach the disk; {ending}")
+        return f"all is written; {ending}"
+
+
+def _check_unlimited(caller: Grant, what: str) -> None:
+    if caller.tenants is not None:
+        raise denied(
+            "TENANT", f"{what} concerns all tenants, {caller.name!r} only some; use another token"
+        )
+
+
+def _with_rule(rules: Admission, field: str, rule: str) -> Admission:
+    try:
+        if field == "memory":
+            return dataclasses.replace(rules, memory=rule)
+        return dataclasses.replace(rules, disk=rule)
+    except ValueError as e:
+        raise bad_field(field, str(e)) from e

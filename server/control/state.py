@@ -1,0 +1,167 @@
+"""The verbs of the API that show the daemon's state: usage, namespaces, sessions, leases."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from kvstore import __version__
+from kvstore.api import v1
+from kvstore.api.convert import duration, namespace_message, timestamp
+from kvstore.blocks.spec import Described, Part
+from kvstore.server.access.access import Grant
+from kvstore.server.control.requests import known_namespaces
+from kvstore.server.node import Node
+from kvstore.server.pacing import Pace
+from kvstore.server.sessions.session import SessionConnection
+from kvstore.store.index import Lease
+from kvstore.store.pins import PinOwner
+
+
+class StateVerbs:
+    """Answers what there is and who uses it, as far as the caller sees it."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._store = node.store
+
+    async def stats(self, caller: Grant, request: v1.StatsRequest) -> v1.StatsResponse:
+        """Usage; of a caller limited to tenants, that of these."""
+        node = self._node
+        stats = node.stats(caller)
+        reply = v1.StatsResponse(
+            node=node.name,
+            version=__version__,
+            uptime=duration(node.store.clock.monotonic() - node.started),
+            draining=node.draining,
+            objects=stats["objects"],
+            unwritten_objects=stats.get("unwritten", 0),
+            leases=stats["leases"],
+            sessions=len(node.seen_sessions(caller)),
+            counters=stats["counters"],
+            tiers=[_tier_stats(v1.TIER_MEMORY, stats["memory"])],
+        )
+        reply.tiers[0].pinned_bytes = stats["pinned_bytes"]
+        if stats["disk"] is not None:
+            reply.tiers.append(_tier_stats(v1.TIER_DISK, stats["disk"]))
+        elif stats["disk_problem"]:
+            problem = stats["disk_problem"]
+            reply.tiers.append(v1.TierStats(tier=v1.TIER_DISK, problem=problem))
+        return reply
+
+    async def list_namespaces(
+        self, caller: Grant, request: v1.ListNamespacesRequest
+    ) -> v1.ListNamespacesResponse:
+        """The namespaces there are."""
+        tenant = request.tenant if request.HasField("tenant") else None
+        if tenant is not None:
+            caller.check_tenant(tenant)
+        users: dict[bytes, int] = {}
+        for session in self._node.sessions.values():
+            for digest in {namespace.digest for namespace, _ in session.opened}:
+                users[digest] = users.get(digest, 0) + 1
+        reply = v1.ListNamespacesResponse()
+        pace = Pace()
+        for digest, namespace in (await known_namespaces(self._node, caller)).items():
+            if tenant is not None and namespace.tenant != tenant:
+                continue
+            info = v1.NamespaceInfo(
+                namespace=namespace_message(namespace), sessions=users.get(digest, 0)
+            )
+            usage = self._store.usage.namespaces.get(digest)
+            if usage is not None:
+                info.objects = usage.objects
+                info.blocks = _blocks(usage.parts)
+                info.memory_bytes, info.disk_bytes = usage.memory_bytes, usage.disk_bytes
+                info.last_used.CopyFrom(timestamp(self._store.clock.unix(usage.last_used)))
+                info.parts.extend(sorted(_described(part) for part in usage.parts))
+            reply.namespaces.append(info)
+            await pace.step()
+        return reply
+
+    async def list_sessions(
+        self, caller: Grant, request: v1.ListSessionsRequest
+    ) -> v1.ListSessionsResponse:
+        """Who is connected; of a session of several tenants, what the caller sees."""
+        leases = Counter(map(_session_of, self._node.leases(caller)))
+        reply = v1.ListSessionsResponse()
+        for session in self._node.seen_sessions(caller):
+            seen = {namespace.digest.hex() for namespace in session.seen_by(caller)}
+            whole = all(caller.sees(namespace.tenant) for namespace, _ in session.opened)
+            reply.sessions.append(
+                v1.SessionInfo(
+                    id=session.peer.session,
+                    peer=session.peer.address,
+                    pid=session.peer.pid,
+                    software=session.peer.software,
+                    token=session.grant.name,
+                    since=timestamp(session.since),
+                    namespace_ids=sorted(seen),
+                    leases=leases[session.peer.session],
+                    requests=session.requests if whole else 0,
+                )
+            )
+        return reply
+
+    async def list_leases(
+        self, caller: Grant, request: v1.ListLeasesRequest
+    ) -> v1.ListLeasesResponse:
+        """Rights to blocks, of sessions and of pins."""
+        reply = v1.ListLeasesResponse()
+        pace = Pace()
+        for lease in self._node.leases(caller):
+            session = _session_of(lease)
+            owner = lease.owner.name if isinstance(lease.owner, PinOwner) else ""
+            if request.HasField("session") and request.session != session:
+                continue
+            if request.HasField("owner") and (request.owner != owner or session):
+                continue
+            reply.leases.append(
+                v1.LeaseInfo(
+                    id=f"pin-{lease.id}" if not session and owner else f"{session}-{lease.id}",
+                    kind=lease.kind.value,
+                    session=session,
+                    owner=owner,
+                    blocks=len(lease.blocks),
+                    bytes=sum(entry.nbytes for entry in lease.entries()),
+                    since=timestamp(self._store.clock.unix(lease.since)),
+                    expires=timestamp(self._store.clock.unix(lease.expires)),
+                    withdrawn=lease.withdrawn,
+                )
+            )
+            await pace.step()
+        return reply
+
+
+def _session_of(lease: Lease) -> int:
+    """The number of the session that holds a lease; 0: none does."""
+    return lease.owner.peer.session if isinstance(lease.owner, SessionConnection) else 0
+
+
+def _tier_stats(tier: v1.Tier, pool: dict[str, Any]) -> v1.TierStats:
+    return v1.TierStats(
+        tier=tier,
+        capacity_bytes=pool.get("capacity", 0),
+        used_bytes=pool["used"],
+        free_bytes=pool.get("free", 0),
+        fragmented_bytes=pool.get("fragmented", 0),
+        problem=pool.get("problem") or "",
+    )
+
+
+def _blocks(parts: dict[Part, int]) -> int:
+    """About how many blocks these objects make: as many as there are of the rarest content."""
+    families: dict[int, dict[bytes, int]] = {}
+    for part, objects in parts.items():
+        contents = families.setdefault(part.shard.count, {})
+        contents[part.content] = contents.get(part.content, 0) + objects
+    return max((min(contents.values()) for contents in families.values()), default=0)
+
+
+def _described(part: Part) -> str:
+    group, layout = part.group, part.layout
+    axes = layout.axes if isinstance(layout, Described) else layout.name
+    return (
+        f"{group.name} {group.layers}×{group.heads}×{group.channels} {group.dtype} {axes} "
+        f"shard {part.shard.index}/{part.shard.count}"
+    )

@@ -1,0 +1,386 @@
+"""The HTTP face: health, metrics, status, configuration, log levels, and a page that shows them.
+
+Every connection carries one request and lives for a few seconds at most, and there are only so
+many at a time; the oldest makes room for a new one. So slow or silent clients cost nothing, and
+probes get through.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import logging
+import socket
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import aiohttp
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from kvstore import __version__
+from kvstore.config import Config
+from kvstore.server.access.access import Access, Denied, Grant, Role
+from kvstore.server.http.metrics import Exposition
+from kvstore.server.http.samples import Samples
+from kvstore.server.http.status import status
+from kvstore.server.listeners import bind, show
+from kvstore.server.node import Node
+from kvstore.server.tasks import run
+
+_REQUEST_SECONDS: Final = 10.0
+_HANDSHAKE_SECONDS: Final = 5.0
+_STOP_SECONDS: Final = 1.0
+_SAMPLE_SECONDS: Final = 1.0
+_MAX_BODY: Final = 4096
+_MAX_HEADER: Final = 8190
+_LEVELS: Final = ("debug", "info", "warning", "error")
+_PAGE: Final = Path(__file__).parent / "page"
+_HEADERS: Final = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "Server": f"kvstore/{__version__}",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+_log = logging.getLogger("kvstore.http")
+_requests_log = logging.getLogger("kvstore.http.requests")
+# What is no HTTP is answered with 400; a traceback each would let anybody fill the log.
+_requests_log.addFilter(
+    lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+)
+
+
+class _Refused(Exception):
+    """An answer other than 200: what is wrong, and what to do."""
+
+    def __init__(self, status: HTTPStatus, text: str, reason: str = "", **headers: str) -> None:
+        super().__init__(text)
+        self.status = status
+        self.reason = reason  # for the counters
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class _Route(NamedTuple):
+    """What answers a path. Without a role it is open to everybody."""
+
+    methods: tuple[str, ...]
+    role: Role | None
+    answer: Callable[[web.BaseRequest, Grant | None], web.Response]
+
+
+class _Server(web.Server):
+    """Bounds the connections, and the life of each."""
+
+    def __init__(self, handler: Callable[[web.BaseRequest], Any], limit: int) -> None:
+        super().__init__(
+            handler,
+            access_log=None,
+            logger=_requests_log,
+            auto_decompress=False,
+            max_line_size=_MAX_HEADER,
+            max_field_size=_MAX_HEADER,
+            lingering_time=0.0,
+        )
+        self._limit = limit
+        self._ends: dict[object, tuple[asyncio.Transport, asyncio.TimerHandle]] = {}
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        loop = asyncio.get_running_loop()
+        self._ends[handler] = transport, loop.call_later(_REQUEST_SECONDS, transport.abort)
+        if len(self._ends) > self._limit:
+            oldest, end = self._ends.pop(next(iter(self._ends)))
+            end.cancel()
+            oldest.abort()
+
+    def connection_lost(
+        self, handler: web.RequestHandler, exc: BaseException | None = None
+    ) -> None:
+        if (known := self._ends.pop(handler, None)) is not None:
+            known[1].cancel()
+        super().connection_lost(handler, exc)
+
+
+class AdminFace:
+    """Serves HTTP on `server.http`. Starts before there is a node, to say that it warms up.
+
+    `touched` says how much of the memory was touched so far, from 0 to 1.
+    """
+
+    def __init__(self, config: Config, access: Access) -> None:
+        assert config.server.http is not None
+        self.touched = 0.0
+        self._node: Node | None = None
+        self._config = config
+        self._access = access
+        self._samples = Samples()
+        self._sampling: asyncio.Task[None] | None = None
+        self._bound: list[socket.socket] = []
+        self._listeners: list[asyncio.Server] = []
+        self._server: _Server | None = None
+        self._pages = _read_page()
+        read = Role.READ
+        self._routes: dict[str, _Route] = {
+            "/healthz": _Route(("GET",), None, self._healthz),
+            "/readyz": _Route(("GET",), None, self._readyz),
+            "/metrics": _Route(("GET",), read, self._metrics),
+            "/status": _Route(("GET",), read, self._status),
+            "/config": _Route(("GET",), read, self._show_config),
+            "/loglevel": _Route(("GET",), read, self._loglevel),
+        } | {path: _Route(("GET",), None, self._show_page) for path in self._pages}
+
+    async def start(self) -> None:
+        """Begin to listen.
+
+        Raises:
+            ConfigError: the address cannot be had.
+        """
+        loop = asyncio.get_running_loop()
+        server = self._server = _Server(self._handle, self._config.server.max_requests)
+        tls = self._access.server_context()
+        patience = None if tls is None else _HANDSHAKE_SECONDS
+        assert self._config.server.http is not None
+        self._bound = bind("server.http", self._config.server.http)
+        self._listeners = [
+            await loop.create_server(server, sock=bound, ssl=tls, ssl_handshake_timeout=patience)
+            for bound in self._bound
+        ]
+
+    def attach(self, node: Node) -> None:
+        """The node is ready: tell of it from now on."""
+        self._node = node
+        self._sampling = run(
+            "sampling", lambda: self._sample(node), node.store.counters, again=True
+        )
+
+    async def stop(self) -> None:
+        """End; a request that runs is answered within a second or cut."""
+        if self._server is None:
+            return
+        if self._sampling is not None:
+            self._sampling.cancel()
+        for listener in self._listeners:
+            listener.close()
+        self._server.pre_shutdown()
+        await self._server.shutdown(_STOP_SECONDS)
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where it listens."""
+        scheme = "http" if self._access.server_context() is None else "https"
+        return [f"{scheme} {show(bound)}" for bound in self._bound]
+
+    async def _sample(self, node: Node) -> None:
+        while True:
+            self._samples.take(time.time(), node.store.stats())
+            await asyncio.sleep(_SAMPLE_SECONDS)
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            response = await self._answer(request)
+        except _Refused as e:
+            if e.reason and self._node is not None:
+                self._node.store.counters.add("refused", e.reason)
+            response = _json({"error": str(e)}, e.status)
+            response.headers.update(e.headers)
+        response.headers.update(_HEADERS)
+        response.force_close()
+        return response
+
+    async def _answer(self, request: web.BaseRequest) -> web.Response:
+        self._check_host(request)
+        if (route := self._routes.get(request.path)) is None:
+            known = ", ".join(path for path in self._routes if path not in self._pages)
+            raise _Refused(HTTPStatus.NOT_FOUND, f"there is nothing here; there are {known} and /")
+        changes = request.path == "/loglevel" and request.method in ("PUT", "POST")
+        if request.method not in (*route.methods, "HEAD") and not changes:
+            methods = "GET, HEAD, PUT, POST" if request.path == "/loglevel" else "GET, HEAD"
+            raise _Refused(
+                HTTPStatus.METHOD_NOT_ALLOWED,
+                f"{request.method} is not for {request.path}; use {methods}",
+                Allow=methods,
+            )
+        grant = None if route.role is None else self._grant(request, route.role)
+        if changes:
+            assert grant is not None
+            return await self._set_loglevel(request, grant)
+        return route.answer(request, grant)
+
+    def _check_host(self, request: web.BaseRequest) -> None:
+        """Keep web sites that let their name point here from reading along in a browser."""
+        if self._access.has_tokens or not _is_loopback(request.transport):
+            return
+        host = request.host.rpartition(":")[0] if request.host[-1:] != "]" else request.host
+        host = (host or request.host).strip("[]")
+        if host != "localhost" and not _is_loopback_address(host):
+            raise _Refused(
+                HTTPStatus.MISDIRECTED_REQUEST,
+                f"{host!r} is no name of this machine's loopback; ask for http://127.0.0.1 or "
+                "http://localhost, or set server.tokens",
+                "host",
+            )
+
+    def _grant(self, request: web.BaseRequest, role: Role) -> Grant:
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        try:
+            grant = self._access.grant(token.strip() if scheme.lower() == "bearer" else None)
+        except Denied as e:
+            text, status = str(e), HTTPStatus.UNAUTHORIZED
+            raise _Refused(status, text, e.reason, WWW_Authenticate="Bearer") from e
+        _check_role(grant, role, request.path)
+        return grant
+
+    # -- answers ----------------------------------------------------------------------------------
+
+    def _healthz(self, request: web.BaseRequest, grant: Grant | None) -> web.Response:
+        return self._health(ok=("ready", "draining"))
+
+    def _readyz(self, request: web.BaseRequest, grant: Grant | None) -> web.Response:
+        return self._health(ok=("ready",))
+
+    def _health(self, ok: tuple[str, ...]) -> web.Response:
+        if self._node is None:
+            answer = {"status": "starting", "memory_touched": round(self.touched, 3)}
+        else:
+            answer = dict(self._node.health())
+        well = answer["status"] in ok
+        return _json(answer, HTTPStatus.OK if well else HTTPStatus.SERVICE_UNAVAILABLE)
+
+    def _metrics(self, request: web.BaseRequest, grant: Grant | None) -> web.Response:
+        assert grant is not None
+        body = Exposition(self._node, grant).text()
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    def _status(self, request: web.BaseRequest, grant: Grant | None) -> web.Response:
+        assert grant is not None
+        if self._node is None:
+            raise _Refused(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                f"the daemon is starting, {self.touched:.0%} of its memory is touched; ask again",
+                Retry_After="1",
+            )
+        after = request.query.get("after", "0")
+        if not after.isdecimal() or len(after) > 15:
+            raise _Refused(
+                HTTPStatus.BAD_REQUEST, f"after={after!r} is no number of a sample; leave it out"
+            )
+        return _json(status(self._node, grant, self._samples, int(after)))
+
+    def _show_config(self, request: web.BaseRequest, grant: Grant | None) -> web.Response:
+        """The configuration names the files of secrets, never what is in them."""
+        assert grant is not None
+        shown = self._config.model_dump(mode="json")
+        shown["quotas"] = {t: quota for t, quota in shown["quotas"].items() if grant.sees(t)}
+        denied = shown["admission"]["denied_tenants"]
+        shown["admission"]["denied_tenants"] = sorted(filter(grant.sees, denied))
+        return _json(shown)
+
+    def _loglevel(self, request: web.BaseRequest, grant: Grant | None) -> web.Response:
+        return _json({"root": _level_of(logging.getLogger())} | _own_levels())
+
+    async def _set_loglevel(self, request: web.BaseRequest, grant: Grant) -> web.Response:
+        _check_role(grant, Role.ADMIN, "changing a log level")
+        if grant.tenants is not None:
+            text = f"log levels concern all tenants, {grant.name!r} only some; use another token"
+            raise _Refused(HTTPStatus.FORBIDDEN, text, "tenant")
+        origin = f"{request.scheme}://{request.host}"
+        if not grant.digest and request.headers.get("Origin") != origin:
+            text = f"without a token send the header Origin: {origin}, as our own page would"
+            raise _Refused(HTTPStatus.FORBIDDEN, text, "origin")
+        if request.content_type != "application/json":  # What another site's form cannot send.
+            raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send Content-Type: application/json")
+        wanted = await _body(request)
+        level, name = wanted.get("level"), wanted.get("logger", "kvstore")
+        if level not in _LEVELS:
+            raise _Refused(
+                HTTPStatus.BAD_REQUEST, f"level is {level!r}; use one of {', '.join(_LEVELS)}"
+            )
+        known = ("root", "kvstore", *_own_levels())
+        if name not in known:
+            raise _Refused(
+                HTTPStatus.BAD_REQUEST, f"logger is {name!r}; use one of {', '.join(known)}"
+            )
+        logging.getLogger(None if name == "root" else name).setLevel(level.upper())
+        _log.warning("log level of %s is %s now, says %r", name, level, grant.name)
+        return self._loglevel(request, grant)
+
+    def _show_page(self, request: web.BaseRequest, grant: Grant | None) -> web.Response:
+        content_type, body = self._pages[request.path]
+        return web.Response(body=body, content_type=content_type, charset="utf-8")
+
+
+def _check_role(grant: Grant, role: Role, what: str) -> None:
+    try:
+        grant.check(role, what)
+    except Denied as e:
+        raise _Refused(HTTPStatus.FORBIDDEN, str(e), e.reason) from e
+
+
+def _json(value: object, status: HTTPStatus = HTTPStatus.OK) -> web.Response:
+    return web.json_response(value, status=status)
+
+
+async def _body(request: web.BaseRequest) -> dict[str, Any]:
+    """A small JSON object."""
+    data = b""
+    with contextlib.suppress(aiohttp.ClientPayloadError):
+        while len(data) <= _MAX_BODY and (piece := await request.content.readany()):
+            data += piece
+    if len(data) > _MAX_BODY:
+        raise _Refused(
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body is too large; send up to {_MAX_BODY} B"
+        )
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as e:
+        raise _Refused(HTTPStatus.BAD_REQUEST, f"the body is no JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise _Refused(HTTPStatus.BAD_REQUEST, 'send an object such as {"level": "debug"}')
+    return value
+
+
+def _is_loopback(transport: asyncio.Transport | None) -> bool:
+    """Whether the connection came in on a loopback address."""
+    name = None if transport is None else transport.get_extra_info("sockname")
+    return name is not None and _is_loopback_address(name[0])
+
+
+def _is_loopback_address(text: str) -> bool:
+    try:
+        address = ipaddress.ip_address(text)
+        # IPv4 by way of a listener at [::].
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+    except ValueError:
+        return False
+
+
+def _level_of(logger: logging.Logger) -> str:
+    return logging.getLevelName(logger.getEffectiveLevel()).lower()
+
+
+def _own_levels() -> dict[str, str]:
+    names = sorted(n for n in logging.root.manager.loggerDict if n.split(".")[0] == "kvstore")
+    return {name: _level_of(logging.getLogger(name)) for name in names}
+
+
+def _read_page() -> dict[str, tuple[str, bytes]]:
+    """Content type and bytes of the page's files, by path."""
+    types = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+    found = {
+        f"/{file.name}": (types[file.suffix], file.read_bytes())
+        for file in _PAGE.iterdir()
+        if file.suffix in types
+    }
+    return {"/": ("text/html", (_PAGE / "index.html").read_bytes())} | found

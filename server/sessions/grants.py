@@ -1,0 +1,190 @@
+"""What the threads of a session's data connections may touch: slots under its leases, for now.
+
+A lease is the loop's business, bytes are the threads'. Between them stands a grant per lease: plain
+numbers, under a lock that nobody holds for long. So neither side waits for the other, and a lookup
+is answered while gigabytes pass.
+"""
+
+from __future__ import annotations
+
+import hmac
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from kvstore.errors import ProtocolError
+from kvstore.store.index import Entry
+from kvstore.store.store import Store
+from kvstore.transport import protocol
+from kvstore.transport.wire import Wire
+
+MAX_OWNED: Final = 256
+"""Data connections of one token: half of those there may be."""
+
+_GRACE: Final = 1.0
+"""Seconds that a thread may take to notice that its request was the last one."""
+
+
+class Granted:
+    """The slots under one lease; `checksums` are None for objects that have not come yet."""
+
+    def __init__(self, entries: list[Entry], *, writable: bool) -> None:
+        self.entries = entries  # for the loop alone
+        self.writable = writable
+        self.offsets = [entry.slot.offset for entry in entries if entry.slot is not None]
+        self.sizes = [entry.nbytes for entry in entries]
+        self.checksums = [None if writable else entry.checksum for entry in entries]
+        self.damaged: set[int] = set()
+        self.filling: set[int] = set()
+        self.users: set[Wire] = set()
+        self.ended: float | None = None  # monotonic seconds
+
+
+class LeaseGone(Exception):
+    """The lease is not, or no longer, one that allows this."""
+
+
+class Grants:
+    """All grants of one session, and its data connections.
+
+    Grants are made and ended on the loop; `post` runs a function there. For as long as a grant
+    lives and somebody uses it, its objects are held in `store`, so no slot is given to others.
+    `owned` has the data connections of all sessions of the same token.
+    """
+
+    def __init__(
+        self,
+        ticket: bytes,
+        store: Store,
+        post: Callable[[Callable[[], None]], None],
+        owned: set[Wire],
+    ) -> None:
+        self._ticket = ticket
+        self._owned = owned
+        self._store = store
+        self._post = post
+        self._lock = threading.Lock()
+        self._leases: dict[int, Granted] = {}
+        self._leaving: list[Granted] = []
+        self._wires: set[Wire] = set()
+        self._closed = False
+
+    # -- on the loop ------------------------------------------------------------------------------
+
+    def add(self, lease: int, granted: Granted) -> None:
+        """From now on, threads may use the slots of a lease."""
+        self._store.hold(granted.entries)
+        with self._lock:
+            self._leases[lease] = granted
+
+    def end(self, lease: int) -> Granted | None:
+        """The lease has ended; who is still using it is given a moment."""
+        with self._lock:
+            granted = self._leases.pop(lease, None)
+            if granted is None:
+                return None
+            granted.ended = time.monotonic()
+            if granted.users:
+                self._leaving.append(granted)
+                return granted
+        self._let_go(granted)
+        return granted
+
+    def cut(self, lease: int) -> None:
+        """The lease has expired: end it, and the connections that use it."""
+        granted = self.end(lease)
+        if granted is not None:
+            with self._lock:
+                _shut_down(granted)
+
+    def cut_leaving(self) -> None:
+        """End the connections that go on using leases that ended a while ago."""
+        with self._lock:
+            self._leaving = [granted for granted in self._leaving if granted.users]
+            for granted in self._leaving:
+                if granted.ended is not None and time.monotonic() - granted.ended > _GRACE:
+                    _shut_down(granted)
+
+    def close(self) -> None:
+        """The session has ended: all grants and data connections with it."""
+        with self._lock:
+            self._closed = True
+            leases = list(self._leases)
+            for wire in self._wires:
+                wire.shutdown()
+        for lease in leases:
+            self.end(lease)
+
+    def _let_go(self, granted: Granted) -> None:
+        for entry, checksum in zip(granted.entries, granted.checksums, strict=True):
+            if not granted.writable and entry.checksum is None:
+                entry.checksum = checksum  # made for sending; good for the next reader too
+        self._store.let_go(granted.entries)
+
+    # -- in the threads ---------------------------------------------------------------------------
+
+    def attach(self, ticket: bytes, wire: Wire) -> str | None:
+        """Take in a data connection; the reason if it is refused."""
+        with self._lock:
+            if self._closed or not hmac.compare_digest(ticket, self._ticket):
+                return "no session has this ticket"
+            if len(self._wires) >= protocol.MAX_STREAMS:
+                return f"the session has {protocol.MAX_STREAMS} data connections already"
+            if len(self._owned) >= MAX_OWNED:
+                return f"the sessions of its token have {MAX_OWNED} data connections already"
+            self._wires.add(wire)
+            self._owned.add(wire)
+        return None
+
+    def detach(self, wire: Wire) -> None:
+        """A data connection ends; after this nobody else touches it."""
+        with self._lock:
+            self._wires.discard(wire)
+            self._owned.discard(wire)
+
+    @contextmanager
+    def use(self, wire: Wire, lease: int, slots: Sequence[int], *, fill: bool) -> Iterator[Granted]:
+        """The grant of a lease, for `wire` to fill these slots or to send what is in them.
+
+        Raises:
+            LeaseGone: there is none of that kind.
+            ProtocolError: slots that it has not, or that are being filled or full already.
+        """
+        with self._lock:
+            granted = self._leases.get(lease)
+            if granted is None or granted.writable != fill:
+                raise LeaseGone(f"lease {lease} is no lease to {'save' if fill else 'load'} under")
+            _check(granted, slots, fill)
+            granted.users.add(wire)
+            if fill:
+                granted.filling.update(slots)
+        try:
+            yield granted
+        finally:
+            with self._lock:
+                granted.users.discard(wire)
+                granted.filling.difference_update(slots if fill else ())
+                last = granted.ended is not None and not granted.users
+            if last:
+                self._post(lambda: self._let_go(granted))
+
+
+def _check(granted: Granted, slots: Sequence[int], fill: bool) -> None:
+    count = len(granted.offsets)
+    if not 1 <= len(slots) <= protocol.MAX_BATCH:
+        raise ProtocolError(f"{len(slots)} slots; give 1 to {protocol.MAX_BATCH}")
+    if min(slots) < 0 or max(slots) >= count:
+        raise ProtocolError(f"slots {min(slots)} to {max(slots)}; the lease has {count}")
+    if fill and (
+        len(set(slots)) < len(slots)
+        or not granted.filling.isdisjoint(slots)
+        or any(granted.checksums[slot] is not None for slot in slots)
+    ):
+        raise ProtocolError("a slot is filled twice; every object is put once")
+
+
+def _shut_down(granted: Granted) -> None:
+    for wire in granted.users:
+        wire.shutdown()

@@ -1,0 +1,62 @@
+"""The last requests of all sessions, for the page: who asked for what, and what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from kvstore.blocks.spec import Namespace
+from kvstore.transport.protocol import DISK
+
+_LIMIT: Final = 200
+
+
+class Request(NamedTuple):
+    """One request that has been answered. `at` in Unix seconds, `seconds` until the answer."""
+
+    at: float
+    session: int
+    namespace: Namespace
+    what: str  # lookup, load or save
+    asked: int  # blocks
+    memory: int  # blocks found in memory; of a save: blocks stored
+    disk: int
+    reason: str  # why not all; empty: all
+    seconds: float
+
+
+def by_tier(tiers: bytes) -> tuple[int, int]:
+    """Blocks in memory and on disk, given a byte per block: its tier."""
+    # Most prompts have nothing on disk, and to see that is much cheaper than to count.
+    disk = tiers.count(DISK) if DISK in tiers else 0
+    return len(tiers) - disk, disk
+
+
+class Recent:
+    """A window over the last requests. Belongs to the loop; noting one costs about 1 µs."""
+
+    def __init__(self, limit: int = _LIMIT) -> None:
+        self._requests: deque[Request] = deque(maxlen=limit)
+
+    def note(
+        self,
+        session: int,
+        namespace: Namespace,
+        what: str,
+        asked: int,
+        memory: int,
+        disk: int,
+        reason: str,
+        started: float,
+    ) -> None:
+        """Take in a request that was just answered; `started` by `time.monotonic`."""
+        seconds = time.monotonic() - started
+        self._requests.append(
+            Request(time.time(), session, namespace, what, asked, memory, disk, reason, seconds)
+        )
+
+    def __iter__(self) -> Iterator[Request]:
+        """Newest first."""
+        return reversed(self._requests)

@@ -1,0 +1,277 @@
+"""The TCP face: sessions from other machines, and from containers that share no memory with us.
+
+A session's messages are served on the loop like those from the socket. Its blocks come and go over
+further connections to the same port, each served by a thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from kvstore import __version__
+from kvstore.server.listeners import bind, show
+from kvstore.server.node import Node
+from kvstore.server.sessions.bulk import BulkServer, Sample
+from kvstore.server.sessions.grants import MAX_OWNED, Grants
+from kvstore.server.sessions.greeting import HELLO_SECONDS, Greeting, Newcomers, admit
+from kvstore.server.sessions.session import Peer, SessionConnection
+from kvstore.server.sessions.stream_session import StreamSession
+from kvstore.server.tasks import run
+from kvstore.transport import protocol
+from kvstore.transport.protocol import STREAM_MARK, Hello, Welcome
+from kvstore.transport.wire import PlainWire, TlsWire, Wire, tune
+
+_MAX_THREADS: Final = 2 * MAX_OWNED
+_TICK: Final = 0.25
+_STOP_SECONDS: Final = 2.0
+_PEEK_PAUSE: Final = 0.01
+
+
+class StreamFace:
+    """Listens at `server.tcp`."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self._context = node.access.server_context()
+        self._loop = asyncio.get_running_loop()
+        self._sessions: dict[int, StreamSession] = {}
+        self._threads: set[threading.Thread] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._newcomers = Newcomers()
+        self._listeners: list[socket.socket] = []
+        self._samples: deque[Sample] = deque(maxlen=10_000)
+        self._bulk = BulkServer(
+            node.store.tiering.arena,
+            self._grants_of,
+            node.config.lease_seconds,
+            self._samples,
+            lambda reason, why: self._post(node.refused, reason, "data connection", why),
+        )
+
+    async def start(self) -> None:
+        """Begin to listen.
+
+        Raises:
+            ConfigError: the address cannot be had.
+        """
+        address = self.node.config.server.tcp
+        assert address is not None
+        counters = self.node.store.counters
+        self._listeners = bind("server.tcp", address)
+        for listener in self._listeners:
+            listener.listen(128)
+            listener.setblocking(False)
+            self._hold(run("accepting TCP", partial(self._accept, listener), counters, again=True))
+        self._hold(run("upkeep of TCP", self._tick, counters, again=True))
+
+    async def stop(self) -> None:
+        """End all sessions that came this way."""
+        for task in list(self._tasks):
+            task.cancel()
+        for listener in self._listeners:
+            listener.close()
+        for session in list(self._sessions.values()):
+            session.grants.close()
+            session.close()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _STOP_SECONDS
+        while self._threads and loop.time() < until:
+            await asyncio.sleep(_PEEK_PAUSE)
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where it listens, with the real port."""
+        scheme = "tcp" if self._context is None else "tls"
+        return [f"{scheme} {show(listener)}" for listener in self._listeners]
+
+    def _hold(self, task: asyncio.Task[None]) -> asyncio.Task[None]:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # -- on the loop ------------------------------------------------------------------------------
+
+    async def _accept(self, listener: socket.socket) -> None:
+        while True:
+            await asyncio.sleep(0)  # An accept that need not wait lets nobody else have a turn.
+            try:
+                connection, _ = await self._loop.sock_accept(listener)
+            except OSError as e:  # Out of descriptors, say: others go on, and so do we.
+                self.node.quiet.warning("accept", "a connection could not be accepted: %s", e)
+                await asyncio.sleep(_TICK)
+                continue
+            connection.setblocking(False)
+            number = next(self._newcomers.numbers)
+            meet = partial(self._meet, connection, number)
+            meeting = run("greeting", meet, self.node.store.counters)
+            self._newcomers.put(number, self._hold(meeting).cancel)
+
+    async def _meet(self, connection: socket.socket, number: int) -> None:
+        """Find out what a connection is for."""
+        try:
+            tune(connection)
+            async with asyncio.timeout(HELLO_SECONDS):
+                carries_blocks = await _begins_with_mark(connection)
+            if carries_blocks:
+                self._start_thread(connection, number)
+            else:
+                await self._greet(connection, number)
+        except BaseException as e:
+            self._newcomers.known(number)
+            connection.close()
+            if not isinstance(e, OSError):
+                raise
+            self.node.ended("connection", e)
+
+    async def _greet(self, connection: socket.socket, number: int) -> None:
+        """Hear the hello, and serve from then on."""
+        host, port = connection.getpeername()[:2]
+        who, what = f"{host}:{port}", "session over TCP"
+        welcome = partial(self._welcome, who)
+        await self._loop.connect_accepted_socket(
+            partial(Greeting, self.node, self._newcomers, what, f"{who}: ", welcome, number),
+            connection,
+            ssl=self._context,
+            ssl_handshake_timeout=None if self._context is None else HELLO_SECONDS,
+        )
+
+    def _welcome(
+        self, address: str, hello: Hello, request_id: int, transport: asyncio.Transport
+    ) -> StreamSession:
+        """Serve whoever said `hello`; a `Welcomer`."""
+        node = self.node
+        grant = admit(node, hello, None, here=False)
+        number = next(node.numbers)
+        ticket = os.urandom(protocol.TICKET_BYTES)
+        peer = Peer(number, address, hello.pid, hello.software)
+        session = StreamSession(node, peer, grant, self._left, ticket)
+        self.node.sessions[number] = self._sessions[number] = session
+        arena = node.store.tiering.arena
+        welcome = Welcome(
+            protocol.VERSION,
+            f"kvstore {__version__}",
+            number,
+            arena.size,
+            arena.pages,
+            node.config.lease_seconds,
+            ticket=ticket,
+        )
+        transport.write(protocol.encode(request_id, welcome))
+        return session
+
+    def _left(self, session: SessionConnection) -> None:
+        number = session.peer.session
+        del self.node.sessions[number], self._sessions[number]
+
+    async def _tick(self) -> None:
+        """Take slots back from those who stall, and the threads' figures in."""
+        store = self.node.store
+        while True:
+            await asyncio.sleep(_TICK)
+            for lease in store.leases():
+                if lease.withdrawn and isinstance(lease.owner, StreamSession):
+                    lease.owner.expire(lease.id)
+            late = time.monotonic() - self.node.config.lease_seconds
+            for session in list(self._sessions.values()):
+                session.grants.cut_leaving()
+                if session.waiting is not None and session.waiting < late:
+                    why = "the rest of a request did not come, or an answer was not read"
+                    self.node.refused("slow", "session over TCP", f"{session.peer.address}: {why}")
+                    session.abort()
+            for _ in range(len(self._samples)):
+                direction, nbytes, seconds = self._samples.popleft()
+                store.histograms.observe(f"bytes.tcp_{direction}", nbytes)
+                store.histograms.observe(f"seconds.tcp_{direction}", seconds)
+
+    # -- threads ----------------------------------------------------------------------------------
+
+    def _start_thread(self, connection: socket.socket, number: int) -> None:
+        if len(self._threads) >= _MAX_THREADS:
+            self.node.refused("streams", "data connection", f"{_MAX_THREADS} are open")
+            self._newcomers.known(number)
+            connection.close()
+            return
+        thread = threading.Thread(
+            target=self._serve, args=(connection, number), name="kvstore-stream", daemon=True
+        )
+        self._threads.add(thread)
+        thread.start()
+
+    def _serve(self, connection: socket.socket, number: int) -> None:
+        """A data connection, from TLS to its end."""
+        try:
+            self._newcomers.put(number, partial(_shutdown, connection))
+            connection.settimeout(HELLO_SECONDS)
+            connection.recv(len(STREAM_MARK), socket.MSG_WAITALL)
+            wire: Wire
+            if self._context is None:
+                wire = PlainWire(connection)
+            else:
+                secured = self._context.wrap_socket(
+                    connection, server_side=True, do_handshake_on_connect=False
+                )
+                self._newcomers.put(number, partial(_shutdown, secured))
+                connection = secured
+                secured.do_handshake()
+                wire = TlsWire(secured)
+            self._bulk.serve(wire, partial(self._newcomers.known, number))
+        except OSError as e:
+            self._post(self.node.ended, "data connection", e)
+        finally:
+            self._newcomers.known(number)
+            connection.close()
+            self._threads.discard(threading.current_thread())
+
+    def _post(self, what: Callable[..., None], *arguments: object) -> None:
+        """Do it on the loop, from any thread."""
+        with contextlib.suppress(RuntimeError):  # The loop is closed: nothing is left to tell.
+            self._loop.call_soon_threadsafe(what, *arguments)
+
+    def _grants_of(self, session: int) -> Grants | None:
+        """Called by threads; a dictionary is safe to look into."""
+        found = self._sessions.get(session)
+        return None if found is None else found.grants
+
+
+def _shutdown(connection: socket.socket) -> None:
+    """Wake the thread that uses a connection; it will find that it has ended."""
+    with contextlib.suppress(OSError):  # It has ended already.
+        # Not an SSL socket's own: that would forget TLS, and the thread go on without.
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
+async def _begins_with_mark(connection: socket.socket) -> bool:
+    """Whether a connection is to carry blocks; nothing is taken from it.
+
+    Raises:
+        OSError: it ended.
+    """
+    while True:
+        await _readable(connection)
+        first = connection.recv(len(STREAM_MARK), socket.MSG_PEEK)
+        if not first:
+            raise ConnectionResetError("closed by the client")
+        if first == STREAM_MARK:
+            return True
+        if not STREAM_MARK.startswith(first):
+            return False
+        await asyncio.sleep(_PEEK_PAUSE)  # What is there counts as readable: let more come.
+
+
+async def _readable(connection: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(connection, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(connection)
