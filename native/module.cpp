@@ -293,11 +293,14 @@ nb::bytes pack_u32(const nb::list& values) {
       PyBytes_FromStringAndSize(nullptr, count * static_cast<Py_ssize_t>(sizeof(std::uint32_t))));
   if (!packed.is_valid()) throw nb::python_error();
   char* out = PyBytes_AsString(packed.ptr());
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    if (i + kObjectsAhead < count) {
-      __builtin_prefetch(PyList_GetItem(values.ptr(), i + kObjectsAhead));
-    }
-    const unsigned long value = PyLong_AsUnsignedLong(PyList_GetItem(values.ptr(), i));
+  PyObject* ahead[kObjectsAhead] = {};
+  for (Py_ssize_t next = 0; next < count + kObjectsAhead; ++next) {
+    PyObject*& place = ahead[next % kObjectsAhead];
+    PyObject* const object = place;
+    if (next < count) __builtin_prefetch(place = PyList_GetItem(values.ptr(), next));
+    const Py_ssize_t i = next - kObjectsAhead;
+    if (i < 0) continue;
+    const unsigned long value = PyLong_AsUnsignedLong(object);
     if (value == static_cast<unsigned long>(-1) && PyErr_Occurred() != nullptr) {
       throw nb::python_error();
     }
