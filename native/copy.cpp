@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <iterator>
 
 #include "lines.hpp"
 #include "parallel.hpp"
@@ -15,165 +16,121 @@
 namespace kvstore {
 namespace {
 
-// Runs from this length on use non-temporal stores wherever they begin; shorter ones only if
-// they cover whole lines, because a partly written line costs more than it saves.
-constexpr std::size_t kStreamRun = 1024;
 constexpr std::size_t kCopyPiece = 2 << 20;  // unit of work of a linear copy
-constexpr std::int64_t kTile = 16;
+constexpr std::size_t kTouched = 2;          // lines that tell of a new stream
 
 // Bytes up to the next line start.
 std::size_t bytes_to_line(const std::uint8_t* p) {
   return -reinterpret_cast<std::uintptr_t>(p) % kLine;
 }
 
-// Runs ahead of the copy, over the same items, and says which lines of the source to prefetch:
-// at the end of a run those at the start of the next, wherever they are.
-class Prefetcher {
- public:
-  Prefetcher(const Cursor& start, bool to_slots) : cursor_(start), to_slots_(to_slots) {
-    if (cursor_.done()) return;  // all pages skipped
-    enter();
-    for (std::size_t lines = kPrefetchBytes / kLine; lines > 0 && !cursor_.done();) {
-      const std::size_t n = std::min(lines, left_);
-      touch(n);
-      lines -= n;
-    }
-  }
-
-  // How many lines from at() on belong to one item.
-  std::size_t lines() const { return left_; }
-  const std::uint8_t* at() const { return at_; }
-
-  // Counts `n` <= lines() lines as prefetched.
-  void advance(std::size_t n) {
-    at_ += n * kLine;
-    left_ -= n;
-    if (left_ == 0) {
-      cursor_.next();
-      enter();
-    }
-  }
-
-  // Prefetches `n` lines now.
-  void touch(std::size_t n) {
-    while (n > 0) {
-      const std::size_t part = std::min(n, left_);
-      for (std::size_t i = 0; i < part; ++i) __builtin_prefetch(at_ + i * kLine, 0, 3);
-      advance(part);
-      n -= part;
-    }
-  }
-
- private:
-  void enter() {
-    if (cursor_.done()) {
-      // Nothing is left to prefetch: go over lines again that the copy is about to read.
-      left_ = SIZE_MAX;
-      at_ -= kPrefetchBytes;
-      return;
-    }
-    left_ = cursor_.segment().lines;
-    at_ = to_slots_ ? cursor_.mem() : cursor_.slot();
-  }
-
-  Cursor cursor_;
-  bool to_slots_;
-  std::size_t left_ = 0;
-  const std::uint8_t* at_ = nullptr;
-};
-
-// Sends whole lines through a kernel, in the pieces in which the prefetcher is contiguous.
-// `within` is the kernel for those where it only goes on in the run that is being copied.
-void copy_lines(LineKernels::Kernel kernel, LineKernels::Kernel within, Xxh3State* state,
-                std::uint8_t* dst, const std::uint8_t* src, std::size_t lines,
-                Prefetcher& prefetcher) {
-  while (lines > 0) {
-    const std::size_t n = std::min(lines, prefetcher.lines());
-    const bool same_run = prefetcher.at() == src + kPrefetchBytes;
-    (same_run ? within : kernel)(state, dst, src, n, prefetcher.at());
-    prefetcher.advance(n);
-    dst += n * kLine;
-    src += n * kLine;
-    lines -= n;
-  }
-}
-
-void copy_run(std::uint8_t* dst, const std::uint8_t* src, std::size_t run, Prefetcher& prefetcher) {
-  if (run < kStreamRun && !(is_line_start(dst) && run % kLine == 0)) {
-    std::memcpy(dst, src, run);
-    prefetcher.touch(run / kLine);
-    return;
-  }
-  const std::size_t head = bytes_to_line(dst);
-  const std::size_t lines = (run - head) / kLine;
-  const std::size_t tail = run - head - lines * kLine;
-  if (head > 0) std::memcpy(dst, src, head);
-  // Within a run the processor's own prefetching is faster; it is blind only to the next run.
-  const LineKernels& kernels = line_kernels();
-  copy_lines(kernels.stream_ahead, kernels.stream, nullptr, dst + head, src + head, lines,
-             prefetcher);
-  if (tail > 0) std::memcpy(dst + run - tail, src + run - tail, tail);
-  if (lines < run / kLine) prefetcher.touch(1);  // the line split between head and tail
-}
-
-struct TileShape {
-  Loop outer, inner;  // inner: linear in the destination, or nearest to it
-  std::size_t unit;   // bytes of an element of the tile
-};
-
-// Copies a two-dimensional arrangement of short units in small square tiles, so that the lines
-// of the side that is walked across stay in the cache until they are used up. kUnit is the size
-// of a unit, or 0 if it is known at run time only.
-template <std::size_t kUnit>
-void copy_tile(std::uint8_t* dst, const std::uint8_t* src, const TileShape& shape, bool to_slots) {
-  const std::size_t unit = kUnit != 0 ? kUnit : shape.unit;
-  const Loop& out = shape.outer;
-  const Loop& in = shape.inner;
-  const std::int64_t dst_out = to_slots ? out.slot : out.mem;
-  const std::int64_t src_out = to_slots ? out.mem : out.slot;
-  const std::int64_t dst_in = to_slots ? in.slot : in.mem;
-  const std::int64_t src_in = to_slots ? in.mem : in.slot;
-  for (std::int64_t row = 0; row < out.count; row += kTile) {
-    const std::int64_t row_end = std::min(out.count, row + kTile);
-    for (std::int64_t column = 0; column < in.count; column += kTile) {
-      const std::int64_t column_end = std::min(in.count, column + kTile);
+// Copies a grid of short runs in small square tiles, so that the lines of the side that is walked
+// across stay in the cache until they are used up. kRun is the size of a run, or 0 if it is known
+// at run time only.
+template <std::size_t kRun>
+void copy_tiles(const Strip& strip) {
+  const std::size_t run = kRun != 0 ? kRun : strip.run;
+  const Grid& grid = *strip.grid;
+  for (std::int64_t row = 0; row < strip.rows; row += kTile) {
+    const std::int64_t row_end = std::min(strip.rows, row + kTile);
+    for (std::int64_t column = 0; column < grid.columns; column += kTile) {
+      const std::int64_t column_end = std::min(grid.columns, column + kTile);
       for (std::int64_t i = row; i < row_end; ++i) {
         for (std::int64_t j = column; j < column_end; ++j) {
-          std::memcpy(dst + i * dst_out + j * dst_in, src + i * src_out + j * src_in, unit);
+          std::memcpy(strip.dst + i * grid.dst_row + j * grid.dst_column,
+                      strip.src + i * grid.src_row + j * grid.src_column, run);
         }
       }
     }
   }
 }
 
-using TileCopy = void (*)(std::uint8_t*, const std::uint8_t*, const TileShape&, bool);
+void copy_short(const Strip& strip) {
+  switch (strip.run) {
+    case 1: return copy_tiles<1>(strip);
+    case 2: return copy_tiles<2>(strip);
+    case 4: return copy_tiles<4>(strip);
+    case 8: return copy_tiles<8>(strip);
+    case 16: return copy_tiles<16>(strip);
+    case 32: return copy_tiles<32>(strip);
+    default: return copy_tiles<0>(strip);
+  }
+}
 
-TileCopy tile_copy(std::size_t unit) {
-  switch (unit) {
-    case 1: return copy_tile<1>;
-    case 2: return copy_tile<2>;
-    case 4: return copy_tile<4>;
-    case 8: return copy_tile<8>;
-    case 16: return copy_tile<16>;
-    case 32: return copy_tile<32>;
-    default: return copy_tile<0>;
+// Whether the runs of a strip are whole lines in the destination.
+bool whole_lines(const Strip& strip) {
+  const Grid& grid = *strip.grid;
+  const auto strides = grid.dst_row | grid.dst_column | static_cast<std::int64_t>(strip.run);
+  return is_line_start(strip.dst) && strides % static_cast<std::int64_t>(kLine) == 0;
+}
+
+// Whether the lines of one strip lie to its begin about as those of the other.
+bool alike(const Strip& a, const Strip& b) {
+  const Grid &x = *a.grid, &y = *b.grid;
+  const std::size_t size_a = static_cast<std::size_t>(a.rows) * a.run;
+  const std::size_t size_b = static_cast<std::size_t>(b.rows) * b.run;
+  return size_a <= 2 * size_b && size_b <= 2 * size_a && x.columns == y.columns &&
+         x.run == y.run && x.src_row == y.src_row && x.src_column == y.src_column;
+}
+
+void prefetch(const Strip& strip) {
+  const Grid& grid = *strip.grid;
+  if (strip.run < kLine) return __builtin_prefetch(strip.src, 0, 0);  // lines are shared
+  for (std::int64_t row = 0; row < strip.rows; ++row) {
+    for (std::int64_t column = 0; column < grid.columns; ++column) {
+      const std::uint8_t* src = strip.src + row * grid.src_row + column * grid.src_column;
+      for (std::size_t i = 0; i < strip.run; i += kLine) __builtin_prefetch(src + i, 0, 0);
+    }
+  }
+}
+
+void copy_lines(LineKernels::Kernel kernel, Xxh3State* state, const Strip& strip,
+                const Strip& ahead) {
+  if (alike(strip, ahead)) return kernel(state, strip, ahead.src);
+  prefetch(ahead);
+  kernel(state, strip, strip.src);
+}
+
+void copy_strip(Strip strip, const Strip& ahead) {
+  const auto kernel = line_kernels().stream;
+  if (whole_lines(strip)) return copy_lines(kernel, nullptr, strip, ahead);
+  // A partly written line costs more than streaming saves, unless the run is long.
+  if (strip.run < kLongRun) {
+    prefetch(ahead);
+    return copy_short(strip);
+  }
+  const std::size_t head = bytes_to_line(strip.dst), tail = (strip.run - head) % kLine;
+  std::memcpy(strip.dst, strip.src, head);
+  std::memcpy(strip.dst + strip.run - tail, strip.src + strip.run - tail, tail);
+  strip.dst += head;
+  strip.src += head;
+  strip.run -= head + tail;
+  copy_lines(kernel, nullptr, strip, ahead);
+}
+
+// Calls copy(strip, ahead) for all strips of a block; `ahead` is what to prefetch meanwhile.
+// Many strips are made at a time: what is written between two copies and read again at once may
+// have to wait for all streamed lines before it.
+template <class Copy>
+void for_strips(const Plan& plan, const std::int64_t* pages, std::uint64_t slot, Copy copy) {
+  Strip strips[4 * kMostAhead];
+  std::size_t at = 0, end = 0;
+  for (Cursor cursor(plan, pages, slot);; ++at) {
+    if (end - at <= plan.far && !cursor.done()) {
+      std::copy(strips + at, strips + end, strips);
+      end -= at;
+      at = 0;
+      while (end < std::size(strips) && !cursor.done()) strips[end++] = cursor.next();
+    }
+    if (at == end) return;
+    const std::uint8_t* far = strips[std::min(at + plan.far, end - 1)].src;
+    for (std::size_t i = 0; i < kTouched; ++i) __builtin_prefetch(far + kLine * i, 0, 2);
+    copy(strips[at], strips[std::min(at + plan.near, end - 1)]);
   }
 }
 
 void copy_block(const Plan& plan, const std::int64_t* pages, std::uint64_t slot) {
-  Cursor cursor(plan, pages, slot);
-  Prefetcher prefetcher(cursor, plan.to_slots);
-  for (; !cursor.done(); cursor.next()) {
-    const SegmentPlan& s = cursor.segment();
-    std::uint8_t* dst = plan.to_slots ? cursor.slot() : cursor.mem();
-    const std::uint8_t* src = plan.to_slots ? cursor.mem() : cursor.slot();
-    if (s.tiled) {
-      tile_copy(s.run)(dst, src, {s.tile_outer, s.tile_inner, s.run}, plan.to_slots);
-      prefetcher.touch(1);
-    } else {
-      copy_run(dst, src, s.run, prefetcher);
-    }
-  }
+  for_strips(plan, pages, slot, copy_strip);
 }
 
 // The same for a linear plan, hashing what it copies: the memory is read only once.
@@ -181,18 +138,11 @@ std::uint64_t copy_and_hash_block(const Plan& plan, const std::int64_t* pages,
                                   std::uint64_t slot) {
   const LineKernels& kernels = line_kernels();
   Xxh3State state;
-  Cursor cursor(plan, pages, slot);
-  Prefetcher prefetcher(cursor, plan.to_slots);
-  const std::uint8_t* last_line = nullptr;
-  for (; !cursor.done(); cursor.next()) {
-    const std::size_t run = cursor.segment().run;
-    std::uint8_t* dst = plan.to_slots ? cursor.slot() : cursor.mem();
-    const std::uint8_t* src = plan.to_slots ? cursor.mem() : cursor.slot();
-    const auto kernel = is_line_start(dst) ? kernels.hash_stream : kernels.hash_store;
-    copy_lines(kernel, kernel, &state, dst, src, run / kLine, prefetcher);
-    last_line = src + run - kLine;
-  }
-  return xxh3_finish(state, plan.object_bytes, last_line);
+  for_strips(plan, pages, slot, [&](const Strip& strip, const Strip& ahead) {
+    copy_lines(whole_lines(strip) ? kernels.hash_stream : kernels.hash_store, &state, strip, ahead);
+  });
+  const auto* end = reinterpret_cast<const std::uint8_t*>(slot + plan.object_bytes);
+  return xxh3_finish(state, plan.object_bytes, end - kLine);
 }
 
 }  // namespace
@@ -207,7 +157,7 @@ void linear_copy(std::uint8_t* dst, const std::uint8_t* src, std::size_t size, u
   parallel(threads, (body + kCopyPiece - 1) / kCopyPiece, body, [&](std::size_t piece) {
     const std::size_t begin = piece * kCopyPiece;
     const std::size_t lines = std::min(kCopyPiece, body - begin) / kLine;
-    line_kernels().stream(nullptr, dst + begin, src + begin, lines, nullptr);
+    run_kernel(line_kernels().stream, nullptr, dst + begin, src + begin, lines, src + begin);
     store_fence();
   });
 }

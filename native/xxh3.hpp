@@ -1,15 +1,22 @@
-// XXH3, 64 bits, seed 0, default secret.
+// XXH3, 64 bits, seed 0, default secret, of data that may be copied on the way.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "xxh3_core.hpp"
-
 namespace kvstore {
 
 // Inputs up to this length have formulas of their own and need all their bytes at once.
 constexpr std::size_t kShortHash = 240;
+
+// The accumulators of the long hash. `stripe` counts the 64-byte stripes added to the current
+// block; a full one is scrambled only when the next stripe arrives, because the specification
+// treats the last stripe of the input differently and the input may end there.
+struct Xxh3State {
+  Xxh3State();
+  alignas(64) std::uint64_t acc[8];
+  unsigned stripe = 0;
+};
 
 std::uint64_t xxh3_64(const std::uint8_t* data, std::size_t size);
 
