@@ -27,7 +27,8 @@ from kvstore.store.quotas import Quotas
 from kvstore.store.usage import Usage
 from kvstore.store.writebehind import WriteBehind
 from kvstore.telemetry import Busy, Counters, Histograms, QuietLog
-from kvstore.tiers.base import Recovered, Tier
+from kvstore.tiers.base import OldTier as Tier
+from kvstore.tiers.base import Recovered
 from kvstore.transport.protocol import DISK, MEMORY, TIER_NAMES
 
 _GUESSED_DISK_SECONDS_PER_BYTE: Final = 1 / 1e9

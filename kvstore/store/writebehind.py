@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from kvstore.memory.slots import Slot
 from kvstore.store.index import Entry
-from kvstore.tiers.base import Tier
+from kvstore.tiers.base import OldTier as Tier
 from kvstore.transport.protocol import DISK
 
 if TYPE_CHECKING:

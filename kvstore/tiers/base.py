@@ -1,20 +1,210 @@
-"""What the store asks of a tier below memory."""
+"""What a tier below memory is: the interface that the store uses, and what it offers in return.
+
+A tier is known by its name and its number: 1 is memory, 2 and on are the configured tiers in their
+order. An *own* tier is written by this daemon alone (the slab); the store trusts its catalogue to
+know what lies there. A *shared* tier is written by others, too, and is probed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, Protocol
+
+import msgspec
 
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.memory.slots import Slot, SlotPool
 
+MISS: Final = 0
+IN_MEMORY: Final = 1
+FIRST_TIER: Final = 2
+PENDING: Final = 255
+"""Numbers in answers to lookups: no tier, the arena, the first configured tier, not known yet."""
 
-class ObjectName(NamedTuple):
-    """Names one object: what, of which block, in which layout."""
+PASSING: Final = frozenset({"full", "read_only", "io_error", "stalled"})
+"""Reasons why a put failed that may be gone once the tier is `writable` again."""
+
+
+class ObjectName(msgspec.Struct, frozen=True, gc=False, eq=False):
+    """Names one object: what, of which block, in which layout.
+
+    There is one instance per object, which catalogue and tiers share as the key of their tables; it
+    hashes like its block key.
+    """
 
     namespace: Namespace
     key: bytes
     part: Part
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, ObjectName)
+            and self.key == other.key
+            and self.part.variant == other.part.variant
+            and self.namespace.digest == other.namespace.digest
+        )
+
+
+class TierInfo(msgspec.Struct, frozen=True):
+    """A tier as clients and people know it."""
+
+    number: int
+    name: str
+    shared: bool = False
+
+
+class Held(NamedTuple):
+    """A whole object in a tier; `created` and `expires` (0: never) in Unix seconds.
+
+    `checksum` is the XXH3 of its bytes, None where the tier does not tell.
+    """
+
+    name: ObjectName
+    nbytes: int
+    checksum: int | None
+    created: int
+    expires: int
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One object on its way between the arena, `nbytes` bytes at `address`, and a tier.
+
+    put: a given `checksum` is compared with the bytes read; in the end it is that of the bytes
+    stored. get: as `put`, `recover` or `probe` told it. `created` and `expires` as in `Held`.
+    """
+
+    name: ObjectName
+    address: int
+    nbytes: int
+    checksum: int | None = None
+    created: int = 0
+    expires: int = 0
+
+
+class State(NamedTuple):
+    """How a tier is doing. Sizes in bytes; None: not known, or no limit.
+
+    `readable` and `writable`: gets and puts can be tried now. `problem` says, for people, what is
+    wrong with the tier and what to do, also where it goes on. `gone`: what it held is lost, because
+    its medium was taken away; close it, forget what it held, and open it anew.
+
+    A get of n bytes costs about `fixed_seconds` + (n + `backlog`) · `seconds_per_byte`.
+
+    `used` is in places that hold an object, `fragmented` can only be used by objects of some sizes.
+    """
+
+    readable: bool
+    writable: bool
+    problem: str | None = None
+    gone: bool = False
+    capacity: int | None = None
+    used: int | None = None
+    fragmented: int = 0
+    objects: int | None = None
+    seconds_per_byte: float = 0.0
+    backlog: int = 0
+    fixed_seconds: float = 0.0
+
+
+JobDone = Callable[[Job, str | None], None]
+"""Told that a job ended: None, or the reason why it failed.
+
+Called once per job, on any thread, maybe before `put` or `get` returns and for a batch in any
+order. It neither raises nor blocks. From then on nothing touches the job's memory, so the end of a
+job whose I/O cannot be called back may come late.
+"""
+
+
+class Host(Protocol):
+    """What a tier may ask of the store."""
+
+    def busy(self, name: ObjectName) -> bool:
+        """Whether an object must stay where it is: pinned, or being moved. On the loop."""
+
+    def lost(self, name: ObjectName, reason: str) -> None:
+        """The tier has given up an object that it held (`evicted` …). On the loop.
+
+        Maybe in the course of a call of the store's, such as `put`.
+        """
+
+    def post(self, task: Callable[[], None]) -> None:
+        """Run `task` on the loop soon. For any thread."""
+
+
+class Tier(Protocol):
+    """A tier below memory. `kvstore.tiers.conformance` tests whether one keeps these rules.
+
+    All methods are called on the store's loop and return at once, without I/O, but for `flush` and
+    `close`: these block, and are for any thread. None raises. Of a name that the store has a put or
+    get of under way (for a put: until `settled`), it calls nothing else but `touch`.
+
+    Reasons why jobs fail. Both: `closed`; `io_error`; `stalled`, the medium does not answer;
+    `refused`, a mistake in the job. put: `no_room`, nothing more can be evicted; `full`, so is the
+    medium; `read_only`; `corrupt`, the memory does not hold what the checksum says. get: `absent`;
+    `corrupt`, the bytes are not those that were put: the store will delete the object.
+    """
+
+    name: str
+    """As configured, and in metrics; stays the same while the daemon lives."""
+    shared: bool
+    """Others write to it, too: the store probes it."""
+
+    @property
+    def state(self) -> State:
+        """How it is doing, at this moment; costs microseconds."""
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """Counts since it was opened, for metrics and people. For any thread."""
+
+    def recover(self) -> Iterator[Held]:
+        """Own tiers: what was there at opening, oldest first and each name once; called once.
+
+        The store takes it in by and by, while it goes on with other calls; it deletes what it does
+        not want.
+        """
+
+    def probe(self, names: Sequence[ObjectName], done: Callable[[list[Held | None]], None]) -> None:
+        """Shared tiers: which of these are there, in their order; `done` on any thread."""
+
+    def put(self, jobs: Sequence[Job], done: JobDone) -> None:
+        """Store objects. To make room for them others may be given up (`Host.lost`).
+
+        `settled` follows once the store has heard of the end. Own tiers: the objects are found
+        again after a restart.
+        """
+
+    def settled(self, job: Job, error: str | None) -> None:
+        """A put has ended, as `done` was told; from now on the object is like any other here."""
+
+    def get(self, jobs: Sequence[Job], done: JobDone) -> None:
+        """Bring objects to memory; verified, whether they can be wrong or not."""
+
+    def delete(self, names: Sequence[ObjectName]) -> None:
+        """These must not be found again, after a restart either. Unknown names do not matter."""
+
+    def touch(self, names: Sequence[ObjectName], *, used: bool = True) -> None:
+        """These were used, the last one latest. Without `used` only that order is meant."""
+
+    def expire(self, held: Sequence[Held]) -> None:
+        """Objects that are there expire as it says now."""
+
+    def flush(self, seconds: float) -> bool:
+        """Wait until all that was asked for is done and would survive a loss of power.
+
+        False if that takes longer, or if something written would not survive. Blocks.
+        """
+
+    def close(self) -> None:
+        """End: queued jobs fail with `closed`. Blocks, for a bounded time, and may be repeated."""
+
+
+# --- What the store uses until it has switched to the above ---------------------------------------
 
 
 class Recovered(NamedTuple):
@@ -36,7 +226,7 @@ class Done(Protocol):
         """`checksum` of the object's bytes on success, otherwise a reason (see `Tier`)."""
 
 
-class Tier(Protocol):
+class OldTier(Protocol):
     """A tier with fixed capacity and places of its own, such as a disk.
 
     The store's loop owns `pool` and calls every method; the jobs run on the tier's threads. A job

@@ -11,7 +11,7 @@ import pytest
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part
 from kvstore.store.index import Payer
 from kvstore.store.store import Acquired
-from kvstore.tiers.base import Tier
+from kvstore.tiers.base import OldTier as Tier
 from kvstore.transport.protocol import BUSY, HAVE, NO_ROOM
 from tests.store_tools import GROUP, NAMESPACE, NBYTES, PART, Bench, content, keys
 
