@@ -1,65 +1,115 @@
 """Eviction policies: which object to give up first.
 
-A policy knows keys, not bytes, and never evicts by itself: it is asked for candidates in order and
-told what happened. Not thread-safe; the store's loop owns it.
+A policy knows nodes, not bytes, and never evicts by itself: it is asked for candidates in order and
+told what happened. It links the nodes themselves, so it takes no memory beside theirs, and has
+nothing that the garbage collector must walk through. Not thread-safe; the store's loop owns it.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
-K = TypeVar("K", bound=Hashable)
+import msgspec
 
 
-class EvictionPolicy(Protocol[K]):
+class Node(msgspec.Struct, gc=False, eq=False, kw_only=True):
+    """What a policy orders; its fields are the policy's, and a node has one policy at a time."""
+
+    before: Any = None
+    after: Any = None
+    mark: int = 0
+
+    __repr__ = object.__repr__  # not of all its neighbours
+
+
+N = TypeVar("N", bound=Node)
+
+
+class EvictionPolicy(Protocol[N]):
     """The order in which objects of one size class are given up."""
 
-    def add(self, key: K) -> None:
+    def add(self, node: N) -> None:
         """A new object; it must not be known yet."""
 
-    def touch(self, key: K) -> None:
+    def touch(self, node: N) -> None:
         """The object was used."""
 
-    def renew(self, key: K) -> None:
+    def renew(self, node: N) -> None:
         """The object counts as added just now; that was no use of it."""
 
-    def remove(self, key: K, *, evicted: bool = False) -> None:
+    def remove(self, node: N, *, evicted: bool = False) -> None:
         """The object is gone; `evicted` lets a policy remember it."""
 
-    def candidates(self) -> Iterator[K]:
-        """Keys, best victim first. The caller may skip some, and removes at most the last one."""
+    def candidates(self) -> Iterator[N]:
+        """Nodes, best victim first, each once.
+
+        The caller removes at most the last one it took. Those before, which it passed over, are in
+        use, so they count as renewed: nobody comes upon them again and again.
+        """
 
     def __len__(self) -> int:
         """Objects known."""
 
 
-class Lru(Generic[K]):
-    """Least recently used first."""
+class _Ring(Generic[N]):
+    """Nodes in a circle, oldest first, linked by themselves."""
 
     def __init__(self) -> None:
-        self._order: OrderedDict[K, None] = OrderedDict()
-
-    def add(self, key: K) -> None:
-        self._order[key] = None
-
-    def touch(self, key: K) -> None:
-        self._order.move_to_end(key)
-
-    renew = touch
-
-    def remove(self, key: K, *, evicted: bool = False) -> None:
-        del self._order[key]
-
-    def candidates(self) -> Iterator[K]:
-        return iter(self._order)
+        self._anchor = anchor = Node()
+        anchor.before = anchor.after = anchor
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._order)
+        return self._count
+
+    @property
+    def oldest(self) -> N:
+        """There must be one."""
+        node: N = self._anchor.after
+        return node
+
+    def add(self, node: N) -> None:
+        anchor = self._anchor
+        last = anchor.before
+        node.before, node.after = last, anchor
+        last.after = anchor.before = node
+        self._count += 1
+
+    def remove(self, node: N) -> None:
+        before, after = node.before, node.after
+        before.after, after.before = after, before
+        node.before = node.after = None
+        self._count -= 1
+
+    def renew(self, node: N) -> None:
+        self.remove(node)
+        self.add(node)
+
+    def __iter__(self) -> Iterator[N]:
+        node = self._anchor.after
+        while node is not self._anchor:
+            yield node
+            node = node.after
 
 
-class S3Fifo(Generic[K]):
+class Lru(_Ring[N]):
+    """Least recently used first."""
+
+    touch = _Ring.renew
+
+    def remove(self, node: N, *, evicted: bool = False) -> None:
+        super().remove(node)
+
+    def candidates(self) -> Iterator[N]:
+        for _ in range(len(self)):
+            node = self.oldest
+            yield node
+            self.renew(node)
+
+
+class S3Fifo(Generic[N]):
     """S3-FIFO: a small queue filters one-hit wonders before they reach the main one.
 
     Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023. Objects enter the
@@ -67,88 +117,96 @@ class S3Fifo(Generic[K]):
     evicted not long ago. Use only counts (up to 3); moving happens when room is needed.
 
     Args:
-        ghost: what names a key's object, small and the same when it comes back.
+        ghost: what names a node's object, small and the same when it comes back.
     """
 
     _SMALL_SHARE: Final = 0.1
     _MAX_USES: Final = 3
+    _MAIN: Final = 4  # in a mark, beside the uses
+    _MOVES: Final = 256
+    """Objects that are given another round at most, so that one call for a victim is short."""
 
-    def __init__(self, ghost: Callable[[K], Hashable] = hash) -> None:
-        self._small: OrderedDict[K, int] = OrderedDict()
-        self._main: OrderedDict[K, int] = OrderedDict()
+    def __init__(self, ghost: Callable[[N], Hashable] = hash) -> None:
+        self._small: _Ring[N] = _Ring()
+        self._main: _Ring[N] = _Ring()
         self._ghosts: OrderedDict[Hashable, None] = OrderedDict()
         self._ghost = ghost
 
-    def add(self, key: K) -> None:
-        ghost = self._ghost(key)
+    def add(self, node: N) -> None:
+        ghost = self._ghost(node)
         if ghost in self._ghosts:
             del self._ghosts[ghost]
-            self._main[key] = 0
+            self._enter_main(node)
         else:
-            self._small[key] = 0
+            node.mark = 0
+            self._small.add(node)
 
-    def touch(self, key: K) -> None:
-        queue = self._small if key in self._small else self._main
-        queue[key] = min(queue[key] + 1, self._MAX_USES)
+    def touch(self, node: N) -> None:
+        if node.mark % self._MAIN < self._MAX_USES:
+            node.mark += 1
 
-    def renew(self, key: K) -> None:
-        (self._small if key in self._small else self._main).move_to_end(key)
+    def renew(self, node: N) -> None:
+        self._queue(node).renew(node)
 
-    def remove(self, key: K, *, evicted: bool = False) -> None:
-        if key in self._main:
-            del self._main[key]
-            return
-        del self._small[key]
-        if evicted:
-            self._ghosts[self._ghost(key)] = None
+    def remove(self, node: N, *, evicted: bool = False) -> None:
+        self._queue(node).remove(node)
+        if evicted and node.mark < self._MAIN:
+            self._ghosts[self._ghost(node)] = None
             while len(self._ghosts) > max(len(self), 1):
                 self._ghosts.popitem(last=False)
 
-    def candidates(self) -> Iterator[K]:
-        seen: set[K] = set()
+    def candidates(self) -> Iterator[N]:
+        seen: set[N] = set()
         for _ in range(len(self) * (self._MAX_USES + 1)):
-            key = self._next()
-            if key not in seen:
-                yield key
-                seen.add(key)
+            node = self._next()
+            if node not in seen:
+                yield node
+                seen.add(node)
                 if len(seen) == len(self):
                     return
             # The caller passed it over, so it is in use: give it another round.
-            if key in self._small:
-                del self._small[key]
-                self._main[key] = 0
-            else:
-                self._main.move_to_end(key)
-        yield from [key for key in (*self._small, *self._main) if key not in seen]
+            self._queue(node).remove(node)
+            self._enter_main(node)
+        yield from [node for node in (*self._small, *self._main) if node not in seen]
 
-    def _next(self) -> K:
-        while self._small and (not self._main or len(self._small) > self._SMALL_SHARE * len(self)):
-            key = next(iter(self._small))
-            if self._small[key] == 0:
-                return key
-            del self._small[key]
-            self._main[key] = 0
+    def _next(self) -> N:
+        small, main = self._small, self._main
+        moves = self._MOVES
+        while small and (not main or len(small) > self._SMALL_SHARE * len(self)):
+            node = small.oldest
+            if node.mark == 0 or not moves:
+                return node
+            moves -= 1
+            small.remove(node)
+            self._enter_main(node)
         while True:
-            key = next(iter(self._main))
-            uses = self._main[key]
-            if uses == 0:
-                return key
-            self._main[key] = uses - 1
-            self._main.move_to_end(key)
+            node = main.oldest
+            if node.mark == self._MAIN or not moves:
+                return node
+            moves -= 1
+            node.mark -= 1
+            main.renew(node)
+
+    def _queue(self, node: N) -> _Ring[N]:
+        return self._main if node.mark >= self._MAIN else self._small
+
+    def _enter_main(self, node: N) -> None:
+        node.mark = self._MAIN
+        self._main.add(node)
 
     def __len__(self) -> int:
         return len(self._small) + len(self._main)
 
 
 def make_policy(
-    name: str, ghost: Callable[[K], Hashable] = hash
-) -> Callable[[], EvictionPolicy[K]]:
+    name: str, ghost: Callable[[N], Hashable] = hash
+) -> Callable[[], EvictionPolicy[N]]:
     """The factory of a policy by its configured name; `ghost` as for `S3Fifo`.
 
     Raises:
         KeyError: no such policy (the configuration is checked before).
     """
-    policies: dict[str, Callable[[], EvictionPolicy[K]]] = {
+    policies: dict[str, Callable[[], EvictionPolicy[N]]] = {
         "lru": Lru,
         "s3fifo": lambda: S3Fifo(ghost),
     }

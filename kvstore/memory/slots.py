@@ -10,13 +10,16 @@ uses any more cannot hold room for ever (the calcification of memcached's slabs)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, Final, Generic, TypeVar
 
-from kvstore.memory.eviction import EvictionPolicy, make_policy
+from kvstore.memory.eviction import EvictionPolicy, Node, make_policy
 
 ALIGNMENT: Final = 4096
 MAX_SLOTS_PER_CHUNK: Final = 1024
 _REBALANCE_EVERY: Final = 64
+_CANDIDATES: Final = 1024
+"""Slots that are looked at to find one that may go: half a millisecond."""
 
 T = TypeVar("T")
 
@@ -31,17 +34,14 @@ def choose_chunk(capacity: int) -> int:
     return max(1 << 16, min(1 << 28, 1 << max(0, (capacity // 16).bit_length() - 1)))
 
 
-class Slot(Generic[T]):
+class Slot(Node, Generic[T], gc=False, eq=False):
     """One place: `offset` and `nbytes` in the space, and the `owner` of what lies there."""
 
-    __slots__ = ("admitted", "nbytes", "offset", "owner", "used")
-
-    def __init__(self, offset: int, nbytes: int, owner: T) -> None:
-        self.offset = offset
-        self.nbytes = nbytes
-        self.owner = owner
-        self.used = 0
-        self.admitted = False
+    offset: int
+    nbytes: int
+    owner: T
+    used: int = 0
+    admitted: bool = False
 
 
 def slot_policy(name: str) -> Callable[[], EvictionPolicy[Slot[Any]]]:
@@ -224,7 +224,8 @@ class SlotPool(Generic[T]):
 
     def _make_room(self, cls: _SizeClass[T]) -> bool:
         if not self._free_chunks:
-            victim = next((s for s in cls.policy.candidates() if self._evictable(s)), None)
+            looked_at = islice(cls.policy.candidates(), _CANDIDATES)
+            victim = next((s for s in looked_at if self._evictable(s)), None)
             cls.evictions += 1
             if victim is None or cls.evictions % _REBALANCE_EVERY == 0:
                 self._take_over(cls, victim)

@@ -2,28 +2,68 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
-from collections.abc import Callable
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from kvstore.memory.eviction import EvictionPolicy, Lru, S3Fifo, make_policy
-
-POLICIES = pytest.mark.parametrize("make", [Lru, S3Fifo])
-
-Make = Callable[[], EvictionPolicy[int]]
+from kvstore.memory.eviction import EvictionPolicy, Lru, Node, S3Fifo, make_policy
 
 
-def evict(policy: EvictionPolicy[int]) -> int:
+class Named(Node, eq=False):
+    name: int
+
+
+Make = Callable[[], EvictionPolicy[Named]]
+
+
+def s3fifo(ghost: Callable[[int], object] = int) -> S3Fifo[Named]:
+    return S3Fifo(lambda node: ghost(node.name))
+
+
+POLICIES = pytest.mark.parametrize("make", [Lru, s3fifo])
+
+
+class Policy:
+    """A policy that is told names."""
+
+    def __init__(self, policy: EvictionPolicy[Named]) -> None:
+        self._policy = policy
+        self._nodes: dict[int, Named] = {}
+
+    def __len__(self) -> int:
+        return len(self._policy)
+
+    def add(self, name: int) -> None:
+        self._nodes[name] = Named(name)
+        self._policy.add(self._nodes[name])
+
+    def touch(self, name: int) -> None:
+        self._policy.touch(self._nodes[name])
+
+    def renew(self, name: int) -> None:
+        self._policy.renew(self._nodes[name])
+
+    def remove(self, name: int, *, evicted: bool = False) -> None:
+        self._policy.remove(self._nodes.pop(name), evicted=evicted)
+
+    def candidates(self) -> Iterator[int]:
+        return (node.name for node in self._policy.candidates())
+
+
+def evict(policy: Policy) -> int:
     """Give up the best victim."""
-    key = next(iter(policy.candidates()))
+    key = next(policy.candidates())
     policy.remove(key, evicted=True)
     return key
 
 
-def filled(make: Make, keys: range) -> EvictionPolicy[int]:
-    policy = make()
+def filled(make: Make, keys: range) -> Policy:
+    policy = Policy(make())
     for key in keys:
         policy.add(key)
     return policy
@@ -40,7 +80,7 @@ def test_lru_gives_up_the_longest_unused() -> None:
 
 
 def test_s3fifo_lets_one_hit_wonders_go_before_what_was_used() -> None:
-    policy = filled(S3Fifo, range(10))
+    policy = filled(s3fifo, range(10))
     for key in (0, 3, 7):
         policy.touch(key)
     for key in range(100, 120):
@@ -52,7 +92,7 @@ def test_s3fifo_lets_one_hit_wonders_go_before_what_was_used() -> None:
 def test_s3fifo_is_not_flushed_by_a_scan() -> None:
     """What LRU fails at: many objects used once do not drive out those used again."""
 
-    def survivors(policy: EvictionPolicy[int]) -> int:
+    def survivors(policy: Policy) -> int:
         hot = set(range(20))
         for key in hot:
             policy.add(key)
@@ -63,12 +103,12 @@ def test_s3fifo_is_not_flushed_by_a_scan() -> None:
             hot.discard(evict(policy))
         return len(hot)
 
-    assert survivors(S3Fifo()) >= 18  # the small queue's share of all may still go
-    assert survivors(Lru()) == 0
+    assert survivors(Policy(s3fifo())) >= 18  # the small queue's share of all may still go
+    assert survivors(Policy(Lru())) == 0
 
 
 def test_s3fifo_promotes_what_comes_back_soon() -> None:
-    policy = filled(S3Fifo, range(20))
+    policy = filled(s3fifo, range(20))
     assert [evict(policy) for _ in range(2)] == [0, 1]
     policy.add(0)  # remembered: enters the main queue
     policy.add(50)  # never seen: enters the small one
@@ -77,7 +117,7 @@ def test_s3fifo_promotes_what_comes_back_soon() -> None:
 
 def test_s3fifo_knows_what_comes_back_under_another_key() -> None:
     """Keys are places in a cache; ghosts are named by what lay there."""
-    policy: S3Fifo[int] = S3Fifo(lambda place: f"object {place % 100}")
+    policy = Policy(s3fifo(lambda place: f"object {place % 100}"))
     for place in range(20):
         policy.add(place)
     assert [evict(policy) for _ in range(2)] == [0, 1]
@@ -94,7 +134,7 @@ def test_what_is_renewed_is_the_newest_and_not_used(make: Make) -> None:
 
 
 def test_s3fifo_forgets_ghosts_and_what_was_removed_otherwise() -> None:
-    policy: S3Fifo[int] = S3Fifo()
+    policy = Policy(s3fifo())
     for key in range(10_000):
         policy.add(key)
         policy.remove(key, evicted=True)
@@ -134,7 +174,7 @@ def test_skipped_candidates_can_be_had_again(make: Make) -> None:
 
 @POLICIES
 def test_nothing_known_has_no_candidates(make: Make) -> None:
-    policy = make()
+    policy = Policy(make())
     assert list(policy.candidates()) == []
     policy.add(1)
     policy.remove(1, evicted=True)
@@ -145,7 +185,7 @@ def test_nothing_known_has_no_candidates(make: Make) -> None:
 @POLICIES
 def test_any_sequence_of_calls_keeps_count(make: Make) -> None:
     rng = random.Random(1)
-    policy, known, fresh = make(), set[int](), itertools.count()
+    policy, known, fresh = Policy(make()), set[int](), itertools.count()
     for _ in range(5000):
         action = rng.random()
         if action < 0.4 or not known:
@@ -169,3 +209,33 @@ def test_policies_are_made_by_name() -> None:
     assert isinstance(make_policy("s3fifo")(), S3Fifo)
     with pytest.raises(KeyError):
         make_policy("clock")
+
+
+@POLICIES
+def test_what_is_passed_over_is_not_met_again_at_once(make: Make) -> None:
+    policy = filled(make, range(1000))
+    assert list(itertools.islice(policy.candidates(), 500)) == list(range(500))
+    assert [evict(policy) for _ in range(3)] == [499, 500, 501], "the last one was not passed over"
+
+
+def test_a_victim_of_s3fifo_is_found_soon_however_much_all_was_used() -> None:
+    policy = filled(s3fifo, range(100_000))
+    for key in [*range(100_000)] * 3:
+        policy.touch(key)
+    started = time.perf_counter()
+    for _ in range(10):
+        evict(policy)
+    assert time.perf_counter() - started < 0.05  # 0.4 s where all were given another round
+
+
+@POLICIES
+def test_nodes_take_their_own_memory_and_no_time_of_the_garbage_collector(make: Make) -> None:
+    policy, nodes = make(), [Named(number) for number in range(10_000)]
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for node in nodes:
+        policy.add(node)
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after - before < 10_000
+    assert not any(map(gc.is_tracked, nodes))
