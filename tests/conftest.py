@@ -7,6 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = (
+    "0"  # As `kvstore.client` does; some tests load gRPC first.
+)
+
 from tests.session_tools import Stores
 
 
