@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-os.environ["GRPC_ENABLE_FORK_SUPPORT"] = (
-    "0"  # As `kvstore.client` does; some tests load gRPC first.
-)
+# As `kvstore.client` does; some tests load gRPC before it.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 from tests.session_tools import Stores
 
