@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from kvstore.benchmarks.figures import BenchmarkError
+from kvstore.memory.bounce import Bounce
 from kvstore.tiers.slab.direct import allocate, open_direct
-from kvstore.transport.staging import Bounce
 
 PIECE: Final = 4 << 20
 """Largest single read or write, in bytes; what disks are fastest with."""

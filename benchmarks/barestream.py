@@ -14,8 +14,8 @@ from typing import Final, Self
 
 from kvstore.benchmarks.figures import BenchmarkError
 from kvstore.memory.arena import Arena
-from kvstore.transport.staging import Bounce
-from kvstore.transport.wire import tune
+from kvstore.memory.bounce import Bounce
+from kvstore.transport.sockets import tune
 
 _PIECE: Final = 2 << 20
 _ASK: Final = struct.Struct("<cQ")

@@ -18,7 +18,7 @@ from kvstore.benchmarks.shapes import Shape
 from kvstore.blocks.keys import block_keys
 from kvstore.blocks.spec import Described, Part
 from kvstore.copier.cpu import CpuCopier
-from kvstore.transport.staging import Bounce
+from kvstore.memory.bounce import Bounce
 
 _SHAPES: Final[tuple[tuple[Shape, tuple[str, ...]], ...]] = (
     (shapes.LLAMA_NHD, ("LNHPC", "LHNPC")),

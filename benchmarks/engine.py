@@ -14,7 +14,7 @@ from kvstore.client.session import Session
 from kvstore.config import Config
 from kvstore.copier.cpu import CpuCopier
 from kvstore.memory.arena import Arena
-from kvstore.transport.staging import Bounce
+from kvstore.memory.bounce import Bounce
 
 
 class Pages:

@@ -10,7 +10,7 @@ import torch
 
 from kvstore.benchmarks.figures import BenchmarkError
 from kvstore.benchmarks.gpu_pages import DevicePages, settle
-from kvstore.transport.staging import Bounce
+from kvstore.memory.bounce import Bounce
 
 
 class Rival(Protocol):

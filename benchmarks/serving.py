@@ -31,7 +31,7 @@ from kvstore.benchmarks.vllm_engine import (
     connector,
 )
 from kvstore.config import load_config
-from kvstore.transport.staging import Bounce
+from kvstore.memory.bounce import Bounce
 
 FRESH: Final = f"{KVSTORE}, a new process"
 _MEMORY_SPARE: Final = 256 << 20

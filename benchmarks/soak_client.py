@@ -19,7 +19,7 @@ from kvstore.benchmarks.shapes import Shape
 from kvstore.blocks.spec import Group
 from kvstore.client.session import Session
 from kvstore.config import Config
-from kvstore.transport.staging import Bounce
+from kvstore.memory.bounce import Bounce
 
 SHAPE: Final = Shape("soak", Group(4, 8, (64, 64), "bfloat16"), "LPBNHC", 16)
 """Blocks of 512 KiB."""

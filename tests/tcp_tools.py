@@ -14,9 +14,9 @@ from kvstore.client.channel import Channel
 from kvstore.client.session import Session
 from kvstore.config import Config, load_config
 from kvstore.transport import protocol
-from kvstore.transport.protocol import Attach, Attached, Get, Message, Put, StreamReply
-from kvstore.transport.remote import connect
-from kvstore.transport.wire import PlainWire, receive_frame
+from kvstore.transport.protocol import Attach, Attached, Get, Message, Put, Reply
+from kvstore.transport.sockets import Wire, receive_frame
+from kvstore.transport.tcp import connect
 from tests.certificates import Authority
 from tests.session_tools import PART, PATIENCE, Served, namespace
 
@@ -68,16 +68,15 @@ class Stream:
     def __init__(self, served: Served, session: int, ticket: bytes) -> None:
         host, _, port = served.addresses["tcp"].rpartition(":")
         self.socket = socket.create_connection((host, int(port)), PATIENCE)
-        self.wire = PlainWire(self.socket)
-        self.wire.limit(PATIENCE)
+        self.wire = Wire(self.socket)
         self.send(protocol.STREAM_MARK + protocol.encode(1, Attach(session, ticket)))
         self.answer = self.reply()
 
     def send(self, data: bytes) -> None:
-        self.wire.send([data])
+        self.wire.send([data], PATIENCE)
 
-    def reply(self) -> StreamReply:
-        return protocol.decode_stream_reply(receive_frame(self.wire))
+    def reply(self) -> Reply:
+        return protocol.decode_reply(receive_frame(self.wire, PATIENCE))
 
     def put(self, lease: int, slots: list[int], sums: list[int], data: bytes = b"") -> None:
         raw = array("q", slots).tobytes(), array("Q", sums).tobytes()
@@ -105,7 +104,7 @@ class ByHand:
 
     def __init__(self, served: Served, part: Part = PART, tenant: str = "") -> None:
         self.served = served
-        self.channel: Channel = connect(tcp_config(served))
+        self.channel = Channel(connect(tcp_config(served)))
         opened = self.call(protocol.Open(namespace(tenant), (part,)))
         assert isinstance(opened, protocol.Opened)
         self.streams: list[Stream] = []

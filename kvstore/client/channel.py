@@ -8,22 +8,16 @@ costs no hand-over between threads in the common case of one caller.
 from __future__ import annotations
 
 import itertools
-import os
-import socket
 import threading
 import time
 from pathlib import Path
 from typing import Final
 
-from kvstore import __version__
-from kvstore.errors import ConfigError, KVStoreError, ProtocolError, StoreUnavailable
+from kvstore.errors import ProtocolError, StoreUnavailable
 from kvstore.forks import in_child
-from kvstore.memory.arena import Arena
-from kvstore.transport import protocol
-from kvstore.transport.carrier import ArenaCarrier, Carrier
-from kvstore.transport.credentials import check_daemon, trusted
-from kvstore.transport.line import Line, PlainLine
-from kvstore.transport.protocol import Failure, Hello, Message, Release, Reply, Welcome
+from kvstore.transport import protocol, shared
+from kvstore.transport.carrier import Connection
+from kvstore.transport.protocol import Failure, Message, Release, Reply
 
 FORKED: Final = "this process was forked from the one that connected"
 _NOTIFY_SECONDS: Final = 0.5
@@ -44,14 +38,12 @@ class Channel:
     when a daemon is given up so never writes into a slot that belongs to somebody else by now.
     """
 
-    def __init__(self, line: Line, welcome: Welcome, carrier: Carrier) -> None:
-        self.carrier = carrier
-        self.welcome = welcome
-        self._line = line
+    def __init__(self, connection: Connection) -> None:
+        self._wire, self.welcome, self.carrier = connection
         self._send_lock = threading.Lock()
         self._state = threading.Condition()
         self._reading = False
-        self._buffer = bytearray()
+        self._frames = protocol.Frames()
         self._waiters: dict[int, _Waiter] = {}
         self._ids = itertools.count(1)
         self._broken: str | None = None
@@ -63,39 +55,8 @@ class Channel:
     def connect(
         cls, path: Path, timeout: float, *, token: str = "", user: str | None = None
     ) -> Channel:
-        """Connect to a socket, say hello and map the arena. `user`: see `check_daemon`.
-
-        Raises:
-            StoreUnavailable: nobody answers there in `timeout` seconds, or the daemon refuses.
-            ConfigError: as `check_daemon`.
-        """
-        deadline = time.monotonic() + timeout
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        in_child(connection, socket.socket.close)
-        fds: list[int] = []
-        try:
-            connection.settimeout(timeout)
-            connection.connect(str(path))
-            check_daemon(connection, path, user)
-            connection.sendall(protocol.encode(1, our_hello(token)))
-            reply = _read_welcome(connection, deadline, fds)
-            if isinstance(reply, Failure):
-                raise StoreUnavailable(f"the daemon at {path} refused: {reply.reason}")
-            if not isinstance(reply, Welcome):
-                raise StoreUnavailable(f"the daemon at {path} did not answer the greeting")
-            if not fds:
-                fds.append(_open_arena(path, reply, user))
-            arena = Arena.attach(fds[0], reply.arena_bytes, reply.arena_pages)
-            del fds[0]
-            return cls(PlainLine(connection), reply, ArenaCarrier(arena))
-        except (OSError, KVStoreError) as e:
-            connection.close()
-            if isinstance(e, (StoreUnavailable, ConfigError)):
-                raise
-            raise StoreUnavailable(f"no daemon answers at {path}: {e}") from e
-        finally:
-            for fd in fds:
-                os.close(fd)
+        """To the daemon that listens at `path`; see `transport.shared.connect`."""
+        return cls(shared.connect(path, timeout, token=token, user=user))
 
     @property
     def broken(self) -> str | None:
@@ -179,7 +140,8 @@ class Channel:
         self._broken = FORKED
 
     def _close(self) -> None:
-        self._line.close()
+        self._wire.shutdown()  # A child of ours may have it too.
+        self._wire.close()
         self.carrier.close()
 
     def _break(self, reason: str) -> None:
@@ -194,7 +156,7 @@ class Channel:
             raise StoreUnavailable("the daemon does not take requests in time")
         try:
             # A frame sent in part cannot be taken back, so the connection is given up then.
-            self._line.send(frame, max(0.001, deadline - time.monotonic()))
+            self._wire.send([frame], max(0.001, deadline - time.monotonic()))
         except OSError as e:
             self._break(f"connection lost: {e}")
             raise StoreUnavailable(f"connection lost: {e}") from e
@@ -224,74 +186,18 @@ class Channel:
 
     def _read(self, deadline: float) -> None:
         """Wait for bytes until `deadline`, and hand out the frames that are whole."""
-        received = self._line.receive(deadline - time.monotonic())
+        received = self._wire.take(deadline - time.monotonic())
         if received is None:
             return
         if not received:
             raise ConnectionResetError("the daemon closed the connection")
-        self._buffer += received
-        while len(self._buffer) >= protocol.HEADER.size:
-            length, request_id = protocol.frame_size(self._buffer)
-            end = protocol.HEADER.size + length
-            if len(self._buffer) < end:
-                return
-            reply = protocol.decode_reply(bytes(self._buffer[protocol.HEADER.size : end]))
-            del self._buffer[:end]
+        self._frames.add(received)
+        while (frame := self._frames.next()) is not None:
+            request_id, body = frame
+            reply = protocol.decode_reply(body)
             with self._state:
                 waiter = self._waiters.get(request_id)
                 if waiter is not None:
                     waiter.reply = reply
                 elif request_id == 0 and isinstance(reply, Failure):
                     self._broken = self._broken or reply.reason
-
-
-def our_hello(token: str) -> Hello:
-    """How this process introduces itself."""
-    return Hello(protocol.VERSION, f"kvstore {__version__}", os.getpid(), token)
-
-
-def _open_arena(socket_path: Path, welcome: Welcome, user: str | None) -> int:
-    """The arena by its name, where its descriptor does not come through.
-
-    Raises:
-        StoreUnavailable: it has none, or it is not here.
-    """
-    path = welcome.arena_path
-    if not path:
-        raise StoreUnavailable(
-            f"the daemon at {socket_path} sent no arena; set memory.path to a file on a tmpfs that "
-            "both sides see"
-        )
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as e:
-        raise StoreUnavailable(
-            f"memory.path {path} of the daemon at {socket_path}: {e.strerror}; mount its folder "
-            "here under the same name"
-        ) from e
-    found = os.fstat(fd)
-    if found.st_ino != welcome.arena_inode or not trusted(found.st_uid, user):
-        os.close(fd)
-        raise StoreUnavailable(
-            f"{path} is not the arena of the daemon at {socket_path} but another file of that "
-            "name; mount the daemon's folder here"
-        )
-    return fd
-
-
-def _read_welcome(connection: socket.socket, deadline: float, fds: list[int]) -> Reply:
-    """The first reply; the descriptors that came with it are added to `fds`."""
-    data = bytearray()
-    need = protocol.HEADER.size
-    while len(data) < need:
-        connection.settimeout(max(0.001, deadline - time.monotonic()))
-        piece, received, _, _ = socket.recv_fds(connection, need - len(data), 4)
-        fds += received
-        for fd in received:
-            os.set_inheritable(fd, False)  # `recv_fds` has no way to ask for it.
-        if not piece:
-            raise ConnectionResetError("the daemon closed the connection during the greeting")
-        data += piece
-        if need == protocol.HEADER.size and len(data) == need:
-            need += protocol.frame_size(data)[0]
-    return protocol.decode_reply(bytes(data[protocol.HEADER.size :]))

@@ -190,6 +190,6 @@ def _connect(config: Config) -> Channel:
         session = config.session
         token, user = client_token(config), session.daemon_user
         return Channel.connect(config.socket, session.connect_timeout, token=token, user=user)
-    from kvstore.transport.remote import connect
+    from kvstore.transport.tcp import connect
 
-    return connect(config)
+    return Channel(connect(config))

@@ -1,19 +1,24 @@
-"""How a session's copies reach the slots of its leases: in shared memory, or by way of a stream."""
+"""What a way to a daemon consists of: a greeting, a wire for messages, a carrier for blocks."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
-from weakref import finalize
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
+from kvstore import __version__
 from kvstore.errors import StoreUnavailable
-from kvstore.memory.arena import Arena
+from kvstore.transport import protocol
+from kvstore.transport.protocol import Failure, Hello, Welcome
+from kvstore.transport.sockets import Wire, receive_frame, send_message
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from kvstore.copier.base import Copier
+
+_MAX_WELCOME: Final = 64 << 10
 
 Gather = Callable[[int, Sequence[int]], "list[int] | None"]
 """Copies objects from pages to the addresses given; the first of them is the number given, the
@@ -63,44 +68,31 @@ class Carrier(Protocol):
         """Nobody may be copying."""
 
 
-class ArenaCarrier:
-    """Slots are memory of this process: copies go there directly."""
+class Connection(NamedTuple):
+    """To a daemon that has said welcome."""
 
-    lease_bytes = 1 << 62
-    checksums = False
-    whole = True
+    wire: Wire
+    welcome: Welcome
+    carrier: Carrier
 
-    def __init__(self, arena: Arena) -> None:
-        self.arena = arena
-        self._end: Callable[[], object] = int
 
-    def prepare(self, copier: Copier) -> None:
-        """See `Carrier.prepare`."""
-        copier.attach(self.arena.address, self.arena.size)
-        end = self._end = finalize(self, copier.detach, self.arena.address)  # also if it is dropped
-        end.atexit = False
+def greet(wire: Wire, token: str, address: object, seconds: float) -> Welcome:
+    """Introduce this process to the daemon at `address`.
 
-    def write(
-        self, lease: int, slots: NDArray[np.int64], nbytes: int, gather: Gather, patience: float
-    ) -> list[int] | None:
-        """See `Carrier.write`."""
-        sums = gather(0, self._addresses(slots, nbytes))
-        self.arena.populate()
-        return sums
+    Raises:
+        StoreUnavailable: it refuses.
+        OSError, ProtocolError: as `receive_frame`.
+    """
+    hello = Hello(protocol.VERSION, f"kvstore {__version__}", os.getpid(), token)
+    send_message(wire, hello, seconds)
+    reply = protocol.decode_reply(receive_frame(wire, seconds, _MAX_WELCOME))
+    if not isinstance(reply, Welcome):
+        raise StoreUnavailable(refusal(reply, address))
+    return reply
 
-    def read(
-        self, lease: int, slots: NDArray[np.int64], nbytes: int, scatter: Scatter, deadline: float
-    ) -> None:
-        """See `Carrier.read`."""
-        scatter(0, self._addresses(slots, nbytes), None)
-        self.arena.populate()
 
-    def close(self) -> None:
-        """See `Carrier.close`."""
-        self._end()
-        del self.arena  # Unmapped once no session of the process uses it.
-
-    def _addresses(self, slots: NDArray[np.int64], nbytes: int) -> list[int]:
-        if len(slots) and (int(slots.min()) < 0 or int(slots.max()) + nbytes > self.arena.size):
-            raise StoreUnavailable("the daemon named a slot outside the arena")
-        return [self.arena.address + int(slot) for slot in slots]
+def refusal(reply: object, address: object) -> str:
+    """What an answer means that is not the one hoped for."""
+    if isinstance(reply, Failure):
+        return f"the daemon at {address} refused: {reply.reason}"
+    return f"the daemon at {address} did not answer the greeting"

@@ -315,22 +315,19 @@ class Failure(Message, tag="failure"):
     fatal: bool = False
 
 
+# The last three of each belong on data connections.
 Request = (
     Hello | Open | Lookup | Reserve | Commit | Acquire | Release | Prefetch | Pin | Flush | Clear
-    | Stats | Control
+    | Stats | Control | Attach | Put | Get
 )  # fmt: skip
 Reply = (
     Welcome | Opened | Found | Reserved | Committed | Held | Count | Flushed | StatsReply
-    | Controlled | Failure
+    | Controlled | Failure | Attached | Taken | Sending
 )  # fmt: skip
-StreamRequest = Attach | Put | Get
-StreamReply = Attached | Taken | Sending | Failure
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
-_stream_requests: msgspec.msgpack.Decoder[StreamRequest] = msgspec.msgpack.Decoder(StreamRequest)
-_stream_replies: msgspec.msgpack.Decoder[StreamReply] = msgspec.msgpack.Decoder(StreamReply)
 
 
 def encode(request_id: int, message: Message) -> bytes:
@@ -357,7 +354,45 @@ def frame_size(header: bytes | bytearray | memoryview, limit: int = MAX_FRAME) -
     return length, request_id
 
 
-def decode_request(body: bytes | memoryview) -> Request:
+class Frames:
+    """Cuts what comes into frames of at most `limit` bytes."""
+
+    def __init__(self, limit: int = MAX_FRAME) -> None:
+        self.limit = limit
+        self._buffer = bytearray()
+
+    def __len__(self) -> int:
+        """Bytes that wait."""
+        return len(self._buffer)
+
+    def add(self, data: bytes) -> None:
+        """What came last."""
+        self._buffer += data
+
+    def next(self) -> tuple[int, bytes] | None:
+        """Request id and body of the next frame, if it is there.
+
+        Raises:
+            ProtocolError: it is over the limit.
+        """
+        if len(self._buffer) < HEADER.size:
+            return None
+        length, request_id = frame_size(self._buffer, self.limit)
+        end = HEADER.size + length
+        if len(self._buffer) < end:
+            return None
+        body = bytes(memoryview(self._buffer)[HEADER.size : end])
+        del self._buffer[:end]
+        return request_id, body
+
+    def rest(self) -> bytes:
+        """All that waits, which is given away."""
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        return rest
+
+
+def decode_request(body: bytes | bytearray) -> Request:
     """The request in a frame's body.
 
     Raises:
@@ -366,7 +401,7 @@ def decode_request(body: bytes | memoryview) -> Request:
     return _decode(_requests, body, "a request")
 
 
-def decode_reply(body: bytes | memoryview) -> Reply:
+def decode_reply(body: bytes | bytearray) -> Reply:
     """The reply in a frame's body.
 
     Raises:
@@ -375,25 +410,7 @@ def decode_reply(body: bytes | memoryview) -> Reply:
     return _decode(_replies, body, "a reply")
 
 
-def decode_stream_request(body: bytes | memoryview) -> StreamRequest:
-    """The request in a frame's body on a data connection.
-
-    Raises:
-        ProtocolError: it is none.
-    """
-    return _decode(_stream_requests, body, "a request of a data connection")
-
-
-def decode_stream_reply(body: bytes | memoryview) -> StreamReply:
-    """The reply in a frame's body on a data connection.
-
-    Raises:
-        ProtocolError: it is none.
-    """
-    return _decode(_stream_replies, body, "a reply of a data connection")
-
-
-def _decode(decoder: msgspec.msgpack.Decoder[_T], body: bytes | memoryview, what: str) -> _T:
+def _decode(decoder: msgspec.msgpack.Decoder[_T], body: bytes | bytearray, what: str) -> _T:
     try:
         return decoder.decode(body)
     except (msgspec.MsgspecError, ValueError, RecursionError) as e:

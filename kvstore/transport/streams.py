@@ -17,12 +17,12 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from kvstore.errors import ProtocolError, StoreUnavailable
+from kvstore.memory.bounce import Bounce
 from kvstore.memory.slots import align
 from kvstore.transport import protocol
 from kvstore.transport.carrier import Gather, Scatter
 from kvstore.transport.protocol import Failure, Get, Put, Sending, Taken
-from kvstore.transport.staging import Bounce
-from kvstore.transport.wire import Wire, receive_frame, send_message
+from kvstore.transport.sockets import Wire, receive_frame, send_message
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,14 +72,14 @@ class _Stream:
         start = self._bounce.address
         return self._bounce.view[:needed], list(range(start, start + needed, nbytes))
 
-    def reply(self) -> protocol.StreamReply:
+    def reply(self, seconds: float) -> protocol.Reply:
         """The next answer.
 
         Raises:
             StoreUnavailable: the daemon refused.
             OSError, ProtocolError: as `receive_frame`.
         """
-        answer = protocol.decode_stream_reply(receive_frame(self.wire))
+        answer = protocol.decode_reply(receive_frame(self.wire, seconds))
         if isinstance(answer, Failure):
             raise StoreUnavailable(answer.reason)
         return answer
@@ -127,14 +127,12 @@ class StreamCarrier:
                 sums = gather(span.first, addresses)
                 assert sums is not None
                 put = Put(lease, span.of(numbers).tobytes(), array("Q", sums).tobytes())
-                stream.wire.limit(until() - time.monotonic())
-                stream.wire.send([protocol.encode(1, put), view])
+                stream.wire.send([protocol.encode(1, put), view], until() - time.monotonic())
             return len(spans)
 
         def finish(stream: _Stream, puts: int) -> None:
-            stream.wire.limit(until() - time.monotonic())
             for _ in range(puts):
-                if not isinstance(stream.reply(), Taken):
+                if not isinstance(stream.reply(until() - time.monotonic()), Taken):
                     raise ProtocolError("a put was answered by something else")
 
         self._share(_batches(len(slots), nbytes, self._streams), send, finish, until)
@@ -147,21 +145,19 @@ class StreamCarrier:
         numbers = slots.astype("<i8")
 
         def ask(stream: _Stream, batch: _Span) -> _Span:
-            stream.wire.limit(deadline - time.monotonic())
-            send_message(stream.wire, Get(lease, batch.of(numbers).tobytes()))
+            get = Get(lease, batch.of(numbers).tobytes())
+            send_message(stream.wire, get, deadline - time.monotonic())
             return batch
 
         def take(stream: _Stream, batch: _Span) -> None:
-            stream.wire.limit(deadline - time.monotonic())
-            answer = stream.reply()
+            answer = stream.reply(deadline - time.monotonic())
             sums = array("Q")
             if not isinstance(answer, Sending) or len(answer.checksums) != 8 * batch.number:
                 raise ProtocolError("a get was answered by something else")
             sums.frombytes(answer.checksums)
             for span in _cut(batch, nbytes):
                 view, addresses = stream.places(span, nbytes)
-                stream.wire.limit(deadline - time.monotonic())
-                stream.wire.receive(view)
+                stream.wire.receive(view, deadline - time.monotonic())
                 at = span.first - batch.first
                 scatter(span.first, addresses, sums[at : at + span.number])
 

@@ -17,12 +17,12 @@ from typing import Final, NamedTuple
 from kvstore._native import Xxh3Stream, xxh3_64
 from kvstore.errors import ProtocolError
 from kvstore.memory.arena import Arena
+from kvstore.memory.bounce import Bounce
 from kvstore.server.sessions.grants import Granted, Grants, LeaseGone
 from kvstore.server.sessions.greeting import HELLO_SECONDS
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Attach, Attached, Failure, Get, Put, Sending, Taken
-from kvstore.transport.staging import Bounce
-from kvstore.transport.wire import Wire, receive_frame, runs, send_message
+from kvstore.transport.sockets import Wire, receive_frame, runs, send_message
 
 _IN: Final = 2 << 20
 _OUT: Final = 8 << 20
@@ -74,7 +74,6 @@ class BulkServer:
             grants = self._greet(wire)
             greeted()
             bounce = Bounce(_IN)
-            wire.limit(self._patience)
             while grants is not None:
                 wire.wait()
                 self._answer(wire, grants, bounce)
@@ -91,9 +90,8 @@ class BulkServer:
                 grants.detach(wire)
 
     def _greet(self, wire: Wire) -> Grants | None:
-        wire.limit(HELLO_SECONDS)
-        frame = receive_frame(wire, _MAX_ATTACH)
-        request = protocol.decode_stream_request(frame)
+        frame = receive_frame(wire, HELLO_SECONDS, _MAX_ATTACH)
+        request = protocol.decode_request(frame)
         if not isinstance(request, Attach):
             raise ProtocolError("the first message must be an attach")
         grants = self._session(request.session)
@@ -105,7 +103,7 @@ class BulkServer:
             self._refuse(wire, refusal)
             return None
         try:
-            send_message(wire, Attached())
+            send_message(wire, Attached(), HELLO_SECONDS)
         except OSError:
             assert grants is not None
             grants.detach(wire)
@@ -114,13 +112,13 @@ class BulkServer:
 
     def _refuse(self, wire: Wire, reason: str) -> None:
         try:
-            send_message(wire, Failure(reason, fatal=True))
+            send_message(wire, Failure(reason, fatal=True), HELLO_SECONDS)
         except OSError as e:
             _log.debug("nobody heard why: %s", e)
 
     def _answer(self, wire: Wire, grants: Grants, bounce: Bounce) -> None:
         started = time.monotonic()
-        request = protocol.decode_stream_request(receive_frame(wire))
+        request = protocol.decode_request(receive_frame(wire, self._patience))
         if isinstance(request, Put):
             nbytes = self._take_in(wire, grants, request, bounce)
             self._samples.append(Sample("in", nbytes, time.monotonic() - started))
@@ -128,7 +126,7 @@ class BulkServer:
             nbytes = self._send_out(wire, grants, request)
             self._samples.append(Sample("out", nbytes, time.monotonic() - started))
         else:
-            raise ProtocolError("a second attach; say it once, first")
+            raise ProtocolError("a data connection is attached once, first, then puts and gets")
 
     def _take_in(self, wire: Wire, grants: Grants, request: Put, bounce: Bounce) -> int:
         slots, sums = _numbers("q", request.slots), _numbers("Q", request.checksums)
@@ -140,7 +138,7 @@ class BulkServer:
             hashed = Xxh3Stream()
             for run in runs(sizes, _IN):
                 nbytes = sum(end - start for _, start, end in run)
-                wire.receive(bounce.view[:nbytes])
+                wire.receive(bounce.view[:nbytes], self._patience)
                 at = bounce.address
                 for i, start, end in run:
                     slot = self._arena.address + granted.offsets[slots[i]]
@@ -155,18 +153,18 @@ class BulkServer:
                     hashed.reset()
             granted.damaged.update(slots[i] for i in damaged)
         # Not before the grant is given back: the commit may come at once.
-        send_message(wire, Taken(tuple(damaged)))
+        send_message(wire, Taken(tuple(damaged)), self._patience)
         return sum(sizes)
 
     def _send_out(self, wire: Wire, grants: Grants, request: Get) -> int:
         slots = _numbers("q", request.slots)
         with grants.use(wire, request.lease, slots, fill=False) as granted:
             sums = array("Q", (self._checksum(granted, slot) for slot in slots))
-            send_message(wire, Sending(sums.tobytes()))
+            send_message(wire, Sending(sums.tobytes()), self._patience)
             sizes = [granted.sizes[slot] for slot in slots]
             views = self._views(granted, slots)
             for run in runs(sizes, _OUT):
-                wire.send([views[i][start:end] for i, start, end in run])
+                wire.send([views[i][start:end] for i, start, end in run], self._patience)
         return sum(sizes)
 
     def _checksum(self, granted: Granted, slot: int) -> int:

@@ -18,7 +18,7 @@ from kvstore.errors import ProtocolError
 from kvstore.store.index import Entry
 from kvstore.store.store import Store
 from kvstore.transport import protocol
-from kvstore.transport.wire import Wire
+from kvstore.transport.sockets import Wire
 
 MAX_OWNED: Final = 256
 """Data connections of one token: half of those there may be."""

@@ -15,7 +15,7 @@ from kvstore.server.access.access import Denied, Grant
 from kvstore.server.node import Node
 from kvstore.server.sessions.session import SessionConnection
 from kvstore.transport import protocol
-from kvstore.transport.protocol import Failure, Hello, Stats, StatsReply
+from kvstore.transport.protocol import Failure, Frames, Hello, Stats, StatsReply
 
 HELLO_SECONDS: Final = 5.0
 _MAX_HELLO: Final = 4096
@@ -59,7 +59,7 @@ class Greeting(asyncio.Protocol):
     who: str
     welcome: Welcomer
     number: int = 0
-    _buffer: bytearray = field(default_factory=bytearray)
+    _frames: Frames = field(default_factory=lambda: Frames(_MAX_HELLO))
     _late: asyncio.TimerHandle | None = None
     _transport: asyncio.Transport | None = None
 
@@ -81,15 +81,13 @@ class Greeting(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         assert self._transport is not None
-        self._buffer += data
-        header = protocol.HEADER.size
+        self._frames.add(data)
         try:
-            if len(self._buffer) < header:
+            frame = self._frames.next()
+            if frame is None:
                 return
-            length, request_id = protocol.frame_size(self._buffer, _MAX_HELLO)
-            if len(self._buffer) < header + length:
-                return
-            first = protocol.decode_request(bytes(self._buffer[header : header + length]))
+            request_id, body = frame
+            first = protocol.decode_request(body)
             if isinstance(first, Stats):  # A probe.
                 health = StatsReply(json.dumps(self.node.health()))
                 self._transport.write(protocol.encode(request_id, health))
@@ -111,7 +109,7 @@ class Greeting(asyncio.Protocol):
         self.connection_lost(None)  # of newcomers
         self._transport.set_protocol(session)
         session.connection_made(self._transport)
-        if rest := bytes(self._buffer[header + length :]):
+        if rest := self._frames.rest():
             session.data_received(rest)
 
 

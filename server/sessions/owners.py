@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvstore.server.pacing import SLICE_SECONDS
 from kvstore.store.index import Payer
-from kvstore.transport.wire import Wire
+from kvstore.transport.sockets import Wire
 
 if TYPE_CHECKING:
     from kvstore.server.sessions.session import SessionConnection

@@ -22,7 +22,7 @@ from kvstore.server.tasks import run
 from kvstore.store.index import Entry, LeaseKind, Saving
 from kvstore.store.store import MAX_OWED, Acquired, Acquisition
 from kvstore.transport import protocol
-from kvstore.transport.protocol import Failure, Message
+from kvstore.transport.protocol import Failure, Frames, Message
 
 _MAX_PIN_SECONDS: Final = 30 * 24 * 3600.0
 _MAX_TTL_SECONDS: Final = 10 * 365 * 24 * 3600.0
@@ -78,7 +78,7 @@ class SessionConnection(asyncio.Protocol):
         self._saves: dict[int, tuple[Namespace, int, float]] = {}  # lease: blocks asked, start
         self._closed = closed
         self._transport: asyncio.Transport | None = None
-        self._buffer = bytearray()
+        self._frames = Frames()
         self._full = False  # of answers that the client does not read
         self._owed = 0  # bytes of what was opened
         self._refused = False
@@ -99,8 +99,7 @@ class SessionConnection(asyncio.Protocol):
             task.cancel()
         for timer in self._timers:
             timer.cancel()
-        self.owner.owed -= self._owed + len(self._buffer)
-        self._buffer.clear()
+        self.owner.owed -= self._owed + len(self._frames.rest())
         self._store.release_owner(self)
         self._closed(self)
 
@@ -116,7 +115,7 @@ class SessionConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        self._buffer += data
+        self._frames.add(data)
         self.owner.owed += len(data)
         if self.owner.owed > 2 * MAX_OWED:
             self.refuse("owed", "too many requests wait to be answered or released; send fewer")
@@ -130,29 +129,18 @@ class SessionConnection(asyncio.Protocol):
             while not (self._refused or self._full):
                 if time.perf_counter() >= until:
                     return True
-                frame = self._next_frame()
+                frame = self._frames.next()
                 if frame is None:
                     break
+                self.owner.owed -= protocol.HEADER.size + len(frame[1])
                 self.waiting = None
                 self._handle(*frame)
         except ProtocolError as e:
             self.refuse("protocol", str(e))
-        if self.waiting is None and (self._buffer or self._full):
+        if self.waiting is None and (self._frames or self._full):
             self.waiting = time.monotonic()
         self._regulate()
         return False
-
-    def _next_frame(self) -> tuple[int, bytes] | None:
-        header = protocol.HEADER.size
-        if len(self._buffer) < header:
-            return None
-        length, request_id = protocol.frame_size(self._buffer)
-        if len(self._buffer) < header + length:
-            return None
-        body = bytes(self._buffer[header : header + length])
-        del self._buffer[: header + length]
-        self.owner.owed -= header + length
-        return request_id, body
 
     def _regulate(self) -> None:
         """Read on, unless the client is to wait: for its turn, or for itself."""
@@ -169,8 +157,7 @@ class SessionConnection(asyncio.Protocol):
         self._reply(0, Failure(why, fatal=True))
         self._refused = True
         self.waiting = self.waiting or time.monotonic()  # It shall close, or read that it shall.
-        self.owner.owed -= len(self._buffer)
-        self._buffer.clear()
+        self.owner.owed -= len(self._frames.rest())
         # Other threads of the client may be copying under its leases. It closes when they are
         # done, and only that frees the slots.
         if not (self.shares_memory and self._store.holds_leases(self)):
@@ -270,6 +257,8 @@ class SessionConnection(asyncio.Protocol):
                 return protocol.StatsReply(json.dumps(self._node.stats(self.grant)))
             case protocol.Hello():
                 raise ProtocolError("a second hello; say it once, first")
+            case protocol.Attach() | protocol.Put() | protocol.Get():
+                raise ProtocolError("this belongs on a data connection")
 
     def _open(self, request: protocol.Open, nbytes: int) -> Message:
         if len(self.opened) >= protocol.MAX_OPEN:

@@ -28,7 +28,7 @@ from kvstore.server.sessions.stream_session import StreamSession
 from kvstore.server.tasks import run
 from kvstore.transport import protocol
 from kvstore.transport.protocol import STREAM_MARK, Hello, Welcome
-from kvstore.transport.wire import PlainWire, TlsWire, Wire, tune
+from kvstore.transport.sockets import TlsWire, Wire, shut, tune
 
 _MAX_THREADS: Final = 2 * MAX_OWNED
 _TICK: Final = 0.25
@@ -209,17 +209,16 @@ class StreamFace:
     def _serve(self, connection: socket.socket, number: int) -> None:
         """A data connection, from TLS to its end."""
         try:
-            self._newcomers.put(number, partial(_shutdown, connection))
+            self._newcomers.put(number, partial(shut, connection))
             connection.settimeout(HELLO_SECONDS)
             connection.recv(len(STREAM_MARK), socket.MSG_WAITALL)
-            wire: Wire
             if self._context is None:
-                wire = PlainWire(connection)
+                wire = Wire(connection)
             else:
                 secured = self._context.wrap_socket(
                     connection, server_side=True, do_handshake_on_connect=False
                 )
-                self._newcomers.put(number, partial(_shutdown, secured))
+                self._newcomers.put(number, partial(shut, secured))
                 connection = secured
                 secured.do_handshake()
                 wire = TlsWire(secured)
@@ -240,13 +239,6 @@ class StreamFace:
         """Called by threads; a dictionary is safe to look into."""
         found = self._sessions.get(session)
         return None if found is None else found.grants
-
-
-def _shutdown(connection: socket.socket) -> None:
-    """Wake the thread that uses a connection; it will find that it has ended."""
-    with contextlib.suppress(OSError):  # It has ended already.
-        # Not an SSL socket's own: that would forget TLS, and the thread go on without.
-        socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 async def _begins_with_mark(connection: socket.socket) -> bool:

@@ -16,7 +16,7 @@ import pytest
 from kvstore._native import xxh3_64
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Attached, Failure, Sending, Taken
-from kvstore.transport.wire import receive_frame
+from kvstore.transport.sockets import receive_frame
 from tests.session_tools import (
     BIG,
     MIB,
@@ -437,7 +437,7 @@ def test_frames_of_data_connections_are_short(stores: Stores) -> None:
     with ByHand(served) as client:
         stream = client.stream()
         stream.send(protocol.HEADER.pack(protocol.MAX_STREAM_FRAME + 1, 1))
-        answer = protocol.decode_stream_reply(receive_frame(stream.wire))
+        answer = protocol.decode_reply(receive_frame(stream.wire, PATIENCE))
         assert isinstance(answer, Failure)
         assert "at most 131072 are allowed" in answer.reason
 

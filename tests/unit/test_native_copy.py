@@ -19,7 +19,7 @@ from kvstore import _native
 from kvstore.benchmarks.figures import Run, take_turns
 from kvstore.benchmarks.shapes import LLAMA_HND
 from kvstore.copier.cpu import CpuCopier
-from kvstore.transport.staging import Bounce
+from kvstore.memory.bounce import Bounce
 
 GUARD = 192
 FILL = 0xA5

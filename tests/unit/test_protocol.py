@@ -32,6 +32,9 @@ REQUESTS: list[Message] = [
     protocol.Clear(0),
     protocol.Stats(),
     protocol.Control(),
+    protocol.Attach(7, b"t" * 16),
+    protocol.Put(1, bytes(16), bytes(16)),
+    protocol.Get(2, bytes(8)),
 ]
 REPLIES: list[Message] = [
     protocol.Welcome(1, "kvstore 0.1.0", 7, 1 << 40, "shmem", 30.0),
@@ -47,6 +50,10 @@ REPLIES: list[Message] = [
     protocol.Controlled("/run/kvstore.sock.control"),
     protocol.Failure("no"),
     protocol.Failure("no", fatal=True),
+    protocol.Attached(),
+    protocol.Taken(),
+    protocol.Taken((0, 5)),
+    protocol.Sending(bytes(8)),
 ]
 
 
@@ -116,6 +123,36 @@ def test_as_many_keys_as_allowed_fit_into_a_frame() -> None:
     sums = tuple([(1 << 64) - 1] * protocol.MAX_KEYS)
     held = protocol.Held(bytes(8 * protocol.MAX_KEYS), bytes(protocol.MAX_KEYS), "", {}, sums)
     assert len(protocol.encode(1, held)) < protocol.MAX_FRAME
+    numbers = bytes(8 * protocol.MAX_BATCH)
+    for message in (
+        protocol.Put(1 << 62, numbers, numbers),
+        protocol.Get(1 << 62, numbers),
+        protocol.Sending(numbers),
+        protocol.Taken(tuple(range(protocol.MAX_BATCH))),
+    ):
+        assert len(protocol.encode(1, message)) <= protocol.MAX_STREAM_FRAME
+
+
+def test_the_mark_begins_no_frame_and_no_tls() -> None:
+    with pytest.raises(ProtocolError):
+        protocol.frame_size(protocol.STREAM_MARK + bytes(4))
+    assert protocol.STREAM_MARK[0] != 0x16  # a TLS handshake record
+
+
+@pytest.mark.parametrize("piece", [1, 11, 13, 1 << 20])
+def test_frames_are_cut_however_they_come(piece: int) -> None:
+    frames = protocol.Frames(200)
+    sent = [protocol.encode(number, message) for number, message in enumerate(REQUESTS[2:8])]
+    stream, got = b"".join(sent) + b"rest", []
+    for at in range(0, len(stream), piece):
+        frames.add(stream[at : at + piece])
+        while (frame := frames.next()) is not None:
+            got.append(frame)
+    assert got == [(number, frame[12:]) for number, frame in enumerate(sent)]
+    assert (len(frames), frames.rest(), len(frames)) == (4, b"rest", 0)
+    frames.add(protocol.HEADER.pack(201, 1))
+    with pytest.raises(ProtocolError, match="frame of 201 bytes announced; at most 200"):
+        frames.next()
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ import pytest
 
 from kvstore.errors import ProtocolError
 from kvstore.transport import protocol
-from kvstore.transport.line import Line, PlainLine, TlsLine
-from kvstore.transport.wire import PlainWire, TlsWire, Wire, receive_frame, runs, send_message
+from kvstore.transport.sockets import TlsWire, Wire, receive_frame, runs, send_message
 from tests.certificates import Authority
+from tests.session_tools import PATIENCE
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -47,22 +47,22 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
     far.close()
 
 
-def wires(pair: Pair, seconds: float = 20.0) -> tuple[Wire, Wire]:
-    made: list[Wire] = []
-    for end in pair:
-        made.append(TlsWire(end) if isinstance(end, ssl.SSLSocket) else PlainWire(end))
-        made[-1].limit(seconds)
-    return made[0], made[1]
+def wire(end: socket.socket) -> Wire:
+    return TlsWire(end) if isinstance(end, ssl.SSLSocket) else Wire(end)
+
+
+def wires(pair: Pair) -> tuple[Wire, Wire]:
+    return wire(pair[0]), wire(pair[1])
 
 
 def test_all_bytes_arrive(pair: Pair) -> None:
     near, far = wires(pair)
     data = os.urandom(5 << 20)
     pieces = [data[:1], memoryview(data)[1:70_000], data[70_000:]]
-    sending = threading.Thread(target=near.send, args=(pieces,))
+    sending = threading.Thread(target=near.send, args=(pieces, PATIENCE))
     sending.start()
     received = bytearray(len(data))
-    far.receive(memoryview(received))
+    far.receive(memoryview(received), PATIENCE)
     sending.join()
     assert received == data
 
@@ -70,56 +70,54 @@ def test_all_bytes_arrive(pair: Pair) -> None:
 def test_frames(pair: Pair) -> None:
     near, far = wires(pair)
     put = protocol.Put(1, bytes(8), bytes(8))
-    send_message(near, put)
+    send_message(near, put, PATIENCE)
     far.wait()
-    assert protocol.decode_stream_request(receive_frame(far)) == put
+    assert protocol.decode_request(receive_frame(far, PATIENCE)) == put
     assert near.idle()
-    near.send([protocol.HEADER.pack(101, 1)])
+    near.send([protocol.HEADER.pack(101, 1)], PATIENCE)
     with pytest.raises(ProtocolError, match="frame of 101 bytes announced; at most 100"):
-        receive_frame(far, 100)
+        receive_frame(far, PATIENCE, 100)
 
 
 def test_who_sends_too_little_is_not_waited_for(pair: Pair) -> None:
-    near, far = wires(pair, 0.2)
-    near.send([bytes(10)])
+    near, far = wires(pair)
+    near.send([bytes(10)], PATIENCE)
     started = time.monotonic()
     with pytest.raises(TimeoutError):
-        far.receive(memoryview(bytearray(11)))
+        far.receive(memoryview(bytearray(11)), 0.2)
     assert time.monotonic() - started < 10
 
 
 def test_drops_do_not_prolong_the_limit(pair: Pair) -> None:
-    near, far = wires(pair, 0.5)
+    near, far = wires(pair)
     stopped = threading.Event()
 
     def drip() -> None:
         while not stopped.wait(0.1):
-            near.send([b"."])
+            near.send([b"."], PATIENCE)
 
     dripping = threading.Thread(target=drip)
     dripping.start()
     started = time.monotonic()
     with pytest.raises(TimeoutError):
-        far.receive(memoryview(bytearray(1000)))
+        far.receive(memoryview(bytearray(1000)), 0.5)
     assert time.monotonic() - started < 10
     stopped.set()
     dripping.join()
 
 
 def test_who_takes_nothing_is_not_waited_for(pair: Pair) -> None:
-    near, _ = wires(pair, 0.2)
+    near, _ = wires(pair)
     with pytest.raises(TimeoutError):
-        near.send([bytes(64 << 20)])
+        near.send([bytes(64 << 20)], 0.2)
 
 
 def test_no_time_is_no_limit(pair: Pair) -> None:
     near, _ = wires(pair)
-    for seconds in (0.0, -1.0):
+    for seconds in (0.0, -1.0, 1e-9):
+        assert near.take(seconds) is None
         with pytest.raises(TimeoutError):
-            near.limit(seconds)
-    near.limit(1e-9)
-    with pytest.raises(TimeoutError):
-        near.receive(memoryview(bytearray(1)))
+            near.receive(memoryview(bytearray(1)), seconds)
 
 
 def test_the_end_is_seen(pair: Pair) -> None:
@@ -129,7 +127,7 @@ def test_the_end_is_seen(pair: Pair) -> None:
     near.wait()
     assert not near.idle()
     with pytest.raises(OSError):
-        near.receive(memoryview(bytearray(1)))
+        near.receive(memoryview(bytearray(1)), PATIENCE)
 
 
 def test_another_thread_can_end_a_wait(pair: Pair) -> None:
@@ -139,7 +137,7 @@ def test_another_thread_can_end_a_wait(pair: Pair) -> None:
 
     def receive() -> None:
         try:
-            near.receive(memoryview(bytearray(1)))
+            near.receive(memoryview(bytearray(1)), PATIENCE)
         except OSError as e:
             ended.append(e)
 
@@ -151,7 +149,7 @@ def test_another_thread_can_end_a_wait(pair: Pair) -> None:
     receiving.join(20)
     assert ended
     with pytest.raises(OSError):
-        near.send([b"secret"])
+        near.send([b"secret"], PATIENCE)
 
 
 @pytest.mark.parametrize("piece", [1, 64, 1000, 4096])
@@ -171,26 +169,19 @@ def test_runs_cover_all_bytes_in_order(sizes: list[int], piece: int) -> None:
     assert order == sorted(order)
 
 
-# --- Lines ----------------------------------------------------------------------------------------
-
-
-def line_of(end: socket.socket) -> Line:
-    return TlsLine(end) if isinstance(end, ssl.SSLSocket) else PlainLine(end)
-
-
-def test_a_line_is_used_both_ways_at_once(pair: Pair) -> None:
-    near, far = line_of(pair[0]), wires((pair[1], pair[1]))[0]
+def test_a_wire_is_used_both_ways_at_once(pair: Pair) -> None:
+    near, far = wires(pair)
     data = os.urandom(3 << 20)
 
     def echo() -> None:
         for at in range(0, len(data), 1 << 16):
             view = memoryview(bytearray(len(data[at : at + (1 << 16)])))
-            far.receive(view)
-            far.send([view])
+            far.receive(view, PATIENCE)
+            far.send([view], PATIENCE)
 
     def send() -> None:
         for at in range(0, len(data), 1000):
-            near.send(data[at : at + 1000], 20.0)
+            near.send([data[at : at + 1000]], PATIENCE)
 
     work: list[Callable[[], None]] = [echo, send]
     threads = [threading.Thread(target=each) for each in work]
@@ -198,18 +189,12 @@ def test_a_line_is_used_both_ways_at_once(pair: Pair) -> None:
         thread.start()
     received = bytearray()
     while len(received) < len(data):
-        piece = near.receive(20.0)
+        piece = near.take(PATIENCE)
         assert piece
         received += piece
     for thread in threads:
         thread.join()
     assert received == data
-    assert near.receive(0.01) is None
+    assert near.take(0.01) is None
     far.shutdown()
-    assert near.receive(20.0) == b""
-
-
-def test_a_line_that_is_not_read_takes_no_more(pair: Pair) -> None:
-    near = line_of(pair[0])
-    with pytest.raises(TimeoutError):
-        near.send(bytes(64 << 20), 0.2)
+    assert near.take(PATIENCE) == b""

@@ -16,8 +16,8 @@ from typing import Final
 from kvstore._native import Xxh3Stream
 from kvstore.errors import TierUnavailable
 from kvstore.files import open_own
+from kvstore.memory.bounce import Bounce
 from kvstore.memory.slots import ALIGNMENT, align
-from kvstore.transport.staging import Bounce
 
 LOCK_NAME: Final = "lock"
 PIECE: Final = 4 << 20

@@ -8,23 +8,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-from kvstore.client.channel import Channel, our_hello
 from kvstore.config import Config, split_host_port
 from kvstore.errors import ProtocolError, StoreUnavailable
 from kvstore.forks import count, in_child
 from kvstore.transport import protocol
+from kvstore.transport.carrier import Connection, greet, refusal
 from kvstore.transport.credentials import client_context, client_token
-from kvstore.transport.line import Line, PlainLine, TlsLine
-from kvstore.transport.protocol import Attach, Attached, Failure, Welcome
+from kvstore.transport.protocol import Attach, Attached, Welcome
+from kvstore.transport.sockets import TlsWire, Wire, receive_frame, send_message, shut, tune
 from kvstore.transport.streams import StreamCarrier
-from kvstore.transport.wire import PlainWire, TlsWire, Wire, receive_frame, send_message, shut, tune
-
-_MAX_WELCOME: Final = 64 << 10
 
 
-def connect(config: Config) -> Channel:
+def connect(config: Config) -> Connection:
     """Connect to the daemon at `config.address` (tcp:// or tls://) and say hello.
 
     Data connections follow when they are first needed: a process that only looks up has none.
@@ -38,11 +35,10 @@ def connect(config: Config) -> Channel:
     host, port = split_host_port(rest)
     context = client_context(config) if scheme == "tls" else None
     dialer = _Dialer(config.address, host, port, context, config.session.connect_timeout)
-    line, welcome = dialer.greet(client_token(config))
+    wire, welcome = dialer.greet(client_token(config))
     attach = partial(dialer.attach, welcome)
-    return Channel(
-        line, welcome, StreamCarrier(attach, config.session.streams, welcome.lease_seconds)
-    )
+    carrier = StreamCarrier(attach, config.session.streams, welcome.lease_seconds)
+    return Connection(wire, welcome, carrier)
 
 
 class _Dialer(NamedTuple):
@@ -54,19 +50,11 @@ class _Dialer(NamedTuple):
     context: ssl.SSLContext | None
     timeout: float
 
-    def greet(self, token: str) -> tuple[Line, Welcome]:
+    def greet(self, token: str) -> tuple[Wire, Welcome]:
         """A connection for messages, and what the daemon answered."""
         deadline = time.monotonic() + self.timeout
-        with self._dialled(b"", deadline) as connection:
-            wire = _wire(connection)
-            wire.limit(deadline - time.monotonic())
-            send_message(wire, our_hello(token))
-            reply = protocol.decode_reply(receive_frame(wire, _MAX_WELCOME))
-            if not isinstance(reply, Welcome):
-                raise StoreUnavailable(self._refusal(reply))
-        if isinstance(connection, ssl.SSLSocket):
-            return TlsLine(connection), reply
-        return PlainLine(connection), reply
+        with self._dialled(b"", deadline) as wire:
+            return wire, greet(wire, token, self.address, deadline - time.monotonic())
 
     def attach(self, welcome: Welcome, deadline: float) -> Wire:
         """A connection for the blocks of the session that was welcomed.
@@ -75,17 +63,16 @@ class _Dialer(NamedTuple):
             StoreUnavailable: as for `connect`.
         """
         deadline = min(deadline, time.monotonic() + self.timeout)
-        with self._dialled(protocol.STREAM_MARK, deadline) as connection:
-            wire = _wire(connection)
-            wire.limit(deadline - time.monotonic())
-            send_message(wire, Attach(welcome.session, welcome.ticket))
-            reply = protocol.decode_stream_reply(receive_frame(wire))
+        with self._dialled(protocol.STREAM_MARK, deadline) as wire:
+            attach = Attach(welcome.session, welcome.ticket)
+            send_message(wire, attach, deadline - time.monotonic())
+            reply = protocol.decode_reply(receive_frame(wire, deadline - time.monotonic()))
             if not isinstance(reply, Attached):
-                raise StoreUnavailable(self._refusal(reply))
-        return wire
+                raise StoreUnavailable(refusal(reply, self.address))
+            return wire
 
     @contextmanager
-    def _dialled(self, mark: bytes, deadline: float) -> Iterator[socket.socket]:
+    def _dialled(self, mark: bytes, deadline: float) -> Iterator[Wire]:
         """A connection, secured if it shall be; closed if what is done with it fails."""
         connection: socket.socket | None = None
         try:
@@ -104,7 +91,7 @@ class _Dialer(NamedTuple):
                     shut(connection)
                     connection.close()
                     connection = None
-            yield connection
+            yield TlsWire(connection) if isinstance(connection, ssl.SSLSocket) else Wire(connection)
         except BaseException as e:
             if connection is not None:
                 shut(connection)
@@ -112,11 +99,6 @@ class _Dialer(NamedTuple):
             if isinstance(e, (OSError, ProtocolError)) and not isinstance(e, StoreUnavailable):
                 raise StoreUnavailable(self._explain(e)) from e
             raise
-
-    def _refusal(self, reply: object) -> str:
-        if isinstance(reply, Failure):
-            return f"the daemon at {self.address} refused: {reply.reason}"
-        return f"the daemon at {self.address} did not answer the greeting"
 
     def _explain(self, error: Exception) -> str:
         what = f"no daemon answers at {self.address}: {error}"
@@ -127,9 +109,3 @@ class _Dialer(NamedTuple):
         if self.context is None and not isinstance(error, (ConnectionRefusedError, TimeoutError)):
             return f"{what}; if it speaks TLS, use tls://"
         return what
-
-
-def _wire(connection: socket.socket) -> Wire:
-    if isinstance(connection, ssl.SSLSocket):
-        return TlsWire(connection)
-    return PlainWire(connection)

@@ -1,0 +1,151 @@
+"""Reaches a daemon on this machine: a unix socket, and an arena that copies go to directly."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+from weakref import finalize
+
+from kvstore.errors import ConfigError, KVStoreError, StoreUnavailable
+from kvstore.forks import in_child
+from kvstore.memory.arena import Arena
+from kvstore.transport.carrier import Connection, Gather, Scatter, greet
+from kvstore.transport.credentials import check_daemon, trusted
+from kvstore.transport.protocol import Welcome
+from kvstore.transport.sockets import Wire
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from kvstore.copier.base import Copier
+
+
+def connect(path: Path, timeout: float, *, token: str = "", user: str | None = None) -> Connection:
+    """Connect to a socket, say hello and map the arena. `user`: see `check_daemon`.
+
+    Raises:
+        StoreUnavailable: nobody answers there in `timeout` seconds, or the daemon refuses.
+        ConfigError: as `check_daemon`.
+    """
+    end = time.monotonic() + timeout
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    in_child(connection, socket.socket.close)
+    try:
+        connection.settimeout(timeout)
+        connection.connect(str(path))
+        check_daemon(connection, path, user)
+        wire = _Receiving(connection)
+        try:
+            welcome = greet(wire, token, path, end - time.monotonic())
+            fd = wire.fds.pop() if wire.fds else _open_arena(path, welcome, user)
+        finally:
+            for other in wire.fds:
+                os.close(other)
+        try:
+            arena = Arena.attach(fd, welcome.arena_bytes, welcome.arena_pages)
+        except BaseException:
+            os.close(fd)
+            raise
+        return Connection(Wire(connection), welcome, ArenaCarrier(arena))
+    except (OSError, KVStoreError) as e:
+        connection.close()
+        if isinstance(e, (StoreUnavailable, ConfigError)):
+            raise
+        raise StoreUnavailable(f"no daemon answers at {path}: {e}") from e
+
+
+class _Receiving(Wire):
+    """Takes in the descriptors that come along."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__(connection)
+        self.fds: list[int] = []
+
+    def receive(self, view: memoryview, seconds: float) -> None:
+        """See `Wire.receive`."""
+        self._limit(socket.SO_RCVTIMEO, time.monotonic() + seconds)
+        try:  # They come with the first byte.
+            _, fds, _, _ = socket.recv_fds(self._socket, 1, 4, socket.MSG_PEEK)
+        except BlockingIOError:
+            raise TimeoutError("the daemon does not answer the greeting") from None
+        self.fds += fds
+        for fd in fds:
+            os.set_inheritable(fd, False)  # `recv_fds` has no way to ask for it.
+        super().receive(view, seconds)
+
+
+def _open_arena(socket_path: Path, welcome: Welcome, user: str | None) -> int:
+    """The arena by its name, where its descriptor does not come through.
+
+    Raises:
+        StoreUnavailable: it has none, or it is not here.
+    """
+    path = welcome.arena_path
+    if not path:
+        raise StoreUnavailable(
+            f"the daemon at {socket_path} sent no arena; set memory.path to a file on a tmpfs that "
+            "both sides see"
+        )
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as e:
+        raise StoreUnavailable(
+            f"memory.path {path} of the daemon at {socket_path}: {e.strerror}; mount its folder "
+            "here under the same name"
+        ) from e
+    found = os.fstat(fd)
+    if found.st_ino != welcome.arena_inode or not trusted(found.st_uid, user):
+        os.close(fd)
+        raise StoreUnavailable(
+            f"{path} is not the arena of the daemon at {socket_path} but another file of that "
+            "name; mount the daemon's folder here"
+        )
+    return fd
+
+
+class ArenaCarrier:
+    """See `Carrier`. Slots are memory of this process."""
+
+    lease_bytes = 1 << 62
+    checksums = False
+    whole = True
+
+    def __init__(self, arena: Arena) -> None:
+        self.arena = arena
+        self._end: Callable[[], object] = int
+
+    def prepare(self, copier: Copier) -> None:
+        """See `Carrier.prepare`."""
+        copier.attach(self.arena.address, self.arena.size)
+        end = self._end = finalize(self, copier.detach, self.arena.address)  # also if it is dropped
+        end.atexit = False
+
+    def write(
+        self, lease: int, slots: NDArray[np.int64], nbytes: int, gather: Gather, patience: float
+    ) -> list[int] | None:
+        """See `Carrier.write`."""
+        sums = gather(0, self._addresses(slots, nbytes))
+        self.arena.populate()
+        return sums
+
+    def read(
+        self, lease: int, slots: NDArray[np.int64], nbytes: int, scatter: Scatter, deadline: float
+    ) -> None:
+        """See `Carrier.read`."""
+        scatter(0, self._addresses(slots, nbytes), None)
+        self.arena.populate()
+
+    def close(self) -> None:
+        """See `Carrier.close`."""
+        self._end()
+        del self.arena  # Unmapped once no session of the process uses it.
+
+    def _addresses(self, slots: NDArray[np.int64], nbytes: int) -> list[int]:
+        if len(slots) and (int(slots.min()) < 0 or int(slots.max()) + nbytes > self.arena.size):
+            raise StoreUnavailable("the daemon named a slot outside the arena")
+        return [self.arena.address + int(slot) for slot in slots]
