@@ -68,15 +68,19 @@ class _Receiving(Wire):
 
     def receive(self, view: memoryview, seconds: float) -> None:
         """See `Wire.receive`."""
-        self._limit(socket.SO_RCVTIMEO, time.monotonic() + seconds)
-        try:  # They come with the first byte.
-            _, fds, _, _ = socket.recv_fds(self._socket, 1, 4, socket.MSG_PEEK)
+        end = time.monotonic() + seconds
+        self._limit(socket.SO_RCVTIMEO, end)
+        try:
+            begin, fds, _, _ = socket.recv_fds(self._socket, len(view), 4)
         except BlockingIOError:
-            raise TimeoutError("the daemon does not answer the greeting") from None
+            raise TimeoutError("the daemon was too slow") from None
         self.fds += fds
         for fd in fds:
             os.set_inheritable(fd, False)  # `recv_fds` has no way to ask for it.
-        super().receive(view, seconds)
+        if not begin:
+            raise ConnectionResetError("closed by the daemon")
+        view[: len(begin)] = begin
+        super().receive(view[len(begin) :], end - time.monotonic())
 
 
 def _open_arena(socket_path: Path, welcome: Welcome, user: str | None) -> int:

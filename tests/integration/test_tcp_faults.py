@@ -157,7 +157,7 @@ def test_only_what_has_come_is_committed(stores: Stores) -> None:
         answer = stream.reply()
         assert answer == Sending(xxh3(DATA).to_bytes(8, "little"))
         back = memoryview(bytearray(OBJECT))
-        stream.wire.receive(back)
+        stream.wire.receive(back, PATIENCE)
         assert back == DATA
 
 
