@@ -15,6 +15,7 @@ import msgspec
 from kvstore.benchmarks.crew import Answer, Order
 from kvstore.benchmarks.engine import Engine, prompt_keys
 from kvstore.benchmarks.lookups import INDEX_ONLY, Asker
+from kvstore.benchmarks.loop import JOBS, Load
 from kvstore.benchmarks.shapes import LLAMA_NHD
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.client.session import Session
@@ -55,6 +56,12 @@ class Member:
         self._jobs = asker.jobs
         return {"keys": len(asker.keys)}
 
+    def loop(self, objects: int) -> dict[str, Any]:
+        """Give the daemon's loop much to do, with so many objects."""
+        load = Load(self._config, objects, self._stack)
+        self._jobs = {job: getattr(load, job) for job in JOBS}
+        return {}
+
     def work(self, job: str, calls: int = 1) -> Answer:
         """Do a job a few times."""
         run = self._jobs[job]
@@ -76,6 +83,8 @@ class Member:
                 return Answer(said=self.copies(**order.options))
             case "lookups":
                 return Answer(said=self.lookups(**order.options))
+            case "loop":
+                return Answer(said=self.loop(**order.options))
             case job:
                 return self.work(job, **order.options)
 

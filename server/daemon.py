@@ -32,6 +32,7 @@ from kvstore.server.notify import notify
 from kvstore.server.process import end_after, exit_code, heed_signals
 from kvstore.server.sessions.greeting import Greeting, Newcomers, admit
 from kvstore.server.sessions.session import Peer, SessionConnection
+from kvstore.server.steps import Steps
 from kvstore.server.tasks import hear_threads, run
 from kvstore.store.admission import Admission
 from kvstore.store.store import Store
@@ -67,6 +68,7 @@ class Daemon:
     Args:
         config: what to serve.
         path: the socket; its folder must exist.
+        steps: what its loop waits with.
         embedded: end once the last session has left.
         progress: told (done, total) bytes while the arena is touched.
     """
@@ -75,6 +77,7 @@ class Daemon:
         self,
         config: Config,
         path: Path,
+        steps: Steps,
         *,
         embedded: bool = False,
         progress: Callable[[int, int], None] | None = None,
@@ -84,6 +87,7 @@ class Daemon:
             server = ServerConfig(grpc=None, http=None)
             config = config.model_copy(update={"address": f"unix://{path}", "server": server})
         self._config = config
+        self._steps = steps
         self._embedded = embedded
         self._progress = progress
         self._newcomers = Newcomers()
@@ -117,7 +121,7 @@ class Daemon:
                 # In a thread, so that a signal is heard: much memory takes long to touch.
                 arena = self._arena = await asyncio.to_thread(self._make_arena)
                 node = self._node = Node(
-                    self._config, await self._open_store(arena), access, self.stop
+                    self._config, await self._open_store(arena), access, self._steps, self.stop
                 )
                 # Goes on while the writes are waited for.
                 counters = node.store.counters
@@ -439,13 +443,16 @@ def serve(
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
+    steps = Steps()
+
     async def main() -> None:
-        daemon = Daemon(config, path, embedded=embedded, progress=progress)
+        daemon = Daemon(config, path, steps, embedded=embedded, progress=progress)
         heed_signals(daemon.stop, daemon.stop if embedded else daemon.reload)
         with contextlib.suppress(_StoppedEarly):
             await daemon.run(ready)
 
-    asyncio.run(main())
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(steps)) as runner:
+        runner.run(main())
 
 
 def describe(config: Config, problem: str | None) -> str:

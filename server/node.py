@@ -18,6 +18,7 @@ from kvstore.errors import ConfigError, ProtocolError
 from kvstore.server.access.access import LOCAL, Access, Denied, Grant
 from kvstore.server.sessions.owners import Owner
 from kvstore.server.sessions.recent import Recent
+from kvstore.server.steps import Steps
 from kvstore.store.index import Lease
 from kvstore.store.store import Store
 from kvstore.telemetry import QuietLog
@@ -60,6 +61,8 @@ class Node:
     config: Config
     store: Store
     access: Access
+    steps: Steps
+    """Of its loop."""
     stop: Callable[[], None]
     """Ends the daemon, in order."""
     sessions: dict[int, SessionConnection] = field(default_factory=dict)
@@ -112,7 +115,7 @@ class Node:
         """`Store.stats`; for callers limited to tenants, what these hold, and nothing of others."""
         stats = self.store.stats()
         if grant.tenants is None:
-            return stats
+            return stats | {"longest_step": self.steps.longest}
         held = [t for name, t in self.store.usage.tenants.items() if grant.sees(name)]
         disk = {"used": sum(tenant.disk_bytes for tenant in held)}
         return {

@@ -255,6 +255,26 @@ def engine(
         bench.run(report, setup, connector or [KVSTORE])
 
 
+def loop(
+    how: How,
+    objects: Annotated[
+        int | None, typer.Option("--objects", min=1024, max=1 << 24, help="Blocks to hold.")
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--folder", exists=True, file_okay=False, help="For a disk tier besides."),
+    ] = None,
+) -> None:
+    """How long the daemon's loop works at a stretch, and what a lookup waits meanwhile.
+
+    It takes 4 KiB of memory for a block, and of the disk as well.
+    """
+    from kvstore.benchmarks import loop as bench
+
+    with how.report("loop") as report:
+        bench.run(report, objects=objects or (20_000 if how.quick else 1_000_000), folder=folder)
+
+
 def soak(
     minutes: Annotated[
         float | None,
@@ -295,5 +315,5 @@ def soak(
         raise typer.Exit(1)
 
 
-for _command in (copy, disk, session, store, weights, peer, gpu_copy, engine, soak):
+for _command in (copy, disk, session, store, weights, peer, loop, gpu_copy, engine, soak):
     bench_app.command()(grouped(_command))

@@ -208,6 +208,11 @@ def _of_work(node: Node, stats: Mapping[str, Any]) -> Iterator[Metric]:
     yield _gauge("objects", "Objects stored, in any tier.", stats["objects"])
     yield _gauge("pinned_bytes", "Bytes of objects that are pinned.", stats["pinned_bytes"])
     yield _gauge("namespaces", "Namespaces with objects.", len(node.store.usage.namespaces))
+    yield _gauge(
+        "loop_longest_step_seconds",
+        "Longest time of the last minute or two in which the daemon's loop answered nobody.",
+        node.steps.longest,
+    )
     yield _gauge("sessions", "Open sessions.", len(node.sessions))
     leases = node.store.leases()
     kinds = Counter(lease.kind.value for lease in leases)

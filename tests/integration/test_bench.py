@@ -95,6 +95,12 @@ def test_peer() -> None:
     assert {"a bare socket", "a bare socket, and the copy"} <= against
 
 
+def test_loop(tmp_path: Path) -> None:
+    figures = _figures("loop", "--objects", "4096", "--folder", str(tmp_path))
+    assert len(figures) == 19
+    assert figures[-1]["figure"] == "longest step of the loop"
+
+
 def test_soak(tmp_path: Path) -> None:
     done = _run("soak", "--seconds", "8", "--clients", "2", "--json", "--folder", str(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ from kvstore.server.control.errors import Refused
 from kvstore.server.control.operations import Done, Operation, Operations, each
 from kvstore.server.control.rules import RuleVerbs
 from kvstore.server.node import Node
+from kvstore.server.steps import Steps
 from kvstore.store.index import Entry
 from kvstore.tiers.base import ObjectName
 from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, keys
@@ -184,7 +185,7 @@ async def test_a_cancelled_drain_lets_saves_in_again(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     bench.save(keys(1, 2))  # On their way to disk for ever: nobody takes what the disk posts.
     config = Config()
-    node = Node(config, bench.store, Access(config.server), lambda: None)
+    node = Node(config, bench.store, Access(config.server), Steps(), lambda: None)
     operations = Operations()
     rules = RuleVerbs(node, operations)
     drain = v1.DrainRequest()

@@ -1,0 +1,37 @@
+"""How long the daemon's loop works at a stretch: whoever asks something meanwhile waits for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from selectors import EpollSelector, SelectorKey
+from typing import Final
+
+_WINDOW: Final = 60.0
+
+
+class Steps(EpollSelector):
+    """What a loop waits with; it takes the time between its calls, which is a step of that loop."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        super().__init__()
+        self._clock = clock
+        self._began = clock()
+        self._until = self._began + _WINDOW
+        self._longest = self._before = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
+        """Wait for events."""
+        now = self._clock()
+        self._longest = max(self._longest, now - self._began)
+        if now >= self._until:
+            self._until = now + _WINDOW
+            self._before, self._longest = self._longest, 0.0
+        ready = super().select(timeout)
+        self._began = self._clock()
+        return ready
+
+    @property
+    def longest(self) -> float:
+        """Seconds of the longest step in the last minute or two."""
+        return max(self._before, self._longest, self._clock() - self._began)
