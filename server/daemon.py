@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kvstore import __version__
 from kvstore.config import Config, ServerConfig, format_size
 from kvstore.errors import ConfigError, KVStoreError, NotNow
 from kvstore.files import make_way, open_own
@@ -30,7 +29,7 @@ from kvstore.server.listeners import bind, clear
 from kvstore.server.node import Face, Node
 from kvstore.server.notify import notify
 from kvstore.server.process import end_after, exit_code, heed_signals
-from kvstore.server.sessions.greeting import Greeting, Newcomers, admit
+from kvstore.server.sessions.greeting import Greeting, Newcomers, admit, welcome
 from kvstore.server.sessions.session import Peer, SessionConnection
 from kvstore.server.steps import Steps
 from kvstore.server.tasks import hear_threads, run
@@ -40,7 +39,7 @@ from kvstore.store.tiering import OpenDisk
 from kvstore.store.usage import Quota
 from kvstore.telemetry import LineFormatter
 from kvstore.transport import protocol
-from kvstore.transport.protocol import Hello, Welcome
+from kvstore.transport.protocol import Hello
 
 if TYPE_CHECKING:
     from kvstore.server.http.admin import AdminFace
@@ -349,18 +348,11 @@ class Daemon:
             member = self._group is not None and is_member(connection, self._group, gid)
             grant = admit(node, hello, self._trusted(node.access, uid, member), here=True)
             number = next(node.numbers)
-            welcome = Welcome(
-                protocol.VERSION,
-                f"kvstore {__version__}",
-                number,
-                arena.size,
-                arena.pages,
-                self._config.lease_seconds,
-                "" if arena.path is None else str(arena.path),
-                arena.inode,
-            )
-            socket.send_fds(connection, [protocol.encode(request_id, welcome)], [arena.fd])
-        client = Peer(number, "unix", pid, hello.software)
+            reply = welcome(node, hello, number)
+            reply.arena_path = "" if arena.path is None else str(arena.path)
+            reply.arena_inode = arena.inode
+            socket.send_fds(connection, [protocol.encode(request_id, reply)], [arena.fd])
+        client = Peer(number, "unix", pid, hello.software, hello.features)
         session = node.sessions[number] = SessionConnection(node, client, grant, self._left)
         return session
 

@@ -40,6 +40,7 @@ class Channel:
 
     def __init__(self, connection: Connection) -> None:
         self._wire, self.welcome, self.carrier = connection
+        self.tier_names = protocol.tier_names(self.welcome.tiers)
         self._send_lock = threading.Lock()
         self._state = threading.Condition()
         self._reading = False
@@ -62,6 +63,10 @@ class Channel:
     def broken(self) -> str | None:
         """Why the connection cannot be used any more; None while it can."""
         return self._broken
+
+    def tiers(self, numbers: bytes) -> tuple[str, ...]:
+        """Names of tiers, given a byte for each."""
+        return tuple(map(self.tier_names.__getitem__, numbers))
 
     def call(self, message: Message, timeout: float, *, lease: int | None = None) -> Reply:
         """Send a request and wait for its reply.

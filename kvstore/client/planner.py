@@ -10,13 +10,17 @@ ever, whatever was measured.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import groupby
 from typing import Final, Literal
 
 from kvstore.telemetry import Average
+from kvstore.transport.protocol import Cost
+
+MEMORY: Final = "memory"
+_NO_COST: Final = Cost(0.0)
 
 _FADE: Final = 0.9
 """What is left of a tier's cost after a plan that shuns it."""
@@ -69,8 +73,8 @@ class Planner:
         self._mode = mode
         self._copy = Average()  # of bytes, slots to pages
         self._token = Average()  # of tokens computed
-        self._copies = _Doubt()
-        self._below = _Doubt()
+        self._doubts = defaultdict[str, _Doubt](_Doubt)
+        """In a tier's cost; in that of memory, which is the copy's: all blocks go by way of it."""
 
     def loaded(self, nbytes: int, seconds: float) -> None:
         """A copy of `nbytes` out of memory took `seconds`."""
@@ -81,31 +85,45 @@ class Planner:
         self._token.add(tokens, seconds)
 
     def load_seconds(
-        self,
-        in_memory: int,
-        below: int,
-        block_bytes: int,
-        below_memory: float,
-        wait: float = 0.0,
-        belief: tuple[float, float] = (1.0, 1.0),
+        self, tiers: Sequence[str], costs: Mapping[str, Cost], block_bytes: int
     ) -> float:
-        """Estimated seconds to load so many blocks from memory and from the tiers below it.
+        """Estimated seconds to load blocks that lie in `tiers`, whose `costs` are given."""
+        return self._times(tiers, costs, block_bytes, {})[-1][1]
 
-        `below_memory` is the measured seconds per byte from disk to memory, `wait` the seconds
-        until the disk begins; `belief` in the cost of copies, and in that of the disk.
+    def _times(
+        self,
+        tiers: Sequence[str],
+        costs: Mapping[str, Cost],
+        block_bytes: int,
+        belief: Mapping[str, float],
+    ) -> list[tuple[int, float]]:
+        """How long the first n blocks take, for 0 and every n after which the tier changes.
+
+        Between, the time grows evenly, and so the best plan is one of these. `belief` in costs, by
+        tier; 1 where there is none.
         """
-        copy = (self._copy.value or 0.0) * (in_memory + below) * block_bytes
-        read = wait + below_memory * below * block_bytes if below else 0.0
-        return belief[0] * copy + belief[1] * read
+        copy = (self._copy.value or 0.0) * belief.get(MEMORY, 1.0)
+        blocks, seconds, begun = 0, 0.0, {MEMORY}
+        times = [(blocks, seconds)]
+        for tier, run in groupby(tiers):
+            count = sum(1 for _ in run)
+            each, backlog, fixed = costs.get(tier, _NO_COST)
+            read = each * count * block_bytes if tier != MEMORY else 0.0
+            if tier not in begun:
+                begun.add(tier)
+                read += fixed + each * backlog
+            blocks += count
+            seconds += copy * count * block_bytes + read * belief.get(tier, 1.0)
+            times.append((blocks, seconds))
+        return times
 
     def plan(
         self,
         tiers: Sequence[str],
+        costs: Mapping[str, Cost],
         *,
         block_tokens: int,
         block_bytes: int,
-        below_memory: float,
-        wait: float = 0.0,
         again: bool = False,
         nothing: str = "nothing found",
     ) -> LoadPlan:
@@ -114,30 +132,31 @@ class Planner:
         `again`: the request was planned before.
         """
         found = len(tiers)
-        fetched = [0, *accumulate(tier != "memory" for tier in tiers)]
-        below = fetched[-1]
-        belief = self._copies.factor(found), self._below.factor(below)
-        times = [
-            self.load_seconds(n - under, under, block_bytes, below_memory, wait, belief)
-            for n, under in enumerate(fetched)
-        ]
+        counts = Counter(tiers)
+        counts[MEMORY] = found
+        belief = {tier: self._doubts[tier].factor(n) for tier, n in counts.items()}
+        times = self._times(tiers, costs, block_bytes, belief)
+        chosen = times[-1]
         per_token = self._token.value
         if not found:
-            blocks, reason = 0, nothing
+            reason = nothing
         elif self._mode != "auto":
-            blocks = found if self._mode == "load" else 0
+            chosen = times[-1 if self._mode == "load" else 0]
             reason = f"forced by planner.mode={self._mode}"
         elif per_token is None:
-            blocks, reason = found, "prefill rate not measured yet"
+            reason = "prefill rate not measured yet"
         else:
             saved = per_token * block_tokens
-            blocks = min(range(found + 1), key=lambda n: (times[n] - saved * n, -n))
-            reason = "loading is faster" if blocks == found else "recomputing is faster"
-            if 0 < blocks < found:
+            chosen = min(times, key=lambda time: (time[1] - saved * time[0], -time[0]))
+            reason = "loading is faster" if chosen[0] == found else "recomputing is faster"
+            if 0 < chosen[0] < found:
                 reason = "loading is faster up to here, recomputing beyond"
             if not again:
-                # All that is loaded is copied; and if some is, what is left begins on disk.
-                self._copies.judge(found, shunned=not blocks)
-                self._below.judge(below, shunned=fetched[blocks] < below)
+                # All that is loaded is copied; and if some is, what is left begins below.
+                loads = Counter(tiers[: chosen[0]])
+                for tier, n in counts.items():
+                    shunned = not chosen[0] if tier == MEMORY else loads[tier] < n
+                    self._doubts[tier].judge(n, shunned=shunned)
+        blocks, seconds = chosen if chosen[0] else (0, times[-1][1])
         compute = None if per_token is None else per_token * block_tokens * (blocks or found)
-        return LoadPlan(blocks, found, tuple(tiers), times[blocks or found], compute, reason)
+        return LoadPlan(blocks, found, tuple(tiers), seconds, compute, reason)

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -27,7 +27,7 @@ from kvstore.copier.cpu import CpuCopier
 from kvstore.errors import SpecError
 from kvstore.forks import in_child
 from kvstore.transport import protocol
-from kvstore.transport.protocol import MEMORY, Message, Release, Reply, tier_names
+from kvstore.transport.protocol import Cost, Message, Release, Reply
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,14 +45,16 @@ _log = logging.getLogger("kvstore.session")
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """The usable prefix: its blocks' tiers, why it ends (None: all found), seconds to load it."""
+    """The usable prefix: its blocks' tiers, why it ends (None: all found), seconds to load it.
+
+    `costs` of tiers below memory, by name.
+    """
 
     blocks: int
     tiers: tuple[str, ...]
     reason: str | None
     seconds: float
-    disk_seconds_per_byte: float = 0.0
-    disk_wait: float = 0.0
+    costs: Mapping[str, Cost] = field(default_factory=dict)
 
 
 class Pin:
@@ -167,24 +169,18 @@ class Session:
         joined = join_keys(keys)
         if not keys:
             return Lookup(0, (), None, 0.0)
-        reply = self._request(
-            lambda handle: protocol.Lookup(handle, joined, again),
-            _seconds(timeout, self._config.session.lookup_timeout),
-        )
+        seconds = _seconds(timeout, self._config.session.lookup_timeout)
+        with self._link.using() as link:
+            if link is None:
+                return Lookup(0, (), "unavailable", 0.0)
+            channel, handle = link
+            reply = self._link.call(channel, protocol.Lookup(handle, joined, again), seconds)
         if not isinstance(reply, protocol.Found):
             return Lookup(0, (), "unavailable", 0.0)
-        codes = reply.tiers[: len(keys)]
-        in_memory = codes.count(MEMORY)
-        seconds = self._planner.load_seconds(
-            in_memory,
-            len(codes) - in_memory,
-            self.block_bytes,
-            reply.disk_seconds_per_byte,
-            reply.disk_wait,
-        )
-        tiers = tier_names(codes)
-        disk = reply.disk_seconds_per_byte, reply.disk_wait
-        return Lookup(len(tiers), tiers, reply.reason or None, seconds, *disk)
+        tiers = channel.tiers(reply.tiers[: len(keys)])
+        costs = reply.costs_by_name(channel.tier_names)
+        takes = self._planner.load_seconds(tiers, costs, self.block_bytes)
+        return Lookup(len(tiers), tiers, reply.reason or None, takes, costs)
 
     def plan(
         self, keys: Sequence[bytes], *, timeout: float | None = None, again: bool = False
@@ -196,10 +192,9 @@ class Session:
         found = self.lookup(keys, timeout=timeout, again=again)
         plan = self._planner.plan(
             found.tiers,
+            found.costs,
             block_tokens=self.block_tokens,
             block_bytes=self.block_bytes,
-            below_memory=found.disk_seconds_per_byte,
-            wait=found.disk_wait,
             again=again,
             nothing=f"nothing found: {found.reason}" if found.reason else "nothing to find",
         )

@@ -18,7 +18,7 @@ from kvstore.client.link import Link
 from kvstore.copier.base import Copier, PagedMemory
 from kvstore.errors import SpecError, StoreUnavailable
 from kvstore.transport import protocol
-from kvstore.transport.protocol import BUSY, HAVE, NO_ROOM, Held, Release, tier_names
+from kvstore.transport.protocol import BUSY, HAVE, NO_ROOM, Held, Release
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -163,7 +163,7 @@ class Transfer:
             if incoming.reason or not good or ended:
                 result.reason = incoming.reason or reply.reason or "absent"
                 break
-        for tier in tier_names(bytes(found[: result.blocks])):
+        for tier in channel.tiers(bytes(found[: result.blocks])):
             result.tiers[tier] = result.tiers.get(tier, 0) + 1
 
     def _copy_held(

@@ -49,14 +49,6 @@ class ObjectName(msgspec.Struct, frozen=True, gc=False, eq=False):
         )
 
 
-class TierInfo(msgspec.Struct, frozen=True):
-    """A tier as clients and people know it."""
-
-    number: int
-    name: str
-    shared: bool = False
-
-
 class Held(NamedTuple):
     """A whole object in a tier; `created` and `expires` (0: never) in Unix seconds.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
 
 from kvstore import __version__
 from kvstore.errors import StoreUnavailable
@@ -68,6 +68,21 @@ class Carrier(Protocol):
         """Nobody may be copying."""
 
 
+class Older(StoreUnavailable):
+    """The daemon knows no features: it takes hellos without."""
+
+
+_R = TypeVar("_R")
+
+
+def with_features(connect: Callable[[tuple[str, ...]], _R]) -> _R:
+    """What `connect` returns, given the features to name to the daemon: ours, if it takes any."""
+    try:
+        return connect(protocol.FEATURES)
+    except Older:
+        return connect(())
+
+
 class Connection(NamedTuple):
     """To a daemon that has said welcome."""
 
@@ -76,16 +91,20 @@ class Connection(NamedTuple):
     carrier: Carrier
 
 
-def greet(wire: Wire, token: str, address: object, seconds: float) -> Welcome:
+def greet(
+    wire: Wire, token: str, address: object, seconds: float, features: tuple[str, ...]
+) -> Welcome:
     """Introduce this process to the daemon at `address`.
 
     Raises:
-        StoreUnavailable: it refuses.
+        StoreUnavailable: it refuses; `Older` where it may not, without `features`.
         OSError, ProtocolError: as `receive_frame`.
     """
-    hello = Hello(protocol.VERSION, f"kvstore {__version__}", os.getpid(), token)
+    hello = Hello(protocol.VERSION, f"kvstore {__version__}", os.getpid(), token, features)
     send_message(wire, hello, seconds)
     reply = protocol.decode_reply(receive_frame(wire, seconds, _MAX_WELCOME))
+    if isinstance(reply, Failure) and features and "unknown field `features`" in reply.reason:
+        raise Older(reply.reason)
     if not isinstance(reply, Welcome):
         raise StoreUnavailable(refusal(reply, address))
     return reply

@@ -3,13 +3,14 @@
 A frame is ``u32 length ‖ u64 request id ‖ MessagePack``, all little-endian; `length` counts the
 MessagePack alone. Request id 0 asks for no reply. A message is a map tagged by ``type``, decoded
 into the structs below and nothing else: nothing executes from the wire, and every size is bounded
-before anything is allocated. docs/protocol.md tells the same in prose.
+before anything is allocated. Unknown fields are passed over, but for those that name what is stored
+(namespaces and parts). docs/protocol.md tells the same in prose.
 """
 
 from __future__ import annotations
 
 import struct
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -18,6 +19,10 @@ from kvstore.blocks.spec import Namespace, Part
 from kvstore.errors import ProtocolError
 
 VERSION: Final = 1
+FEATURES: Final = ("tiers",)
+"""What this release knows beyond the first of its version; each side does without what the other
+has not named. `tiers`: the welcome has a table of tiers, and answers to lookups their costs."""
+
 HEADER: Final = struct.Struct("<IQ")
 MAX_FRAME: Final = 8 << 20
 MAX_KEYS: Final = 1 << 16
@@ -43,22 +48,40 @@ HAVE: Final = -1
 NO_ROOM: Final = -2
 BUSY: Final = -3
 
-# Tiers, fastest first.
+# Tiers, fastest first, of a daemon that sends no table.
 MEMORY: Final = 1
 DISK: Final = 2
 TIER_NAMES: Final = {MEMORY: "memory", DISK: "disk"}
 
 
 _T = TypeVar("_T")
-_ALL_NAMES: Final = tuple(TIER_NAMES.get(code, "unknown") for code in range(256))
 
 
-def tier_names(codes: bytes) -> tuple[str, ...]:
-    """Names for a byte per block; `unknown` for tiers that a newer daemon may have."""
-    return tuple(map(_ALL_NAMES.__getitem__, codes))
+class TierInfo(msgspec.Struct, frozen=True):
+    """A tier as clients and people know it."""
+
+    number: int
+    name: str
+    shared: bool = False
 
 
-class Message(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+class Cost(NamedTuple):
+    """What bringing n bytes up from a tier takes: `fixed_seconds` + (n + `backlog`) times
+    `seconds_per_byte`.
+    """
+
+    seconds_per_byte: float
+    backlog: int = 0
+    fixed_seconds: float = 0.0
+
+
+def tier_names(tiers: tuple[TierInfo, ...]) -> tuple[str, ...]:
+    """The name of each of 256 numbers, given a daemon's table; without, that of the first ones."""
+    known = {tier.number: tier.name for tier in tiers} or TIER_NAMES
+    return tuple(known.get(number, "unknown") for number in range(256))
+
+
+class Message(msgspec.Struct, omit_defaults=True):
     """Base of all messages."""
 
 
@@ -69,6 +92,7 @@ class Hello(Message, tag="hello"):
     software: str
     pid: int
     token: str = ""
+    features: tuple[str, ...] = ()
 
 
 class Welcome(Message, tag="welcome"):
@@ -77,6 +101,7 @@ class Welcome(Message, tag="welcome"):
     `session` numbers the session, for operators. `arena_path` names the arena's file, where it has
     a name, for clients that descriptors do not reach; `arena_inode` tells that it is the right one.
     Over TCP no arena is handed out, and `ticket` admits data connections to the session.
+    `tiers` and `features` are for those who have named the feature `tiers`, or any.
     """
 
     version: int
@@ -88,6 +113,8 @@ class Welcome(Message, tag="welcome"):
     arena_path: str = ""
     arena_inode: int = 0
     ticket: bytes = b""
+    tiers: tuple[TierInfo, ...] = ()
+    features: tuple[str, ...] = ()
 
 
 class Open(Message, tag="open"):
@@ -115,15 +142,25 @@ class Lookup(Message, tag="lookup"):
 
 
 class Found(Message, tag="found"):
-    """One byte per block found: its tier. `reason` says why the prefix ends.
+    """One byte per block found: the number of its tier. `reason` says why the prefix ends.
 
-    A read from disk takes `disk_seconds_per_byte` once the disk begins with it, after `disk_wait`.
+    `costs` are those of the tiers below memory, by number, for clients with the feature `tiers`.
+    For others, and only until the next minor version: a read from disk takes
+    `disk_seconds_per_byte` once the disk begins with it, after `disk_wait`.
     """
 
     tiers: bytes
     reason: str
     disk_seconds_per_byte: float
     disk_wait: float = 0.0
+    costs: dict[int, Cost] = {}
+
+    def costs_by_name(self, names: tuple[str, ...]) -> dict[str, Cost]:
+        """Costs by the names of tiers; also those that a daemon without the feature tells."""
+        if not self.costs:
+            disk = Cost(self.disk_seconds_per_byte, fixed_seconds=self.disk_wait)
+            return {names[DISK]: disk}
+        return {names[n]: cost for n, cost in self.costs.items() if 0 <= n < len(names)}
 
 
 class Reserve(Message, tag="reserve"):

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import finalize
@@ -13,7 +14,7 @@ from weakref import finalize
 from kvstore.errors import ConfigError, KVStoreError, StoreUnavailable
 from kvstore.forks import in_child
 from kvstore.memory.arena import Arena
-from kvstore.transport.carrier import Connection, Gather, Scatter, greet
+from kvstore.transport.carrier import Connection, Gather, Scatter, greet, with_features
 from kvstore.transport.credentials import check_daemon, trusted
 from kvstore.transport.protocol import Welcome
 from kvstore.transport.sockets import Wire
@@ -32,6 +33,12 @@ def connect(path: Path, timeout: float, *, token: str = "", user: str | None = N
         StoreUnavailable: nobody answers there in `timeout` seconds, or the daemon refuses.
         ConfigError: as `check_daemon`.
     """
+    return with_features(partial(_connect, path, timeout, token, user))
+
+
+def _connect(
+    path: Path, timeout: float, token: str, user: str | None, features: tuple[str, ...]
+) -> Connection:
     end = time.monotonic() + timeout
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     in_child(connection, socket.socket.close)
@@ -41,7 +48,7 @@ def connect(path: Path, timeout: float, *, token: str = "", user: str | None = N
         check_daemon(connection, path, user)
         wire = _Receiving(connection)
         try:
-            welcome = greet(wire, token, path, end - time.monotonic())
+            welcome = greet(wire, token, path, end - time.monotonic(), features)
             fd = wire.fds.pop() if wire.fds else _open_arena(path, welcome, user)
         finally:
             for other in wire.fds:

@@ -14,7 +14,7 @@ from kvstore.config import Config, split_host_port
 from kvstore.errors import ProtocolError, StoreUnavailable
 from kvstore.forks import count, in_child
 from kvstore.transport import protocol
-from kvstore.transport.carrier import Connection, greet, refusal
+from kvstore.transport.carrier import Connection, greet, refusal, with_features
 from kvstore.transport.credentials import client_context, client_token
 from kvstore.transport.protocol import Attach, Attached, Welcome
 from kvstore.transport.sockets import TlsWire, Wire, receive_frame, send_message, shut, tune
@@ -35,7 +35,7 @@ def connect(config: Config) -> Connection:
     host, port = split_host_port(rest)
     context = client_context(config) if scheme == "tls" else None
     dialer = _Dialer(config.address, host, port, context, config.session.connect_timeout)
-    wire, welcome = dialer.greet(client_token(config))
+    wire, welcome = with_features(partial(dialer.greet, client_token(config)))
     attach = partial(dialer.attach, welcome)
     carrier = StreamCarrier(attach, config.session.streams, welcome.lease_seconds)
     return Connection(wire, welcome, carrier)
@@ -50,11 +50,12 @@ class _Dialer(NamedTuple):
     context: ssl.SSLContext | None
     timeout: float
 
-    def greet(self, token: str) -> tuple[Wire, Welcome]:
+    def greet(self, token: str, features: tuple[str, ...]) -> tuple[Wire, Welcome]:
         """A connection for messages, and what the daemon answered."""
         deadline = time.monotonic() + self.timeout
         with self._dialled(b"", deadline) as wire:
-            return wire, greet(wire, token, self.address, deadline - time.monotonic())
+            left = deadline - time.monotonic()
+            return wire, greet(wire, token, self.address, left, features)
 
     def attach(self, welcome: Welcome, deadline: float) -> Wire:
         """A connection for the blocks of the session that was welcomed.

@@ -15,7 +15,7 @@ from kvstore.server.access.access import Denied, Grant
 from kvstore.server.node import Node
 from kvstore.server.sessions.session import SessionConnection
 from kvstore.transport import protocol
-from kvstore.transport.protocol import Failure, Frames, Hello, Stats, StatsReply
+from kvstore.transport.protocol import Failure, Frames, Hello, Stats, StatsReply, TierInfo, Welcome
 
 HELLO_SECONDS: Final = 5.0
 _MAX_HELLO: Final = 4096
@@ -130,3 +130,17 @@ def admit(node: Node, hello: Hello, trusted: Grant | None, *, here: bool) -> Gra
     grant = node.access.grant(hello.token) if hello.token or trusted is None else trusted
     node.welcome(grant, here=here)
     return grant
+
+
+def welcome(node: Node, hello: Hello, session: int) -> Welcome:
+    """The answer to `hello`; how its slots are reached is to be filled in."""
+    arena = node.store.tiering.arena
+    seconds = node.config.lease_seconds
+    software = f"kvstore {__version__}"
+    reply = Welcome(protocol.VERSION, software, session, arena.size, arena.pages, seconds)
+    if hello.features:
+        reply.features = protocol.FEATURES
+    if "tiers" in hello.features:
+        below = [TierInfo(protocol.DISK, "disk")] if node.config.disk is not None else []
+        reply.tiers = (TierInfo(protocol.MEMORY, "memory"), *below)
+    return reply

@@ -22,7 +22,7 @@ from kvstore.server.tasks import run
 from kvstore.store.index import Entry, LeaseKind, Saving
 from kvstore.store.store import MAX_OWED, Acquired, Acquisition
 from kvstore.transport import protocol
-from kvstore.transport.protocol import Failure, Frames, Message
+from kvstore.transport.protocol import Cost, Failure, Frames, Message
 
 _MAX_PIN_SECONDS: Final = 30 * 24 * 3600.0
 _MAX_TTL_SECONDS: Final = 10 * 365 * 24 * 3600.0
@@ -37,12 +37,15 @@ _FLUSH_POLL: Final = 0.02
 
 
 class Peer(NamedTuple):
-    """Who is at the other end: number of the session, `unix` or `host:port`, process, software."""
+    """Who is at the other end: number of the session, `unix` or `host:port`, process, software,
+    and the features it knows.
+    """
 
     session: int
     address: str
     pid: int
     software: str
+    features: tuple[str, ...] = ()
 
 
 class SessionConnection(asyncio.Protocol):
@@ -207,7 +210,10 @@ class SessionConnection(asyncio.Protocol):
                         started,
                     )  # fmt: skip
                 disk = store.tiering.reading
-                return protocol.Found(codes, reason, disk.each, disk.wait)
+                reply = protocol.Found(codes, reason, disk.each, disk.wait)
+                if "tiers" in self.peer.features:
+                    reply.costs = {protocol.DISK: Cost(disk.each, fixed_seconds=disk.wait)}
+                return reply
             case protocol.Reserve():
                 self.grant.check(Role.WRITE, "saving")
                 started = time.monotonic()

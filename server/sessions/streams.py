@@ -17,17 +17,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from kvstore import __version__
 from kvstore.server.listeners import bind, show
 from kvstore.server.node import Node
 from kvstore.server.sessions.bulk import BulkServer, Sample
 from kvstore.server.sessions.grants import MAX_OWNED, Grants
-from kvstore.server.sessions.greeting import HELLO_SECONDS, Greeting, Newcomers, admit
+from kvstore.server.sessions.greeting import HELLO_SECONDS, Greeting, Newcomers, admit, welcome
 from kvstore.server.sessions.session import Peer, SessionConnection
 from kvstore.server.sessions.stream_session import StreamSession
 from kvstore.server.tasks import run
 from kvstore.transport import protocol
-from kvstore.transport.protocol import STREAM_MARK, Hello, Welcome
+from kvstore.transport.protocol import STREAM_MARK, Hello
 from kvstore.transport.sockets import TlsWire, Wire, shut, tune
 
 _MAX_THREADS: Final = 2 * MAX_OWNED
@@ -152,20 +151,12 @@ class StreamFace:
         grant = admit(node, hello, None, here=False)
         number = next(node.numbers)
         ticket = os.urandom(protocol.TICKET_BYTES)
-        peer = Peer(number, address, hello.pid, hello.software)
+        peer = Peer(number, address, hello.pid, hello.software, hello.features)
         session = StreamSession(node, peer, grant, self._left, ticket)
         self.node.sessions[number] = self._sessions[number] = session
-        arena = node.store.tiering.arena
-        welcome = Welcome(
-            protocol.VERSION,
-            f"kvstore {__version__}",
-            number,
-            arena.size,
-            arena.pages,
-            node.config.lease_seconds,
-            ticket=ticket,
-        )
-        transport.write(protocol.encode(request_id, welcome))
+        reply = welcome(node, hello, number)
+        reply.ticket = ticket
+        transport.write(protocol.encode(request_id, reply))
         return session
 
     def _left(self, session: SessionConnection) -> None:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from kvstore.client.planner import Planner
 from kvstore.telemetry import Busy
+from kvstore.transport.protocol import Cost
 
 MIB = 1 << 20
 FEW = settings(max_examples=60, deadline=None)
@@ -28,9 +29,8 @@ histories = st.lists(
 
 def blocks_of(planner: Planner, found: list[str], cost: tuple[float, float]) -> int:
     each, wait = cost
-    return planner.plan(
-        found, block_tokens=16, block_bytes=MIB, below_memory=each, wait=wait
-    ).blocks
+    costs = {"disk": Cost(each, fixed_seconds=wait)}
+    return planner.plan(found, costs, block_tokens=16, block_bytes=MIB).blocks
 
 
 @FEW

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 
 from kvstore.client.planner import LoadPlan, Planner
+from kvstore.transport.protocol import Cost
 
 MIB = 1 << 20
 TOKENS = 64
 
 
-def plan(planner: Planner, tiers: list[str], below_memory: float = 1e-9) -> LoadPlan:
-    return planner.plan(tiers, block_tokens=TOKENS, block_bytes=MIB, below_memory=below_memory)
+def disk(each: float, wait: float = 0.0) -> dict[str, Cost]:
+    return {"disk": Cost(each, fixed_seconds=wait)}
+
+
+def plan(
+    planner: Planner,
+    tiers: Sequence[str],
+    below: float = 1e-9,
+    *,
+    costs: dict[str, Cost] | None = None,
+    again: bool = False,
+) -> LoadPlan:
+    return planner.plan(
+        tiers, costs or disk(below), block_tokens=TOKENS, block_bytes=MIB, again=again
+    )
 
 
 def measured(*, copy: float, token: float) -> Planner:
@@ -29,7 +44,7 @@ def test_nothing_found_is_nothing_to_load() -> None:
 
 
 def test_until_the_prefill_rate_is_known_everything_is_loaded() -> None:
-    made = plan(Planner(), ["memory", "disk"], below_memory=1.0)
+    made = plan(Planner(), ["memory", "disk"], below=1.0)
     assert (made.blocks, made.reason) == (2, "prefill rate not measured yet")
     assert made.compute_seconds is None
 
@@ -64,7 +79,7 @@ def test_a_machine_that_was_slow_for_a_moment_is_tried_again() -> None:
 
 def test_a_slow_tail_is_recomputed() -> None:
     planner = measured(copy=1e-10, token=1e-5)
-    made = plan(planner, ["memory", "memory", "disk", "disk"], below_memory=1e-8)
+    made = plan(planner, ["memory", "memory", "disk", "disk"], below=1e-8)
     assert made.blocks == 2
     assert made.reason == "loading is faster up to here, recomputing beyond"
 
@@ -83,8 +98,7 @@ def test_no_other_prefix_takes_less_time(tiers: tuple[str, ...]) -> None:
     below = 8e-10
 
     def total(blocks: int) -> float:
-        in_memory = tiers[:blocks].count("memory")
-        load = planner.load_seconds(in_memory, blocks - in_memory, MIB, below)
+        load = planner.load_seconds(tiers[:blocks], disk(below), MIB)
         return load + (len(tiers) - blocks) * TOKENS * 1e-5
 
     totals = [total(n) for n in range(6)]
@@ -95,9 +109,9 @@ def test_no_other_prefix_takes_less_time(tiers: tuple[str, ...]) -> None:
 def test_ties_are_loaded() -> None:
     planner = Planner()
     planner.computed(1, 0.5)
-    free = planner.plan(["memory"] * 3, block_tokens=1, block_bytes=1, below_memory=0.0)
+    free = planner.plan(["memory"] * 3, {}, block_tokens=1, block_bytes=1)
     assert free.blocks == 3
-    even = planner.plan(["disk"] * 3, block_tokens=1, block_bytes=1, below_memory=0.5)
+    even = planner.plan(["disk"] * 3, disk(0.5), block_tokens=1, block_bytes=1)
     assert even.blocks == 3
 
 
@@ -105,7 +119,7 @@ def test_modes_force_the_plan() -> None:
     load, recompute = Planner("load"), Planner("recompute")
     for planner in (load, recompute):
         planner.computed(1, 1e-9)
-    assert plan(load, ["disk"] * 3, below_memory=1.0).blocks == 3
+    assert plan(load, ["disk"] * 3, below=1.0).blocks == 3
     assert plan(load, ["disk"] * 3).reason == "forced by planner.mode=load"
     planner = recompute
     planner.computed(1, 1e9)
@@ -140,9 +154,7 @@ def test_one_small_load_does_not_judge_large_ones() -> None:
     planner = measured(copy=1e-9, token=1 / 30_000)  # 2 MiB in 2 ms
 
     def of(blocks: int) -> int:
-        return planner.plan(
-            ["memory"] * blocks, block_tokens=16, block_bytes=2 * MIB, below_memory=0
-        ).blocks
+        return planner.plan(["memory"] * blocks, {}, block_tokens=16, block_bytes=2 * MIB).blocks
 
     shunned = 0
     while not of(1000):
@@ -159,9 +171,7 @@ def test_a_queue_in_front_of_the_disk_is_waited_for_or_computed_instead() -> Non
     tiers = ["memory"] * 2 + ["disk"] * 6
 
     def of(wait: float) -> LoadPlan:
-        return planner.plan(
-            tiers, block_tokens=TOKENS, block_bytes=MIB, below_memory=2e-10, wait=wait
-        )
+        return plan(planner, tiers, costs=disk(2e-10, wait))
 
     assert of(0.0).blocks == 8
     assert of(1.0).blocks == 2
@@ -172,7 +182,18 @@ def test_asking_again_for_a_request_is_no_further_plan() -> None:
     planner = measured(copy=1e-7, token=1e-5)
     first = plan(planner, ["memory"] * 4)
     for _ in range(200):
-        again = planner.plan(
-            ["memory"] * 4, block_tokens=TOKENS, block_bytes=MIB, below_memory=0, again=True
-        )
-        assert again.blocks == first.blocks == 0
+        assert plan(planner, ["memory"] * 4, again=True).blocks == first.blocks == 0
+
+
+def test_every_tier_has_its_own_cost() -> None:
+    planner = measured(copy=1e-10, token=1e-5)
+    tiers = ["memory", "disk", "disk", "s3", "s3"]
+    costs = {"disk": Cost(1e-10, backlog=2 * MIB), "s3": Cost(3e-10, fixed_seconds=1e-4)}
+    made = plan(planner, tiers, costs=costs)
+    assert made.blocks == 5
+    reads = 1e-10 * (2 + 2) * MIB + 1e-4 + 3e-10 * 2 * MIB
+    assert made.load_seconds == pytest.approx(5e-10 * MIB + reads)
+    slow = costs | {"s3": Cost(3e-10, fixed_seconds=1.0)}
+    assert plan(planner, tiers, costs=slow).blocks == 3, "what s3 costs is not the disk's fault"
+    for _ in range(10):
+        assert plan(planner, ["disk"] * 3, costs=slow).blocks == 3

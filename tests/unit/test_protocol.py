@@ -19,6 +19,7 @@ KEYS = bytes(range(64))
 
 REQUESTS: list[Message] = [
     protocol.Hello(1, "kvstore 0.1.0", 4711),
+    protocol.Hello(1, "kvstore 0.1.0", 4711, features=protocol.FEATURES),
     protocol.Open(NAMESPACE, (PART, OPAQUE)),
     protocol.Lookup(0, KEYS),
     protocol.Reserve(0, 1, KEYS),
@@ -39,7 +40,9 @@ REQUESTS: list[Message] = [
 REPLIES: list[Message] = [
     protocol.Welcome(1, "kvstore 0.1.0", 7, 1 << 40, "shmem", 30.0),
     protocol.Opened(7),
+    protocol.Welcome(1, "k", 7, 1, "shmem", 3.0, tiers=(protocol.TierInfo(3, "s3", True),)),
     protocol.Found(b"\x01\x02", "absent", 1e-9),
+    protocol.Found(b"\x01\x03", "", 0.0, costs={3: protocol.Cost(1e-9, 5 << 20, 0.02)}),
     protocol.Reserved(b"\xff" * 8),
     protocol.Committed(3, ""),
     protocol.Held(b"\0" * 16, b"\x01", "", {1: OPAQUE}, (5, None)),
@@ -142,7 +145,7 @@ def test_the_mark_begins_no_frame_and_no_tls() -> None:
 @pytest.mark.parametrize("piece", [1, 11, 13, 1 << 20])
 def test_frames_are_cut_however_they_come(piece: int) -> None:
     frames = protocol.Frames(200)
-    sent = [protocol.encode(number, message) for number, message in enumerate(REQUESTS[2:8])]
+    sent = [protocol.encode(number, message) for number, message in enumerate(REQUESTS[3:9])]
     stream, got = b"".join(sent) + b"rest", []
     for at in range(0, len(stream), piece):
         frames.add(stream[at : at + piece])
@@ -167,7 +170,6 @@ def test_frames_are_cut_however_they_come(piece: int) -> None:
         {"type": "lookup"},
         {"type": "lookup", "handle": 0},
         {"type": "lookup", "handle": "0", "keys": b""},
-        {"type": "lookup", "handle": 0, "keys": b"", "more": 1},
         {"type": "lookup", "handle": 0, "keys": [1, 2]},
         {"type": "acquire", "handle": 0, "lease": 1.5, "keys": b"", "wait": 1},
         {"type": "commit", "lease": 1, "dropped": [None]},
