@@ -19,7 +19,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
@@ -27,13 +27,18 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.client.session import Session
 from kvstore.client.transfer import Saved
 from kvstore.connectors.transformers.arguments import attended, refused
-from kvstore.connectors.transformers.model import cache_group, cache_part, model_identity
+from kvstore.connectors.transformers.model import (
+    FilledCache,
+    cache_group,
+    cache_part,
+    model_identity,
+)
 from kvstore.connectors.transformers.state import Weights, unfit
 from kvstore.copier.base import PagedMemory, PlaneMemory
 from kvstore.errors import KVStoreError, SpecError
@@ -101,7 +106,7 @@ class KVStoreCache:
     A model that has changed (weights written in place or replaced, adapters, settings) is named
     anew at the next call, which reads the weights that have changed. Where its name was given (a
     session, `revision`, `identity`), the store is left alone until the model is what it was. Single
-    numbers written through `.data` or numpy can pass unseen; whole rows cannot.
+    numbers written through `.data` or numpy can pass unseen; whole rows and columns cannot.
 
     One sequence at a time, full attention only. Use one instance per thread; a session may be
     shared.
@@ -193,13 +198,27 @@ class KVStoreCache:
         Raises:
             SpecError: a batch, or a mask of another shape.
         """
+        names = ", ".join(refused(self.model, options))
+        problem = f"{names} may change KV" if names else ""
+        past = FilledCache(config=self.model.config)
+        past.problem = self._load(past, problem, input_ids, attention_mask, options)
+        return past
+
+    def _load(
+        self,
+        past: DynamicCache,
+        problem: str,
+        input_ids: Any,
+        attention_mask: Any,
+        options: Mapping[str, Any],
+    ) -> str:
+        """Fill `past`, unless there is a `problem`; returns why it is not to be saved later."""
         start = time.perf_counter()
         tokens = _tokens(input_ids, attention_mask)
-        problem = self._left_alone()
+        problem = self._left_alone() or problem
         limit = attended(self.model, options, tokens, attention_mask)
         size, end = self.session.block_tokens, min(limit, len(tokens) - 1)
         keys = [] if problem else self.session.keys(tokens[: end // size * size])
-        past = DynamicCache(config=self.model.config)
         none = f"the prompt has no whole block of {size} tokens before token {end}"
         report = Report(len(tokens), reason=problem or none)
         if problem:
@@ -214,7 +233,7 @@ class KVStoreCache:
         session = None if problem else self.session
         self._made[past] = session, limit if limit < len(tokens) else sys.maxsize
         self.last = replace(report, load_seconds=time.perf_counter() - start)
-        return past
+        return problem
 
     def save(self, sequences: torch.Tensor, past: DynamicCache) -> Saved:
         """Store the whole blocks of `past` that the store lacks, generated tokens included.
@@ -241,7 +260,8 @@ class KVStoreCache:
         own = self.session, attended(self.model, {}, tokens, None)
         session, limit = self._made.get(past, own)
         changed = session is not self.session or self._weights.state() != self._state
-        problem = "the model has changed" if changed else self._problem or unfit(self.model)
+        problem = getattr(past, "problem", "") or ("the model has changed" if changed else "")
+        problem = problem or self._problem or unfit(self.model)
         keys = [] if problem else self.session.keys(tokens[: min(held, limit) // size * size])
         # Only what is new should cross from a device; on the CPU the store looks for itself.
         on_cpu = past.layers[0].keys.device.type == "cpu"
@@ -264,7 +284,7 @@ class KVStoreCache:
     def generate(
         self,
         input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | GenerationConfig | None = None,
         **kwargs: Any,
     ) -> Any:
         """`model.generate` with the stored prefix loaded before and the new blocks saved after.
@@ -274,13 +294,17 @@ class KVStoreCache:
         """
         start = time.perf_counter()
         ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
+        if isinstance(attention_mask, GenerationConfig):  # where `model.generate` takes it
+            kwargs["generation_config"], attention_mask = attention_mask, None
         past = None
         try:
             if names := refused(self.model, kwargs):
                 raise SpecError(f"{', '.join(names)} may change KV, or needs a cache of its own")
-            past = self.load(ids, attention_mask, **kwargs)
+            past = DynamicCache(config=self.model.config)
+            self._load(past, "", ids, attention_mask, kwargs)
         except Exception as e:  # noqa: BLE001 - whatever is wrong, the model can compute
             why = str(e) if isinstance(e, KVStoreError) else f"{type(e).__name__}: {e}"
+            past = None
             self.last = Report(ids.shape[-1] if isinstance(ids, torch.Tensor) else 0, reason=why)
             self._once.warning(why.split()[0], "computed without the store: %s", why)
         given = kwargs if attention_mask is None else kwargs | {"attention_mask": attention_mask}

@@ -18,7 +18,12 @@ from transformers.cache_utils import DynamicLayer
 
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Part
 from kvstore.connectors.common.model_config import config_digest
-from kvstore.connectors.transformers.state import Weights, adapter_identity, precision
+from kvstore.connectors.transformers.state import (
+    Weights,
+    adapter_identity,
+    moded,
+    precision,
+)
 from kvstore.errors import SpecError
 
 LAYOUT: Final = Described("LPHNC")
@@ -29,6 +34,17 @@ _METHODS: Final = (
     "_prepare_attention_mask_for_generation", "_prepare_position_ids_for_generation",
     "create_masks_for_generate",
 )  # fmt: skip
+
+
+class FilledCache(DynamicCache):  # type: ignore[misc] # no types to be had
+    """A cache that knows whether what came into it was computed under a mode of torch."""
+
+    problem = ""
+
+    def update(self, key_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Take in a layer's new keys and values."""
+        self.problem = self.problem or moded(key_states.device.type)
+        return super().update(key_states, *args, **kwargs)
 
 
 def cache_part(model: PreTrainedModel) -> Part:
@@ -53,7 +69,7 @@ def cache_group(cache: Any) -> Group:
             different shapes.
     """
     # Subclasses keep more than keys and values, or only some of them: equal types only.
-    if type(cache) is not DynamicCache:
+    if type(cache) not in (DynamicCache, FilledCache):
         raise SpecError(
             f"past_key_values is a {type(cache).__name__}; only a DynamicCache can be stored: "
             "pass what load() returned, or DynamicCache(config=model.config)"
@@ -99,7 +115,9 @@ def _check_model(model: PreTrainedModel) -> None:
     if "past_key_values" not in inspect.signature(plain.forward).parameters:
         raise SpecError(f"{name} takes no past_key_values, so its state cannot be stored")
     text = config.get_text_config(decoder=True)
-    if getattr(text, "use_bidirectional_attention", False):
+    attention = [m for m in model.modules() if hasattr(m, "layer_idx")]
+    acausal = any(getattr(part, "is_causal", None) is False for part in (text, *attention))
+    if acausal or getattr(text, "use_bidirectional_attention", False):
         raise SpecError(f"{name} attends in both directions: a prefix has no KV of its own")
     for method in _METHODS:
         usual = getattr(GenerationMixin, method, None)
@@ -137,21 +155,22 @@ def model_identity(
 
     Without a `revision` the weights name themselves: SHA-256 over all of their bytes, about a
     second for each 2 GB on the CPU. A revision given, such as a commit, is taken at its word; it
-    must change whenever a weight or the model's code does. The folder a model was loaded from is no
-    part of the identity, so that every host finds the same blocks. Nor is the attention
-    implementation (sdpa, eager, flash): they differ in the last bits only.
+    must change whenever a weight or the model's code does. Of the folder that a model was
+    loaded from, only the last name counts, so that every host finds the same blocks. Nor does the
+    attention implementation (sdpa, eager, flash): they differ in the last bits only.
 
     Raises:
         SpecError: the weights' bytes cannot be read and no revision is given.
     """
-    name = str(model.config.name_or_path) or type(model).__name__
+    place = str(model.config.name_or_path)
+    name = Path(place).resolve().name if Path(place).exists() else place
     extra = {
         "config": config_digest(model.config),
         "precision": precision(model),
         "weights": str(getattr(model, "dtype", None)).removeprefix("torch."),
     }
     return ModelIdentity(
-        name=Path(name).name if Path(name).exists() else name,
+        name=name if place else type(model).__name__,
         revision=revision or Weights(model).digest(),
         dtype=part.group.dtype,
         adapter=adapter_identity(model),

@@ -8,28 +8,28 @@ well: at least one of every row, all of a tensor without a count. That costs les
 from __future__ import annotations
 
 import hashlib
-import inspect
+import math
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch.nn.modules import module as torch_modules
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.weak import WeakIdRef
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvstore import _native
+from kvstore.connectors.transformers.contents import Contents, own
 from kvstore.errors import SpecError
 
 _HASH_THREADS: Final = 4
 _PLAIN: Final = (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.Tensor))
-_LIBRARIES: Final = frozenset({"torch", "transformers", "peft"})
-"""Packages whose layers, hooks and attention functions do what a model's configuration says."""
 
 
 class Weights:
-    """The tensors and numbers that the modules of one model hold; not thread-safe."""
+    """The tensors of one model, and all else that it computes with; not thread-safe."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -37,54 +37,45 @@ class Weights:
 
     def state(self) -> tuple[object, ...]:
         """Equal as long as nothing of the model has changed. Takes a few milliseconds."""
-        tensors, numbers = self._held()
-        marks = {name: _mark(tensor) for name, tensor in tensors.items()}
+        held = Contents(self._model)
+        marks = {name: _mark(tensor) for name, tensor in held.tensors.items()}
         config = self._model.config.to_json_string(use_diff=False)
-        return marks, numbers, _adapter_state(self._model), config, precision(self._model)
+        return marks, held.told, config, precision(self._model)
 
     def digest(self) -> str:
-        """SHA-256 in hex over every byte of every tensor, the numbers, and code of the model's own.
+        """SHA-256 in hex over every byte of every tensor, all else, and code of the model's own.
 
         Tensors that have not changed since the last call are not read again.
 
         Raises:
             SpecError: a tensor is not in memory or in a private format, or code is in no file.
         """
-        tensors, numbers = self._held()
+        held = Contents(self._model)
         known, self._hashed = self._hashed, {}
 
         def line(name: str) -> str:
-            mark, (before, made) = _mark(tensors[name]), known.get(name, (None, ""))
-            self._hashed[name] = mark, made if mark == before else _line(name, tensors[name])
+            mark, (before, made) = _mark(held.tensors[name]), known.get(name, (None, ""))
+            self._hashed[name] = mark, made if mark == before else _line(name, held.tensors[name])
             return self._hashed[name][1]
 
         with ThreadPoolExecutor(_HASH_THREADS) as pool:
-            lines = [*pool.map(line, tensors), *map(repr, numbers), *_code(self._model)]
-        own = {id(tensor) for tensor in tensors.values()}
+            lines = [*pool.map(line, held.tensors), *map(repr, held.told.items()), *held.code()]
+        seen = {id(tensor) for tensor in held.tensors.values()}
         others = self._model.state_dict(keep_vars=True).items()
-        lines += [_line(name, value) for name, value in others if id(value) not in own]
+        lines += [_line(name, value) for name, value in others if id(value) not in seen]
         return _sha256("\n".join(sorted(lines)).encode())
-
-    def _held(self) -> tuple[dict[str, torch.Tensor], list[tuple[str, float]]]:
-        """Parameters, buffers (those left out of checkpoints too), plain tensors; and numbers."""
-        tensors: dict[int, tuple[str, torch.Tensor]] = {}
-        numbers = []
-        for place, module in self._model.named_modules():
-            for key, value in (vars(module) | module._parameters | module._buffers).items():
-                if isinstance(value, torch.Tensor):
-                    tensors.setdefault(id(value), (f"{place}.{key}", value))
-                elif type(value) is float:
-                    numbers.append((f"{place}.{key}", value))
-        return dict(tensors.values()), numbers
 
 
 def unfit(model: Any) -> str:
     """Why `model` computes something now that no name of it covers; empty if it does not."""
-    if torch.is_autocast_enabled(model.device.type):
-        return "autocast computes with numbers of another type than the model's"
+    if mode := moded(model.device.type):
+        return mode
     kind = getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None)
-    if not _own(ALL_ATTENTION_FUNCTIONS.get(kind)):
-        return f"the attention function {kind!r} is not one of transformers"
+    for functions in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        if not own(functions.get(kind)):
+            return f"the attention function {kind!r} is not one of transformers"
+    if replaced := Contents(model).replaced():
+        return f"{replaced} was replaced"
     every = torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks
     hooked = [("all modules", hooks) for hooks in every]
     for place, module in model.named_modules():
@@ -97,8 +88,18 @@ def unfit(model: Any) -> str:
             return f"the forward of {name} was replaced"
         hooked += [(name, module._forward_hooks), (name, module._forward_pre_hooks)]
     for name, hooks in hooked:
-        if not all(_own(hook) for hook in hooks.values()):
+        if not all(own(hook) for hook in hooks.values()):
             return f"a hook on {name} may change values"
+    return ""
+
+
+def moded(device: str) -> str:
+    """Why all that torch computes on a kind of device now is another thing; empty if it is not."""
+    if torch.is_autocast_enabled(device):
+        return "autocast computes with numbers of another type than the model's"
+    modes = [*_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack()]
+    if not all(own(type(mode)) for mode in modes):
+        return "a mode of torch may change values"
     return ""
 
 
@@ -112,36 +113,20 @@ def precision(model: Any) -> str:
 
 def adapter_identity(model: torch.nn.Module) -> str:
     """Which adapters are at work, how strongly, and a hash of all adapters; empty for none."""
-    state = _adapter_state(model)
-    lines = [
-        _line(f"{name}.{parameter}", value)
-        for name, layer in _adapted_layers(model)
-        for parameter, value in layer.named_parameters()
-        if not parameter.startswith("base_layer.")
-    ]
-    return f"{state} {_sha256(repr(sorted(lines)).encode())[:16]}" if state else ""
-
-
-def _adapter_state(model: torch.nn.Module) -> str:
-    states = set()
-    for _, layer in _adapted_layers(model):
+    # Those of peft, which may not be there.
+    modules = model.named_modules()
+    layers: list[tuple[str, Any]] = [m for m in modules if hasattr(type(m[1]), "merged_adapters")]
+    states, lines = set(), []
+    for place, layer in layers:
         names = [] if layer.disable_adapters else list(layer.active_adapters)
         scaling = getattr(layer, "scaling", {})
         state = [f"{name}*{scaling.get(name, 1.0):g}" for name in names]
         states.add(",".join(state + [f"{name} merged" for name in layer.merged_adapters]))
-    return "; ".join(sorted(states - {""}))
-
-
-def _adapted_layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
-    """Those of peft, which may not be there."""
-    modules = model.named_modules()
-    return [(name, layer) for name, layer in modules if hasattr(type(layer), "merged_adapters")]
-
-
-def _own(function: Any) -> bool:
-    function = function.func if isinstance(function, partial) else function
-    package = (getattr(function, "__module__", None) or "").partition(".")[0]
-    return function is None or package in _LIBRARIES
+        held = Contents(layer, without="base_layer")
+        lines += [_line(f"{place}.{name}", tensor) for name, tensor in held.tensors.items()]
+        lines += [f"{place}.{name} {told}" for name, told in held.told.items()]
+    text = "; ".join(sorted(states - {""}))
+    return f"{text} {_sha256(repr(sorted(lines)).encode())[:16]}" if text else ""
 
 
 def _mark(tensor: torch.Tensor) -> tuple[object, ...]:
@@ -150,11 +135,18 @@ def _mark(tensor: torch.Tensor) -> tuple[object, ...]:
     mark = WeakIdRef(tensor), tensor.dtype, tensor.shape, tensor.device, count
     if not _is_plain(tensor):
         return mark
-    # A step of one less than a row: each has one, in another column than its neighbours.
-    step = 1 if count is None or tensor.ndim < 2 else max(1, tensor.shape[-1] - 1)
+    step = 1 if count is None or tensor.ndim < 2 else _step(tensor.numel(), tensor.shape[-1])
     sample = tensor.detach().reshape(-1)[::step].contiguous().view(torch.uint8).cpu()
     seen = _native.xxh3_64(sample.data_ptr(), sample.numel())
     return *mark, tensor.data_ptr(), tensor.stride(), seen
+
+
+def _step(count: int, width: int) -> int:
+    """A step through that many numbers by which each row and each column is seen."""
+    step = max(1, min(width - 1, count // max(1, width)))
+    while math.gcd(step, width) > 1:
+        step -= 1
+    return step
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -173,16 +165,6 @@ def _line(name: str, value: Any) -> str:
         f"the bytes of weight {name} ({type(value).__name__}) cannot be read to tell its model "
         "from others; pass revision="
     )
-
-
-def _code(model: torch.nn.Module) -> list[str]:
-    """Hashes of the files that the model's code is in, where that is no library's."""
-    kinds = [kind for kind in {type(module) for module in model.modules()} if not _own(kind)]
-    try:
-        # A module that came with a checkpoint is named by its commit as well.
-        return [f"{k.__module__} {_sha256(Path(inspect.getfile(k)).read_bytes())}" for k in kinds]
-    except (TypeError, OSError) as e:
-        raise SpecError(f"code of the model is in no file ({e}); pass revision=") from None
 
 
 def _sha256(data: Any) -> str:

@@ -133,7 +133,7 @@ def test_load_generate_and_save_by_hand(
     with KVStoreCache.open(model, shared_store.config(), tenant="by hand") as cache:
         for loaded in (0, whole(PROMPT)):
             past = cache.load(document)
-            assert type(past) is transformers.DynamicCache
+            assert isinstance(past, transformers.DynamicCache)
             assert past.get_seq_length() == loaded
             said = model.generate(
                 document, past_key_values=past, max_new_tokens=ANSWER, do_sample=False

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +16,11 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from transformers import AttentionInterface  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
+from transformers.masking_utils import sdpa_mask  # noqa: E402
+from transformers.models.llama import modeling_llama  # noqa: E402
 
 from kvstore.blocks.spec import Namespace  # noqa: E402
 from kvstore.client.session import Session  # noqa: E402
@@ -91,6 +97,56 @@ def an_epsilon(model: Any) -> None:
     model.model.layers[0].input_layernorm.variance_epsilon = 0.3
 
 
+def columns_through_data(model: Any) -> None:
+    model.model.layers[0].mlp.down_proj.weight.data[:, 50] = 3.0  # more columns than rows
+
+
+def an_activation(model: Any) -> None:
+    model.model.layers[0].mlp.act_fn = torch.nn.ReLU().eval()
+
+
+def an_activation_by_function(model: Any) -> None:
+    mlp = model.model.layers[0].mlp
+    del mlp.act_fn
+    mlp.act_fn = torch.nn.functional.relu
+
+
+def a_whole_number(model: Any) -> None:
+    model.model.layers[0].self_attn.scaling = 5
+
+
+def layers_that_share(model: Any) -> None:
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.gate_proj.weight, second.up_proj.weight = first.up_proj.weight, first.gate_proj.weight
+
+
+@dataclasses.dataclass
+class Steering:
+    vector: Any = None
+
+
+class Steered(torch.nn.Module):
+    """As repeng wraps layers: what is added lies in an object of its own."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer, self.steering = layer, Steering()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output, vector = self.layer(*args, **kwargs), self.steering.vector
+        return output if vector is None else output + vector
+
+
+def steerable() -> Any:
+    model = tiny()
+    model.model.layers[0] = Steered(model.model.layers[0])
+    return model.eval()
+
+
+def a_vector(model: Any) -> None:
+    model.model.layers[0].steering.vector = torch.arange(32.0) - 16
+
+
 def other_order(model: Any) -> None:
     layers = model.model.layers
     layers.insert(0, layers.pop(1))
@@ -111,8 +167,10 @@ def lora_scaling(model: Any) -> None:
 CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     **{change.__name__: (tiny, change) for change in (
         in_place, a_step_of_training, through_data, one_row_through_data, through_numpy,
-        parameter_replaced, tensor_replaced, a_buffer, an_epsilon,
+        parameter_replaced, tensor_replaced, a_buffer, an_epsilon, columns_through_data,
+        an_activation, an_activation_by_function, a_whole_number, layers_that_share,
     )},
+    "steering vector": (steerable, a_vector),
     "load_state_dict": (tiny, lambda model: model.load_state_dict(tiny(seed=1).state_dict())),
     "layers in another order": (tiny, other_order),
     "another type": (tiny, lambda model: model.to(torch.bfloat16)),
@@ -239,6 +297,31 @@ def test_kv_begun_before_a_change_is_not_saved_after_it(shared_store: Any) -> No
         assert cache.save(IDS, computed(model, IDS)).stored == 5
 
 
+def test_kv_computed_by_hand_in_another_way_is_not_saved(shared_store: Any) -> None:
+    model = tiny()
+    positions = torch.arange(100, 100 + IDS.shape[1]).unsqueeze(0)
+    with open_cache(model, shared_store, "by hand") as cache:
+        past = cache.load(IDS)
+        with torch.autocast("cpu", torch.bfloat16):
+            computed(model, IDS, past)
+        saved = cache.save(IDS, past)
+        assert (saved.stored, saved.dropped) == (0, 5)
+        assert "autocast" in saved.reason
+        past = computed(model, IDS, cache.load(IDS, position_ids=positions))
+        saved = cache.save(IDS, past)
+        assert (saved.stored, saved.dropped) == (0, 5)
+        assert saved.reason == cache.last.reason == "position_ids may change KV"
+
+
+def test_options_are_taken_where_the_model_takes_them(shared_store: Any) -> None:
+    model = tiny()
+    options = transformers.GenerationConfig(max_new_tokens=4, do_sample=False)
+    with open_cache(model, shared_store, "options") as cache:
+        for loaded in (0, LOADED):
+            assert cache.generate(IDS, options).tolist() == model.generate(IDS, options).tolist()
+            assert cache.last.loaded_tokens == loaded
+
+
 def test_a_change_during_an_answer_keeps_it_from_being_saved(shared_store: Any) -> None:
     model = tiny()
 
@@ -351,6 +434,41 @@ def attending_otherwise(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def masking_otherwise(model: Any) -> Iterator[None]:
+    def near(*args: Any, **kwargs: Any) -> Any:
+        mask = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
+        return mask.tril().triu(mask.shape[-1] - mask.shape[-2] - 40)
+
+    AttentionInterface.register("near", sdpa_attention_forward)
+    AttentionMaskInterface.register("near", near)
+    model.set_attn_implementation("near")
+    yield
+    model.set_attn_implementation("sdpa")
+
+
+@contextlib.contextmanager
+def class_patched(model: Any) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            modeling_llama.LlamaMLP, "forward", lambda self, x: self.down_proj(self.up_proj(x))
+        )
+        yield
+
+
+@contextlib.contextmanager
+def function_patched(model: Any) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, *args, **kwargs: (q, k))
+        yield
+
+
+class Louder(TorchDispatchMode):
+    def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = f(*args, **(kwargs or {}))
+        return output * 1.5 if f is torch.ops.aten.silu.default else output
+
+
+@contextlib.contextmanager
 def training(model: Any) -> Iterator[None]:
     model.model.layers[1].train()
     yield
@@ -369,9 +487,11 @@ STATES: dict[str, Callable[[Any], Any]] = {
     state.__name__: state
     for state in (
         steered, steered_before, steered_everywhere, patched, attending_otherwise, training,
-        rounded,
+        rounded, masking_otherwise, class_patched, function_patched,
     )
-} | {"autocast": lambda model: torch.autocast("cpu", torch.bfloat16)}  # fmt: skip
+} | {
+    "autocast": lambda model: torch.autocast("cpu", torch.bfloat16), "mode": lambda model: Louder(),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", STATES)
@@ -447,6 +567,43 @@ def test_what_no_checkpoint_holds_is_part_of_the_name() -> None:
     assert len({name_of(model) for model in (tiny(), halved, scaled, cast, made)}) == 5
 
 
+def test_what_adapters_hold_is_part_of_the_name() -> None:
+    def fourier(**settings: Any) -> Any:
+        torch.manual_seed(7)
+        config = peft.FourierFTConfig(n_frequency=20, target_modules=["v_proj"], **settings)
+        return peft.get_peft_model(tiny(), config).eval()
+
+    def lora(*scalings: float) -> Any:
+        model = adapted()
+        layers = [m for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]
+        for layer, scaling in zip(layers, 2 * scalings, strict=True):
+            layer.scaling["one"] = scaling
+        return model
+
+    models = (
+        fourier(), fourier(scaling=9.0), fourier(random_loc_seed=1), lora(1.0, 5.0), lora(5.0, 1.0)
+    )  # fmt: skip
+    named = [model_identity(model, cache_part(model), revision="r") for model in models]
+    assert len({name.adapter for name in named}) == len(models)
+
+
+def test_a_model_that_attends_both_ways_is_refused() -> None:
+    told, made = tiny(), tiny()
+    told.config.is_causal = False
+    for layer in made.model.layers:
+        layer.self_attn.is_causal = False
+    for model in (told, made):
+        with pytest.raises(SpecError, match="both directions"):
+            cache_part(model)
+
+
+def test_a_model_loaded_from_here_has_a_name(tmp_path: Path, monkeypatch: Any) -> None:
+    tiny().save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(".")
+    assert name_of(model).name == tmp_path.name
+
+
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization", "ignore:torch.quantize_per_tensor")
 def test_weights_that_cannot_be_read_have_no_name() -> None:
     quantized = torch.ao.quantization.quantize_dynamic(tiny(), {torch.nn.Linear})
@@ -479,3 +636,38 @@ def test_code_of_ones_own_is_part_of_the_name(tmp_path: Any, monkeypatch: Any) -
         model.model.layers[0].mlp.gate_proj = gate
         names.append(name_of(model))
     assert names[0] != names[1]
+
+
+def test_code_that_this_code_uses_is_part_of_the_name_as_it_was_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    layer, used = tmp_path / "kv_layer.py", tmp_path / "kv_used.py"
+    text = (
+        "import torch, kv_used\nclass Gate(torch.nn.Linear):\n    def forward(self, x): return {}\n"
+    )
+    names = []
+
+    def name_now() -> None:
+        model = tiny()
+        gate = __import__("kv_layer").Gate(32, 64, bias=False)
+        gate.weight = model.model.layers[0].mlp.gate_proj.weight
+        model.model.layers[0].mlp.gate_proj = gate
+        names.append(name_of(model))
+
+    def forget() -> None:
+        for name in ("kv_layer", "kv_used"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+
+    layer.write_text(text.format("kv_used.act(super().forward(x))"))
+    used.write_text("import torch\ndef act(x): return torch.relu(x)\n")
+    name_now()
+    used.write_text("import torch\ndef act(x): return torch.tanh(x)\n")
+    forget()
+    name_now()
+    layer.write_text(text.format("super().forward(x)"))
+    name_now()  # still what was imported, from a file that is gone
+    forget()
+    name_now()
+    assert len(set(names)) == 4
