@@ -10,7 +10,7 @@ NATIVE := $(wildcard native/*)
 MAPPED := connectors server benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-vllm test test-vllm lint format bench proto clean
+.PHONY: help setup demo demo-vllm test test-vllm lint format bench proto size clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,14 +29,17 @@ test: setup ## all tests; ARGS="-k name" picks some
 test-vllm: $(VLLM)/.built $(VENV)/.model ## tests with real vLLM engines, in an environment of their own
 	$(VLLM)/bin/python -m pytest tests/engines -m vllm --timeout 900 $(ARGS)
 
-lint: $(VENV)/.built ## ruff, ruff format, mypy --strict
-	@# mypy does not know where the package's folders come from: show it the installed tree.
+lint: $(VENV)/.built ## ruff, ruff format, mypy --strict, import-linter
+	@# mypy and import-linter do not know where the package's folders come from: show them the
+	@# installed tree.
 	@rm -rf .typing && mkdir -p .typing/kvstore
-	@ln -s $(addprefix ../../,$(wildcard kvstore/*)) .typing/kvstore/
-	@ln -s $(addprefix ../../,$(wildcard $(MAPPED))) .typing/kvstore/
+	@cp -rp kvstore/* $(wildcard $(MAPPED)) .typing/kvstore/
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@cd .typing && ../$(BIN)/python -P -c "import sys; from importlinter.cli import lint_imports_command as run; \
+	  sys.meta_path = [f for f in sys.meta_path if 'editable' not in type(f).__module__]; \
+	  run(['--no-cache', '--no-logo', '../pyproject.toml'])"
 
 format: $(VENV)/.built ## let ruff put the sources in shape
 	$(BIN)/ruff check --fix .
@@ -47,6 +50,9 @@ bench: $(VENV)/.built ## benchmarks against the limits of this machine
 
 proto: $(VENV)/.dev ## make kvstore/api anew from proto/
 	$(BIN)/python proto/generate.py
+
+size: ## lines of code, docstrings and comments, and blanks, per package
+	@$(PYTHON) .ci/size.py
 
 clean: ## remove what make made here (the converted model stays in the user's cache folder)
 	rm -rf $(VENV) $(VLLM) .build .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

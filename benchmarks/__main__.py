@@ -1,9 +1,8 @@
 """`python -m kvstore.benchmarks` is `kvstore bench`."""
 
+import runpy
 import sys
-
-from kvstore.server.cli.main import main
 
 if __name__ == "__main__":
     sys.argv[1:1] = ["bench"]
-    main()
+    runpy.run_module("kvstore.server.cli", run_name="__main__")

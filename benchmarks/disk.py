@@ -14,12 +14,13 @@ from kvstore.benchmarks.barefile import PIECE, BareFile, bare_file
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run
 from kvstore.blocks.keys import block_keys
 from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part
-from kvstore.config import format_size, load_config
+from kvstore.config import load_config
 from kvstore.memory.arena import Arena
 from kvstore.memory.eviction import Lru
 from kvstore.memory.slots import Slot, choose_chunk
 from kvstore.tiers.base import Done, ObjectName
 from kvstore.tiers.slab.tier import DiskTier
+from kvstore.values import format_size
 
 _OBJECTS: Final = (1 << 20, 8 << 20, 32 << 20)
 _LEAST_OBJECTS: Final = 2

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from kvstore.config import format_size
 from kvstore.errors import KVStoreError
+from kvstore.values import format_size
 
 Param = str | int | float | bool
 

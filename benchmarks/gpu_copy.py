@@ -24,9 +24,10 @@ import msgspec
 from kvstore.benchmarks import shapes
 from kvstore.benchmarks.figures import BenchmarkError, Param, Report, Run, Samples
 from kvstore.benchmarks.shapes import Shape
-from kvstore.config import format_size, load_config
+from kvstore.config import load_config
 from kvstore.copier.base import Copier
 from kvstore.memory.arena import HUGE_PAGE, Arena
+from kvstore.values import format_size
 
 if TYPE_CHECKING:
     from kvstore.benchmarks.gpu_load import Matmuls
@@ -372,7 +373,7 @@ def _driver_version() -> str:
 
 
 if __name__ == "__main__":
-    from kvstore.server.cli.main import main
+    import runpy
 
     sys.argv[1:1] = ["bench", "gpu-copy"]
-    main()
+    runpy.run_module("kvstore.server.cli", run_name="__main__")

@@ -1,16 +1,13 @@
-"""The node daemon: one event loop that owns the store and serves sessions on a unix socket."""
+"""The node daemon: one event loop that owns the store and all ways to it."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import resource
-import socket
-import struct
 import sys
 import time
 from collections.abc import Callable
@@ -18,39 +15,31 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kvstore.config import Config, ServerConfig, format_size
-from kvstore.errors import ConfigError, KVStoreError, NotNow
-from kvstore.files import make_way, open_own
+from kvstore.config import Config, ServerConfig
+from kvstore.errors import KVStoreError
 from kvstore.memory.arena import Arena
-from kvstore.memory.slots import slot_policy
-from kvstore.server.access.access import LOCAL, Access, Denied, Grant, Role
-from kvstore.server.access.group import group_id, is_member, share
+from kvstore.server.access.access import Access
 from kvstore.server.listeners import bind, clear
+from kvstore.server.lock import take_lock
 from kvstore.server.node import Face, Node
 from kvstore.server.notify import notify
+from kvstore.server.opening import make_arena, open_store
 from kvstore.server.process import end_after, exit_code, heed_signals
-from kvstore.server.sessions.greeting import Greeting, Newcomers, admit, welcome
-from kvstore.server.sessions.session import Peer, SessionConnection
+from kvstore.server.sessions.local import LocalFace
 from kvstore.server.steps import Steps
 from kvstore.server.tasks import hear_threads, run
-from kvstore.store.admission import Admission
 from kvstore.store.store import Store
-from kvstore.store.tiering import OpenDisk
-from kvstore.store.usage import Quota
 from kvstore.telemetry import LineFormatter
-from kvstore.transport import protocol
-from kvstore.transport.protocol import Hello
+from kvstore.values import format_size
 
 if TYPE_CHECKING:
     from kvstore.server.http.admin import AdminFace
 
 _TICK: Final = 0.5
-_LOCK_POLL: Final = 0.05
 _FIRST_SESSION_SECONDS: Final = 30.0
 _PREDECESSOR_SECONDS: Final = 30.0
 _CLOSING_PART: Final = 0.1
 """Of the time to stop, for all that comes after the writes."""
-_PEER: Final = struct.Struct("3i")
 
 _log = logging.getLogger("kvstore.daemon")
 
@@ -89,13 +78,11 @@ class Daemon:
         self._steps = steps
         self._embedded = embedded
         self._progress = progress
-        self._newcomers = Newcomers()
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self._until: float | None = None
-        self._group: int | None = None
-        self._lock = -1
         self._http: AdminFace | None = None
+        self._local: LocalFace | None = None
         self._arena: Arena | None = None
         self._node: Node | None = None
 
@@ -107,30 +94,31 @@ class Daemon:
         Raises:
             ConfigError: another daemon serves there, or the configuration cannot be had.
         """
-        server = self._config.server
-        access = Access.load(server)
-        self._group = None if server.group is None else group_id(server.group)
-        await self._take_lock()
+        access = Access.load(self._config.server)
+        lock = await take_lock(self.path, _PREDECESSOR_SECONDS if self._embedded else 0.0)
         http = self._http = self._http_face(access)
         try:
-            listener = self._bind()
+            self._probe_places()
+            local = self._local = LocalFace(self.path, self._config.server.group, self._left)
             try:
                 if http is not None:  # Before all else: it tells those who probe that we warm up.
                     await http.start()
-                # In a thread, so that a signal is heard: much memory takes long to touch.
-                arena = self._arena = await asyncio.to_thread(self._make_arena)
-                node = self._node = Node(
-                    self._config, await self._open_store(arena), access, self._steps, self.stop
+                # In threads, so that a signal is heard: much memory takes long to touch, and a
+                # disk to read.
+                arena = self._arena = await asyncio.to_thread(
+                    make_arena, self._config, self._touched, private=self._embedded
                 )
+                post = partial(_post, self._loop)
+                store = await asyncio.to_thread(open_store, self._config, arena, post)
+                node = self._node = Node(self._config, store, access, self._steps, self.stop)
                 # Goes on while the writes are waited for.
-                counters = node.store.counters
                 upkeep = [
-                    run("upkeep", lambda: self._tick(node.store), counters, again=True),
-                    run("following the tokens", node.follow_tokens, counters, again=True),
+                    run("upkeep", lambda: self._tick(store), store.counters, again=True),
+                    run("following the tokens", node.follow_tokens, store.counters, again=True),
                 ]
-                await self._serve(node, arena, listener, ready)
+                await self._serve(node, arena, local, ready)
             finally:
-                self._hang_up(listener)
+                local.close()
             assert self._until is not None
             spare = _CLOSING_PART * self._config.server.stop_timeout
             await node.drain(self._until - time.monotonic() - spare)
@@ -145,50 +133,12 @@ class Daemon:
                 await http.stop()
             if self._arena is not None:
                 self._arena.unlink()
-            os.close(self._lock)
+            os.close(lock)
 
-    def _make_arena(self) -> Arena:
-        memory = self._config.memory
-        arena = Arena.create(
-            memory.size,
-            huge_dir=memory.huge_dir,
-            path=memory.path,
-            prefault=memory.prefault,
-            private=self._embedded,
-            progress=self._touched,
-        )
-        advice = arena.advice()
-        if advice is not None:
-            _log.info(advice)
-        return arena
-
-    async def _open_store(self, arena: Arena) -> Store:
-        memory, disk = self._config.memory, self._config.disk
-        # In a thread as well: the disk tier reads what it held.
-        store = await asyncio.to_thread(
-            Store,
-            arena,
-            lambda task: _post(self._loop, task),
-            chunk=min(memory.chunk, arena.size),  # A private arena may be smaller than configured.
-            policy=memory.policy,
-            lease_seconds=self._config.lease_seconds,
-            open_disk=disk_opener(self._config, direct=arena.huge),
-            write_queue=disk.queue,
-            retry_seconds=disk.retry_seconds,
-            max_pinned=memory.max_pinned,
-        )
-        store.admission = Admission(**self._config.admission.model_dump())
-        for tenant, quota in self._config.quotas.items():
-            store.set_quota(tenant, Quota(quota.memory, quota.disk))
-        return store
-
-    async def _serve(self, node: Node, arena: Arena, listener: socket.socket, ready: Ready) -> None:
+    async def _serve(self, node: Node, arena: Arena, local: LocalFace, ready: Ready) -> None:
         """Serve until told to stop."""
         hear_threads(node.store.counters)
-        welcome = partial(self._welcome, node, arena)
-        accepting = await self._loop.create_unix_server(
-            partial(Greeting, node, self._newcomers, "session", "", welcome), sock=listener
-        )
+        await local.open(node, arena)
         faces: list[Face] = []
         try:
             if not self._embedded:
@@ -209,17 +159,11 @@ class Daemon:
                 notify("STOPPING=1")
         finally:
             node.ready = False
-            accepting.close()
-            self._hang_up(listener)
+            local.close()
             for face in reversed(faces):
                 await face.stop()
             if node.control is not None:
                 await node.control.stop()
-
-    def _hang_up(self, listener: socket.socket) -> None:
-        listener.close()
-        with contextlib.suppress(OSError):  # Somebody put something else there.
-            make_way(self.path)
 
     def stop(self) -> None:
         """Ask `run` to end, and see that the process does within `server.stop_timeout`.
@@ -278,45 +222,8 @@ class Daemon:
         if self._progress is not None:
             self._progress(done, total)
 
-    async def _take_lock(self) -> None:
-        """One daemon per socket; the lock ends with the process, however it ends.
-
-        An embedded daemon waits for one before it that is still writing to disk, but not for one
-        that serves.
-        """
-        path = self.path.with_name(self.path.name + ".lock")
-        try:
-            self._lock = open_own(path, os.O_RDWR)
-        except OSError as e:
-            raise ConfigError(f"cannot write {path}: {e.strerror}; choose another socket") from e
-        loop = asyncio.get_running_loop()
-        until = loop.time() + (_PREDECESSOR_SECONDS if self._embedded else 0.0)
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if loop.time() < until and not self._answers():
-                    await asyncio.sleep(_LOCK_POLL)
-                    continue
-                holder = os.read(self._lock, 32).decode(errors="replace").strip()
-                os.close(self._lock)
-                raise NotNow(
-                    f"a daemon (pid {holder or '?'}) serves {self.path} already; stop it or choose "
-                    "another socket"
-                ) from None
-        os.truncate(self._lock, 0)
-        os.write(self._lock, f"{os.getpid()}\n".encode())
-
-    def _answers(self) -> bool:
-        """Whether somebody listens on our socket."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
-            probe.setblocking(False)
-            return probe.connect_ex(str(self.path)) == 0
-
-    def _bind(self) -> socket.socket:
-        """Take our socket, which refuses callers yet, and see that the other places can be had."""
-        clear(self.path)
+    def _probe_places(self) -> None:
+        """See that the places beside our socket can be had."""
         if not self._embedded:
             clear(self._config.control_socket)
         with contextlib.ExitStack() as probes:
@@ -324,64 +231,16 @@ class Daemon:
                 if (address := getattr(self._config.server, key)) is not None:
                     for probe in bind(f"server.{key}", address):
                         probes.enter_context(probe)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        mask = os.umask(0o177)
-        try:
-            listener.bind(str(self.path))
-        except OSError as e:
-            raise ConfigError(f"cannot listen on {self.path}: {e}; choose another socket") from e
-        finally:
-            os.umask(mask)
-        if self._group is not None:
-            share(self.path, self._group)
-        return listener
 
-    def _welcome(
-        self, node: Node, arena: Arena, hello: Hello, request_id: int, transport: asyncio.Transport
-    ) -> SessionConnection:
-        """Hand over the arena, and serve from then on; a `Welcomer`."""
-        with socket.socket(
-            fileno=os.dup(transport.get_extra_info("socket").fileno())
-        ) as connection:
-            peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-            pid, uid, gid = _PEER.unpack(peer)
-            member = self._group is not None and is_member(connection, self._group, gid)
-            grant = admit(node, hello, self._trusted(node.access, uid, member), here=True)
-            number = next(node.numbers)
-            reply = welcome(node, hello, number)
-            reply.arena_path = "" if arena.path is None else str(arena.path)
-            reply.arena_inode = arena.inode
-            socket.send_fds(connection, [protocol.encode(request_id, reply)], [arena.fd])
-        client = Peer(number, "unix", pid, hello.software, hello.features)
-        session = node.sessions[number] = SessionConnection(node, client, grant, self._left)
-        return session
-
-    def _trusted(self, access: Access, uid: int, member: bool) -> Grant | None:
-        """What a process of user `uid` may do without a token; None: nothing.
-
-        `member`: it belongs to the configured group.
-
-        Raises:
-            Denied: not even with one.
-        """
-        if uid in (os.getuid(), 0):
-            return LOCAL
-        if not member:
-            raise Denied(
-                "user",
-                f"user {uid} may not use the store of user {os.getuid()}; share it with a group "
-                "(server.group)",
-            )
-        return None if access.has_tokens else Grant(f"user {uid}", Role.WRITE)
-
-    def _left(self, session: SessionConnection) -> None:
-        assert self._node is not None
-        del self._node.sessions[session.peer.session]
-        if self._embedded and not self._node.sessions:
+    def _left(self) -> None:
+        """A session has."""
+        if self._embedded and self._node is not None and not self._node.sessions:
             self._loop.call_later(self._config.linger_seconds, self._stop_if_alone)
 
     def _stop_if_alone(self) -> None:
-        if self._node is not None and not self._node.sessions and not self._newcomers:
+        if self._node is None or self._local is None:
+            return
+        if not self._node.sessions and not self._local.greeting:
             self.stop()
 
     async def _tick(self, store: Store) -> None:
@@ -395,26 +254,6 @@ class Daemon:
 def _post(loop: asyncio.AbstractEventLoop, task: Callable[[], None]) -> None:
     with contextlib.suppress(RuntimeError):  # The loop is closed: nobody is left to tell.
         loop.call_soon_threadsafe(task)
-
-
-def disk_opener(config: Config, *, direct: bool) -> OpenDisk | None:
-    """What opens the configured disk tier; None when there is none."""
-    disk = config.disk
-    if disk.path is None:
-        return None
-    from kvstore.tiers.slab.tier import DiskTier
-
-    return partial(
-        DiskTier.open,
-        disk.path,
-        disk.size,
-        chunk=disk.chunk,
-        policy=slot_policy(disk.policy),
-        threads=disk.threads,
-        sync_seconds=disk.sync_seconds,
-        retry_seconds=disk.retry_seconds,
-        direct_to_arena=direct,
-    )
 
 
 def serve(

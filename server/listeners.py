@@ -8,9 +8,9 @@ import socket
 from pathlib import Path
 from typing import Final
 
-from kvstore.config import split_host_port
 from kvstore.errors import ConfigError, NotNow
 from kvstore.files import make_way
+from kvstore.values import split_host_port
 
 _MAX_PATH: Final = 107
 

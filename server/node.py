@@ -11,26 +11,56 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from ssl import SSLError
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
+from kvstore.blocks.spec import Namespace, Part
 from kvstore.config import Config
 from kvstore.errors import ConfigError, ProtocolError
-from kvstore.server.access.access import LOCAL, Access, Denied, Grant
-from kvstore.server.sessions.owners import Owner
-from kvstore.server.sessions.recent import Recent
+from kvstore.server.access.access import Access
+from kvstore.server.access.grants import LOCAL, Denied, Grant
+from kvstore.server.owners import Owner
+from kvstore.server.recent import Recent
 from kvstore.server.steps import Steps
 from kvstore.store.index import Lease
 from kvstore.store.store import Store
 from kvstore.telemetry import QuietLog
 
-if TYPE_CHECKING:
-    from kvstore.server.sessions.session import SessionConnection
-
-
 _DRAIN_POLL: Final = 0.02
 _FOLLOW_SECONDS: Final = 0.5
 
 _log = logging.getLogger("kvstore.daemon")
+
+
+class Peer(NamedTuple):
+    """Who is at the other end: number of the session, `unix` or `host:port`, process, software,
+    and the features it knows.
+    """
+
+    session: int
+    address: str
+    pid: int
+    software: str
+    features: tuple[str, ...] = ()
+
+
+class Session(Protocol):
+    """A connected session, as far as others know it."""
+
+    peer: Peer
+    grant: Grant
+    owner: Owner
+    since: float
+    requests: int
+    opened: list[tuple[Namespace, tuple[Part, ...]]]
+
+    def seen_by(self, grant: Grant) -> list[Namespace]:
+        """What it has opened, each once, as far as the caller sees it."""
+
+    def refuse(self, reason: str, why: str) -> None:
+        """Say why (`reason` in a word, for counters), and answer nothing from here on."""
+
+    def close(self) -> None:
+        """End the connection after what was written."""
 
 
 class Face(Protocol):
@@ -65,7 +95,7 @@ class Node:
     """Of its loop."""
     stop: Callable[[], None]
     """Ends the daemon, in order."""
-    sessions: dict[int, SessionConnection] = field(default_factory=dict)
+    sessions: dict[int, Session] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     """Of sessions to come."""
     calls: dict[asyncio.Timeout, Grant] = field(default_factory=dict)
@@ -136,7 +166,7 @@ class Node:
         first = ((lease, next(lease.entries(), None)) for lease in self.store.leases())
         return [lease for lease, e in first if e and grant.sees(e.name.namespace.tenant)]
 
-    def seen_sessions(self, grant: Grant) -> list[SessionConnection]:
+    def seen_sessions(self, grant: Grant) -> list[Session]:
         """Sessions that have opened what the caller sees, oldest first."""
         return [s for s in self.sessions.values() if grant.tenants is None or s.seen_by(grant)]
 

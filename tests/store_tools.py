@@ -12,7 +12,7 @@ from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part
 from kvstore.clock import Clock
 from kvstore.config import Config
 from kvstore.memory.arena import Arena
-from kvstore.server.daemon import disk_opener
+from kvstore.server.opening import disk_opener
 from kvstore.store.index import Entry, Saving
 from kvstore.store.selection import Selection, candidates
 from kvstore.store.store import Acquired, Store

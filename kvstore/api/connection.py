@@ -16,7 +16,7 @@ from grpc_status import rpc_status
 from kvstore.api import v1
 from kvstore.api.convert import MAX_REPLY, SERVICE
 from kvstore.api.errors import OperationFailed, OperationUnfinished, RequestRefused
-from kvstore.config import Config, checked_text, load_config, split_host_port
+from kvstore.config import Config, load_config
 from kvstore.errors import AccessDenied, ConfigError, KVStoreError, StoreUnavailable
 from kvstore.transport.credentials import (
     checked_token,
@@ -26,6 +26,7 @@ from kvstore.transport.credentials import (
     open_to_others,
     trusted,
 )
+from kvstore.values import checked_text, split_host_port
 
 _SUFFIX: Final = ".control"
 _FORMS: Final = "unix:///path/to/socket of the daemon, or host:port of its gRPC API"

@@ -20,8 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from kvstore.config import format_size
 from kvstore.errors import SpecError
+from kvstore.values import format_size
 
 _log = logging.getLogger("kvstore.weights")
 

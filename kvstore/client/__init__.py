@@ -1,18 +1,11 @@
-"""The client's side: sessions of engines, and `Orchestrator` for who steers a daemon."""
+"""The client's side: sessions of engines."""
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from kvstore.api.client import AsyncOrchestrator as AsyncOrchestrator
-    from kvstore.api.client import Orchestrator as Orchestrator
-
-__all__ = ["AsyncOrchestrator", "Orchestrator"]
+from importlib import import_module
+from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """Those who steer a daemon load gRPC, which sessions do without."""
-    if name in __all__:
-        from kvstore.api import client
-
-        return getattr(client, name)
+    """Those who steer a daemon are found here, too: an older name of `kvstore.api`'s."""
+    if name in ("AsyncOrchestrator", "Orchestrator"):
+        return getattr(import_module("kvstore.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

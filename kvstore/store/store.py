@@ -14,7 +14,6 @@ from typing import Any, Final
 
 from kvstore.blocks.spec import ModelIdentity, Namespace, Part
 from kvstore.clock import SYSTEM, Clock
-from kvstore.config import format_size
 from kvstore.memory.arena import Arena
 from kvstore.store.admission import Admission
 from kvstore.store.index import Entry, Lease, LeaseKind, Payer, Saving
@@ -23,6 +22,7 @@ from kvstore.store.tiering import OpenDisk, Tiering
 from kvstore.store.usage import NamespaceUsage, Quota, TenantUsage
 from kvstore.tiers.base import ObjectName
 from kvstore.transport.protocol import BUSY, DISK, HAVE, MEMORY, NO_ROOM, TIER_NAMES
+from kvstore.values import format_size
 
 
 @dataclass(slots=True)

@@ -10,11 +10,12 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kvstore.config import Config
 from kvstore.errors import ConfigError, StoreUnavailable
 
 if TYPE_CHECKING:
     import ssl
+
+    from kvstore.config import Config
 
 
 _PEER: Final = struct.Struct("3i")

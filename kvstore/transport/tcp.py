@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
-from kvstore.config import Config, split_host_port
+from kvstore.config import Config
 from kvstore.errors import ProtocolError, StoreUnavailable
 from kvstore.forks import count, in_child
 from kvstore.transport import protocol
@@ -19,6 +19,7 @@ from kvstore.transport.credentials import client_context, client_token
 from kvstore.transport.protocol import Attach, Attached, Welcome
 from kvstore.transport.sockets import TlsWire, Wire, receive_frame, send_message, shut, tune
 from kvstore.transport.streams import StreamCarrier
+from kvstore.values import split_host_port
 
 
 def connect(config: Config) -> Connection:

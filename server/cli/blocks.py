@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from kvstore.config import format_size
 from kvstore.server.cli.options import (
     Link,
     PromptOptions,
@@ -29,6 +28,7 @@ from kvstore.server.cli.output import (
     told,
     when,
 )
+from kvstore.values import format_size
 
 _Wait = Annotated[bool, typer.Option(help="Wait for the end, or only start it.")]
 _To = Annotated[TierChoice, typer.Option("--to", help="The tier to bring them to.")]

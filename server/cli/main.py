@@ -17,7 +17,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.text import Text
 
 from kvstore import __version__
-from kvstore.config import load_config
 from kvstore.errors import KVStoreError
 from kvstore.server.cli import blocks as blocks_cli
 from kvstore.server.cli import node as node_cli
@@ -108,6 +107,7 @@ def serve(
     """
     # Here and below, what takes long to import is imported where it is needed.
     from kvstore.client.embedded import prepare_run_dir
+    from kvstore.config import load_config
     from kvstore.server.daemon import describe, start_logging
     from kvstore.server.daemon import serve as run
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
-from kvstore.config import format_size
 from kvstore.server.cli.options import (
     Link,
     Yes,
@@ -19,6 +18,7 @@ from kvstore.server.cli.options import (
     limit_option,
 )
 from kvstore.server.cli.output import answer, finish, lasting, short, show, tier_name, told, when
+from kvstore.values import format_size
 
 if TYPE_CHECKING:
     from kvstore.api import v1

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar, cast,
 import msgspec
 import typer
 
-from kvstore.config import load_config, parse_size
 from kvstore.errors import ConfigError, SpecError
-from kvstore.server.cli.output import say
+from kvstore.server.cli.output import Printing, say
 from kvstore.telemetry import shown
 from kvstore.transport.credentials import read_token
+from kvstore.values import parse_size
 
 if TYPE_CHECKING:
     from kvstore.api.client import Orchestrator
@@ -128,7 +128,7 @@ def _read_file(path: Path) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Link:
+class Link(Printing):
     """How to reach the daemon, and how to print what it says."""
 
     config: Annotated[
@@ -145,10 +145,6 @@ class Link:
         float | None,
         typer.Option(parser=duration_option, metavar="TIME", help="For each answer (5s)."),
     ] = None
-    format: Annotated[Literal["table", "json"], typer.Option(help="How to print.")] = "table"
-    wide: Annotated[
-        bool, typer.Option("--wide", help="All columns, wider than the terminal if need be.")
-    ] = False
 
     def open(self) -> Orchestrator:
         """The daemon's API.
@@ -157,6 +153,7 @@ class Link:
             ConfigError: an address or a file is unusable.
         """
         from kvstore.api.client import Orchestrator
+        from kvstore.config import load_config
 
         token: str | None = None
         if self.token_file is not None:

@@ -9,8 +9,9 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, MutableSequence, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 from rich.cells import cell_len
@@ -19,19 +20,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from kvstore.config import format_size
 from kvstore.errors import StoreUnavailable
 from kvstore.telemetry import shown
+from kvstore.values import format_size
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from kvstore.api import v1
     from kvstore.api.client import Operation
-    from kvstore.server.cli.options import Link
 
 _FOLDED: Final = 16
 """A column that is wider takes several lines before another one is left out."""
+
+
+@dataclass(frozen=True)
+class Printing:
+    """How to print what a daemon says."""
+
+    format: Annotated[Literal["table", "json"], typer.Option(help="How to print.")] = "table"
+    wide: Annotated[
+        bool, typer.Option("--wide", help="All columns, wider than the terminal if need be.")
+    ] = False
 
 
 def plain(message: Message) -> dict[str, Any]:
@@ -106,9 +116,9 @@ def say(text: str, *, err: bool = False) -> None:
     typer.echo(shown(text), err=err)
 
 
-def answer(link: Link, found: Message, *lines: str) -> None:
+def answer(how: Printing, found: Message, *lines: str) -> None:
     """Print an answer as the caller asked for it: as JSON on one line, or as these lines."""
-    if link.format == "json":
+    if how.format == "json":
         typer.echo(json.dumps(plain(found)))
         return
     for line in lines:
@@ -116,7 +126,7 @@ def answer(link: Link, found: Message, *lines: str) -> None:
 
 
 def show(
-    link: Link,
+    how: Printing,
     found: Message,
     rows: Iterable[Any],
     columns: Mapping[str, Callable[[Any], object]],
@@ -128,13 +138,13 @@ def show(
     `columns` says what stands in each, a list on lines of its own. Where they do not fit, those
     that can be spared are left out, from the first on.
     """
-    if link.format == "table":
-        _show_table(link, list(rows), dict(columns), list(spare))
-    answer(link, found, *lines)
+    if how.format == "table":
+        _show_table(how, list(rows), dict(columns), list(spare))
+    answer(how, found, *lines)
 
 
 def _show_table(
-    link: Link, rows: list[Any], columns: dict[str, Callable[[Any], object]], spare: list[str]
+    how: Printing, rows: list[Any], columns: dict[str, Callable[[Any], object]], spare: list[str]
 ) -> None:
     cells = {name: [_cell(content(row)) for row in rows] for name, content in columns.items()}
     console = Console()
@@ -142,7 +152,7 @@ def _show_table(
         name: max(cell_len(line) for cell in (name, *map(str, column)) for line in cell.split("\n"))
         for name, column in cells.items()
     }
-    if link.wide:
+    if how.wide:
         console.width = sum(widths.values()) + 3 * len(cells) + 1
     left_out = []
     while spare and console.width <= 3 * len(cells) + sum(min(widths[n], _FOLDED) for n in cells):
@@ -163,7 +173,7 @@ def _cell(content: object) -> Text:
     return Text("\n".join(shown(str(line)) for line in lines))
 
 
-def finish(link: Link, operation: Operation, *, wait: bool, done: str) -> None:
+def finish(how: Printing, operation: Operation, *, wait: bool, done: str) -> None:
     """See an operation through, with a progress bar on a terminal, and print how it ended.
 
     `done` is the word for what has been done to objects.
@@ -174,7 +184,7 @@ def finish(link: Link, operation: Operation, *, wait: bool, done: str) -> None:
     if wait:
         _wait(operation)
     hint = f"`kvstore operations watch {operation.id}` tells when it has ended"
-    answer(link, operation.state, told(operation.state, done), *([] if wait else [hint]))
+    answer(how, operation.state, told(operation.state, done), *([] if wait else [hint]))
 
 
 def _wait(operation: Operation) -> None:

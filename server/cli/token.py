@@ -7,9 +7,8 @@ import secrets
 from typing import Annotated, Any, Final
 
 import typer
-import yaml
 
-from kvstore.server.access.access import Role
+from kvstore.server.access.grants import Role
 
 token_app = typer.Typer(no_args_is_help=True, help="Tokens that let callers in.")
 
@@ -49,6 +48,8 @@ def new(
     The token goes to stdout, and is not kept anywhere; the entry for the daemon's token file, which
     holds only its SHA-256, goes to stderr.
     """
+    import yaml
+
     token = secrets.token_urlsafe(_TOKEN_BYTES)
     entry: dict[str, Any] = {"name": name, "role": role}
     entry["sha256"] = hashlib.sha256(token.encode()).hexdigest()

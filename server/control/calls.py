@@ -16,7 +16,8 @@ from google.protobuf.message_factory import GetMessageClass
 from kvstore.api import v1
 from kvstore.api.convert import MAX_MESSAGE, SERVICE
 from kvstore.errors import KVStoreError
-from kvstore.server.access.access import Access, Denied, Grant, Role
+from kvstore.server.access.access import Access
+from kvstore.server.access.grants import Denied, Grant, Role
 from kvstore.server.control.errors import Refused, abort, check_role, denied, exhausted
 from kvstore.server.node import Node
 

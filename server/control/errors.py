@@ -12,7 +12,7 @@ from google.rpc.status_pb2 import Status
 
 from kvstore.api.convert import DOMAIN
 from kvstore.errors import AccessDenied
-from kvstore.server.access.access import Grant, Role
+from kvstore.server.access.grants import Grant, Role
 
 _MAX_TEXT: Final = 1024
 """Characters of a message: all of a status has to fit into 8 KiB of headers."""

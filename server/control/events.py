@@ -10,7 +10,7 @@ from typing import Any, Final
 from kvstore.api import v1
 from kvstore.api.convert import timestamp
 from kvstore.blocks.spec import Namespace
-from kvstore.server.access.access import Grant
+from kvstore.server.access.grants import Grant
 from kvstore.server.control.requests import TIERS, namespace_by_id
 from kvstore.server.node import Node
 from kvstore.server.pacing import Pace

@@ -16,10 +16,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kvstore.api.convert import MAX_MESSAGE, SERVICE
-from kvstore.config import split_host_port
 from kvstore.errors import ConfigError, NotNow
 from kvstore.files import make_way
-from kvstore.server.access.access import LOCAL, Grant, Role
+from kvstore.server.access.grants import LOCAL, Grant, Role
 from kvstore.server.control.calls import SPARE_CALLS, Callers, Calls, Gate, Verb
 from kvstore.server.control.events import EventVerbs
 from kvstore.server.control.operations import Operations
@@ -30,6 +29,7 @@ from kvstore.server.control.write import WriteVerbs
 from kvstore.server.listeners import bind, clear
 from kvstore.server.node import Node
 from kvstore.server.tasks import run
+from kvstore.values import split_host_port
 
 _GRACE_SECONDS: Final = 0.5
 _HEALTH_SECONDS: Final = 0.1

@@ -15,7 +15,7 @@ from typing import Final
 from kvstore.api import v1
 from kvstore.api.convert import timestamp
 from kvstore.errors import KVStoreError
-from kvstore.server.access.access import Grant, Role
+from kvstore.server.access.grants import Grant, Role
 from kvstore.server.control.errors import Refused, exhausted, unknown
 from kvstore.server.pacing import Pace
 from kvstore.store.index import Entry

@@ -10,7 +10,7 @@ from kvstore.api import v1
 from kvstore.api.convert import duration, timestamp
 from kvstore.blocks.keys import block_keys
 from kvstore.blocks.spec import Namespace
-from kvstore.server.access.access import Grant
+from kvstore.server.access.grants import Grant
 from kvstore.server.control.requests import (
     TIERS,
     Prompt,

@@ -12,7 +12,7 @@ from kvstore.api.convert import namespace_of
 from kvstore.blocks.keys import KEY_BYTES, Media, block_keys, prompt_extras
 from kvstore.blocks.spec import Namespace
 from kvstore.errors import SpecError
-from kvstore.server.access.access import Grant
+from kvstore.server.access.grants import Grant
 from kvstore.server.control.errors import bad_field, unknown
 from kvstore.server.node import Node
 from kvstore.server.pacing import Pace

@@ -10,7 +10,7 @@ from typing import Final
 
 from kvstore.api import v1
 from kvstore.errors import TierUnavailable
-from kvstore.server.access.access import Grant, Role
+from kvstore.server.access.grants import Grant, Role
 from kvstore.server.control.errors import bad_field, check_role, denied
 from kvstore.server.control.operations import Operation, Operations
 from kvstore.server.control.requests import name, seconds

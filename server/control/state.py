@@ -9,7 +9,7 @@ from kvstore import __version__
 from kvstore.api import v1
 from kvstore.api.convert import duration, namespace_message, timestamp
 from kvstore.blocks.spec import Described, Part
-from kvstore.server.access.access import Grant
+from kvstore.server.access.grants import Grant
 from kvstore.server.control.requests import known_namespaces
 from kvstore.server.node import Node
 from kvstore.server.pacing import Pace

@@ -12,7 +12,7 @@ from kvstore.api import v1
 from kvstore.api.convert import timestamp
 from kvstore.blocks.spec import Namespace
 from kvstore.codecs import CODECS
-from kvstore.server.access.access import Grant, Role
+from kvstore.server.access.grants import Grant, Role
 from kvstore.server.control.errors import Refused, bad_field, check_role, unknown
 from kvstore.server.control.operations import Done, Operation, Operations, each
 from kvstore.server.control.requests import (

@@ -26,7 +26,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from kvstore import __version__
 from kvstore.config import Config
-from kvstore.server.access.access import Access, Denied, Grant, Role
+from kvstore.server.access.access import Access
+from kvstore.server.access.grants import Denied, Grant, Role
 from kvstore.server.http.metrics import Exposition
 from kvstore.server.http.samples import Samples
 from kvstore.server.http.status import status

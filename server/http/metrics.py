@@ -17,7 +17,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from kvstore import __version__
-from kvstore.server.access.access import Grant
+from kvstore.server.access.grants import Grant
 from kvstore.server.node import Node
 from kvstore.transport.protocol import TIER_NAMES
 

@@ -7,10 +7,10 @@ from typing import Any, Final
 
 from kvstore import __version__
 from kvstore.blocks.spec import Namespace
-from kvstore.server.access.access import Grant
+from kvstore.server.access.grants import Grant
 from kvstore.server.http.samples import Samples
 from kvstore.server.node import Node
-from kvstore.server.sessions.recent import Request
+from kvstore.server.recent import Request
 
 _MOST: Final = 50
 """Namespaces and requests in one answer."""

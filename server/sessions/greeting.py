@@ -11,7 +11,7 @@ from typing import Final, cast
 
 from kvstore import __version__
 from kvstore.errors import ProtocolError
-from kvstore.server.access.access import Denied, Grant
+from kvstore.server.access.grants import Denied, Grant
 from kvstore.server.node import Node
 from kvstore.server.sessions.session import SessionConnection
 from kvstore.transport import protocol

@@ -9,15 +9,15 @@ import time
 from array import array
 from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final
 
 from kvstore._native import xxh3_64
 from kvstore.blocks.keys import KEY_BYTES
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.errors import KVStoreError, ProtocolError
-from kvstore.server.access.access import Denied, Grant, Role
-from kvstore.server.node import Node
-from kvstore.server.sessions.recent import by_tier
+from kvstore.server.access.grants import Denied, Grant, Role
+from kvstore.server.node import Node, Peer
+from kvstore.server.recent import by_tier
 from kvstore.server.tasks import run
 from kvstore.store.index import Entry, LeaseKind, Saving
 from kvstore.store.store import MAX_OWED, Acquired, Acquisition
@@ -34,18 +34,6 @@ _MAX_RECHECKED: Final = 16
 """Blocks per release whose alleged damage is looked into."""
 
 _FLUSH_POLL: Final = 0.02
-
-
-class Peer(NamedTuple):
-    """Who is at the other end: number of the session, `unix` or `host:port`, process, software,
-    and the features it knows.
-    """
-
-    session: int
-    address: str
-    pid: int
-    software: str
-    features: tuple[str, ...] = ()
 
 
 class SessionConnection(asyncio.Protocol):

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-from kvstore.server.access.access import Grant
-from kvstore.server.node import Node
+from kvstore.server.access.grants import Grant
+from kvstore.server.node import Node, Peer
 from kvstore.server.sessions.grants import Granted, Grants
-from kvstore.server.sessions.session import Peer, SessionConnection
+from kvstore.server.sessions.session import SessionConnection
 from kvstore.store.index import LeaseKind
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Message

@@ -18,11 +18,11 @@ from functools import partial
 from typing import Final
 
 from kvstore.server.listeners import bind, show
-from kvstore.server.node import Node
+from kvstore.server.node import Node, Peer
 from kvstore.server.sessions.bulk import BulkServer, Sample
 from kvstore.server.sessions.grants import MAX_OWNED, Grants
 from kvstore.server.sessions.greeting import HELLO_SECONDS, Greeting, Newcomers, admit, welcome
-from kvstore.server.sessions.session import Peer, SessionConnection
+from kvstore.server.sessions.session import SessionConnection
 from kvstore.server.sessions.stream_session import StreamSession
 from kvstore.server.tasks import run
 from kvstore.transport import protocol

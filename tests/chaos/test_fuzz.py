@@ -17,10 +17,11 @@ import psutil
 import pytest
 
 from kvstore.client.session import Session
-from kvstore.config import load_config, split_host_port
+from kvstore.config import load_config
 from kvstore.store.store import MAX_LEASES
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Failure, Hello, Open, Welcome
+from kvstore.values import split_host_port
 from tests.certificates import Authority
 from tests.chaos.fuzz_tools import (
     Conversation,

@@ -256,7 +256,7 @@ def test_a_forked_orchestrator_says_so_at_once(served: Served) -> None:
 def test_children_of_a_process_that_calls_grpc_end_as_they_please(served: Served) -> None:
     """What gRPC does at forks, if it is let, crashes some of them."""
     script = (
-        "from kvstore.client import Orchestrator\n"
+        "from kvstore.api import Orchestrator\n"
         "import threading\n"
         "api = Orchestrator(sys.argv[1])\n"
         "def work():\n"

@@ -22,7 +22,7 @@ from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Part
 from kvstore.clock import Clock
 from kvstore.config import Config
 from kvstore.memory.arena import Arena
-from kvstore.server.daemon import disk_opener
+from kvstore.server.opening import disk_opener
 from kvstore.store.admission import DISK_RULES, Admission
 from kvstore.store.explain import explain, survey
 from kvstore.store.index import Entry

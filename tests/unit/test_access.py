@@ -13,7 +13,8 @@ import pytest
 
 from kvstore.config import ServerConfig
 from kvstore.errors import AccessDenied, ConfigError
-from kvstore.server.access.access import LOCAL, Access, Grant, Role
+from kvstore.server.access.access import Access
+from kvstore.server.access.grants import LOCAL, Grant, Role
 from tests.certificates import Authority, Identity
 
 SECRET = "a-secret-of-somebody-0123456789"
@@ -79,28 +80,28 @@ def test_a_grant_knows_its_role_and_its_tenants() -> None:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ([], "at least one entry"),
-        (["text"], "entry 1 is no map"),
-        ([entry(tokn="x")], r"entry 1 \('router'\) has unknown keys \(tokn\)"),
-        ([entry(name="")], "entry 1 has no name"),
-        ([entry(name=3)], "entry 1 has no name"),
-        ([entry(role="owner")], "one of read, write, admin"),
-        ([entry(role=None)], "one of read, write, admin"),
-        ([entry(role=["read"])], "one of read, write, admin"),
+        ([], "tokens: List should have at least 1 item"),
+        (["text"], "entry 1: Input should be a valid dictionary;"),
+        ([entry(tokn="x")], r"entry 1 \('router'\) tokn: Extra inputs are not"),
+        ([entry(name="")], "name: String should have at least 1"),
+        ([entry(name=3)], "entry 1 name: Input should be a valid string"),
+        ([entry(role="owner")], "role: Input should be 'read', 'write' or 'admin'"),
+        ([entry(role=None)], "role: Input should be 'read', 'write' or 'admin'"),
+        ([entry(role=["read"])], "role: Input should be 'read', 'write' or 'admin'"),
         ([entry(token=None)], "needs either `token` or `sha256`"),
         ([entry(sha256="0" * 64)], "needs either `token` or `sha256`"),
-        ([entry(token="")], "of 0 characters; 16"),
-        ([entry(token=SECRET[:15])], "of 15 characters; 16"),
-        ([entry(token=12345678901234567)], "put it in quotes"),
+        ([entry(token="")], "token: String should have at least 16"),
+        ([entry(token=SECRET[:15])], "token: String should have at least 16"),
+        ([entry(token=12345678901234567)], "token: Input should be a valid string"),
         ([entry(token=SECRET + "\n")], "a line break or characters beyond ASCII"),
         ([entry(token=SECRET + "é")], "a line break or characters beyond ASCII"),
         ([entry(token=SECRET + " " + SECRET)], "a space, a line break"),
         ([entry(token=None, sha256=SECRET)], "64 hex digits"),
-        ([entry(token=None, sha256=10**63)], "64 hex digits in quotes"),
-        ([entry(tenants=None)], "empty `tenants`"),
-        ([entry(tenants=[])], "no list"),
-        ([entry(tenants="a")], "no list"),
-        ([entry(tenants=[1])], "put it in quotes"),
+        ([entry(token=None, sha256=10**63)], "sha256: Input should be a valid string"),
+        ([entry(tenants=None)], "tenants: Input should be a valid list"),
+        ([entry(tenants=[])], "tenants: List should have at least 1 item"),
+        ([entry(tenants="a")], "tenants: Input should be a valid list"),
+        ([entry(tenants=[1])], "tenants 0: Input should be a valid string"),
         ([entry(), entry(token=OTHER)], r"entry 2 \('router'\) has the name of entry 1"),
         ([entry(), entry(name="two")], r"entry 2 \('two'\) has the token of 'router'"),
     ],
@@ -112,8 +113,9 @@ def test_a_wrong_entry_is_named_and_no_token_is_shown(
     with pytest.raises(ConfigError, match=message) as caught:
         load(tokens=path)
     assert str(path) in str(caught.value)
+    assert "`kvstore token new` makes" in str(caught.value)
     assert SECRET[:15] not in str(caught.value)
-    assert caught.value.__cause__ is None
+    assert caught.value.__cause__ is caught.value.__context__ is None
 
 
 @pytest.mark.parametrize(
@@ -124,11 +126,11 @@ def test_a_wrong_entry_is_named_and_no_token_is_shown(
         (f"tokens: [{{token: {SECRET}, at: 2026-99-99}}]", "no valid YAML"),
         (f"tokens: [{SECRET}, {'[' * 5000}", "no valid YAML"),
         (f"{'[' * 5000}{SECRET}{']' * 5000}", "no valid YAML"),
-        ("", "must hold `tokens:`"),
-        ("[]", "must hold `tokens:`"),
-        (f"tokens: []\nother: {SECRET}", "nothing else"),
-        (f"tokens:\n- {SECRET}: 1", "has unknown keys"),
-        (f"tokens: {SECRET}", "must hold `tokens:`"),
+        ("", "the file: Input should be a valid dictionary;"),
+        ("[]", "the file: Input should be a valid dictionary;"),
+        (f"tokens: []\nother: {SECRET}", "other: Extra inputs are not permitted"),
+        (f"tokens:\n- {SECRET}: 1", "a-secret-of-som: Extra inputs"),
+        (f"tokens: {SECRET}", "tokens: Input should be a valid list"),
     ],
 )
 def test_a_file_that_is_no_token_file_is_refused_without_quoting_it(

@@ -236,9 +236,14 @@ def test_every_verb_is_a_command() -> None:
     }  # fmt: skip
 
 
-def test_neither_the_package_nor_the_command_loads_grpc_before_it_is_needed() -> None:
-    for script in ("import kvstore, kvstore.client.session", "import kvstore.server.cli.main"):
-        heavy = "[m for m in ('grpc', 'google.protobuf', 'aiohttp', 'torch') if m in sys.modules]"
+def test_neither_the_package_nor_the_command_loads_what_is_heavy_before_it_is_needed() -> None:
+    grpc = ("grpc", "google.protobuf", "aiohttp", "torch")
+    for script, names in (
+        ("import kvstore, kvstore.client.session", grpc),
+        ("import kvstore.api", grpc),
+        ("import kvstore.server.cli.main", (*grpc, "pydantic", "yaml", "numpy")),
+    ):
+        heavy = f"[m for m in {names} if m in sys.modules]"
         code = f"import sys; {script}; print({heavy})"
         command = [sys.executable, "-c", code]
         out = subprocess.run(command, capture_output=True, text=True, check=False)

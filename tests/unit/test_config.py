@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from kvstore.config import Config, format_size, load_config, parse_size, split_host_port
+from kvstore.config import Config, load_config
 from kvstore.errors import ConfigError, KVStoreError
+from kvstore.values import format_size, parse_size, split_host_port
 from tests.unit.test_deploy import keys_of
 
 pytestmark = pytest.mark.usefixtures("no_settings")

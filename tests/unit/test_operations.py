@@ -11,7 +11,8 @@ import pytest
 from kvstore.api import v1
 from kvstore.config import Config
 from kvstore.errors import TierUnavailable
-from kvstore.server.access.access import LOCAL, Access, Grant, Role
+from kvstore.server.access.access import Access
+from kvstore.server.access.grants import LOCAL, Grant, Role
 from kvstore.server.control.errors import Refused
 from kvstore.server.control.operations import Done, Operation, Operations, each
 from kvstore.server.control.rules import RuleVerbs

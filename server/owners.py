@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from kvstore.server.pacing import SLICE_SECONDS
 from kvstore.store.index import Payer
 from kvstore.transport.sockets import Wire
 
-if TYPE_CHECKING:
-    from kvstore.server.sessions.session import SessionConnection
+
+class Served(Protocol):
+    """A session that waits for its turn."""
+
+    def answer(self, until: float) -> bool:
+        """Answer requests until then (by `perf_counter`); whether there may be more."""
 
 
 class Owner(Payer):
@@ -28,21 +32,21 @@ class Owner(Payer):
         self.wires = set[Wire]()
         """Their data connections; for any thread."""
 
-        self._waiting: dict[SessionConnection, None] = {}
+        self._waiting: dict[Served, None] = {}
         self._turn: asyncio.Handle | None = None
 
-    def serve(self, session: SessionConnection) -> None:
+    def serve(self, session: Served) -> None:
         """Let a session answer what it was asked: at once, or when others have had their turn."""
         if self._turn is None:
             self._run(session)
         else:
             self._waiting[session] = None
 
-    def waits(self, session: SessionConnection) -> bool:
+    def waits(self, session: Served) -> bool:
         """Whether a session waits for its turn."""
         return session in self._waiting
 
-    def _run(self, session: SessionConnection) -> None:
+    def _run(self, session: Served) -> None:
         until = time.perf_counter() + SLICE_SECONDS
         if session.answer(until):
             self._waiting[session] = None

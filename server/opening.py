@@ -1,0 +1,78 @@
+"""What a daemon serves, opened as configured: the arena, and the store in it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+from kvstore.config import Config
+from kvstore.memory.arena import Arena
+from kvstore.memory.slots import slot_policy
+from kvstore.store.admission import Admission
+from kvstore.store.store import Store
+from kvstore.store.tiering import OpenDisk
+from kvstore.store.usage import Quota
+
+_log = logging.getLogger("kvstore.daemon")
+
+
+def make_arena(config: Config, progress: Callable[[int, int], None], *, private: bool) -> Arena:
+    """The memory, touched; `progress` is told (done, total) bytes. Takes long.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    memory = config.memory
+    arena = Arena.create(
+        memory.size,
+        huge_dir=memory.huge_dir,
+        path=memory.path,
+        prefault=memory.prefault,
+        private=private,
+        progress=progress,
+    )
+    advice = arena.advice()
+    if advice is not None:
+        _log.info(advice)
+    return arena
+
+
+def open_store(config: Config, arena: Arena, post: Callable[[Callable[[], None]], None]) -> Store:
+    """The store, with what its disk holds. Takes long; `post` has a task done on the loop."""
+    memory, disk = config.memory, config.disk
+    store = Store(
+        arena,
+        post,
+        chunk=min(memory.chunk, arena.size),  # A private arena may be smaller than configured.
+        policy=memory.policy,
+        lease_seconds=config.lease_seconds,
+        open_disk=disk_opener(config, direct=arena.huge),
+        write_queue=disk.queue,
+        retry_seconds=disk.retry_seconds,
+        max_pinned=memory.max_pinned,
+    )
+    store.admission = Admission(**config.admission.model_dump())
+    for tenant, quota in config.quotas.items():
+        store.set_quota(tenant, Quota(quota.memory, quota.disk))
+    return store
+
+
+def disk_opener(config: Config, *, direct: bool) -> OpenDisk | None:
+    """What opens the configured disk tier; None when there is none."""
+    disk = config.disk
+    if disk.path is None:
+        return None
+    from kvstore.tiers.slab.tier import DiskTier
+
+    return partial(
+        DiskTier.open,
+        disk.path,
+        disk.size,
+        chunk=disk.chunk,
+        policy=slot_policy(disk.policy),
+        threads=disk.threads,
+        sync_seconds=disk.sync_seconds,
+        retry_seconds=disk.retry_seconds,
+        direct_to_arena=direct,
+    )
