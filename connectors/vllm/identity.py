@@ -160,6 +160,11 @@ def _weights(vllm_config: Any) -> str:
     for key, value in _named_elsewhere(model.hf_config.to_dict()):
         raise SpecError(f"the configuration says {key} {value!r}: weights of that belong to it")
     folder = _folder(vllm_config, model.model, model.revision)
+    commit = getattr(model.hf_config, "_commit_hash", None)
+    if commit and folder.parent.name == "snapshots" and folder.name != commit:
+        raise SpecError(
+            f"{model.model!r} was at {commit} when the engine started, is at {folder.name}"
+        )
     files = weights_digest(folder, loaded_at=_started())
     return files if load.load_format in ("auto", "hf") else f"{files} {load.load_format}"
 

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,11 +27,13 @@ from kvstore.values import format_size
 _log = logging.getLogger("kvstore.weights")
 
 _WEIGHTS: Final = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
-# Left over from training, the original of a converted model; and JSON that says nothing of weights,
-# since the configuration counts as the engine understands it, and the rest shows in tokens.
+# Folders that engines do not look into: left over from training, the original of what was converted.
+_NOT_ENTERED: Final = re.compile(r"\..*|checkpoint-.*|global_step.*|original")
+# Files that they pass over; and JSON that says nothing of weights, since the configuration counts
+# as the engine understands it, and the rest shows in tokens.
 _NOT_READ: Final = re.compile(
-    r"\..*|checkpoint-.*|global_step.*|original"
-    r"|(.*/)?(optimizer|rng_state.*|scaler|scheduler|training_args|trainer_state)\.\w+"
+    r"(.*/)?(\.[^/]*|(optimizer|training_args)\.bin|(optimizer|scaler|scheduler)\.pt|rng_state.*\.pth"
+    r"|(trainer|training)_\w+\.json)"
     r"|(config|params|generation_config|[^/]*(token|vocab|merges|tekken|template|process)[^/]*)\.json"
 )
 _DEPTH: Final = 4
@@ -40,6 +43,8 @@ _SLOWEST: Final = 100e6
 """Bytes a second that another process is trusted to hash."""
 _SETTLED: Final = 2.0
 """Seconds after which a change cannot hide behind the same times of a file."""
+_UNTIMED: Final = frozenset({"ramfs", "tmpfs"})
+"""File systems on which files written through mapped memory keep their times."""
 _MOST_KEPT: Final = 4096
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -53,6 +58,9 @@ class _File(NamedTuple):
     changed: float
     """When it, or what is known of it, last changed, in seconds since 1970."""
     key: str
+    timed: bool
+    """Whether another file in its place would have other times: an image that was built to be the
+    same wherever it is built gives its files round ones."""
 
     @classmethod
     def of(cls, path: Path) -> _File:
@@ -60,7 +68,8 @@ class _File(NamedTuple):
         place = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
         numbers = (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
         key = ":".join(map(str, [*numbers, place]))
-        return cls(path, s.st_size, max(s.st_mtime_ns, s.st_ctime_ns) / 1e9, key)
+        timed = bool(s.st_ctime_ns % 10**9)
+        return cls(path, s.st_size, max(s.st_mtime_ns, s.st_ctime_ns) / 1e9, key, timed)
 
 
 def weights_digest(path: Path, *, loaded_at: float | None = None) -> str:
@@ -82,12 +91,26 @@ def weights_digest(path: Path, *, loaded_at: float | None = None) -> str:
         downloaded = file.path.is_symlink() and file.path.resolve().parent.name == "blobs"
         if loaded_at is not None and file.changed > loaded_at and not downloaded:
             raise SpecError(f"{file.path} was changed after the engine had started")
+    if loaded_at is not None and (moved := _moved(path, loaded_at)):
+        raise SpecError(f"{moved} was changed after the engine had started")
     digests = _digests(found)
     h = hashlib.sha256(b"kvstore/weights/1")
     for file in found:
         name = file.path.relative_to(folder).as_posix() if len(found) > 1 else file.path.suffix
         h.update(json.dumps([name, file.size, digests[file.key]]).encode())
     return h.hexdigest()
+
+
+def _moved(path: Path, since: float) -> Path | None:
+    """What of a path now leads elsewhere than before: a link, or a folder that was renamed."""
+    for place in (path.absolute(), path.resolve()):
+        for part in (place, *place.parents):
+            s = part.lstat()
+            # What is put into a folder changes both of its times; renaming it, only one.
+            moved = stat.S_ISLNK(s.st_mode) or s.st_ctime_ns != s.st_mtime_ns
+            if moved and s.st_ctime_ns / 1e9 > since:
+                return part
+    return None
 
 
 def code_digest(folders: Iterable[Path]) -> str:
@@ -108,7 +131,7 @@ def _in(folder: Path) -> Iterator[Path]:
     for here, folders, names in os.walk(folder, followlinks=True):
         inside = Path(here).relative_to(folder)
         deep = len(inside.parts) >= _DEPTH
-        folders[:] = [name for name in folders if not deep and not _NOT_READ.fullmatch(name)]
+        folders[:] = [name for name in folders if not (deep or _NOT_ENTERED.fullmatch(name))]
         for name in names:
             counts = Path(name).suffix in _WEIGHTS or name.endswith(".json")
             if counts and not _NOT_READ.fullmatch((inside / name).as_posix()):
@@ -117,7 +140,7 @@ def _in(folder: Path) -> Iterator[Path]:
 
 def _digests(files: list[_File]) -> dict[str, str]:
     """Digests by key."""
-    digests = {file.key: known for file in files if (known := _known.get(file.key))}
+    digests = {f.key: known for f in files if f.timed and (known := _known.get(f.key))}
     missing = [file for file in files if file.key not in digests]
     folder = _cache_folder() if missing else None
     kept = _kept(folder)
@@ -127,7 +150,8 @@ def _digests(files: list[_File]) -> dict[str, str]:
             fresh = [file for file in missing if file.key not in kept]
             now = time.time()
             digests |= _hashed(fresh)
-            kept |= {f.key: digests[f.key] for f in fresh if f.changed < now - _SETTLED}
+            timed = (f for f in fresh if f.timed and f.changed < now - _SETTLED)
+            kept |= {f.key: digests[f.key] for f in timed if _kind_of_place(f.path) not in _UNTIMED}
             _keep(folder, kept)
     found = {file.key: kept[file.key] for file in missing if file.key in kept}
     if len(_known) > _MOST_KEPT:
@@ -141,6 +165,7 @@ def _hashed(files: list[_File]) -> dict[str, str]:
     started, nbytes = time.perf_counter(), sum(file.size for file in files)
     pieces = [(file, start) for file in files for start in range(0, file.size or 1, _PIECE)]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(_settled, files))
         hashes = {file.key: hashlib.sha256(b"kvstore/file/1") for file in files}
         for (file, _), digest in zip(pieces, pool.map(_piece, pieces), strict=True):
             hashes[file.key].update(digest)
@@ -151,6 +176,27 @@ def _hashed(files: list[_File]) -> dict[str, str]:
         if _File.of(file.path).key != file.key:
             raise SpecError(f"{file.path} changed while it was read")
     return {key: h.hexdigest() for key, h in hashes.items()}
+
+
+def _settled(file: _File) -> None:
+    """Have the kernel write out what was written through mapped memory, if anything.
+
+    The next such write then shows in the file's times; while a page is to be written, none does.
+    """
+    with suppress(OSError), file.path.open("rb") as opened:  # of places that nobody writes to
+        os.fsync(opened.fileno())
+
+
+def _kind_of_place(path: Path) -> str:
+    """The kind of file system that a file is in; empty if it is not known."""
+    device = path.stat().st_dev
+    place = f"{os.major(device)}:{os.minor(device)}"
+    with suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            mount, _, kind = line.partition(" - ")
+            if mount.split()[2] == place:
+                return kind.split()[0]
+    return ""
 
 
 def _piece(piece: tuple[_File, int]) -> bytes:
@@ -194,6 +240,8 @@ def _turn(folder: Path | None, patience: float) -> Iterator[None]:
                 break
             except BlockingIOError:
                 time.sleep(0.02)
+            except OSError:  # There are no locks where the cache lies.
+                break
         yield
     finally:
         if lock is not None:

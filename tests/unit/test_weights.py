@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import logging
+import mmap
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -107,6 +112,9 @@ def test_a_path_does_not_count(model: Path, tmp_path: Path) -> None:
         ("below/optimizer.pt", False),
         ("chat_template.json", False),
         ("training_args.bin", False),
+        ("training_args.safetensors", True),
+        ("optimizer.safetensors", True),
+        ("checkpoint-2.safetensors", True),
         ("checkpoint-100/model.safetensors", False),
         ("original/consolidated.00.pth", False),
         (".cache/model.safetensors", False),
@@ -150,6 +158,81 @@ def test_weights_that_changed_after_they_were_loaded_have_no_name(model: Path) -
     weights_digest(model, loaded_at=changed + 1)
     with pytest.raises(SpecError, match=r"safetensors was changed after the engine had started"):
         weights_digest(model, loaded_at=changed - 1)
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a folder around it", "a link"])
+def test_a_path_that_leads_elsewhere_since_weights_were_loaded_has_no_name(
+    model: Path, tmp_path: Path, kind: str
+) -> None:
+    around, link = tmp_path / "around", tmp_path / "link"
+    around.mkdir()
+    link.symlink_to(model)
+    loaded_at = time.time() + 0.1
+    asked = {"a folder": model, "a folder around it": around / "model", "a link": link}[kind]
+    shutil.copytree(model, around / "model")
+    shutil.copytree(model, tmp_path / "other")
+    for file in (*(around / "model").iterdir(), *(tmp_path / "other").iterdir()):
+        os.utime(file, ns=(1, 1))
+    while time.time() < loaded_at:  # all so far was before
+        time.sleep(0.01)
+    weights_digest(asked, loaded_at=loaded_at)
+    (tmp_path / "new").symlink_to(tmp_path / "other")
+    if kind == "a link":
+        (tmp_path / "new").replace(link)
+    else:
+        old = model if kind == "a folder" else around
+        new = tmp_path / "other" if kind == "a folder" else tmp_path / "another"
+        if kind == "a folder around it":
+            shutil.copytree(around, tmp_path / "another")
+        old.rename(tmp_path / "old")
+        new.rename(old)
+    with pytest.raises(SpecError, match="was changed after the engine had started"):
+        weights_digest(asked, loaded_at=loaded_at)
+
+
+def test_bytes_written_through_mapped_memory_count(model: Path) -> None:
+    file = min(model.glob("*.safetensors"))
+    with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as memory:
+        memory[0] ^= 1  # From here on the page is to be written, and no write shows in times.
+        first = weights_digest(model)
+        memory[1] ^= 1
+        weights._known.clear()
+        assert weights_digest(model) != first
+
+
+def test_files_of_an_image_that_gives_all_the_same_times_are_not_remembered(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.stat
+
+    def stat(path: Path, **how: bool) -> Any:
+        found = real(path, **how)
+        if path.suffix != ".safetensors":
+            return found
+        fields = ("st_mode", "st_dev", "st_ino", "st_size")
+        same = {name: getattr(found, name) for name in fields}
+        return SimpleNamespace(**same, st_mtime_ns=10**18, st_ctime_ns=10**18)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    first = weights_digest(model)
+    for _ in range(2):
+        assert weights_digest(model) == first
+    file = min(model.glob("*.safetensors"))
+    with file.open("r+b") as opened:
+        opened.write(b"x")
+    assert weights_digest(model) != first
+
+
+def test_a_cache_where_there_are_no_locks_is_used_without(
+    model: Path, unread: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    first = weights_digest(model)
+    unread()
+    assert weights_digest(model) == first
 
 
 def test_a_file_is_read_once_for_a_machine(
