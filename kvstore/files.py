@@ -42,3 +42,14 @@ def make_way(path: Path) -> None:
     if not stat.S_ISSOCK(mode):
         raise FileExistsError(errno.EEXIST, "what is there is no socket", str(path))
     path.unlink()
+
+
+def file_system(fd: int) -> str:
+    """Type of the file system that a file is on; empty if it cannot be found out."""
+    device = os.fstat(fd).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        mount, _, source = line.partition(" - ")
+        if mount.split()[2] == wanted:
+            return source.split()[0]
+    return ""

@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from kvstore.errors import SpecError
+from kvstore.files import file_system
 from kvstore.values import format_size
 
 _log = logging.getLogger("kvstore.weights")
 
 _WEIGHTS: Final = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
-# Folders that engines do not look into: left over from training, the original of what was converted.
+# Folders that engines do not look into: left over from training, originals of converted ones.
 _NOT_ENTERED: Final = re.compile(r"\..*|checkpoint-.*|global_step.*|original")
 # Files that they pass over; and JSON that says nothing of weights, since the configuration counts
 # as the engine understands it, and the rest shows in tokens.
@@ -151,7 +152,7 @@ def _digests(files: list[_File]) -> dict[str, str]:
             now = time.time()
             digests |= _hashed(fresh)
             timed = (f for f in fresh if f.timed and f.changed < now - _SETTLED)
-            kept |= {f.key: digests[f.key] for f in timed if _kind_of_place(f.path) not in _UNTIMED}
+            kept |= {f.key: digests[f.key] for f in timed if _shows_writes(f.path)}
             _keep(folder, kept)
     found = {file.key: kept[file.key] for file in missing if file.key in kept}
     if len(_known) > _MOST_KEPT:
@@ -187,16 +188,9 @@ def _settled(file: _File) -> None:
         os.fsync(opened.fileno())
 
 
-def _kind_of_place(path: Path) -> str:
-    """The kind of file system that a file is in; empty if it is not known."""
-    device = path.stat().st_dev
-    place = f"{os.major(device)}:{os.minor(device)}"
-    with suppress(OSError):
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
-            mount, _, kind = line.partition(" - ")
-            if mount.split()[2] == place:
-                return kind.split()[0]
-    return ""
+def _shows_writes(path: Path) -> bool:
+    with path.open("rb") as opened:
+        return file_system(opened.fileno()) not in _UNTIMED
 
 
 def _piece(piece: tuple[_File, int]) -> bytes:

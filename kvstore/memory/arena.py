@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 
 from kvstore import _native
 from kvstore.errors import ConfigError, NotNow
+from kvstore.files import file_system
 from kvstore.memory.room import check_room
 
 HUGE_PAGE: Final = 2 << 20
@@ -183,7 +184,7 @@ class Arena:
     @classmethod
     def _on_tmpfs(cls, fd: int, size: int, what: str, *, reserve: bool, private: bool) -> Arena:
         try:
-            kind = _file_system(fd)
+            kind = file_system(fd)
             if kind not in ("tmpfs", "ramfs", "hugetlbfs"):
                 raise ConfigError(
                     f"{what} is on a disk, which would be written all the time; give a place on a "
@@ -342,14 +343,3 @@ def _remove_stale(path: Path) -> None:
         ) from None
     finally:
         os.close(fd)
-
-
-def _file_system(fd: int) -> str:
-    """Type of the file system that a file is on; empty if it cannot be found out."""
-    device = os.fstat(fd).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        mount, _, source = line.partition(" - ")
-        if mount.split()[2] == wanted:
-            return source.split()[0]
-    return ""
