@@ -39,7 +39,8 @@ from kvstore.connectors.transformers.model import (
     cache_part,
     model_identity,
 )
-from kvstore.connectors.transformers.state import Weights, unfit
+from kvstore.connectors.transformers.state import unfit
+from kvstore.connectors.transformers.weights import Weights
 from kvstore.copier.base import PagedMemory, PlaneMemory
 from kvstore.errors import KVStoreError, SpecError
 from kvstore.telemetry import QuietLog

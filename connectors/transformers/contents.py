@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from kvstore.connectors.common.model_config import config_digest
+from kvstore.connectors.common.identity import config_digest
 from kvstore.errors import SpecError
 
 _LIBRARIES: Final = frozenset({"torch", "transformers", "peft"}) | sys.stdlib_module_names

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -17,13 +16,9 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Part
-from kvstore.connectors.common.model_config import config_digest
-from kvstore.connectors.transformers.state import (
-    Weights,
-    adapter_identity,
-    moded,
-    precision,
-)
+from kvstore.connectors.common.identity import config_digest, identity, type_name
+from kvstore.connectors.transformers.state import adapter_identity, moded, precision
+from kvstore.connectors.transformers.weights import Weights
 from kvstore.errors import SpecError
 
 LAYOUT: Final = Described("LPHNC")
@@ -101,7 +96,7 @@ def cache_group(cache: Any) -> Group:
         layers=len(cache.layers),
         heads=heads,
         channels=(key_width, value_width),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=type_name(dtype),
     )
 
 
@@ -153,26 +148,27 @@ def model_identity(
 ) -> ModelIdentity:
     """Everything of `model` that changes KV values.
 
-    Without a `revision` the weights name themselves: SHA-256 over all of their bytes, about a
-    second for each 2 GB on the CPU. A revision given, such as a commit, is taken at its word; it
-    must change whenever a weight or the model's code does. Of the folder that a model was
-    loaded from, only the last name counts, so that every host finds the same blocks. Nor does the
+    Without a `revision` the weights name themselves: by the files that the model was loaded from,
+    as in every engine, if it holds what they say; otherwise by SHA-256 over all of its tensors.
+    Either takes about a second for each 2 GB on the CPU. A revision given, such as a commit, is
+    taken at its word; it must change whenever a weight or the model's code does. The folder a model
+    was loaded from is no part of the identity, so that every host finds the same blocks. Nor is the
     attention implementation (sdpa, eager, flash): they differ in the last bits only.
 
     Raises:
         SpecError: the weights' bytes cannot be read and no revision is given.
     """
-    place = str(model.config.name_or_path)
-    name = Path(place).resolve().name if Path(place).exists() else place
-    extra = {
-        "config": config_digest(model.config),
-        "precision": precision(model),
-        "weights": str(getattr(model, "dtype", None)).removeprefix("torch."),
-    }
-    return ModelIdentity(
-        name=name if place else type(model).__name__,
-        revision=revision or Weights(model).digest(),
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return identity(
+        "transformers",
+        type(plain).__name__,
+        str(model.config.name_or_path) or type(plain).__name__,
+        model.config,
+        given=revision or "",
+        found="" if revision else Weights(model).digest(),
         dtype=part.group.dtype,
         adapter=adapter_identity(model),
-        extra=tuple(extra.items()),
+        config=config_digest(model.config),
+        precision=precision(model),
+        weights=type_name(getattr(model, "dtype", "")),
     )

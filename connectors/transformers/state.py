@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import torch
@@ -24,46 +23,7 @@ from kvstore import _native
 from kvstore.connectors.transformers.contents import Contents, own
 from kvstore.errors import SpecError
 
-_HASH_THREADS: Final = 4
 _PLAIN: Final = (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.Tensor))
-
-
-class Weights:
-    """The tensors of one model, and all else that it computes with; not thread-safe."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._hashed: dict[str, tuple[object, str]] = {}
-
-    def state(self) -> tuple[object, ...]:
-        """Equal as long as nothing of the model has changed. Takes a few milliseconds."""
-        held = Contents(self._model)
-        marks = {name: _mark(tensor) for name, tensor in held.tensors.items()}
-        config = self._model.config.to_json_string(use_diff=False)
-        return marks, held.told, config, precision(self._model)
-
-    def digest(self) -> str:
-        """SHA-256 in hex over every byte of every tensor, all else, and code of the model's own.
-
-        Tensors that have not changed since the last call are not read again.
-
-        Raises:
-            SpecError: a tensor is not in memory or in a private format, or code is in no file.
-        """
-        held = Contents(self._model)
-        known, self._hashed = self._hashed, {}
-
-        def line(name: str) -> str:
-            mark, (before, made) = _mark(held.tensors[name]), known.get(name, (None, ""))
-            self._hashed[name] = mark, made if mark == before else _line(name, held.tensors[name])
-            return self._hashed[name][1]
-
-        with ThreadPoolExecutor(_HASH_THREADS) as pool:
-            lines = [*pool.map(line, held.tensors), *map(repr, held.told.items()), *held.code()]
-        seen = {id(tensor) for tensor in held.tensors.values()}
-        others = self._model.state_dict(keep_vars=True).items()
-        lines += [_line(name, value) for name, value in others if id(value) not in seen]
-        return _sha256("\n".join(sorted(lines)).encode())
 
 
 def unfit(model: Any) -> str:
@@ -120,25 +80,25 @@ def adapter_identity(model: torch.nn.Module) -> str:
     for place, layer in layers:
         names = [] if layer.disable_adapters else list(layer.active_adapters)
         scaling = getattr(layer, "scaling", {})
-        state = [f"{name}*{scaling.get(name, 1.0):g}" for name in names]
+        state = [f"{name}*{scaling.get(name, 1.0)!r}" for name in names]
         states.add(",".join(state + [f"{name} merged" for name in layer.merged_adapters]))
         held = Contents(layer, without="base_layer")
-        lines += [_line(f"{place}.{name}", tensor) for name, tensor in held.tensors.items()]
+        lines += [line_of(f"{place}.{name}", tensor) for name, tensor in held.tensors.items()]
         lines += [f"{place}.{name} {told}" for name, told in held.told.items()]
     text = "; ".join(sorted(states - {""}))
-    return f"{text} {_sha256(repr(sorted(lines)).encode())[:16]}" if text else ""
+    return f"{text} {sha256(repr(sorted(lines)).encode())[:16]}" if text else ""
 
 
-def _mark(tensor: torch.Tensor) -> tuple[object, ...]:
+def mark(tensor: torch.Tensor) -> tuple[object, ...]:
     """What a tensor keeps as long as it is not changed."""
     count = None if tensor.is_inference() else tensor._version
-    mark = WeakIdRef(tensor), tensor.dtype, tensor.shape, tensor.device, count
-    if not _is_plain(tensor):
-        return mark
+    kept = WeakIdRef(tensor), tensor.dtype, tensor.shape, tensor.device, count
+    if not is_plain(tensor):
+        return kept
     step = 1 if count is None or tensor.ndim < 2 else _step(tensor.numel(), tensor.shape[-1])
     sample = tensor.detach().reshape(-1)[::step].contiguous().view(torch.uint8).cpu()
     seen = _native.xxh3_64(sample.data_ptr(), sample.numel())
-    return *mark, tensor.data_ptr(), tensor.stride(), seen
+    return *kept, tensor.data_ptr(), tensor.stride(), seen
 
 
 def _step(count: int, width: int) -> int:
@@ -149,23 +109,30 @@ def _step(count: int, width: int) -> int:
     return step
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether all that a tensor is lies in its bytes."""
     dense = tensor.layout == torch.strided and not tensor.is_quantized
     return type(tensor) in _PLAIN and dense and not tensor.is_meta
 
 
-def _line(name: str, value: Any) -> str:
+def line_of(name: str, value: Any) -> str:
+    """What tells a tensor, or other entry of a checkpoint, from all others.
+
+    Raises:
+        SpecError: nothing does.
+    """
     if not isinstance(value, torch.Tensor):
         if isinstance(value, (bool, int, float, str, torch.dtype, type(None))):
             return f"{name} {value!r}"
-    elif _is_plain(value):
+    elif is_plain(value):
         raw = value.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy()
-        return f"{name} {value.dtype} {tuple(value.shape)} {_sha256(raw.data)}"
+        return f"{name} {value.dtype} {tuple(value.shape)} {sha256(raw.data)}"
     raise SpecError(
         f"the bytes of weight {name} ({type(value).__name__}) cannot be read to tell its model "
         "from others; pass revision="
     )
 
 
-def _sha256(data: Any) -> str:
+def sha256(data: Any) -> str:
+    """SHA-256 in hex."""
     return hashlib.sha256(data).hexdigest()

@@ -1,8 +1,7 @@
 """Which KV belongs together: the name of a model in vLLM.
 
-Two engines share blocks only if their KV values are equal for equal tokens. So the name covers
-every byte of the weights, the configuration as vLLM has resolved it, code that came with the model,
-and all flags that are not known to leave values alone.
+It covers every byte of the files of weights, the configuration as vLLM has resolved it, code that
+came with the model, and all flags that are set and not known to leave values alone.
 """
 
 from __future__ import annotations
@@ -11,16 +10,17 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import vllm
+from vllm import envs
 from vllm.model_executor.models.registry import ModelRegistry
 
 from kvstore.blocks.spec import ModelIdentity
 from kvstore.blocks.weights import code_digest, weights_digest
-from kvstore.connectors.common.model_config import config_digest
+from kvstore.connectors.common.identity import config_digest, folder_of, identity, type_name
 from kvstore.errors import SpecError
 
 # Fields of vLLM's configuration that change no value of the KV cache, or that other entries cover
@@ -43,6 +43,8 @@ _FROM_FILES: Final = re.compile(
     r"auto|hf|(fast)?safetensors|instanttensor|mistral|pt|gguf|bitsandbytes|sharded_state|runai_streamer"
 )
 """Ways of loading that read the files in the model's folder, and nothing else."""
+_AS_ALL: Final = re.compile(r"auto|hf|(fast)?safetensors|instanttensor")
+"""Those that read the files that every engine reads, as they are."""
 _OF_LOADING: Final = re.compile(r"concurrency|enable_\w+|memory_limit|num_threads")
 """What loaders are told that changes no weight."""
 _OTHER_MODELS: Final = r"[a-z]\w*_model_id"
@@ -66,26 +68,26 @@ def identity_of(
         OSError: a file cannot be read.
     """
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    extra = {
-        "engine": "vllm",
-        "weights": str(model.dtype).removeprefix("torch."),
-        "quantization": str(model.quantization or ""),
-        "cache": str(cache.cache_dtype),
-        "config": _told(lambda: config_digest(model.hf_config), worker or revision),
-        "flags": _told(lambda: config_digest(_flags(vllm_config)), worker or revision),
-        "stored": stored,
-    }
-    if _depends_on_length(model.hf_config):
-        extra["max_model_len"] = str(model.max_model_len)
-    if revision:
-        name = _called(model.model)
-    else:
-        name = str(model.architecture)
-        revision = _weights(vllm_config)
-        extra["code"] = _code(vllm_config)
-    extra["implementation"] = _implementation(model.architecture)
-    told = tuple(sorted((key, value) for key, value in extra.items() if value))
-    return ModelIdentity(name, revision, dtype, extra=told)
+    on_gpu = vllm_config.device_config.device_type == "cuda"
+    return identity(
+        "vllm",
+        str(model.architecture),
+        model.model,
+        model.hf_config,
+        given=revision,
+        found="" if revision else _weights(vllm_config),
+        dtype=dtype,
+        weights=type_name(model.dtype),
+        quantization=model.quantization or "",
+        cache="" if cache.cache_dtype == "auto" else str(cache.cache_dtype),
+        config=_told(lambda: config_digest(model.hf_config), worker or revision),
+        flags=_told(lambda: _flags(vllm_config), worker or revision),
+        stored=stored,
+        precision="tf32" if on_gpu and envs.VLLM_FLOAT32_MATMUL_PRECISION != "highest" else "",
+        max_model_len=str(model.max_model_len) if _depends_on_length(model.hf_config) else "",
+        code="" if revision else _code(vllm_config),
+        implementation=_implementation(model.architecture),
+    )
 
 
 def _told(digest: Callable[[], str], otherwise: str | bool) -> str:
@@ -98,15 +100,6 @@ def _told(digest: Callable[[], str], otherwise: str | bool) -> str:
         return ""
 
 
-def _called(place: str) -> str:
-    """What people call the model: its repository, or its folder."""
-    path = Path(place)
-    for part in path.absolute().parts:
-        if part.startswith("models--"):
-            return part.removeprefix("models--").replace("--", "/")
-    return path.resolve().name if path.exists() else place
-
-
 def _implementation(name: str) -> str:
     """The class that computes the model, if it is none of vLLM's own."""
     entry = ModelRegistry.models.get(name)
@@ -114,25 +107,32 @@ def _implementation(name: str) -> str:
     return "" if module.startswith("vllm.") else str(module)
 
 
-def _flags(vllm_config: Any) -> dict[str, Any]:
-    """What the engine was told, but for what is known not to count."""
-    model, cache = vllm_config.model_config, vllm_config.cache_config
-    flags = {
-        "unquantized_layers": cache.kv_cache_dtype_skip_layers,
-        "additional": vllm_config.additional_config,
-    }
-    if (lora := vllm_config.lora_config) is not None and lora.lora_dtype != model.dtype:
-        flags["lora_dtype"] = lora.lora_dtype
-    for part in (model, model.multimodal_config, vllm_config.attention_config):
-        if is_dataclass(part):
-            flags |= {f.name: getattr(part, f.name) for f in fields(part)}
+def _flags(vllm_config: Any) -> str:
+    """A digest of what the engine was told, but for what is known not to count; empty: nothing."""
+    model, cache, lora = vllm_config.model_config, vllm_config.cache_config, vllm_config.lora_config
     if callable(model.hf_overrides):
         raise SpecError("hf_overrides is a function, whose effect cannot be told")
-    counting = {name: value for name, value in flags.items() if not _NEUTRAL.fullmatch(name)}
-    for name, value in counting.items():
-        if name.endswith("_path") and value:
-            raise SpecError(f"{name} is {value!r}, and what is in that file is not known")
-    return counting
+    counting = {
+        "unquantized_layers": cache.kv_cache_dtype_skip_layers,
+        "additional": vllm_config.additional_config,
+        "lora_dtype": lora.lora_dtype if lora and lora.lora_dtype != model.dtype else None,
+    }
+    counting = {name: value for name, value in counting.items() if value}
+    for part in (model, model.multimodal_config, vllm_config.attention_config):
+        for field in fields(part) if is_dataclass(part) else ():
+            name, value = field.name, getattr(part, field.name)
+            if _NEUTRAL.fullmatch(name) or _is_unset(field, value):
+                continue
+            if name.endswith("_path"):
+                raise SpecError(f"{name} is {value!r}, and what is in that file is not known")
+            counting[f"{type(part).__name__}.{name}"] = value
+    return config_digest(counting) if counting else ""
+
+
+def _is_unset(field: Field[Any], value: Any) -> bool:
+    """Whether a flag is off, and by default: what is turned off by hand may do something else."""
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return bool(value == default and (value is None or value in (False, "auto", {}, [])))
 
 
 def _depends_on_length(config: Any) -> bool:
@@ -166,7 +166,8 @@ def _weights(vllm_config: Any) -> str:
             f"{model.model!r} was at {commit} when the engine started, is at {folder.name}"
         )
     files = weights_digest(folder, loaded_at=_started())
-    return files if load.load_format in ("auto", "hf") else f"{files} {load.load_format}"
+    as_all = _AS_ALL.fullmatch(load.load_format) and not [*folder.glob("consolidated*")]
+    return files if as_all else f"{files} {load.load_format}"
 
 
 def _started() -> float:
@@ -203,18 +204,4 @@ def _code(vllm_config: Any) -> str:
 
 
 def _folder(vllm_config: Any, place: str, revision: str | None) -> Path:
-    """Where on this machine a model lies: a path, or the name of a repository on a hub."""
-    if Path(place).exists():
-        return Path(place)
-    from huggingface_hub import snapshot_download
-
-    try:
-        found: str = snapshot_download(
-            place,
-            revision=revision,
-            cache_dir=vllm_config.load_config.download_dir,
-            local_files_only=True,
-        )
-    except (OSError, ValueError) as e:
-        raise SpecError(f"{place!r} is not on this machine") from e
-    return Path(found)
+    return folder_of(place, revision, vllm_config.load_config.download_dir)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import (
@@ -25,12 +26,14 @@ from vllm.v1.request import Request
 
 from kvstore.blocks.keys import block_keys
 from kvstore.blocks.spec import ModelIdentity, Namespace
+from kvstore.connectors.transformers.model import cache_part, model_identity
 from kvstore.connectors.vllm import identity as vllm_identity
 from kvstore.connectors.vllm.identity import identity_of
 from kvstore.connectors.vllm.inputs import Inputs, Unkeyed
 from kvstore.connectors.vllm.requests import Tracked, page_rows
 from kvstore.connectors.vllm.settings import Wishes, settings_of, wishes_of
 from kvstore.errors import ConfigError, SpecError
+from tests.engines.vllm_tools import model as smollm2
 from tests.engines.vllm_tools import small_model
 
 pytestmark = pytest.mark.vllm
@@ -282,6 +285,75 @@ def test_a_model_is_named_by_its_weights(small: Path, tmp_path: Path) -> None:
         file.write(bytes([last[0] ^ 1]))
     assert identity_of(engine(copy), "float32") != first
     assert identity_of(engine(copy), "float32", "v1").revision == "v1"
+
+
+def in_transformers(path: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, **options).eval()
+
+
+def its_name(model: Any, **options: Any) -> ModelIdentity:
+    return model_identity(model, cache_part(model), **options)
+
+
+@pytest.mark.parametrize(
+    ("real", "dtype"), [(False, "float32"), (False, "bfloat16"), (True, "float32")]
+)
+def test_the_same_weights_have_the_same_name_and_keys_in_transformers(
+    small: Path, real: bool, dtype: str
+) -> None:
+    path = smollm2() if real else small
+    model = in_transformers(path, dtype=dtype)
+    for load_format in ("auto", "safetensors"):
+        made = engine(path, dtype=dtype, load_format=load_format)
+        ours, theirs = identity_of(made, dtype), its_name(model)
+        assert ours == theirs
+        assert identity_of(made, dtype, "v1") == its_name(model, revision="v1")
+        tokens = list(range(200))
+        assert block_keys(Namespace(ours), tokens) == block_keys(Namespace(theirs), tokens)
+
+
+def test_other_numbers_have_other_names_than_in_transformers(small: Path, tmp_path: Path) -> None:
+    """The same files, but something else is done with them on either side."""
+    rounded, quantized = engine(small), engine(small)
+    rounded.cache_config.cache_dtype = "fp8"
+    quantized.model_config.quantization = "fp8"
+    ours = [identity_of(one, "float32") for one in (rounded, quantized)]
+    for flags in (
+        {"dtype": "bfloat16"},
+        {"load_format": "dummy"},
+        {"load_format": "pt"},
+        {"hf_overrides": {"rms_norm_eps": 1e-3}},
+        {"disable_sliding_window": True},
+        {"model_impl": "transformers"},
+        {"additional_config": {"own": 1}},
+    ):
+        ours.append(identity_of(engine(small, **flags), "float32"))
+    theirs = [its_name(in_transformers(small))]
+    changed = in_transformers(small)
+    with torch.no_grad():
+        changed.model.layers[1].self_attn.v_proj.weight[3, 5] += 1e-3
+    theirs.append(its_name(changed))
+    theirs.append(its_name(in_transformers(small, rms_norm_eps=1e-4)))
+    assert len({*ours, *theirs}) == len(ours) + len(theirs)
+
+
+def test_what_engines_may_cache_in_their_own_way_has_the_engines_name(
+    small: Path, tmp_path: Path
+) -> None:
+    """Architectures and kinds of RoPE that were not compared."""
+    yarn = {
+        "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2048,
+        "rope_theta": 1e4, "attention_factor": 1.5,
+    }  # fmt: skip
+    path = edited(small, tmp_path / "yarn", rope_parameters=yarn)
+    ours, theirs = identity_of(engine(path), "float32"), its_name(in_transformers(path))
+    assert ours != theirs
+    assert ours.revision == theirs.revision
+    assert dict(ours.extra)["engine"] == "vllm"
+    assert dict(theirs.extra)["engine"] == "transformers"
+    for revision in ("", "v1"):
+        name = identity_of(engine(path), "float32", revision)
+        assert name != its_name(in_transformers(path), revision=revision)
 
 
 def test_what_vllm_resolved_is_part_of_the_name(small: Path, tmp_path: Path) -> None:

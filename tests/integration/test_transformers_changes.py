@@ -218,19 +218,36 @@ def test_what_changes_back_finds_its_kv_again(shared_store: Any) -> None:
 
 
 def test_only_what_changed_is_read_again(
-    shared_store: Any, monkeypatch: pytest.MonkeyPatch
+    shared_store: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvstore.connectors.transformers import state
+    """Compared with its files, all at first; hashed where it is not what they say, all at first."""
+    from kvstore.connectors.transformers import weights
 
-    read, line = [], state._line
-    model = tiny()
+    compared, read = [], []
+    compare, line = weights._Stored.compare, weights.line_of
+
+    def noted(stored: Any, *given: Any) -> None:
+        compared.append(stored.name)
+        compare(stored, *given)
+
+    monkeypatch.setattr(weights._Stored, "compare", noted)
+    monkeypatch.setattr(
+        weights, "line_of", lambda name, value: read.append(name) or line(name, value)
+    )
+    tiny().save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    changed = "model.layers.0.self_attn.k_proj.weight"
     with open_cache(model, shared_store, "read again") as cache:
-        monkeypatch.setattr(
-            state, "_line", lambda name, value: read.append(name) or line(name, value)
-        )
-        in_place(model)
-        greedy(cache.generate, IDS)
-    assert read == ["model.layers.0.self_attn.k_proj.weight"]
+        assert len(compared) == len(set(compared)) == len(model.state_dict())
+        assert not read
+        for _ in range(2):
+            compared.clear()
+            before = len(read)
+            in_place(model)
+            greedy(cache.generate, IDS)
+            assert compared == [changed]
+        assert set(compared) < set(read[:before])
+        assert read[before:] == [changed]
 
 
 def test_a_model_moved_or_loaded_again_with_the_same_weights_keeps_its_name(
@@ -601,7 +618,7 @@ def test_a_model_loaded_from_here_has_a_name(tmp_path: Path, monkeypatch: Any) -
     tiny().save_pretrained(tmp_path)
     monkeypatch.chdir(tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(".")
-    assert name_of(model).name == tmp_path.name
+    assert model_identity(model, cache_part(model), revision="v1").name == tmp_path.name
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization", "ignore:torch.quantize_per_tensor")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from kvstore.blocks.spec import Group, ModelIdentity, Namespace  # noqa: E402
+from kvstore.blocks.weights import weights_digest  # noqa: E402
 from kvstore.client.session import Session  # noqa: E402
 from kvstore.config import load_config  # noqa: E402
 from kvstore.connectors.transformers.cache import (  # noqa: E402
@@ -19,6 +22,7 @@ from kvstore.connectors.transformers.cache import (  # noqa: E402
     cache_part,
     model_identity,
 )
+from kvstore.connectors.transformers.weights import Weights  # noqa: E402
 from kvstore.errors import SpecError  # noqa: E402
 from tests.transformers_tools import BLOCK, SIZES, build, llama, prompt  # noqa: E402
 
@@ -106,7 +110,119 @@ def test_equal_models_have_equal_identities_wherever_they_lie(tmp_path: Path) ->
         llama().save_pretrained(folder)
         found.append(identity(transformers.AutoModelForCausalLM.from_pretrained(folder)))
     assert found[0] == found[1]
-    assert found[0].name == "tiny"
+
+
+def loaded(folder: Path, **options: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_that_holds_what_its_files_say_is_named_by_them(
+    tmp_path: Path, dtype: Any, tied: bool
+) -> None:
+    """Rounded to its type; and again once it has been changed and changed back."""
+    llama(tie_word_embeddings=tied).save_pretrained(tmp_path)
+    model = loaded(tmp_path, dtype=dtype)
+    named = identity(model)
+    assert named.revision == weights_digest(tmp_path)
+    assert identity(model, revision="v1").revision == "v1"
+    weights = Weights(model)
+    assert weights.digest() == named.revision
+    weight = model.model.layers[1].mlp.up_proj.weight
+    with torch.no_grad():
+        weight.neg_()
+        assert weights.digest() != named.revision
+        weight.neg_()
+    assert weights.digest() == named.revision
+    random = torch.random.get_rng_state()
+    assert identity(model) == named
+    assert torch.equal(torch.random.get_rng_state(), random), "users' random numbers are theirs"
+
+
+def one_bit_of_a_weight(model: Any, folder: Path) -> None:
+    model.model.embed_tokens.weight.detach().view(torch.int32)[7, 5] ^= 1
+
+
+def a_buffer(model: Any, folder: Path) -> None:
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+
+
+def a_setting(model: Any, folder: Path) -> None:
+    model.model.layers[0].self_attn.layer_idx = 1
+
+
+def a_number(model: Any, folder: Path) -> None:
+    model.model.rotary_emb.attention_scaling = 2.0
+
+
+def another_type(model: Any, folder: Path) -> None:
+    model.model.layers[0].mlp.to(torch.bfloat16)
+
+
+def a_cast_of_all(model: Any, folder: Path) -> None:
+    model.to(torch.bfloat16)  # RoPE's frequencies, too, which engines keep in float32
+
+
+def a_new_weight(model: Any, folder: Path) -> None:
+    model.model.norm.bias = torch.nn.Parameter(torch.zeros(32))
+
+
+def another_kind_of_module(model: Any, folder: Path) -> None:
+    model.model.layers[0].mlp.act_fn = torch.nn.GELU()
+
+
+def an_adapter(model: Any, folder: Path) -> None:
+    model.add_adapter(peft.LoraConfig(target_modules=["k_proj"], init_lora_weights=False))
+
+
+def replaced(folder: Path, content: bytes) -> None:
+    """Not in place: a model of the type of its files lies in these."""
+    (folder / "new").write_bytes(content)
+    (folder / "new").replace(folder / "model.safetensors")
+
+
+def one_bit_of_a_file(model: Any, folder: Path) -> None:
+    raw = bytearray((folder / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    replaced(folder, raw)
+
+
+def another_file(model: Any, folder: Path) -> None:
+    shutil.copy(folder / "model.safetensors", folder / "more.safetensors")
+
+
+def a_file_cut_short(model: Any, folder: Path) -> None:
+    replaced(folder, (folder / "model.safetensors").read_bytes()[:-100])
+
+
+def no_file(model: Any, folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def files_of_another_kind(model: Any, folder: Path) -> None:
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    no_file(model, folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        one_bit_of_a_weight, a_buffer, a_setting, a_number, another_type, a_cast_of_all,
+        a_new_weight, another_kind_of_module, an_adapter, one_bit_of_a_file, another_file,
+        a_file_cut_short, no_file, files_of_another_kind,
+    ],
+)  # fmt: skip
+def test_a_model_that_differs_from_its_files_has_another_name(tmp_path: Path, change: Any) -> None:
+    llama().save_pretrained(tmp_path)
+    model = loaded(tmp_path)
+    weights, before = Weights(model), weights_digest(tmp_path)
+    assert weights.digest() == before
+    change(model, tmp_path)
+    now = set[str]()
+    with contextlib.suppress(SpecError):
+        now = {weights_digest(tmp_path)}
+    assert {weights.digest(), Weights(model).digest()}.isdisjoint({before} | now)
 
 
 def test_whatever_changes_values_changes_the_identity() -> None:
@@ -134,7 +250,7 @@ def test_adapters_are_part_of_the_identity() -> None:
     config = peft.LoraConfig(target_modules=["k_proj"], init_lora_weights=False)
     adapted = [peft.get_peft_model(llama(seed), config).eval() for seed in range(2)]
     named = [identity(model, revision=plain.revision) for model in adapted]
-    assert all(name.adapter.startswith("default*1 ") for name in named)
+    assert all(name.adapter.startswith("default*1.0 ") for name in named)
     assert len({plain.adapter, *(name.adapter for name in named)}) == 3, "of other weights"
     with adapted[0].disable_adapter():
         assert not identity(adapted[0], revision="x").adapter
