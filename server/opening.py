@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
+from typing import Final
 
 from kvstore.config import Config
 from kvstore.memory.arena import Arena
@@ -13,6 +14,9 @@ from kvstore.store.admission import Admission
 from kvstore.store.store import Store
 from kvstore.store.tiering import OpenDisk
 from kvstore.store.usage import Quota
+
+_ROOM_SECONDS: Final = 5.0
+"""To wait for the arena's room: idle clients of a daemon before us give it back within a second."""
 
 _log = logging.getLogger("kvstore.daemon")
 
@@ -31,6 +35,7 @@ def make_arena(config: Config, progress: Callable[[int, int], None], *, private:
         prefault=memory.prefault,
         private=private,
         progress=progress,
+        patience=_ROOM_SECONDS,
     )
     advice = arena.advice()
     if advice is not None:

@@ -10,9 +10,12 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from kvstore.client.watch import WATCH
 from kvstore.errors import ProtocolError, StoreUnavailable
 from kvstore.forks import in_child
 from kvstore.transport import protocol, shared
@@ -50,6 +53,7 @@ class Channel:
         self._broken: str | None = None
         self._users = 0
         self._retired = False
+        self._lost: Callable[[Channel, str], object] | None = None
         in_child(self, Channel._forked)
 
     @classmethod
@@ -63,6 +67,39 @@ class Channel:
     def broken(self) -> str | None:
         """Why the connection cannot be used any more; None while it can."""
         return self._broken
+
+    def watch(self, lost: Callable[[Channel, str], object]) -> None:
+        """Have `lost` called, on another thread, soon after the daemon has ended the connection."""
+        self._lost = lost
+        with suppress(OSError, RuntimeError):  # Without, whoever uses it next finds out.
+            WATCH.add(self, self._wire.fileno())
+
+    def look(self) -> None:
+        """The daemon may have ended the connection; find out. Called by the watch."""
+        if not self.enter():
+            return
+        try:
+            self._take_rest()
+        finally:
+            self.leave()
+        if self._lost is not None and self._broken is not None:
+            self._lost(self, self._broken)
+
+    def _take_rest(self) -> None:
+        """Hand out what has come, up to the end if that is there."""
+        with self._state:
+            if self._reading:  # Whoever is will do that.
+                return
+            self._reading = True
+        try:
+            while self._broken is None and self._read(0.0):
+                continue
+        except (OSError, ProtocolError) as e:
+            self._break(f"connection lost: {e}")
+        finally:
+            with self._state:
+                self._reading = False
+                self._state.notify_all()
 
     def tiers(self, numbers: bytes) -> tuple[str, ...]:
         """Names of tiers, given a byte for each."""
@@ -181,7 +218,7 @@ class Channel:
                     return
                 self._reading = True
             try:
-                self._read(deadline)
+                self._read(deadline - time.monotonic())
             except (OSError, ProtocolError) as e:
                 self._break(f"connection lost: {e}")
             finally:
@@ -189,11 +226,11 @@ class Channel:
                     self._reading = False
                     self._state.notify_all()
 
-    def _read(self, deadline: float) -> None:
-        """Wait for bytes until `deadline`, and hand out the frames that are whole."""
-        received = self._wire.take(deadline - time.monotonic())
+    def _read(self, seconds: float) -> bool:
+        """Wait so long for bytes, and hand out the frames that are whole; whether any came."""
+        received = self._wire.take(seconds)
         if received is None:
-            return
+            return False
         if not received:
             raise ConnectionResetError("the daemon closed the connection")
         self._frames.add(received)
@@ -206,3 +243,4 @@ class Channel:
                     waiter.reply = reply
                 elif request_id == 0 and isinstance(reply, Failure):
                     self._broken = self._broken or reply.reason
+        return True

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from weakref import ref
 
 from kvstore.blocks.spec import Namespace, Part
@@ -130,6 +131,7 @@ class Link:
                 if self._closed.is_set():
                     raise StoreUnavailable("closed")
                 self._channel, self._handle = channel, reply.handle
+            channel.watch(partial(_ended, ref(self)))
         except BaseException:
             channel.retire()
             raise
@@ -170,6 +172,13 @@ class Link:
         self.counters.add("connection.made")
         _log.info("connected to the store again")
         return True
+
+
+def _ended(of: ref[Link], channel: Channel, reason: str) -> None:
+    """The daemon ended a connection that nobody was using."""
+    link = of()
+    if link is not None:
+        link._lost(channel, reason)
 
 
 def _reconnect(of: ref[Link], closed: threading.Event, longest: float) -> None:

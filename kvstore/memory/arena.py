@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import logging
 import mmap
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -21,13 +23,17 @@ from weakref import WeakValueDictionary
 from kvstore import _native
 from kvstore.errors import ConfigError, NotNow
 from kvstore.files import file_system
-from kvstore.memory.room import check_room
+from kvstore.memory.room import Busy, check_room
 
 HUGE_PAGE: Final = 2 << 20
+_RESERVED: Final = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+_LOOK: Final = 0.1
 _PREFAULT_PIECE: Final = 256 << 20
 _POPULATE_PIECE: Final = 8 << 20
 _MADV_HUGEPAGE: Final = 14
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+_log = logging.getLogger("kvstore.daemon")
 
 Progress = Callable[[int, int], None]
 
@@ -60,6 +66,7 @@ class Arena:
         prefault: bool = True,
         private: bool = False,
         progress: Progress | None = None,
+        patience: float = 0.0,
     ) -> Arena:
         """A new arena of `size` bytes, rounded down to whole pages.
 
@@ -68,21 +75,29 @@ class Arena:
         `progress(done, total)` is told while pages are touched (about 1 GB/s the first time); what
         it raises ends the attempt. Without `prefault` pages of a tmpfs or of HugeTLB are reserved
         all the same: should they run out later, whoever touches them would be killed. A `private`
-        arena is smaller where little memory is free.
+        arena is smaller where little memory is free. Room that others have, such as clients of a
+        daemon that has just ended, is waited for, `patience` seconds.
 
         Raises:
             ConfigError: `huge_dir` or `path` is not usable; `NotNow`: there is not enough memory.
         """
         size -= size % mmap.PAGESIZE
         arena: Arena | None = None
+        until, waited = time.monotonic() + patience, False
         try:
-            if path is not None:
-                arena = cls._named(size, path, reserve=not prefault, private=private)
-            else:
-                arena = cls._on_huge_pages(size, reserve=not prefault)
-                if arena is None and huge_dir is not None:
-                    arena = cls._in_folder(size, huge_dir, reserve=not prefault, private=private)
-                arena = arena or cls._plain(size, private=private)
+            while arena is None:
+                patient = time.monotonic() < until
+                try:
+                    arena = cls._somewhere(size, huge_dir, path, not prefault, private, patient)
+                except Busy as e:
+                    if not patient:
+                        raise
+                    if not waited:
+                        _log.info("waiting up to %.3g s for memory: %s", patience, e)
+                    waited = True
+                    if progress is not None:
+                        progress(0, size)
+                    time.sleep(_LOOK)
             if prefault:
                 arena.prefault(progress)
         except BaseException as e:
@@ -125,13 +140,32 @@ class Arena:
         return arena
 
     @classmethod
-    def _on_huge_pages(cls, size: int, *, reserve: bool) -> Arena | None:
+    def _somewhere(
+        cls,
+        size: int,
+        huge_dir: Path | None,
+        path: Path | None,
+        reserve: bool,
+        private: bool,
+        patient: bool,
+    ) -> Arena:
+        if path is not None:
+            return cls._named(size, path, reserve=reserve, private=private)
+        arena = cls._on_huge_pages(size, reserve=reserve, patient=patient)
+        if arena is None and huge_dir is not None:
+            arena = cls._in_folder(size, huge_dir, reserve=reserve, private=private)
+        return arena or cls._plain(size, private=private)
+
+    @classmethod
+    def _on_huge_pages(cls, size: int, *, reserve: bool, patient: bool) -> Arena | None:
         rounded = size - size % HUGE_PAGE
         if not rounded:
             return None
         try:
             return cls._memfd(rounded, "hugetlb", os.MFD_HUGETLB | os.MFD_HUGE_2MB, reserve=reserve)
-        except OSError:  # No pages reserved: the usual case, and not an error.
+        except OSError as e:  # No pages reserved: the usual case, and not an error.
+            if patient and rounded <= _reserved_huge_pages():
+                raise Busy(f"reserved huge pages are in use by others ({e})") from e
             return None
 
     @classmethod
@@ -192,7 +226,8 @@ class Arena:
                 )
             space = os.fstatvfs(fd)
             if space.f_blocks and space.f_bavail * space.f_frsize < size:  # 0: no limit
-                raise NotNow(
+                fits = size <= space.f_blocks * space.f_frsize
+                raise (Busy if fits else NotNow)(
                     f"{what} has room for {space.f_bavail * space.f_frsize} bytes, "
                     f"memory.size is {size}; enlarge the tmpfs or lower memory.size"
                 )
@@ -305,6 +340,14 @@ def _let_go() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go)
+
+
+def _reserved_huge_pages() -> int:
+    """Bytes of them, in use or not."""
+    try:
+        return int(_RESERVED.read_text()) * HUGE_PAGE
+    except OSError:  # a kernel without
+        return 0
 
 
 def _set_size(fd: int, size: int, *, reserve: bool) -> None:

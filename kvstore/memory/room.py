@@ -26,6 +26,10 @@ _OWN: Final = 64 << 20
 _log = logging.getLogger("kvstore.daemon")
 
 
+class Busy(NotNow):
+    """Others have the room now: maybe clients of a daemon that has just ended, for a moment yet."""
+
+
 class Room(NamedTuple):
     """`free` bytes of `limit`, which is that of `where`."""
 
@@ -59,12 +63,12 @@ def check_room(size: int, *, private: bool) -> int:
     If it is `private` to an engine, which may not have all it needs yet: at most half of what fits.
 
     Raises:
-        NotNow: it does not.
+        NotNow: it does not; `Busy` where it would, were all of the memory free.
     """
     free, limit, where = room()
     fits = (free - _OWN) * 100 // 101 // (2 if private else 1)
     if size > fits and (not private or fits < _LEAST):
-        raise NotNow(
+        raise (Busy if size <= (limit - _OWN) * 100 // 101 else NotNow)(
             f"memory.size is {size} bytes, but {free} of the {limit} bytes of {where} are free, "
             f"and a daemon needs {_OWN} and a hundredth of its arena besides; use a smaller "
             "memory.size, or allow more memory"

@@ -95,6 +95,10 @@ class Wire:
         value = _TIMEVAL.pack(microseconds // 1_000_000, microseconds % 1_000_000)
         self._socket.setsockopt(socket.SOL_SOCKET, option, value)
 
+    def fileno(self) -> int:
+        """The socket's descriptor."""
+        return self._socket.fileno()
+
     def wait(self) -> None:
         """Until there is something to receive, or the end; for any time."""
         _ready(self._socket, select.POLLIN, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -36,6 +38,7 @@ from tests.session_tools import (
     prompt,
     save,
 )
+from tests.tcp_tools import free_port, tcp_session
 
 # --- Damage ---------------------------------------------------------------------------------------
 
@@ -84,6 +87,59 @@ def held_by(channel: Channel, keys: list[bytes], lease: int = 1) -> protocol.Hel
 
 
 # --- The daemon goes and comes --------------------------------------------------------------------
+
+
+def mapped() -> bool:
+    """Whether this process maps an arena."""
+    return any(name in Path("/proc/self/maps").read_text() for name in ("memfd:kvstore", "/huge/#"))
+
+
+@pytest.mark.parametrize("way", ["unix", "tcp"])
+def test_an_idle_client_sees_its_daemon_go_and_come(stores: Stores, way: str) -> None:
+    """It gives back the arena of the dead one, and is there for the next, without being called."""
+    settings = {"server": {"tcp": f"127.0.0.1:{free_port()}"}}
+    served = stores.serve(**settings)
+    opened = served.session if way == "unix" else partial(tcp_session, served)
+    with opened() as session, opened(tenant="b") as other:
+        for _ in range(2):
+            assert mapped() == (way == "unix")
+            started = time.monotonic()
+            served.kill()
+            eventually(lambda: session.problem and other.problem and not mapped(), 1.0)
+            assert time.monotonic() - started < 1.0
+            served.restart()
+            eventually(lambda: session.problem is None and other.problem is None)
+    gc.collect()
+    assert not mapped()
+
+
+def test_a_dropped_session_keeps_nothing_of_a_dead_daemon(stores: Stores) -> None:
+    served = stores.serve()
+    session: Session | None = served.session()
+    session = None
+    gc.collect()
+    assert session is None
+    assert not mapped()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="mounting a tmpfs needs root")
+def test_a_daemon_is_restarted_in_the_room_of_the_one_before(stores: Stores) -> None:
+    """Which an idle client still maps."""
+    huge = stores.folder / "huge"
+    huge.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(huge)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount a tmpfs")
+    try:
+        served = stores.serve({"size": "8MiB", "huge_dir": str(huge)})
+        with served.session() as session:
+            assert mapped()
+            served.kill()
+            served.restart()
+            back_again(session)
+        served.stop()
+    finally:
+        subprocess.run(["umount", "-l", str(huge)], check=True)
 
 
 def test_a_killed_daemon_is_a_miss_and_its_successor_is_found(stores: Stores) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,30 @@ def test_a_huge_tmpfs_gives_huge_pages(huge_tmpfs: Path) -> None:
 def test_a_huge_tmpfs_that_is_too_small_is_refused(huge_tmpfs: Path) -> None:
     with pytest.raises(ConfigError, match=r"memory\.huge_dir .* has room for .*enlarge"):
         Arena.create(64 << 20, huge_dir=huge_tmpfs)
+
+
+def test_room_that_others_give_back_soon_is_waited_for(huge_tmpfs: Path) -> None:
+    """Clients of a daemon that was killed, say."""
+    before = Arena.create(12 << 20, huge_dir=huge_tmpfs)
+    with pytest.raises(NotNow, match="has room for"):
+        Arena.create(12 << 20, huge_dir=huge_tmpfs, patience=0.2)
+    threading.Timer(0.2, before.close).start()
+    Arena.create(12 << 20, huge_dir=huge_tmpfs, patience=20.0).close()
+
+
+def test_reserved_huge_pages_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And then done without; at once where there are none, in use or not."""
+    reserved = tmp_path / "nr_hugepages"
+    monkeypatch.setattr("kvstore.memory.arena._RESERVED", reserved)
+    caplog.set_level("INFO", "kvstore.daemon")
+    for pages, waits in (("0", False), ("1", False), ("1000000", True)):
+        reserved.write_text(pages)
+        caplog.clear()
+        arena = Arena.create(SIZE, patience=0.2)
+        assert bool(caplog.records) == waits
+        arena.close()
 
 
 def test_a_missing_huge_dir_is_refused_with_the_remedy(tmp_path: Path) -> None:
