@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import select
 import threading
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 from weakref import WeakValueDictionary
 
 from kvstore.forks import in_child
 
-if TYPE_CHECKING:
-    from kvstore.client.channel import Channel
-
 _EVENTS: Final = select.EPOLLRDHUP | select.EPOLLONESHOT
+
+
+class Watched(Protocol):
+    """Has a connection."""
+
+    def look(self) -> None:
+        """See whether the other side has ended it."""
 
 
 class Watch:
@@ -29,9 +33,9 @@ class Watch:
         """Also in the child of a fork, which has neither the thread nor the connections."""
         self._lock = threading.Lock()
         self._poll: select.epoll | None = None
-        self._channels = WeakValueDictionary[int, "Channel"]()
+        self._channels = WeakValueDictionary[int, Watched]()
 
-    def add(self, channel: Channel, fd: int) -> None:
+    def add(self, channel: Watched, fd: int) -> None:
         """Watch a channel's socket; it needs not be told when that is closed.
 
         Raises:
