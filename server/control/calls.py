@@ -40,12 +40,12 @@ Answer = Callable[[Grant, Any], Awaitable[Message | bytes]]
 Stream = Callable[[Grant, Any], AbstractAsyncContextManager[AsyncIterator[Message]]]
 
 
-class Verb(NamedTuple):
-    """A method of the API: the role it needs, and what answers it or streams."""
+class Served(NamedTuple):
+    """What serves a verb of the API: an `Answer`, or a `Stream`; and the role it needs."""
 
     role: Role
-    answer: Answer | None = None
-    stream: Stream | None = None
+    answer: Any
+    streams: bool
 
 
 class Callers:
@@ -193,7 +193,7 @@ class Calls(grpc.GenericRpcHandler):
         verbs: by name of the method.
     """
 
-    def __init__(self, callers: Callers, verbs: Mapping[str, Verb]) -> None:
+    def __init__(self, callers: Callers, verbs: Mapping[str, Served]) -> None:
         self._callers = callers
         self._verbs = verbs
         methods = v1.DESCRIPTOR.services_by_name["Orchestrator"].methods
@@ -207,10 +207,8 @@ class Calls(grpc.GenericRpcHandler):
             return None
         caller = self._callers.grant(handler_call_details.invocation_metadata)
         check_role(caller, verb.role, method)
-        if verb.stream is not None:
-            return self._streaming(method, verb.stream, caller)
-        assert verb.answer is not None
-        return self._unary(method, verb.answer, caller)
+        serve = self._streaming if verb.streams else self._unary
+        return serve(method, verb.answer, caller)
 
     def _unary(self, method: str, answer: Answer, caller: Grant) -> Handler:
         async def serve(data: bytes, context: Context) -> bytes:

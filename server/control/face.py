@@ -16,10 +16,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kvstore.api.convert import MAX_MESSAGE, SERVICE
+from kvstore.api.verbs import VERBS, Streams
 from kvstore.errors import ConfigError, NotNow
 from kvstore.files import make_way
 from kvstore.server.access.grants import LOCAL, Grant, Role
-from kvstore.server.control.calls import SPARE_CALLS, Callers, Calls, Gate, Verb
+from kvstore.server.control.calls import SPARE_CALLS, Callers, Calls, Gate, Served
 from kvstore.server.control.events import EventVerbs
 from kvstore.server.control.operations import Operations
 from kvstore.server.control.prompts import PromptVerbs
@@ -68,37 +69,20 @@ for _name in ("grpc._cython.cygrpc", "asyncio"):
     logging.getLogger(_name).addFilter(_is_news)
 
 
-def verbs(node: Node, operations: Operations) -> Mapping[str, Verb]:
-    """The API: by method, the role needed and what serves it."""
-    prompts, state, events = PromptVerbs(node), StateVerbs(node), EventVerbs(node)
-    write, rules = WriteVerbs(node, operations), RuleVerbs(node, operations)
-    return {
-        "Lookup": Verb(Role.READ, prompts.lookup),
-        "Explain": Verb(Role.READ, prompts.explain),
-        "Stats": Verb(Role.READ, state.stats),
-        "ListNamespaces": Verb(Role.READ, state.list_namespaces),
-        "ListSessions": Verb(Role.READ, state.list_sessions),
-        "ListLeases": Verb(Role.READ, state.list_leases),
-        "WatchEvents": Verb(Role.READ, stream=events.watch_events),
-        "Pin": Verb(Role.WRITE, write.pin),
-        "Unpin": Verb(Role.WRITE, write.unpin),
-        "SetTtl": Verb(Role.WRITE, write.set_ttl),
-        "Prefetch": Verb(Role.WRITE, write.prefetch),
-        "Move": Verb(Role.WRITE, write.move),
-        "Copy": Verb(Role.WRITE, write.copy),
-        "Compress": Verb(Role.WRITE, write.compress),
-        "Decompress": Verb(Role.WRITE, write.decompress),
-        "Clear": Verb(Role.WRITE, write.clear),
-        "CheckFinish": Verb(Role.READ, rules.check_finish),
-        "Watch": Verb(Role.READ, stream=rules.watch),
-        "Cancel": Verb(Role.WRITE, rules.cancel),
-        "ListOperations": Verb(Role.READ, rules.list_operations),
-        "SetQuota": Verb(Role.ADMIN, rules.set_quota),
-        "GetQuota": Verb(Role.READ, rules.get_quota),
-        "GetAdmission": Verb(Role.READ, rules.get_admission),
-        "SetAdmission": Verb(Role.ADMIN, rules.set_admission),
-        "Drain": Verb(Role.ADMIN, rules.drain),
-    }
+def served(node: Node, operations: Operations) -> Mapping[str, Served]:
+    """What answers each verb of the API: the method of its name, by that of gRPC."""
+    parts = (
+        PromptVerbs(node),
+        StateVerbs(node),
+        EventVerbs(node),
+        WriteVerbs(node, operations),
+        RuleVerbs(node, operations),
+    )
+    found = {}
+    for verb in VERBS:
+        (answer,) = (getattr(part, verb.name) for part in parts if hasattr(part, verb.name))
+        found[verb.method] = Served(Role[verb.role.upper()], answer, isinstance(verb, Streams))
+    return found
 
 
 class ControlFace:
@@ -108,7 +92,7 @@ class ControlFace:
         self._node = node
         self._path = node.config.control_socket
         self._operations = Operations()
-        self._verbs = verbs(node, self._operations)
+        self._verbs = served(node, self._operations)
         self._health = health.aio.HealthServicer()
         self._servers: dict[str, grpc.aio.Server] = {}  # by address; the empty one is the socket's
         self._tasks: list[asyncio.Task[None]] = []

@@ -16,11 +16,12 @@ from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.message_factory import GetMessageClass
 
 import kvstore.api
-from kvstore.api import requests, v1
+from kvstore.api import v1
 from kvstore.api.client import AsyncOrchestrator, Orchestrator
 from kvstore.api.connection import target
 from kvstore.api.convert import SERVICE, duration, namespace_message, namespace_of, timestamp
 from kvstore.api.errors import RequestRefused
+from kvstore.api.verbs import VERBS, Verbs
 from kvstore.blocks.keys import Media
 from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.config import load_config
@@ -66,6 +67,7 @@ def test_the_types_promise_what_is_there() -> None:
 
 @pytest.mark.parametrize("kind", [Orchestrator, AsyncOrchestrator])
 def test_clients_have_every_verb(kind: type[Any]) -> None:
+    assert sorted(verb.method for verb in VERBS) == sorted(METHODS)
     for method in METHODS:
         assert getattr(kind, snake(method)).__doc__
 
@@ -85,7 +87,7 @@ def test_requests_are_of_the_type_that_the_method_takes() -> None:
     } | {name: {"operation": "1"} for name in ("check_finish", "watch", "cancel")}
     for method in v1.DESCRIPTOR.services_by_name["Orchestrator"].methods:
         name = snake(method.name)
-        call = getattr(requests, name)(**arguments.get(name, {}))
+        call = getattr(Verbs, name).call(**arguments.get(name, {}))
         assert call.method == method.name
         assert call.request.DESCRIPTOR is method.input_type
         assert call.reply is GetMessageClass(method.output_type)
@@ -93,7 +95,7 @@ def test_requests_are_of_the_type_that_the_method_takes() -> None:
 
 def test_choices_become_selections() -> None:
     namespace = Namespace(ModelIdentity("m"), "t", 16)
-    request = requests.clear(
+    request = Verbs.clear.call(
         namespace=namespace, tenant="", tier="disk", older_than=1.5, unused_for=60, dry_run=True
     ).request
     assert isinstance(request, v1.ClearRequest)
@@ -104,7 +106,7 @@ def test_choices_become_selections() -> None:
     assert (chosen.tier, chosen.older_than.seconds, chosen.older_than.nanos) == (2, 1, 500_000_000)
     assert chosen.unused_for.seconds == 60
     assert not chosen.everything
-    request = requests.move(
+    request = Verbs.move.call(
         "memory",
         namespace=namespace,
         tokens=[1, 2],
@@ -125,23 +127,23 @@ def test_choices_become_selections() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: requests.lookup("abcdef"), "either tokens or keys"),
-        (lambda: requests.lookup("abcdef", tokens=[1], keys=[]), "either tokens or keys"),
-        (lambda: requests.lookup("abcdef", tokens=[-1]), "32 bits"),
-        (lambda: requests.lookup("abcdef", tokens=[1 << 32]), "32 bits"),
-        (lambda: requests.lookup("abcdef", tokens=["x"]), "32 bits"),  # type: ignore[list-item]
-        (lambda: requests.lookup("abcdef", keys=[bytes(32)], salt="s"), "keys cover salt"),
-        (lambda: requests.lookup("abcdef", tokens=[1], media=[Media("i", "d", -1, 1)]), "whole"),
-        (lambda: requests.clear(tokens=[1]), "namespace"),
-        (lambda: requests.clear(namespace=""), "namespace is empty"),
-        (lambda: requests.clear(namespace="", tenant="t"), "namespace is empty"),
-        (lambda: requests.watch_events(""), "namespace is empty"),
-        (lambda: requests.made(requests.watch_events, after=-1), "does not fit"),
-        (lambda: requests.made(requests.list_leases, 1 << 64), "does not fit"),
-        (lambda: requests.made(requests.list_namespaces, "\udcff"), "does not fit"),
-        (lambda: requests.move("cloud", everything=True), "memory or disk"),  # type: ignore[arg-type]
-        (lambda: requests.set_ttl(math.inf, everything=True), "ttl"),
-        (lambda: requests.set_ttl(math.nan, everything=True), "ttl"),
+        (lambda: Verbs.lookup.call("abcdef"), "either tokens or keys"),
+        (lambda: Verbs.lookup.call("abcdef", tokens=[1], keys=[]), "either tokens or keys"),
+        (lambda: Verbs.lookup.call("abcdef", tokens=[-1]), "32 bits"),
+        (lambda: Verbs.lookup.call("abcdef", tokens=[1 << 32]), "32 bits"),
+        (lambda: Verbs.lookup.call("abcdef", tokens=["x"]), "32 bits"),  # type: ignore[list-item]
+        (lambda: Verbs.lookup.call("abcdef", keys=[bytes(32)], salt="s"), "keys cover salt"),
+        (lambda: Verbs.lookup.call("abcdef", tokens=[1], media=[Media("i", "d", -1, 1)]), "whole"),
+        (lambda: Verbs.clear.call(tokens=[1]), "namespace"),
+        (lambda: Verbs.clear.call(namespace=""), "namespace is empty"),
+        (lambda: Verbs.clear.call(namespace="", tenant="t"), "namespace is empty"),
+        (lambda: Verbs.watch_events.call(""), "namespace is empty"),
+        (lambda: Verbs.watch_events.call(after=-1), "does not fit"),
+        (lambda: Verbs.list_leases.call(1 << 64), "does not fit"),
+        (lambda: Verbs.list_namespaces.call("\udcff"), "does not fit"),
+        (lambda: Verbs.move.call("cloud", everything=True), "memory or disk"),  # type: ignore[arg-type]
+        (lambda: Verbs.set_ttl.call(math.inf, everything=True), "ttl"),
+        (lambda: Verbs.set_ttl.call(math.nan, everything=True), "ttl"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_at_once(build: Any, message: str) -> None:
@@ -255,7 +257,7 @@ def test_the_service_has_the_name_that_clients_call() -> None:
 
 
 def test_a_request_that_is_too_large_is_not_sent() -> None:
-    assert requests.made(requests.lookup, "3f9a1c", tokens=[1] * 2_000_000)
+    assert Verbs.lookup.call("3f9a1c", tokens=[1] * 2_000_000)
     with pytest.raises(RequestRefused, match="some two million tokens") as caught:
-        requests.made(requests.lookup, "3f9a1c", tokens=[1] * 2_200_000)
+        Verbs.lookup.call("3f9a1c", tokens=[1] * 2_200_000)
     assert caught.value.reason == "TOO_LARGE"

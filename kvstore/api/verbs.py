@@ -1,0 +1,329 @@
+"""The verbs of the orchestration API, each described once: what it is asked with and answers, and
+the role it needs. Clients have them as methods, and the daemon serves them by these names.
+
+Namespaces are given by id (a unique beginning of at least 6 hex digits will do) or as a
+`kvstore.Namespace`. Blocks of a prompt are named by its `tokens` and what else names them
+(`Blocks`), or by their `keys`. Times are in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial, update_wrapper
+from types import MethodType
+from typing import (
+    Any,
+    Concatenate,
+    Final,
+    Generic,
+    Literal,
+    ParamSpec,
+    Self,
+    TypeVar,
+    Unpack,
+    overload,
+)
+
+from google.protobuf.message import Message
+
+from kvstore.api import convert, v1
+from kvstore.api.errors import RequestRefused
+from kvstore.api.requests import (
+    Blocks,
+    TierName,
+    Where,
+    duration_of,
+    not_empty,
+    prefix_of,
+    selection_of,
+    tier_of,
+)
+from kvstore.api.running import (
+    AsyncCaller,
+    AsyncOperation,
+    AsyncStream,
+    Call,
+    Caller,
+    Operation,
+    Stream,
+)
+from kvstore.blocks.spec import Namespace
+
+M = TypeVar("M", bound=Message)
+P = ParamSpec("P")
+
+Role = Literal["read", "write", "admin"]
+Builder = Callable[Concatenate[Any, P], Message]
+
+
+class Verb(Generic[P, M]):
+    """One verb: what makes its request, its answer, the role it needs. A client's attribute of
+    this kind is the method that sends it.
+    """
+
+    def __init__(self, build: Builder[P], reply: type[M], role: Role) -> None:
+        self.build = build
+        self.reply = reply
+        self.role = role
+        self.name = build.__name__
+        self.method = "".join(word.capitalize() for word in self.name.split("_"))
+        self.__doc__ = build.__doc__
+
+    def call(self, *args: P.args, **kwargs: P.kwargs) -> Call[M]:
+        """What to send.
+
+        Raises:
+            RequestRefused: a value does not fit its field, or the whole is too long for one call.
+        """
+        try:
+            request = self.build(None, *args, **kwargs)
+        except RequestRefused:
+            raise
+        except ValueError as e:  # Of protobuf: numbers out of range, strings that are no text.
+            raise RequestRefused(f"a value does not fit: {e}") from e
+        if (size := request.ByteSize()) > convert.MAX_MESSAGE:
+            raise RequestRefused(
+                f"a request of {size} bytes; {convert.MAX_MESSAGE} are allowed, some two million "
+                "tokens: ask for the beginning of the prompt",
+                "TOO_LARGE",
+            )
+        return Call(self.method, request, self.reply)
+
+    def _method(self, client: Any, send: str) -> Any:
+        if client is None:
+            return self
+        method = partial(getattr(client, send), self)
+        return update_wrapper(method, MethodType(self.build, client))
+
+
+class Asks(Verb[P, M]):
+    """Is answered with a message."""
+
+    @overload
+    def __get__(self, client: None, owner: object) -> Self: ...
+    @overload
+    def __get__(self, client: Caller, owner: object) -> Callable[P, M]: ...
+    @overload
+    def __get__(self, client: AsyncCaller, owner: object) -> Callable[P, Awaitable[M]]: ...
+    def __get__(self, client: Any, owner: object) -> Any:
+        return self._method(client, "ask")
+
+
+class Starts(Verb[P, v1.Operation]):
+    """Begins a long operation, and is answered with a handle."""
+
+    @overload
+    def __get__(self, client: None, owner: object) -> Self: ...
+    @overload
+    def __get__(self, client: Caller, owner: object) -> Callable[P, Operation]: ...
+    @overload
+    def __get__(
+        self, client: AsyncCaller, owner: object
+    ) -> Callable[P, Awaitable[AsyncOperation]]: ...
+    def __get__(self, client: Any, owner: object) -> Any:
+        return self._method(client, "start")
+
+
+class Streams(Verb[P, M]):
+    """Is answered with messages one after the other."""
+
+    @overload
+    def __get__(self, client: None, owner: object) -> Self: ...
+    @overload
+    def __get__(self, client: Caller, owner: object) -> Callable[P, Stream[M]]: ...
+    @overload
+    def __get__(self, client: AsyncCaller, owner: object) -> Callable[P, AsyncStream[M]]: ...
+    def __get__(self, client: Any, owner: object) -> Any:
+        return self._method(client, "follow")
+
+
+def asks(reply: type[M], role: Role = "read") -> Callable[[Builder[P]], Asks[P, M]]:
+    """For a function that makes a request."""
+    return lambda build: Asks(build, reply, role)
+
+
+def starts(role: Role = "write") -> Callable[[Builder[P]], Starts[P]]:
+    """For one of a long operation."""
+    return lambda build: Starts(build, v1.Operation, role)
+
+
+def streams(reply: type[M]) -> Callable[[Builder[P]], Streams[P, M]]:
+    """For one whose answer goes on."""
+    return lambda build: Streams(build, reply, "read")
+
+
+class Verbs:
+    """All verbs; the base of both clients."""
+
+    @asks(v1.LookupResponse)
+    def lookup(self, namespace: str | Namespace, **blocks: Unpack[Blocks]) -> v1.LookupRequest:
+        """The longest stored prefix of a prompt, and where its blocks lie."""
+        return v1.LookupRequest(prefix=prefix_of(namespace, blocks))
+
+    @asks(v1.ExplainResponse)
+    def explain(self, namespace: str | Namespace, **blocks: Unpack[Blocks]) -> v1.ExplainRequest:
+        """Why each block of a prompt is there or not."""
+        return v1.ExplainRequest(prefix=prefix_of(namespace, blocks))
+
+    @asks(v1.StatsResponse)
+    def stats(self) -> v1.StatsRequest:
+        """Usage of the tiers, and counters."""
+        return v1.StatsRequest()
+
+    @asks(v1.ListNamespacesResponse)
+    def list_namespaces(self, tenant: str | None = None) -> v1.ListNamespacesRequest:
+        """The namespaces that hold blocks or are open in a session."""
+        return v1.ListNamespacesRequest(tenant=tenant)
+
+    @asks(v1.ListSessionsResponse)
+    def list_sessions(self) -> v1.ListSessionsRequest:
+        """The connected sessions."""
+        return v1.ListSessionsRequest()
+
+    @asks(v1.ListLeasesResponse)
+    def list_leases(
+        self, session: int | None = None, owner: str | None = None
+    ) -> v1.ListLeasesRequest:
+        """The leases, of one session or of the pins of one owner if given."""
+        return v1.ListLeasesRequest(session=session, owner=owner)
+
+    @streams(v1.Event)
+    def watch_events(
+        self,
+        namespace: str | None = None,
+        tenant: str | None = None,
+        after: int | None = None,
+        incarnation: str | None = None,
+        *,
+        snapshot: bool = False,
+    ) -> v1.WatchEventsRequest:
+        """What is stored and removed, from now on, or `after` that event of that incarnation.
+
+        With `snapshot`, what is stored comes first, and again whenever events were missed.
+        """
+        return v1.WatchEventsRequest(
+            namespace_id=None if namespace is None else not_empty(namespace),
+            tenant=tenant,
+            after=after,
+            incarnation=incarnation,
+            snapshot=snapshot,
+        )
+
+    @asks(v1.PinResponse, "write")
+    def pin(
+        self, namespace: str | Namespace, *, ttl: float, owner: str, **blocks: Unpack[Blocks]
+    ) -> v1.PinRequest:
+        """Keep the stored prefix of a prompt from eviction for `ttl` seconds."""
+        return v1.PinRequest(
+            prefix=prefix_of(namespace, blocks), ttl=duration_of("ttl", ttl), owner=owner
+        )
+
+    @asks(v1.UnpinResponse, "write")
+    def unpin(self, pin: str | None = None, *, owner: str | None = None) -> v1.UnpinRequest:
+        """End one pin, or all pins of an owner."""
+        return v1.UnpinRequest(id=pin, owner=owner)
+
+    @asks(v1.SetTtlResponse, "write")
+    def set_ttl(self, ttl: float | None, **where: Unpack[Where]) -> v1.SetTtlRequest:
+        """Let blocks expire `ttl` seconds from now, or (None) not any more."""
+        request = v1.SetTtlRequest(selection=selection_of(where))
+        if ttl is not None:
+            request.ttl.CopyFrom(duration_of("ttl", ttl))
+        return request
+
+    @starts()
+    def prefetch(
+        self, namespace: str | Namespace, *, tier: TierName = "memory", **blocks: Unpack[Blocks]
+    ) -> v1.PrefetchRequest:
+        """Bring the stored prefix of a prompt into a tier."""
+        return v1.PrefetchRequest(prefix=prefix_of(namespace, blocks), tier=tier_of(tier))
+
+    @starts()
+    def move(self, to: TierName, **where: Unpack[Where]) -> v1.MoveRequest:
+        """Bring blocks into a tier; they leave the other one."""
+        return v1.MoveRequest(selection=selection_of(where), to=tier_of(to))
+
+    @starts()
+    def copy(self, to: TierName, **where: Unpack[Where]) -> v1.CopyRequest:
+        """Bring blocks into a tier; they stay in the other one, too."""
+        return v1.CopyRequest(selection=selection_of(where), to=tier_of(to))
+
+    @starts()
+    def compress(self, codec: str, **where: Unpack[Where]) -> v1.CompressRequest:
+        """Re-encode blocks in place."""
+        return v1.CompressRequest(selection=selection_of(where), codec=codec)
+
+    @starts()
+    def decompress(self, **where: Unpack[Where]) -> v1.DecompressRequest:
+        """Re-encode blocks in place as raw bytes."""
+        return v1.DecompressRequest(selection=selection_of(where))
+
+    @starts()
+    def clear(self, *, dry_run: bool = False, **where: Unpack[Where]) -> v1.ClearRequest:
+        """Remove blocks that nobody holds, or only count them."""
+        return v1.ClearRequest(selection=selection_of(where), dry_run=dry_run)
+
+    @asks(v1.Operation)
+    def check_finish(self, operation: str) -> v1.CheckFinishRequest:
+        """The state of a long operation."""
+        return v1.CheckFinishRequest(id=operation)
+
+    @streams(v1.Operation)
+    def watch(self, operation: str) -> v1.WatchRequest:
+        """The states of a long operation, until it has ended."""
+        return v1.WatchRequest(id=operation)
+
+    @asks(v1.Operation, "write")
+    def cancel(self, operation: str) -> v1.CancelRequest:
+        """Ask a long operation to end; what it did so far stays done."""
+        return v1.CancelRequest(id=operation)
+
+    @asks(v1.ListOperationsResponse)
+    def list_operations(self) -> v1.ListOperationsRequest:
+        """Operations that run, and those that ended lately."""
+        return v1.ListOperationsRequest()
+
+    @asks(v1.Quota, "admin")
+    def set_quota(
+        self, tenant: str, *, memory_bytes: int | None = None, disk_bytes: int | None = None
+    ) -> v1.SetQuotaRequest:
+        """Limit what a tenant may hold; None: no limit."""
+        return v1.SetQuotaRequest(tenant=tenant, memory_bytes=memory_bytes, disk_bytes=disk_bytes)
+
+    @asks(v1.GetQuotaResponse)
+    def get_quota(self, tenant: str | None = None) -> v1.GetQuotaRequest:
+        """What a tenant, or every tenant, may hold and does hold."""
+        return v1.GetQuotaRequest(tenant=tenant)
+
+    @asks(v1.AdmissionPolicy)
+    def get_admission(self) -> v1.GetAdmissionRequest:
+        """What is let in."""
+        return v1.GetAdmissionRequest()
+
+    @asks(v1.AdmissionPolicy, "admin")
+    def set_admission(
+        self,
+        *,
+        memory: Literal["all", "none"] | None = None,
+        disk: Literal["all", "reused", "none"] | None = None,
+        denied_tenants: Sequence[str] | None = None,
+    ) -> v1.SetAdmissionRequest:
+        """Change what is let in, until the daemon ends; what is None stays."""
+        request = v1.SetAdmissionRequest(memory=memory, disk=disk)
+        if denied_tenants is not None:
+            request.denied.SetInParent()
+            request.denied.tenants.extend(denied_tenants)
+        return request
+
+    @starts("admin")
+    def drain(self, *, stop: bool = False, timeout: float | None = None) -> v1.DrainRequest:
+        """Take no more saves and sessions, write out what is not on disk, then `stop`."""
+        request = v1.DrainRequest(stop=stop)
+        if timeout is not None:
+            request.timeout.CopyFrom(duration_of("timeout", timeout))
+        return request
+
+
+VERBS: Final[tuple[Verb[Any, Any], ...]] = tuple(
+    verb for verb in vars(Verbs).values() if isinstance(verb, Verb)
+)
