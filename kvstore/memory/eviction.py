@@ -30,8 +30,8 @@ N = TypeVar("N", bound=Node)
 class EvictionPolicy(Protocol[N]):
     """The order in which objects of one size class are given up."""
 
-    def add(self, node: N) -> None:
-        """A new object; it must not be known yet."""
+    def add(self, node: N, older_than: N | None = None) -> None:
+        """A new object; it must not be known yet. It is to go just before another, if possible."""
 
     def touch(self, node: N) -> None:
         """The object was used."""
@@ -53,7 +53,7 @@ class EvictionPolicy(Protocol[N]):
         """Objects known."""
 
 
-class _Ring(Generic[N]):
+class Ring(Generic[N]):
     """Nodes in a circle, oldest first, linked by themselves."""
 
     def __init__(self) -> None:
@@ -70,11 +70,11 @@ class _Ring(Generic[N]):
         node: N = self._anchor.after
         return node
 
-    def add(self, node: N) -> None:
-        anchor = self._anchor
-        last = anchor.before
-        node.before, node.after = last, anchor
-        last.after = anchor.before = node
+    def add(self, node: N, older_than: N | None = None) -> None:
+        after = self._anchor if older_than is None else older_than
+        before = after.before
+        node.before, node.after = before, after
+        before.after = after.before = node
         self._count += 1
 
     def remove(self, node: N) -> None:
@@ -94,10 +94,10 @@ class _Ring(Generic[N]):
             node = node.after
 
 
-class Lru(_Ring[N]):
+class Lru(Ring[N]):
     """Least recently used first."""
 
-    touch = _Ring.renew
+    touch = Ring.renew
 
     def remove(self, node: N, *, evicted: bool = False) -> None:
         super().remove(node)
@@ -127,19 +127,20 @@ class S3Fifo(Generic[N]):
     """Objects that are given another round at most, so that one call for a victim is short."""
 
     def __init__(self, ghost: Callable[[N], Hashable] = hash) -> None:
-        self._small: _Ring[N] = _Ring()
-        self._main: _Ring[N] = _Ring()
+        self._small: Ring[N] = Ring()
+        self._main: Ring[N] = Ring()
         self._ghosts: OrderedDict[Hashable, None] = OrderedDict()
         self._ghost = ghost
 
-    def add(self, node: N) -> None:
+    def add(self, node: N, older_than: N | None = None) -> None:
         ghost = self._ghost(node)
         if ghost in self._ghosts:
             del self._ghosts[ghost]
             self._enter_main(node)
         else:
             node.mark = 0
-            self._small.add(node)
+            small = older_than is not None and older_than.mark < self._MAIN
+            self._small.add(node, older_than if small else None)
 
     def touch(self, node: N) -> None:
         if node.mark % self._MAIN < self._MAX_USES:
@@ -187,7 +188,7 @@ class S3Fifo(Generic[N]):
             node.mark -= 1
             main.renew(node)
 
-    def _queue(self, node: N) -> _Ring[N]:
+    def _queue(self, node: N) -> Ring[N]:
         return self._main if node.mark >= self._MAIN else self._small
 
     def _enter_main(self, node: N) -> None:

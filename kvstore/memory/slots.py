@@ -144,12 +144,17 @@ class SlotPool(Generic[T]):
         chunk.free.remove(offset)
         return self._occupy(cls, number, chunk, offset, owner)
 
-    def admit(self, slot: Slot[T]) -> None:
-        """The slot's object is whole: from now on it is up for eviction, the newest of all."""
-        self._clock += 1
-        slot.used = self._clock
+    def admit(self, slot: Slot[T], older_than: Slot[T] | None = None) -> None:
+        """The slot's object is whole: from now on it is up for eviction, the newest of all.
+
+        Or the next one `older_than` another of its size, where that is still there.
+        """
+        if older_than is not None and not older_than.admitted:
+            older_than = None
+        self._clock += older_than is None
+        slot.used = self._clock if older_than is None else older_than.used
         slot.admitted = True
-        self._classes[slot.nbytes].policy.add(slot)
+        self._classes[slot.nbytes].policy.add(slot, older_than)
 
     def touch(self, slot: Slot[T]) -> None:
         """The slot's object was used."""
@@ -171,6 +176,7 @@ class SlotPool(Generic[T]):
         chunk = cls.chunks[number]
         del chunk.slots[slot.offset]
         if slot.admitted:
+            slot.admitted = False
             cls.policy.remove(slot, evicted=evicted)
         self.used_bytes -= slot.nbytes
         self.used_slots -= 1

@@ -9,10 +9,11 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Final
 
 from kvstore.blocks.spec import Part
 from kvstore.memory.slots import Slot
-from kvstore.store.usage import NamespaceUsage
+from kvstore.store.usage import Copy, NamespaceUsage
 from kvstore.tiers.base import ObjectName
 from kvstore.transport.protocol import DISK, MEMORY
 
@@ -28,7 +29,7 @@ class Entry:
     """
 
     __slots__ = (
-        "account", "checksum", "created", "disk_io", "due", "expires", "gone", "in_memory", "name",
+        "account", "beside", "checksum", "created", "disk_copy", "disk_io", "due", "expires", "gone", "in_memory", "memory_copy", "name",
         "nbytes", "on_disk", "pins", "place", "readers", "recorded", "slot", "used", "variant",
         "waiting", "writer",
     )  # fmt: skip
@@ -39,6 +40,9 @@ class Entry:
     def __init__(self, name: ObjectName, nbytes: int, now: float = 0.0) -> None:
         self.name = name
         self.variant = name.part.variant
+        self.beside: Entry | None = None
+        self.memory_copy: Copy | None = None
+        self.disk_copy: Copy | None = None
         self.nbytes = nbytes
         self.created = self.used = now
         self.expires = self.recorded = math.inf
@@ -81,25 +85,38 @@ class Entry:
         return self.on_disk and not (self.disk_io or self.pins or self.waiting)
 
 
+_TABLES: Final = 256
+"""One for each first byte: keys are digests."""
+
+
 class Index:
     """Objects by block key and part.
+
+    They are spread over many small tables, none of which takes long to grow or to walk through.
+    Those of one key follow each other (`beside`), so that there is nothing for the garbage
+    collector to look at.
 
     Keys follow from the namespace, but whoever knows its name and the tokens can compute them. So
     `within` says whose objects count: those of this account; None means all.
     """
 
     def __init__(self) -> None:
-        self._by_key: dict[bytes, list[Entry]] = {}
+        self._tables: list[dict[bytes, Entry]] = [{} for _ in range(_TABLES)]
         self._count = 0
 
-    def of(self, key: bytes) -> Sequence[Entry]:
+    def of(self, key: bytes) -> list[Entry]:
         """All objects of a block, stored or being written."""
-        return self._by_key.get(key, ())
+        found = []
+        entry = self._tables[key[0]].get(key)
+        while entry is not None:
+            found.append(entry)
+            entry = entry.beside
+        return found
 
     def get(self, key: bytes, part: Part, within: NamespaceUsage | None = None) -> Entry | None:
         """The object in exactly this layout."""
         variant = part.variant
-        for entry in self._by_key.get(key, ()):
+        for entry in self.of(key):
             if entry.variant == variant and within in (None, entry.account):
                 return entry
         return None
@@ -108,7 +125,7 @@ class Index:
         """A stored object that a reader of `part` can use: an equal layout, else a convertible."""
         second = None
         variant = part.variant
-        for entry in self._by_key.get(key, ()):
+        for entry in self.of(key):
             if not (entry.in_memory or entry.on_disk):
                 continue
             if within is not None and entry.account is not within:
@@ -128,11 +145,11 @@ class Index:
         a 128k-token prompt has 2,048 keys and two milliseconds.
         """
         tiers: list[int] = []
-        variant = part.variant
-        for key, entries in zip(keys, map(self._by_key.get, keys), strict=True):
-            if entries is None:
+        variant, tables = part.variant, self._tables
+        for key in keys:
+            entry = tables[key[0]].get(key)
+            if entry is None:
                 break
-            entry = entries[0]
             if (
                 not entry.in_memory
                 or entry.variant != variant
@@ -148,7 +165,7 @@ class Index:
     def why_not(self, key: bytes, part: Part, within: NamespaceUsage | None = None) -> str:
         """The reason why `usable` has nothing: `absent`, `writing` or `layout`."""
         reason = "absent"
-        for entry in self._by_key.get(key, ()):
+        for entry in self.of(key):
             if entry.name.part.content != part.content or within not in (None, entry.account):
                 continue
             if not entry.stored and entry.name.part.converts_to(part):
@@ -158,24 +175,31 @@ class Index:
 
     def add(self, entry: Entry) -> None:
         """A new object; no other of the same name may be there."""
-        self._by_key.setdefault(entry.name.key, []).append(entry)
+        table = self._tables[entry.name.key[0]]
+        entry.beside = table.get(entry.name.key)
+        table[entry.name.key] = entry
         self._count += 1
 
     def remove(self, entry: Entry) -> None:
         """Forget an object."""
-        entries = self._by_key[entry.name.key]
-        entries.remove(entry)
-        if not entries:
-            del self._by_key[entry.name.key]
+        table, key = self._tables[entry.name.key[0]], entry.name.key
+        before = table[key]
+        if before is not entry:
+            while before.beside is not entry:
+                before = before.beside or before
+            before.beside = entry.beside
+        elif entry.beside is not None:
+            table[key] = entry.beside
+        else:
+            del table[key]
+        entry.beside = None
         self._count -= 1
 
-    def keys(self) -> list[bytes]:
-        """The keys of all blocks, as they are now."""
-        return list(self._by_key)
-
     def __iter__(self) -> Iterator[Entry]:
-        for entries in self._by_key.values():
-            yield from entries
+        """All objects; whatever comes or goes meanwhile, those that stay are among them."""
+        for table in self._tables:
+            for key in list(table):
+                yield from self.of(key)
 
     def __len__(self) -> int:
         return self._count

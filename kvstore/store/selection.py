@@ -50,6 +50,8 @@ def candidates(store: Store, selection: Selection) -> Iterator[Entry]:
     its beginning.
     """
     index = store.tiering.index
-    keys = index.keys() if selection.keys is None else reversed(selection.keys)
-    for key in keys:
-        yield from list(index.of(key))
+    if selection.keys is None:
+        yield from index
+    else:
+        for key in reversed(selection.keys):
+            yield from index.of(key)

@@ -15,9 +15,11 @@ from typing import Any, Final
 from kvstore.blocks.spec import ModelIdentity, Namespace, Part
 from kvstore.clock import SYSTEM, Clock
 from kvstore.memory.arena import Arena
+from kvstore.memory.slots import Slot
 from kvstore.store.admission import Admission
 from kvstore.store.index import Entry, Lease, LeaseKind, Payer, Saving
 from kvstore.store.pins import Pins
+from kvstore.store.slices import FEW, Work, at_once
 from kvstore.store.tiering import OpenDisk, Tiering
 from kvstore.store.usage import NamespaceUsage, Quota, TenantUsage
 from kvstore.tiers.base import ObjectName
@@ -71,6 +73,9 @@ MAX_LEASES: Final = 4096
 
 MAX_OWED: Final = 128 << 20
 """Bytes that what a payer asked for may take to remember."""
+
+_LOOKED_UP: Final = 2048
+"""Keys of a lookup without a stop."""
 
 _MAX_PARTS: Final = 4096
 """Of one tenant, in all its namespaces."""
@@ -127,6 +132,7 @@ class Store:
         self.clock = clock
         self._clock = clock.monotonic
         self._lease_seconds = lease_seconds
+        self.background = self.tiering.background
         self._leases: dict[Hashable, dict[int, Lease]] = {}
         self._payers: dict[Hashable, Payer] = {}
         self._prefetches = itertools.count(1)
@@ -141,7 +147,9 @@ class Store:
 
     # -- saving ---------------------------------------------------------------------------------
 
-    def reserve(
+    # What takes long with many keys stops now and then; a name in -ing tells it.
+
+    def reserving(
         self,
         owner: Hashable,
         lease_id: int,
@@ -150,7 +158,7 @@ class Store:
         parts: Sequence[Part],
         *,
         saving: Saving | None = None,
-    ) -> tuple[list[int], str]:
+    ) -> Work[tuple[list[int], str]]:
         """Slots for blocks about to be saved, `len(keys) × len(parts)` answers, block by block.
 
         An answer is the slot's offset in the arena, or HAVE (stored already), BUSY (somebody else
@@ -173,13 +181,22 @@ class Store:
             refusal = "admission"
         index = self.tiering.index
         within = self._within(namespace)
-        known = [[index.usable(key, part, within) for part in parts] for key in keys]
+        known: list[Entry | None] = []
+        for number, key in enumerate(keys):
+            known += [index.usable(key, part, within) for part in parts]
+            if number % FEW == 0:
+                yield
         # Before anything is evicted: what is there of this prompt is worth as much as the rest.
-        self.tiering.touch([entry for block in known for entry in block if entry is not None])
+        yield from self._touching([entry for entry in known if entry is not None])
         answers: list[int] = []
-        for key, entries in zip(keys, known, strict=True):
+        found = iter(known)
+        for number, key in enumerate(keys):
+            if number % FEW == 0:
+                yield
+                if lease.released:
+                    return [NO_ROOM] * len(known), "released"
             block: list[Entry] = []
-            for part, entry in zip(parts, entries, strict=True):
+            for part, entry in zip(parts, found, strict=False):
                 if entry is not None and not entry.gone:
                     answer = HAVE
                 elif index.get(key, part, self._within(namespace)) is not None:
@@ -206,6 +223,14 @@ class Store:
             self.tiering.quiet.warning(f"save.{refusal}", "saves dropped: %s", _DROPPED[refusal])
         return answers, refusal
 
+    reserve = at_once(reserving)
+
+    def _touching(self, entries: Sequence[Entry]) -> Work[None]:
+        """Of these, in the order of their blocks, the first one is the last to go."""
+        for end in range(len(entries), 0, -FEW):
+            self.tiering.touch(entries[max(0, end - FEW) : end])
+            yield
+
     def _reserve(self, entry: Entry, payer: Payer) -> str:
         name = entry.name
         refusal = self._too_much(payer, name.namespace, entry.nbytes, name.part)
@@ -226,14 +251,14 @@ class Store:
             return "parts"  # What describes it lies beside the arena.
         return "held" if tenant.held_bytes + more > payer.most else ""
 
-    def commit(
+    def committing(
         self,
         owner: Hashable,
         lease_id: int,
         *,
         dropped: Iterable[int] = (),
         checksums: Sequence[int] | None = None,
-    ) -> tuple[int, str]:
+    ) -> Work[tuple[int, str]]:
         """Make the objects under a write lease visible, atomically per block, and end the lease.
 
         `dropped` lists blocks (by position in the reserve) whose copy did not happen; `checksums`
@@ -245,37 +270,47 @@ class Store:
             self.counters.add("commit.refused", "no_lease")
             return 0, "lease"
         if lease.withdrawn:
-            self.release(owner, lease_id)
+            yield from self.releasing(owner, lease_id)
             self.counters.add("commit.refused", "expired")
             return 0, "lease"
         sums = iter(checksums) if checksums is not None else None
         without = set(dropped)
-        committed: list[int] = []
-        ready: list[Entry] = []
-        for number, block in enumerate(lease.blocks):
-            for entry in block:
-                entry.checksum = next(sums, None) if sums is not None else None
-            if number in without or not block:
-                continue
-            for entry in block:
-                self._end_writing(entry)
-                self.counters.add("save.bytes", by=entry.nbytes)
-            ready += block
-            committed.append(number)
-        self.counters.add("save.blocks", by=len(committed))
-        self.release(owner, lease_id)
-        if lease.saving.ttl is not None:
-            for entry in ready:  # Before their way to disk begins, so that a crash forgets nothing.
-                self.tiering.expiry.set_ttl(entry, lease.saving.ttl)
-        self.tiering.committed(ready)
-        if ready:
-            ready[0].account.last_used = self._clock()
-            self._committed(lease.saving, committed, ready)
-        return len(committed), "dropped" if without else ""
+        saving, stored, saved = lease.saving, 0, list[Entry]()
+        colder: dict[int, Slot[Entry]] = {}
+        for first in range(0, len(lease.blocks), FEW):
+            yield
+            if lease.released:
+                return stored, "lease"
+            numbers: list[int] = []
+            ready: list[Entry] = []
+            for number, block in enumerate(lease.blocks[first : first + FEW], first):
+                for entry in block:
+                    entry.checksum = next(sums, None) if sums is not None else None
+                if number in without or not block:
+                    continue
+                for entry in block:
+                    self._end_writing(entry)
+                    if saving.ttl is not None:  # Before its way to disk begins.
+                        self.tiering.expiry.set_ttl(entry, saving.ttl)
+                ready += block
+                numbers.append(number)
+            if ready:
+                self.counters.add("save.bytes", by=sum(entry.nbytes for entry in ready))
+                self.tiering.committed(ready, colder)
+                self._committed(saving, numbers, ready[0].name.namespace)
+            stored += len(numbers)
+            saved += ready
+        self.counters.add("save.blocks", by=stored)
+        if saved:
+            saved[0].account.last_used = self._clock()
+        yield from self.tiering.writing(saved)
+        yield from self.releasing(owner, lease_id)
+        return stored, "dropped" if without else ""
 
-    def _committed(self, saving: Saving, numbers: list[int], entries: list[Entry]) -> None:
+    commit = at_once(committing)
+
+    def _committed(self, saving: Saving, numbers: list[int], namespace: Namespace) -> None:
         """Tell watchers of events of new blocks."""
-        namespace = entries[0].name.namespace
         for first, end in _runs(numbers):
             self.events.stored(
                 namespace,
@@ -289,14 +324,14 @@ class Store:
 
     # -- loading --------------------------------------------------------------------------------
 
-    def lookup(
+    def looking_up(
         self,
         keys: Sequence[bytes],
         parts: Sequence[Part],
         namespace: Namespace | None = None,
         *,
         again: bool = False,
-    ) -> tuple[list[int], str]:
+    ) -> Work[tuple[list[int], str]]:
         """The tier of each block of the longest usable prefix, and why it ends there.
 
         A block lies in the slowest tier of its parts. The reason is empty when all were found.
@@ -304,7 +339,15 @@ class Store:
         request has been counted.
         """
         started = self._clock()
-        tiers, reason = self._find(keys, parts, namespace)
+        tiers: list[int] = []
+        reason = ""
+        for first in range(0, len(keys), _LOOKED_UP):
+            if first:
+                yield
+            found, reason = self._find(keys[first : first + _LOOKED_UP], parts, namespace)
+            tiers += found
+            if reason:
+                break
         if not again:
             block_tokens = 0 if namespace is None else namespace.block_tokens
             in_memory = tiers.count(MEMORY)
@@ -319,6 +362,8 @@ class Store:
             self.tiering.asked(keys)
         self.histograms.observe("seconds.lookup", self._clock() - started)
         return tiers, reason
+
+    lookup = at_once(looking_up)
 
     def _within(self, namespace: Namespace | None) -> NamespaceUsage | None:
         """Whose objects may be used, for the index."""
@@ -341,7 +386,7 @@ class Store:
         missing = next(part for part in parts if index.usable(end, part, within) is None)
         return tiers, index.why_not(end, missing, within)
 
-    def acquire(
+    def acquiring(
         self,
         owner: Hashable,
         lease_id: int,
@@ -352,7 +397,7 @@ class Store:
         enough: int | None = None,
         namespace: Namespace | None = None,
         reads: bool = True,
-    ) -> Acquisition:
+    ) -> Work[Acquisition]:
         """Bring blocks into memory and hold them there under a read lease.
 
         `done` is called once, on the loop, maybe before this returns: when all blocks have come, or
@@ -372,7 +417,11 @@ class Store:
         within = self._within(namespace)
         # In order, and holding nothing beyond the block at hand: later blocks that lie in memory
         # must not keep earlier ones from coming up.
-        for key in keys:
+        for number, key in enumerate(keys):
+            if number % FEW == FEW - 1:
+                yield
+                if lease.released:
+                    break
             block = self._block(key, parts, within)
             if len(block) < len(parts):
                 _, running.reason = self._find([key], parts, namespace)
@@ -391,11 +440,20 @@ class Store:
             if running.failed:
                 break
         running.started_all = True
-        self._arrived(running)
+        running.promoting -= 1
+        if not running.promoting:
+            yield from self._settling(running, "deadline")
+        elif self._count_ready(running) >= running.enough:
+            yield from self._settling(running, "later")
         return running
+
+    acquire = at_once(acquiring)
 
     def settle(self, running: Acquisition, reason: str = "deadline") -> None:
         """Answer a running acquire with what has arrived; the rest goes on in the background."""
+        self.background.add(self._settling(running, reason))
+
+    def _settling(self, running: Acquisition, reason: str) -> Work[None]:
         if running.finished:
             return
         running.finished = True
@@ -410,16 +468,32 @@ class Store:
         if ready < len(lease.blocks):
             failed = [running.failed[e] for e in lease.blocks[ready] if e in running.failed]
             running.reason = failed[0] if failed else reason
-        for entry in _entries(lease.blocks[ready:]):
-            self._end_reading(entry)
+        late = lease.blocks[ready:]
         del lease.blocks[ready:]
-        if running.reads:
-            self.tiering.asked(block[0].name.key for block in lease.blocks)
-        self.tiering.touch(_entries(lease.blocks))
-        for tier, block in zip(running.tiers, lease.blocks if running.reads else (), strict=False):
-            self.counters.add("load.blocks", TIER_NAMES[tier])
-            self.counters.add("load.bytes", TIER_NAMES[tier], by=sum(e.nbytes for e in block))
-        running.done(Acquired(lease.blocks, running.tiers, running.reason))
+        blocks = lease.blocks
+        yield from self._let_go(late)
+        for end in range(len(blocks), 0, -FEW):  # The first block is to be the last to go.
+            some = range(max(0, end - FEW), end)
+            if lease.released:
+                break
+            if running.reads:
+                self.tiering.asked(blocks[i][0].name.key for i in some)
+                for i in some:
+                    tier = TIER_NAMES[running.tiers[i]]
+                    self.counters.add("load.blocks", tier)
+                    self.counters.add("load.bytes", tier, by=sum(e.nbytes for e in blocks[i]))
+            self.tiering.touch([entry for i in some for entry in blocks[i]])
+            yield
+        if lease.released:
+            running.done(Acquired([], [], "released"))
+        else:
+            running.done(Acquired(blocks, running.tiers, running.reason))
+
+    def _let_go(self, blocks: Sequence[list[Entry]]) -> Work[None]:
+        for number, block in enumerate(blocks):
+            self.let_go(block)
+            if number % FEW == 0:
+                yield
 
     def _count_ready(self, running: Acquisition) -> int:
         blocks = running.lease.blocks
@@ -427,13 +501,13 @@ class Store:
             running.ready += 1
         return running.ready
 
-    def prefetch(
+    def prefetching(
         self,
         keys: Sequence[bytes],
         parts: Sequence[Part],
         namespace: Namespace | None = None,
         owner: Hashable = None,
-    ) -> int:
+    ) -> Work[int]:
         """Start to bring blocks into memory; returns how many were found in any tier.
 
         `namespace` as for `lookup`. Until they have come, `owner` has a lease on them.
@@ -446,8 +520,12 @@ class Store:
         def arrived(_: Acquired) -> None:
             self.release(owner, lease)
 
-        running = self.acquire(owner, lease, keys, parts, arrived, namespace=namespace, reads=False)
+        running = yield from self.acquiring(
+            owner, lease, keys, parts, arrived, namespace=namespace, reads=False
+        )
         return len(running.tiers)
+
+    prefetch = at_once(prefetching)
 
     def _promotion_ended(self, running: Acquisition, entry: Entry) -> Callable[[str | None], None]:
         def ended(error: str | None) -> None:
@@ -467,7 +545,9 @@ class Store:
 
     # -- leases ---------------------------------------------------------------------------------
 
-    def release(self, owner: Hashable, lease_id: int, *, damaged: Iterable[int] = ()) -> bool:
+    def releasing(
+        self, owner: Hashable, lease_id: int, *, damaged: Iterable[int] = ()
+    ) -> Work[bool]:
         """End a lease: uncommitted slots are freed, read and pin rights given back.
 
         `damaged` lists blocks of a read lease that the reader found changed; they are removed.
@@ -483,16 +563,18 @@ class Store:
                 self.counters.add("load.failed", "damaged")
                 for entry in block:
                     self.tiering.discard(entry, "damaged")
-        self._end(lease)
+        yield from self._ending(lease)
         return True
+
+    release = at_once(releasing)
 
     def release_owner(self, owner: Hashable) -> None:
         """End all leases of an owner that is gone."""
         self._payers.pop(owner, None)
         for lease in self._leases.pop(owner, {}).values():
-            self._end(lease)
+            self.background.add(self._ending(lease))
 
-    def pin(
+    def pinning(
         self,
         owner: Hashable,
         lease_id: int,
@@ -500,7 +582,7 @@ class Store:
         parts: Sequence[Part],
         ttl: float,
         namespace: Namespace | None = None,
-    ) -> int:
+    ) -> Work[int]:
         """Keep a stored prefix from being evicted, in the tiers it lies in, for `ttl` seconds.
 
         Returns the number of blocks pinned, fewer where `max_pinned_bytes` or the payer's limit is
@@ -511,12 +593,17 @@ class Store:
         """
         blocks: list[list[Entry]] = []
         within = self._within(namespace)
-        for key in keys:
+        for number, key in enumerate(keys):
+            if number % FEW == 0:
+                yield
             block = self._block(key, parts, within)
             if len(block) < len(parts):
                 break
             blocks.append(block)
-        return len(self.pin_blocks(owner, lease_id, blocks, ttl).blocks)
+        lease = yield from self.pinning_blocks(owner, lease_id, blocks, ttl)
+        return len(lease.blocks)
+
+    pin = at_once(pinning)
 
     def _block(
         self, key: bytes, parts: Sequence[Part], within: NamespaceUsage | None
@@ -525,14 +612,14 @@ class Store:
         index = self.tiering.index
         return [entry for part in parts if (entry := index.usable(key, part, within))]
 
-    def pin_blocks(
+    def pinning_blocks(
         self,
         owner: Hashable,
         lease_id: int,
         blocks: Sequence[list[Entry]],
         ttl: float,
         payer: Payer | None = None,
-    ) -> Lease:
+    ) -> Work[Lease]:
         """Pin stored blocks, from the first one on, as far as pins (of their tenant) may hold more.
 
         Raises:
@@ -544,7 +631,11 @@ class Store:
         if lease.payer.most_pinned is not None and blocks:
             tenant = blocks[0][0].account.tenant
             room = min(room, lease.payer.most_pinned - tenant.pinned_bytes)
-        for block in blocks:
+        for number, block in enumerate(blocks):
+            if number % FEW == FEW - 1:
+                yield
+            if lease.released or not all(entry.stored for entry in block):
+                break
             room -= sum(entry.nbytes for entry in block if not entry.pins)
             if room < 0:
                 self.counters.add("pin.refused", "max_pinned")
@@ -555,6 +646,8 @@ class Store:
                     self.usage.pinned(entry, 1)
             lease.blocks.append(block)
         return lease
+
+    pin_blocks = at_once(pinning_blocks)
 
     def holds_leases(self, owner: Hashable) -> bool:
         """Whether the owner has any lease."""
@@ -608,12 +701,14 @@ class Store:
         self._leases.setdefault(owner, {})[lease_id] = lease
         return lease
 
-    def _end(self, lease: Lease) -> None:
+    def _ending(self, lease: Lease) -> Work[None]:
         if lease.released:
             return
         lease.released = True
         lease.payer.owed -= lease.weight
-        for entry in lease.entries():
+        for number, entry in enumerate(lease.entries()):
+            if number % FEW == FEW - 1:
+                yield
             if lease.kind is LeaseKind.PIN:
                 entry.pins -= 1
                 if not entry.pins:
@@ -637,18 +732,24 @@ class Store:
             self.usage.held(entry, -1)
         self.tiering.settle(entry)
 
-    def clear(self, namespace: Namespace | None = None) -> int:
+    def clearing(self, namespace: Namespace | None = None) -> Work[int]:
         """Remove every object (of `namespace`) that is not pinned or being written."""
-        victims = [
-            e
-            for e in self.tiering.index
-            if not e.pins and e.writer is None and namespace in (None, e.name.namespace)
-        ]
-        for entry in victims:
-            self.tiering.discard(entry, "cleared")
-        for cleared in {entry.name.namespace for entry in victims}:
+        removed = 0
+        of: set[Namespace] = set()
+        for number, entry in enumerate(self.tiering.index):
+            if number % FEW == 0:
+                yield
+            if entry.gone or entry.pins or entry.writer is not None:
+                continue
+            if namespace is None or namespace == entry.name.namespace:
+                of.add(entry.name.namespace)
+                self.tiering.discard(entry, "cleared")
+                removed += 1
+        for cleared in of:
             self.events.cleared(cleared)
-        return len(victims)
+        return removed
+
+    clear = at_once(clearing)
 
     # -- rules ----------------------------------------------------------------------------------
 
@@ -718,7 +819,3 @@ def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
         if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
             yield numbers[first], numbers[i - 1] + 1
             first = i
-
-
-def _entries(blocks: Iterable[list[Entry]]) -> list[Entry]:
-    return [entry for block in blocks for entry in block]

@@ -24,6 +24,7 @@ from kvstore.store.expiry import Expiry
 from kvstore.store.history import History, Uses
 from kvstore.store.index import Entry, Index
 from kvstore.store.quotas import Quotas
+from kvstore.store.slices import FEW, Background, Work
 from kvstore.store.usage import Usage
 from kvstore.store.writebehind import WriteBehind
 from kvstore.telemetry import Busy, Counters, Histograms, QuietLog
@@ -94,6 +95,7 @@ class Tiering:
         self.reading = Busy(clock.monotonic, _GUESSED_DISK_SECONDS_PER_BYTE)
         """What bytes from disk to memory take."""
         self.post = post
+        self.background = Background(post)
         self.clock = clock
         self._open_disk = open_disk
         self._opening = False
@@ -142,20 +144,33 @@ class Tiering:
             self.usage.took_disk(entry)
         return place, "no_room"
 
-    def committed(self, entries: Sequence[Entry]) -> None:
-        """The slots of these entries are whole now; their way to disk begins."""
-        # Last block first, so that the first one is given up last: without it the rest is useless.
-        for entry in reversed(entries):
+    def committed(self, entries: Iterable[Entry], colder: dict[int, Slot[Entry]]) -> None:
+        """The slots of these entries, in the order of their blocks, are whole now.
+
+        Of a prompt the first block is given up last: without it the rest is useless. `colder` has
+        the latest block before these, by the size of its slot.
+        """
+        for entry in entries:
             assert entry.slot is not None
             entry.in_memory = True
-            self.memory.admit(entry.slot)
-            entry.account.tenant.memory.touched(entry)
+            before = colder.get(entry.slot.nbytes)
+            self.memory.admit(entry.slot, before)
+            entry.account.tenant.memory.touched(entry, before and before.owner)
+            colder[entry.slot.nbytes] = entry.slot
             self.history.forget(entry.name.key)
+
+    def writing(self, entries: Sequence[Entry]) -> Work[None]:
+        """The way to disk begins, for those of one prompt that may go there."""
         if self._judges_use:
-            self.uses.note((entry.name.key for entry in entries), saved=True)
-            self._write_in_order([e for e in entries if self.uses.again(e.name.key)])
+            again: list[Entry] = []
+            for first in range(0, len(entries), FEW):
+                some = entries[first : first + FEW]
+                self.uses.note((entry.name.key for entry in some), saved=True)
+                again += [entry for entry in some if self.uses.again(entry.name.key)]
+                yield
+            yield from self._writing_in_order(again)
         elif self._open_disk is not None and self.admission.disk == "all":
-            self._write_in_order(entries)
+            yield from self._writing_in_order(entries)
         self.pump()
 
     @cached_property
@@ -172,22 +187,31 @@ class Tiering:
         if self._judges_use:
             self.uses.note(keys)
 
-    def _write_in_order(self, entries: Sequence[Entry]) -> None:
+    def _writing_in_order(self, entries: Sequence[Entry]) -> Work[None]:
         """Write blocks of a prompt from the first on; once there, the first is given up last."""
         left = len(entries)
 
         def written(_: str | None) -> None:
             nonlocal left
             left -= 1
-            if left:
-                return
-            for entry in reversed(entries):
+            if not left:
+                self.background.add(renewing())
+
+        def renewing() -> Work[None]:
+            for number, entry in enumerate(reversed(entries)):
+                if number % FEW == 0:
+                    yield
                 if entry.on_disk and entry.place is not None and self.disk is not None:
                     self.disk.pool.renew(entry.place)
                     entry.account.tenant.disk.touched(entry)
 
-        for entry in entries:
-            self.writes.add(entry, written)
+        for number, entry in enumerate(entries):
+            if number % FEW == 0:
+                yield
+            if entry.gone or not entry.in_memory:
+                written(None)
+            else:
+                self.writes.add(entry, written)
 
     def touch(self, entries: Sequence[Entry]) -> None:
         """These entries, in the order of their blocks, were used."""
@@ -396,7 +420,7 @@ class Tiering:
         self.disk = disk
         for found in disk.recover():
             self._take_in(disk, found)
-        self.quotas.count_anew()
+        self.quotas.enforce()
         self.pump()
 
     def _take_in(self, disk: Tier, found: Recovered) -> None:

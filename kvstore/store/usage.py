@@ -5,12 +5,13 @@ Belongs to the store's loop; nothing is thread-safe.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvstore.blocks.spec import Namespace, Part
+from kvstore.memory.eviction import Node, Ring
+from kvstore.transport.protocol import MEMORY
 
 if TYPE_CHECKING:
     from kvstore.store.index import Entry
@@ -24,19 +25,26 @@ class Quota:
     disk: int | None = None
 
 
-class TierShare:
-    """What a tenant holds in one tier.
+class Copy(Node, gc=False, eq=False):
+    """An object in a tier, in the order in which those of its tenant were used there."""
 
-    `order` has its objects there, coldest first, while the tenant has a quota for the tier: its
-    own blocks have to go then, not the coldest of all.
+    owner: Any
+
+
+class TierShare:
+    """What a tenant holds in one tier, coldest first.
+
+    If it is over its quota, its own blocks have to go, not the coldest of all. `copy` names the
+    field of entries that is for the tier.
     """
 
-    __slots__ = ("limit", "nbytes", "order")
+    __slots__ = ("_copy", "_order", "limit", "nbytes")
 
-    def __init__(self) -> None:
+    def __init__(self, copy: str) -> None:
         self.nbytes = 0
         self.limit: int | None = None
-        self.order: OrderedDict[Entry, None] | None = None
+        self._copy = copy
+        self._order: Ring[Copy] = Ring()
 
     def over(self, more: int = 0) -> int:
         """Bytes too many, were there `more` of them."""
@@ -45,32 +53,32 @@ class TierShare:
     def took(self, entry: Entry) -> None:
         """The entry has a place in this tier now."""
         self.nbytes += entry.nbytes
-        if self.order is not None:
-            self.order[entry] = None
-
-    def keep_order(self, entries: Iterable[Entry]) -> None:
-        """From now on know which of these, coldest first, and of later ones is to go first."""
-        self.order = OrderedDict.fromkeys(entries)
+        copy = Copy(entry)
+        setattr(entry, self._copy, copy)
+        self._order.add(copy)
 
     def coldest(self, tries: int) -> Iterator[Entry]:
         """The coldest entries; each one looked at counts as used, should it turn out to stay."""
-        for _ in range(min(tries, len(self.order or ()))):
-            if not self.order:
+        for _ in range(min(tries, len(self._order))):
+            if not self._order:
                 return
-            entry = next(iter(self.order))
-            self.order.move_to_end(entry)
+            copy = self._order.oldest
+            self._order.renew(copy)
+            entry: Entry = copy.owner
             yield entry
 
-    def touched(self, entry: Entry) -> None:
-        """The entry was used, so it is the last to go."""
-        if self.order is not None and entry in self.order:
-            self.order.move_to_end(entry)
+    def touched(self, entry: Entry, older_than: Entry | None = None) -> None:
+        """The entry was used, so it is the last to go, or goes just before another."""
+        copy = getattr(entry, self._copy)
+        if copy is not None and older_than is not entry:
+            self._order.remove(copy)
+            self._order.add(copy, older_than and getattr(older_than, self._copy))
 
     def gave(self, entry: Entry) -> None:
         """The entry has lost its place in this tier."""
         self.nbytes -= entry.nbytes
-        if self.order is not None:
-            self.order.pop(entry, None)
+        self._order.remove(getattr(entry, self._copy))
+        setattr(entry, self._copy, None)
 
 
 class TenantUsage:
@@ -81,10 +89,14 @@ class TenantUsage:
     def __init__(self) -> None:
         self.namespaces = self.objects = 0
         self.parts = 0  # of all its namespaces
-        self.memory = TierShare()
-        self.disk = TierShare()
+        self.memory = TierShare("memory_copy")
+        self.disk = TierShare("disk_copy")
         self.held_bytes = 0  # being saved or read, so that they cannot leave memory
         self.pinned_bytes = 0
+
+    def share(self, tier: int) -> TierShare:
+        """What it holds in a tier."""
+        return self.memory if tier == MEMORY else self.disk
 
     @property
     def memory_bytes(self) -> int:

@@ -349,7 +349,7 @@ class Machine(RuleBasedStateMachine):
             held_here = [e for e in in_use if e.name.namespace == space]
             assert tenant.held_bytes == sum(e.nbytes for e in held_here)
             for share, held in ((tenant.memory, of_memory), (tenant.disk, of_disk)):
-                assert share.order is None or set(share.order) == set(held)
+                assert sorted(id(c.owner) for c in share._order) == sorted(map(id, held))
 
     @invariant()
     def held_bytes_stay(self) -> None:

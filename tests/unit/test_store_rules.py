@@ -71,7 +71,7 @@ def test_a_quota_on_disk_is_kept_too(disk: Bench) -> None:
         disk.drain()
     assert disk.store.usage.tenants["alice"].disk_bytes == 2 * NBYTES
     on_disk = select(disk.store, Selection(tier=DISK))
-    assert [entry.name.key for entry in on_disk] == keys(2, 3)
+    assert {entry.name.key for entry in on_disk} == set(keys(2, 3))
 
 
 def test_quotas_count_what_a_restart_finds(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_blocks_of_two_requests_reach_the_disk_though_memory_had_lost_them(disk:
     assert request(disk, hot) == 0
     flood(disk, range(100, 112))
     assert request(disk, hot) == 0, "gone from memory, and not on disk"
-    assert [e.name.key for e in select(disk.store, Selection(tier=DISK))] == hot
+    assert {e.name.key for e in select(disk.store, Selection(tier=DISK))} == set(hot)
     flood(disk, range(200, 212))
     assert request(disk, hot) == 3
     assert disk.store.counters["load.blocks.disk"] == 3
@@ -438,13 +438,13 @@ def test_conditions_add_up(disk: Bench) -> None:
     def chosen(**conditions: object) -> list[bytes]:
         return [e.name.key for e in select(disk.store, Selection(**conditions))]  # type: ignore[arg-type]
 
-    assert chosen(tenant="alice") == keys(1, 2, 3)
-    assert chosen(tenant="alice", tier=DISK) == keys(1, 2)
+    assert sorted(chosen(tenant="alice")) == sorted(keys(1, 2, 3))
+    assert sorted(chosen(tenant="alice", tier=DISK)) == sorted(keys(1, 2))
     assert chosen(namespace=BOB.digest) == keys(4)
     assert chosen(tenants=frozenset({"bob"})) == keys(4)
     assert chosen(tenants=frozenset()) == []
     assert chosen(keys=keys(1, 2, 4, 9)) == keys(4, 2, 1)
-    assert chosen(older_than=0.0) == keys(1, 2, 3, 4)
+    assert sorted(chosen(older_than=0.0)) == sorted(keys(1, 2, 3, 4))
     assert chosen(older_than=60.0) == []
     for entry in select(disk.store, Selection(keys=keys(2))):
         entry.used -= 100
