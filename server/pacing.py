@@ -4,9 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Final
+from typing import Final, TypeVar
+
+from kvstore.store.slices import Work
 
 SLICE_SECONDS: Final = 0.0005
+
+
+T = TypeVar("T")
+
+
+async def paced(work: Work[T]) -> T:
+    """Do work that stops now and then, others having their turn meanwhile."""
+    pace = Pace()
+    while True:
+        try:
+            next(work)
+        except StopIteration as e:
+            result: T = e.value
+            return result
+        await pace.step()
 
 
 class Pace:

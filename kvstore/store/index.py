@@ -29,9 +29,9 @@ class Entry:
     """
 
     __slots__ = (
-        "account", "beside", "checksum", "created", "disk_copy", "disk_io", "due", "expires", "gone", "in_memory", "memory_copy", "name",
-        "nbytes", "on_disk", "pins", "place", "readers", "recorded", "slot", "used", "variant",
-        "waiting", "writer",
+        "account", "beside", "checksum", "created", "disk_copy", "disk_io", "due",
+        "expires", "gone", "in_memory", "memory_copy", "name", "nbytes", "on_disk", "pins",
+        "place", "readers", "recorded", "slot", "used", "variant", "waiting", "writer",
     )  # fmt: skip
 
     account: NamespaceUsage

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvstore.blocks.spec import Namespace
-from kvstore.store.explain import survey
+from kvstore.store.explain import Survey, survey
 from kvstore.store.index import Lease, Payer
+from kvstore.store.slices import FEW, Work, at_once
 
 if TYPE_CHECKING:
     from kvstore.store.store import Store
@@ -40,26 +41,33 @@ class Pins:
         self._store = store
         self._numbers = itertools.count(1)
 
-    def pin(
+    def pinning(
         self,
         owner: str,
         namespace: Namespace,
         keys: Sequence[bytes],
         ttl: float,
         payer: Payer | None = None,
-    ) -> PinResult:
+    ) -> Work[PinResult]:
         """Pin the stored prefix of `keys` for `ttl` seconds in `owner`'s name.
 
         Raises:
             ValueError: the owner has too many pins, or `payer` too much to remember.
         """
-        found = survey(self._store, namespace, keys)
+        found = Survey()
+        for first in range(0, len(keys), FEW):
+            piece = survey(self._store, namespace, keys[first : first + FEW])
+            found.entries += piece.entries
+            found.reason = piece.reason
+            if piece.reason:
+                break
+            yield
         expires = self._store.clock.wall() + ttl
         if not found.entries:
             return PinResult("", 0, 0, found.reason, expires)
         number = next(self._numbers)
         holder = PinOwner(owner)
-        lease = self._store.pin_blocks(holder, number, found.entries, ttl, payer)
+        lease = yield from self._store.pinning_blocks(holder, number, found.entries, ttl, payer)
         nbytes = sum(entry.nbytes for entry in lease.entries())
         if not lease.blocks:
             self._store.release(holder, number)
@@ -67,21 +75,25 @@ class Pins:
         reason = found.reason if len(lease.blocks) == len(found.entries) else "max_pinned"
         return PinResult(f"pin-{number}", len(lease.blocks), nbytes, reason, expires)
 
+    pin = at_once(pinning)
+
     def _all(self) -> list[Lease]:
         return [lease for lease in self._store.leases() if isinstance(lease.owner, PinOwner)]
 
     def unpin(self, pin: str) -> int:
         """End one pin; returns how many ended."""
         held = [lease for lease in self._all() if f"pin-{lease.id}" == pin]
-        return sum(self._store.release(lease.owner, lease.id) for lease in held)
+        return sum(self._end(lease) for lease in held)
+
+    def _end(self, lease: Lease) -> bool:
+        self._store.background.add(self._store.releasing(lease.owner, lease.id))
+        return True
 
     def unpin_owner(self, owner: str, tenants: frozenset[str] | None) -> int:
         """End the pins of an owner, of these tenants only (None: of all); returns how many."""
         held = [lease for lease in self._all() if lease.owner == PinOwner(owner)]
         return sum(
-            self._store.release(lease.owner, lease.id)
-            for lease in held
-            if tenants is None or _tenant(lease) in tenants
+            self._end(lease) for lease in held if tenants is None or _tenant(lease) in tenants
         )
 
     def tenant_of(self, pin: str) -> str | None:

@@ -15,7 +15,7 @@ from kvstore.transport.protocol import DISK, MEMORY
 if TYPE_CHECKING:
     from kvstore.store.tiering import Tiering
 
-_TRIES: Final = 64
+_TRIES: Final = 32
 """Blocks of a tenant over its quota that are looked at to find one that may go."""
 
 

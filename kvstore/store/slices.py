@@ -1,4 +1,4 @@
-"""Work on the loop that others need not wait for: it stops at every `yield`, and may go on later."""
+"""Work that others on the loop need not wait for: it stops at every `yield`, to go on later."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Work = Generator[None, None, T]
 FEW: Final = 32
 """Objects between two stops: some tenths of a millisecond."""
 
-_STOPS: Final = 8
+_STOPS: Final = 4
 
 
 def finish(work: Work[T]) -> T:
@@ -47,9 +47,9 @@ class Background:
 
     def __init__(self, post: Callable[[Callable[[], None]], None]) -> None:
         self._post = post
-        self._waiting: deque[Work[None]] = deque()
+        self._waiting: deque[Work[object]] = deque()
 
-    def add(self, work: Work[None]) -> None:
+    def add(self, work: Work[object]) -> None:
         """Begin with it, after what came before."""
         self._waiting.append(work)
         if len(self._waiting) == 1:

@@ -414,6 +414,28 @@ class Store:
         running = Acquisition(lease, done, self._clock(), enough or len(keys), reads)
         self._acquiring += 1
         running.promoting = 1  # Held until all promotions are started.
+        try:
+            yield from self._promoting(running, keys, parts, namespace)
+        except GeneratorExit:  # The owner has gone meanwhile.
+            running.finished = True
+            self._acquiring -= 1
+            raise
+        if not running.promoting:
+            yield from self._settling(running, "deadline")
+        elif self._count_ready(running) >= running.enough:
+            yield from self._settling(running, "later")
+        return running
+
+    acquire = at_once(acquiring)
+
+    def _promoting(
+        self,
+        running: Acquisition,
+        keys: Sequence[bytes],
+        parts: Sequence[Part],
+        namespace: Namespace | None,
+    ) -> Work[None]:
+        lease = running.lease
         within = self._within(namespace)
         # In order, and holding nothing beyond the block at hand: later blocks that lie in memory
         # must not keep earlier ones from coming up.
@@ -441,13 +463,6 @@ class Store:
                 break
         running.started_all = True
         running.promoting -= 1
-        if not running.promoting:
-            yield from self._settling(running, "deadline")
-        elif self._count_ready(running) >= running.enough:
-            yield from self._settling(running, "later")
-        return running
-
-    acquire = at_once(acquiring)
 
     def settle(self, running: Acquisition, reason: str = "deadline") -> None:
         """Answer a running acquire with what has arrived; the rest goes on in the background."""
@@ -776,7 +791,7 @@ class Store:
                 continue
             self.counters.add("lease.expired", lease.kind.value)
             if lease.kind is LeaseKind.PIN:
-                self.release(lease.owner, lease.id)
+                self.background.add(self.releasing(lease.owner, lease.id))
             else:
                 lease.withdrawn = True
         self.tiering.expiry.tick()

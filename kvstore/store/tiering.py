@@ -155,7 +155,7 @@ class Tiering:
             entry.in_memory = True
             before = colder.get(entry.slot.nbytes)
             self.memory.admit(entry.slot, before)
-            entry.account.tenant.memory.touched(entry, before and before.owner)
+            entry.account.tenant.memory.touched(entry, None if before is None else before.owner)
             colder[entry.slot.nbytes] = entry.slot
             self.history.forget(entry.name.key)
 

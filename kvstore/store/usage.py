@@ -72,7 +72,7 @@ class TierShare:
         copy = getattr(entry, self._copy)
         if copy is not None and older_than is not entry:
             self._order.remove(copy)
-            self._order.add(copy, older_than and getattr(older_than, self._copy))
+            self._order.add(copy, None if older_than is None else getattr(older_than, self._copy))
 
     def gave(self, entry: Entry) -> None:
         """The entry has lost its place in this tier."""

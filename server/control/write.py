@@ -26,7 +26,7 @@ from kvstore.server.control.requests import (
     ttl,
 )
 from kvstore.server.node import Node
-from kvstore.server.pacing import Pace
+from kvstore.server.pacing import Pace, paced
 from kvstore.store.explain import survey
 from kvstore.store.index import Entry
 from kvstore.store.relocation import copy_to, move_to, reencode, remove
@@ -52,13 +52,14 @@ class WriteVerbs:
         asked = await prompt(self._node, caller, request.prefix)
         if not request.HasField("ttl"):
             raise bad_field("ttl", "is missing; say how long, up to 30 days")
-        pinned = self._store.pins.pin(
+        pinning = self._store.pins.pinning(
             name(request.owner, "owner"),
             asked.namespace,
             asked.keys,
             ttl(request.ttl),
             self._node.owner(caller),
         )
+        pinned = await paced(pinning)
         reply = v1.PinResponse(
             id=pinned.id, blocks=pinned.blocks, bytes=pinned.nbytes, reason=pinned.reason
         )

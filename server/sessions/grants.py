@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from typing import Final
 
 from kvstore.errors import ProtocolError
-from kvstore.store.index import Entry
+from kvstore.store.index import Entry, Lease, LeaseKind
+from kvstore.store.slices import FEW, Work
 from kvstore.store.store import Store
 from kvstore.transport import protocol
 from kvstore.transport.sockets import Wire
@@ -30,16 +31,24 @@ _GRACE: Final = 1.0
 class Granted:
     """The slots under one lease; `checksums` are None for objects that have not come yet."""
 
-    def __init__(self, entries: list[Entry], *, writable: bool) -> None:
-        self.entries = entries  # for the loop alone
+    def __init__(self, *, writable: bool) -> None:
+        self.entries: list[Entry] = []  # for the loop alone
         self.writable = writable
-        self.offsets = [entry.slot.offset for entry in entries if entry.slot is not None]
-        self.sizes = [entry.nbytes for entry in entries]
-        self.checksums = [None if writable else entry.checksum for entry in entries]
+        self.offsets: list[int] = []
+        self.sizes: list[int] = []
+        self.checksums: list[int | None] = []
         self.damaged: set[int] = set()
         self.filling: set[int] = set()
         self.users: set[Wire] = set()
         self.ended: float | None = None  # monotonic seconds
+
+    def add(self, entry: Entry) -> None:
+        """One more; before anybody uses them."""
+        assert entry.slot is not None
+        self.entries.append(entry)
+        self.offsets.append(entry.slot.offset)
+        self.sizes.append(entry.nbytes)
+        self.checksums.append(None if self.writable else entry.checksum)
 
 
 class LeaseGone(Exception):
@@ -73,11 +82,22 @@ class Grants:
 
     # -- on the loop ------------------------------------------------------------------------------
 
-    def add(self, lease: int, granted: Granted) -> None:
-        """From now on, threads may use the slots of a lease."""
-        self._store.hold(granted.entries)
+    def granting(self, lease: Lease) -> Work[None]:
+        """In the end, threads may use the slots of a lease."""
+        granted = Granted(writable=lease.kind is LeaseKind.WRITE)
+        for number, entry in enumerate(lease.entries()):
+            if number % FEW == FEW - 1:
+                yield
+            if lease.released:
+                break
+            granted.add(entry)
+            self._store.hold([entry])
         with self._lock:
-            self._leases[lease] = granted
+            alive = not (lease.released or self._closed)
+            if alive and granted.entries:
+                self._leases[lease.id] = granted
+        if not alive:
+            self._let_go(granted)
 
     def end(self, lease: int) -> Granted | None:
         """The lease has ended; who is still using it is given a moment."""
@@ -118,10 +138,17 @@ class Grants:
             self.end(lease)
 
     def _let_go(self, granted: Granted) -> None:
-        for entry, checksum in zip(granted.entries, granted.checksums, strict=True):
+        self._store.background.add(self._letting_go(granted))
+
+    def _letting_go(self, granted: Granted) -> Work[None]:
+        for number, (entry, checksum) in enumerate(
+            zip(granted.entries, granted.checksums, strict=True)
+        ):
+            if number % FEW == FEW - 1:
+                yield
             if not granted.writable and entry.checksum is None:
                 entry.checksum = checksum  # made for sending; good for the next reader too
-        self._store.let_go(granted.entries)
+            self._store.let_go([entry])
 
     # -- in the threads ---------------------------------------------------------------------------
 

@@ -17,10 +17,12 @@ from kvstore.blocks.spec import Namespace, Part
 from kvstore.errors import KVStoreError, ProtocolError
 from kvstore.server.access.grants import Denied, Grant, Role
 from kvstore.server.node import Node, Peer
+from kvstore.server.pacing import paced
 from kvstore.server.recent import by_tier
 from kvstore.server.tasks import run
 from kvstore.store.index import Entry, LeaseKind, Saving
-from kvstore.store.store import MAX_OWED, Acquired, Acquisition
+from kvstore.store.slices import Work
+from kvstore.store.store import MAX_OWED, Acquired
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Cost, Failure, Frames, Message
 
@@ -32,6 +34,9 @@ _MAX_DESCRIBED: Final = 1 << 14
 _MAX_FLUSHES: Final = 16
 _MAX_RECHECKED: Final = 16
 """Blocks per release whose alleged damage is looked into."""
+
+_HELD: Final = 512
+"""Blocks of an answer without a stop."""
 
 _FLUSH_POLL: Final = 0.02
 
@@ -73,6 +78,7 @@ class SessionConnection(asyncio.Protocol):
         self._full = False  # of answers that the client does not read
         self._owed = 0  # bytes of what was opened
         self._refused = False
+        self._running: Work[None] | None = None  # the request that is being answered
         self._tasks: set[asyncio.Task[None]] = set()
         self._timers: set[asyncio.TimerHandle] = set()
 
@@ -85,7 +91,7 @@ class SessionConnection(asyncio.Protocol):
         self._transport = transport
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
+        self._transport = self._running = None
         for task in self._tasks:
             task.cancel()
         for timer in self._timers:
@@ -117,15 +123,18 @@ class SessionConnection(asyncio.Protocol):
     def answer(self, until: float) -> bool:
         """Answer requests until then (by `perf_counter`); whether there may be more."""
         try:
-            while not (self._refused or self._full):
+            while not self._refused and (self._running or not self._full):
                 if time.perf_counter() >= until:
                     return True
-                frame = self._frames.next()
-                if frame is None:
-                    break
-                self.owner.owed -= protocol.HEADER.size + len(frame[1])
-                self.waiting = None
-                self._handle(*frame)
+                if self._running is None:
+                    frame = self._frames.next()
+                    if frame is None:
+                        break
+                    self.owner.owed -= protocol.HEADER.size + len(frame[1])
+                    self.waiting = None
+                    self._running = self._handle(*frame)
+                if next(self._running, self) is self:
+                    self._running = None
         except ProtocolError as e:
             self.refuse("protocol", str(e))
         if self.waiting is None and (self._frames or self._full):
@@ -168,11 +177,11 @@ class SessionConnection(asyncio.Protocol):
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(protocol.encode(request_id, message))
 
-    def _handle(self, request_id: int, body: bytes) -> None:
+    def _handle(self, request_id: int, body: bytes) -> Work[None]:
         request = protocol.decode_request(body)
         self.requests += 1
         try:
-            reply = self._answer(request_id, request, len(body))
+            reply = yield from self._answer(request_id, request, len(body))
         except ProtocolError:
             raise
         except Denied as e:
@@ -183,14 +192,18 @@ class SessionConnection(asyncio.Protocol):
         if reply is not None and request_id:
             self._reply(request_id, reply)
 
-    def _answer(self, request_id: int, request: protocol.Request, nbytes: int) -> Message | None:
+    def _answer(
+        self, request_id: int, request: protocol.Request, nbytes: int
+    ) -> Work[Message | None]:
         store = self._store
         match request:
             case protocol.Lookup():
                 started = time.monotonic()
                 namespace, parts = self._handle_of(request.handle)
                 keys = protocol.keys_of(request.keys, len(parts))
-                tiers, reason = store.lookup(keys, parts, namespace, again=request.again)
+                tiers, reason = yield from store.looking_up(
+                    keys, parts, namespace, again=request.again
+                )
                 codes = bytes(tiers)
                 if not request.again:
                     self._recent.note(
@@ -208,21 +221,23 @@ class SessionConnection(asyncio.Protocol):
                 namespace, parts = self._handle_of(request.handle)
                 keys = protocol.keys_of(request.keys, len(parts))
                 saving = _saving(request, namespace, len(keys))
-                slots, reason = store.reserve(
+                slots, reason = yield from store.reserving(
                     self, request.lease, namespace, keys, parts, saving=saving
                 )
                 self._saves[request.lease] = namespace, len(keys), started
-                return protocol.Reserved(_i64(self._name_slots(request.lease, slots)), reason)
+                slots = yield from self._name_slots(request.lease, slots)
+                return protocol.Reserved(_i64(slots), reason)
             case protocol.Commit():
-                return self._commit(request)
+                return (yield from self._commit(request))
             case protocol.Acquire():
-                return self._acquire(request_id, request)
+                return (yield from self._acquire(request_id, request))
             case protocol.Release():
-                return self._release(request)
+                return (yield from self._release(request))
             case protocol.Prefetch():
                 namespace, parts = self._handle_of(request.handle)
                 keys = protocol.keys_of(request.keys, len(parts))
-                return protocol.Count(store.prefetch(keys, parts, namespace, self))
+                found = yield from store.prefetching(keys, parts, namespace, self)
+                return protocol.Count(found)
             case protocol.Pin():
                 self.grant.check(Role.WRITE, "pin")
                 namespace, parts = self._handle_of(request.handle)
@@ -231,9 +246,10 @@ class SessionConnection(asyncio.Protocol):
                         f"a pin of {request.ttl} seconds; give 0 to {_MAX_PIN_SECONDS:.0f}"
                     )
                 keys = protocol.keys_of(request.keys, len(parts))
-                return protocol.Count(
-                    store.pin(self, request.lease, keys, parts, request.ttl, namespace)
+                pinned = yield from store.pinning(
+                    self, request.lease, keys, parts, request.ttl, namespace
                 )
+                return protocol.Count(pinned)
             case protocol.Open():
                 return self._open(request, nbytes)
             case protocol.Flush():
@@ -242,7 +258,7 @@ class SessionConnection(asyncio.Protocol):
             case protocol.Clear():
                 namespace, _ = self._handle_of(request.handle)
                 self.grant.check(Role.WRITE, "clear")
-                return protocol.Count(store.clear(namespace))
+                return protocol.Count((yield from store.clearing(namespace)))
             case protocol.Control():
                 self.grant.check(Role.ADMIN, "opening the API")
                 self._start(partial(self._open_control, request_id))
@@ -277,33 +293,34 @@ class SessionConnection(asyncio.Protocol):
             raise ProtocolError(f"handle {handle} was never opened")
         return self.opened[handle]
 
-    def _name_slots(self, lease: int, slots: list[int]) -> list[int]:
+    def _name_slots(self, lease: int, slots: list[int]) -> Work[list[int]]:
         """What the client shall call the slots of a new lease: by their offsets in the arena."""
+        yield
         return slots
 
-    def _commit(self, request: protocol.Commit) -> Message:
-        blocks, reason = self._store.commit(
+    def _commit(self, request: protocol.Commit) -> Work[Message]:
+        blocks, reason = yield from self._store.committing(
             self, request.lease, dropped=request.dropped, checksums=request.checksums
         )
         self._saved(request.lease, blocks, reason)
         return protocol.Committed(blocks, reason)
 
-    def _release(self, request: protocol.Release) -> Message:
+    def _release(self, request: protocol.Release) -> Work[Message]:
         held = self._store.lease(self, request.lease)
         # Who shares our memory sees what we see, and may change blocks anyway. From elsewhere, or
         # to whoever may only read, a reader's word is not enough to remove a block.
         if self.shares_memory and self.grant.role >= Role.WRITE:
-            self._end(request.lease, request.damaged)
+            yield from self._end(request.lease, request.damaged)
         elif request.damaged and held is not None and held.kind is LeaseKind.READ:
             chosen = {i for i in request.damaged[:_MAX_RECHECKED] if 0 <= i < len(held.blocks)}
             blocks = {i: held.blocks[i] for i in chosen}
             self._start(partial(self._recheck, request.lease, blocks))
         else:
-            self._end(request.lease)
+            yield from self._end(request.lease)
         return protocol.Count(0)
 
-    def _end(self, lease: int, damaged: tuple[int, ...] = ()) -> None:
-        self._store.release(self, lease, damaged=damaged)
+    def _end(self, lease: int, damaged: tuple[int, ...] = ()) -> Work[None]:
+        yield from self._store.releasing(self, lease, damaged=damaged)
         self._saved(lease, 0, "released")
 
     async def _recheck(self, lease: int, blocks: dict[int, list[Entry]]) -> None:
@@ -329,7 +346,7 @@ class SessionConnection(asyncio.Protocol):
             damaged = await asyncio.to_thread(check)
         finally:
             self._store.let_go(entries)
-        self._end(lease, tuple(damaged))
+        await paced(self._end(lease, tuple(damaged)))
 
     def _saved(self, lease: int, blocks: int, reason: str) -> None:
         """Note a save that has ended, if the lease was for one."""
@@ -340,31 +357,36 @@ class SessionConnection(asyncio.Protocol):
             session = self.peer.session
             self._recent.note(session, namespace, "save", asked, blocks, 0, reason, started)
 
-    def _acquire(self, request_id: int, request: protocol.Acquire) -> Message | None:
+    def _acquire(self, request_id: int, request: protocol.Acquire) -> Work[Message | None]:
         started = time.monotonic()
         namespace, parts = self._handle_of(request.handle)
         keys = protocol.keys_of(request.keys, len(parts))
         if not 0 <= request.wait <= protocol.MAX_WAIT:
             raise ValueError(f"a wait of {request.wait} seconds; give 0 to {protocol.MAX_WAIT:.0f}")
-        answer: list[Message] = []
-        waiting: list[Acquisition] = []
+        answer: list[Acquired] = []
         timer: list[asyncio.TimerHandle] = []
 
-        def done(acquired: Acquired) -> None:
-            reply = self._held(request.lease, acquired, parts)
+        def reply(acquired: Acquired) -> Work[Message]:
+            held = yield from self._held(request.lease, acquired, parts)
             here = len(acquired.blocks)
             self._recent.note(
-                self.peer.session, namespace, "load", len(keys), *by_tier(reply.tiers[:here]),
+                self.peer.session, namespace, "load", len(keys), *by_tier(held.tiers[:here]),
                 acquired.reason, started,
             )  # fmt: skip
-            if not waiting:  # Everything was in memory: answered in turn.
-                answer.append(reply)
+            return held
+
+        async def reply_late(acquired: Acquired) -> None:
+            self._reply(request_id, await paced(reply(acquired)))
+
+        def done(acquired: Acquired) -> None:
+            if not timer:  # Everything was in memory: answered in turn.
+                answer.append(acquired)
                 return
             timer[0].cancel()
             self._timers.discard(timer[0])
-            self._reply(request_id, reply)
+            self._start(partial(reply_late, acquired))
 
-        running = self._store.acquire(
+        running = yield from self._store.acquiring(
             self,
             request.lease,
             keys,
@@ -374,26 +396,28 @@ class SessionConnection(asyncio.Protocol):
             namespace=namespace,
         )
         if answer:
-            return answer[0]
+            return (yield from reply(answer[0]))
         loop = asyncio.get_running_loop()
-        waiting.append(running)
         timer.append(loop.call_later(request.wait, self._store.settle, running))
         self._timers.add(timer[0])
         return None
 
-    def _held(self, lease: int, acquired: Acquired, parts: tuple[Part, ...]) -> protocol.Held:
+    def _held(self, lease: int, acquired: Acquired, parts: tuple[Part, ...]) -> Work[protocol.Held]:
         """The reply that tells a client where its blocks lie."""
         slots: list[int] = []
         sums: list[int | None] = []
         other: dict[int, Part] = {}
-        for block in acquired.blocks:
+        for number, block in enumerate(acquired.blocks):
+            if number % _HELD == _HELD - 1:
+                yield
             for entry, part in zip(block, parts, strict=True):
-                assert entry.slot is not None
+                if entry.slot is None:  # The lease has ended meanwhile.
+                    return protocol.Held(b"", b"", "released")
                 if entry.name.part != part:
                     other[len(slots)] = entry.name.part
                 slots.append(entry.slot.offset)
                 sums.append(entry.checksum)
-        slots = self._name_slots(lease, slots)
+        slots = yield from self._name_slots(lease, slots)
         return protocol.Held(
             _i64(slots), bytes(acquired.tiers), acquired.reason, other, tuple(sums)
         )

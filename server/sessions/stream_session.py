@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from kvstore.server.access.grants import Grant
 from kvstore.server.node import Node, Peer
-from kvstore.server.sessions.grants import Granted, Grants
+from kvstore.server.sessions.grants import Grants
 from kvstore.server.sessions.session import SessionConnection
-from kvstore.store.index import LeaseKind
+from kvstore.store.slices import FEW, Work
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Message
 
@@ -43,41 +43,41 @@ class StreamSession(SessionConnection):
     def expire(self, lease: int) -> None:
         """A lease has run out: whoever is still using it is cut off, and its slots come back."""
         self.grants.cut(lease)
-        self._store.release(self, lease)
+        self._store.background.add(self._store.releasing(self, lease))
         self._saved(lease, 0, "expired")
 
-    def _name_slots(self, lease: int, slots: list[int]) -> list[int]:
+    def _name_slots(self, lease: int, slots: list[int]) -> Work[list[int]]:
         """Numbers, in order, in place of offsets."""
         held = self._store.lease(self, lease)
-        entries = list(held.entries()) if held is not None else []
-        if held is not None and entries:
-            writable = held.kind is LeaseKind.WRITE
-            self.grants.add(lease, Granted(entries, writable=writable))
+        if held is not None:
+            yield from self.grants.granting(held)
         numbers = iter(range(len(slots)))
         return [next(numbers) if slot >= 0 else slot for slot in slots]
 
-    def _commit(self, request: protocol.Commit) -> Message:
+    def _commit(self, request: protocol.Commit) -> Work[Message]:
         """Commits what has come and was right; the client is not asked which blocks these are."""
         granted = self.grants.end(request.lease)
         held = self._store.lease(self, request.lease)
         if granted is None or held is None:
-            return super()._commit(request)
+            return (yield from super()._commit(request))
         dropped = set(request.dropped)
         slot, damaged = 0, 0
         for number, block in enumerate(held.blocks):
+            if number % FEW == 0:
+                yield
             slots = range(slot, slot + len(block))
             slot += len(block)
             if any(granted.checksums[i] is None for i in slots):
                 damaged += not granted.damaged.isdisjoint(slots)
                 dropped.add(number)
         sums = tuple(checksum or 0 for checksum in granted.checksums)
-        reply = super()._commit(protocol.Commit(request.lease, tuple(dropped), sums))
+        reply = yield from super()._commit(protocol.Commit(request.lease, tuple(dropped), sums))
         if damaged:
             self._store.counters.add("save.dropped", "corrupt", by=damaged)
             if isinstance(reply, protocol.Committed):
                 return protocol.Committed(reply.blocks, "corrupt")
         return reply
 
-    def _end(self, lease: int, damaged: tuple[int, ...] = ()) -> None:
+    def _end(self, lease: int, damaged: tuple[int, ...] = ()) -> Work[None]:
         self.grants.end(lease)
-        super()._end(lease, damaged)
+        yield from super()._end(lease, damaged)
