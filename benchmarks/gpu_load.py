@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import Final, Protocol, Self
 
 import torch
@@ -45,14 +44,9 @@ class CudaLane(Lane):
         self._entered.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stream.synchronize()  # before the memory that its work uses is given up
-        self._entered.__exit__(kind, error, trace)
+        self._entered.__exit__(*error)
 
     def delay(self) -> None:
         """See `Lane.delay`."""
@@ -108,12 +102,7 @@ class Meanwhile:
         self._began, self._before = time.perf_counter(), self._calls
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._pool.shutdown()
         self._done.result()

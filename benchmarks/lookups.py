@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from functools import partial
-from types import TracebackType
 from typing import Final, Self
 
 import numpy as np
@@ -51,13 +50,8 @@ class Asker:
         self._ping.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._ping.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        self._ping.__exit__(*error)
 
     def _store(self) -> None:
         page = np.zeros(INDEX_ONLY.block_bytes, np.uint8)

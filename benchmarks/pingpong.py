@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-from types import TracebackType
 from typing import Final, Self
 
 from kvstore.errors import KVStoreError
@@ -33,12 +32,7 @@ class PingPong:
         self()  # Its start is not part of what is measured.
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._socket.close()
         self._server.wait(_SECONDS)
 

@@ -31,8 +31,7 @@ NOT_NUMBERS: Final = frozenset(
 _ALIKE: Final = frozenset(
     {
         "GemmaForCausalLM", "GraniteForCausalLM", "LlamaForCausalLM", "MistralForCausalLM",
-        "Olmo2ForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
-        "SmolLM3ForCausalLM", "Starcoder2ForCausalLM",
+        "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
     }
 )  # fmt: skip
 _ROPES: Final = frozenset({"default", "linear", "llama3"})

@@ -11,6 +11,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -23,9 +25,9 @@ class Job:
 
     `pages` has shape (blocks, pages per block); -1 leaves a page out. `number` counts all jobs,
     `priority` orders those that wait (lower first). `parent` is the key before the first, `tokens`
-    the blocks' token ids where the store is to publish them. `prefetched`
-    blocks to load were on disk when the request came. A load that is `layered` takes part in the
-    step it comes with: each layer is computed once it has arrived.
+    the blocks' token ids where the store is to publish them. `prefetched` counts the blocks to load
+    that were in other tiers than memory when the request came. A load that is `layered` takes part
+    in the step it comes with: each layer is computed once it has arrived.
     """
 
     number: int
@@ -38,7 +40,7 @@ class Job:
     ttl: float | None = None
     parent: bytes = b""
     tokens: list[int] | None = None
-    prefetched: int = 0
+    prefetched: Mapping[str, int] = field(default_factory=dict)
     layered: bool = False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from kvstore.blocks.keys import block_keys, prompt_extras
 from kvstore.blocks.spec import Namespace
+from kvstore.client.planner import MEMORY
 from kvstore.connectors.vllm.messages import Job
 from kvstore.connectors.vllm.settings import Wishes
 
@@ -19,8 +21,8 @@ from kvstore.connectors.vllm.settings import Wishes
 class Found:
     """What the store has beyond `start` tokens: blocks from `first` on, in these tiers.
 
-    `at` is when it was asked. `prefetched` blocks were on disk and are brought into memory; until
-    `deadline` that is waited for.
+    `at` is when it was asked. `prefetched` counts the blocks that are brought up into memory, by
+    the tier they were in; until `deadline` that is waited for.
     """
 
     start: int
@@ -28,8 +30,17 @@ class Found:
     tiers: tuple[str, ...]
     at: float
     seconds: float = 0.0
-    prefetched: int = 0
+    prefetched: Mapping[str, int] = field(default_factory=dict)
     deadline: float = 0.0
+
+    @property
+    def below(self) -> Counter[str]:
+        """How many blocks lie in tiers below memory."""
+        return Counter(tier for tier in self.tiers if tier != MEMORY)
+
+    def is_on_the_way(self, now: float) -> bool:
+        """Whether blocks are still being brought up, and to be waited for."""
+        return bool(self.prefetched and self.below) and now < self.deadline
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -33,10 +34,12 @@ from kvstore.telemetry import QuietLog
 
 _log = init_logger("vllm.kvstore.scheduler")
 
+_SOURCES: Final = {"disk": CacheHitSource.DISK, "peer": CacheHitSource.P2P}
+"""vLLM's words for tiers below memory, where it has one."""
 _FRESH: Final = 0.25
 """Seconds that an answer of the store is good for a request that waits in the queue."""
 _POLL: Final = 0.01
-"""Seconds between two questions while blocks come up from disk."""
+"""Seconds between two questions while blocks come up into memory."""
 _WORTH_WAITING: Final = 0.03
 """Seconds a load must take for its request to wait in the queue, without pages, meanwhile."""
 _REST: Final = 1.0
@@ -150,7 +153,7 @@ class SchedulerSide:
 
     def _layered(self, found: Found) -> bool:
         """Whether the step that computes the rest takes the layers as they arrive."""
-        return self._settings.layerwise and set(found.tiers) <= {"memory"}
+        return self._settings.layerwise and not found.below
 
     def _track(self, request: Any) -> Tracked | None:
         if not (self._may_load or self._may_save):
@@ -185,7 +188,7 @@ class SchedulerSide:
         now = time.monotonic()
         found = tracked.found
         if found is not None and found.start == start:
-            on_the_way = found.prefetched > 0 and now < found.deadline and "disk" in found.tiers
+            on_the_way = found.is_on_the_way(now)
             if now - found.at < (_POLL if on_the_way else _FRESH):
                 return None if on_the_way else found
         else:
@@ -212,13 +215,12 @@ class SchedulerSide:
         answer = Found(start, first, plan.tiers[: plan.blocks], now, plan.load_seconds)
         if found is not None and found.prefetched:
             answer.prefetched, answer.deadline = found.prefetched, found.deadline
-        elif "disk" in answer.tiers and answer.seconds >= _WORTH_WAITING:
+        elif answer.below and answer.seconds >= _WORTH_WAITING:
             session.prefetch(keys[: len(answer.tiers)])
-            answer.prefetched = answer.tiers.count("disk")
+            answer.prefetched = answer.below
             answer.deadline = now + 1.0 + 4 * answer.seconds
         tracked.found = answer
-        waits = answer.prefetched > 0 and "disk" in answer.tiers and now < answer.deadline
-        return None if waits else answer
+        return None if answer.is_on_the_way(now) else answer
 
     def _judge(self, late: bool) -> None:
         """Leave a store alone that has not answered twice in a row."""
@@ -258,9 +260,12 @@ class SchedulerSide:
         tracked = self._tracked.get(request.request_id)
         if tracked is None or tracked.found is None:
             return {CacheHitSource.EXTERNAL_UNSPECIFIED: external} if external else {}
-        below = max(tracked.found.prefetched, tracked.found.tiers.count("disk"))
-        disk = min(external, below * self._block_tokens)
-        counts = {CacheHitSource.HOST: external - disk, CacheHitSource.DISK: disk}
+        counts, left = Counter[CacheHitSource](), external
+        for tier, blocks in (tracked.found.prefetched or tracked.found.below).items():
+            tokens = min(left, blocks * self._block_tokens)
+            counts[_SOURCES.get(tier, CacheHitSource.EXTERNAL_UNSPECIFIED)] += tokens
+            left -= tokens
+        counts[CacheHitSource.HOST] += left
         return {source: tokens for source, tokens in counts.items() if tokens}
 
     # -- every step -------------------------------------------------------------------------------

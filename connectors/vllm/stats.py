@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 from vllm.v1.metrics.utils import create_metric_per_engine
 
+from kvstore.client.planner import MEMORY
 from kvstore.client.session import Loaded, Saved
 from kvstore.connectors.vllm.messages import Job
 
@@ -59,8 +60,9 @@ class KVStoreStats(KVConnectorStats):  # type: ignore[misc]
     def loaded(self, job: Job, loaded: Loaded, arrived: int, block_tokens: int) -> None:
         """A load brought `arrived` of its job's blocks."""
         tiers = Counts(loaded.tiers)
-        moved = min(job.prefetched, tiers["memory"])
-        tiers.update(memory=-moved, disk=moved)  # They only waited in memory.
+        for tier, blocks in job.prefetched.items():  # They only waited in memory.
+            moved = min(blocks, tiers[MEMORY])
+            tiers.update({MEMORY: -moved, tier: moved})
         for tier, blocks in tiers.items():
             self._add("kvstore_loaded_tokens", blocks * block_tokens, tier)
         self._add("kvstore_loaded_bytes", loaded.nbytes)

@@ -26,6 +26,7 @@ import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.logger import init_logger
 
+from kvstore.client.planner import MEMORY
 from kvstore.client.session import Loaded, Session
 from kvstore.client.transfer import Gates
 from kvstore.connectors.vllm.device import Device, StepTimes
@@ -357,7 +358,7 @@ class WorkerSide:
                 else:
                     self._report.loaded[job.number] = arrived
                     self._received.add(job.request)
-                if arrived and loaded.tiers.get("memory") == arrived:
+                if arrived and loaded.tiers.get(MEMORY) == arrived:
                     self._report.copied = (arrived, loaded.seconds)
                 self._in_flight -= 1
                 self._stats.loaded(job, loaded, arrived, self._namespace.block_tokens)
