@@ -12,7 +12,6 @@ wrong, something is not there), and ConfigError. Needs gRPC, so it is not loaded
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
 
 # isort: split
@@ -100,12 +99,7 @@ class Orchestrator(_Client):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def send(self, call: Call[M]) -> M:
@@ -150,12 +144,7 @@ class AsyncOrchestrator(_Client):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def send(self, call: Call[M]) -> M:

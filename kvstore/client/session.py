@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from kvstore.blocks.keys import block_keys, join_keys, token_array
@@ -358,12 +357,7 @@ class Session:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _request(self, make: Callable[[int], Message], timeout: float) -> Reply | None:

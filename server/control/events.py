@@ -33,7 +33,6 @@ class EventVerbs:
     async def watch_events(
         self, caller: Grant, request: v1.WatchEventsRequest
     ) -> AsyncIterator[AsyncIterator[v1.Event]]:
-        """What is stored and removed, from now on or from an event on, or after a snapshot."""
         digest: bytes | None = None
         if request.namespace_id:
             digest = await self._watched(caller, request.namespace_id)

@@ -39,7 +39,6 @@ class PromptVerbs:
         self._store = node.store
 
     async def lookup(self, caller: Grant, request: v1.LookupRequest) -> v1.LookupResponse:
-        """The longest stored prefix of a prompt."""
         asked = await prompt(self._node, caller, request.prefix)
         tiers: list[int] = []
         below = 0
@@ -72,7 +71,6 @@ class PromptVerbs:
         )
 
     async def explain(self, caller: Grant, request: v1.ExplainRequest) -> bytes:
-        """Why each block of a prompt is there or not."""
         asked = await prompt(self._node, caller, request.prefix)
         pieces: list[bytes] = []
         hits = 0

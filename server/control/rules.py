@@ -41,18 +41,15 @@ class RuleVerbs:
     # -- operations -------------------------------------------------------------------------------
 
     async def check_finish(self, caller: Grant, request: v1.CheckFinishRequest) -> v1.Operation:
-        """The state of an operation."""
         return self._operations.find(name(request.id, "id"), caller).message()
 
     @asynccontextmanager
     async def watch(
         self, caller: Grant, request: v1.WatchRequest
     ) -> AsyncIterator[AsyncIterator[v1.Operation]]:
-        """The states of an operation until its end."""
         yield self._operations.find(name(request.id, "id"), caller).watch()
 
     async def cancel(self, caller: Grant, request: v1.CancelRequest) -> v1.Operation:
-        """Ask an operation to end."""
         operation = self._operations.find(name(request.id, "id"), caller)
         check_role(caller, operation.role, f"cancelling a {operation.verb}")
         self._operations.cancel(operation)
@@ -61,7 +58,6 @@ class RuleVerbs:
     async def list_operations(
         self, caller: Grant, request: v1.ListOperationsRequest
     ) -> v1.ListOperationsResponse:
-        """The operations that are remembered."""
         reply = v1.ListOperationsResponse()
         pace = Pace()
         for operation in self._operations.visible(caller):
@@ -72,7 +68,6 @@ class RuleVerbs:
     # -- quotas -----------------------------------------------------------------------------------
 
     async def set_quota(self, caller: Grant, request: v1.SetQuotaRequest) -> v1.Quota:
-        """Limit a tenant."""
         tenant = self._tenant(caller, request.tenant)
         limits: dict[str, int | None] = {}
         for field in ("memory_bytes", "disk_bytes"):
@@ -84,7 +79,6 @@ class RuleVerbs:
         return self._quota(tenant)
 
     async def get_quota(self, caller: Grant, request: v1.GetQuotaRequest) -> v1.GetQuotaResponse:
-        """What tenants may hold and do hold."""
         usage = self._store.usage
         tenants = {*usage.tenants, *usage.quotas}
         if request.HasField("tenant"):
@@ -121,7 +115,6 @@ class RuleVerbs:
     async def get_admission(
         self, caller: Grant, request: v1.GetAdmissionRequest
     ) -> v1.AdmissionPolicy:
-        """What is let in."""
         rules = self._store.admission
         seen = sorted(tenant for tenant in rules.denied_tenants if caller.sees(tenant))
         return v1.AdmissionPolicy(memory=rules.memory, disk=rules.disk, denied_tenants=seen)
@@ -129,7 +122,6 @@ class RuleVerbs:
     async def set_admission(
         self, caller: Grant, request: v1.SetAdmissionRequest
     ) -> v1.AdmissionPolicy:
-        """Change what is let in."""
         _check_unlimited(caller, "the admission policy")
         rules = self._store.admission
         for field in ("memory", "disk"):
@@ -147,7 +139,6 @@ class RuleVerbs:
         return await self.get_admission(caller, v1.GetAdmissionRequest())
 
     async def drain(self, caller: Grant, request: v1.DrainRequest) -> v1.Operation:
-        """Take nothing in any more, and write out what is not on disk."""
         _check_unlimited(caller, "draining the daemon")
         timeout = _DRAIN_SECONDS
         if request.HasField("timeout"):

@@ -26,7 +26,6 @@ class StateVerbs:
         self._store = node.store
 
     async def stats(self, caller: Grant, request: v1.StatsRequest) -> v1.StatsResponse:
-        """Usage; of a caller limited to tenants, that of these."""
         node = self._node
         stats = node.stats(caller)
         reply = v1.StatsResponse(
@@ -52,7 +51,6 @@ class StateVerbs:
     async def list_namespaces(
         self, caller: Grant, request: v1.ListNamespacesRequest
     ) -> v1.ListNamespacesResponse:
-        """The namespaces there are."""
         tenant = request.tenant if request.HasField("tenant") else None
         if tenant is not None:
             caller.check_tenant(tenant)
@@ -82,7 +80,6 @@ class StateVerbs:
     async def list_sessions(
         self, caller: Grant, request: v1.ListSessionsRequest
     ) -> v1.ListSessionsResponse:
-        """Who is connected; of a session of several tenants, what the caller sees."""
         leases = Counter(map(_session_of, self._node.leases(caller)))
         reply = v1.ListSessionsResponse()
         for session in self._node.seen_sessions(caller):
@@ -106,7 +103,6 @@ class StateVerbs:
     async def list_leases(
         self, caller: Grant, request: v1.ListLeasesRequest
     ) -> v1.ListLeasesResponse:
-        """Rights to blocks, of sessions and of pins."""
         reply = v1.ListLeasesResponse()
         pace = Pace()
         for lease in self._node.leases(caller):

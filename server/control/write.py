@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Final
 
 import grpc
@@ -31,14 +30,18 @@ from kvstore.store.explain import survey
 from kvstore.store.index import Entry
 from kvstore.store.relocation import copy_to, move_to, reencode, remove
 from kvstore.store.selection import Selection
+from kvstore.store.tiering import Tiering
 from kvstore.transport.protocol import DISK, MEMORY
 
 _SLICE: Final = 64
 _RAW: Final = "raw"
 
+_Step = Callable[[Entry, Done], None]
+_Carry = Callable[[Tiering, Entry, int, Done], None]
+
 
 class WriteVerbs:
-    """Pins, moves and removes blocks."""
+    """Pins, moves and removes blocks; methods as in `kvstore.api.verbs`, here and beside."""
 
     def __init__(self, node: Node, operations: Operations) -> None:
         self._node = node
@@ -48,7 +51,6 @@ class WriteVerbs:
     # -- at once ----------------------------------------------------------------------------------
 
     async def pin(self, caller: Grant, request: v1.PinRequest) -> v1.PinResponse:
-        """Keep the stored prefix of a prompt from eviction."""
         asked = await prompt(self._node, caller, request.prefix)
         if not request.HasField("ttl"):
             raise bad_field("ttl", "is missing; say how long, up to 30 days")
@@ -68,7 +70,6 @@ class WriteVerbs:
         return reply
 
     async def unpin(self, caller: Grant, request: v1.UnpinRequest) -> v1.UnpinResponse:
-        """End pins."""
         pins = self._store.pins
         match request.WhichOneof("which"):
             case "id":
@@ -87,7 +88,6 @@ class WriteVerbs:
                 raise bad_field("id", "is missing; give it, or owner")
 
     async def set_ttl(self, caller: Grant, request: v1.SetTtlRequest) -> v1.SetTtlResponse:
-        """Let blocks expire, or not any more."""
         selected = await selection(self._node, caller, request.selection)
         life = ttl(request.ttl) if request.HasField("ttl") else None
         pace = Pace()
@@ -102,69 +102,68 @@ class WriteVerbs:
     # -- long -------------------------------------------------------------------------------------
 
     async def prefetch(self, caller: Grant, request: v1.PrefetchRequest) -> v1.Operation:
-        """Bring the stored prefix of a prompt into a tier."""
         target = tier(request.tier, "tier", default=MEMORY)
         asked = await prompt(self._node, caller, request.prefix)
         self._need_disk(target)
-        step = partial(self._copy, target)
 
         async def work(operation: Operation) -> str:
             entries = await self._prefix(asked)
             operation.total = len(entries)
-            await each(operation, entries, step)
+            await each(operation, entries, self._carried(copy_to, target))
             return ""
 
         tenants = frozenset((asked.namespace.tenant,))
         return self._operations.start("Prefetch", caller, work, tenants=tenants).message()
 
     async def move(self, caller: Grant, request: v1.MoveRequest) -> v1.Operation:
-        """Bring blocks into a tier; they leave the other one."""
-        target = tier(request.to, "to")
-        selected = await selection(self._node, caller, request.selection)
-        self._need_disk(target)
-        return self._start("Move", caller, selected, partial(self._move, target))
+        return await self._carry("Move", caller, request, move_to)
 
     async def copy(self, caller: Grant, request: v1.CopyRequest) -> v1.Operation:
-        """Bring blocks into a tier; they stay in the other one, too."""
+        return await self._carry("Copy", caller, request, copy_to)
+
+    async def _carry(
+        self, verb: str, caller: Grant, request: v1.MoveRequest | v1.CopyRequest, how: _Carry
+    ) -> v1.Operation:
         target = tier(request.to, "to")
         selected = await selection(self._node, caller, request.selection)
         self._need_disk(target)
-        return self._start("Copy", caller, selected, partial(self._copy, target))
+        return self._start(verb, caller, selected, self._carried(how, target))
 
     async def compress(self, caller: Grant, request: v1.CompressRequest) -> v1.Operation:
-        """Give blocks another codec."""
         if request.codec not in CODECS:
             raise bad_field(
                 "codec", f"{request.codec[:80]!r} is not known; use one of {', '.join(CODECS)}"
             )
         selected = await selection(self._node, caller, request.selection)
-        return self._start("Compress", caller, selected, partial(self._reencode, request.codec))
+        return self._start(
+            "Compress", caller, selected, lambda entry, done: reencode(entry, request.codec, done)
+        )
 
     async def decompress(self, caller: Grant, request: v1.DecompressRequest) -> v1.Operation:
-        """Make blocks raw bytes again."""
         selected = await selection(self._node, caller, request.selection)
-        return self._start("Decompress", caller, selected, partial(self._reencode, _RAW))
+        return self._start(
+            "Decompress", caller, selected, lambda entry, done: reencode(entry, _RAW, done)
+        )
 
     async def clear(self, caller: Grant, request: v1.ClearRequest) -> v1.Operation:
-        """Remove blocks, or count what would be removed."""
         role = Role.WRITE
         if caller.tenants is None:
             role = Role.ADMIN
             check_role(caller, role, "clearing blocks of any tenant")
         selected = await selection(self._node, caller, request.selection)
-        step = self._would_remove if request.dry_run else self._remove
+
+        def step(entry: Entry, done: Done) -> None:
+            if not request.dry_run:
+                done(remove(self._store.tiering, entry))
+            else:
+                done("pinned" if entry.pins else "writing" if entry.writer is not None else None)
+
         # Of whole namespaces, watchers are also told in one event.
         whole = selected == Selection(
             namespace=selected.namespace, tenant=selected.tenant, tenants=selected.tenants
         )
         return self._start(
-            "Clear",
-            caller,
-            selected,
-            step,
-            role=role,
-            dry_run=request.dry_run,
-            announce=whole and not request.dry_run,
+            "Clear", caller, selected, step, role=role, dry_run=request.dry_run, announce=whole
         )
 
     def _start(
@@ -172,7 +171,7 @@ class WriteVerbs:
         verb: str,
         caller: Grant,
         selected: Selection,
-        step: Callable[[Entry, Done], None],
+        step: _Step,
         *,
         role: Role = Role.WRITE,
         dry_run: bool = False,
@@ -182,7 +181,7 @@ class WriteVerbs:
             entries = await chosen(self._node, selected)
             operation.total = len(entries)
             cleared: dict[bytes, Namespace] = {}
-            if announce:
+            if announce and not dry_run:
                 cleared = {e.name.namespace.digest: e.name.namespace for e in entries}
             await each(operation, entries, step)
             for namespace in cleared.values():
@@ -217,19 +216,5 @@ class WriteVerbs:
                 remedy="start it with disk.path (`kvstore serve --disk FOLDER`)",
             )
 
-    # -- with one object --------------------------------------------------------------------------
-
-    def _copy(self, target: int, entry: Entry, done: Done) -> None:
-        copy_to(self._store.tiering, entry, target, done)
-
-    def _move(self, target: int, entry: Entry, done: Done) -> None:
-        move_to(self._store.tiering, entry, target, done)
-
-    def _reencode(self, codec: str, entry: Entry, done: Done) -> None:
-        reencode(entry, codec, done)
-
-    def _remove(self, entry: Entry, done: Done) -> None:
-        done(remove(self._store.tiering, entry))
-
-    def _would_remove(self, entry: Entry, done: Done) -> None:
-        done("pinned" if entry.pins else "writing" if entry.writer is not None else None)
+    def _carried(self, how: _Carry, target: int) -> _Step:
+        return lambda entry, done: how(self._store.tiering, entry, target, done)
