@@ -14,10 +14,10 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import aiohttp
 from aiohttp import web
@@ -41,6 +41,8 @@ _STOP_SECONDS: Final = 1.0
 _SAMPLE_SECONDS: Final = 1.0
 _MAX_BODY: Final = 4096
 _MAX_HEADER: Final = 8190
+_OPEN: Final = ("/healthz", "/readyz")
+_METHODS: Final = "GET, HEAD, PUT, POST"
 _LEVELS: Final = ("debug", "info", "warning", "error")
 _PAGE: Final = Path(__file__).parent / "page"
 _HEADERS: Final = {
@@ -73,20 +75,13 @@ class _Refused(Exception):
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
-class _Route(NamedTuple):
-    """What answers a path. Without a role it is open to everybody."""
-
-    methods: tuple[str, ...]
-    role: Role | None
-    answer: Callable[[web.BaseRequest, Grant | None], web.Response]
-
-
 class _Server(web.Server):
-    """Bounds the connections, and the life of each."""
+    """Serves an application that is set up; bounds the connections, and the life of each."""
 
-    def __init__(self, handler: Callable[[web.BaseRequest], Any], limit: int) -> None:
+    def __init__(self, app: web.Server, limit: int) -> None:
         super().__init__(
-            handler,
+            app.request_handler,
+            request_factory=app.request_factory,
             access_log=None,
             logger=_requests_log,
             auto_decompress=False,
@@ -132,15 +127,21 @@ class AdminFace:
         self._listeners: list[asyncio.Server] = []
         self._server: _Server | None = None
         self._pages = _read_page()
-        read = Role.READ
-        self._routes: dict[str, _Route] = {
-            "/healthz": _Route(("GET",), None, self._healthz),
-            "/readyz": _Route(("GET",), None, self._readyz),
-            "/metrics": _Route(("GET",), read, self._metrics),
-            "/status": _Route(("GET",), read, self._status),
-            "/config": _Route(("GET",), read, self._show_config),
-            "/loglevel": _Route(("GET",), read, self._loglevel),
-        } | {path: _Route(("GET",), None, self._show_page) for path in self._pages}
+        app = web.Application(middlewares=[self._guard])
+        app.add_routes(
+            [
+                web.get("/healthz", self._healthz),
+                web.get("/readyz", self._readyz),
+                web.get("/metrics", self._metrics),
+                web.get("/status", self._status),
+                web.get("/config", self._show_config),
+                web.get("/loglevel", self._loglevel),
+                web.put("/loglevel", self._set_loglevel),
+                web.post("/loglevel", self._set_loglevel),
+                *(web.get(path, self._show_page) for path in self._pages),
+            ]
+        )
+        self._app = web.AppRunner(app)
 
     async def start(self) -> None:
         """Begin to listen.
@@ -149,7 +150,9 @@ class AdminFace:
             ConfigError: the address cannot be had.
         """
         loop = asyncio.get_running_loop()
-        server = self._server = _Server(self._handle, self._config.server.max_requests)
+        await self._app.setup()
+        assert self._app.server is not None
+        server = self._server = _Server(self._app.server, self._config.server.max_requests)
         tls = self._access.server_context()
         patience = None if tls is None else _HANDSHAKE_SECONDS
         assert self._config.server.http is not None
@@ -176,6 +179,7 @@ class AdminFace:
             listener.close()
         self._server.pre_shutdown()
         await self._server.shutdown(_STOP_SECONDS)
+        await self._app.cleanup()
 
     @property
     def addresses(self) -> list[str]:
@@ -188,9 +192,18 @@ class AdminFace:
             self._samples.take(time.time(), node.store.stats())
             await asyncio.sleep(_SAMPLE_SECONDS)
 
-    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+    @web.middleware
+    async def _guard(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Stands before all answers: says no in JSON, and admits callers with a right to them."""
         try:
-            response = await self._answer(request)
+            self._check_host(request)
+            if (error := request.match_info.http_exception) is not None:
+                raise self._not_here(request, error)
+            if request.path not in (*_OPEN, *self._pages):
+                request["grant"] = self._grant(request)
+            response = await handler(request)
         except _Refused as e:
             if e.reason and self._node is not None:
                 self._node.store.counters.add("refused", e.reason)
@@ -200,26 +213,16 @@ class AdminFace:
         response.force_close()
         return response
 
-    async def _answer(self, request: web.BaseRequest) -> web.Response:
-        self._check_host(request)
-        if (route := self._routes.get(request.path)) is None:
-            known = ", ".join(path for path in self._routes if path not in self._pages)
-            raise _Refused(HTTPStatus.NOT_FOUND, f"there is nothing here; there are {known} and /")
-        changes = request.path == "/loglevel" and request.method in ("PUT", "POST")
-        if request.method not in (*route.methods, "HEAD") and not changes:
-            methods = "GET, HEAD, PUT, POST" if request.path == "/loglevel" else "GET, HEAD"
-            raise _Refused(
-                HTTPStatus.METHOD_NOT_ALLOWED,
-                f"{request.method} is not for {request.path}; use {methods}",
-                Allow=methods,
-            )
-        grant = None if route.role is None else self._grant(request, route.role)
-        if changes:
-            assert grant is not None
-            return await self._set_loglevel(request, grant)
-        return route.answer(request, grant)
+    def _not_here(self, request: web.Request, error: web.HTTPException) -> _Refused:
+        if isinstance(error, web.HTTPMethodNotAllowed):
+            methods = ", ".join(sorted(error.allowed_methods, key=_METHODS.find))
+            text = f"{request.method} is not for {request.path}; use {methods}"
+            return _Refused(HTTPStatus.METHOD_NOT_ALLOWED, text, Allow=methods)
+        paths = (resource.canonical for resource in self._app.app.router.resources())
+        known = ", ".join(path for path in paths if path not in self._pages)
+        return _Refused(HTTPStatus.NOT_FOUND, f"there is nothing here; there are {known} and /")
 
-    def _check_host(self, request: web.BaseRequest) -> None:
+    def _check_host(self, request: web.Request) -> None:
         """Keep web sites that let their name point here from reading along in a browser."""
         if self._access.has_tokens or not _is_loopback(request.transport):
             return
@@ -233,22 +236,22 @@ class AdminFace:
                 "host",
             )
 
-    def _grant(self, request: web.BaseRequest, role: Role) -> Grant:
+    def _grant(self, request: web.Request) -> Grant:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         try:
             grant = self._access.grant(token.strip() if scheme.lower() == "bearer" else None)
         except Denied as e:
             text, status = str(e), HTTPStatus.UNAUTHORIZED
             raise _Refused(status, text, e.reason, WWW_Authenticate="Bearer") from e
-        _check_role(grant, role, request.path)
+        _check_role(grant, Role.READ, request.path)
         return grant
 
     # -- answers ----------------------------------------------------------------------------------
 
-    def _healthz(self, request: web.BaseRequest, grant: Grant | None) -> web.Response:
+    async def _healthz(self, request: web.Request) -> web.Response:
         return self._health(ok=("ready", "draining"))
 
-    def _readyz(self, request: web.BaseRequest, grant: Grant | None) -> web.Response:
+    async def _readyz(self, request: web.Request) -> web.Response:
         return self._health(ok=("ready",))
 
     def _health(self, ok: tuple[str, ...]) -> web.Response:
@@ -259,13 +262,11 @@ class AdminFace:
         well = answer["status"] in ok
         return _json(answer, HTTPStatus.OK if well else HTTPStatus.SERVICE_UNAVAILABLE)
 
-    def _metrics(self, request: web.BaseRequest, grant: Grant | None) -> web.Response:
-        assert grant is not None
-        body = Exposition(self._node, grant).text()
+    async def _metrics(self, request: web.Request) -> web.Response:
+        body = Exposition(self._node, request["grant"]).text()
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    def _status(self, request: web.BaseRequest, grant: Grant | None) -> web.Response:
-        assert grant is not None
+    async def _status(self, request: web.Request) -> web.Response:
         if self._node is None:
             raise _Refused(
                 HTTPStatus.SERVICE_UNAVAILABLE,
@@ -277,21 +278,22 @@ class AdminFace:
             raise _Refused(
                 HTTPStatus.BAD_REQUEST, f"after={after!r} is no number of a sample; leave it out"
             )
-        return _json(status(self._node, grant, self._samples, int(after)))
+        return _json(status(self._node, request["grant"], self._samples, int(after)))
 
-    def _show_config(self, request: web.BaseRequest, grant: Grant | None) -> web.Response:
+    async def _show_config(self, request: web.Request) -> web.Response:
         """The configuration names the files of secrets, never what is in them."""
-        assert grant is not None
+        grant: Grant = request["grant"]
         shown = self._config.model_dump(mode="json")
         shown["quotas"] = {t: quota for t, quota in shown["quotas"].items() if grant.sees(t)}
         denied = shown["admission"]["denied_tenants"]
         shown["admission"]["denied_tenants"] = sorted(filter(grant.sees, denied))
         return _json(shown)
 
-    def _loglevel(self, request: web.BaseRequest, grant: Grant | None) -> web.Response:
+    async def _loglevel(self, request: web.Request) -> web.Response:
         return _json({"root": _level_of(logging.getLogger())} | _own_levels())
 
-    async def _set_loglevel(self, request: web.BaseRequest, grant: Grant) -> web.Response:
+    async def _set_loglevel(self, request: web.Request) -> web.Response:
+        grant: Grant = request["grant"]
         _check_role(grant, Role.ADMIN, "changing a log level")
         if grant.tenants is not None:
             text = f"log levels concern all tenants, {grant.name!r} only some; use another token"
@@ -315,9 +317,9 @@ class AdminFace:
             )
         logging.getLogger(None if name == "root" else name).setLevel(level.upper())
         _log.warning("log level of %s is %s now, says %r", name, level, grant.name)
-        return self._loglevel(request, grant)
+        return await self._loglevel(request)
 
-    def _show_page(self, request: web.BaseRequest, grant: Grant | None) -> web.Response:
+    async def _show_page(self, request: web.Request) -> web.Response:
         content_type, body = self._pages[request.path]
         return web.Response(body=body, content_type=content_type, charset="utf-8")
 
@@ -333,7 +335,7 @@ def _json(value: object, status: HTTPStatus = HTTPStatus.OK) -> web.Response:
     return web.json_response(value, status=status)
 
 
-async def _body(request: web.BaseRequest) -> dict[str, Any]:
+async def _body(request: web.Request) -> dict[str, Any]:
     """A small JSON object."""
     data = b""
     with contextlib.suppress(aiohttp.ClientPayloadError):
