@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import resource
@@ -146,6 +147,8 @@ class Daemon:
             for face in self._faces(node):
                 await face.start()
                 faces.append(face)
+            gc.collect()
+            gc.freeze()  # What is loaded stays, and need not be walked through again and again.
             node.ready = True
             if self._http is not None:
                 self._http.attach(node)

@@ -26,7 +26,7 @@ class Survey:
     """
 
     tiers: list[int] = field(default_factory=list)
-    entries: list[list[Entry]] = field(default_factory=list)
+    entries: list[tuple[Entry, ...]] = field(default_factory=list)
     nbytes: int = 0
     reason: str = ""
 
@@ -123,8 +123,8 @@ def _complete(
             if entry.name.part.shard.count == ranks
         }
         if found.keys() >= contents:
-            return [found[content] for content in contents]
-    return []
+            return tuple(found[content] for content in contents)
+    return ()
 
 
 def _why_not(store: Store, namespace: Namespace, key: bytes) -> BlockReason:

@@ -6,15 +6,16 @@ Belongs to the store's loop; nothing is thread-safe.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from mmap import mmap
-from typing import Final, NamedTuple
+from typing import Final
+
+import msgspec
 
 from kvstore.blocks.spec import Namespace
 
 
-class Gone(NamedTuple):
+class Gone(msgspec.Struct, frozen=True, gc=False):
     """What became of a block, for what reason, when (Unix seconds), and for which namespace."""
 
     reason: str
@@ -23,30 +24,39 @@ class Gone(NamedTuple):
 
 
 class History:
-    """Remembers the last `limit` blocks that were dropped or removed, by key."""
+    """Remembers the last `limit` blocks that were dropped or removed, by key.
+
+    It does so in small tables, which never take long to grow.
+    """
+
+    _TABLE: Final = 1024
 
     def __init__(self, limit: int, wall: Callable[[], float] = time.time) -> None:
-        self._limit = limit
+        self._tables: list[dict[bytes, Gone]] = [{} for _ in range(-(-limit // self._TABLE))]
+        self._limit = limit // len(self._tables)
         self._wall = wall
-        self._gone: OrderedDict[bytes, Gone] = OrderedDict()
+
+    def _table(self, key: bytes) -> dict[bytes, Gone]:
+        return self._tables[hash(key) % len(self._tables)]
 
     def record(self, key: bytes, reason: str, by: Namespace | None = None) -> None:
         """The block of `key` is not here any more, or was not taken in, for `reason`."""
-        self._gone.pop(key, None)
-        self._gone[key] = Gone(reason, self._wall(), b"" if by is None else by.digest)
-        if len(self._gone) > self._limit:
-            self._gone.popitem(last=False)
+        table = self._table(key)
+        table.pop(key, None)
+        table[key] = Gone(reason, self._wall(), b"" if by is None else by.digest)
+        if len(table) > self._limit:
+            del table[next(iter(table))]
 
     def forget(self, key: bytes) -> None:
         """The block of `key` is here (again)."""
-        self._gone.pop(key, None)
+        self._table(key).pop(key, None)
 
     def of(self, key: bytes) -> Gone | None:
         """What became of the block of `key`; None when that is not known."""
-        return self._gone.get(key)
+        return self._table(key).get(key)
 
     def __len__(self) -> int:
-        return len(self._gone)
+        return sum(map(len, self._tables))
 
 
 class Uses:

@@ -9,55 +9,59 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final
+from typing import ClassVar, Final
 
 from kvstore.blocks.spec import Part
+from kvstore.memory.eviction import Node
 from kvstore.memory.slots import Slot
 from kvstore.store.usage import Copy, NamespaceUsage
 from kvstore.tiers.base import ObjectName
 from kvstore.transport.protocol import DISK, MEMORY
 
 
-class Entry:
+class Entry(Node, gc=False, eq=False):
     """One object and its copies.
 
     `slot` is its place in the arena, `place` the one on disk. `in_memory` and `on_disk` say whether
     the bytes there are whole; between reserving or promoting and that moment the slot is set but
     the flag is not. Bytes that are whole never change. `created`, `used` and `expires` (inf: never)
-    are in monotonic seconds; `recorded` is what the disk was told of `expires`; `due` belongs to
-    `Expiry`. `account` is set once the entry is indexed.
+    are in monotonic seconds; `recorded` is what the disk was told of `expires`. `due` and the links
+    belong to `Expiry`. `account` is set once the entry is indexed. `beside` is for the index,
+    `memory_copy` and `disk_copy` are for accounts.
+
+    There may be millions, so the garbage collector does not know them: whoever takes one out of
+    sight unties it from its slots.
     """
 
-    __slots__ = (
-        "account", "beside", "checksum", "created", "disk_copy", "disk_io", "due",
-        "expires", "gone", "in_memory", "memory_copy", "name", "nbytes", "on_disk", "pins",
-        "place", "readers", "recorded", "slot", "used", "variant", "waiting", "writer",
-    )  # fmt: skip
+    codec: ClassVar[str] = "raw"
 
-    account: NamespaceUsage
-    codec = "raw"
+    name: ObjectName
+    nbytes: int
+    created: float = 0.0
+    used: float = 0.0
+    expires: float = math.inf
+    recorded: float = math.inf
+    due: int | None = None
+    variant: bytes = b""
+    account: NamespaceUsage = None  # type: ignore[assignment]
+    beside: Entry | None = None
+    memory_copy: Copy | None = None
+    disk_copy: Copy | None = None
+    checksum: int | None = None
+    slot: Slot[Entry] | None = None
+    place: Slot[Entry] | None = None
+    in_memory: bool = False
+    on_disk: bool = False
+    gone: bool = False
+    writer: Lease | None = None
+    readers: int = 0
+    pins: int = 0
+    disk_io: int = 0
+    waiting: list[Callable[[str | None], None]] | None = None  # for the running promotion
 
-    def __init__(self, name: ObjectName, nbytes: int, now: float = 0.0) -> None:
-        self.name = name
-        self.variant = name.part.variant
-        self.beside: Entry | None = None
-        self.memory_copy: Copy | None = None
-        self.disk_copy: Copy | None = None
-        self.nbytes = nbytes
-        self.created = self.used = now
-        self.expires = self.recorded = math.inf
-        self.due: int | None = None
-        self.checksum: int | None = None
-        self.slot: Slot[Entry] | None = None
-        self.place: Slot[Entry] | None = None
-        self.in_memory = False
-        self.on_disk = False
-        self.writer: Lease | None = None
-        self.readers = 0
-        self.pins = 0
-        self.disk_io = 0
-        self.waiting: list[Callable[[str | None], None]] = []  # for the running promotion
-        self.gone = False
+    def __post_init__(self) -> None:
+        self.used = self.created
+        self.variant = self.name.part.variant
 
     @property
     def ghost(self) -> int:
@@ -257,7 +261,7 @@ class Lease:
     since: float
     payer: Payer
     weight: int
-    blocks: list[list[Entry]] = field(default_factory=list)
+    blocks: list[tuple[Entry, ...]] = field(default_factory=list)
     withdrawn: bool = False
     released: bool = False
     saving: Saving = field(default_factory=Saving)

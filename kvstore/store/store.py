@@ -35,7 +35,7 @@ class Acquired:
     `reason` why not all have come.
     """
 
-    blocks: list[list[Entry]]
+    blocks: list[tuple[Entry, ...]]
     tiers: list[int]
     reason: str
 
@@ -137,6 +137,7 @@ class Store:
         self._payers: dict[Hashable, Payer] = {}
         self._prefetches = itertools.count(1)
         self._acquiring = 0
+        self._expiring = False
         self.draining = False
         self.max_pinned_bytes = int(max_pinned * arena.size)
         self.pins = Pins(self)
@@ -218,7 +219,7 @@ class Store:
                         self.counters.add("save.dropped", refusal)
                         self.history.record(key, refusal)
                 answers.append(answer)
-            lease.blocks.append(block)
+            lease.blocks.append(tuple(block))
         if refusal:
             self.tiering.quiet.warning(f"save.{refusal}", "saves dropped: %s", _DROPPED[refusal])
         return answers, refusal
@@ -291,7 +292,7 @@ class Store:
                 for entry in block:
                     self._end_writing(entry)
                     if saving.ttl is not None:  # Before its way to disk begins.
-                        self.tiering.expiry.set_ttl(entry, saving.ttl)
+                        self.tiering.set_ttl(entry, saving.ttl)
                 ready += block
                 numbers.append(number)
             if ready:
@@ -504,7 +505,7 @@ class Store:
         else:
             running.done(Acquired(blocks, running.tiers, running.reason))
 
-    def _let_go(self, blocks: Sequence[list[Entry]]) -> Work[None]:
+    def _let_go(self, blocks: Sequence[tuple[Entry, ...]]) -> Work[None]:
         for number, block in enumerate(blocks):
             self.let_go(block)
             if number % FEW == 0:
@@ -606,7 +607,7 @@ class Store:
         Raises:
             ValueError: the owner holds a lease of that id, or too much is held.
         """
-        blocks: list[list[Entry]] = []
+        blocks: list[tuple[Entry, ...]] = []
         within = self._within(namespace)
         for number, key in enumerate(keys):
             if number % FEW == 0:
@@ -622,16 +623,16 @@ class Store:
 
     def _block(
         self, key: bytes, parts: Sequence[Part], within: NamespaceUsage | None
-    ) -> list[Entry]:
+    ) -> tuple[Entry, ...]:
         """The objects of a block that readers of `parts` can use; fewer if some are missing."""
         index = self.tiering.index
-        return [entry for part in parts if (entry := index.usable(key, part, within))]
+        return tuple(entry for part in parts if (entry := index.usable(key, part, within)))
 
     def pinning_blocks(
         self,
         owner: Hashable,
         lease_id: int,
-        blocks: Sequence[list[Entry]],
+        blocks: Sequence[tuple[Entry, ...]],
         ttl: float,
         payer: Payer | None = None,
     ) -> Work[Lease]:
@@ -794,9 +795,21 @@ class Store:
                 self.background.add(self.releasing(lease.owner, lease.id))
             else:
                 lease.withdrawn = True
-        self.tiering.expiry.tick()
+        if not self._expiring:
+            self._expiring = True
+            self.background.add(self._expire())
         self.tiering.quotas.enforce()
         self.tiering.look_after_disk()
+
+    def _expire(self) -> Work[None]:
+        """Remove what has outlived its time; what is held now goes when nobody holds it."""
+        for number, entry in enumerate(self.tiering.expiry.due()):
+            if number % FEW == FEW - 1:
+                yield
+            if not (entry.gone or entry.pins or entry.writer is not None):
+                self.counters.add("expired")
+                self.tiering.discard(entry, "expired")
+        self._expiring = False
 
     def close(self) -> None:
         """Let go of the disk; objects in memory are gone with the arena. May block."""

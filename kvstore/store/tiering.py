@@ -104,7 +104,7 @@ class Tiering:
         self.writes = WriteBehind(self, write_queue)
         self._for: Namespace | None = None  # who needs the room that is being made
         self.quotas = Quotas(self)
-        self.expiry = Expiry(self, clock.monotonic)
+        self.expiry = Expiry(clock.monotonic)
         self._closed = False
         if open_disk is not None:
             self._attach(*self._try_open())
@@ -277,6 +277,13 @@ class Tiering:
                 self.counters.add("evict.lost", "not_written_yet")
             self.discard(entry, reason, by=self._for)
 
+    def set_ttl(self, entry: Entry, seconds: float | None) -> None:
+        """Let an object expire `seconds` from now, or never."""
+        if not entry.gone:
+            now = self.clock.monotonic()
+            self.expiry.watch(entry, math.inf if seconds is None else now + seconds)
+            self.settle(entry)
+
     def free_slot(self, entry: Entry, *, evicted: bool = False) -> None:
         """Give back an entry's slot in memory."""
         if entry.slot is not None:
@@ -307,10 +314,10 @@ class Tiering:
             self.counters.add("load.failed", "no_disk")
             ended("no_disk")
             return
-        entry.waiting.append(ended)  # Before allocating: from here on the entry is not idle.
+        entry.waiting = [ended]  # Before allocating: from here on the entry is not idle.
         slot, reason = self._slot_for(entry)
         if slot is None:
-            entry.waiting.clear()
+            entry.waiting = None
             self.counters.add("load.failed", reason)
             ended(reason)
             return
@@ -329,7 +336,7 @@ class Tiering:
     def _promoted(self, entry: Entry, error: str | None, started: float, ended: float) -> None:
         self.reading.end(entry.nbytes, ended, done=error is None)
         entry.disk_io -= 1
-        waiting, entry.waiting = entry.waiting, []
+        waiting, entry.waiting = entry.waiting or [], None
         if error is None:
             assert entry.slot is not None
             entry.in_memory = True

@@ -94,7 +94,7 @@ class WriteVerbs:
         objects = 0
         for entry in await chosen(self._node, selected):
             if not entry.gone:
-                self._store.tiering.expiry.set_ttl(entry, life)
+                self._store.tiering.set_ttl(entry, life)
                 objects += 1
             await pace.step()
         return v1.SetTtlResponse(objects=objects)

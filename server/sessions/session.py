@@ -323,7 +323,7 @@ class SessionConnection(asyncio.Protocol):
         yield from self._store.releasing(self, lease, damaged=damaged)
         self._saved(lease, 0, "released")
 
-    async def _recheck(self, lease: int, blocks: dict[int, list[Entry]]) -> None:
+    async def _recheck(self, lease: int, blocks: dict[int, tuple[Entry, ...]]) -> None:
         """Remove blocks that are damaged here; what was damaged on the way stays."""
         arena = self._store.tiering.arena
         objects = [

@@ -271,7 +271,7 @@ class Machine(RuleBasedStateMachine):
     def let_expire(self, tenant: str, seconds: float | None) -> None:
         entries = select(self.store, Selection(tenant=tenant))
         for entry in entries:
-            self.store.tiering.expiry.set_ttl(entry, seconds)
+            self.store.tiering.set_ttl(entry, seconds)
         self.store.tick()
         if seconds == -1.0:
             assert all(entry.gone or entry.pins for entry in entries)
