@@ -147,7 +147,7 @@ class Daemon:
             for face in self._faces(node):
                 await face.start()
                 faces.append(face)
-            gc.collect()
+            self._steps.forget()
             gc.freeze()  # What is loaded stays, and need not be walked through again and again.
             node.ready = True
             if self._http is not None:

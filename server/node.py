@@ -145,7 +145,10 @@ class Node:
         """`Store.stats`; for callers limited to tenants, what these hold, and nothing of others."""
         stats = self.store.stats()
         if grant.tenants is None:
-            return stats | {"longest_step": self.steps.longest}
+            return stats | {
+                "longest_step": self.steps.longest,
+                "busiest_step": self.steps.busiest,
+            }
         held = [t for name, t in self.store.usage.tenants.items() if grant.sees(name)]
         disk = {"used": sum(tenant.disk_bytes for tenant in held)}
         return {

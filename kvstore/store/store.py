@@ -480,7 +480,10 @@ class Store:
         if lease.released:
             running.done(Acquired([], [], "released"))
             return
-        ready = self._count_ready(running)
+        ready = running.ready
+        while ready < self._count_ready(running):
+            ready = running.ready
+            yield
         if ready < len(lease.blocks):
             failed = [running.failed[e] for e in lease.blocks[ready] if e in running.failed]
             running.reason = failed[0] if failed else reason
@@ -512,8 +515,12 @@ class Store:
                 yield
 
     def _count_ready(self, running: Acquisition) -> int:
+        """Blocks from the start that are in memory, or some of these: each call counts on."""
         blocks = running.lease.blocks
-        while running.ready < len(blocks) and all(e.in_memory for e in blocks[running.ready]):
+        for block in blocks[running.ready : running.ready + _LOOKED_UP]:
+            for entry in block:
+                if not entry.in_memory:
+                    return running.ready
             running.ready += 1
         return running.ready
 

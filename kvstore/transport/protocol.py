@@ -10,6 +10,7 @@ before anything is allocated. Unknown fields are passed over, but for those that
 from __future__ import annotations
 
 import struct
+from collections.abc import Generator
 from typing import Final, NamedTuple, TypeVar
 
 import msgspec
@@ -454,8 +455,11 @@ def _decode(decoder: msgspec.msgpack.Decoder[_T], body: bytes | bytearray, what:
         raise ProtocolError(f"not {what} of protocol {VERSION}: {e}") from e
 
 
-def keys_of(joined: bytes, parts: int = 1) -> list[bytes]:
-    """The keys in a request about so many parts of each block.
+_PIECE: Final = 4096 * KEY_BYTES
+
+
+def keys_of(joined: bytes, parts: int = 1) -> Generator[None, None, list[bytes]]:
+    """The keys in a request about so many parts of each block; stops now and then.
 
     Raises:
         ProtocolError: no whole number of keys, or too many.
@@ -466,4 +470,8 @@ def keys_of(joined: bytes, parts: int = 1) -> list[bytes]:
         raise ProtocolError(
             f"keys take {len(joined)} bytes; send up to {most} keys of {KEY_BYTES} bytes"
         )
-    return split_keys(joined)
+    keys = split_keys(joined[:_PIECE])
+    for first in range(_PIECE, len(joined), _PIECE):
+        yield
+        keys += split_keys(joined[first : first + _PIECE])
+    return keys

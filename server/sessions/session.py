@@ -200,7 +200,7 @@ class SessionConnection(asyncio.Protocol):
             case protocol.Lookup():
                 started = time.monotonic()
                 namespace, parts = self._handle_of(request.handle)
-                keys = protocol.keys_of(request.keys, len(parts))
+                keys = yield from protocol.keys_of(request.keys, len(parts))
                 tiers, reason = yield from store.looking_up(
                     keys, parts, namespace, again=request.again
                 )
@@ -219,7 +219,7 @@ class SessionConnection(asyncio.Protocol):
                 self.grant.check(Role.WRITE, "saving")
                 started = time.monotonic()
                 namespace, parts = self._handle_of(request.handle)
-                keys = protocol.keys_of(request.keys, len(parts))
+                keys = yield from protocol.keys_of(request.keys, len(parts))
                 saving = _saving(request, namespace, len(keys))
                 slots, reason = yield from store.reserving(
                     self, request.lease, namespace, keys, parts, saving=saving
@@ -235,7 +235,7 @@ class SessionConnection(asyncio.Protocol):
                 return (yield from self._release(request))
             case protocol.Prefetch():
                 namespace, parts = self._handle_of(request.handle)
-                keys = protocol.keys_of(request.keys, len(parts))
+                keys = yield from protocol.keys_of(request.keys, len(parts))
                 found = yield from store.prefetching(keys, parts, namespace, self)
                 return protocol.Count(found)
             case protocol.Pin():
@@ -245,7 +245,7 @@ class SessionConnection(asyncio.Protocol):
                     raise ValueError(
                         f"a pin of {request.ttl} seconds; give 0 to {_MAX_PIN_SECONDS:.0f}"
                     )
-                keys = protocol.keys_of(request.keys, len(parts))
+                keys = yield from protocol.keys_of(request.keys, len(parts))
                 pinned = yield from store.pinning(
                     self, request.lease, keys, parts, request.ttl, namespace
                 )
@@ -360,7 +360,7 @@ class SessionConnection(asyncio.Protocol):
     def _acquire(self, request_id: int, request: protocol.Acquire) -> Work[Message | None]:
         started = time.monotonic()
         namespace, parts = self._handle_of(request.handle)
-        keys = protocol.keys_of(request.keys, len(parts))
+        keys = yield from protocol.keys_of(request.keys, len(parts))
         if not 0 <= request.wait <= protocol.MAX_WAIT:
             raise ValueError(f"a wait of {request.wait} seconds; give 0 to {protocol.MAX_WAIT:.0f}")
         answer: list[Acquired] = []

@@ -97,8 +97,8 @@ def test_peer() -> None:
 
 def test_loop(tmp_path: Path) -> None:
     figures = _figures("loop", "--objects", "4096", "--folder", str(tmp_path))
-    assert len(figures) == 19
-    assert figures[-1]["figure"] == "longest step of the loop"
+    assert len(figures) == 20
+    assert figures[-2]["figure"] == "longest step of the loop"
 
 
 def test_soak(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part, Shard
 from kvstore.errors import ProtocolError
+from kvstore.store.slices import finish
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Message
 
@@ -108,12 +109,12 @@ def test_frames_have_a_largest_size() -> None:
 
 
 def test_keys_are_counted() -> None:
-    assert protocol.keys_of(b"") == []
-    assert protocol.keys_of(KEYS) == [KEYS[:32], KEYS[32:]]
-    assert len(protocol.keys_of(bytes(32 * protocol.MAX_KEYS))) == protocol.MAX_KEYS
+    assert finish(protocol.keys_of(b"")) == []
+    assert finish(protocol.keys_of(KEYS)) == [KEYS[:32], KEYS[32:]]
+    assert len(finish(protocol.keys_of(bytes(32 * protocol.MAX_KEYS)))) == protocol.MAX_KEYS
     for joined in (KEYS[:-1], KEYS[:1], bytes(32 * (protocol.MAX_KEYS + 1))):
         with pytest.raises(ProtocolError, match="send up to 65536 keys of 32 bytes"):
-            protocol.keys_of(joined)
+            finish(protocol.keys_of(joined))
 
 
 def test_as_many_keys_as_allowed_fit_into_a_frame() -> None:
