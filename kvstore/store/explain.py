@@ -112,7 +112,7 @@ def _own(store: Store, namespace: Namespace, key: bytes) -> list[Entry]:
 
 def _complete(
     store: Store, namespace: Namespace, key: bytes, needed: dict[int, set[bytes]]
-) -> list[Entry]:
+) -> tuple[Entry, ...]:
     """One stored object for everything that the block needs; nothing if something is missing."""
     entries = [entry for entry in _own(store, namespace, key) if entry.stored]
     for ranks, contents in needed.items():
