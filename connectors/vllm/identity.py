@@ -6,6 +6,7 @@ came with the model, and all flags that are set and not known to leave values al
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import time
@@ -25,7 +26,7 @@ from kvstore.errors import SpecError
 
 # Fields of vLLM's configuration that change no value of the KV cache, or that other entries cover
 # (the weights, the resolved configuration, the tensors made of media): of the model, of media, of
-# attention.
+# attention, of adapters.
 _NEUTRAL: Final = re.compile(
     r"model|model_weights|runner|convert|tokenizer.*|trust_remote_code|dtype|seed|hf_token"
     r"|hf_config(_path)?|hf_text_config|is_submodel_config|word_embeddings_untied_by_checkpoint"
@@ -37,7 +38,19 @@ _NEUTRAL: Final = re.compile(
     r"|limit_per_prompt|enable_mm_embeds|media_io_kwargs|mm_processor_.*|mm_hasher_.*|mm_shm_.*"
     r"|mm_encoder_(tp_mode|attn_backend|fp8_scale_save_.*)|interleave_.*|mm_tensor_ipc|mm_ipc_.*"
     r"|.*backend|backend_per_kind|flash_attn_.*|tokenspeed_.*|tq_max_.*|use_trtllm_attention"
+    r"|lora_dtype|fully_sharded_loras|specialize_active_lora|enable_mixed_moe_lora_format"
     r"|hisparse_config|sparse_mla_.*|flex_attn_.*"
+)
+# The same of environment variables that vLLM knows and compiles for; of those that choose kernels,
+# some round otherwise.
+_NEUTRAL_ENVIRONMENT: Final = re.compile(
+    r"(?!VLLM_).*|VLLM_(ALLOW|ALLREDUCE|BUILD|CHAT|COMPILE|CONFIGURE|CPU_(CI|NUM|OMP)|CUDART|DEBUG"
+    r"|DISABLE_(COMPILE|LOG|PYNCCL|REQUEST|SHARED)|DOCKER|DP|EC|ENABLE_CUDAGRAPH|ENGINE|FASTSAFETENSORS"
+    r"|FLOAT32_MATMUL_PRECISION|GC|GPU_(NIC|SYNC)|HAS|IMAGE|KV|LOG|LOOPBACK|MAIN"
+    r"|MAX_(BAD|COMPLETION|MEDIA|N|NUM|STOP)|MEMORY|MOONCAKE|MQ|MSGPACK|NCCL|NIC|NIXL|P2P|PLUGINS"
+    r"|PROCESS|RAISE|RAY|REGEX|RUST|SKIP|SSM|SYSTEM|TARGET|TOOL|TRACE|USAGE|V1|WEIGHT|WSL2|XGRAMMAR"
+    r"|USE_(AOT|BREAKABLE|BYTECODE|FASTOKENS|LAYERNAME|MEGA|PRECOMPILED|RAY|RUST|SIMPLE|SPINLOOP"
+    r"|STANDALONE))(_\w*)?"
 )
 _FROM_FILES: Final = re.compile(
     r"auto|hf|(fast)?safetensors|instanttensor|mistral|pt|gguf|bitsandbytes|sharded_state|runai_streamer"
@@ -86,7 +99,7 @@ def identity_of(
         precision="tf32" if on_gpu and envs.VLLM_FLOAT32_MATMUL_PRECISION != "highest" else "",
         max_model_len=str(model.max_model_len) if _depends_on_length(model.hf_config) else "",
         code="" if revision else _code(vllm_config),
-        implementation=_implementation(model.architecture),
+        implementation=_implementation(model.architecture, named=bool(revision)),
     )
 
 
@@ -100,11 +113,23 @@ def _told(digest: Callable[[], str], otherwise: str | bool) -> str:
         return ""
 
 
-def _implementation(name: str) -> str:
-    """The class that computes the model, if it is none of vLLM's own."""
+def _implementation(name: str, *, named: bool) -> str:
+    """The class that computes the model, if it is none of vLLM's own; its code, unless `named`."""
     entry = ModelRegistry.models.get(name)
     module = getattr(entry, "module_name", "") or getattr(entry, "model_cls", entry).__module__
-    return "" if module.startswith("vllm.") else str(module)
+    if module.startswith("vllm.") or named:
+        return "" if module.startswith("vllm.") else str(module)
+    package = str(module).partition(".")[0]
+    try:
+        found = importlib.util.find_spec(package)
+    except ValueError:  # as for a program's own
+        found = None
+    if found is None or not found.origin:
+        raise SpecError(f"{name} is computed by {module}, whose code is in no file")
+    within = [Path(folder) for folder in found.submodule_search_locations or ()]
+    # What stands beside a file may be used by it.
+    code = code_digest(within) if within else code_digest([Path(found.origin).parent], "*.py")
+    return f"{module} {code}"
 
 
 def _flags(vllm_config: Any) -> str:
@@ -115,10 +140,11 @@ def _flags(vllm_config: Any) -> str:
     counting = {
         "unquantized_layers": cache.kv_cache_dtype_skip_layers,
         "additional": vllm_config.additional_config,
+        "environment": _environment(),
         "lora_dtype": lora.lora_dtype if lora and lora.lora_dtype != model.dtype else None,
     }
     counting = {name: value for name, value in counting.items() if value}
-    for part in (model, model.multimodal_config, vllm_config.attention_config):
+    for part in (model, model.multimodal_config, vllm_config.attention_config, lora):
         for field in fields(part) if is_dataclass(part) else ():
             name, value = field.name, getattr(part, field.name)
             if _NEUTRAL.fullmatch(name) or _is_unset(field, value):
@@ -133,6 +159,12 @@ def _is_unset(field: Field[Any], value: Any) -> bool:
     """Whether a flag is off, and by default: what is turned off by hand may do something else."""
     default = field.default if field.default_factory is MISSING else field.default_factory()
     return bool(value == default and (value is None or value in (False, "auto", {}, [])))
+
+
+def _environment() -> dict[str, str]:
+    """What is set of vLLM's environment, but for what is known not to count."""
+    counting = envs.compile_factors().keys() & envs.environment_variables.keys() & os.environ.keys()
+    return {name: os.environ[name] for name in counting if not _NEUTRAL_ENVIRONMENT.fullmatch(name)}
 
 
 def _depends_on_length(config: Any) -> bool:

@@ -66,6 +66,15 @@ class Inputs:
         with suppress(Unkeyed):  # Requests that use it will say so.
             self._adapter(lora)
 
+    def still(self, request: Any) -> bool:
+        """Whether the names of a request that has been keyed mean what they meant then."""
+        try:
+            if request.lora_request is not None:
+                self._adapter(request.lora_request)
+        except Unkeyed:
+            return False
+        return True
+
     def _adapter(self, lora: Any) -> str:
         path, found = Path(lora.lora_path).expanduser(), ""
         words = f"LoRA adapter {lora.lora_name!r}"

@@ -77,6 +77,8 @@ class Tracked:
     """Counted as one that goes without the store."""
     answered: bool = False
     """The store was asked and has answered, so it has counted the request."""
+    sure: bool = False
+    """The adapter that is named in its keys is the one that it was computed with."""
     tainted: bool = False
     """Computed beside a layered load that failed, or while weights or names changed: what its pages
     hold is not saved."""

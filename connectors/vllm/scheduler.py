@@ -138,6 +138,9 @@ class SchedulerSide:
         tracked = self._track(request)
         if tracked is None or tracked.wishes.skip_load or tracked.tainted or not self._may_load:
             return 0, False
+        if not self._inputs.still(request):
+            tracked.tainted = True
+            return 0, False
         size = self._block_tokens
         # At least the last token is left to compute: its logits start the answer.
         usable = (request.num_tokens - 1) // size
@@ -307,7 +310,9 @@ class SchedulerSide:
     ) -> None:
         """Have workers save the blocks that are whole after `computed` tokens."""
         first, last = tracked.asked, tracked.computed_blocks(computed)
-        if last <= first or tracked.wishes.skip_save or tracked.tainted or not self._may_save:
+        if last <= first or tracked.wishes.skip_save or not self._may_save:
+            return
+        if tracked.tainted or not self._is_sure(tracked):
             return
         request, size = tracked.request, self._block_tokens
         if page_ids is None:
@@ -329,6 +334,19 @@ class SchedulerSide:
         tracked.saving.add(job.number)
         self._jobs[job.number] = Saving(tracked, first, last - first, self._ranks)
         self._saves.append(job)
+
+    def _is_sure(self, tracked: Tracked) -> bool:
+        """Whether vLLM has loaded the adapter that the keys name; once there is a token, it has.
+
+        While the request waited, the adapter's files may have been replaced.
+        """
+        request = tracked.request
+        if request.lora_request is None or tracked.sure:
+            return True
+        if request.num_tokens > request.num_prompt_tokens:
+            tracked.sure = self._inputs.still(request)
+            tracked.tainted |= not tracked.sure
+        return tracked.sure
 
     def done(self, output: Any) -> None:
         """Take in what workers report."""

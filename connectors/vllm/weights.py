@@ -2,9 +2,9 @@
 
 Whatever reaches the workers passes through the executor in the scheduler's process: what is not
 known to leave weights alone (training, `update_weights`, functions of users) has changed them. In
-an engine without a process of its own, users also reach the model itself: there its tensors are
-compared, and `load_weights` is listened to. (Bytes written through `Parameter.data`, past both, are
-not noticed.)
+an engine without a process of its own, users also reach the model itself: there its tensors, hooks,
+numbers and modules are compared, and `load_weights` is listened to. (Bytes written through
+`Parameter.data`, past both, are not noticed.)
 
 Changed weights have no name until vLLM's own cache of prefixes is empty, as it has to be made then
 anyway: what is in there may be of other weights. From then on they have one that nobody else knows.
@@ -82,7 +82,7 @@ class WeightsWatch:
         if self._model is not None and again:
             before, self._tensors = self._tensors, self._look()
             if self._tensors != before:
-                self._cause = self._cause or "a write in place"
+                self._cause = self._cause or "a change of the model in place"
         cause, self._cause = self._cause, ""
         if cause and self._name is not None:
             self._name = None
@@ -103,12 +103,21 @@ class WeightsWatch:
                 self._name = secrets.token_hex(16)
         return self._name
 
-    def _look(self) -> list[tuple[int, int]]:
-        """Where the weights lie, and how often they were written to."""
+    def _look(self) -> list[tuple[object, ...]]:
+        """Where the weights lie, and how often they were written to; hooks, code and numbers."""
         if self._model is None:
             return []
         tensors = (*self._model.parameters(), *self._model.buffers())
-        return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        seen: list[tuple[object, ...]] = [(t.data_ptr(), t._version) for t in tensors]
+        for module in self._model.modules():
+            own, impl = vars(module), vars(module).get("impl")
+            numbers = [*own.values(), *(vars(impl).values() if hasattr(impl, "__dict__") else ())]
+            seen.append((
+                id(module), *own["_forward_pre_hooks"], *own["_forward_hooks"],
+                own.get("forward"), type(module).forward,
+                *(number for number in numbers if type(number) is float),
+            ))  # fmt: skip
+        return seen
 
     def _rpc(
         self, method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None, **how: Any

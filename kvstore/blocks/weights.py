@@ -114,14 +114,14 @@ def _moved(path: Path, since: float) -> Path | None:
     return None
 
 
-def code_digest(folders: Iterable[Path]) -> str:
+def code_digest(folders: Iterable[Path], pattern: str = "**/*.py") -> str:
     """64 hex digits that name the Python files in `folders`.
 
     Raises:
         OSError: a file cannot be read.
     """
     h = hashlib.sha256()
-    files = ((file.relative_to(f), file) for f in folders for file in f.rglob("*.py"))
+    files = ((file.relative_to(f), file) for f in folders for file in f.glob(pattern))
     for name, text in sorted({(name.as_posix(), file.read_bytes()) for name, file in files}):
         h.update(json.dumps([name, hashlib.sha256(text).hexdigest()]).encode())
     return h.hexdigest()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.models.registry import ModelRegistry
 from vllm.multimodal.inputs import (
     MultiModalFeatureSpec,
     MultiModalFieldElem,
@@ -377,6 +380,7 @@ def test_what_vllm_resolved_is_part_of_the_name(small: Path, tmp_path: Path) -> 
         identity_of(engine(small, load_format="dummy", seed=1), "float32"),
         identity_of(engine(small, load_format="pt"), "float32"),
         identity_of(engine(small, model_impl="transformers"), "float32"),
+        identity_of(engine(small, enable_lora=True, lora_target_modules=["o_proj"]), "float32"),
     ]
     assert len(set(names)) == len(names)
     by_path = engine(small, hf_config_path=str(other))
@@ -394,6 +398,7 @@ def test_what_vllm_resolved_is_part_of_the_name(small: Path, tmp_path: Path) -> 
         {"gpu_memory_utilization": 0.1},
         {"max_logprobs": 5},
         {"enable_prompt_embeds": True},
+        {"enable_lora": True, "max_loras": 2},
     ],
     ids=str,
 )
@@ -425,10 +430,57 @@ def test_code_that_comes_with_a_model_is_part_of_its_name(small: Path, tmp_path:
     assert identity_of(made, "float32") != first
 
 
+def test_code_that_computes_a_model_in_vllms_place_is_part_of_its_name(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made, names = engine(small), []
+    registered = SimpleNamespace(module_name="kv_mine.model")
+    monkeypatch.setitem(ModelRegistry.models, "LlamaForCausalLM", registered)
+    with pytest.raises(SpecError, match=r"kv_mine\.model, whose code is in no file"):
+        identity_of(made, "float32")
+    (tmp_path / "kv_mine").mkdir()
+    for text in ("factor = 1", "factor = 2"):
+        (tmp_path / "kv_mine" / "__init__.py").write_text(text)
+        importlib.invalidate_caches()
+        names.append(identity_of(made, "float32"))
+    registered.module_name = "kv_alone"
+    for text in ("factor = 1", "factor = 2"):
+        (tmp_path / "kv_alone.py").write_text("from kv_beside import factor")
+        (tmp_path / "kv_beside.py").write_text(text)
+        importlib.invalidate_caches()
+        names.append(identity_of(made, "float32"))
+    names.append(identity_of(made, "float32", "v1"))
+    assert len(set(names)) == 5
+    assert dict(names[-1].extra)["implementation"] == "kv_alone"
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("VLLM_MOE_ROUTING_SIMULATION_STRATEGY", True),
+        ("VLLM_ROCM_USE_AITER", True),
+        ("VLLM_BATCH_INVARIANT", True),
+        ("VLLM_LOGGING_LEVEL", False),
+        ("VLLM_CPU_OMP_THREADS_BIND", False),
+        ("VLLM_RAY_PER_WORKER_GPUS", False),
+        ("VLLM_ANYTHING_ELSE", False),
+    ],
+)
+def test_the_environment_is_part_of_the_name_where_it_may_change_values(
+    small: Path, monkeypatch: pytest.MonkeyPatch, name: str, counts: bool
+) -> None:
+    made = engine(small)
+    plain = identity_of(made, "float32")
+    monkeypatch.setenv(name, "1")
+    assert (identity_of(made, "float32") != plain) is counts
+
+
 def test_a_model_from_a_hub_is_named_like_its_copy(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No commit stands for bytes that may have been edited since."""
+    started = time.time() - 0.1
     commit = "0123456789abcdef" * 2 + "01234567"
     repository = tmp_path / "hub" / "models--org--name"
     snapshot = repository / "snapshots" / commit
@@ -447,10 +499,19 @@ def test_a_model_from_a_hub_is_named_like_its_copy(
     assert identity_of(from_hub, "float32", "v1").name == "org/name"
     assert identity_of(engine(snapshot), "float32", "v1").name == "org/name"
     # What the engine downloaded itself may be younger than it is, what was edited may not.
-    monkeypatch.setattr(vllm_identity, "_started", lambda: 0.0)
+    monkeypatch.setattr(vllm_identity, "_started", lambda: started)
     assert identity_of(engine(snapshot), "float32") == plain
+    edited(small, tmp_path / "edited")
     with pytest.raises(SpecError, match="was changed after the engine had started"):
-        identity_of(engine(small), "float32")
+        identity_of(engine(tmp_path / "edited"), "float32")
+    # The branch has moved since the engine read the configuration: of which are its weights?
+    newer = repository / "snapshots" / commit[::-1]
+    snapshot.rename(newer)
+    (repository / "refs" / "main").write_text(newer.name)
+    from_hub.model_config.revision = None
+    from_hub.model_config.hf_config._commit_hash = commit
+    with pytest.raises(SpecError, match=f"was at {commit} when .* is at {newer.name}"):
+        identity_of(from_hub, "float32")
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.lora.request import LoRARequest
+from vllm.v1.request import RequestStatus
 
 from kvstore.blocks.keys import block_keys, prompt_extras
 from kvstore.connectors.vllm import sessions as vllm_sessions
@@ -268,3 +271,33 @@ def test_what_workers_are_asked_counts_unless_it_is_known_to_be_harmless(
     assert watch.changed() is changes
     assert not watch.changed()
     assert adapters == (["adapter"] if method == "add_lora" else [])
+
+
+@pytest.mark.parametrize("replaced", ["before it is matched", "before it runs", "never"])
+def test_adapters_replaced_while_a_request_waits_are_not_saved_for_those_that_were(
+    side: SchedulerSide, tmp_path: Path, replaced: str
+) -> None:
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(b"1")
+    number = 1 + len(replaced)
+    asked = request(f"adapter {replaced}", prompt(900 + number, 4))
+    asked.lora_request = LoRARequest(f"name {replaced}", number, str(file.parent))
+    asked.num_prompt_tokens, asked.num_computed_tokens = len(asked.all_token_ids), 0
+    asked.status = RequestStatus.RUNNING
+    side.arrived(asked)
+    if replaced == "before it is matched":
+        side._track(asked)
+        file.write_bytes(b"2")
+    assert answered(side, asked) == 0
+    if replaced == "before it runs":
+        file.write_bytes(b"2")
+    state = SimpleNamespace(get_block_ids=lambda name: (list(range(16)),))
+    step = SimpleNamespace(
+        preempted_req_ids=(), kv_connector_block_state=state, total_num_scheduled_tokens=1,
+        num_scheduled_tokens={asked.request_id: len(asked.all_token_ids)},
+    )  # fmt: skip
+    assert not side.step(step).saves, "nobody knows yet what vLLM has loaded"
+    asked.all_token_ids = [*asked.all_token_ids, 5]
+    asked.num_computed_tokens, asked.num_tokens = asked.num_tokens, len(asked.all_token_ids)
+    assert bool(side.step(step).saves) is (replaced == "never")

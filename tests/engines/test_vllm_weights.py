@@ -126,7 +126,9 @@ def test_a_request_that_saw_two_weights_is_not_saved_on(
     assert stored(served, models[0], [*prompt, *answer]) in (whole - 64, whole)
 
 
-@pytest.mark.parametrize("how", ["reload_weights", "apply_model", "in place", "load_weights"])
+@pytest.mark.parametrize(
+    "how", ["reload_weights", "apply_model", "in place", "load_weights", "hook", "number"]
+)
 def test_kv_of_changed_weights_is_found_under_no_old_name(
     engine: Engine, models: tuple[Path, Path], served: Served, how: str
 ) -> None:
@@ -151,6 +153,6 @@ def test_kv_of_changed_weights_is_found_under_no_old_name(
     assert again["cached"] == [0]
     assert again["tokens"] == right["tokens"]
     reuses(engine, prompt, right["tokens"][0])
-    cause = "a write in place" if how == "in place" else how
+    cause = how if "_" in how else "a change of the model in place"
     assert f"the weights may have been changed ({cause})" in engine.log
     assert stored(served, models[0], unseen) == 0

@@ -92,6 +92,11 @@ def _change(llm: Any, how: str, path: str) -> None:
         case "in place":
             with torch.no_grad():
                 _model(llm).model.embed_tokens.weight.neg_()
+        case "hook":
+            layer = _model(llm).model.layers[0].mlp
+            layer.register_forward_hook(lambda module, args, output: output * -1)
+        case "number":
+            _model(llm).model.layers[0].input_layernorm.variance_epsilon = 3.0
 
 
 def _model(llm: Any) -> Any:
