@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from kvstore.blocks.spec import Namespace
-from kvstore.transport.protocol import DISK
+from kvstore.transport.protocol import DISK, MEMORY
 
 _LIMIT: Final = 200
 
@@ -31,7 +31,7 @@ def by_tier(tiers: bytes) -> tuple[int, int]:
     """Blocks in memory and on disk, given a byte per block: its tier."""
     # Most prompts have nothing on disk, and to see that is much cheaper than to count.
     disk = tiers.count(DISK) if DISK in tiers else 0
-    return len(tiers) - disk, disk
+    return tiers.count(MEMORY), disk
 
 
 class Recent:

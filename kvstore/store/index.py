@@ -15,7 +15,7 @@ from kvstore.blocks.spec import Part
 from kvstore.memory.eviction import Node
 from kvstore.memory.slots import Slot
 from kvstore.store.usage import Copy, NamespaceUsage
-from kvstore.tiers.base import ObjectName
+from kvstore.tiers.base import MISS, PENDING, ObjectName
 from kvstore.transport.protocol import DISK, MEMORY
 
 
@@ -165,6 +165,20 @@ class Index:
                 entry = usable
             tiers.append(MEMORY if entry.in_memory else DISK)
         return tiers
+
+    def states(
+        self, keys: Sequence[bytes], part: Part, within: NamespaceUsage | None = None
+    ) -> list[int]:
+        """Of each block, the tier that a reader of `part` finds it in, or PENDING, or MISS."""
+        states: list[int] = []
+        for key in keys:
+            entry = self.usable(key, part, within)
+            if entry is not None:
+                states.append(MEMORY if entry.in_memory else DISK)
+            else:
+                writing = self.why_not(key, part, within) == "writing"
+                states.append(PENDING if writing else MISS)
+        return states
 
     def why_not(self, key: bytes, part: Part, within: NamespaceUsage | None = None) -> str:
         """The reason why `usable` has nothing: `absent`, `writing` or `layout`."""

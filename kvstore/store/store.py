@@ -22,7 +22,7 @@ from kvstore.store.pins import Pins
 from kvstore.store.slices import FEW, Work, at_once
 from kvstore.store.tiering import OpenDisk, Tiering
 from kvstore.store.usage import NamespaceUsage, Quota, TenantUsage
-from kvstore.tiers.base import ObjectName
+from kvstore.tiers.base import MISS, ObjectName
 from kvstore.transport.protocol import BUSY, DISK, HAVE, MEMORY, NO_ROOM, TIER_NAMES
 from kvstore.values import format_size
 
@@ -49,6 +49,7 @@ class Acquisition:
     started: float
     enough: int
     reads: bool = True  # somebody is to have the blocks, not only their memory
+    holes: bool = False
     tiers: list[int] = field(default_factory=list)
     reason: str = ""
     ready: int = 0  # blocks from the start that are in memory
@@ -76,6 +77,9 @@ MAX_OWED: Final = 128 << 20
 
 _LOOKED_UP: Final = 2048
 """Keys of a lookup without a stop."""
+
+_HOLES: Final = 256
+"""Keys without a stop where not all are there, which takes longer."""
 
 _MAX_PARTS: Final = 4096
 """Of one tenant, in all its namespaces."""
@@ -332,8 +336,11 @@ class Store:
         namespace: Namespace | None = None,
         *,
         again: bool = False,
+        holes: bool = False,
     ) -> Work[tuple[list[int], str]]:
         """The tier of each block of the longest usable prefix, and why it ends there.
+
+        With `holes`: of all blocks, MISS where one is missing, PENDING where it is being saved.
 
         A block lies in the slowest tier of its parts. The reason is empty when all were found.
         Only blocks of `namespace` count; None is for those who may use them all. `again`: the
@@ -345,19 +352,26 @@ class Store:
         for first in range(0, len(keys), _LOOKED_UP):
             if first:
                 yield
-            found, reason = self._find(keys[first : first + _LOOKED_UP], parts, namespace)
+            piece = keys[first : first + _LOOKED_UP]
+            found, why = self._find(piece, parts, namespace)
             tiers += found
-            if reason:
+            reason = reason or why
+            if holes and why:
+                rest = piece[len(found) :]
+                for some in range(0, len(rest), _HOLES):
+                    tiers += self._states(rest[some : some + _HOLES], parts, namespace)
+                    yield
+            elif why:
                 break
         if not again:
             block_tokens = 0 if namespace is None else namespace.block_tokens
-            in_memory = tiers.count(MEMORY)
+            in_memory, below = tiers.count(MEMORY), tiers.count(DISK)
             counters = self.counters
             counters.add("lookup.requests")
-            counters.add("lookup.hit_blocks", by=len(tiers))
+            counters.add("lookup.hit_blocks", by=in_memory + below)
             counters.add("lookup.tokens", by=len(keys) * block_tokens)
             counters.add("hit.tokens", "memory", by=in_memory * block_tokens)
-            counters.add("hit.tokens", "disk", by=(len(tiers) - in_memory) * block_tokens)
+            counters.add("hit.tokens", "disk", by=below * block_tokens)
             if reason:
                 counters.add("lookup.miss", reason)
             self.tiering.asked(keys)
@@ -387,6 +401,13 @@ class Store:
         missing = next(part for part in parts if index.usable(end, part, within) is None)
         return tiers, index.why_not(end, missing, within)
 
+    def _states(
+        self, keys: Sequence[bytes], parts: Sequence[Part], namespace: Namespace | None
+    ) -> list[int]:
+        within = self._within(namespace)
+        of_parts = [self.tiering.index.states(keys, part, within) for part in parts]
+        return [max(block) if min(block) != MISS else MISS for block in zip(*of_parts, strict=True)]
+
     def acquiring(
         self,
         owner: Hashable,
@@ -398,12 +419,15 @@ class Store:
         enough: int | None = None,
         namespace: Namespace | None = None,
         reads: bool = True,
+        holes: bool = False,
     ) -> Work[Acquisition]:
         """Bring blocks into memory and hold them there under a read lease.
 
         `done` is called once, on the loop, maybe before this returns: when all blocks have come, or
         the first `enough` of them, or one cannot be had. It is given the prefix that is there by
         then; the rest goes on coming up, for the next acquire. `settle` ends the waiting early.
+        With `holes`, what is missing or does not come in time is an empty block in tier MISS, and
+        those behind it are held all the same.
         `namespace` as for `lookup`. A prefix ends (`held`) where the payer may hold no more;
         without `reads`, nobody wants the blocks yet, and nothing is counted.
 
@@ -412,7 +436,7 @@ class Store:
         """
         weight = len(keys) * _KEY_WEIGHT
         lease = self._new_lease(owner, lease_id, LeaseKind.READ, weight)
-        running = Acquisition(lease, done, self._clock(), enough or len(keys), reads)
+        running = Acquisition(lease, done, self._clock(), enough or len(keys), reads, holes)
         self._acquiring += 1
         running.promoting = 1  # Held until all promotions are started.
         try:
@@ -447,20 +471,24 @@ class Store:
                     break
             block = self._block(key, parts, within)
             if len(block) < len(parts):
-                _, running.reason = self._find([key], parts, namespace)
-                break
+                _, why = self._find([key], parts, namespace)
+                running.reason = running.reason or why
+                if not running.holes:
+                    break
+                block = ()
             more = sum(e.nbytes for e in block if not (e.readers or e.writer))
             if self._too_much(lease.payer, namespace, more):
                 running.reason = "held"
                 break
             lease.blocks.append(block)
-            running.tiers.append(MEMORY if all(entry.in_memory for entry in block) else DISK)
+            in_memory = all(entry.in_memory for entry in block)
+            running.tiers.append((MEMORY if in_memory else DISK) if block else MISS)
             self.hold(block)
             for entry in block:
                 if not entry.in_memory:
                     running.promoting += 1
                     self.tiering.promote(entry, self._promotion_ended(running, entry))
-            if running.failed:
+            if running.failed and not running.holes:
                 break
         running.started_all = True
         running.promoting -= 1
@@ -490,14 +518,26 @@ class Store:
         late = lease.blocks[ready:]
         del lease.blocks[ready:]
         blocks = lease.blocks
+        if running.holes:
+            for number, block in enumerate(late):
+                here = all(entry.in_memory for entry in block)
+                blocks.append(block if here else ())
+                if here:
+                    late[number] = ()
+                else:
+                    running.tiers[ready + number] = MISS
+                if number % FEW == FEW - 1:
+                    yield
         yield from self._let_go(late)
         for end in range(len(blocks), 0, -FEW):  # The first block is to be the last to go.
             some = range(max(0, end - FEW), end)
             if lease.released:
                 break
             if running.reads:
-                self.tiering.asked(blocks[i][0].name.key for i in some)
+                self.tiering.asked(blocks[i][0].name.key for i in some if blocks[i])
                 for i in some:
+                    if not blocks[i]:
+                        continue
                     tier = TIER_NAMES[running.tiers[i]]
                     self.counters.add("load.blocks", tier)
                     self.counters.add("load.bytes", tier, by=sum(e.nbytes for e in blocks[i]))

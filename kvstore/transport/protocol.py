@@ -134,16 +134,22 @@ class Opened(Message, tag="opened"):
 class Lookup(Message, tag="lookup"):
     """How long is the usable prefix of `keys` (32 bytes each, joined)?
 
-    `again`: asked for the same request before, so it does not count as one.
+    `again`: asked for the same request before, so it does not count as one. `holes`: where does
+    each block lie, also those behind one that is missing? The answer then waits up to `wait`
+    seconds for blocks that are on their way.
     """
 
     handle: int
     keys: bytes
     again: bool = False
+    holes: bool = False
+    wait: float = 0.0
 
 
 class Found(Message, tag="found"):
     """One byte per block found: the number of its tier. `reason` says why the prefix ends.
+
+    With `holes` there is one for every block: 0 where it is missing, 255 where it is on its way.
 
     `costs` are those of the tiers below memory, by number, for clients with the feature `tiers`.
     For others, and only until the next minor version: a read from disk takes
@@ -208,7 +214,8 @@ class Committed(Message, tag="committed"):
 class Acquire(Message, tag="acquire"):
     """Bring blocks to memory and hold them under a new lease.
 
-    Answered when all have come, or the first `enough` of them, or after `wait` seconds.
+    Answered when all have come, or the first `enough` of them, or after `wait` seconds. `holes`:
+    what is missing, or does not come in time, does not keep those behind it from being held.
     """
 
     handle: int
@@ -216,12 +223,14 @@ class Acquire(Message, tag="acquire"):
     keys: bytes
     wait: float
     enough: int
+    holes: bool = False
 
 
 class Held(Message, tag="held"):
     """i64 offsets per block and part, of the blocks that have come.
 
-    `tiers` has a byte for every block found, come or not; `other` gives the layouts that are not
+    `tiers` has a byte for every block found, come or not; with `holes` one for every block, 0 for
+    those that are not held. `other` gives the layouts that are not
     the session's own, by position in `slots`.
     """
 

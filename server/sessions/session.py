@@ -23,6 +23,7 @@ from kvstore.server.tasks import run
 from kvstore.store.index import Entry, LeaseKind, Saving
 from kvstore.store.slices import Work
 from kvstore.store.store import MAX_OWED, Acquired
+from kvstore.tiers.base import PENDING
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Cost, Failure, Frames, Message
 
@@ -38,6 +39,7 @@ _MAX_RECHECKED: Final = 16
 _HELD: Final = 512
 """Blocks of an answer without a stop."""
 
+_PENDING_POLL: Final = 0.005
 _FLUSH_POLL: Final = 0.02
 
 
@@ -202,7 +204,7 @@ class SessionConnection(asyncio.Protocol):
                 namespace, parts = self._handle_of(request.handle)
                 keys = yield from protocol.keys_of(request.keys, len(parts))
                 tiers, reason = yield from store.looking_up(
-                    keys, parts, namespace, again=request.again
+                    keys, parts, namespace, again=request.again, holes=request.holes
                 )
                 codes = bytes(tiers)
                 if not request.again:
@@ -210,11 +212,11 @@ class SessionConnection(asyncio.Protocol):
                         self.peer.session, namespace, "lookup", len(keys), *by_tier(codes), reason,
                         started,
                     )  # fmt: skip
-                disk = store.tiering.reading
-                reply = protocol.Found(codes, reason, disk.each, disk.wait)
-                if "tiers" in self.peer.features:
-                    reply.costs = {protocol.DISK: Cost(disk.each, fixed_seconds=disk.wait)}
-                return reply
+                if request.wait > 0 and PENDING in codes:
+                    until = started + min(request.wait, protocol.MAX_WAIT)
+                    self._start(partial(self._look_again, request_id, keys, request.handle, until))
+                    return None
+                return self._found(codes, reason)
             case protocol.Reserve():
                 self.grant.check(Role.WRITE, "saving")
                 started = time.monotonic()
@@ -269,6 +271,26 @@ class SessionConnection(asyncio.Protocol):
                 raise ProtocolError("a second hello; say it once, first")
             case protocol.Attach() | protocol.Put() | protocol.Get():
                 raise ProtocolError("this belongs on a data connection")
+
+    def _found(self, codes: bytes, reason: str) -> protocol.Found:
+        disk = self._store.tiering.reading
+        reply = protocol.Found(codes, reason, disk.each, disk.wait)
+        if "tiers" in self.peer.features:
+            reply.costs = {protocol.DISK: Cost(disk.each, fixed_seconds=disk.wait)}
+        return reply
+
+    async def _look_again(
+        self, request_id: int, keys: list[bytes], handle: int, until: float
+    ) -> None:
+        """Answer a lookup once nothing is on its way any more, or at its deadline."""
+        namespace, parts = self._handle_of(handle)
+        while True:
+            await asyncio.sleep(min(_PENDING_POLL, max(0.0, until - time.monotonic())))
+            tiers, reason = await paced(
+                self._store.looking_up(keys, parts, namespace, again=True, holes=True)
+            )
+            if PENDING not in tiers or time.monotonic() >= until:
+                return self._reply(request_id, self._found(bytes(tiers), reason))
 
     def _open(self, request: protocol.Open, nbytes: int) -> Message:
         if len(self.opened) >= protocol.MAX_OPEN:
@@ -392,8 +414,9 @@ class SessionConnection(asyncio.Protocol):
             keys,
             parts,
             done,
-            enough=max(1, request.enough),
+            enough=len(keys) if request.holes else max(1, request.enough),
             namespace=namespace,
+            holes=request.holes,
         )
         if answer:
             return (yield from reply(answer[0]))
@@ -410,7 +433,7 @@ class SessionConnection(asyncio.Protocol):
         for number, block in enumerate(acquired.blocks):
             if number % _HELD == _HELD - 1:
                 yield
-            for entry, part in zip(block, parts, strict=True):
+            for entry, part in zip(block, parts if block else (), strict=True):
                 if entry.slot is None:  # The lease has ended meanwhile.
                     return protocol.Held(b"", b"", "released")
                 if entry.name.part != part:

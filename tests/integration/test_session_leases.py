@@ -67,6 +67,29 @@ def test_a_killed_client_leaves_no_lease(stores: Stores, kind: str) -> None:
     assert served.stats()["memory"]["used"] == used
 
 
+def test_a_lookup_waits_for_what_is_being_saved_but_not_for_ever(stores: Stores) -> None:
+    served = stores.serve(SMALL)
+    saver, asker = served.channel(), served.channel()
+    for channel in (saver, asker):
+        channel.call(protocol.Open(namespace(), (PART,)), PATIENCE)
+    key, other = bytes(range(32)), bytes(32)
+    saver.call(protocol.Reserve(0, 1, key), PATIENCE)
+    ask = protocol.Lookup(0, other + key, holes=True, wait=0.05)
+    found = asker.call(ask, PATIENCE)
+    assert isinstance(found, protocol.Found)
+    assert (found.tiers, found.reason) == (b"\0\xff", "absent")
+    ask = protocol.Lookup(0, other + key, holes=True, wait=PATIENCE)
+    commit = threading.Timer(0.1, lambda: saver.call(protocol.Commit(1), PATIENCE))
+    commit.start()
+    found = asker.call(ask, PATIENCE)
+    assert isinstance(found, protocol.Found)
+    assert found.tiers == b"\0\1"
+    commit.join()
+    held = asker.call(protocol.Acquire(0, 2, other + key, 1.0, 2, holes=True), PATIENCE)
+    assert isinstance(held, protocol.Held)
+    assert (held.tiers, len(held.slots), held.reason) == (b"\0\1", 8, "absent")
+
+
 def test_an_expired_lease_commits_nothing_and_keeps_its_slots_until_released(
     stores: Stores,
 ) -> None:

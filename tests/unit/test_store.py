@@ -345,3 +345,55 @@ def test_what_describes_the_blocks_of_a_payer_is_bounded(
     store.release_owner("a")
     store.release_owner("b")
     assert store.reserve("a", 1, spaces[3], keys(3), [PART])[1] == ""
+
+
+# --- sets of blocks -------------------------------------------------------------------------------
+
+
+def test_a_lookup_tells_of_blocks_behind_a_hole(disk: Bench) -> None:
+    disk.save(keys(*range(8)))
+    disk.drain()
+    disk.save(keys(*range(100, 107)))
+    disk.drain()
+    disk.store.reserve("slow", 1, NAMESPACE, keys(50), [PART])
+    asked = keys(0, 9, 101, 50, 102, 7)
+    assert disk.store.lookup(asked, [PART], holes=True) == ([2, 0, 1, 255, 1, 2], "absent")
+    assert disk.store.lookup(asked, [PART]) == ([2], "absent")
+    other = Part(Group(layers=1, heads=1, channels=(8,), dtype="float32", name="second"))
+    assert disk.store.lookup(asked, [PART, other], holes=True)[0] == [0] * 6
+    disk.store.commit("slow", 1)
+    assert disk.store.lookup(keys(50), [PART], holes=True) == ([1], "")
+
+
+def test_blocks_behind_a_hole_are_held(disk: Bench) -> None:
+    disk.save(keys(*range(8)))
+    disk.drain()
+    disk.save(keys(*range(100, 108)))
+    disk.drain()
+    results: list[Acquired] = []
+    disk.store.acquire("a", 1, keys(9, 101, 0, 99, 102), [PART], results.append, holes=True)
+    while not results:
+        disk.posted.get(timeout=20)()
+    assert [len(block) for block in results[0].blocks] == [0, 1, 1, 0, 1]
+    assert (results[0].tiers, results[0].reason) == ([0, 1, 2, 0, 1], "absent")
+    for (entry,) in filter(None, results[0].blocks):
+        assert disk.bytes_of(entry) == content(entry.name.key)
+    disk.save(keys(*range(200, 208)))
+    assert disk.store.lookup(keys(101, 0, 102), [PART], holes=True)[0] == [1, 1, 1], "held"
+    disk.store.release("a", 1)
+    assert disk.store.usage.tenants[""].held_bytes == 0
+
+
+def test_what_does_not_come_in_time_leaves_a_hole(disk: Bench) -> None:
+    disk.save(keys(*range(8)))
+    disk.drain()
+    disk.save(keys(*range(100, 108)))
+    disk.drain()
+    results: list[Acquired] = []
+    running = disk.store.acquire("a", 1, keys(0, 101), [PART], results.append, holes=True)
+    disk.store.settle(running)
+    assert [len(block) for block in results[0].blocks] == [0, 1]
+    assert (results[0].tiers, results[0].reason) == ([0, 1], "deadline")
+    disk.drain()
+    while disk.store.lookup(keys(0), [PART])[0] != [1]:
+        disk.posted.get(timeout=20)()
