@@ -181,9 +181,12 @@ class WriteVerbs:
             entries = await chosen(self._node, selected)
             operation.total = len(entries)
             cleared: dict[bytes, Namespace] = {}
-            if announce and not dry_run:
-                cleared = {e.name.namespace.digest: e.name.namespace for e in entries}
-            await each(operation, entries, step)
+
+            def clear(entry: Entry, done: Done) -> None:
+                cleared[entry.name.namespace.digest] = entry.name.namespace
+                step(entry, done)
+
+            await each(operation, entries, clear if announce and not dry_run else step)
             for namespace in cleared.values():
                 self._store.events.cleared(namespace)
             return ""
