@@ -14,6 +14,7 @@ from kvstore.config import Config
 from kvstore.memory.arena import Arena
 from kvstore.server.opening import disk_opener
 from kvstore.store.index import Entry, Saving
+from kvstore.store.pins import Pins
 from kvstore.store.selection import Selection, candidates
 from kvstore.store.store import Acquired, Store
 
@@ -60,6 +61,7 @@ class Bench:
             retry_seconds=1.0,
             clock=Clock(lambda: self.now, lambda: self.wall + self.now),
         )
+        self.pins = Pins(self.store)
         self.lease = 0
 
     def save(

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from kvstore.blocks.spec import Namespace
 from kvstore.store.index import Entry
+from kvstore.store.store import Store
 from kvstore.transport.protocol import DISK, MEMORY
-
-if TYPE_CHECKING:
-    from kvstore.store.store import Store
 
 
 @dataclass(slots=True)

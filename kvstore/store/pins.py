@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from kvstore.blocks.spec import Namespace
 from kvstore.store.explain import Survey, survey
 from kvstore.store.index import Lease, Payer
 from kvstore.store.slices import FEW, Work, at_once
-
-if TYPE_CHECKING:
-    from kvstore.store.store import Store
+from kvstore.store.store import Store
 
 
 class PinOwner(NamedTuple):

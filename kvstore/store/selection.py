@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from kvstore.store.index import Entry
-
-if TYPE_CHECKING:
-    from kvstore.store.store import Store
+from kvstore.store.store import Store
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,6 @@ from kvstore.memory.arena import Arena
 from kvstore.memory.slots import Slot
 from kvstore.store.admission import Admission
 from kvstore.store.index import Entry, Lease, LeaseKind, Payer, Saving
-from kvstore.store.pins import Pins
 from kvstore.store.slices import FEW, Work, at_once
 from kvstore.store.tiering import OpenDisk, Tiering
 from kvstore.store.usage import NamespaceUsage, Quota, TenantUsage
@@ -144,7 +143,6 @@ class Store:
         self._expiring = False
         self.draining = False
         self.max_pinned_bytes = int(max_pinned * arena.size)
-        self.pins = Pins(self)
         self.usage = self.tiering.usage
         self.history = self.tiering.history
         self.events = self.tiering.events

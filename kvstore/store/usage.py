@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.memory.eviction import Node, Ring
+from kvstore.tiers.base import ObjectName
 from kvstore.transport.protocol import MEMORY
-
-if TYPE_CHECKING:
-    from kvstore.store.index import Entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +27,16 @@ class Copy(Node, gc=False, eq=False):
     """An object in a tier, in the order in which those of its tenant were used there."""
 
     owner: Any
+
+
+class Counted(Protocol):
+    """An object, as far as accounts know it; its copies are theirs to set."""
+
+    name: ObjectName
+    nbytes: int
+    account: NamespaceUsage
+    memory_copy: Copy | None
+    disk_copy: Copy | None
 
 
 class TierShare:
@@ -50,31 +58,30 @@ class TierShare:
         """Bytes too many, were there `more` of them."""
         return 0 if self.limit is None else max(0, self.nbytes + more - self.limit)
 
-    def took(self, entry: Entry) -> None:
+    def took(self, entry: Counted) -> None:
         """The entry has a place in this tier now."""
         self.nbytes += entry.nbytes
         copy = Copy(entry)
         setattr(entry, self._copy, copy)
         self._order.add(copy)
 
-    def coldest(self, tries: int) -> Iterator[Entry]:
+    def coldest(self, tries: int) -> Iterator[Any]:
         """The coldest entries; each one looked at counts as used, should it turn out to stay."""
         for _ in range(min(tries, len(self._order))):
             if not self._order:
                 return
             copy = self._order.oldest
             self._order.renew(copy)
-            entry: Entry = copy.owner
-            yield entry
+            yield copy.owner
 
-    def touched(self, entry: Entry, older_than: Entry | None = None) -> None:
+    def touched(self, entry: Counted, older_than: Counted | None = None) -> None:
         """The entry was used, so it is the last to go, or goes just before another."""
         copy = getattr(entry, self._copy)
         if copy is not None and older_than is not entry:
             self._order.remove(copy)
             self._order.add(copy, None if older_than is None else getattr(older_than, self._copy))
 
-    def gave(self, entry: Entry) -> None:
+    def gave(self, entry: Counted) -> None:
         """The entry has lost its place in this tier."""
         self.nbytes -= entry.nbytes
         self._order.remove(getattr(entry, self._copy))
@@ -150,7 +157,7 @@ class Usage:
         """The account of a tenant, opened on demand."""
         return self.tenants.setdefault(name, TenantUsage())
 
-    def added(self, entry: Entry) -> None:
+    def added(self, entry: Counted) -> None:
         """An object was indexed."""
         account = entry.account = self.account(entry.name.namespace)
         account.objects += 1
@@ -159,7 +166,7 @@ class Usage:
         account.tenant.parts += part not in account.parts
         account.parts[part] = account.parts.get(part, 0) + 1
 
-    def removed(self, entry: Entry) -> None:
+    def removed(self, entry: Counted) -> None:
         """An object was taken out of the index."""
         account = entry.account
         account.objects -= 1
@@ -171,33 +178,33 @@ class Usage:
             account.tenant.parts -= 1
         self.close_if_empty(account)
 
-    def took_memory(self, entry: Entry) -> None:
+    def took_memory(self, entry: Counted) -> None:
         """An indexed object was given a slot."""
         entry.account.memory_bytes += entry.nbytes
         entry.account.tenant.memory.took(entry)
 
-    def gave_memory(self, entry: Entry) -> None:
+    def gave_memory(self, entry: Counted) -> None:
         """An object's slot was freed."""
         entry.account.memory_bytes -= entry.nbytes
         entry.account.tenant.memory.gave(entry)
         self.close_if_empty(entry.account)
 
-    def took_disk(self, entry: Entry) -> None:
+    def took_disk(self, entry: Counted) -> None:
         """An indexed object was given a place on disk."""
         entry.account.disk_bytes += entry.nbytes
         entry.account.tenant.disk.took(entry)
 
-    def gave_disk(self, entry: Entry) -> None:
+    def gave_disk(self, entry: Counted) -> None:
         """An object's place on disk was freed."""
         entry.account.disk_bytes -= entry.nbytes
         entry.account.tenant.disk.gave(entry)
         self.close_if_empty(entry.account)
 
-    def held(self, entry: Entry, by: int) -> None:
+    def held(self, entry: Counted, by: int) -> None:
         """Somebody saves or reads the entry now (1), or nobody does any more (-1)."""
         entry.account.tenant.held_bytes += by * entry.nbytes
 
-    def pinned(self, entry: Entry, by: int) -> None:
+    def pinned(self, entry: Counted, by: int) -> None:
         """The entry's first pin came (1) or its last one ended (-1)."""
         entry.account.tenant.pinned_bytes += by * entry.nbytes
 

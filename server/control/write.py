@@ -28,6 +28,7 @@ from kvstore.server.node import Node
 from kvstore.server.pacing import Pace, paced
 from kvstore.store.explain import survey
 from kvstore.store.index import Entry
+from kvstore.store.pins import Pins
 from kvstore.store.relocation import copy_to, move_to, reencode, remove
 from kvstore.store.selection import Selection
 from kvstore.store.tiering import Tiering
@@ -47,6 +48,7 @@ class WriteVerbs:
         self._node = node
         self._store = node.store
         self._operations = operations
+        self._pins = Pins(node.store)
 
     # -- at once ----------------------------------------------------------------------------------
 
@@ -54,7 +56,7 @@ class WriteVerbs:
         asked = await prompt(self._node, caller, request.prefix)
         if not request.HasField("ttl"):
             raise bad_field("ttl", "is missing; say how long, up to 30 days")
-        pinning = self._store.pins.pinning(
+        pinning = self._pins.pinning(
             name(request.owner, "owner"),
             asked.namespace,
             asked.keys,
@@ -70,7 +72,7 @@ class WriteVerbs:
         return reply
 
     async def unpin(self, caller: Grant, request: v1.UnpinRequest) -> v1.UnpinResponse:
-        pins = self._store.pins
+        pins = self._pins
         match request.WhichOneof("which"):
             case "id":
                 tenant = pins.tenant_of(request.id)

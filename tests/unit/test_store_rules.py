@@ -57,7 +57,7 @@ def test_a_lowered_quota_acts_at_once(memory: Bench) -> None:
 def test_saves_are_dropped_when_a_quota_is_full_of_pinned_blocks(memory: Bench) -> None:
     memory.store.set_quota("alice", Quota(memory=2 * NBYTES))
     memory.save(keys(1, 2), namespace=ALICE)
-    assert memory.store.pins.pin("me", ALICE, keys(1, 2), 60).blocks == 2
+    assert memory.pins.pin("me", ALICE, keys(1, 2), 60).blocks == 2
     answers, reason = memory.store.reserve("a", 99, ALICE, keys(3), [PART])
     assert (answers, reason) == ([NO_ROOM], "quota")
     assert memory.store.counters["save.dropped.quota"] == 1
@@ -226,7 +226,7 @@ def passes(bench: Bench, seconds: float) -> None:
 def test_expired_blocks_go_and_pinned_ones_wait(memory: Bench) -> None:
     memory.save(keys(1, 2), saving=Saving(ttl=5))
     memory.save(keys(3))
-    memory.store.pins.pin("me", NAMESPACE, keys(1), 60)
+    memory.pins.pin("me", NAMESPACE, keys(1), 60)
     passes(memory, 4.9)
     assert reasons(memory, keys(1, 2, 3)) == ["stored"] * 3
     passes(memory, 0.2)
@@ -347,24 +347,24 @@ def test_pins_have_a_limit(tmp_path: Path) -> None:
     bench = Bench(None)
     bench.store.max_pinned_bytes = 3 * NBYTES
     bench.save(keys(1, 2, 3, 4, 5))
-    first = bench.store.pins.pin("me", NAMESPACE, keys(1, 2), 60)
+    first = bench.pins.pin("me", NAMESPACE, keys(1, 2), 60)
     assert (first.blocks, first.nbytes, first.reason) == (2, 2 * NBYTES, "")
-    again = bench.store.pins.pin("you", NAMESPACE, keys(1, 2, 3, 4), 60)
+    again = bench.pins.pin("you", NAMESPACE, keys(1, 2, 3, 4), 60)
     assert (again.blocks, again.reason) == (3, "max_pinned")
-    none = bench.store.pins.pin("you", NAMESPACE, keys(5), 60)
+    none = bench.pins.pin("you", NAMESPACE, keys(5), 60)
     assert (none.id, none.blocks, none.reason) == ("", 0, "max_pinned")
     assert bench.store.usage.pinned_bytes == 3 * NBYTES
-    assert bench.store.pins.unpin(first.id) == 1
-    assert bench.store.pins.unpin(first.id) == 0
+    assert bench.pins.unpin(first.id) == 1
+    assert bench.pins.unpin(first.id) == 0
     assert bench.store.usage.pinned_bytes == 3 * NBYTES
-    assert bench.store.pins.unpin_owner("you", frozenset({"alice"})) == 0
-    assert bench.store.pins.unpin_owner("you", None) == 1
+    assert bench.pins.unpin_owner("you", frozenset({"alice"})) == 0
+    assert bench.pins.unpin_owner("you", None) == 1
     assert bench.store.usage.pinned_bytes == 0
     bench.close()
 
 
 def test_a_pin_of_nothing_says_why(memory: Bench) -> None:
-    assert memory.store.pins.pin("me", NAMESPACE, keys(1), 60)[:4] == ("", 0, 0, "never_stored")
+    assert memory.pins.pin("me", NAMESPACE, keys(1), 60)[:4] == ("", 0, 0, "never_stored")
     assert not memory.store.leases()
 
 
@@ -401,10 +401,10 @@ def test_what_is_held_stays_where_it_is(disk: Bench) -> None:
     told: list[str | None] = []
     move_to(disk.store.tiering, entry, DISK, told.append)
     disk.store.release_owner("reader")
-    pin = disk.store.pins.pin("me", NAMESPACE, keys(1), 60)
+    pin = disk.pins.pin("me", NAMESPACE, keys(1), 60)
     move_to(disk.store.tiering, entry, DISK, told.append)
     assert remove(disk.store.tiering, entry) == "pinned"
-    disk.store.pins.unpin(pin.id)
+    disk.pins.unpin(pin.id)
     assert remove(disk.store.tiering, entry) is None
     move_to(disk.store.tiering, entry, DISK, told.append)
     assert told == ["in_use", "pinned", "gone"]
