@@ -348,7 +348,7 @@ VALUES: dict[str, list[str]] = {
     "serve --tokens": NO_FILE, "--log-level": NO_CHOICE,
     "folder": NO_FOLDER, "--folder": NO_FOLDER,
     "--size": [*NO_SIZE, "0", "1kB", "1TiB"], "--threads": NO_COUNT, "--samples": NO_COUNT,
-    "--clients": NO_COUNT, "--streams": NO_COUNT, "--requests": NO_COUNT,
+    "--clients": NO_COUNT, "--streams": NO_COUNT, "--requests": NO_COUNT, "--objects": NO_COUNT,
     "--engine": NO_CHOICE, "--processes": NO_CHOICE,
     "--minutes": ["", "-1", "nan", "inf", "1e9", "x"], "--seconds": ["", "-1", "nan", "inf", "1e9"],
 }  # fmt: skip
