@@ -103,11 +103,7 @@ class Orchestrator(_Client):
         self.close()
 
     def send(self, call: Call[M]) -> M:
-        """Make a call and wait for its answer.
-
-        Raises:
-            KVStoreError: see above.
-        """
+        """Make a call and wait for its answer. Raises KVStoreError: see above."""
         try:
             reply: M = self._begin("unary_unary", call, self.timeout)
         except grpc.RpcError as e:
@@ -148,11 +144,7 @@ class AsyncOrchestrator(_Client):
         await self.close()
 
     async def send(self, call: Call[M]) -> M:
-        """Make a call and wait for its answer.
-
-        Raises:
-            KVStoreError: see `Orchestrator`.
-        """
+        """Make a call and wait for its answer. Raises KVStoreError: see `Orchestrator`."""
         try:
             reply: M = await self._begin("unary_unary", call, self.timeout)
         except grpc.RpcError as e:

@@ -225,11 +225,7 @@ def unfinished(
 
 
 def ended(state: v1.Operation) -> v1.Operation:
-    """The state of an operation at its end.
-
-    Raises:
-        OperationFailed: it failed.
-    """
+    """The state of an operation at its end. Raises OperationFailed: it failed."""
     if state.state == v1.Operation.STATE_FAILED:
         raise OperationFailed(f"{state.verb} {state.id} failed: {state.message}")
     return state

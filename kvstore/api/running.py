@@ -151,11 +151,7 @@ class Operation(_Started):
         self._caller = caller
 
     def watch(self) -> Generator[v1.Operation]:
-        """Its states, until it has ended.
-
-        Raises:
-            OperationFailed: at the end, if it failed.
-        """
+        """Its states, until it has ended. Raises OperationFailed: at the end, if it failed."""
         for state in self._caller.stream(self._watch()):
             self.state = state
             yield state
@@ -191,11 +187,7 @@ class AsyncOperation(_Started):
         self._caller = caller
 
     async def watch(self) -> AsyncGenerator[v1.Operation]:
-        """Its states, until it has ended.
-
-        Raises:
-            OperationFailed: at the end, if it failed.
-        """
+        """Its states, until it has ended. Raises OperationFailed: at the end, if it failed."""
         async for state in self._caller.stream(self._watch()):
             self.state = state
             yield state

@@ -37,11 +37,7 @@ class Grant:
     digest: bytes = field(default=b"", repr=False, compare=False)
 
     def check(self, role: Role, what: str) -> None:
-        """Refuse what needs more than this role.
-
-        Raises:
-            Denied: names both roles.
-        """
+        """Refuse what needs more than this role. Raises Denied: names both roles."""
         if self.role < role:
             raise Denied(
                 "role",
@@ -54,11 +50,7 @@ class Grant:
         return self.tenants is None or tenant in self.tenants
 
     def check_tenant(self, tenant: str) -> None:
-        """Refuse a tenant out of reach.
-
-        Raises:
-            Denied: names the tenant.
-        """
+        """Refuse a tenant out of reach. Raises Denied: names the tenant."""
         if not self.sees(tenant):
             text = f"{self.name!r} may not use the tenant {tenant!r}; use its token"
             raise Denied("tenant", text)

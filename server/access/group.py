@@ -16,11 +16,7 @@ _BUFFER: Final = 1024  # as much as Python allows: 256 groups
 
 
 def group_id(name: str) -> int:
-    """Number of the group that `server.group` names.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Number of the group that `server.group` names. Raises ConfigError: there is none."""
     try:
         return grp.getgrnam(name).gr_gid
     except KeyError:

@@ -24,7 +24,6 @@ from kvstore.server.cli.output import (
     finish,
     lasting,
     show,
-    tier_name,
     told,
     when,
 )
@@ -43,28 +42,23 @@ def lookup(prompt: PromptOptions, link: Link) -> None:
         text += f"; block {found.blocks}: {found.reason}"
     if estimate := found.estimate.seconds + found.estimate.nanos / 1e9:
         text += f"; about {lasting(estimate)} to memory"
-    columns = {
-        "blocks": lambda run: f"{run.first}–{run.first + run.blocks - 1}",
-        "tier": lambda run: tier_name(run.tier),
-        "node": lambda run: run.node,
-    }
-    show(link, found, found.runs, columns, text)
+    show(
+        link,
+        found,
+        found.runs,
+        "blocks tier node",
+        text,
+        blocks=lambda run: f"{run.first}–{run.first + run.blocks - 1}",
+    )
 
 
 def explain(prompt: PromptOptions, link: Link) -> None:
     """Say why each block of a prompt is there or not."""
     with link.open() as api:
         found = api.explain(prompt.namespace, **prompt.blocks())
-    columns = {
-        "block": lambda b: b.block,
-        "key": lambda b: b.key.hex()[:12],
-        "usable": lambda b: "yes" if b.usable else "no",
-        "tier": lambda b: tier_name(b.tier),
-        "reason": lambda b: b.reason,
-        "since": lambda b: when(b.at),
-        "detail": lambda b: b.detail,
-    }
-    show(link, found, found.blocks, columns, found.summary, spare=("since", "key", "usable"))
+    columns = "block key usable tier reason at:since detail"
+    spare = ("since", "key", "usable")
+    show(link, found, found.blocks, columns, found.summary, spare=spare)
 
 
 def pin(

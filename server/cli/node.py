@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
@@ -17,10 +17,12 @@ from kvstore.server.cli.options import (
     grouped,
     limit_option,
 )
-from kvstore.server.cli.output import answer, finish, lasting, short, show, tier_name, told, when
+from kvstore.server.cli.output import answer, finish, lasting, show, tier_name, told, when
 from kvstore.values import format_size
 
 if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
     from kvstore.api import v1
 
 _MAX_NUMBER: Final = (1 << 64) - 1
@@ -35,48 +37,35 @@ def stats(link: Link) -> None:
     with link.open() as api:
         found = api.stats()
     up = lasting(found.uptime.seconds + found.uptime.nanos / 1e9)
-    columns = {
-        "tier": lambda t: tier_name(t.tier),
-        "used": lambda t: format_size(t.used_bytes),
-        "free": lambda t: format_size(t.free_bytes),
-        "fragmented": lambda t: format_size(t.fragmented_bytes),
-        "pinned": lambda t: format_size(t.pinned_bytes),
-        "capacity": lambda t: format_size(t.capacity_bytes),
-        "state": lambda t: t.problem or "healthy",
-    }
     show(
         link,
         found,
         found.tiers,
-        columns,
+        "tier used_bytes free_bytes fragmented_bytes pinned_bytes capacity_bytes state",
         f"{found.objects} objects, {found.unwritten_objects} not on disk yet, "
         f"{found.leases} leases, {found.sessions} sessions"
         + ("; draining" if found.draining else ""),
         f"{found.node}, kvstore {found.version}, up {up}",
         spare=("fragmented", "free"),
+        state=lambda t: t.problem or "healthy",
     )
     if link.format == "table":
-        counters = {"counter": lambda item: item[0], "value": lambda item: item[1]}
-        show(link, found, sorted(found.counters.items()), counters)
+        _show_pairs(link, found, "counter", sorted(found.counters.items()))
+
+
+def _show_pairs(link: Link, found: Message, title: str, rows: Iterable[tuple[str, object]]) -> None:
+    columns = f"name:{title} value"
+    show(link, found, rows, columns, name=lambda row: row[0], value=lambda row: row[1])
 
 
 def namespaces(link: Link, tenant: _Tenant = None) -> None:
     """List the namespaces that hold blocks or are open in a session."""
     with link.open() as api:
         found = api.list_namespaces(tenant)
-    columns = {
-        "id": lambda n: n.namespace.id[:12],
-        "model": lambda n: n.namespace.model,
-        "tenant": lambda n: n.namespace.tenant,
-        "tokens": lambda n: n.namespace.block_tokens,
-        "blocks": lambda n: n.blocks,
-        "objects": lambda n: n.objects,
-        "memory": lambda n: format_size(n.memory_bytes),
-        "disk": lambda n: format_size(n.disk_bytes),
-        "sessions": lambda n: n.sessions,
-        "last used": lambda n: when(n.last_used),
-        "parts": lambda n: list(n.parts),
-    }
+    columns = (
+        "namespace.id namespace.model namespace.tenant namespace.block_tokens:tokens blocks "
+        "objects memory_bytes disk_bytes sessions last_used parts"
+    )
     spare = ("parts", "objects", "tokens", "last used", "sessions")
     show(link, found, found.namespaces, columns, spare=spare)
 
@@ -85,18 +74,9 @@ def sessions(link: Link) -> None:
     """List the connected sessions."""
     with link.open() as api:
         found = api.list_sessions()
-    columns = {
-        "id": lambda s: s.id,
-        "peer": lambda s: s.peer,
-        "pid": lambda s: s.pid or "",
-        "software": lambda s: s.software,
-        "token": lambda s: s.token,
-        "since": lambda s: when(s.since),
-        "namespaces": lambda s: [digest[:12] for digest in s.namespace_ids],
-        "leases": lambda s: s.leases,
-        "requests": lambda s: s.requests,
-    }
-    show(link, found, found.sessions, columns, spare=("since", "leases", "requests"))
+    columns = "id peer pid software token since namespace_ids:namespaces leases requests"
+    spare = ("since", "leases", "requests")
+    show(link, found, found.sessions, columns, spare=spare, pid=lambda s: s.pid or "")
 
 
 def leases(
@@ -109,18 +89,15 @@ def leases(
     """List the leases of sessions and pins."""
     with link.open() as api:
         found = api.list_leases(session, owner)
-    columns = {
-        "id": lambda lease: lease.id,
-        "kind": lambda lease: lease.kind,
-        "session": lambda lease: lease.session or "",
-        "owner": lambda lease: lease.owner,
-        "blocks": lambda lease: lease.blocks,
-        "size": lambda lease: format_size(lease.bytes),
-        "since": lambda lease: when(lease.since),
-        "expires": lambda lease: when(lease.expires),
-        "state": lambda lease: "withdrawn" if lease.withdrawn else "",
-    }
-    show(link, found, found.leases, columns, spare=("since", "kind", "session"))
+    show(
+        link,
+        found,
+        found.leases,
+        "id kind session owner blocks bytes:size since expires state",
+        spare=("since", "kind", "session"),
+        session=lambda lease: lease.session or "",
+        state=lambda lease: "withdrawn" if lease.withdrawn else "",
+    )
 
 
 def events(
@@ -200,19 +177,11 @@ def quota(
                 disk_bytes=_limit(disk, old.disk_bytes, old.HasField("disk_bytes")),
             )
             found.quotas[0].CopyFrom(changed)
-    columns = {
-        "tenant": lambda q: repr(q.tenant),
-        "memory": lambda q: format_size(q.used_memory_bytes),
-        "memory limit": lambda q: _size_or_none(q, "memory_bytes"),
-        "disk": lambda q: format_size(q.used_disk_bytes),
-        "disk limit": lambda q: _size_or_none(q, "disk_bytes"),
-        "pinned": lambda q: format_size(q.pinned_bytes),
-    }
-    show(link, found, found.quotas, columns)
-
-
-def _size_or_none(quota: v1.Quota, field: Literal["memory_bytes", "disk_bytes"]) -> str:
-    return format_size(getattr(quota, field)) if quota.HasField(field) else "none"
+    columns = (
+        "tenant used_memory_bytes:memory memory_bytes:memory_limit used_disk_bytes:disk "
+        "disk_bytes:disk_limit pinned_bytes"
+    )
+    show(link, found, found.quotas, columns, tenant=lambda q: repr(q.tenant))
 
 
 def _limit(new: float | None, old: int, had: bool) -> int | None:
@@ -243,7 +212,7 @@ def admission(
             found = api.set_admission(memory=memory, disk=disk, denied_tenants=denied)
     denied_names = ", ".join(repr(tenant) for tenant in found.denied_tenants)
     rows = (("memory", found.memory), ("disk", found.disk), ("denied tenants", denied_names))
-    show(link, found, rows, {"rule": lambda row: row[0], "value": lambda row: row[1]})
+    _show_pairs(link, found, "rule", rows)
 
 
 def drain(
@@ -265,20 +234,13 @@ def list_operations(link: Link) -> None:
     """List long operations that run, and those that ended lately."""
     with link.open() as api:
         found = api.list_operations()
-    from kvstore.api import v1
+    columns = "id verb state done total bytes:size requested_by:by started message"
+    spare = ("started", "by", "size")
+    show(link, found, found.operations, columns, spare=spare, verb=_verb)
 
-    columns = {
-        "id": lambda o: o.id,
-        "verb": lambda o: o.verb + (" (dry run)" if o.dry_run else ""),
-        "state": lambda o: short(v1.Operation.State.Name(o.state)),
-        "done": lambda o: o.done,
-        "total": lambda o: o.total,
-        "size": lambda o: format_size(o.bytes),
-        "by": lambda o: o.requested_by,
-        "started": lambda o: when(o.started),
-        "message": lambda o: o.message,
-    }
-    show(link, found, found.operations, columns, spare=("started", "by", "size"))
+
+def _verb(operation: v1.Operation) -> str:
+    return operation.verb + (" (dry run)" if operation.dry_run else "")
 
 
 def watch(operation: _Id, link: Link) -> None:

@@ -147,11 +147,7 @@ class Link(Printing):
     ] = None
 
     def open(self) -> Orchestrator:
-        """The daemon's API.
-
-        Raises:
-            ConfigError: an address or a file is unusable.
-        """
+        """The daemon's API. Raises ConfigError: an address or a file is unusable."""
         from kvstore.api.client import Orchestrator
         from kvstore.config import load_config
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from kvstore.api import v1
     from kvstore.api.client import Operation
 
+_DIGEST: Final = re.compile("[0-9a-f]{64}")
 _FOLDED: Final = 16
 """A column that is wider takes several lines before another one is left out."""
 
@@ -129,18 +132,52 @@ def show(
     how: Printing,
     found: Message,
     rows: Iterable[Any],
-    columns: Mapping[str, Callable[[Any], object]],
+    columns: str,
     *lines: str,
     spare: Sequence[str] = (),
+    **special: Callable[[Any], object],
 ) -> None:
     """Print an answer as JSON on one line, or as a table of `rows` and these lines.
 
-    `columns` says what stands in each, a list on lines of its own. Where they do not fit, those
-    that can be spared are left out, from the first on.
+    `columns` are fields of a row, `field:title` where the title is another (`_` for a space), or
+    titles of what `special` makes of a row. Where they do not fit, those that can be spared are
+    left out, from the first on.
     """
     if how.format == "table":
-        _show_table(how, list(rows), dict(columns), list(spare))
+        named = (column.partition(":") for column in columns.split())
+        contents = {
+            (title or path.rpartition(".")[2].removesuffix("_bytes")).replace("_", " "): (
+                special.get(path) or partial(_field, path)
+            )
+            for path, _, title in named
+        }
+        _show_table(how, list(rows), contents, list(spare))
     answer(how, found, *lines)
+
+
+def _field(path: str, row: Any) -> object:
+    """A field of a message for people."""
+    outer, _, name = path.rpartition(".")
+    row = getattr(row, outer) if outer else row
+    field, value = row.DESCRIPTOR.fields_by_name[name], getattr(row, name)
+    if name.endswith("bytes"):
+        missing = field.has_presence and not row.HasField(name)
+        return "none" if missing else format_size(value)
+    if field.message_type is not None:
+        return when(value)
+    if field.enum_type is not None:
+        return short(field.enum_type.values_by_number[value].name)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, MutableSequence):
+        return [_cut(item) for item in value]
+    return _cut(value)
+
+
+def _cut(value: object) -> object:
+    """A digest by its first digits, as they are enough to name it by."""
+    text = value.hex() if isinstance(value, bytes) else value
+    return text[:12] if isinstance(text, str) and _DIGEST.fullmatch(text) else text
 
 
 def _show_table(

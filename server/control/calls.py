@@ -56,11 +56,7 @@ class Callers:
         self._trusted = trusted
 
     def grant(self, metadata: Metadata | None) -> Grant:
-        """What the caller may do.
-
-        Raises:
-            Refused: its token is missing or not known.
-        """
+        """What the caller may do. Raises Refused: its token is missing or not known."""
         token: str | None = None
         for key, value in metadata or ():
             if key == "authorization":

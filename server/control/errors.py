@@ -78,11 +78,7 @@ def denied(reason: str, message: str) -> Refused:
 
 
 def check_role(caller: Grant, role: Role, what: str) -> None:
-    """Refuse what needs more than the caller's role.
-
-    Raises:
-        Refused: names both roles.
-    """
+    """Refuse what needs more than the caller's role. Raises Refused: names both roles."""
     try:
         caller.check(role, what)
     except AccessDenied as e:

@@ -199,11 +199,7 @@ class Operations:
             operation.end(v1.Operation.STATE_FAILED, str(e))
 
     def find(self, number: str, grant: Grant) -> Operation:
-        """The operation of that id, if the caller may know of it.
-
-        Raises:
-            Refused: there is none.
-        """
+        """The operation of that id, if the caller may know of it. Raises Refused: there is none."""
         operation = self._all.get(number)
         if operation is None or not operation.visible(grant):
             raise unknown(

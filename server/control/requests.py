@@ -56,20 +56,12 @@ def seconds(message: Duration, field: str, *, high: float, low: float = 0.0) -> 
 
 
 def ttl(message: Duration, field: str = "ttl") -> float:
-    """A time to live.
-
-    Raises:
-        Refused: it is not positive, or too long.
-    """
+    """A time to live. Raises Refused: it is not positive, or too long."""
     return seconds(message, field, low=0.001, high=MAX_TTL)
 
 
 def tier(value: v1.Tier, field: str, *, default: int | None = None) -> int:
-    """A tier's code.
-
-    Raises:
-        Refused: it is no tier, or not given though it must be.
-    """
+    """A tier's code. Raises Refused: it is no tier, or not given though it must be."""
     for code, message in TIERS.items():
         if value == message:
             return code
@@ -79,11 +71,7 @@ def tier(value: v1.Tier, field: str, *, default: int | None = None) -> int:
 
 
 def name(value: str, field: str, *, longest: int = _MAX_NAME) -> str:
-    """A name that must be given.
-
-    Raises:
-        Refused: it is empty or too long.
-    """
+    """A name that must be given. Raises Refused: it is empty or too long."""
     if not value:
         raise bad_field(field, "is empty; give one")
     if len(value) > longest:

@@ -144,11 +144,7 @@ class AdminFace:
         self._app = web.AppRunner(app)
 
     async def start(self) -> None:
-        """Begin to listen.
-
-        Raises:
-            ConfigError: the address cannot be had.
-        """
+        """Begin to listen. Raises ConfigError: the address cannot be had."""
         loop = asyncio.get_running_loop()
         await self._app.setup()
         assert self._app.server is not None
