@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -316,12 +316,18 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def _explain(error: ValidationError, source: str, prefix: str) -> ConfigError:
+def explain(
+    error: ValidationError, source: str, prefix: str, known: Sequence[str] = ()
+) -> ConfigError:
+    """What was wrong in `source`, where names have a `prefix`, in words that name the remedy.
+
+    `known` names what may stand there; without it, all of `Config`.
+    """
+    known = known or list(_known_keys(Config, prefix))
     lines = []
     for item in error.errors():
         where = prefix + ".".join(str(part) for part in item["loc"])[:200]
         if item["type"] == "extra_forbidden":
-            known = list(_known_keys(Config, prefix))
             near = difflib.get_close_matches(where, known, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
             lines.append(f"{where}: unknown key; {hint}")
@@ -442,5 +448,5 @@ def load_config(
         try:
             config = Config(**merged)
         except ValidationError as e:
-            raise _explain(e, place, prefix if place == source else "") from None
+            raise explain(e, place, prefix if place == source else "") from None
     return config

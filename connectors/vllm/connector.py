@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -22,12 +22,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 
 from kvstore.blocks.spec import ModelIdentity, Namespace, block_tokens_for, check_block_tokens
+from kvstore.connectors.common.settings import PREFIX, Settings, settings_of
 from kvstore.connectors.vllm.identity import identity_of
 from kvstore.connectors.vllm.inputs import Inputs
 from kvstore.connectors.vllm.layout import pages_of
 from kvstore.connectors.vllm.messages import Step
 from kvstore.connectors.vllm.scheduler import SchedulerSide
-from kvstore.connectors.vllm.settings import PLACE, PREFIX, Settings, settings_of
 from kvstore.connectors.vllm.stats import KVStoreMetrics, KVStoreStats
 from kvstore.connectors.vllm.weights import WeightsWatch, engine_core
 from kvstore.connectors.vllm.worker import WorkerSide
@@ -44,6 +44,7 @@ __all__ = ["KVStoreConnector"]
 
 # A child of vLLM's logger: vLLM prints no others.
 _log = init_logger("vllm.kvstore")
+PLACE: Final = "kv_connector_extra_config"
 
 
 class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
@@ -67,7 +68,7 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
         super().__init__(vllm_config, role, kv_cache_config)
         _print_ours()
         transfer = self._kv_transfer_config
-        settings = settings_of(transfer.kv_connector_extra_config)
+        settings = settings_of(transfer.kv_connector_extra_config, engine="vllm", place=PLACE)
         pages = pages_of(vllm_config, kv_cache_config)
         if settings.store_dtype:
             pages = pages.stored_as(settings.store_dtype)

@@ -7,14 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from kvstore.blocks.keys import block_keys, prompt_extras
 from kvstore.blocks.spec import Namespace
 from kvstore.client.planner import MEMORY
+from kvstore.connectors.common.settings import Wishes
 from kvstore.connectors.vllm.messages import Job
-from kvstore.connectors.vllm.settings import Wishes
 
 
 @dataclass(slots=True)
@@ -112,14 +109,3 @@ class Saving:
     first: int
     blocks: int
     ranks: int
-
-
-def page_rows(
-    page_ids: list[int], page_tokens: int, block_tokens: int, first: int, last: int
-) -> NDArray[np.int64]:
-    """The pages of blocks `first` to `last`, a row each; those beyond `page_ids` are -1."""
-    per_block = block_tokens // page_tokens
-    rows = np.full((last - first) * per_block, -1, dtype=np.int64)
-    chosen = page_ids[first * per_block : last * per_block]
-    rows[: len(chosen)] = chosen
-    return rows.reshape(-1, per_block)

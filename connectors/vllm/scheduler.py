@@ -20,13 +20,14 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import RequestStatus
 
 from kvstore.blocks.spec import Namespace
+from kvstore.connectors.common.pages import page_rows
+from kvstore.connectors.common.sessions import Sessions
+from kvstore.connectors.common.settings import Settings, is_tenant, wishes_of
 from kvstore.connectors.vllm.events import stored_event
 from kvstore.connectors.vllm.inputs import Inputs, Unkeyed
 from kvstore.connectors.vllm.layout import Pages
 from kvstore.connectors.vllm.messages import Job, Report, Step
-from kvstore.connectors.vllm.requests import Found, Promise, Saving, Tracked, page_rows
-from kvstore.connectors.vllm.sessions import Sessions
-from kvstore.connectors.vllm.settings import Settings, is_tenant, wishes_of
+from kvstore.connectors.vllm.requests import Found, Promise, Saving, Tracked
 from kvstore.connectors.vllm.stats import KVStoreStats
 from kvstore.connectors.vllm.weights import WeightsWatch
 from kvstore.errors import SpecError

@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.logger import init_logger
@@ -29,19 +28,18 @@ from vllm.logger import init_logger
 from kvstore.client.planner import MEMORY
 from kvstore.client.session import Loaded, Session
 from kvstore.client.transfer import Gates
-from kvstore.connectors.vllm.device import Device, StepTimes
-from kvstore.connectors.vllm.lane import Lane
+from kvstore.connectors.common.device import Device, StepTimes
+from kvstore.connectors.common.lanes import Lane
+from kvstore.connectors.common.pages import page_pieces
+from kvstore.connectors.common.sessions import REFUSED, Sessions
+from kvstore.connectors.common.settings import Settings
 from kvstore.connectors.vllm.layout import Pages, memory_of
 from kvstore.connectors.vllm.messages import Job, Report, Step
-from kvstore.connectors.vllm.sessions import REFUSED, Sessions
-from kvstore.connectors.vllm.settings import Settings
 from kvstore.connectors.vllm.stats import KVStoreStats
 from kvstore.copier.gate import LayerGate
 from kvstore.errors import SpecError, StoreUnavailable
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from kvstore.blocks.spec import Namespace
     from kvstore.copier.base import PagedMemory
 
@@ -333,7 +331,7 @@ class WorkerSide:
                 return
             wait = self._load_timeout if job.timeout is None else job.timeout
             until = time.monotonic() + wait
-            memory, pages = self._memory, self._page_ids(job.pages)
+            memory, pages = self._memory, page_pieces(job.pages, self._cut)
             assert memory is not None
             after, then = gates.after, gates.then
             if after is not None:
@@ -361,7 +359,13 @@ class WorkerSide:
                 if arrived and loaded.tiers.get(MEMORY) == arrived:
                     self._report.copied = (arrived, loaded.seconds)
                 self._in_flight -= 1
-                self._stats.loaded(job, loaded, arrived, self._namespace.block_tokens)
+                self._stats.loaded(
+                    loaded,
+                    arrived,
+                    len(job.keys),
+                    self._namespace.block_tokens,
+                    job.prefetched,
+                )
                 self._changed.notify_all()
 
     def _save(self, job: Job, gates: Gates) -> None:
@@ -380,7 +384,7 @@ class WorkerSide:
             saved = session.save(
                 job.keys,
                 [memory],
-                [self._page_ids(job.pages)],
+                [page_pieces(job.pages, self._cut)],
                 ttl=job.ttl,
                 parent=job.parent,
                 tokens=job.tokens,
@@ -406,13 +410,6 @@ class WorkerSide:
             self._report.saved[job.number] = (1, blocks)
             self._pending[job.request] -= 1
             self._changed.notify_all()
-
-    def _page_ids(self, pages: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Numbers of the pages as vLLM has cut them for its kernels."""
-        if self._cut == 1:
-            return pages
-        pieces = pages[:, :, None] * self._cut + np.arange(self._cut)
-        return np.where(pages[:, :, None] < 0, -1, pieces).reshape(len(pages), -1)
 
 
 def _blocks(jobs: Sequence[Job]) -> int:

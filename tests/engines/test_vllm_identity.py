@@ -29,12 +29,13 @@ from vllm.v1.request import Request
 
 from kvstore.blocks.keys import block_keys
 from kvstore.blocks.spec import ModelIdentity, Namespace
+from kvstore.connectors.common.pages import page_pieces, page_rows
+from kvstore.connectors.common.settings import Wishes, settings_of, wishes_of
 from kvstore.connectors.transformers.model import cache_part, model_identity
 from kvstore.connectors.vllm import identity as vllm_identity
 from kvstore.connectors.vllm.identity import identity_of
 from kvstore.connectors.vllm.inputs import Inputs, Unkeyed
-from kvstore.connectors.vllm.requests import Tracked, page_rows
-from kvstore.connectors.vllm.settings import Wishes, settings_of, wishes_of
+from kvstore.connectors.vllm.requests import Tracked
 from kvstore.errors import ConfigError, SpecError
 from tests.engines.vllm_tools import model as smollm2
 from tests.engines.vllm_tools import small_model
@@ -550,13 +551,12 @@ def test_weights_from_elsewhere_have_no_name(small: Path, tmp_path: Path) -> Non
 
 
 def test_settings_come_with_dots() -> None:
-    settings = settings_of(
-        {
-            "kvstore.address": "unix:///run/x.sock",
-            "kvstore.memory.size": "2GiB",
-            "kvstore.vllm.tenant": "t",
-        }
-    )
+    given = {
+        "kvstore.address": "unix:///run/x.sock",
+        "kvstore.memory.size": "2GiB",
+        "kvstore.vllm.tenant": "t",
+    }
+    settings = settings_of(given, engine="vllm", place="kv_connector_extra_config")
     assert settings.config.address == "unix:///run/x.sock"
     assert settings.config.memory.size == 2 << 30
     assert settings.tenant == "t"
@@ -576,14 +576,18 @@ def test_settings_come_with_dots() -> None:
         ),
         ({"kvstore.memory": 1, "kvstore.memory.size": 1}, "contradicts"),
         ({"kvstore.vllm.tennant": "x"}, r"kvstore\.vllm\.tennant: .* mean kvstore\.vllm\.tenant"),
-        ({"kvstore.vllm.tenant": 7}, "give a str"),
-        ({"kvstore.vllm.block_tokens": -1}, "block_tokens must lie"),
+        ({"kvstore.vllm.tenant": 7}, r"kvstore\.vllm\.tenant: .* valid string"),
+        ({"kvstore.vllm.tenant": "a\nb"}, r"kvstore\.vllm\.tenant: give a name"),
+        ({"kvstore.vllm.config": {}}, r"kvstore\.vllm\.config: unknown key"),
+        ({"kvstore.vllm.layerwise": 1}, r"kvstore\.vllm\.layerwise: .* valid boolean"),
+        ({"kvstore.vllm.block_tokens": True}, r"block_tokens: .* valid integer"),
+        ({"kvstore.vllm.block_tokens": -1}, "block_tokens: .* greater than or equal to 0"),
         ({"kvstore.vllm": "x"}, "is a section"),
     ],
 )
 def test_wrong_settings_say_what_is_wrong(extra: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        settings_of(extra)
+        settings_of(extra, engine="vllm", place="kv_connector_extra_config")
 
 
 def test_wishes_are_read_and_wrong_ones_left_out() -> None:
@@ -592,9 +596,15 @@ def test_wishes_are_read_and_wrong_ones_left_out() -> None:
     )
     assert wishes == Wishes(skip_load=True, ttl=5)
     assert len(wrong) == 2
+    wrong_ones = {"ttl": float("nan"), "pin": True, "tenant": "x" * 257, "skip_save": 1}
+    wishes, wrong = wishes_of(wrong_ones | {"priority": -3})
+    assert wishes == Wishes(priority=-3)
+    assert [words.partition(" is ")[0] for words in wrong] == ["skip_save", "ttl", "pin", "tenant"]
     assert wishes_of(None) == (Wishes(), [])
 
 
 def test_rows_of_pages_leave_out_what_is_not_there() -> None:
     rows = page_rows([5, 6, 7, 8, 9], 4, 8, 1, 3)
     assert rows.tolist() == [[7, 8], [9, -1]]
+    assert page_pieces(rows, 1) is rows
+    assert page_pieces(rows, 2).tolist() == [[14, 15, 16, 17], [18, 19, -1, -1]]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kvstore.client.transfer import Gates
-from kvstore.connectors.vllm.lane import Lane
+from kvstore.connectors.common.lanes import Lane
 from kvstore.connectors.vllm.messages import Job
 from tests.engines.vllm_tools import Engine, document, transfer
 from tests.session_tools import Served, Stores, eventually

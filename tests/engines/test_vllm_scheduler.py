@@ -14,11 +14,11 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.request import RequestStatus
 
 from kvstore.blocks.keys import block_keys, prompt_extras
-from kvstore.connectors.vllm import sessions as vllm_sessions
+from kvstore.connectors.common import sessions as vllm_sessions
+from kvstore.connectors.common.settings import settings_of
 from kvstore.connectors.vllm.inputs import Inputs
 from kvstore.connectors.vllm.layout import Pages
 from kvstore.connectors.vllm.scheduler import SchedulerSide
-from kvstore.connectors.vllm.settings import settings_of
 from kvstore.connectors.vllm.weights import WeightsWatch
 from tests.control_tools import secret, write_tokens
 from tests.session_tools import (
@@ -60,7 +60,9 @@ def scheduler(served: Served, **more: Any) -> SchedulerSide:
             "kvstore.planner.mode": "load",
             "kvstore.session.lookup_timeout": 10.0,
         }
-        | more
+        | more,
+        engine="vllm",
+        place="test",
     )
     core = SimpleNamespace(model_executor=SimpleNamespace(collective_rpc=None))
     pages = Pages((PART,), BLOCK_TOKENS, 1, (PART,))

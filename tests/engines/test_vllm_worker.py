@@ -19,11 +19,11 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 
 from kvstore.blocks.keys import block_keys
 from kvstore.blocks.spec import ModelIdentity, Namespace
-from kvstore.connectors.vllm import device as vllm_device
+from kvstore.connectors.common import device as vllm_device
+from kvstore.connectors.common.settings import Settings
 from kvstore.connectors.vllm import worker as vllm_worker
 from kvstore.connectors.vllm.layout import memory_of, pages_of
 from kvstore.connectors.vllm.messages import Job, Step
-from kvstore.connectors.vllm.settings import Settings
 from kvstore.connectors.vllm.worker import WorkerSide
 from tests import cuda_tools
 from tests.cuda_tools import FakeCuda
@@ -141,7 +141,7 @@ def model(
         torch.cuda, "current_stream", lambda number: SimpleNamespace(cuda_stream=stream)
     )
     pages = replace(pages, replicas=2)
-    worker = WorkerSide(Settings(served.config()), NAMESPACE, pages, rank)
+    worker = WorkerSide(Settings(config=served.config()), NAMESPACE, pages, rank)
     one = Model(cuda, worker, stream)
     worker.register(NAMES, {name: one.pages[n] for n, name in enumerate(NAMES)})
     with engine.current():

@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 import heapq
+import logging
 import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-
-from vllm.logger import init_logger
+from typing import Generic, Protocol, TypeVar
 
 from kvstore.client.transfer import Gates
-from kvstore.connectors.vllm.messages import Job
 
-_log = init_logger("vllm.kvstore")
+_log = logging.getLogger("kvstore.transfers")
 
 
-class Lane:
+class Queued(Protocol):
+    """A job of one request: `priority` orders those that wait (lower first), then `number`."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def request(self) -> str: ...
+    @property
+    def priority(self) -> int: ...
+
+
+J = TypeVar("J", bound=Queued)
+
+
+class Lane(Generic[J]):
     """Runs jobs one at a time, by priority and then in order; thread-safe."""
 
-    def __init__(self, name: str, run: Callable[[Job, Gates], None]) -> None:
+    def __init__(self, name: str, run: Callable[[J, Gates], None]) -> None:
         self._run = run
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._changed = threading.Condition()
-        self._waiting: list[tuple[int, int, Job, Gates]] = []
+        self._waiting: list[tuple[int, int, J, Gates]] = []
         self._running: str | None = None
 
-    def put(self, job: Job, gates: Gates) -> None:
+    def put(self, job: J, gates: Gates) -> None:
         """Have `job` run."""
         with self._changed:
             heapq.heappush(self._waiting, (job.priority, job.number, job, gates))
@@ -44,7 +57,7 @@ class Lane:
                 self._running = None
                 self._changed.notify_all()
 
-    def drop(self, requests: Collection[str]) -> list[Job]:
+    def drop(self, requests: Collection[str]) -> list[J]:
         """Take back what waits of these requests."""
         with self._changed:
             dropped = [entry[2] for entry in self._waiting if entry[2].request in requests]

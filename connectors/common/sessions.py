@@ -1,15 +1,14 @@
-"""The sessions of one process of the vLLM connector: one per tenant."""
+"""The sessions of one process of an engine: one per tenant."""
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
-
-from vllm.logger import init_logger
 
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.client.session import Session
@@ -18,7 +17,7 @@ from kvstore.copier.base import Copier
 from kvstore.errors import KVStoreError
 from kvstore.telemetry import QuietLog
 
-_log = init_logger("vllm.kvstore")
+_log = logging.getLogger("kvstore.sessions")
 
 _OPEN: Final = 64
 """Sessions that are open at a time; the one unused for longest ends when another begins."""

@@ -1,14 +1,14 @@
-"""The processor that a vLLM worker computes on, as far as copies must be in step with it."""
+"""The processor that an engine computes on, as far as copies must be in step with it."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.logger import init_logger
 
 from kvstore.copier.torch import TorchCopier, TorchEvent
 from kvstore.errors import SpecError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kvstore.copier.cuda.triton import TritonKernels
     from kvstore.copier.gate import Event
 
-_log: Final = init_logger("vllm.kvstore.device")
+_log = logging.getLogger("kvstore.device")
 
 
 class Device:
