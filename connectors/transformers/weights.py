@@ -10,16 +10,13 @@ Where anything differs, or cannot be told, the model's own tensors name it.
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import safe_open
 from torch.overrides import TorchFunctionMode
 
 from kvstore.blocks.weights import weights_digest
@@ -30,13 +27,8 @@ from kvstore.errors import SpecError
 
 _log = logging.getLogger("kvstore.transformers")
 _THREADS: Final = 4
-_PIECE: Final = 8 << 20
-_MOST_HEADER: Final = 100 << 20
-_TYPES: Final = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
-    "I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F32": torch.float32, "F64": torch.float64,
-}  # fmt: skip
+_PIECE: Final = 1 << 20
+"""Numbers that are compared at a time."""
 
 
 class Differs(SpecError):
@@ -106,26 +98,31 @@ class Weights:
         same = self._compared[1]
         marks = {id(tensor): mark(tensor) for tensor in held.tensors.values()}
         named, dtype = model.state_dict(keep_vars=True), model.dtype
-        found = set[int]()
+        places: dict[str, Path] = {}
 
-        def compare(stored: _Stored) -> None:
-            tensor = named.get(stored.name)
-            if tensor is None and stored.name.endswith(".rotary_emb.inv_freq"):
+        def compare(file: Path, name: str, stored: torch.Tensor) -> None:
+            if places.setdefault(name, file) != file:
+                raise Differs(f"{name} stands in several files of {folder}")
+            tensor = named.get(name)
+            if tensor is None and name.endswith(".rotary_emb.inv_freq"):
                 return  # Of old checkpoints; engines leave it out.
             if tensor is None or id(tensor) not in marks:
-                raise Differs(f"there is no {stored.name} in the model")
+                raise Differs(f"there is no {name} in the model")
             if tensor.is_floating_point() and tensor.dtype != dtype:
-                raise Differs(f"{stored.name} is {tensor.dtype}, the model {dtype}")
-            if same.get(stored.name) != marks[id(tensor)]:
-                stored.compare(tensor, dtype)
-                same[stored.name] = marks[id(tensor)]
-            found.add(id(tensor))
+                raise Differs(f"{name} is {tensor.dtype}, the model {dtype}")
+            if same.get(name) != marks[id(tensor)]:
+                if not holds(tensor, stored):
+                    raise Differs(f"{name} is not what {file} says")
+                same[name] = marks[id(tensor)]
 
-        stored = [one for file in sorted(folder.glob("*.safetensors")) for one in _stored_in(file)]
-        if len({one.name for one in stored}) != len(stored):
-            raise Differs(f"a weight stands in several files of {folder}")
+        def compare_all(file: Path) -> None:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - it is no dictionary
+                    compare(file, name, opened.get_tensor(name))
+
         with ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(compare, stored))
+            list(pool.map(compare_all, sorted(folder.glob("*.safetensors"))))
+        found = {id(named.get(name)) for name in places}
         fresh = Contents(_made_anew(model))
         if held.told != fresh.told:
             raise Differs("its modules are not those of its configuration")
@@ -137,63 +134,16 @@ class Weights:
         return digest
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A tensor in a file of safetensors."""
-
-    file: Path
-    name: str
-    dtype: torch.dtype | None
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-    def compare(self, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-        """Find that `tensor` holds the same numbers, rounded to `dtype`.
-
-        Raises:
-            Differs: it does not.
-        """
-        floats = tensor.is_floating_point()
-        if self.dtype is None or self.shape != tuple(tensor.shape) or not is_plain(tensor):
-            raise Differs(f"{self.name} is of another shape, or in a private format")
-        if self.dtype.is_floating_point != floats or not (floats or self.dtype == tensor.dtype):
-            raise Differs(f"{self.name} is of another type")
-        size, flat = self.dtype.itemsize, tensor.detach().reshape(-1)
-        if len(flat) * size != self.nbytes:
-            raise Differs(f"{self.name} has another number of bytes")
-        room = bytearray(min(_PIECE, self.nbytes))
-        # Read, not mapped: a file that is cut short meanwhile ends a process that looks at it.
-        with self.file.open("rb", buffering=0) as opened:
-            for at in range(0, len(flat), _PIECE // size):
-                piece = flat[at : at + _PIECE // size]
-                memory = memoryview(room)[: len(piece) * size]
-                _fill(opened.fileno(), memory, self.start + at * size)
-                read = torch.frombuffer(memory, dtype=self.dtype).to(tensor.device)
-                if not _equal(read.to(dtype) if floats else read, piece):
-                    raise Differs(f"{self.name} is not what {self.file} says")
-
-
-def _stored_in(file: Path) -> Iterator[_Stored]:
-    """What a file says that it holds."""
-    with file.open("rb") as opened:
-        nbytes = int.from_bytes(opened.read(8), "little")
-        if nbytes > min(_MOST_HEADER, file.stat().st_size):
-            raise Differs(f"{file} is damaged")
-        header = json.loads(opened.read(nbytes))
-    for name, told in header.items():
-        if name != "__metadata__":
-            first, last = told["data_offsets"]
-            dtype, shape = _TYPES.get(told["dtype"]), tuple(told["shape"])
-            yield _Stored(file, name, dtype, shape, 8 + nbytes + first, last - first)
-
-
-def _fill(file: int, memory: memoryview, start: int) -> None:
-    while memory:
-        count = os.preadv(file, [memory], start)
-        if not count:
-            raise Differs("a file ended early")
-        memory, start = memory[count:], start + count
+def holds(tensor: torch.Tensor, stored: torch.Tensor) -> bool:
+    """Whether a model's tensor is one of a file, rounded to its type; bit by bit."""
+    floats = tensor.is_floating_point()
+    if not is_plain(tensor) or tensor.shape != stored.shape or floats != stored.is_floating_point():
+        return False
+    pieces = zip(tensor.reshape(-1).split(_PIECE), stored.reshape(-1).split(_PIECE), strict=True)
+    return all(
+        _equal(piece, read.to(piece.device, piece.dtype if floats else read.dtype))
+        for piece, read in pieces
+    )
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
