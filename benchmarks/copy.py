@@ -30,7 +30,6 @@ _SHAPES: Final[tuple[tuple[Shape, tuple[str, ...]], ...]] = (
 )
 """What is measured, and from which other layouts it is loaded as well."""
 
-_STREAMING: Final = "streaming copy of the same bytes"
 _KEY_TOKENS: Final = 1 << 17
 _KEY_CALLS: Final = 10
 _FILL: Final = 1 << 20
@@ -105,18 +104,8 @@ def _measure_shape(
         add("load", converting, False, partial(copier.load, *copied, stored=stored))
     taken = report.race(f"{shape.name} {shape.layout}, {threads} threads", runs)
     for name, (figure, layout, checksum) in cases.items():
-        report.rate(
-            figure,
-            nbytes,
-            taken[name],
-            taken["limit"],
-            layout=layout,
-            dtype=shape.group.dtype,
-            threads=threads,
-            checksum=checksum,
-            bytes=nbytes,
-            against=_STREAMING,
-        )
+        how = _how(shape, layout, threads, checksum, nbytes)
+        report.rate(figure, nbytes, taken[name], taken["limit"], **how)
 
 
 def _measure_torch(
@@ -134,32 +123,34 @@ def _measure_torch(
         for memory in (pages, slots)
     ]
     paged, packed = tensors
+    actions = {"index_select": "save", "index_copy_": "load"}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        taken = report.race(
+        report.measure(
             f"torch, {threads} threads",
             {
                 "limit": Run(partial(_native.copy, slots.address, pages.address, nbytes, threads)),
                 "index_select": Run(lambda: torch.index_select(paged, 1, ids, out=packed)),
                 "index_copy_": Run(lambda: paged.index_copy_(1, ids, packed)),
             },
+            {f"peer torch {p}: {a} {shape.name}": (p, "limit") for p, a in actions.items()},
+            nbytes,
+            **_how(shape, shape.layout, threads, False, nbytes),
         )
     finally:
         torch.set_num_threads(before)
-    for peer, action in (("index_select", "save"), ("index_copy_", "load")):
-        report.rate(
-            f"peer torch {peer}: {action} {shape.name}",
-            nbytes,
-            taken[peer],
-            taken["limit"],
-            layout=shape.layout,
-            dtype=shape.group.dtype,
-            threads=threads,
-            checksum=False,
-            bytes=nbytes,
-            against=_STREAMING,
-        )
+
+
+def _how(shape: Shape, layout: str, threads: int, checksum: bool, nbytes: int) -> dict[str, Any]:
+    return {
+        "layout": layout,
+        "dtype": shape.group.dtype,
+        "threads": threads,
+        "checksum": checksum,
+        "bytes": nbytes,
+        "against": "streaming copy of the same bytes",
+    }
 
 
 def _measure_checksum(report: Report, memory: Bounce) -> None:
@@ -168,18 +159,14 @@ def _measure_checksum(report: Report, memory: Bounce) -> None:
     memchr.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
     memchr.restype = ctypes.c_void_p
     _fill(memory)
-    taken = report.race(
+    report.measure(
         "xxh3",
         {
             "limit": Run(lambda: memchr(memory.address, 0, memory.nbytes)),
             "xxh3": Run(lambda: _native.xxh3_64(memory.address, memory.nbytes)),
         },
-    )
-    report.rate(
-        "xxh3",
+        {"xxh3": ("xxh3", "limit")},
         memory.nbytes,
-        taken["xxh3"],
-        taken["limit"],
         bytes=memory.nbytes,
         against="linear read (memchr)",
     )
@@ -191,30 +178,24 @@ def _measure_keys(report: Report) -> None:
     ids = np.random.default_rng(0).integers(0, 128_000, _KEY_TOKENS, dtype=np.uint32)
     prompt: list[int] = ids.tolist()
     hashed = bytes(ids.nbytes + _KEY_TOKENS // namespace.block_tokens * 32)
-    taken = report.race(
+    runs = {
+        "keys of an array": Run(lambda: block_keys(namespace, ids)),
+        "keys of a list": Run(lambda: block_keys(namespace, prompt)),
+        "peer hashlib loop: keys of an array": Run(
+            lambda: _hashlib_keys(namespace.digest, ids.tobytes(), namespace.block_tokens * 4)
+        ),
+    }
+    report.measure(
         "block keys",
-        {
-            "limit": Run(lambda: hashlib.sha256(hashed)),
-            "keys of an array": Run(lambda: block_keys(namespace, ids)),
-            "keys of a list": Run(lambda: block_keys(namespace, prompt)),
-            "peer hashlib loop: keys of an array": Run(
-                lambda: _hashlib_keys(namespace.digest, ids.tobytes(), namespace.block_tokens * 4)
-            ),
-        },
+        {"limit": Run(lambda: hashlib.sha256(hashed))} | runs,
+        {name: (name, "limit") for name in runs},
+        _KEY_TOKENS,
         repeat=_KEY_CALLS,
+        unit="Mtoken/s",
+        tokens=_KEY_TOKENS,
+        block_tokens=namespace.block_tokens,
+        against="one SHA-256 of as many bytes",
     )
-    for name, samples in taken.items():
-        if name != "limit":
-            report.rate(
-                name,
-                _KEY_TOKENS,
-                samples,
-                taken["limit"],
-                unit="Mtoken/s",
-                tokens=_KEY_TOKENS,
-                block_tokens=namespace.block_tokens,
-                against="one SHA-256 of as many bytes",
-            )
 
 
 def _hashlib_keys(key: bytes, tokens: bytes, step: int) -> list[bytes]:

@@ -161,7 +161,7 @@ def _measure(
 ) -> None:
     jobs = _Jobs(tier, arena, nbytes, bare.nbytes // nbytes)
     count = jobs.count
-    taken = report.race(
+    report.measure(
         f"objects of {format_size(nbytes)}",
         {
             "bare write": Run(partial(bare.write, nbytes, count), tier.flush),
@@ -169,17 +169,12 @@ def _measure(
             "bare read": Run(partial(bare.read, nbytes, count), tier.flush),
             "read": Run(jobs.read, tier.flush),
         },
+        {f"disk tier {name}": (name, f"bare {name}") for name in ("write", "read")},
+        nbytes * count,
+        object_bytes=nbytes,
+        threads=threads,
+        bytes=nbytes * count,
+        arena="on huge pages" if arena.huge else "on 4 KiB pages",
+        against=f"O_DIRECT on huge pages, {min(nbytes, PIECE) >> 20} MiB pieces",
     )
     jobs.free()
-    for name in ("write", "read"):
-        report.rate(
-            f"disk tier {name}",
-            nbytes * count,
-            taken[name],
-            taken[f"bare {name}"],
-            object_bytes=nbytes,
-            threads=threads,
-            bytes=nbytes * count,
-            arena="on huge pages" if arena.huge else "on 4 KiB pages",
-            against=f"O_DIRECT on huge pages, {min(nbytes, PIECE) >> 20} MiB pieces",
-        )

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import msgspec
 from rich import box
@@ -145,6 +145,22 @@ class Report:
         finally:
             self._progress.remove_task(task)
 
+    def measure(
+        self,
+        title: str,
+        runs: Mapping[str, Run],
+        figures: Mapping[str, tuple[str, str]],
+        amount: int,
+        *,
+        repeat: int = 1,
+        **how: Any,
+    ) -> dict[str, Samples]:
+        """`race`, and the `rate` of each figure: the run of the first name, beside the second."""
+        taken = self.race(title, runs, repeat=repeat)
+        for figure, (name, limit) in figures.items():
+            self.rate(figure, amount, taken[name], taken[limit], **how)
+        return taken
+
     def rate(
         self,
         figure: str,
@@ -156,16 +172,9 @@ class Report:
         **params: Param,
     ) -> None:
         """Report `amount` (bytes, tokens) per second at the median, beside the limit's."""
-        scale = _SCALES[unit]
-        self._add(
-            figure,
-            amount / taken.quantile() / scale,
-            amount / limit.quantile() / scale,
-            unit,
-            limit.quantile() / taken.quantile(),
-            len(taken.seconds),
-            params,
-        )
+        value, most = (amount / each.quantile() / _SCALES[unit] for each in (taken, limit))
+        n = len(taken.seconds)
+        self.level(figure, value, most, unit=unit, less_is_better=False, samples=n, **params)
 
     def duration(
         self,
@@ -178,11 +187,10 @@ class Report:
         **params: Param,
     ) -> None:
         """Report the time at the quantile `q`, beside that of the limit or fixed seconds."""
-        seconds = taken.quantile(q)
         least = limit if isinstance(limit, float) else limit.quantile(q)
-        scale = _SCALES[unit]
-        count = len(taken.seconds)
-        self._add(figure, seconds / scale, least / scale, unit, least / seconds, count, params)
+        value, least = (seconds / _SCALES[unit] for seconds in (taken.quantile(q), least))
+        n = len(taken.seconds)
+        self.level(figure, value, least, unit=unit, less_is_better=True, samples=n, **params)
 
     def level(
         self,
@@ -195,34 +203,15 @@ class Report:
         samples: int,
         **params: Param,
     ) -> None:
-        """Report a value that is neither a rate nor a time, beside what it should not be beyond."""
+        """Report a value beside what it should not be beyond."""
         better, worse = (limit, value) if less_is_better else (value, limit)
         ratio = better / worse if worse else float(value == limit)
-        self._add(figure, value, limit, unit, ratio, samples, params)
-
-    def _add(
-        self,
-        name: str,
-        value: float,
-        limit: float,
-        unit: str,
-        ratio: float,
-        samples: int,
-        params: Mapping[str, Param],
-    ) -> None:
-        figure = Figure(
-            self._bench,
-            name,
-            _rounded(value),
-            unit,
-            _rounded(limit),
-            _rounded(ratio),
-            samples,
-            dict(params),
-        )
-        self._figures.append(figure)
+        rounded = (float(f"{number:.4g}") for number in (value, limit, ratio))
+        value, limit, ratio = rounded
+        made = Figure(self._bench, figure, value, unit, limit, ratio, samples, params)
+        self._figures.append(made)
         if self._as_json:
-            sys.stdout.write(msgspec.json.encode(figure).decode() + "\n")
+            sys.stdout.write(msgspec.json.encode(made).decode() + "\n")
             sys.stdout.flush()
 
     def _tick(self, task: TaskID) -> None:
@@ -231,10 +220,6 @@ class Report:
         if now - self._refreshed > _REFRESH_SECONDS:
             self._refreshed = now
             self._progress.refresh()
-
-
-def _rounded(number: float) -> float:
-    return float(f"{number:.4g}")
 
 
 def _table(bench: str, figures: list[Figure]) -> Table:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final
+from typing import Any, Final
 
 from kvstore import _native
 from kvstore.benchmarks.figures import BenchmarkError, Report, Samples
@@ -218,32 +218,21 @@ def _tell(
     plain = taken[PLAIN.name]
     for contender in (UNCACHED.name, PLAIN.name, *names):
         done = taken[contender]
-        against = f"{PLAIN.name}; {how}"
+        of: dict[str, Any] = {"contender": contender, "dtype": said.dtype, "device": said.device}
+        of["against"] = f"{PLAIN.name}; {how}"
         report.level(
             "chat: output",
-            statistics.median(chat.produced / chat.seconds for chat in done.chats),
-            statistics.median(chat.produced / chat.seconds for chat in plain.chats),
+            *(statistics.median(c.produced / c.seconds for c in x.chats) for x in (done, plain)),
             unit="token/s",
             less_is_better=False,
             samples=len(done.chats),
-            contender=contender,
             conversations=setup.size.requests,
             rounds=setup.size.rounds,
             percent_cached=round(100 * statistics.median(chat.cached for chat in done.chats)),
-            dtype=said.dtype,
-            device=said.device,
-            against=against,
+            **of,
         )
-        report.duration(
-            "chat: first token, mean",
-            Samples(tuple(chat.first for chat in done.chats)),
-            Samples(tuple(chat.first for chat in plain.chats)),
-            unit="ms",
-            contender=contender,
-            dtype=said.dtype,
-            device=said.device,
-            against=against,
-        )
+        first, least = (Samples(tuple(chat.first for chat in x.chats)) for x in (done, plain))
+        report.duration("chat: first token, mean", first, least, unit="ms", **of)
         report.level(
             "unseen prompts: all tokens",
             _throughput(done),
@@ -251,11 +240,8 @@ def _tell(
             unit="token/s",
             less_is_better=False,
             samples=sum(len(unseen.seconds) for unseen in done.unseen),
-            contender=contender,
             prompts=setup.size.requests,
-            dtype=said.dtype,
-            device=said.device,
-            against=against,
+            **of,
         )
 
 

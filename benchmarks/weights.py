@@ -41,15 +41,9 @@ def run(report: Report, *, folder: Path, size: int) -> None:
                 "read": Run(lambda: _read(file, nbytes, cores), before),
                 "digest": Run(lambda: weights_digest(file), before),
             }
-            taken = report.race(f"digest, {name}", runs)
-            report.rate(
-                f"digest, {name}",
-                nbytes,
-                taken["digest"],
-                taken["read"],
-                threads=cores,
-                against="reads of the same bytes by as many threads",
-            )
+            figure, against = f"digest, {name}", "reads of the same bytes by as many threads"
+            told = {figure: ("digest", "read")}
+            report.measure(figure, runs, told, nbytes, threads=cores, against=against)
         time.sleep(_SETTLES)
         runs = {"stat": Run(file.stat), "digest": Run(lambda: weights_digest(file))}
         taken = report.race("digest, known", runs)

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from transformers import AutoModelForCausalLM
 from vllm.engine.arg_utils import EngineArgs
 
 from kvstore.api.client import Orchestrator
-from kvstore.blocks.spec import Namespace
+from kvstore.blocks.spec import ModelIdentity, Namespace
+from kvstore.connectors.transformers.model import cache_part, model_identity
 from kvstore.connectors.vllm import identity as vllm_identity
 from kvstore.connectors.vllm.identity import identity_of
 from tests.engines.vllm_tools import Engine, document, small_model, transfer
@@ -74,9 +76,26 @@ def stored(served: Served, model: Path, prompt: list[int], **flags: Any) -> int:
     """Tokens of a prompt that are stored under the name that this process gives the model."""
     settings = SETTINGS | {"model": str(model), "dtype": "float32", "enforce_eager": True} | flags
     config = EngineArgs(**settings).create_engine_config()
-    namespace = Namespace(identity_of(config, "float32"), block_tokens=64)
+    return stored_as(identity_of(config, "float32"), served, prompt)
+
+
+def stored_as(identity: ModelIdentity, served: Served, prompt: list[int]) -> int:
+    """The same under a name that is given."""
+    namespace = Namespace(identity, block_tokens=64)
     with Orchestrator(f"unix://{served.socket}") as kvstore:
         return kvstore.lookup(namespace, tokens=prompt).blocks * 64
+
+
+def test_what_an_engine_stores_has_the_keys_that_transformers_makes(
+    engine: Engine, models: tuple[Path, Path], served: Served
+) -> None:
+    prompt = fresh(20)
+    reuses(engine, prompt, engine.generate(prompt)["tokens"][0])
+    names = []
+    for path in models:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
+        names.append(model_identity(model, cache_part(model)))
+    assert [stored_as(name, served, prompt) for name in names] == [USABLE, 0]
 
 
 def test_other_configurations_of_the_same_weights_share_nothing(
