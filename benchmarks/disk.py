@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final
+from typing import Final
 
 from kvstore.benchmarks.barefile import PIECE, BareFile, bare_file
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run
@@ -16,10 +16,9 @@ from kvstore.blocks.keys import block_keys
 from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part
 from kvstore.config import load_config
 from kvstore.memory.arena import Arena
-from kvstore.memory.eviction import Lru
-from kvstore.memory.slots import Slot, choose_chunk
-from kvstore.tiers.base import Done, ObjectName
-from kvstore.tiers.slab.tier import DiskTier
+from kvstore.memory.slots import choose_chunk
+from kvstore.tiers.base import Job, JobDone, ObjectName
+from kvstore.tiers.slab.tier import SlabTier
 from kvstore.values import format_size
 
 _OBJECTS: Final = (1 << 20, 8 << 20, 32 << 20)
@@ -50,26 +49,28 @@ def run(report: Report, *, folder: Path, size: int, threads: int) -> None:
             report.note(f"objects of {', '.join(left_out)} left out: they need a larger --size")
         if not objects:
             return
-        with _opened(Path(place) / "tier", half, objects[-1], threads) as (tier, arena):
+        chunk = max(choose_chunk(half), objects[-1])
+        with _opened(Path(place) / "tier", half, chunk, threads) as (tier, arena):
             for nbytes in objects:
-                _measure(report, tier, arena, bare, nbytes, threads)
+                room = (tier.state.capacity or 0) // chunk * (chunk // nbytes)
+                jobs = _Jobs(tier, arena, nbytes, min(bare.nbytes // nbytes, room))
+                _measure(report, jobs, tier, arena, bare, nbytes, threads)
 
 
 @contextmanager
 def _opened(
-    folder: Path, capacity: int, largest: int, threads: int
-) -> Iterator[tuple[DiskTier, Arena]]:
+    folder: Path, capacity: int, chunk: int, threads: int
+) -> Iterator[tuple[SlabTier, Arena]]:
     """A disk tier and an arena as a daemon with this machine's configuration has them."""
     config = load_config()
-    arena = Arena.create(max(_ARENA_BYTES, largest), huge_dir=config.memory.huge_dir)
+    arena = Arena.create(max(_ARENA_BYTES, chunk), huge_dir=config.memory.huge_dir)
     try:
-        tier = DiskTier.open(
+        tier = SlabTier.open(
+            "disk",
+            _Host(),
             folder,
             capacity,
-            chunk=max(choose_chunk(capacity), largest),
-            policy=Lru,
-            evictable=lambda slot: False,
-            evict=lambda slot: None,
+            chunk=chunk,
             threads=threads,
             sync_seconds=config.disk.sync_seconds,
             retry_seconds=config.disk.retry_seconds,
@@ -83,91 +84,88 @@ def _opened(
         arena.close()
 
 
-class _Jobs:
-    """Objects of one size in the tier's slots, all written or all read at once."""
+class _Host:
+    """Keeps everything; what is to be done on a loop is an error here."""
 
-    def __init__(self, tier: DiskTier, arena: Arena, nbytes: int, most: int) -> None:
+    def busy(self, name: ObjectName) -> bool:
+        return True
+
+    def lost(self, name: ObjectName, reason: str) -> None: ...
+
+    def post(self, task: Callable[[], None]) -> None:
+        raise BenchmarkError("the disk has no room for what is measured; use a smaller --size")
+
+
+class _Jobs:
+    """Objects of one size, all written or all read at once."""
+
+    def __init__(self, tier: SlabTier, arena: Arena, nbytes: int, count: int) -> None:
         self._tier = tier
-        self._arena = arena
-        self._nbytes = nbytes
-        self._slots: list[Slot[Any]] = []
-        while len(self._slots) < most:
-            slot = tier.pool.allocate(nbytes, None)
-            if slot is None:
-                break
-            self._slots.append(slot)
+        self.count = count
         group = Group(1, 1, (nbytes // _BLOCK_TOKENS,), "uint8")
         namespace = Namespace(ModelIdentity("bench"), "", _BLOCK_TOKENS)
         keys = block_keys(namespace, list(range(_BLOCK_TOKENS * self.count)))
-        self._names = [ObjectName(namespace, key, Part(group)) for key in keys]
-        self._checksums: dict[int, int] = {}
-
-    @property
-    def count(self) -> int:
-        """How many objects there are."""
-        return len(self._slots)
+        self._jobs = [
+            # Objects share the arena in turn: it is larger than any cache, that is enough.
+            Job(
+                ObjectName(namespace, key, Part(group)),
+                arena.address + number % (arena.size // nbytes) * nbytes,
+                nbytes,
+            )
+            for number, key in enumerate(keys)
+        ]
 
     def write(self) -> None:
         """Write all, and wait until all are done."""
-
-        def start(number: int, done: Done) -> None:
-            slot, name = self._slots[number], self._names[number]
-            self._tier.write(slot, name, self._address(number), self._nbytes, None, done)
-
-        self._all(start)
+        for job in self._jobs:
+            job.checksum = None
+        self._all(self._tier.put)
+        for job in self._jobs:
+            self._tier.settled(job, None)
 
     def read(self) -> None:
         """Read all, verified, and wait until all are done."""
-
-        def start(number: int, done: Done) -> None:
-            slot, name, checksum = self._slots[number], self._names[number], self._checksums[number]
-            self._tier.read(slot, name, self._address(number), self._nbytes, checksum, done)
-
-        self._all(start)
+        self._all(self._tier.get)
 
     def free(self) -> None:
-        """Give the slots back."""
-        for slot in self._slots:
-            self._tier.forget(slot)
-            self._tier.pool.free(slot)
+        """Give the places back."""
+        self._tier.delete([job.name for job in self._jobs])
 
-    def _all(self, start: Callable[[int, Done], None]) -> None:
+    def _all(self, start: Callable[[list[Job], JobDone], None]) -> None:
         left = threading.Semaphore(0)
         errors: list[str] = []
 
-        def ended(number: int, checksum: int | None, error: str | None) -> None:
-            if checksum is None or error is not None:
-                errors.append(error or "no checksum")
-            else:
-                self._checksums[number] = checksum
+        def ended(_: Job, error: str | None) -> None:
+            if error is not None:
+                errors.append(error)
             left.release()
 
-        for number in range(self.count):
-            start(number, partial(ended, number))
-        for _ in range(self.count):
+        start(self._jobs, ended)
+        for _ in self._jobs:
             if not left.acquire(timeout=_SECONDS):
                 raise BenchmarkError(f"the disk tier took more than {_SECONDS:.0f} s for an object")
         if errors:
-            raise BenchmarkError(f"the disk tier failed: {errors[0]}; {self._tier.problem}")
-
-    def _address(self, number: int) -> int:
-        """Objects share the arena in turn: it is larger than any cache, that is enough."""
-        room = self._arena.size // self._nbytes
-        return self._arena.address + number % room * self._nbytes
+            raise BenchmarkError(f"the disk tier failed: {errors[0]}; {self._tier.state.problem}")
 
 
 def _measure(
-    report: Report, tier: DiskTier, arena: Arena, bare: BareFile, nbytes: int, threads: int
+    report: Report,
+    jobs: _Jobs,
+    tier: SlabTier,
+    arena: Arena,
+    bare: BareFile,
+    nbytes: int,
+    threads: int,
 ) -> None:
-    jobs = _Jobs(tier, arena, nbytes, bare.nbytes // nbytes)
     count = jobs.count
+    flush = partial(tier.flush, _SECONDS)
     report.measure(
         f"objects of {format_size(nbytes)}",
         {
-            "bare write": Run(partial(bare.write, nbytes, count), tier.flush),
-            "write": Run(jobs.write, tier.flush),
-            "bare read": Run(partial(bare.read, nbytes, count), tier.flush),
-            "read": Run(jobs.read, tier.flush),
+            "bare write": Run(partial(bare.write, nbytes, count), flush),
+            "write": Run(jobs.write, flush),
+            "bare read": Run(partial(bare.read, nbytes, count), flush),
+            "read": Run(jobs.read, flush),
         },
         {f"disk tier {name}": (name, f"bare {name}") for name in ("write", "read")},
         nbytes * count,

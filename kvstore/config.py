@@ -151,6 +151,7 @@ class DiskConfig(_Space):
     queue: Size = Field(256 * 2**20, description="bytes on their way to disk at a time", ge=1)
     sync_seconds: Seconds = Field(5.0, description="longest time a finished write stays unsynced")
     retry_seconds: Seconds = Field(5.0, description="between attempts while the disk is broken")
+    stall_seconds: Seconds = Field(10.0, description="I/O that takes longer: the disk is broken")
 
 
 class SessionConfig(_Section):

@@ -90,6 +90,11 @@ class Busy:
             self._since, self._done = self._last, 0
 
     @property
+    def left(self) -> int:
+        """What it has still to do."""
+        return self._left
+
+    @property
     def each(self) -> float:
         """Seconds per unit."""
         idle = 0.0 if self._running else self._clock() - self._last

@@ -187,7 +187,7 @@ class Daemon:
         if self._node is None or not self._node.store.tiering.unwritten:
             return
         tiering = self._node.store.tiering
-        why = tiering.disk_problem if tiering.disk is None else tiering.disk.problem
+        why = tiering.problem
         _log.warning(
             "%d objects (%s) did not reach the disk before the stop: %s",
             tiering.unwritten,

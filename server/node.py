@@ -247,7 +247,7 @@ class Node:
         tiering = self.store.tiering
         until = time.monotonic() + timeout
         while tiering.unwritten and time.monotonic() < until:
-            if tiering.disk is None or not tiering.disk.writable:
+            if tiering.disk is None or not tiering.disk.state.writable:
                 break
             await asyncio.sleep(_DRAIN_POLL)
         return tiering.unwritten
@@ -260,7 +260,7 @@ class Node:
         elif tiering.disk is None:
             disk = "missing"
         else:
-            disk = "failing" if tiering.disk.problem else "ready"
+            disk = "failing" if tiering.problem else "ready"
         status = "draining" if self.draining else "ready"
         return {"status": status if self.ready else "stopping", "disk": disk}
 

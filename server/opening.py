@@ -9,7 +9,6 @@ from typing import Final
 
 from kvstore.config import Config
 from kvstore.memory.arena import Arena
-from kvstore.memory.slots import slot_policy
 from kvstore.store.admission import Admission
 from kvstore.store.store import Store
 from kvstore.store.tiering import OpenDisk
@@ -55,6 +54,7 @@ def open_store(config: Config, arena: Arena, post: Callable[[Callable[[], None]]
         open_disk=disk_opener(config, direct=arena.huge),
         write_queue=disk.queue,
         retry_seconds=disk.retry_seconds,
+        stall_seconds=disk.stall_seconds,
         max_pinned=memory.max_pinned,
     )
     store.admission = Admission(**config.admission.model_dump())
@@ -68,16 +68,18 @@ def disk_opener(config: Config, *, direct: bool) -> OpenDisk | None:
     disk = config.disk
     if disk.path is None:
         return None
-    from kvstore.tiers.slab.tier import DiskTier
+    from kvstore.tiers.slab.tier import SlabTier
 
     return partial(
-        DiskTier.open,
-        disk.path,
-        disk.size,
+        SlabTier.open,
+        "disk",
+        folder=disk.path,
+        capacity=disk.size,
         chunk=disk.chunk,
-        policy=slot_policy(disk.policy),
+        policy=disk.policy,
         threads=disk.threads,
         sync_seconds=disk.sync_seconds,
         retry_seconds=disk.retry_seconds,
+        stall_seconds=disk.stall_seconds,
         direct_to_arena=direct,
     )

@@ -1,20 +1,23 @@
-"""A small synchronous store on a `DiskTier`, and objects whose bytes follow from their names."""
+"""A small synchronous store on a `SlabTier`, and objects whose bytes follow from their names."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
+import queue
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part
-from kvstore.memory.eviction import Lru
-from kvstore.memory.slots import Slot
-from kvstore.tiers.base import ObjectName
-from kvstore.tiers.slab.tier import DiskTier
+from kvstore.tiers.base import Held, Job, ObjectName
+from kvstore.tiers.slab.file import Place
+from kvstore.tiers.slab.tier import SlabTier
 
 MIB = 1 << 20
 BLOCK_TOKENS = 16
@@ -54,95 +57,96 @@ class Memory:
 
 
 class Outcome:
-    """Waits for one job."""
+    """What came of one job."""
 
     def __init__(self) -> None:
-        self._event = threading.Event()
-        self.checksum: int | None = None
+        self.ended = threading.Event()
+        self.job: Job | None = None
         self.error: str | None = None
         self.calls = 0
 
-    def __call__(self, checksum: int | None, error: str | None) -> None:
-        self.checksum, self.error = checksum, error
+    def __call__(self, job: Job, error: str | None) -> None:
+        self.job, self.error = job, error
         self.calls += 1
-        self._event.set()
-
-    def wait(self) -> Outcome:
-        assert self._event.wait(30), "the job never ended"
-        return self
+        self.ended.set()
 
 
 class MiniStore:
-    """What the real store does with a disk tier, one call at a time."""
+    """What the real store does with a disk tier, and its loop while it waits."""
 
     def __init__(self, folder: Path, capacity: int = 8 * MIB, **options: Any) -> None:
-        settings: dict[str, Any] = {
-            "chunk": 0,
-            "policy": Lru,
-            "threads": 2,
-            "sync_seconds": 60.0,
-            "retry_seconds": 0.2,
-        }
-        self.objects: dict[ObjectName, tuple[Slot[Any], int]] = {}
+        settings = {"sync_seconds": 60.0, "retry_seconds": 0.2, "stall_seconds": 10.0}
+        self.posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.post = self.posted.put
+        self.objects: dict[ObjectName, Held] = {}
+        self.pinned: set[ObjectName] = set()
         self.memory = Memory(4 * MIB)
-        self._busy: Slot[Any] | None = None
-        self.tier = DiskTier.open(
-            folder,
-            capacity,
-            evictable=lambda slot: slot is not self._busy,
-            evict=lambda slot: self._drop(slot, evicted=True),
-            **(settings | options),
-        )
-        for found in self.tier.recover():
-            slot = self.tier.pool.claim(found.offset, found.nbytes, found.name)
-            assert slot is not None, "recovered a place that cannot be claimed"
-            self.tier.pool.admit(slot)
-            assert found.name not in self.objects, "recovered a name twice"
-            self.objects[found.name] = (slot, found.checksum)
+        self.tier = SlabTier.open("disk", self, folder, capacity, **(settings | options))
+        for held in self.tier.recover():
+            assert held.name not in self.objects, "recovered a name twice"
+            self.objects[held.name] = held
 
-    def _drop(self, slot: Slot[Any], *, evicted: bool) -> None:
-        self.objects.pop(slot.owner, None)
-        self.tier.forget(slot)
-        self.tier.pool.free(slot, evicted=evicted)
+    def busy(self, name: ObjectName) -> bool:
+        return name in self.pinned
 
-    def put(self, name: ObjectName, data: bytes | None = None) -> str | None:
+    def lost(self, name: ObjectName, reason: str) -> None:
+        del self.objects[name]
+
+    def wait(self, outcome: Outcome) -> str | None:
+        """Run the loop until a job has ended."""
+        until = time.monotonic() + 30
+        while not outcome.ended.is_set():
+            assert time.monotonic() < until, "the job never ended"
+            with contextlib.suppress(queue.Empty):
+                self.posted.get(timeout=0.0005)()
+        return outcome.error
+
+    def start(
+        self, name: ObjectName, data: bytes | None = None, checksum: int | None = None
+    ) -> Outcome:
+        """Begin to put an object."""
+        data = content(name) if data is None else data
+        self.memory.array[: len(data)] = np.frombuffer(data, np.uint8)
+        outcome = Outcome()
+        self.tier.put([Job(name, self.memory.address, len(data), checksum)], outcome)
+        return outcome
+
+    def put(
+        self, name: ObjectName, data: bytes | None = None, checksum: int | None = None
+    ) -> str | None:
         """Store; None, or why not."""
         if name in self.objects:
             self.forget(name)
-        data = content(name) if data is None else data
-        slot = self.tier.pool.allocate(len(data), name)
-        if slot is None:
-            return "no_room"
-        self._busy = slot
-        self.memory.array[: len(data)] = np.frombuffer(data, np.uint8)
-        outcome = Outcome()
-        self.tier.write(slot, name, self.memory.address, len(data), None, outcome)
-        outcome.wait()
-        self._busy = None
-        if outcome.checksum is None:
-            self._drop(slot, evicted=False)
-        else:
-            self.tier.pool.admit(slot)
-            self.objects[name] = (slot, outcome.checksum)
-        return outcome.error
+        outcome = self.start(name, data, checksum)
+        error = self.wait(outcome)
+        job = outcome.job
+        assert job is not None
+        self.tier.settled(job, error)
+        if error is None:
+            self.objects[name] = Held(name, job.nbytes, job.checksum, job.created, job.expires)
+        return error
 
     def get(self, name: ObjectName) -> bytes | str:
         """The bytes, or why not; what is corrupt is forgotten."""
         if name not in self.objects:
             return "absent"
-        slot, checksum = self.objects[name]
-        nbytes = size_of(name)
-        outcome = Outcome()
-        self.tier.read(slot, name, self.memory.address, nbytes, checksum, outcome)
-        outcome.wait()
-        if outcome.error is None:
-            return self.memory.array[:nbytes].tobytes()
-        if outcome.error == "corrupt":
-            self._drop(slot, evicted=False)
-        return outcome.error
+        held, outcome = self.objects[name], Outcome()
+        self.tier.get([Job(name, self.memory.address, held.nbytes, held.checksum)], outcome)
+        error = self.wait(outcome)
+        if error is None:
+            return self.memory.array[: held.nbytes].tobytes()
+        if error == "corrupt":
+            self.forget(name)
+        return error
 
     def forget(self, name: ObjectName) -> None:
-        self._drop(self.objects[name][0], evicted=False)
+        self.tier.delete([name])
+        del self.objects[name]
+
+    def place(self, name: ObjectName) -> Place:
+        """Where an object lies in the data area."""
+        slot = self.tier._places[name]
+        return Place(slot.offset, slot.nbytes)
 
     def close(self) -> None:
         self.tier.close()

@@ -334,7 +334,10 @@ class Session:
         return reply.blocks if isinstance(reply, protocol.Count) else -1
 
     def flush(self, timeout: float = 60.0) -> int:
-        """Wait until all is on disk; returns how many objects are not (-1: unknown)."""
+        """Wait until all would survive a restart; returns how many objects would not.
+
+        -1: not known, or nothing would, because there is no disk tier or it is not to be used.
+        """
         wait = _seconds(timeout)
         reply = self._request(lambda _: protocol.Flush(wait), wait + 1.0)
         return reply.unwritten if isinstance(reply, protocol.Flushed) else -1

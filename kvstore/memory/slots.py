@@ -16,7 +16,6 @@ from typing import Any, Final, Generic, TypeVar
 from kvstore.memory.eviction import EvictionPolicy, Node, make_policy
 
 ALIGNMENT: Final = 4096
-MAX_SLOTS_PER_CHUNK: Final = 1024
 _REBALANCE_EVERY: Final = 64
 _CANDIDATES: Final = 1024
 """Slots that are looked at to find one that may go: half a millisecond."""
@@ -50,11 +49,14 @@ def slot_policy(name: str) -> Callable[[], EvictionPolicy[Slot[Any]]]:
 
 
 class _Chunk(Generic[T]):
-    __slots__ = ("free", "slots", "start")
+    """`free`: slots given back; those from `fresh` up to `end` were never used."""
 
-    def __init__(self, start: int, count: int, nbytes: int) -> None:
-        self.start = start
-        self.free = [start + i * nbytes for i in reversed(range(count))]
+    __slots__ = ("end", "free", "fresh", "slots")
+
+    def __init__(self, start: int, end: int) -> None:
+        self.fresh = start
+        self.end = end
+        self.free: list[int] = []
         self.slots: dict[int, Slot[T]] = {}
 
 
@@ -78,6 +80,9 @@ class SlotPool(Generic[T]):
         policy: makes one eviction policy per size class.
         evictable: whether a slot's object may be given up now.
         evict: gives it up; must call `free(slot, evicted=True)`.
+        min_slot: bytes of the smallest slot, a multiple of 4096.
+
+    `growing`: chunks that were never used may be taken.
     """
 
     def __init__(
@@ -87,25 +92,29 @@ class SlotPool(Generic[T]):
         policy: Callable[[], EvictionPolicy[Slot[T]]],
         evictable: Callable[[Slot[T]], bool],
         evict: Callable[[Slot[T]], None],
+        min_slot: int = ALIGNMENT,
     ) -> None:
         if chunk < ALIGNMENT or chunk % ALIGNMENT:
             raise ValueError(f"chunk is {chunk} bytes; it must be a multiple of {ALIGNMENT}")
         self.capacity = capacity
         self.chunk = chunk
-        self.min_slot = max(ALIGNMENT, align(chunk // MAX_SLOTS_PER_CHUNK))
+        self.growing = True
+        self._min_slot = min_slot
         self._make_policy = policy
         self._evictable = evictable
         self._evict = evict
         self._classes: dict[int, _SizeClass[T]] = {}
         self._class_of: dict[int, _SizeClass[T]] = {}  # chunk number → its class
-        self._free_chunks = list(reversed(range(capacity // chunk)))
+        self._free_chunks: list[int] = []  # that were used before
+        self._fresh_chunks = list(reversed(range(capacity // chunk)))
+        self._refused: set[int] = set()  # chunks in use that the medium has no room for
         self._clock = 0
         self.used_bytes = 0
         self.used_slots = 0
 
     def slot_bytes(self, nbytes: int) -> int:
         """The size class that holds an object of `nbytes`."""
-        return max(self.min_slot, align(nbytes))
+        return max(self._min_slot, align(nbytes))
 
     def allocate(self, nbytes: int, owner: T) -> Slot[T] | None:
         """A slot for `nbytes`, after evicting what had to go; None when nothing more can go.
@@ -115,14 +124,17 @@ class SlotPool(Generic[T]):
         size = self.slot_bytes(nbytes)
         if size > self.chunk:
             return None
-        cls = self._classes.get(size)
-        if cls is None:
-            cls = self._classes[size] = _SizeClass(size, self._make_policy())
+        cls = self._class(size)
         if not cls.partial and not self._make_room(cls):
             return None
         number = next(reversed(cls.partial))
         chunk = cls.chunks[number]
-        return self._occupy(cls, number, chunk, chunk.free.pop(), owner)
+        if chunk.free:
+            offset = chunk.free.pop()
+        else:
+            offset = chunk.fresh
+            chunk.fresh += size
+        return self._occupy(cls, number, chunk, offset, owner)
 
     def claim(self, offset: int, nbytes: int, owner: T) -> Slot[T] | None:
         """The slot at a known place, as after a restart; None when it is taken or misaligned."""
@@ -130,19 +142,32 @@ class SlotPool(Generic[T]):
         number, inside = divmod(offset, self.chunk)
         if offset < 0 or inside % size or inside + size > self.chunk:
             return None
-        cls = self._classes.get(size)
-        if cls is None:
-            cls = self._classes[size] = _SizeClass(size, self._make_policy())
+        cls = self._class(size)
         if number not in cls.chunks:
-            if number not in self._free_chunks:
+            chunks = self._fresh_chunks if number in self._fresh_chunks else self._free_chunks
+            if number not in chunks:
                 return None
-            self._free_chunks.remove(number)
+            chunks.remove(number)
             self._assign(cls, number)
         chunk = cls.chunks[number]
         if offset in chunk.slots:
             return None
-        chunk.free.remove(offset)
+        if offset < chunk.fresh:
+            chunk.free.remove(offset)
+        else:
+            chunk.free.extend(range(chunk.fresh, offset, size))
+            chunk.fresh = offset + size
         return self._occupy(cls, number, chunk, offset, owner)
+
+    def refuse(self, slot: Slot[T]) -> None:
+        """The medium has no room for a slot's chunk: no more of it is used, nor of fresh ones.
+
+        Set `growing` to try those again.
+        """
+        number = slot.offset // self.chunk
+        self.growing = False
+        self._refused.add(number)
+        self._classes[slot.nbytes].partial.pop(number, None)
 
     def admit(self, slot: Slot[T], older_than: Slot[T] | None = None) -> None:
         """The slot's object is whole: from now on it is up for eviction, the newest of all.
@@ -182,10 +207,15 @@ class SlotPool(Generic[T]):
         self.used_slots -= 1
         chunk.free.append(slot.offset)
         if chunk.slots:
-            cls.partial[number] = None
+            if number not in self._refused:
+                cls.partial[number] = None
+            return
+        cls.partial.pop(number, None)
+        del cls.chunks[number], self._class_of[number]
+        if number in self._refused:
+            self._refused.remove(number)
+            self._fresh_chunks.append(number)
         else:
-            cls.partial.pop(number, None)
-            del cls.chunks[number], self._class_of[number]
             self._free_chunks.append(number)
 
     def slots(self) -> Iterator[Slot[T]]:
@@ -204,16 +234,26 @@ class SlotPool(Generic[T]):
     @property
     def free_bytes(self) -> int:
         """Bytes in chunks that no class holds."""
-        return len(self._free_chunks) * self.chunk
+        return (len(self._free_chunks) + len(self._fresh_chunks)) * self.chunk
 
     @property
     def fragmented_bytes(self) -> int:
         """Bytes no object can use now: chunk tails, and free slots inside other classes' chunks."""
         return self.capacity - self.used_bytes - self.free_bytes
 
+    def _class(self, size: int) -> _SizeClass[T]:
+        cls = self._classes.get(size)
+        if cls is None:
+            cls = self._classes[size] = _SizeClass(size, self._make_policy())
+        return cls
+
+    def _unused_chunk(self) -> list[int]:
+        """Where the next chunk is to be taken from; empty when there is none."""
+        return self._free_chunks or (self._fresh_chunks if self.growing else [])
+
     def _assign(self, cls: _SizeClass[T], number: int) -> None:
-        count = min(self.chunk // cls.nbytes, MAX_SLOTS_PER_CHUNK)
-        cls.chunks[number] = _Chunk(number * self.chunk, count, cls.nbytes)
+        start = number * self.chunk
+        cls.chunks[number] = _Chunk(start, start + self.chunk // cls.nbytes * cls.nbytes)
         cls.partial[number] = None
         self._class_of[number] = cls
 
@@ -222,23 +262,23 @@ class SlotPool(Generic[T]):
     ) -> Slot[T]:
         slot = Slot(offset, cls.nbytes, owner)
         chunk.slots[offset] = slot
-        if not chunk.free:
+        if not chunk.free and chunk.fresh == chunk.end:
             del cls.partial[number]
         self.used_bytes += cls.nbytes
         self.used_slots += 1
         return slot
 
     def _make_room(self, cls: _SizeClass[T]) -> bool:
-        if not self._free_chunks:
+        if not self._unused_chunk():
             looked_at = islice(cls.policy.candidates(), _CANDIDATES)
             victim = next((s for s in looked_at if self._evictable(s)), None)
             cls.evictions += 1
             if victim is None or cls.evictions % _REBALANCE_EVERY == 0:
                 self._take_over(cls, victim)
-            if victim is not None and not self._free_chunks:
+            if victim is not None and not self._unused_chunk():
                 self._evict(victim)
-        if not cls.partial and self._free_chunks:
-            self._assign(cls, self._free_chunks.pop())
+        if not cls.partial and (chunks := self._unused_chunk()):
+            self._assign(cls, chunks.pop())
         return bool(cls.partial)
 
     def _may_go(self, slot: Slot[T]) -> bool:

@@ -22,12 +22,12 @@ from kvstore.transport.protocol import DISK, MEMORY
 class Entry(Node, gc=False, eq=False):
     """One object and its copies.
 
-    `slot` is its place in the arena, `place` the one on disk. `in_memory` and `on_disk` say whether
-    the bytes there are whole; between reserving or promoting and that moment the slot is set but
-    the flag is not. Bytes that are whole never change. `created`, `used` and `expires` (inf: never)
-    are in monotonic seconds; `recorded` is what the disk was told of `expires`. `due` and the links
-    belong to `Expiry`. `account` is set once the entry is indexed. `beside` is for the index,
-    `memory_copy` and `disk_copy` are for accounts.
+    `slot` is its place in the arena, `placed`: it has one on disk. `in_memory` and `on_disk` say
+    whether the bytes there are whole; between reserving or promoting and that moment the slot is
+    set but the flag is not. Bytes that are whole never change. `created`, `used` and `expires`
+    (inf: never) are in monotonic seconds; `recorded` is what the disk was told of `expires`. `due`
+    and the links belong to `Expiry`. `account` is set once the entry is indexed. `beside` is for
+    the index, `memory_copy` and `disk_copy` are for accounts.
 
     There may be millions, so the garbage collector does not know them: whoever takes one out of
     sight unties it from its slots.
@@ -49,7 +49,7 @@ class Entry(Node, gc=False, eq=False):
     disk_copy: Copy | None = None
     checksum: int | None = None
     slot: Slot[Entry] | None = None
-    place: Slot[Entry] | None = None
+    placed: bool = False
     in_memory: bool = False
     on_disk: bool = False
     gone: bool = False

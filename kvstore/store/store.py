@@ -100,8 +100,9 @@ class Store:
         chunk: bytes per chunk of the arena (0: chosen).
         policy: eviction policy of the memory tier.
         lease_seconds: life of read and write leases.
-        open_disk: opens the disk tier; None for none. May raise TierUnavailable, then the store
-            runs without and tries again every `retry_seconds`.
+        open_disk: opens the disk tier; None for none. Where it raises TierUnavailable or takes
+            longer than `stall_seconds`, the store runs without and tries again every
+            `retry_seconds`.
         write_queue: bytes on their way to disk at most; committed objects beyond wait in memory.
         max_pinned: part of the arena's bytes that pins may hold.
         clock: what time it is.
@@ -118,6 +119,7 @@ class Store:
         open_disk: OpenDisk | None = None,
         write_queue: int = 256 << 20,
         retry_seconds: float = 5.0,
+        stall_seconds: float = 10.0,
         max_pinned: float = 1.0,
         clock: Clock = SYSTEM,
     ) -> None:
@@ -130,6 +132,7 @@ class Store:
             open_disk=open_disk,
             write_queue=write_queue,
             retry_seconds=retry_seconds,
+            stall_seconds=stall_seconds,
         )
         self.counters = self.tiering.counters
         self.clock = clock

@@ -10,6 +10,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from functools import cached_property
 from typing import Any, Final
 
@@ -24,12 +25,11 @@ from kvstore.store.expiry import Expiry
 from kvstore.store.history import History, Uses
 from kvstore.store.index import Entry, Index
 from kvstore.store.quotas import Quotas
-from kvstore.store.slices import FEW, Background, Work
+from kvstore.store.slices import FEW, Background, Work, finish
 from kvstore.store.usage import Usage
 from kvstore.store.writebehind import WriteBehind
 from kvstore.telemetry import Busy, Counters, Histograms, QuietLog
-from kvstore.tiers.base import OldTier as Tier
-from kvstore.tiers.base import Recovered
+from kvstore.tiers.base import Held, Host, Job, ObjectName, State, Tier
 from kvstore.transport.protocol import DISK, MEMORY, TIER_NAMES
 
 _GUESSED_DISK_SECONDS_PER_BYTE: Final = 1 / 1e9
@@ -41,8 +41,8 @@ _BYTES_PER_USE: Final = 1 << 11
 
 _log = logging.getLogger("kvstore.store")
 
-OpenDisk = Callable[..., Tier]
-"""Opens the disk tier, given what may be evicted from it (`evictable`) and how (`evict`)."""
+OpenDisk = Callable[[Host], Tier]
+"""Opens the disk tier of a store."""
 
 Done = Callable[[str | None], None]
 """Told that a move ended: None, or the reason why it did not happen."""
@@ -57,8 +57,8 @@ class Tiering:
         clock: what time it is.
         chunk: bytes per chunk of the arena (0: chosen).
         policy: eviction policy of the memory tier.
-        open_disk: opens the disk tier; None for none. Where it fails, the store runs without and
-            tries again every `retry_seconds`.
+        open_disk: opens the disk tier; None for none. Where it fails, or takes longer than
+            `stall_seconds`, the store runs without and tries again every `retry_seconds`.
         write_queue: bytes on their way to disk at most; what is committed beyond waits in memory.
     """
 
@@ -73,6 +73,7 @@ class Tiering:
         open_disk: OpenDisk | None,
         write_queue: int,
         retry_seconds: float,
+        stall_seconds: float,
     ) -> None:
         self.arena = arena
         self.index = Index()
@@ -106,8 +107,9 @@ class Tiering:
         self.quotas = Quotas(self)
         self.expiry = Expiry(clock.monotonic)
         self._closed = False
+        self._leaving: dict[ObjectName, Entry] = {}  # gone, but the disk is still at work on them
         if open_disk is not None:
-            self._attach(*self._try_open())
+            self._open_within(stall_seconds)
 
     # -- places ---------------------------------------------------------------------------------
 
@@ -132,17 +134,46 @@ class Tiering:
         entry.slot = slot
         self.usage.took_memory(entry)
 
-    def place_on_disk(self, entry: Entry) -> tuple[Slot[Entry] | None, str]:
-        """Give an entry a place on disk; none with the reason why not."""
+    def write(self, entry: Entry, done: Callable[[Job, str | None], None]) -> str | None:
+        """Begin to write an object to the disk; else says why not. `done` as for `Tier.put`."""
         assert self.disk is not None
+        assert entry.slot is not None
         self._for = entry.name.namespace
         if not self.quotas.make_room(self._for.tenant, DISK, entry.nbytes):
-            return None, "quota"
-        place = self.disk.pool.allocate(entry.nbytes, entry)
-        if place is not None:
-            entry.place = place
-            self.usage.took_disk(entry)
-        return place, "no_room"
+            return "quota"
+        entry.placed = True
+        entry.disk_io += 1
+        self.usage.took_disk(entry)
+        address = self.arena.address + entry.slot.offset
+        times = self._times_on_disk(entry)
+        self.disk.put([Job(entry.name, address, entry.nbytes, entry.checksum, *times)], done)
+        return None
+
+    def waits(self, entry: Entry) -> bool:
+        """The disk is not through yet with another object of this name."""
+        return entry.name in self._leaving
+
+    # What tiers may ask, see `Host`.
+
+    def _entry(self, name: ObjectName) -> Entry | None:
+        account = self.usage.namespaces.get(name.namespace.digest)
+        return self.index.get(name.key, name.part, account) if account is not None else None
+
+    def busy(self, name: ObjectName) -> bool:
+        """Whether an object must stay on disk."""
+        entry = self._entry(name)
+        return name in self._leaving or (entry is not None and not entry.may_leave(DISK))
+
+    def lost(self, name: ObjectName, reason: str) -> None:
+        """The disk has given up an object."""
+        entry = self._entry(name)
+        if entry is None or not entry.on_disk:
+            return
+        self.events.removed(name.namespace, name.key, DISK, reason)
+        self._left_disk(entry)
+        self.counters.add("evict", TIER_NAMES[DISK])
+        if not entry.stored:
+            self.discard(entry, reason, by=self._for)
 
     def committed(self, entries: Iterable[Entry], colder: dict[int, Slot[Entry]]) -> None:
         """The slots of these entries, in the order of their blocks, are whole now.
@@ -201,8 +232,8 @@ class Tiering:
             for number, entry in enumerate(reversed(entries)):
                 if number % FEW == 0:
                     yield
-                if entry.on_disk and entry.place is not None and self.disk is not None:
-                    self.disk.pool.renew(entry.place)
+                if entry.on_disk and self.disk is not None:
+                    self.disk.touch([entry.name], used=False)
                     entry.account.tenant.disk.touched(entry)
 
         for number, entry in enumerate(entries):
@@ -225,8 +256,8 @@ class Tiering:
                 tenant.memory.touched(entry)
                 if reused and not entry.on_disk and not entry.gone and self.uses.again(key):
                     self.writes.add(entry)
-            if entry.on_disk and entry.place is not None and self.disk is not None:
-                self.disk.pool.touch(entry.place)
+            if entry.on_disk and self.disk is not None:
+                self.disk.touch([entry.name])
                 tenant.disk.touched(entry)
         if reused:
             self.pump()
@@ -246,6 +277,8 @@ class Tiering:
             self.usage.removed(entry)
             self.history.record(entry.name.key, reason, by)
             self.writes.forget(entry, reason)
+            if entry.placed and entry.disk_io:
+                self._leaving[entry.name] = entry
         self.settle(entry)
 
     def settle(self, entry: Entry) -> None:
@@ -254,9 +287,10 @@ class Tiering:
         Those of an object that is gone are freed; the disk learns when others expire.
         """
         if entry.gone:
+            if not entry.disk_io:
+                self.free_place(entry)
             if entry.idle:
                 self.free_slot(entry)
-                self.free_place(entry, forget=True)
         elif entry.recorded != entry.expires and entry.on_disk and not entry.disk_io:
             self._stamp(entry)
 
@@ -265,8 +299,8 @@ class Tiering:
         self.events.removed(entry.name.namespace, entry.name.key, tier, reason)
         if tier == MEMORY:
             self.free_slot(entry, evicted=evicted)
-        else:  # Forgotten there, too: what was evicted, and cleared since, must not come back.
-            self.free_place(entry, evicted=evicted, forget=True)
+        else:
+            self.free_place(entry)
 
     def evict(self, entry: Entry, tier: int, reason: str = "evicted") -> None:
         """Make room by a copy that may go; without another one the object is gone."""
@@ -292,15 +326,19 @@ class Tiering:
             self.usage.gave_memory(entry)
         entry.in_memory = False
 
-    def free_place(self, entry: Entry, *, evicted: bool = False, forget: bool = False) -> None:
-        """Give back an entry's place on disk; with `forget`, it must not come back either."""
-        if entry.place is not None and self.disk is not None:
-            if forget:
-                self.disk.forget(entry.place)
-            self.disk.pool.free(entry.place, evicted=evicted)
-            self.usage.gave_disk(entry)
-        entry.place = None
-        entry.on_disk = False
+    def free_place(self, entry: Entry) -> None:
+        """Delete an entry from the disk."""
+        if entry.placed:
+            if self.disk is not None:
+                self.disk.delete([entry.name])
+            if self._leaving.get(entry.name) is entry:
+                del self._leaving[entry.name]
+                self.post(self.pump)  # Somebody may wait for the name.
+            self._left_disk(entry)
+
+    def _left_disk(self, entry: Entry) -> None:
+        entry.placed = entry.on_disk = False
+        self.usage.gave_disk(entry)
 
     # -- disk to memory ---------------------------------------------------------------------------
 
@@ -309,8 +347,8 @@ class Tiering:
         if entry.waiting:
             entry.waiting.append(ended)
             return
-        disk, place, expected = self.disk, entry.place, entry.checksum
-        if disk is None or place is None or expected is None or not disk.healthy:
+        disk, expected = self.disk, entry.checksum
+        if disk is None or not entry.placed or expected is None or not disk.state.readable:
             self.counters.add("load.failed", "no_disk")
             ended("no_disk")
             return
@@ -326,12 +364,12 @@ class Tiering:
         started = self.clock.monotonic()
         self.reading.begin(entry.nbytes)
 
-        def done(checksum: int | None, error: str | None) -> None:
+        def done(_: Job, error: str | None) -> None:
             ended = self.clock.monotonic()
             self.post(lambda: self._promoted(entry, error, started, ended))
 
         address = self.arena.address + slot.offset
-        disk.read(place, entry.name, address, entry.nbytes, expected, done)
+        disk.get([Job(entry.name, address, entry.nbytes, expected)], done)
 
     def _promoted(self, entry: Entry, error: str | None, started: float, ended: float) -> None:
         self.reading.end(entry.nbytes, ended, done=error is None)
@@ -362,20 +400,24 @@ class Tiering:
         """Send committed objects to disk, as many bytes at a time as the queue allows."""
         self.writes.pump()
 
-    def times_on_disk(self, entry: Entry) -> dict[str, int]:
-        """When an object was made and expires, as its record on disk says it from now on."""
+    def _times_on_disk(self, entry: Entry) -> tuple[int, int]:
+        """When an object was made and expires, as the disk is told now."""
         entry.recorded = entry.expires
         ends = entry.expires < math.inf
-        return {
-            "created": int(self.clock.unix(entry.created)),
-            "expires": math.ceil(self.clock.unix(entry.expires)) if ends else 0,
-        }
+        return (
+            int(self.clock.unix(entry.created)),
+            math.ceil(self.clock.unix(entry.expires)) if ends else 0,
+        )
 
     def _stamp(self, entry: Entry) -> None:
-        if self.disk is not None and entry.place is not None and entry.checksum is not None:
-            self.disk.stamp(
-                entry.place, entry.name, entry.nbytes, entry.checksum, **self.times_on_disk(entry)
-            )
+        if self.disk is not None:
+            times = self._times_on_disk(entry)
+            self.disk.expire([Held(entry.name, entry.nbytes, entry.checksum, *times)])
+
+    @property
+    def problem(self) -> str | None:
+        """Why the disk does not take what it is given, if it does not."""
+        return self.disk_problem if self.disk is None else self.disk.state.problem
 
     @property
     def unwritten(self) -> int:
@@ -386,33 +428,56 @@ class Tiering:
 
     def look_after_disk(self) -> None:
         """Open the disk tier again if it is time; call now and then."""
+        if self.disk is not None and self.disk.state.gone and not self._opening:
+            self._detach(self.disk)
         missing = self.disk is None and self._open_disk is not None
         if missing and not self._opening and self.clock.monotonic() >= self._next_open:
             self._opening = True
-            threading.Thread(target=self._reopen, name="kvstore-open", daemon=True).start()
+            self._open().add_done_callback(self._opened)
         self.pump()
 
-    def _try_open(self) -> tuple[Tier | None, str | None]:
+    def _open_within(self, seconds: float) -> None:
+        """Open it at the start, and go on without, should it not answer."""
+        opened = self._open()
+        try:
+            self._attach(*opened.result(seconds))
+        except TimeoutError:
+            self._opening = True
+            self.disk_problem = f"it cannot be opened: it has not answered for {seconds:g} s"
+            _log.warning("no disk tier: %s; going on without", self.disk_problem)
+            opened.add_done_callback(self._opened)
+        if self.disk is not None:
+            finish(self._take_in(self.disk))
+
+    def _open(self) -> Future[tuple[Tier | None, str | None]]:
+        """The disk, or why there is none, by a thread of its own."""
         assert self._open_disk is not None
-        try:
-            return self._open_disk(
-                evictable=lambda slot: slot.owner.may_leave(DISK),
-                evict=lambda slot: self.evict(slot.owner, DISK),
-            ), None
-        except (OSError, FormatError) as e:
-            return None, str(e)
+        open_disk = self._open_disk
+        opened: Future[tuple[Tier | None, str | None]] = Future()
 
-    def _reopen(self) -> None:
-        disk: Tier | None = None
-        problem: str | None = "an error of ours; the log tells more"
-        try:
-            disk, problem = self._try_open()
-        except ConfigError as e:
-            problem = str(e)
-        finally:  # Whatever happens: else it would never be tried again.
-            self.post(lambda: self._attach(disk, problem))
+        def work() -> None:
+            try:
+                opened.set_result((open_disk(self), None))
+            except (OSError, FormatError) as e:
+                opened.set_result((None, str(e)))
+            except Exception as e:
+                opened.set_exception(e)
+                if not isinstance(e, ConfigError):
+                    raise
 
-    def _attach(self, disk: Tier | None, problem: str | None) -> None:
+        threading.Thread(target=work, name="kvstore-open", daemon=True).start()
+        return opened
+
+    def _opened(self, opened: Future[tuple[Tier | None, str | None]]) -> None:
+        error = opened.exception()
+        if error is None:
+            disk, problem = opened.result()
+        else:
+            ours = "an error of ours; the log tells more"
+            disk, problem = None, str(error) if isinstance(error, ConfigError) else ours
+        self.post(lambda: self._attach(disk, problem, later=True))
+
+    def _attach(self, disk: Tier | None, problem: str | None, *, later: bool = False) -> None:
         self._opening = False
         self._next_open = self.clock.monotonic() + self._retry_seconds
         if disk is not None and self._closed:
@@ -425,12 +490,47 @@ class Tiering:
             return
         self.disk_problem = None
         self.disk = disk
-        for found in disk.recover():
-            self._take_in(disk, found)
+        if later:
+            self.background.add(self._take_in(disk))
+
+    def _detach(self, disk: Tier) -> None:
+        """Its medium is gone: forget what it held, and write what is still in memory to a new one.
+
+        Nothing is opened before that is done.
+        """
+        self._opening = True
+        self.disk, self.disk_problem = None, disk.state.problem
+        self._next_open = self.clock.monotonic()
+
+        def close() -> None:
+            disk.close()
+            self.post(lambda: self.background.add(self._forget_disk()))
+
+        threading.Thread(target=close, name="kvstore-close", daemon=True).start()
+
+    def _forget_disk(self) -> Work[None]:
+        for number, entry in enumerate(self.index):
+            if number % FEW == 0:
+                yield
+            if entry.on_disk:
+                self.events.removed(entry.name.namespace, entry.name.key, DISK, "lost")
+                self._left_disk(entry)
+                if entry.stored:
+                    self.writes.add(entry)
+                else:
+                    self.discard(entry, "lost")
+        self._opening = False
+
+    def _take_in(self, disk: Tier) -> Work[None]:
+        """Index what was on disk when it was opened."""
+        for number, held in enumerate(disk.recover(), 1):
+            self._take(disk, held)
+            if number % FEW == 0:
+                yield
         self.quotas.enforce()
         self.pump()
 
-    def _take_in(self, disk: Tier, found: Recovered) -> None:
+    def _take(self, disk: Tier, found: Held) -> None:
         """Index an object that was on disk when it was opened.
 
         Only the wall clock knows how long it has lain there. Where that was set back meanwhile, an
@@ -438,27 +538,19 @@ class Tiering:
         """
         age = max(0.0, self.clock.wall() - found.created)
         left = found.expires - found.created - age if found.expires else math.inf
-        within = self.usage.namespaces.get(found.name.namespace.digest)
-        known = within and self.index.get(found.name.key, found.name.part, within)
         now = self.clock.monotonic()
-        entry = known or Entry(found.name, found.nbytes, now)
-        place = disk.pool.claim(found.offset, found.nbytes, entry)
-        if place is None:
-            self.counters.add("recover.dropped", "overlap")
-        elif left <= 0:
-            disk.forget(place)
-            disk.pool.free(place)
+        if left <= 0:
+            disk.delete([found.name])
             self.history.record(found.name.key, "expired")
             self.counters.add("recover.dropped", "expired")
-        elif known is not None:
-            # Saved anew while the disk was away, or a crash left two records of it.
-            disk.forget(place)
-            disk.pool.free(place)
+        elif self._entry(found.name) is not None or found.name in self._leaving:
+            # Saved anew while the disk was away.
+            disk.delete([found.name])
             self.counters.add("recover.dropped", "twice")
         else:
-            entry.place, entry.on_disk, entry.checksum = place, True, found.checksum
+            entry = Entry(found.name, found.nbytes, now)
+            entry.placed, entry.on_disk, entry.checksum = True, True, found.checksum
             entry.created, entry.recorded = now - age, now + left
-            disk.pool.admit(place)
             self.usage.added(entry)
             self.usage.took_disk(entry)
             self.index.add(entry)
@@ -475,16 +567,22 @@ class Tiering:
 
     def stats(self) -> dict[str, Any]:
         """Usage per tier, for people and metrics."""
-        disk = self.disk
+        state = None if self.disk is None else self.disk.state
         return {
             "objects": len(self.index),
             "memory": _pool_stats(self.memory),
-            "disk": None if disk is None else _pool_stats(disk.pool) | {"problem": disk.problem},
+            "disk": None if state is None else _tier_stats(state),
             "disk_problem": self.disk_problem,
             "unwritten": self.unwritten,
             "writing_bytes": self.writes.bytes_under_way,
             "pinned_bytes": self.usage.pinned_bytes,
         }
+
+
+def _tier_stats(state: State) -> dict[str, Any]:
+    free = (state.capacity or 0) - (state.used or 0) - state.fragmented
+    sizes = {"capacity": state.capacity, "used": state.used, "free": free}
+    return sizes | {"fragmented": state.fragmented, "problem": state.problem}
 
 
 def _pool_stats(pool: SlotPool[Entry]) -> dict[str, int]:

@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from kvstore.memory.slots import Slot
 from kvstore.store.index import Entry
-from kvstore.tiers.base import OldTier as Tier
+from kvstore.tiers.base import PASSING, Job, Tier
 from kvstore.transport.protocol import DISK
 
 if TYPE_CHECKING:
     from kvstore.store.tiering import Tiering
-
-_PASSING: Final = frozenset({"full", "read_only", "io_error"})
-"""Why a write failed that may work later."""
 
 Written = Callable[[str | None], None]
 """Told that an object is on disk: None, or the reason why it will not be."""
@@ -81,55 +77,42 @@ class WriteBehind:
         """Send waiting objects to disk, as many bytes at a time as the limit allows."""
         tiering = self._tiering
         disk = tiering.disk
-        while disk is not None and disk.writable and self._backlog:
+        while disk is not None and self._backlog and disk.state.writable:
             if self.bytes_under_way >= self._limit:
                 return
-            entry = next(iter(self._backlog))
+            entry = next((e for e in self._backlog if not tiering.waits(e)), None)
+            if entry is None:
+                return
             del self._backlog[entry]
-            place, reason = tiering.place_on_disk(entry)
-            if place is None:
-                tiering.counters.add("write.dropped", reason)
-                self.forget(entry, reason)
-                continue
-            self._write(disk, entry, place)
+            self._write(disk, entry)
 
-    def _write(self, disk: Tier, entry: Entry, place: Slot[Entry]) -> None:
-        assert entry.slot is not None
-        entry.disk_io += 1
+    def _write(self, disk: Tier, entry: Entry) -> None:
+        tiering = self._tiering
+        started = tiering.clock.monotonic()
+
+        def done(job: Job, error: str | None) -> None:
+            seconds = tiering.clock.monotonic() - started
+            tiering.post(lambda: self._written(disk, job, entry, error, seconds))
+
         self.bytes_under_way += entry.nbytes
-        started = self._tiering.clock.monotonic()
-
-        def done(checksum: int | None, error: str | None) -> None:
-            seconds = self._tiering.clock.monotonic() - started
-            self._tiering.post(lambda: self._written(entry, checksum, error, seconds))
-
-        address = self._tiering.arena.address + entry.slot.offset
-        disk.write(
-            place,
-            entry.name,
-            address,
-            entry.nbytes,
-            entry.checksum,
-            done,
-            **self._tiering.times_on_disk(entry),
-        )
+        reason = tiering.write(entry, done)
+        if reason is not None:
+            self.bytes_under_way -= entry.nbytes
+            tiering.counters.add("write.dropped", reason)
+            self.forget(entry, reason)
 
     def _written(
-        self,
-        entry: Entry,
-        checksum: int | None,
-        error: str | None,
-        seconds: float,
+        self, disk: Tier, job: Job, entry: Entry, error: str | None, seconds: float
     ) -> None:
         tiering = self._tiering
+        disk.settled(job, error)
         entry.disk_io -= 1
         self.bytes_under_way -= entry.nbytes
+        if error is None and tiering.disk is not disk:
+            error = "io_error"  # Another one comes.
         if error is None:
-            assert entry.place is not None
-            assert tiering.disk is not None
-            entry.checksum = checksum
+            entry.checksum = job.checksum
             entry.on_disk = True
-            tiering.disk.pool.admit(entry.place)
             tiering.counters.add("write.bytes", by=entry.nbytes)
             tiering.histograms.observe("seconds.disk_write", seconds)
             tiering.histograms.observe("bytes.disk_write", entry.nbytes)
@@ -144,13 +127,13 @@ class WriteBehind:
 
     def _failed(self, entry: Entry, error: str) -> None:
         tiering = self._tiering
-        tiering.counters.add("write.failed", error)
+        tiering.counters.add("write.dropped" if error == "no_room" else "write.failed", error)
         tiering.free_place(entry)
         if error == "corrupt":
             tiering.quiet.warning("memory", "a block changed while in memory; it is dropped")
             tiering.discard(entry, "damaged")
-        elif error in _PASSING and not entry.gone:
-            problem = tiering.disk.problem if tiering.disk is not None else error
+        elif error in PASSING and not entry.gone:
+            problem = tiering.disk.state.problem if tiering.disk is not None else error
             tiering.quiet.warning("disk", "writes to disk pause: %s", problem or error)
             self._backlog[entry] = None
             self._tell(entry, error)  # Who waits for it may have waited long enough.

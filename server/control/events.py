@@ -20,6 +20,8 @@ from kvstore.transport.protocol import DISK, MEMORY
 
 _PIECE: Final = 4096
 """Keys in one event of a snapshot, more or less."""
+_SLICE: Final = 1024
+"""Objects looked at without a pause."""
 
 
 class EventVerbs:
@@ -96,24 +98,20 @@ class EventVerbs:
     async def _stored(self, wanted: Callable[[Namespace], bool]) -> AsyncIterator[v1.Event.Stored]:
         """What the tiers hold; what comes or goes meanwhile may be missing or still be named."""
         tiering, pace = self._store.tiering, Pace()
-        pools = [(MEMORY, tiering.memory)]
-        if tiering.disk is not None:
-            pools.append((DISK, tiering.disk.pool))
-        for medium, pool in pools:
+        for medium in (MEMORY, DISK) if tiering.disk is not None else (MEMORY,):
             found: dict[NamespaceUsage, dict[bytes, None]] = {}
             count = 0
-            for slots in itertools.chain(pool.pieces(), (None,)):
-                for slot in slots or ():
-                    entry = slot.owner
-                    if not entry.gone and entry.lies_in(medium):
-                        found.setdefault(entry.account, {})[entry.name.key] = None
-                        count += 1
-                if slots is None or count >= _PIECE:
-                    for account, keys in found.items():
+            for number, entry in enumerate(itertools.chain(tiering.index, (None,))):
+                if entry is not None and entry.lies_in(medium):
+                    found.setdefault(entry.account, {})[entry.name.key] = None
+                    count += 1
+                if entry is None or count >= _PIECE:
+                    for account, names in found.items():
                         if wanted(account.namespace):
-                            yield _stored_message(account.namespace, keys, medium, unordered=True)
+                            yield _stored_message(account.namespace, names, medium, unordered=True)
                     found, count = {}, 0
-                await pace.step()
+                if number % _SLICE == 0:
+                    await pace.step()
 
 
 def _stored_message(

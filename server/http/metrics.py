@@ -191,7 +191,7 @@ def _of_tiers(node: Node, stats: Mapping[str, Any]) -> Iterator[Metric]:
     tiering = node.store.tiering
     slots = [(("memory",), tiering.memory.used_slots)]
     if tiering.disk is not None:
-        slots.append((("disk",), tiering.disk.pool.used_slots))
+        slots.append((("disk",), tiering.disk.state.objects or 0))
     yield _labelled("tier_slots", "Slots that hold an object, by tier.", ("tier",), slots)
     if node.config.disk.path is not None:
         disk = stats["disk"]

@@ -462,8 +462,8 @@ class SessionConnection(asyncio.Protocol):
             while next(unwritten(), None) is not None and loop.time() < until:
                 await asyncio.sleep(_FLUSH_POLL)
             disk = self._store.tiering.disk
-            synced = disk is None
-            if disk is not None:
+            synced = False  # Without a disk nothing would survive.
+            if disk is not None and self._store.admission.disk != "none":
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(until):
                         synced = await asyncio.to_thread(disk.flush, until - loop.time())

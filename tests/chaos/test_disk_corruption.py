@@ -140,8 +140,8 @@ def test_every_bit_of_a_record_counts(tmp_path: Path, image: Image) -> None:
     with MiniStore(tmp_path, CAPACITY) as store:
         header = store.tier._slab.header
         name = next(iter(store.objects))
-        slot, _ = store.objects[name]
-    at = header.record_offset(header.index(slot.offset, slot.nbytes))
+        slot = store.place(name)
+    at = header.record_offset(header.index(*slot))
     for bit in rng.sample(range(128 * 8), 60):
         damaged = bytearray(image.table)
         damaged[at + bit // 8] ^= 1 << bit % 8

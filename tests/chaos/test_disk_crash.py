@@ -32,7 +32,7 @@ def write_for_ever(folder: Path, seed: int, started: int) -> None:
             if rng.random() < 0.1:
                 store.forget(rng.choice(list(store.objects)))
             if rng.random() < 0.02:
-                store.tier.flush()
+                store.tier.flush(10)
 
 
 def run_and_kill(folder: Path, seed: int, seconds: float) -> None:
@@ -101,7 +101,7 @@ def test_power_loss(tmp_path: Path, seed: int) -> None:
     with MiniStore(tmp_path, CAPACITY) as store:
         for i in range(120):
             store.put(object_name(i, rng.choice(SIZES), f"t{i % 5}"))
-        store.tier.flush()
+        store.tier.flush(10)
     served = corrupt = 0
     for _ in range(12):
         before = [path.read_bytes() for path in paths]

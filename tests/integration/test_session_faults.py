@@ -359,22 +359,45 @@ def tiny_disk(stores: Stores) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_leaves_memory_and_heals(stores: Stores, tiny_disk: Path) -> None:
+def test_a_full_disk_is_recycled_and_heals(stores: Stores, tiny_disk: Path) -> None:
     disk = {"path": str(tiny_disk / "disk"), "size": "10MiB", "retry_seconds": 0.3}
     served = stores.serve("16MiB", disk)
     with served.session(BIG) as session:
         keys = session.keys(prompt(1, 30))
         assert save(session, keys).stored == 30
+        eventually(lambda: "recycles" in (disk_trouble(session) or ""))
+        assert session.flush() == 0
         assert load(session, keys).blocks == 30
-        eventually(lambda: disk_trouble(session))
-        assert session.flush(0.3) > 0
-        assert load(session, keys).blocks == 30
+        used = session.stats()["disk"]["used"]
+        assert used > 0
 
         (tiny_disk / "ballast").unlink()
+        time.sleep(0.4)
+        assert save(session, session.keys(prompt(2, 30))).stored == 30
         assert session.flush() == 0
-        eventually(lambda: disk_trouble(session) is None)
-        used = session.stats()["disk"]["used"]
-        assert used > 4 * MIB, "more than there was room for before"
+        assert disk_trouble(session) is None
+        assert session.stats()["disk"]["used"] > used
+        assert session.stats()["disk"]["used"] > 4 * MIB, "more than there was room for before"
+
+
+def test_files_removed_under_a_daemon_are_made_anew(stores: Stores) -> None:
+    folder = stores.folder / "disk"
+    disk = {"path": str(folder), "size": "32MiB", "sync_seconds": 0.1, "retry_seconds": 0.3}
+    served = stores.serve("16MiB", disk)
+    with served.session(BIG) as session:
+        keys = session.keys(prompt(1, 8))
+        assert save(session, keys).stored == 8
+        assert session.flush() == 0
+        for file in folder.iterdir():
+            file.unlink()
+        eventually(lambda: "removed" in served.log.read_text())
+        eventually((folder / "kvstore.slab").exists)
+        assert save(session, session.keys(prompt(2, 8))).stored == 8
+        assert session.flush() == 0
+    served.kill()
+    served.restart()
+    with served.session(BIG) as session:
+        assert load(session, keys).tiers == {"disk": 8}, "what was in memory went to the new files"
 
 
 def disk_trouble(session: Session) -> str | None:

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Part
 from kvstore.clock import Clock
 from kvstore.config import Config
 from kvstore.memory.arena import Arena
+from kvstore.memory.slots import SlotPool
 from kvstore.server.opening import disk_opener
 from kvstore.store.admission import DISK_RULES, Admission
 from kvstore.store.explain import explain, survey
@@ -30,6 +32,7 @@ from kvstore.store.relocation import copy_to, move_to, remove
 from kvstore.store.selection import Selection
 from kvstore.store.store import Acquired, Store
 from kvstore.store.usage import Quota
+from kvstore.tiers.slab.tier import SlabTier
 from kvstore.transport.protocol import DISK as DISK_TIER
 from kvstore.transport.protocol import MEMORY
 from tests.store_tools import select
@@ -314,7 +317,9 @@ class Machine(RuleBasedStateMachine):
         if not hasattr(self, "store"):
             return
         tiering = self.store.tiering
-        pools = [tiering.memory] + ([tiering.disk.pool] if tiering.disk is not None else [])
+        pools: list[SlotPool[Any]] = [tiering.memory]
+        if isinstance(tiering.disk, SlabTier):
+            pools.append(tiering.disk._pool)
         for pool in pools:
             assert pool.used_bytes + pool.free_bytes + pool.fragmented_bytes == pool.capacity
             assert pool.used_bytes == sum(slot.nbytes for slot in pool.slots())
@@ -326,7 +331,9 @@ class Machine(RuleBasedStateMachine):
             return
         tiering = self.store.tiering
         memory = [slot.owner for slot in tiering.memory.slots()]
-        disk = [slot.owner for slot in tiering.disk.pool.slots()] if tiering.disk else []
+        disk = [e for e in (*tiering.index, *tiering._leaving.values()) if e.placed]
+        if isinstance(tiering.disk, SlabTier):
+            assert {e.name for e in disk if e.on_disk} <= set(tiering.disk._places)
         leases = self.store.leases()
         in_use = {e for lease in leases for e in lease.entries() if e.readers or e.writer}
         for space in (NAMESPACE, OTHER):

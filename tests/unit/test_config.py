@@ -323,6 +323,7 @@ WRONG: dict[str, list[Any]] = {
     "disk.queue": [*NO_SIZE, 0],
     "disk.sync_seconds": NO_SECONDS,
     "disk.retry_seconds": NO_SECONDS,
+    "disk.stall_seconds": NO_SECONDS,
     "session.lookup_timeout": NO_SECONDS,
     "session.load_timeout": NO_SECONDS,
     "session.save_timeout": NO_SECONDS,

@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from kvstore.errors import ConfigError
+from kvstore.tiers.base import Job, ObjectName
 from kvstore.tiers.slab.direct import PIECE, write_full
 from kvstore.tiers.slab.format import checksum
 from kvstore.tiers.slab.read import SLAB_NAME
@@ -60,18 +60,11 @@ def test_bytes_after_the_object_stay_untouched(tmp_path: Path) -> None:
 
 def test_checksum_given_by_the_caller(tmp_path: Path) -> None:
     name = object_name(1)
-    data = np.frombuffer(content(name), np.uint8)
+    known = checksum(content(name))
     with MiniStore(tmp_path) as store:
-        store.memory.array[: len(data)] = data
-        slot = store.tier.pool.allocate(len(data), name)
-        assert slot is not None
-        wrong = Outcome()
-        store.tier.write(slot, name, store.memory.address, len(data), 1, wrong)
-        assert wrong.wait().error == "corrupt"
-        right = Outcome()
-        known = checksum(data.tobytes())
-        store.tier.write(slot, name, store.memory.address, len(data), known, right)
-        assert right.wait().checksum == known
+        assert store.put(name, checksum=1) == "corrupt"
+        assert store.put(name, checksum=known) is None
+        assert store.objects[name].checksum == known
     with MiniStore(tmp_path) as store:
         assert list(store.objects) == [name]
 
@@ -115,43 +108,28 @@ def test_chunks_change_their_class(tmp_path: Path) -> None:
 
 
 def test_reads_go_before_queued_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = threading.Event()
+    gate, started = threading.Event(), threading.Event()
     order: list[str] = []
-    monkeypatch.setattr("kvstore.tiers.slab.tier._MOVERS_PER_TRANSFER", 1)
+    monkeypatch.setattr("kvstore.tiers.slab.threads._MOVERS_PER_TRANSFER", 1)
     with MiniStore(tmp_path, threads=1) as store:
         name = object_name(0)
         store.put(name)
-        slot, known = store.objects[name]
         monkeypatch.setattr(
             "kvstore.tiers.slab.direct.write_full",
-            lambda *args: (gate.wait(10), write_full(*args))[1],
+            lambda *args: (started.set(), gate.wait(10), write_full(*args))[2],
         )
-        outcomes = []
-        for i in (1, 2):
-            other = store.tier.pool.allocate(4096, object_name(i))
-            assert other is not None
-            outcomes.append(Outcome())
-            store.tier.write(
-                other,
-                object_name(i),
-                store.memory.address,
-                4096,
-                None,
-                lambda c, e, o=outcomes[-1]: (order.append("write"), o(c, e))[1],
-            )
-        time.sleep(0.05)  # the first write is running now
-        read = Outcome()
-        store.tier.read(
-            slot,
-            name,
-            store.memory.address + MIB,
-            4096,
-            known,
-            lambda c, e: (order.append("read"), read(c, e))[1],
+        jobs = [Job(object_name(i), store.memory.address, 4096) for i in (1, 2)]
+        outcomes = [Outcome() for _ in range(3)]
+        for job, outcome in zip(jobs, outcomes, strict=False):
+            store.tier.put([job], lambda j, e, o=outcome: (order.append("write"), o(j, e))[1])
+        assert started.wait(10)
+        held = store.objects[name]
+        store.tier.get(
+            [Job(name, store.memory.address + MIB, held.nbytes, held.checksum)],
+            lambda j, e: (order.append("read"), outcomes[2](j, e))[1],
         )
         gate.set()
-        for outcome in (*outcomes, read):
-            assert outcome.wait().error is None
+        assert [store.wait(outcome) for outcome in outcomes] == [None] * 3
     assert order == ["write", "read", "write"]
 
 
@@ -167,11 +145,11 @@ def test_the_cap_is_a_cap(tmp_path: Path, capacity: int) -> None:
             name = object_name(rng.randrange(10**6), rng.choice([4096, 20_000, 65_536, 300_000]))
             assert store.put(name) is None
             written += size_of(name)
-        store.tier.flush()
+        assert store.tier.flush(10)
         files = [os.stat(tmp_path / file) for file in os.listdir(tmp_path)]
         assert sum(file.st_size for file in files) <= capacity
         assert sum(file.st_blocks * 512 for file in files) <= capacity
-        assert store.tier.pool.used_bytes > capacity // 2
+        assert (store.tier.state.used or 0) > capacity // 2
         kept = list(store.objects)
     with MiniStore(tmp_path, capacity) as store:
         assert set(store.objects) == set(kept)
@@ -186,9 +164,9 @@ def test_too_small_a_capacity_is_refused(tmp_path: Path) -> None:
 def test_capacity_grows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with MiniStore(tmp_path, 512 * MIB) as store:
         store.put(object_name(1))
-        before = store.tier.pool.capacity
+        before = store.tier.state.capacity or 0
     with MiniStore(tmp_path, 1024 * MIB) as store:
-        assert store.tier.pool.capacity > before
+        assert (store.tier.state.capacity or 0) > before
         assert store.get(object_name(1)) == content(object_name(1))
         assert not caplog.messages
     with MiniStore(tmp_path, 64 * 1024 * MIB) as store:
@@ -219,7 +197,7 @@ def test_a_slab_keeps_its_chunk(tmp_path: Path, caplog: pytest.LogCaptureFixture
     with MiniStore(tmp_path, chunk=MIB) as store:
         store.put(object_name(1))
     with MiniStore(tmp_path, chunk=2 * MIB) as store:
-        assert store.tier.pool.chunk == MIB
+        assert store.tier._slab.header.chunk == MIB
         assert list(store.objects) == [object_name(1)]
     assert any("keeps the chunks" in line for line in caplog.messages)
 
@@ -262,15 +240,10 @@ def test_close_fails_queued_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         gate.wait(10)
         write_full(*args)
 
-    monkeypatch.setattr("kvstore.tiers.slab.tier._MOVERS_PER_TRANSFER", 1)
+    monkeypatch.setattr("kvstore.tiers.slab.threads._MOVERS_PER_TRANSFER", 1)
     store = MiniStore(tmp_path, threads=1)
     monkeypatch.setattr("kvstore.tiers.slab.direct.write_full", slow)
-    outcomes = [Outcome() for _ in range(5)]
-    slot = None
-    for i, outcome in enumerate(outcomes):
-        slot = store.tier.pool.allocate(4096, i)
-        assert slot is not None
-        store.tier.write(slot, object_name(i), store.memory.address, 4096, None, outcome)
+    outcomes = [store.start(object_name(i)) for i in range(5)]
     started.wait(10)
     closing = threading.Thread(target=store.close)
     closing.start()
@@ -280,13 +253,10 @@ def test_close_fails_queued_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not closing.is_alive()
     assert [outcome.error for outcome in outcomes] == [None, *["closed"] * 4]
     assert [outcome.calls for outcome in outcomes] == [1] * 5
-    late = Outcome()
-    assert slot is not None
-    store.tier.write(slot, object_name(9), store.memory.address, 4096, None, late)
-    assert late.error == "closed"
-    store.tier.forget(slot)
-    assert not store.tier.healthy
-    assert not store.tier.writable
+    assert store.start(object_name(9)).error == "closed"
+    store.tier.delete([object_name(0)])
+    assert not store.tier.state.readable
+    assert not store.tier.state.writable
 
 
 def test_written_data_is_synced_in_time(tmp_path: Path) -> None:
@@ -298,31 +268,34 @@ def test_written_data_is_synced_in_time(tmp_path: Path) -> None:
         while not store.tier.counters["syncs"]:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        store.tier.flush()
+        assert store.tier.flush(10)
         assert store.tier.counters["syncs"] == 1, "nothing new, nothing to sync"
         store.forget(object_name(1))
-        store.tier.flush()
+        assert store.tier.flush(10)
         assert store.tier.counters["syncs"] == 2
 
 
 def test_a_failing_callback_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def broken(checksum: int | None, error: str | None) -> None:
+    def broken(job: Job, error: str | None) -> None:
         raise RuntimeError("mine")
 
     with MiniStore(tmp_path, threads=1) as store:
-        slot = store.tier.pool.allocate(4096, 1)
-        assert slot is not None
-        store.tier.write(slot, object_name(1), store.memory.address, 4096, None, broken)
-        store.tier.flush()
+        store.tier.put([Job(object_name(1), store.memory.address, 4096)], broken)
+        assert store.tier.flush(10)
         assert store.put(object_name(2)) is None
     assert any("callback" in line for line in caplog.messages)
 
 
-def test_a_job_outside_its_slot_is_refused(tmp_path: Path) -> None:
-    with MiniStore(tmp_path) as store:
-        slot = store.tier.pool.allocate(4096, 1)
-        assert slot is not None
-        outcome = Outcome()
-        store.tier.write(slot, object_name(1), store.memory.address, 8192, None, outcome)
-        assert outcome.wait().error == "refused"
-        assert store.tier.writable, "a mistake of the caller is no fault of the disk"
+def test_a_job_that_is_none_is_refused(tmp_path: Path) -> None:
+    good = object_name(1)
+    short = ObjectName(good.namespace, good.key[:31], good.part)
+    with MiniStore(tmp_path, chunk=64 << 10) as store:
+        for name, nbytes in ((good, 0), (good, 65_537), (short, 4096)):
+            outcome = Outcome()
+            store.tier.put([Job(name, store.memory.address, nbytes)], outcome)
+            assert outcome.error == "refused"
+        assert store.tier.state.writable, "a mistake of the caller is no fault of the disk"
+        store.put(good)
+        for nbytes, known in ((4096, None), (8192, store.objects[good].checksum)):
+            store.tier.get([Job(good, store.memory.address, nbytes, known)], outcome)
+            assert outcome.error == "refused"

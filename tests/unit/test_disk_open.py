@@ -6,18 +6,20 @@ import os
 import struct
 import subprocess
 import sys
+import tarfile
 import textwrap
 import threading
 from pathlib import Path
 
 import pytest
 
-from kvstore.blocks.spec import Namespace
-from kvstore.errors import ConfigError, FormatError, TierUnavailable
-from kvstore.tiers.slab.dictionary import Dictionary, DictionaryFull
+from kvstore.blocks.spec import ModelIdentity, Namespace
+from kvstore.errors import ConfigError, FormatError, SpecError, TierUnavailable
+from kvstore.tiers.base import ObjectName
+from kvstore.tiers.slab.dictionary import Dictionary
 from kvstore.tiers.slab.direct import FolderLock
 from kvstore.tiers.slab.file import SlabFile
-from kvstore.tiers.slab.format import HEADER_BYTES, Header
+from kvstore.tiers.slab.format import HEADER_BYTES, Header, version_of
 from kvstore.tiers.slab.fsck import fsck, inspect
 from kvstore.tiers.slab.read import SLAB_NAME, TABLE_NAME
 from tests.disk_tools import (
@@ -75,7 +77,7 @@ def test_unknown_version(tmp_path: Path) -> None:
     for file in (SLAB_NAME, TABLE_NAME):
         patch(tmp_path / file, 8, struct.pack("<I", 7))
     before = (tmp_path / SLAB_NAME).read_bytes()
-    with pytest.raises(FormatError, match="version 7; this kvstore reads version 1"):
+    with pytest.raises(FormatError, match="version 7; this kvstore reads up to 2"):
         MiniStore(tmp_path)
     with pytest.raises(FormatError, match="version 7"):
         fsck(tmp_path)
@@ -152,6 +154,51 @@ def test_a_missing_file_is_made_again(
         assert list(store.objects) == [object_name(2)]
 
 
+def test_a_removed_lock_lets_nobody_in(tmp_path: Path) -> None:
+    """Two stores on one slab would destroy each other's objects."""
+    with MiniStore(tmp_path) as store:
+        store.put(object_name(1))
+        (tmp_path / "lock").unlink()
+        with pytest.raises(TierUnavailable, match="in use by process"):
+            MiniStore(tmp_path)
+        with pytest.raises(TierUnavailable, match="stop it, then repair"):
+            fsck(tmp_path, repair=True)
+        assert inspect(tmp_path).in_use_by is not None
+        assert store.get(object_name(1)) == content(object_name(1))
+    MiniStore(tmp_path).close()
+
+
+def test_files_of_format_1_are_carried_over(tmp_path: Path) -> None:
+    """A folder that the first release's predecessor wrote; it is read, used and written anew."""
+    archive = Path(__file__).parents[1] / "data" / "slab-format1.tar.xz"
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path, filter="data")
+    (folder,) = {path.parent for path in tmp_path.rglob(SLAB_NAME)}
+    assert fsck(folder).clean
+    with MiniStore(folder) as store:
+        names = list(store.objects)
+        assert len(names) > 1
+        for name in names:
+            assert store.get(name) == content(name)
+        assert store.put(object_name(10**6)) is None
+        held = set(store.objects)
+    for file in (SLAB_NAME, TABLE_NAME):
+        assert version_of((folder / file).read_bytes()[:HEADER_BYTES]) == 2
+    assert fsck(folder).clean
+    with MiniStore(folder) as store:
+        assert set(store.objects) == held
+
+
+def test_a_record_of_an_unknown_codec_is_dropped(tmp_path: Path) -> None:
+    with MiniStore(tmp_path) as store, pytest.MonkeyPatch.context() as patched:
+        store.put(object_name(1))
+        patched.setattr("kvstore.tiers.slab.format.RAW", 7)
+        store.put(object_name(2))
+    with MiniStore(tmp_path) as store:
+        assert list(store.objects) == [object_name(1)]
+        assert store.tier.counters["dropped_records.unknown_codec"] == 1
+
+
 def test_folder_is_made(tmp_path: Path) -> None:
     MiniStore(tmp_path / "a" / "b").close()
     assert (tmp_path / "a" / "b" / SLAB_NAME).stat().st_mode & 0o077 == 0
@@ -189,32 +236,46 @@ def test_nothing_leaks(tmp_path: Path) -> None:
 # --- Dictionary -----------------------------------------------------------------------------------
 
 
-def test_full_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvstore.tiers.slab.file._COMPACTION_PAUSE", 0.0)
+def test_a_full_dictionary_is_recycled(tmp_path: Path) -> None:
+    """Further namespaces reach the disk; those longest unused make room, all that is said."""
+    tenants = [f"{i:04}" + "x" * 2000 for i in range(120)]
+    names = [object_name(i, tenant=tenant) for i, tenant in enumerate(tenants)]
     with MiniStore(tmp_path, chunk=64 << 10) as store:
-        tenants = [f"{i:04}" + "x" * 2000 for i in range(60)]
-        names = [object_name(i, tenant=tenant) for i, tenant in enumerate(tenants)]
-        errors = [store.put(name) for name in names]
-        stored = [name for name, error in zip(names, errors, strict=True) if error is None]
-        assert 10 < len(stored) < 60
-        assert set(errors) == {None, "dictionary_full"}
-        refused = store.tier.counters["write_errors.dictionary_full"]
-        assert refused == errors.count("dictionary_full")
-        assert store.tier.problem is not None
-        assert "dictionary is full" in store.tier.problem
-        assert store.tier.writable, "known namespaces are still stored"
-        assert store.put(object_name(1000, tenant=tenants[0])) is None
-        # Without their objects the entries go, and there is room again: at once …
-        for name in list(store.objects)[: len(store.objects) // 2]:
-            store.forget(name)
-        assert store.put(names[-1]) is None
+        store.pinned.add(names[1])
+        for name in names:
+            assert store.put(name) is None
+            store.tier.touch([names[0]])
+        counters = store.tier.counters
+        assert counters["names_given_up"] > 0
+        assert not any("error" in counter for counter in counters)
         held = set(store.objects)
-    # … and also after a restart.
+        assert 20 < len(held) < 120
+        assert {*names[:2], *names[-20:]} <= held, "what is used or pinned stays"
     with MiniStore(tmp_path) as store:
         assert set(store.objects) == held
-        for name in list(store.objects):
+        for name in held:
             assert store.get(name) == content(name)
-        assert store.put(names[-2]) is None
+
+
+def test_names_without_objects_make_room_first(tmp_path: Path) -> None:
+    with MiniStore(tmp_path, chunk=64 << 10) as store:
+        names = [object_name(i, tenant=f"{i:04}" + "x" * 2000) for i in range(120)]
+        for name in names:
+            assert store.put(name) is None
+            if name is not names[0]:
+                store.forget(name)
+        assert list(store.objects) == names[:1]
+        assert not store.tier.counters["names_given_up"]
+
+
+def test_a_name_too_long_for_the_dictionary_is_refused(tmp_path: Path) -> None:
+    with MiniStore(tmp_path, chunk=64 << 10) as store:
+        store.put(object_name(1))
+        extra = tuple((str(i), "x" * 4000) for i in range(60))
+        space = Namespace(ModelIdentity("m", extra=extra), block_tokens=16)
+        name = ObjectName(space, bytes(32), part(4096))
+        assert store.put(name) == "refused"
+        assert store.get(object_name(1)) == content(object_name(1))
 
 
 def test_unused_entries_go_at_the_next_start(tmp_path: Path) -> None:
@@ -254,7 +315,7 @@ def test_an_entry_larger_than_the_dictionary() -> None:
     extra = tuple((str(i), "x" * 4000) for i in range(60))
     space = namespace()
     big = Namespace(type(space.model)("m", extra=extra))
-    with pytest.raises(DictionaryFull):
+    with pytest.raises(SpecError, match="shorten"):
         dictionary.add(big)
     assert dictionary.add(space)[0] == 1
 
@@ -297,10 +358,10 @@ def test_fsck_repairs(tmp_path: Path) -> None:
         for name in names:
             store.put(name)
         header = store.tier._slab.header
-        place = store.objects[names[3]][0].offset
-    patch(tmp_path / SLAB_NAME, header.data_offset + place, b"\0" * 10)
+        place, other = store.place(names[3]), store.place(names[5])
+    patch(tmp_path / SLAB_NAME, header.data_offset + place.offset, b"\0" * 10)
     path = tmp_path / TABLE_NAME
-    patch(path, header.record_offset(header.index(store.objects[names[5]][0].offset, 20_480)), b"?")
+    patch(path, header.record_offset(header.index(*other)), b"?")
     report = fsck(tmp_path)
     assert not report.clean
     assert report.damaged == {"data_checksum": 1, "record_checksum": 1}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvstore.memory.eviction import Lru
-from kvstore.memory.slots import ALIGNMENT, MAX_SLOTS_PER_CHUNK, Slot, SlotPool, align, choose_chunk
+from kvstore.memory.slots import ALIGNMENT, Slot, SlotPool, align, choose_chunk
 
 CHUNK = 1 << 16
 K4, K12, K16 = 4096, 12288, 16384
@@ -186,13 +186,27 @@ def test_what_cannot_be_used_is_told() -> None:
     assert pool.fragmented_bytes == 1000 + tail + K12
 
 
-def test_small_objects_do_not_make_more_slots_than_a_chunk_may_have() -> None:
-    chunk = 8 * ALIGNMENT * MAX_SLOTS_PER_CHUNK
-    pool = Pool(chunks=1, chunk=chunk)
-    assert pool.min_slot == 8 * ALIGNMENT
-    assert pool.slot_bytes(1) == 8 * ALIGNMENT
-    assert len(pool.fill(100, "a")) == MAX_SLOTS_PER_CHUNK
-    assert Pool().min_slot == ALIGNMENT
+def test_small_objects_take_small_slots_in_large_chunks() -> None:
+    pool = Pool(chunks=1, chunk=256 << 20)
+    assert pool.get(20_000).nbytes == 5 * ALIGNMENT
+    large: SlotPool[str] = SlotPool(CHUNK, CHUNK, Lru, bool, pool.free, min_slot=K16)
+    assert large.slot_bytes(1) == K16
+
+
+def test_a_full_medium_is_recycled() -> None:
+    pool = Pool(chunks=3)
+    for _ in range(CHUNK // K16):
+        pool.get(K16)
+    new = pool.get(K16)
+    assert new.offset // CHUNK == 1
+    pool.refuse(new)
+    assert pool.get(K16).offset // CHUNK == 0, "the rest of the refused chunk is left alone"
+    pool.free(new)
+    for _ in range(20):
+        assert pool.get(K16).offset < CHUNK
+    assert pool.free_bytes == 2 * CHUNK
+    pool.growing = True
+    assert pool.get(K16).offset >= CHUNK
 
 
 def test_claims_take_the_very_place() -> None:

@@ -11,7 +11,7 @@ import pytest
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part
 from kvstore.store.index import Payer
 from kvstore.store.store import Acquired
-from kvstore.tiers.base import OldTier as Tier
+from kvstore.tiers.base import Tier
 from kvstore.transport.protocol import BUSY, HAVE, NO_ROOM
 from tests.store_tools import GROUP, NAMESPACE, NBYTES, PART, Bench, content, keys
 
@@ -126,12 +126,12 @@ class Serial:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._disk, name)
 
-    def read(self, *job: Any) -> None:
+    def get(self, *job: Any) -> None:
         self.asked.append(job)
 
     def serve(self) -> None:
         self._bench.now += 1.0
-        self._disk.read(*self.asked.popleft())
+        self._disk.get(*self.asked.popleft())
         self._bench.posted.get(timeout=20)()
 
 

@@ -192,7 +192,7 @@ def test_s3fifo_knows_a_block_that_comes_back() -> None:
 def test_to_be_written_to_disk_is_no_use_of_a_block(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "disk", policy="s3fifo", disk_size=4 << 20)
     assert bench.store.tiering.disk is not None
-    room = bench.store.tiering.disk.pool.capacity // NBYTES
+    room = (bench.store.tiering.disk.state.capacity or 0) // NBYTES
     hot = keys(1, 2, 3, 4)
     request(bench, hot)
     flood(bench, range(100, 112))
@@ -326,7 +326,7 @@ def test_no_crash_forgets_a_time_to_live(tmp_path: Path, when: str) -> None:
         first.drain()
         tiering.promote(entry, lambda _: None)
     if when == "saved":
-        tiering.disk.flush()  # written, and killed before anybody heard of it
+        tiering.disk.flush(10)  # written, and killed before anybody heard of it
     else:
         tiering.set_ttl(entry, 100)
         while entry.disk_io:

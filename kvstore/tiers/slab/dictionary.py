@@ -96,10 +96,16 @@ class Dictionary:
 
         Raises:
             DictionaryFull: the active half has no room.
+            SpecError: it takes more than a quarter of the room for all.
         """
         id_ = self._next_id
         kind = _NAMESPACE if isinstance(value, Namespace) else _PART
         frame = self._frame(kind, id_, msgspec.msgpack.encode(value))
+        if len(frame) > self._half_bytes // 4:
+            raise SpecError(
+                f"a {type(value).__name__.lower()} of {len(frame)} bytes does not fit the slab's "
+                f"dictionary of {self._half_bytes}: shorten its model's or group's texts"
+            )
         if self._end + len(frame) > self._half_bytes or id_ >= 1 << 32:
             raise DictionaryFull
         offset = self.active_half * self._half_bytes + self._end

@@ -10,6 +10,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final
 
@@ -76,17 +77,18 @@ class Mover:
     Belongs to one thread. With `in_place` the disk reads and writes the object's own memory, which
     must then be mapped up to the next multiple of 4096; otherwise everything goes by way of a
     buffer on huge pages. `in_flight` bounds the pieces that several movers have on the disk at a
-    time, so that some can copy while others wait for it.
+    time, so that some can copy while others wait for it. `beat` is entered around each of them.
     """
 
     def __init__(
         self,
         largest: int,
-        *,
         in_place: bool = False,
         in_flight: threading.Semaphore | None = None,
+        beat: AbstractContextManager[None] | None = None,
     ) -> None:
         self._in_flight = in_flight or threading.Semaphore()
+        self._beat = beat or contextlib.nullcontext()
         self._bounce = Bounce(min(PIECE, align(largest, _HUGE)))
         self._in_place = in_place
         self._stream = Xxh3Stream()
@@ -109,7 +111,7 @@ class Mover:
                 # No bytes of an earlier object, perhaps of another tenant, after this one's.
                 ctypes.memset(bounce.address + piece, 0, padded - piece)
                 view = bounce.view[:padded]
-            with self._in_flight:
+            with self._in_flight, self._beat:
                 write_full(fd, view, offset + at)
         return stream.digest()
 
@@ -127,7 +129,7 @@ class Mover:
             padded = align(piece)
             in_place = address is not None and self._reaches(address)
             view = memory_at(address + at, padded) if address and in_place else bounce.view[:padded]
-            with self._in_flight:
+            with self._in_flight, self._beat:
                 got = read_full(fd, view, offset + at)
             if got < piece:
                 return None
@@ -202,8 +204,29 @@ def remedy(folder: Path, error: OSError) -> str:
     return f"{what}; check the disk, or choose another folder"
 
 
+def hold(fd: int, folder: Path) -> None:
+    """Keep others from what is open here, under whatever name; until the descriptor is closed.
+
+    Raises:
+        TierUnavailable: another process has it.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno == errno.EWOULDBLOCK:
+            raise TierUnavailable(
+                f"{folder} is in use by process {holder(folder) or '(unknown)'}; end that one, or "
+                "set disk.path to another folder"
+            ) from None
+        if e.errno != errno.EBADF:  # NFS locks only what may be written
+            raise
+
+
 class FolderLock:
-    """Keeps a second process out of the folder; the system lets go when the holder ends."""
+    """Keeps a second process out of the folder, before it has opened or made any other file there.
+
+    The system lets go when the holder ends.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Take the lock.
@@ -222,15 +245,10 @@ class FolderLock:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             writable = False
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
+            hold(self._fd, folder)
+        except BaseException:
             os.close(self._fd)
-            if e.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            raise TierUnavailable(
-                f"{folder} is in use by process {holder(folder) or '(unknown)'}; end that one, or "
-                "set disk.path to another folder"
-            ) from None
+            raise
         if writable:
             with contextlib.suppress(OSError):  # on a full disk the lock holds without the pid
                 os.ftruncate(self._fd, 0)

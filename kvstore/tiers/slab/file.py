@@ -3,7 +3,7 @@
 A folder holds `kvstore.slab` (the objects' bytes), `kvstore.table` (what they are) and `lock`;
 together they stay within the capacity. The table is a file of its own because file systems
 exclude buffered writes from a file while a direct write to it runs: a record would wait for
-megabytes of data, and with it the store's loop that erases records.
+megabytes of data.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import contextlib
 import logging
 import os
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +23,13 @@ import numpy.typing as npt
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.errors import TierUnavailable
 from kvstore.files import open_own
-from kvstore.memory.slots import align, choose_chunk
-from kvstore.tiers.base import ObjectName, Recovered
+from kvstore.memory.slots import choose_chunk
+from kvstore.tiers.base import Held, ObjectName
 from kvstore.tiers.slab.dictionary import Dictionary, DictionaryFull
 from kvstore.tiers.slab.direct import (
     FolderLock,
     allocate,
+    hold,
     open_direct,
     reason_of,
     remedy,
@@ -40,9 +40,11 @@ from kvstore.tiers.slab.format import (
     EMPTY_RECORD,
     HEADER_BYTES,
     RECORD_BYTES,
+    VERSION,
     Header,
     RecordChecker,
     pack_record,
+    version_of,
 )
 from kvstore.tiers.slab.read import (
     SLAB_NAME,
@@ -57,8 +59,15 @@ from kvstore.tiers.slab.read import (
 _logger = logging.getLogger("kvstore.disk")
 
 
-_COMPACTION_PAUSE: Final = 60.0
-"""Seconds between compactions while open: a full dictionary must not cost a scan per write."""
+class ChunkRefused(OSError):
+    """The medium has no room for another chunk; those that are in use can be used on."""
+
+
+class Place(NamedTuple):
+    """Where an object lies, in the data area, and the bytes that are kept for it there."""
+
+    offset: int
+    nbytes: int
 
 
 LIVE: Final = np.dtype(
@@ -68,6 +77,7 @@ LIVE: Final = np.dtype(
         ("key", "V32"),
         ("namespace", "<u4"),
         ("part", "<u4"),
+        ("slot_bytes", "<u8"),
         ("nbytes", "<u8"),
         ("checksum", "<u8"),
         ("created", "<u8"),
@@ -76,14 +86,17 @@ LIVE: Final = np.dtype(
 )
 """What is kept of a live record between opening and recovery; `offset` is in the data area."""
 
+_BATCH: Final = 256
+"""Records that are read back at a time."""
+
 _COPIED: Final = tuple(name for name in LIVE.names or () if name != "offset")
 
 
 class SlabFile:
     """An open slab: `data_fd` for the data (past the page cache), `fd` for the table (through it).
 
-    The methods that change tables may be called from any thread. `dropped` counts, by reason, the
-    records that opening found unusable; `chunks` is how many the data area has.
+    Methods are for any thread; only `later` never waits for the disk. `dropped` counts, by reason,
+    the records that opening found unusable; `chunks` is how many the data area has.
     """
 
     def __init__(self, folder: Path, capacity: int, chunk: int) -> None:
@@ -105,7 +118,9 @@ class SlabFile:
         self._table_lock = threading.RLock()
         self._grow_lock = threading.Lock()
         self._prepared: set[int] = set()
-        self._next_compaction = 0.0
+        self._names_full = False
+        self._changed = False  # since the last sync
+        self._late: dict[int, tuple[Place, Held | None]] = {}
         try:
             self._open(capacity, chunk)
         except OSError as e:
@@ -143,12 +158,24 @@ class SlabFile:
             self.read_only = True
             self.fd = os.open(self._table_path, os.O_RDONLY | os.O_CLOEXEC)
             self.data_fd, self.is_direct = open_direct(self.path, os.O_RDONLY)
+        hold(self.fd, self._folder)
+        if not self.read_only:
+            self._carry_over()
         if not self.is_direct:
             _logger.warning(
                 "%s: no O_DIRECT on this file system; the page cache is used", self.path
             )
         self._resize(capacity)
         self._live = self._scan()
+
+    def _carry_over(self) -> None:
+        """Make a slab of an older version one of this; records of both are valid in it."""
+        for file in (self._table_path, self.path):
+            with file.open("r+b", buffering=0) as raw:
+                if version_of(raw.read(HEADER_BYTES)) != VERSION:
+                    write_full(raw.fileno(), memoryview(self.header.pack()), 0)
+                    os.fdatasync(raw.fileno())
+                    _logger.info("%s: carried over to format %d", file, VERSION)
 
     def _create(self, capacity: int, chunk: int) -> None:
         """Make the files that are not there; each appears whole or not at all."""
@@ -260,7 +287,7 @@ class SlabFile:
         self.dropped[reason] += 1
         if not self.read_only:
             with contextlib.suppress(OSError):  # it will be dropped again next time
-                self.clear_record(index)
+                self._write_record(index, EMPTY_RECORD)
 
     def _newest_only(self, live: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
         """Of records with the same name keep the newest; after a power loss there may be more."""
@@ -273,147 +300,195 @@ class SlabFile:
         keep = np.zeros(len(live), bool)
         keep[len(live) - 1 - from_end] = True
         for record in live[~keep]:
-            offset = int(record["offset"])
-            slot_bytes = max(self.header.min_slot, align(int(record["nbytes"])))
-            self._drop(self.header.index(offset, slot_bytes), "duplicate")
+            index = self.header.index(int(record["offset"]), int(record["slot_bytes"]))
+            self._drop(index, "duplicate")
         return live[keep]
 
-    def recover(self) -> Iterator[Recovered]:
-        """The objects that were there at opening, oldest first and each name once; only once."""
-        live, self._live = self._live, np.empty(0, LIVE)
-        names = self._found_names
-        for record in live:
-            name = ObjectName(
-                names.namespaces[int(record["namespace"])],
-                record["key"].tobytes(),
-                names.parts[int(record["part"])],
-            )
-            yield Recovered(
-                name,
-                int(record["offset"]),
-                int(record["nbytes"]),
-                int(record["checksum"]),
-                int(record["sequence"]),
-                int(record["created"]),
-                int(record["expires"]),
-            )
+    @property
+    def found_count(self) -> int:
+        """Objects that were there at opening."""
+        return len(self._live)
+
+    def forget_found(self) -> None:
+        """`found` is not needed any more."""
+        self._live = np.empty(0, LIVE)
+
+    def found(self, *, by_place: bool = False) -> Iterator[tuple[int, Place, Held]]:
+        """What was there at opening: number, place and object, oldest first and each name once.
+
+        With `by_place` in the order of the places, under the same numbers.
+        """
+        order = np.argsort(self._live["offset"]) if by_place else np.arange(len(self._live))
+        namespaces, parts = self._found_names.namespaces, self._found_names.parts
+        for start in range(0, len(order), _BATCH):
+            batch = order[start : start + _BATCH]
+            rows = self._live[batch]
+            columns = (rows[field].tolist() for field in LIVE.names or ())
+            for number, row in zip(batch.tolist(), zip(*columns, strict=True), strict=True):
+                _, offset, key, namespace, part, slot_bytes, *rest = row
+                name = ObjectName(namespaces[namespace], key, parts[part])
+                yield number, Place(offset, slot_bytes), Held(name, *rest)
 
     # --- While open -------------------------------------------------------------------------------
 
-    def intern(self, name: ObjectName) -> tuple[int, int]:
-        """The dictionary's numbers of a namespace and a part, after writing what is new.
+    def later(self, place: Place, held: Held | None) -> None:
+        """The record of a place is to say this, or to be erased; the next `catch_up` writes it."""
+        self._late[self.header.index(*place)] = place, held
+
+    @property
+    def behind(self) -> bool:
+        """There is something for `catch_up` to write."""
+        return bool(self._late)
+
+    def catch_up(self, most: int | None = None) -> None:
+        """Write what `later` was told, `most` records of it.
 
         Raises:
-            DictionaryFull: also after entries that no record uses were dropped.
-            OSError: the entry could not be written.
+            OSError: some of it is still to be written.
         """
         with self._table_lock:
-            try:
-                return self._number(name.namespace), self._number(name.part)
-            except DictionaryFull:
-                now = time.monotonic()
-                if now < self._next_compaction:
+            if self._late and self.read_only:
+                self._reopen_writable()
+            for _ in range(len(self._late) if most is None else min(most, len(self._late))):
+                index, (place, held) = self._late.popitem()
+                try:
+                    if held is None:
+                        self._write_record(index, EMPTY_RECORD)
+                    else:
+                        self.put_record(place, held)
+                except DictionaryFull:  # It lost its entries to damage; what expires is not known.
+                    self._write_record(index, EMPTY_RECORD)
+                except OSError:
+                    self._late.setdefault(index, (place, held))
                     raise
-                self._next_compaction = now + _COMPACTION_PAUSE
-                self._compact(self._numbers_in_use())
-                return self._number(name.namespace), self._number(name.part)
 
-    def put_record(
-        self,
-        name: ObjectName,
-        offset: int,
-        slot_bytes: int,
-        nbytes: int,
-        data_checksum: int,
-        *,
-        created: int | None = None,
-        expires: int = 0,
-    ) -> None:
-        """Make the object in the slot at `offset` findable; its data must be in place.
+    def make_ready(self, place: Place, name: ObjectName) -> bool:
+        """Prepare a place for the bytes of an object: reserve its space, erase its record.
 
-        `created` (default: now) and `expires` (0: never) in Unix seconds.
+        Whether the space was reserved just now.
+
+        Raises:
+            DictionaryFull: the record could not name it; also after entries without use were
+                dropped.
+            ChunkRefused, OSError: they have no room there.
+        """
+        with self._table_lock:
+            if self.read_only:
+                self._reopen_writable()
+            self._intern(name)  # before any work, should there be no room for the name
+            index = self.header.index(*place)
+            self._late.pop(index, None)
+            self._write_record(index, EMPTY_RECORD)
+        return self._prepare_chunk(place.offset // self.header.chunk)
+
+    def put_record(self, place: Place, held: Held) -> None:
+        """Make the object in a place findable; its data must be there.
 
         Raises:
             DictionaryFull, OSError: there is no valid record then.
         """
-        index = self.header.index(offset, slot_bytes)
+        index = self.header.index(*place)
         # One lock for numbers and record: compaction must not drop a number in between.
         with self._table_lock:
-            record = pack_record(
-                self.header,
-                index,
-                name,
-                self.intern(name),
-                slot_bytes=slot_bytes,
-                nbytes=nbytes,
-                data_checksum=data_checksum,
-                sequence=self.next_sequence,
-                created=int(time.time()) if created is None else created,
-                expires=expires,
+            ids = self._intern(held.name)
+            self._write_record(
+                index, pack_record(self.header, index, held, ids, place.nbytes, self.next_sequence)
             )
             self.next_sequence += 1
-            write_full(self.fd, memoryview(record), self.header.record_offset(index))
 
-    def clear_record(self, index: int) -> None:
-        """Erase record `index`.
+    def compact(self) -> None:
+        """A full dictionary is worth another look: some of its names have lost all objects."""
+        self._names_full = False
 
-        Raises:
-            OSError: it may still be there.
-        """
-        write_full(self.fd, memoryview(EMPTY_RECORD), self.header.record_offset(index))
+    def _write_record(self, index: int, record: bytes) -> None:
+        self._changed = True
+        write_full(self.fd, memoryview(record), self.header.record_offset(index))
 
-    def prepare_chunk(self, number: int) -> None:
+    def _intern(self, name: ObjectName) -> tuple[int, int]:
+        """The dictionary's numbers of a namespace and a part, after writing what is new."""
+        try:
+            return self._number(name.namespace), self._number(name.part)
+        except DictionaryFull:
+            if self._names_full:
+                raise  # A look costs a scan of the table.
+            self._names_full = True
+            self.catch_up()
+            self._compact(self._numbers_in_use())
+            numbers = self._number(name.namespace), self._number(name.part)
+            self._names_full = False
+            return numbers
+
+    def _prepare_chunk(self, number: int) -> bool:
         """Reserve the disk space of a chunk before its first use by this process.
 
-        Raises:
-            OSError: no room; what was reserved in the attempt is given back.
+        Should there be no room, what was reserved in the attempt is given back.
         """
         with self._grow_lock:
             if number in self._prepared:
-                return
+                return False
             start = self.header.data_offset + number * self.header.chunk
             before = os.fstat(self.data_fd).st_size
             try:
                 allocate(self.data_fd, start, self.header.chunk)
-            except OSError:
+            except OSError as e:
                 if before <= start:
                     with contextlib.suppress(OSError):
                         os.ftruncate(self.data_fd, before)
+                if reason_of(e) == "full":
+                    raise ChunkRefused(e.errno, e.strerror) from e
                 raise
             self._prepared.add(number)
+            return True
 
-    def reopen_writable(self) -> None:
+    def _reopen_writable(self) -> None:
         """After opening read-only: try again. The descriptors keep their numbers.
 
         Raises:
             OSError: still read-only, or by now another process has the folder.
         """
-        with self._grow_lock:
-            if not self.read_only:
-                return
-            if self._lock is None:
-                self._lock = FolderLock(self._folder)
-            fd = os.open(self._table_path, os.O_RDWR | os.O_CLOEXEC)
+        if self._lock is None:
+            self._lock = FolderLock(self._folder)
+        fd = os.open(self._table_path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            data_fd, _ = open_direct(self.path, os.O_RDWR)
             try:
-                data_fd, _ = open_direct(self.path, os.O_RDWR)
-                try:
-                    # Reads that run on the old descriptors now are not disturbed.
-                    os.dup2(fd, self.fd, inheritable=False)
-                    os.dup2(data_fd, self.data_fd, inheritable=False)
-                finally:
-                    os.close(data_fd)
+                # Reads that run on the old descriptors now are not disturbed.
+                os.dup2(fd, self.fd, inheritable=False)
+                os.dup2(data_fd, self.data_fd, inheritable=False)
             finally:
-                os.close(fd)
-            self.read_only = False
+                os.close(data_fd)
+        finally:
+            os.close(fd)
+        hold(self.fd, self._folder)
+        self._carry_over()
+        self.read_only = False
 
-    def sync(self) -> None:
-        """Bring everything written to stable storage.
+    @property
+    def in_place(self) -> bool:
+        """The open files are those in the folder, and nobody has taken them away."""
+        try:
+            return all(
+                os.path.samestat(os.stat(path), os.fstat(fd))
+                for path, fd in ((self._table_path, self.fd), (self.path, self.data_fd))
+            )
+        except FileNotFoundError:
+            return False
+
+    def sync(self) -> bool:
+        """Bring everything to stable storage, what `later` was told included.
+
+        Whether there was anything.
 
         Raises:
             OSError: the medium failed; recent records may be lost.
         """
-        os.fdatasync(self.data_fd)
-        os.fdatasync(self.fd)
+        with self._table_lock:
+            self.catch_up()
+            changed, self._changed = self._changed, False
+        if changed:
+            os.fdatasync(self.data_fd)
+            os.fdatasync(self.fd)
+        return changed
 
     def close(self) -> None:
         """Close the descriptors and let the lock go; idempotent."""

@@ -20,11 +20,13 @@ import numpy.typing as npt
 from kvstore._native import xxh3_64
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.errors import ConfigError, FormatError, SpecError
-from kvstore.memory.slots import ALIGNMENT, MAX_SLOTS_PER_CHUNK, align
-from kvstore.tiers.base import ObjectName
+from kvstore.memory.slots import ALIGNMENT, align
+from kvstore.tiers.base import Held
 
 MAGIC: Final = b"KVSLAB\r\n"
-VERSION: Final = 1
+VERSION: Final = 2
+"""Written. Version 1, whose records say nothing of codecs, is read and carried over."""
+_VERSIONS: Final = (1, VERSION)
 HEADER_BYTES: Final = ALIGNMENT
 """The first page of both files; the dictionary follows it in the table, the data in the slab."""
 
@@ -32,6 +34,8 @@ RECORD_BYTES: Final = 128
 RESERVE: Final = 1 << 16
 """Bytes of the capacity left to the lock file and to the file system's own map of the files."""
 
+_SLOTS_PER_CHUNK: Final = 4096
+_SMALL_SLOT: Final = 1 << 15
 _MAX_DICTIONARY: Final = 1 << 21
 _STORE_ID_BYTES: Final = 16
 _HEADER: Final = struct.Struct(f"<8sI4x{_STORE_ID_BYTES}s9Q")
@@ -44,12 +48,19 @@ def checksum(data: bytes | bytearray | memoryview) -> int:
     return xxh3_64(array.ctypes.data, array.nbytes)
 
 
+def version_of(page: bytes) -> int:
+    """The format version in a whole header page."""
+    version: int = _HEADER.unpack_from(page)[1]
+    return version
+
+
 class Header(msgspec.Struct, frozen=True):
     """Where everything lies; written once, when the slab is made, and equal in both files.
 
     Sizes and offsets are bytes, `created` is in Unix seconds. `capacity` is the one the slab was
-    made for; the one in force is a setting. The table has rows for `table_chunks` chunks from
-    `table_offset` on; the data starts at `data_offset` in the slab.
+    made for; the one in force is a setting. A slot has `min_slot` bytes at least. The table has
+    rows for `table_chunks` chunks from `table_offset` on; the data starts at `data_offset` in the
+    slab.
     """
 
     store_id: bytes
@@ -70,7 +81,9 @@ class Header(msgspec.Struct, frozen=True):
         Raises:
             ConfigError: not even one chunk fits.
         """
-        min_slot = max(ALIGNMENT, align(chunk // MAX_SLOTS_PER_CHUNK))
+        # Small slots for small objects, but records of no more than 0.4 % of the data.
+        least = max(chunk // _SLOTS_PER_CHUNK, min(chunk // 1024, _SMALL_SLOT))
+        min_slot = max(ALIGNMENT, align(least))
         slots_per_chunk = chunk // min_slot
         dictionary_bytes = min(_MAX_DICTIONARY, max(1 << 16, align(capacity // 64)))
         chunks = max(0, capacity - RESERVE) // chunk
@@ -173,9 +186,9 @@ class Header(msgspec.Struct, frozen=True):
         if len(raw) != HEADER_BYTES:
             raise damaged
         _, version, *fields = _HEADER.unpack_from(raw)
-        if version != VERSION:
+        if version not in _VERSIONS:
             raise FormatError(
-                f"{path} has format version {version}; this kvstore reads version {VERSION}. Use "
+                f"{path} has format version {version}; this kvstore reads up to {VERSION}. Use "
                 "the kvstore that wrote it, or move the file away to start with an empty slab"
             )
         body, stored = raw[: -_U64.size], _U64.unpack(raw[-_U64.size :])[0]
@@ -189,8 +202,9 @@ class Header(msgspec.Struct, frozen=True):
         return (
             self.chunk >= ALIGNMENT
             and self.chunk % ALIGNMENT == 0
-            and self.min_slot == max(ALIGNMENT, align(self.chunk // MAX_SLOTS_PER_CHUNK))
-            and self.slots_per_chunk == self.chunk // self.min_slot
+            and ALIGNMENT <= self.min_slot <= self.chunk
+            and self.min_slot % ALIGNMENT == 0
+            and self.slots_per_chunk == self.chunk // self.min_slot <= _SLOTS_PER_CHUNK
             and 2 * ALIGNMENT <= self.dictionary_bytes <= _MAX_DICTIONARY
             and self.dictionary_bytes % (2 * _U64.size) == 0
             and self.table_offset == HEADER_BYTES + self.dictionary_bytes
@@ -214,7 +228,10 @@ RECORD: Final = np.dtype(
         ("sequence", "<u8"),
         ("created", "<u8"),
         ("expires", "<u8"),
-        ("reserved", "V24"),
+        ("codec", "<u4"),
+        ("reserved", "V4"),
+        ("stored", "<u8"),
+        ("stored_checksum", "<u8"),
         ("record_checksum", "<u8"),
     ]
 )
@@ -223,7 +240,10 @@ COMMITTED: Final = 1
 EMPTY_RECORD: Final = bytes(RECORD_BYTES)
 
 _BODY_BYTES: Final = RECORD_BYTES - _U64.size
-_BODY: Final = struct.Struct("<II32sII6Q24x")
+RAW: Final = 0
+"""The codec that leaves the bytes as they are; the only one yet."""
+
+_BODY: Final = struct.Struct("<II32sII6QI4x2Q")
 # What a record's checksum covers beyond its own body: the slab and the place it belongs to, and
 # what the two numbers in it stand for. A record that was copied from elsewhere, or whose numbers
 # mean something else by now, is not valid.
@@ -235,20 +255,13 @@ Rows = npt.NDArray[np.void]
 def pack_record(
     header: Header,
     index: int,
-    name: ObjectName,
+    held: Held,
     ids: tuple[int, int],
-    *,
     slot_bytes: int,
-    nbytes: int,
-    data_checksum: int,
     sequence: int,
-    created: int,
-    expires: int,
 ) -> bytes:
-    """The record of a whole object; `ids` are the dictionary's numbers of namespace and part.
-
-    `created` and `expires` (0: never) in Unix seconds.
-    """
+    """The record of a whole object; `ids` are the dictionary's numbers of namespace and part."""
+    name, nbytes, data_checksum, created, expires = held
     body = _BODY.pack(
         RECORD_MAGIC,
         COMMITTED,
@@ -260,6 +273,9 @@ def pack_record(
         sequence,
         created,
         expires,
+        RAW,
+        nbytes,
+        data_checksum,
     )
     return body + _U64.pack(_record_checksum(header, index, body, name.namespace, name.part))
 
@@ -297,9 +313,9 @@ class RecordChecker:
         """Judge the records of chunk `number`. Reasons:
 
         `record_checksum`: torn, flipped, or from another place. `unknown_name`: its namespace or
-        part is not in the dictionary. `impossible`: sizes that do not fit together. `beyond_end`:
-        the file ends before the object does. `class_mismatch`: the chunk was given to another
-        size later.
+        part is not in the dictionary. `unknown_codec`: of a later kvstore. `impossible`: sizes
+        that do not fit together. `beyond_end`: the file ends before the object does.
+        `class_mismatch`: the chunk was given to another size later.
         """
         live: list[int] = []
         bad: dict[int, str] = {}
@@ -322,7 +338,8 @@ class RecordChecker:
         header = self._header
         raw = row.tobytes()
         body, stored = raw[:_BODY_BYTES], _U64.unpack(raw[_BODY_BYTES:])[0]
-        magic, state, _, namespace_id, part_id, slot_bytes, nbytes, *_ = _BODY.unpack(body)
+        magic, state, _, namespace_id, part_id, *sizes = _BODY.unpack(body)
+        slot_bytes, nbytes, whole, *_, codec, stored_bytes, stored_checksum = sizes
         if magic != RECORD_MAGIC or state != COMMITTED:
             return "record_checksum"
         namespace, part = self._namespaces.get(namespace_id), self._parts.get(part_id)
@@ -331,6 +348,10 @@ class RecordChecker:
         index = number * header.slots_per_chunk + position
         if _record_checksum(header, index, body, namespace, part) != stored:
             return "record_checksum"
+        if codec != RAW:
+            return "unknown_codec"
+        if (stored_bytes, stored_checksum) not in ((nbytes, whole), (0, 0)):  # none in version 1
+            return "impossible"
         start = position * slot_bytes
         if (
             not 0 < nbytes <= slot_bytes

@@ -6,6 +6,7 @@ Neither needs a configuration, and only `fsck` with `repair` changes anything.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import time
 from collections import Counter
@@ -18,7 +19,15 @@ import msgspec
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.errors import FormatError, TierUnavailable
 from kvstore.tiers.slab.dictionary import Dictionary
-from kvstore.tiers.slab.direct import FolderLock, Mover, holder, open_direct, remedy, write_full
+from kvstore.tiers.slab.direct import (
+    FolderLock,
+    Mover,
+    hold,
+    holder,
+    open_direct,
+    remedy,
+    write_full,
+)
 from kvstore.tiers.slab.format import EMPTY_RECORD, MAGIC, VERSION, Header, RecordChecker, Rows
 from kvstore.tiers.slab.read import (
     SLAB_NAME,
@@ -239,10 +248,15 @@ def _opened(folder: Path, *, write: bool) -> Iterator[_Slab]:
                 in_use_by = holder(folder) or 0
             except FileNotFoundError:
                 pass  # a read-only folder that nobody has opened yet
-            if held is not None and not write:
-                held.release()  # only looking: do not keep the store from starting
             table_fd = os.open(table, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
             stack.callback(os.close, table_fd)
+            try:
+                hold(table_fd, folder)
+            except TierUnavailable:
+                in_use_by = holder(folder) or 0
+            if held is not None and not write:  # only looking: do not keep the store from starting
+                held.release()
+                fcntl.flock(table_fd, fcntl.LOCK_UN)
             data_fd, _ = open_direct(path, os.O_RDONLY)
             stack.callback(os.close, data_fd)
             yield _Slab(path, table_fd, data_fd, in_use_by)

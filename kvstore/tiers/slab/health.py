@@ -1,4 +1,7 @@
-"""How a tier is doing: faults that heal by themselves, and counters. Thread-safe."""
+"""How a slab is doing: faults that heal by themselves, what people are told, and counters.
+
+Thread-safe, and never waits for the disk.
+"""
 
 from __future__ import annotations
 
@@ -8,32 +11,60 @@ import time
 from collections import Counter
 from typing import Final
 
+from kvstore.errors import TierUnavailable
+from kvstore.telemetry import Busy
+from kvstore.tiers.slab.direct import reason_of
+
 _logger = logging.getLogger("kvstore.disk")
 
 _MAX_READ_ERRORS: Final = 8
 """Failed reads in a row after which no more are tried for a while."""
+_GUESSED_SECONDS_PER_BYTE: Final = 1 / 1e9
+
+_ADVICE: Final = {
+    "full": "free space on its file system or lower disk.size",
+    "read_only": "make it writable for this user",
+    "io_error": "check the disk and the kernel log",
+}
+
+
+class Beat:
+    """Since when a thread waits for the disk: enter it around every piece of I/O."""
+
+    def __init__(self) -> None:
+        self.since = 0.0
+
+    def __enter__(self) -> None:
+        self.since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.since = 0.0
 
 
 class Health:
-    """What stops a tier from writing or reading, until when, and why.
+    """What stops a slab from writing or reading, until when, and why.
 
     After a failed write nothing is written for `retry_seconds`; then writes are tried again, and
-    the first that works ends the fault.
+    the first that works ends the fault. While I/O takes longer than `stall_seconds`, nothing more
+    is begun.
     """
 
-    def __init__(self, what: str, retry_seconds: float) -> None:
+    def __init__(self, what: str, retry_seconds: float, stall_seconds: float) -> None:
         self._what = what
         self._retry_seconds = retry_seconds
+        self.stall_seconds = stall_seconds
         self._lock = threading.Lock()
         self._counters: Counter[str] = Counter()
+        self._beats: list[Beat] = []
+        self._notices: dict[str, str] = {}
         self._fault: str | None = None
         self._text = ""
         self._failed_at = 0.0
         self._retry_at = 0.0
-        self._notice = ""
-        self._notice_until = 0.0
         self._read_errors = 0
         self._no_reads_until = 0.0
+        self._reading = Busy(time.monotonic, _GUESSED_SECONDS_PER_BYTE)
+        self.gone = False
 
     def count(self, counter: str, by: int = 1) -> None:
         """Add to a counter."""
@@ -46,39 +77,81 @@ class Health:
         with self._lock:
             return self._counters.copy()
 
-    @property
-    def readable(self) -> bool:
-        """Not every read of late has failed."""
-        with self._lock:
-            return time.monotonic() >= self._no_reads_until
+    def beat(self) -> Beat:
+        """A new thread's."""
+        beat = Beat()
+        self._beats.append(beat)
+        return beat
 
     @property
-    def paused(self) -> str | None:
-        """The reason why nothing may be written at this moment."""
+    def stalled(self) -> bool:
+        """Some I/O should have ended long ago."""
+        return self._longest_wait() > self.stall_seconds
+
+    def _longest_wait(self) -> float:
+        since = min((since for beat in self._beats if (since := beat.since)), default=0.0)
+        return time.monotonic() - since if since else 0.0
+
+    @property
+    def unreadable(self) -> str | None:
+        """The reason why nothing can be read at this moment."""
+        if self.stalled:
+            return "stalled"
+        return "io_error" if time.monotonic() < self._no_reads_until or self.gone else None
+
+    @property
+    def unwritable(self) -> str | None:
+        """The reason why nothing can be written at this moment."""
+        if self.stalled:
+            return "stalled"
+        if self.gone:
+            return "io_error"
         with self._lock:
             return self._fault if time.monotonic() < self._retry_at else None
 
     @property
     def problem(self) -> str | None:
-        """What is wrong with writing, for people."""
-        with self._lock:
-            if self._fault is not None:
-                return f"{self._what}: {self._text}"
-            if time.monotonic() < self._notice_until:
-                return f"{self._what}: {self._notice}"
-            return None
+        """What is wrong, for people."""
+        if self.gone:
+            text: str | None = (
+                "its files were removed or replaced while in use; what they held is lost, and a "
+                "new slab is begun: leave the folder to the store"
+            )
+        elif self.stalled:
+            text = (
+                f"the disk has not answered for {self._longest_wait():.0f} s (disk.stall_seconds "
+                f"is {self.stall_seconds:g}); nothing is read or written until it does: check "
+                "the disk, its connection and the kernel log"
+            )
+        else:
+            with self._lock:
+                text = self._text if self._fault else next(iter(self._notices.values()), None)
+        return text and f"{self._what}: {text}"
 
-    def notice(self, text: str) -> None:
-        """Some things cannot be written while others can; shown as the problem for a while."""
-        with self._lock:
-            self._notice = text
-            self._notice_until = time.monotonic() + self._retry_seconds
+    def lost(self) -> None:
+        """Its files were taken away."""
+        if not self.gone:
+            self.gone = True
+            _logger.error("%s", self.problem)
 
-    def write_failed(self, reason: str, text: str) -> None:
-        """Pause writing; logged when the reason is news."""
+    def notice(self, topic: str, text: str | None) -> None:
+        """Something is short, but writing goes on; None: no more."""
+        with self._lock:
+            if text is None:
+                self._notices.pop(topic, None)
+                return
+            news = topic not in self._notices
+            self._notices[topic] = text
+        if news:
+            _logger.warning("%s: %s", self._what, text)
+
+    def write_failed(self, error: OSError) -> str:
+        """Pause writing; the reason. Logged when that is news."""
+        # TierUnavailable: another process took a folder that was read-only for us.
+        reason = "read_only" if isinstance(error, TierUnavailable) else reason_of(error)
         with self._lock:
             is_news = self._fault != reason
-            self._fault, self._text = reason, text
+            self._fault, self._text = reason, f"{error.strerror or error}; {_ADVICE[reason]}"
             self._failed_at = time.monotonic()
             self._retry_at = self._failed_at + self._retry_seconds
         if is_news:
@@ -86,9 +159,10 @@ class Health:
                 "%s: writing pauses (%s): %s; next attempt in %g s",
                 self._what,
                 reason,
-                text,
+                self._text,
                 self._retry_seconds,
             )
+        return reason
 
     def write_worked(self, started: float) -> None:
         """End the fault, if there is one and the write began after it."""
@@ -100,15 +174,26 @@ class Health:
         if fault is not None:
             _logger.info("%s: writing works again (was: %s)", self._what, fault)
 
-    def read_failed(self) -> None:
-        """Count an error of the medium; too many in a row pause reading."""
+    def read_begins(self, nbytes: int) -> None:
+        """Somebody waits for so many bytes; `read_ended` follows."""
         with self._lock:
-            self._counters["read_errors"] += 1
-            self._read_errors += 1
-            if self._read_errors >= _MAX_READ_ERRORS:
-                self._no_reads_until = time.monotonic() + self._retry_seconds
+            self._reading.begin(nbytes)
 
-    def read_worked(self) -> None:
-        """The medium answers."""
+    def read_ended(self, nbytes: int, error: str | None) -> None:
+        """Too many errors of the medium in a row pause reading."""
         with self._lock:
-            self._read_errors = 0
+            self._reading.end(nbytes, time.monotonic(), done=error is None)
+            if error is None:
+                self._read_errors = 0
+                self._counters["bytes_read"] += nbytes
+            elif error == "io_error":
+                self._counters["read_errors"] += 1
+                self._read_errors += 1
+                if self._read_errors >= _MAX_READ_ERRORS:
+                    self._no_reads_until = time.monotonic() + self._retry_seconds
+
+    @property
+    def cost(self) -> tuple[float, int]:
+        """Seconds that a byte takes to be read, and bytes that wait."""
+        with self._lock:
+            return self._reading.each, self._reading.left
