@@ -16,10 +16,10 @@ from kvstore.api.client import Orchestrator
 from kvstore.benchmarks.crew import Crew
 from kvstore.benchmarks.figures import BenchmarkError, Report, Samples
 from kvstore.benchmarks.lookups import INDEX_ONLY
-from kvstore.benchmarks.served import served
+from kvstore.benchmarks.served import PATIENCE, served
 from kvstore.blocks.spec import Namespace
 from kvstore.client.session import Session
-from kvstore.config import Config, load_config
+from kvstore.config import Config
 
 _SLOT: Final = 4096
 _CHUNK: Final = 4 << 20
@@ -136,15 +136,13 @@ def run(report: Report, *, objects: int, folder: Path | None) -> None:
     room = objects * _SLOT // _CHUNK * _CHUNK + 2 * _CHUNK
     settings: dict[str, Any] = {
         "memory": {"size": room, "chunk": _CHUNK, "prefault": False},
-        "disk": {"path": None},
         "server": {"grpc": None, "http": None, "max_held": 1.0},
     }
     with ExitStack() as stack:
         if folder is not None:
             settings["disk"] = {"path": str(folder / "loop"), "size": 2 * room, "chunk": _CHUNK}
-        daemon = stack.enter_context(served(settings))
-        patience = {f"{what}_timeout": _PATIENCE for what in ("lookup", "load", "save", "connect")}
-        config = load_config(None, {"address": daemon.address, "session": patience})
+        patience = dict.fromkeys(PATIENCE, _PATIENCE)
+        config = stack.enter_context(served(session=patience, **settings)).config
         crew = stack.enter_context(Crew(1, config))
         crew.tell("loop", objects=objects)
         session = stack.enter_context(Session.open(INDEX_ONLY.namespace, [INDEX_ONLY.part], config))

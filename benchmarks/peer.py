@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from kvstore.benchmarks.barestream import BareStream
 from kvstore.benchmarks.engine import Engine, prompt_keys
@@ -15,7 +15,6 @@ from kvstore.benchmarks.figures import BenchmarkError, Report, Run, Samples
 from kvstore.benchmarks.served import served
 from kvstore.benchmarks.shapes import LLAMA_NHD
 from kvstore.client.session import Session
-from kvstore.config import load_config
 
 SHAPE: Final = LLAMA_NHD
 _SECONDS: Final = 60.0
@@ -25,15 +24,11 @@ _NO_IPERF: Final = "iperf3 is not installed: the figures against it are left out
 def run(report: Report, *, size: int, streams: int) -> None:
     """Measure with `size` bytes of blocks and that many data connections."""
     blocks = max(2, size // SHAPE.block_bytes)
-    settings: dict[str, Any] = {
-        # Room for all blocks, and for chunks that hold one.
-        "memory": {"size": max(blocks * 5 // 4, 16) * SHAPE.block_bytes},
-        "server": {"tcp": "127.0.0.1:0", "grpc": None, "http": None},
-    }
-    patience = {"lookup_timeout": 10.0, "load_timeout": _SECONDS, "save_timeout": _SECONDS}
-    with served(settings) as daemon:
-        address = f"tcp://{daemon.faces['tcp']}"
-        config = load_config(None, {"address": address, "session": patience | {"streams": streams}})
+    # Room for all blocks, and for chunks that hold one.
+    memory = {"size": max(blocks * 5 // 4, 16) * SHAPE.block_bytes}
+    faces = {"tcp": "127.0.0.1:0", "grpc": None, "http": None}
+    with served(memory=memory, server=faces, session={"streams": streams}) as daemon:
+        config = daemon.config.model_copy(update={"address": f"tcp://{daemon.faces['tcp']}"})
         with (
             Session.open(SHAPE.namespace, [SHAPE.part], config) as session,
             BareStream(blocks * SHAPE.block_bytes, streams) as bare,

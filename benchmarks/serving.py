@@ -134,8 +134,10 @@ def _serve_connected(
             with setup.engine(contender) as engine:
                 _serve(setup, engine, contender, done)
             return
-        with served({"memory": {"size": memory}}) as daemon:
-            contender = connector(name, address=daemon.address, memory=memory, folder=Path(folder))
+        with served(memory={"size": memory}) as daemon:
+            contender = connector(
+                name, address=str(daemon.config.address), memory=memory, folder=Path(folder)
+            )
             with setup.engine(contender) as engine:
                 _serve(setup, engine, contender, done)
             with setup.engine(contender) as engine:

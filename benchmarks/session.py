@@ -8,8 +8,8 @@ from functools import partial
 from typing import Final
 
 from kvstore.benchmarks.crew import Crew, Taken
-from kvstore.benchmarks.embedded import private_store
 from kvstore.benchmarks.figures import Report
+from kvstore.benchmarks.served import served
 from kvstore.benchmarks.shapes import LLAMA_NHD
 from kvstore.client.session import Session
 
@@ -31,12 +31,12 @@ def run(report: Report, *, size: int, threads: int, clients: Sequence[int] = CLI
     # Room for all blocks, and for chunks that hold one.
     memory = {"size": max(most * 5 // 4, 16) * SHAPE.block_bytes}
     with (
-        private_store(memory, session={"copy_threads": threads}) as config,
-        # It keeps the daemon, and empties it between saves.
-        Session.open(SHAPE.namespace, [SHAPE.part], config) as session,
+        served(memory=memory, session={"copy_threads": threads}) as daemon,
+        # It empties the daemon between saves.
+        Session.open(SHAPE.namespace, [SHAPE.part], daemon.config) as session,
     ):
         for members in clients:
-            with Crew(members, config) as crew:
+            with Crew(members, daemon.config) as crew:
                 for step in sorted({blocks[members], 1}, reverse=True):
                     _measure_copies(report, crew, session, blocks[members], step, threads)
                 session.clear(timeout=_CLEAR_SECONDS)

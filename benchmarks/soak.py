@@ -97,10 +97,9 @@ def _daemon(address: str | None, folder: Path) -> Iterator[tuple[Config, int | N
         yield config, _server_pid(config) if address.startswith("unix://") else None
         return
     with TemporaryDirectory(prefix="kvstore-soak-", dir=folder) as place:
-        tiers = {"memory": {"size": _MEMORY}, "disk": {"path": f"{place}/tier", "size": _DISK}}
-        with served(tiers) as daemon:
-            config = load_config(None, {"address": daemon.address, "session": _PATIENCE})
-            yield config, daemon.pid
+        disk = {"path": f"{place}/tier", "size": _DISK}
+        with served(session=_PATIENCE, memory={"size": _MEMORY}, disk=disk) as daemon:
+            yield daemon.config, daemon.pid
 
 
 def _server_pid(config: Config) -> int:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
-from kvstore.benchmarks.embedded import private_store
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run, Samples
+from kvstore.benchmarks.served import PATIENCE
 from kvstore.benchmarks.shapes import Shape
+from kvstore.client.embedded import socket_path
 from kvstore.client.session import Session
+from kvstore.config import load_config
 from kvstore.memory.arena import Arena
 
 _SECONDS: Final = 60.0
+_POLL: Final = 0.01
 _OWED_IMPORT_SECONDS: Final = 0.1
 _IMPORT: Final = (
     "import time; started = time.perf_counter(); import kvstore; "
@@ -27,7 +34,11 @@ def run(report: Report, shape: Shape, arena: int) -> None:
     with ExitStack() as last:
 
         def start() -> None:
-            config = last.enter_context(private_store({"size": arena}))
+            place = last.enter_context(TemporaryDirectory(prefix="kvstore-bench-"))
+            own = {"address": None, "run_dir": place, "linger_seconds": 0.0}
+            fixed = {"memory": {"size": arena}, "disk": {"path": None}, "session": PATIENCE}
+            config = load_config(None, own | fixed)
+            last.callback(_wait_for_end, socket_path(config).with_suffix(".lock"))
             session = last.enter_context(Session.open(shape.namespace, [shape.part], config))
             if session.problem is not None:
                 raise BenchmarkError(session.problem)
@@ -56,6 +67,18 @@ def run(report: Report, shape: Shape, arena: int) -> None:
         unit="ms",
         against="100 ms, what is owed",
     )
+
+
+def _wait_for_end(lock: Path) -> None:
+    """A daemon holds its lock for life, and removes it at the end."""
+    deadline = time.monotonic() + _SECONDS
+    with suppress(FileNotFoundError), lock.open("r+") as opened:
+        while time.monotonic() < deadline:
+            try:
+                return fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_POLL)
+        raise BenchmarkError("the private daemon did not end")
 
 
 def _import_seconds() -> float:

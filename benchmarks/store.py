@@ -10,12 +10,11 @@ from typing import Final
 from kvstore.benchmarks import starts
 from kvstore.benchmarks.barefile import BareFile, bare_file
 from kvstore.benchmarks.disk import NO_DIRECT
-from kvstore.benchmarks.embedded import private_store
 from kvstore.benchmarks.engine import Engine, prompt_keys
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run
+from kvstore.benchmarks.served import served
 from kvstore.benchmarks.shapes import LLAMA_NHD
 from kvstore.client.session import Session
-from kvstore.config import Config
 
 SHAPE: Final = LLAMA_NHD
 _START_ARENA: Final = 256 << 20
@@ -40,21 +39,21 @@ def _measure_disk(report: Report, folder: Path, blocks: int, threads: int) -> No
     with TemporaryDirectory(prefix="kvstore-bench-", dir=folder) as place:
         disk = {"path": str(Path(place) / "tier"), "size": slab, "threads": threads}
         with (
-            private_store(memory, disk, {"copy_threads": threads}) as config,
+            served(memory=memory, disk=disk, session={"copy_threads": threads}) as daemon,
             bare_file(Path(place), nbytes, threads) as bare,
         ):
             if bare is None:
                 report.note(NO_DIRECT.format(folder))
                 return
             with (
-                Session.open(SHAPE.namespace, [SHAPE.part], config) as session,
-                Engine(SHAPE, blocks, config) as engine,
+                Session.open(SHAPE.namespace, [SHAPE.part], daemon.config) as session,
+                Engine(SHAPE, blocks, daemon.config) as engine,
             ):
-                _measure_evicted(report, session, engine, bare, config)
+                _measure_evicted(report, session, engine, bare, threads)
 
 
 def _measure_evicted(
-    report: Report, session: Session, engine: Engine, bare: BareFile, config: Config
+    report: Report, session: Session, engine: Engine, bare: BareFile, threads: int
 ) -> None:
     prompts = [prompt_keys(session, engine.blocks, seed) for seed in range(_SETS)]
     for prompt in prompts:
@@ -87,6 +86,6 @@ def _measure_evicted(
         shape=SHAPE.name,
         blocks=engine.blocks,
         block_bytes=SHAPE.block_bytes,
-        threads=config.disk.threads,
+        threads=threads,
         against="O_DIRECT read, then the copy",
     )
