@@ -191,7 +191,7 @@ class Daemon:
         _log.warning(
             "%d objects (%s) did not reach the disk before the stop: %s",
             tiering.unwritten,
-            format_size(tiering.writes.wanted_bytes),
+            format_size(tiering.writes.nbytes),
             why or f"server.stop_timeout is {self._config.server.stop_timeout:g} s",
         )
 

@@ -10,8 +10,8 @@ from typing import Final
 from kvstore.config import Config
 from kvstore.memory.arena import Arena
 from kvstore.store.admission import Admission
+from kvstore.store.opening import OpenDisk
 from kvstore.store.store import Store
-from kvstore.store.tiering import OpenDisk
 from kvstore.store.usage import Quota
 
 _ROOM_SECONDS: Final = 5.0

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from kvstore.blocks.spec import Part
 from kvstore.memory.eviction import Node
@@ -57,6 +57,7 @@ class Entry(Node, gc=False, eq=False):
     readers: int = 0
     pins: int = 0
     disk_io: int = 0
+    write: Any = None  # of `WriteBehind`
     waiting: list[Callable[[str | None], None]] | None = None  # for the running promotion
 
     def __post_init__(self) -> None:

@@ -50,17 +50,24 @@ class Background:
         self._waiting: deque[Work[object]] = deque()
 
     def add(self, work: Work[object]) -> None:
-        """Begin with it, after what came before."""
+        """Begin with it; all that there is takes turns."""
         self._waiting.append(work)
         if len(self._waiting) == 1:
             self._go_on()
 
     def _go_on(self) -> None:
-        for _ in range(_STOPS):
+        stops = _STOPS
+        while self._waiting and stops:
+            stops -= 1
             try:
                 next(self._waiting[0])
             except StopIteration:
                 self._waiting.popleft()
-                if not self._waiting:
-                    return
-        self._post(self._go_on)
+            except BaseException:  # An error of ours: what else there is goes on.
+                self._waiting.popleft()
+                if self._waiting:
+                    self._post(self._go_on)
+                raise
+        if self._waiting:
+            self._waiting.rotate(-1)
+            self._post(self._go_on)

@@ -18,8 +18,9 @@ from kvstore.memory.arena import Arena
 from kvstore.memory.slots import Slot
 from kvstore.store.admission import Admission
 from kvstore.store.index import Entry, Lease, LeaseKind, Payer, Saving
+from kvstore.store.opening import OpenDisk
 from kvstore.store.slices import FEW, Work, at_once
-from kvstore.store.tiering import OpenDisk, Tiering
+from kvstore.store.tiering import Tiering
 from kvstore.store.usage import NamespaceUsage, Quota, TenantUsage
 from kvstore.tiers.base import MISS, ObjectName
 from kvstore.transport.protocol import BUSY, DISK, HAVE, MEMORY, NO_ROOM, TIER_NAMES
@@ -827,8 +828,9 @@ class Store:
         self.tiering.admission = rules
 
     def set_quota(self, tenant: str, quota: Quota | None) -> None:
-        """Limit what a tenant may hold; None ends the limit. See `Quotas.set`."""
-        self.tiering.quotas.set(tenant, quota)
+        """Limit what a tenant may hold; what it holds beyond goes now and with the next ticks."""
+        self.usage.set_quota(tenant, quota)
+        self.tiering.enforce_quotas()
 
     # -- upkeep ---------------------------------------------------------------------------------
 
@@ -846,7 +848,7 @@ class Store:
         if not self._expiring:
             self._expiring = True
             self.background.add(self._expire())
-        self.tiering.quotas.enforce()
+        self.tiering.enforce_quotas()
         self.tiering.look_after_disk()
 
     def _expire(self) -> Work[None]:
@@ -870,7 +872,7 @@ class Store:
             "counters": self.counters.snapshot(),
             "histograms": self.histograms.snapshot(),
             "queues": {
-                "write_bytes": self.tiering.writes.bytes_under_way,
+                "write_bytes": self.tiering.bytes_under_way,
                 "write_objects": self.tiering.unwritten,
                 "acquiring": self._acquiring,
             },

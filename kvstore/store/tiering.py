@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from functools import cached_property
 from typing import Any, Final
 
 from kvstore.blocks.spec import Namespace
 from kvstore.clock import Clock
-from kvstore.errors import ConfigError, FormatError
 from kvstore.memory.arena import Arena
 from kvstore.memory.slots import Slot, SlotPool, choose_chunk, slot_policy
 from kvstore.store.admission import Admission
@@ -24,12 +21,12 @@ from kvstore.store.events import EventLog
 from kvstore.store.expiry import Expiry
 from kvstore.store.history import History, Uses
 from kvstore.store.index import Entry, Index
-from kvstore.store.quotas import Quotas
+from kvstore.store.opening import OpenDisk, Opening
 from kvstore.store.slices import FEW, Background, Work, finish
 from kvstore.store.usage import Usage
-from kvstore.store.writebehind import WriteBehind
+from kvstore.store.writebehind import Batch, Watch, WriteBehind
 from kvstore.telemetry import Busy, Counters, Histograms, QuietLog
-from kvstore.tiers.base import Held, Host, Job, ObjectName, State, Tier
+from kvstore.tiers.base import PASSING, Held, Job, ObjectName, State, Tier
 from kvstore.transport.protocol import DISK, MEMORY, TIER_NAMES
 
 _GUESSED_DISK_SECONDS_PER_BYTE: Final = 1 / 1e9
@@ -39,10 +36,10 @@ _BYTES_PER_USE: Final = 1 << 11
 """Of the arena, for every key that is known to have been asked for: 0.4 % of it go into that."""
 
 
-_log = logging.getLogger("kvstore.store")
+_WRITES: Final = 16
+"""Writes without a stop."""
 
-OpenDisk = Callable[[Host], Tier]
-"""Opens the disk tier of a store."""
+_log = logging.getLogger("kvstore.store")
 
 Done = Callable[[str | None], None]
 """Told that a move ended: None, or the reason why it did not happen."""
@@ -85,7 +82,6 @@ class Tiering:
         self.histograms = Histograms()
         self.quiet = QuietLog(_log)
         self.disk: Tier | None = None
-        self.disk_problem: str | None = None
         self.memory: SlotPool[Entry] = SlotPool(
             arena.size,
             chunk or choose_chunk(arena.size),
@@ -98,18 +94,20 @@ class Tiering:
         self.post = post
         self.background = Background(post)
         self.clock = clock
-        self._open_disk = open_disk
-        self._opening = False
-        self._retry_seconds = retry_seconds
-        self._next_open = 0.0
-        self.writes = WriteBehind(self, write_queue)
+        self.writes = WriteBehind(lambda batch: self.background.add(self._written_whole(batch)))
+        self.bytes_under_way = 0
+        self._write_queue = write_queue
+        self._pumping = False
         self._for: Namespace | None = None  # who needs the room that is being made
-        self.quotas = Quotas(self)
+        self._enforcing = False
         self.expiry = Expiry(clock.monotonic)
-        self._closed = False
         self._leaving: dict[ObjectName, Entry] = {}  # gone, but the disk is still at work on them
+        self._opening: Opening | None = None
         if open_disk is not None:
-            self._open_within(stall_seconds)
+            self._opening = Opening(open_disk, self, self._attach, clock, retry_seconds)
+            self.disk = self._opening.within(stall_seconds)
+        if self.disk is not None:
+            finish(self._take_in(self.disk))
 
     # -- places ---------------------------------------------------------------------------------
 
@@ -126,7 +124,7 @@ class Tiering:
 
     def _slot_for(self, entry: Entry) -> tuple[Slot[Entry] | None, str]:
         self._for = entry.name.namespace
-        if not self.quotas.make_room(self._for.tenant, MEMORY, entry.nbytes):
+        if not self._make_room(self._for.tenant, MEMORY, entry.nbytes):
             return None, "quota"
         return self.memory.allocate(entry.nbytes, entry), "no_room"
 
@@ -134,24 +132,37 @@ class Tiering:
         entry.slot = slot
         self.usage.took_memory(entry)
 
-    def write(self, entry: Entry, done: Callable[[Job, str | None], None]) -> str | None:
-        """Begin to write an object to the disk; else says why not. `done` as for `Tier.put`."""
-        assert self.disk is not None
-        assert entry.slot is not None
-        self._for = entry.name.namespace
-        if not self.quotas.make_room(self._for.tenant, DISK, entry.nbytes):
-            return "quota"
-        entry.placed = True
-        entry.disk_io += 1
-        self.usage.took_disk(entry)
-        address = self.arena.address + entry.slot.offset
-        times = self._times_on_disk(entry)
-        self.disk.put([Job(entry.name, address, entry.nbytes, entry.checksum, *times)], done)
-        return None
+    def _make_room(self, tenant: str, tier: int, nbytes: int) -> bool:
+        """Whether a tenant may hold so much more in a tier, its coldest blocks having gone."""
+        account = self.usage.tenants.get(tenant)
+        if account is None:
+            return True
+        share = account.share(tier)
+        if share.limit is not None and nbytes > share.limit:
+            return False
+        for entry in share.coldest(FEW) if share.over(nbytes) else ():
+            if entry.may_leave(tier):
+                self.evict(entry, tier, "quota")
+                if not share.over(nbytes):
+                    break
+        return not share.over(nbytes)
 
-    def waits(self, entry: Entry) -> bool:
-        """The disk is not through yet with another object of this name."""
-        return entry.name in self._leaving
+    def enforce_quotas(self) -> None:
+        """Begin to evict what tenants hold beyond their quotas, as far as it may go now."""
+        if not self._enforcing:
+            self._enforcing = True
+            self.background.add(self._enforce())
+
+    def _enforce(self) -> Work[None]:
+        tenants = self.usage.tenants
+        for tenant in list(self.usage.quotas):
+            for tier in (MEMORY, DISK):
+                over = math.inf
+                while (account := tenants.get(tenant)) and account.share(tier).over() < over:
+                    over = account.share(tier).over()
+                    self._make_room(tenant, tier, 0)
+                    yield
+        self._enforcing = False
 
     # What tiers may ask, see `Host`.
 
@@ -200,7 +211,7 @@ class Tiering:
                 again += [entry for entry in some if self.uses.again(entry.name.key)]
                 yield
             yield from self._writing_in_order(again)
-        elif self._open_disk is not None and self.admission.disk == "all":
+        elif self._opening is not None and self.admission.disk == "all":
             yield from self._writing_in_order(entries)
         self.pump()
 
@@ -211,7 +222,7 @@ class Tiering:
 
     @property
     def _judges_use(self) -> bool:
-        return self._open_disk is not None and self.admission.disk == "reused"
+        return self._opening is not None and self.admission.disk == "reused"
 
     def asked(self, keys: Iterable[bytes]) -> None:
         """A request asks for these blocks, be they here or not."""
@@ -220,29 +231,22 @@ class Tiering:
 
     def _writing_in_order(self, entries: Sequence[Entry]) -> Work[None]:
         """Write blocks of a prompt from the first on; once there, the first is given up last."""
-        left = len(entries)
-
-        def written(_: str | None) -> None:
-            nonlocal left
-            left -= 1
-            if not left:
-                self.background.add(renewing())
-
-        def renewing() -> Work[None]:
-            for number, entry in enumerate(reversed(entries)):
-                if number % FEW == 0:
-                    yield
-                if entry.on_disk and self.disk is not None:
-                    self.disk.touch([entry.name], used=False)
-                    entry.account.tenant.disk.touched(entry)
-
+        batch = Batch(entries)
         for number, entry in enumerate(entries):
             if number % FEW == 0:
                 yield
-            if entry.gone or not entry.in_memory:
-                written(None)
+            if entry.gone or not entry.in_memory or entry.on_disk:
+                self.writes.leave(batch)
             else:
-                self.writes.add(entry, written)
+                self.writes.add(entry, batch=batch)
+
+    def _written_whole(self, batch: Batch) -> Work[None]:
+        for number, entry in enumerate(reversed(batch.entries)):
+            if number % FEW == 0:
+                yield
+            if entry.on_disk and self.disk is not None:
+                self.disk.touch([entry.name], used=False)
+                entry.account.tenant.disk.touched(entry)
 
     def touch(self, entries: Sequence[Entry]) -> None:
         """These entries, in the order of their blocks, were used."""
@@ -276,7 +280,7 @@ class Tiering:
             self.index.remove(entry)
             self.usage.removed(entry)
             self.history.record(entry.name.key, reason, by)
-            self.writes.forget(entry, reason)
+            self.writes.end(entry, reason)
             if entry.placed and entry.disk_io:
                 self._leaving[entry.name] = entry
         self.settle(entry)
@@ -398,7 +402,80 @@ class Tiering:
 
     def pump(self) -> None:
         """Send committed objects to disk, as many bytes at a time as the queue allows."""
-        self.writes.pump()
+        if self.disk is not None and not self._pumping:
+            self._pumping = True
+            self.background.add(self._pump())
+
+    def _pump(self) -> Work[None]:
+        number = 0
+        while (disk := self.disk) is not None and self.bytes_under_way < self._write_queue:
+            entry = self.writes.take(self._held_up) if disk.state.writable else None
+            if entry is None:
+                break
+            self._write(disk, entry)
+            number += 1
+            if number % _WRITES == 0:
+                yield
+        self._pumping = False
+
+    def _held_up(self, entry: Entry) -> bool:
+        """The disk is not through yet with another object of this name."""
+        return entry.name in self._leaving
+
+    def _write(self, disk: Tier, entry: Entry) -> None:
+        assert entry.slot is not None
+        self._for = entry.name.namespace
+        if not self._make_room(self._for.tenant, DISK, entry.nbytes):
+            self.counters.add("write.dropped", "quota")
+            self.writes.end(entry, "quota")
+            return
+        started = self.clock.monotonic()
+
+        def done(job: Job, error: str | None) -> None:
+            seconds = self.clock.monotonic() - started
+            self.post(lambda: self._written(disk, job, entry, error, seconds))
+
+        self.bytes_under_way += entry.nbytes
+        entry.placed = True
+        entry.disk_io += 1
+        self.usage.took_disk(entry)
+        address = self.arena.address + entry.slot.offset
+        times = self._times_on_disk(entry)
+        disk.put([Job(entry.name, address, entry.nbytes, entry.checksum, *times)], done)
+
+    def _written(
+        self, disk: Tier, job: Job, entry: Entry, error: str | None, seconds: float
+    ) -> None:
+        disk.settled(job, error)
+        entry.disk_io -= 1
+        self.bytes_under_way -= entry.nbytes
+        if error is None and self.disk is not disk:
+            error = "io_error"  # Another one comes.
+        if error is None:
+            entry.checksum = job.checksum
+            entry.on_disk = True
+            self.counters.add("write.bytes", by=entry.nbytes)
+            self.histograms.observe("seconds.disk_write", seconds)
+            self.histograms.observe("bytes.disk_write", entry.nbytes)
+            if not entry.gone:
+                self.events.arrived(entry.name.namespace, entry.name.key, DISK)
+            self.writes.end(entry, None)
+        else:
+            self._write_failed(entry, error)
+        self.settle(entry)
+        self.pump()
+
+    def _write_failed(self, entry: Entry, error: str) -> None:
+        self.counters.add("write.dropped" if error == "no_room" else "write.failed", error)
+        self.free_place(entry)
+        if error == "corrupt":
+            self.quiet.warning("memory", "a block changed while in memory; it is dropped")
+            self.discard(entry, "damaged")
+        elif error in PASSING and not entry.gone:
+            self.quiet.warning("disk", "writes to disk pause: %s", self.problem or error)
+            self.writes.again(entry, error)
+        else:
+            self.writes.end(entry, error)
 
     def _times_on_disk(self, entry: Entry) -> tuple[int, int]:
         """When an object was made and expires, as the disk is told now."""
@@ -419,94 +496,37 @@ class Tiering:
         """Why the disk does not take what it is given, if it does not."""
         return self.disk_problem if self.disk is None else self.disk.state.problem
 
+    def watch_writes(self, sees: Callable[[str], bool]) -> Watch:
+        """Counts down what tenants that one sees wait for now; end it with `writes.end_watch`."""
+        seen = (tenant for name, tenant in self.usage.tenants.items() if sees(name))
+        return self.writes.watch(sees, sum(tenant.unwritten for tenant in seen))
+
     @property
     def unwritten(self) -> int:
         """Committed objects that are on their way to disk, or wait for it."""
-        return len(self.writes)
+        return self.writes.objects
 
     # -- the disk tier comes and goes -------------------------------------------------------------
 
     def look_after_disk(self) -> None:
         """Open the disk tier again if it is time; call now and then."""
-        if self.disk is not None and self.disk.state.gone and not self._opening:
-            self._detach(self.disk)
-        missing = self.disk is None and self._open_disk is not None
-        if missing and not self._opening and self.clock.monotonic() >= self._next_open:
-            self._opening = True
-            self._open().add_done_callback(self._opened)
+        if self._opening is not None:
+            if self.disk is not None and self.disk.state.gone:
+                # Forget what it held, and write what is still in memory to a new one.
+                lost, self.disk = self.disk, None
+                self._opening.lose(lost, lambda: self.background.add(self._forget_disk()))
+            elif self.disk is None:
+                self._opening.retry()
         self.pump()
 
-    def _open_within(self, seconds: float) -> None:
-        """Open it at the start, and go on without, should it not answer."""
-        opened = self._open()
-        try:
-            self._attach(*opened.result(seconds))
-        except TimeoutError:
-            self._opening = True
-            self.disk_problem = f"it cannot be opened: it has not answered for {seconds:g} s"
-            _log.warning("no disk tier: %s; going on without", self.disk_problem)
-            opened.add_done_callback(self._opened)
-        if self.disk is not None:
-            finish(self._take_in(self.disk))
+    @property
+    def disk_problem(self) -> str | None:
+        """Why there is no disk tier, if there should be one."""
+        return None if self._opening is None else self._opening.problem
 
-    def _open(self) -> Future[tuple[Tier | None, str | None]]:
-        """The disk, or why there is none, by a thread of its own."""
-        assert self._open_disk is not None
-        open_disk = self._open_disk
-        opened: Future[tuple[Tier | None, str | None]] = Future()
-
-        def work() -> None:
-            try:
-                opened.set_result((open_disk(self), None))
-            except (OSError, FormatError) as e:
-                opened.set_result((None, str(e)))
-            except Exception as e:
-                opened.set_exception(e)
-                if not isinstance(e, ConfigError):
-                    raise
-
-        threading.Thread(target=work, name="kvstore-open", daemon=True).start()
-        return opened
-
-    def _opened(self, opened: Future[tuple[Tier | None, str | None]]) -> None:
-        error = opened.exception()
-        if error is None:
-            disk, problem = opened.result()
-        else:
-            ours = "an error of ours; the log tells more"
-            disk, problem = None, str(error) if isinstance(error, ConfigError) else ours
-        self.post(lambda: self._attach(disk, problem, later=True))
-
-    def _attach(self, disk: Tier | None, problem: str | None, *, later: bool = False) -> None:
-        self._opening = False
-        self._next_open = self.clock.monotonic() + self._retry_seconds
-        if disk is not None and self._closed:
-            disk.close()
-            return
-        if disk is None:
-            if problem != self.disk_problem:
-                _log.warning("no disk tier: %s; going on without, trying again", problem)
-            self.disk_problem = problem
-            return
-        self.disk_problem = None
+    def _attach(self, disk: Tier) -> None:
         self.disk = disk
-        if later:
-            self.background.add(self._take_in(disk))
-
-    def _detach(self, disk: Tier) -> None:
-        """Its medium is gone: forget what it held, and write what is still in memory to a new one.
-
-        Nothing is opened before that is done.
-        """
-        self._opening = True
-        self.disk, self.disk_problem = None, disk.state.problem
-        self._next_open = self.clock.monotonic()
-
-        def close() -> None:
-            disk.close()
-            self.post(lambda: self.background.add(self._forget_disk()))
-
-        threading.Thread(target=close, name="kvstore-close", daemon=True).start()
+        self.background.add(self._take_in(disk))
 
     def _forget_disk(self) -> Work[None]:
         for number, entry in enumerate(self.index):
@@ -519,7 +539,8 @@ class Tiering:
                     self.writes.add(entry)
                 else:
                     self.discard(entry, "lost")
-        self._opening = False
+        assert self._opening is not None
+        self._opening.found()
 
     def _take_in(self, disk: Tier) -> Work[None]:
         """Index what was on disk when it was opened."""
@@ -527,7 +548,7 @@ class Tiering:
             self._take(disk, held)
             if number % FEW == 0:
                 yield
-        self.quotas.enforce()
+        self.enforce_quotas()
         self.pump()
 
     def _take(self, disk: Tier, found: Held) -> None:
@@ -560,8 +581,9 @@ class Tiering:
 
     def close(self) -> None:
         """Let go of the disk; objects in memory are gone with the arena. May block."""
-        self._closed = True
         self.writes.stop()
+        if self._opening is not None:
+            self._opening.close()
         if self.disk is not None:
             self.disk.close()
 
@@ -574,7 +596,7 @@ class Tiering:
             "disk": None if state is None else _tier_stats(state),
             "disk_problem": self.disk_problem,
             "unwritten": self.unwritten,
-            "writing_bytes": self.writes.bytes_under_way,
+            "writing_bytes": self.bytes_under_way,
             "pinned_bytes": self.usage.pinned_bytes,
         }
 

@@ -91,7 +91,10 @@ class TierShare:
 class TenantUsage:
     """What a tenant holds."""
 
-    __slots__ = ("disk", "held_bytes", "memory", "namespaces", "objects", "parts", "pinned_bytes")
+    __slots__ = (
+        "disk", "held_bytes", "memory", "namespaces", "objects", "parts", "pinned_bytes",
+        "unwritten",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.namespaces = self.objects = 0
@@ -100,6 +103,7 @@ class TenantUsage:
         self.disk = TierShare("disk_copy")
         self.held_bytes = 0  # being saved or read, so that they cannot leave memory
         self.pinned_bytes = 0
+        self.unwritten = 0  # objects that are on their way to disk
 
     def share(self, tier: int) -> TierShare:
         """What it holds in a tier."""
@@ -207,6 +211,17 @@ class Usage:
     def pinned(self, entry: Counted, by: int) -> None:
         """The entry's first pin came (1) or its last one ended (-1)."""
         entry.account.tenant.pinned_bytes += by * entry.nbytes
+
+    def set_quota(self, tenant: str, quota: Quota | None) -> None:
+        """Limit what a tenant may hold; None ends the limit."""
+        quota = quota or Quota()
+        if quota == Quota():
+            self.quotas.pop(tenant, None)
+        else:
+            self.quotas[tenant] = quota
+        account = self.tenant(tenant)
+        account.memory.limit, account.disk.limit = quota.memory, quota.disk
+        self.close_tenant_if_empty(tenant)
 
     def close_tenant_if_empty(self, name: str) -> None:
         """Forget a tenant that has neither blocks nor a quota."""

@@ -1,145 +1,140 @@
-"""Write-behind: committed objects on their way from memory to disk.
+"""Write-behind: which objects are on their way from memory to the tier below, in their order.
 
-Owned by the store's loop. Objects wait in order; so many bytes are under way at a time.
+Belongs to the store's loop; nothing is thread-safe.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
+from kvstore.memory.eviction import Node, Ring
 from kvstore.store.index import Entry
-from kvstore.tiers.base import PASSING, Job, Tier
-from kvstore.transport.protocol import DISK
-
-if TYPE_CHECKING:
-    from kvstore.store.tiering import Tiering
+from kvstore.store.slices import FEW
 
 Written = Callable[[str | None], None]
-"""Told that an object is on disk: None, or the reason why it will not be."""
+"""Told that an object is there: None, or the reason why it will not be."""
+
+
+class Batch:
+    """Blocks of a prompt, in their order, of which `left` are not written yet."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = entries
+        self.left = len(entries)
+
+
+class Write(Node, gc=False, eq=False):
+    """An object that is to be written; marked while it waits for its turn."""
+
+    entry: Entry
+    number: int
+    batch: Batch | None = None
+    done: list[Written] | None = None
+
+
+class Watch:
+    """Counts down to when all is written that was wanted by now, of the tenants that one sees."""
+
+    def __init__(self, sees: Callable[[str], bool], last: int, left: int) -> None:
+        self.sees = sees
+        self.last = last
+        self.left = left
 
 
 class WriteBehind:
     """Objects that are to be written, and those that are being written.
 
-    Args:
-        tiering: whose objects they are.
-        limit: bytes under way at most; what is committed beyond waits in memory.
+    `whole` is told of every batch that has been written, or of which nothing is left to write.
     """
 
-    def __init__(self, tiering: Tiering, limit: int) -> None:
-        self._tiering = tiering
-        self._limit = limit
-        self._backlog: dict[Entry, None] = {}  # in the order they are to be written
-        self._wanted: dict[Entry, int] = {}  # numbered in the order they came
-        self.last = 0
-        """Number of the latest."""
-        self._waiting: dict[Entry, list[Written]] = {}
-        self.bytes_under_way = 0
-
-    def __len__(self) -> int:
-        return len(self._wanted)
-
-    @property
-    def wanted_bytes(self) -> int:
-        """Of all that is to be written."""
-        return sum(entry.nbytes for entry in self._wanted)
-
-    def up_to(self, number: int) -> Iterator[Entry]:
-        """The objects numbered up to `number` that are not written yet."""
-        wanted = self._wanted.items()
-        return (entry for entry, _ in itertools.takewhile(lambda item: item[1] <= number, wanted))
+    def __init__(self, whole: Callable[[Batch], None]) -> None:
+        self._whole = whole
+        self._waiting: Ring[Write] = Ring()
+        self._watches: set[Watch] = set()
+        self._last = 0
+        self._stopped = False
+        self.objects = self.nbytes = 0
 
     def __contains__(self, entry: Entry) -> bool:
-        return entry in self._wanted
+        return entry.write is not None
 
-    def add(self, entry: Entry, done: Written | None = None) -> None:
-        """Write an object that is in memory and not on disk; `done` is told what came of it."""
+    def add(self, entry: Entry, done: Written | None = None, batch: Batch | None = None) -> None:
+        """Write an object that is in memory and not below; `done` is told what came of it."""
+        write: Write | None = entry.write
+        if write is None:
+            self._last += 1
+            write = entry.write = Write(entry, self._last)
+            self._wait(write)
+            self.objects += 1
+            self.nbytes += entry.nbytes
+            entry.account.tenant.unwritten += 1
         if done is not None:
-            self._waiting.setdefault(entry, []).append(done)
-        if entry not in self._wanted:
-            self.last += 1
-            self._wanted[entry] = self.last
-            self._backlog[entry] = None
+            write.done = [*(write.done or ()), done]
+        if batch is not None and write.batch is None:
+            write.batch = batch
+        elif batch is not None:
+            self.leave(batch)
 
-    def forget(self, entry: Entry, reason: str) -> None:
-        """The object need not be written any more."""
-        self._wanted.pop(entry, None)
-        self._backlog.pop(entry, None)
-        self._tell(entry, reason)
+    def leave(self, batch: Batch) -> None:
+        """One block of the batch less is to be written."""
+        batch.left -= 1
+        if not batch.left:
+            self._whole(batch)
+
+    def take(self, held_up: Callable[[Entry], bool]) -> Entry | None:
+        """The next one to write; those that are held up wait on."""
+        for _ in range(0 if self._stopped else min(FEW, len(self._waiting))):
+            write = self._waiting.oldest
+            self._waiting.remove(write)
+            if not held_up(write.entry):
+                write.mark = False
+                return write.entry
+            self._waiting.add(write)
+        return None
+
+    def again(self, entry: Entry, error: str) -> None:
+        """It failed, and is to be tried again; who waits for it may have waited long enough."""
+        write: Write | None = entry.write
+        if write is not None:
+            self._wait(write)
+            self._tell(write, error)
+
+    def end(self, entry: Entry, error: str | None) -> None:
+        """It is written, or need not be written any more."""
+        write: Write | None = entry.write
+        if write is None:
+            return
+        entry.write = None
+        if write.mark:
+            self._waiting.remove(write)
+        self.objects -= 1
+        self.nbytes -= entry.nbytes
+        entry.account.tenant.unwritten -= 1
+        for watch in self._watches:
+            watch.left -= write.number <= watch.last and watch.sees(entry.name.namespace.tenant)
+        self._tell(write, error)
+        if write.batch is not None:
+            self.leave(write.batch)
 
     def stop(self) -> None:
         """Begin no more writes."""
-        self._backlog.clear()
+        self._stopped = True
 
-    def pump(self) -> None:
-        """Send waiting objects to disk, as many bytes at a time as the limit allows."""
-        tiering = self._tiering
-        disk = tiering.disk
-        while disk is not None and self._backlog and disk.state.writable:
-            if self.bytes_under_way >= self._limit:
-                return
-            entry = next((e for e in self._backlog if not tiering.waits(e)), None)
-            if entry is None:
-                return
-            del self._backlog[entry]
-            self._write(disk, entry)
+    def watch(self, sees: Callable[[str], bool], unwritten: int) -> Watch:
+        """A count of what tenants that one sees wait for, `unwritten` objects; end it."""
+        watch = Watch(sees, self._last, unwritten)
+        self._watches.add(watch)
+        return watch
 
-    def _write(self, disk: Tier, entry: Entry) -> None:
-        tiering = self._tiering
-        started = tiering.clock.monotonic()
+    def end_watch(self, watch: Watch) -> None:
+        """Nobody looks at it any more."""
+        self._watches.discard(watch)
 
-        def done(job: Job, error: str | None) -> None:
-            seconds = tiering.clock.monotonic() - started
-            tiering.post(lambda: self._written(disk, job, entry, error, seconds))
+    def _wait(self, write: Write) -> None:
+        write.mark = True
+        self._waiting.add(write)
 
-        self.bytes_under_way += entry.nbytes
-        reason = tiering.write(entry, done)
-        if reason is not None:
-            self.bytes_under_way -= entry.nbytes
-            tiering.counters.add("write.dropped", reason)
-            self.forget(entry, reason)
-
-    def _written(
-        self, disk: Tier, job: Job, entry: Entry, error: str | None, seconds: float
-    ) -> None:
-        tiering = self._tiering
-        disk.settled(job, error)
-        entry.disk_io -= 1
-        self.bytes_under_way -= entry.nbytes
-        if error is None and tiering.disk is not disk:
-            error = "io_error"  # Another one comes.
-        if error is None:
-            entry.checksum = job.checksum
-            entry.on_disk = True
-            tiering.counters.add("write.bytes", by=entry.nbytes)
-            tiering.histograms.observe("seconds.disk_write", seconds)
-            tiering.histograms.observe("bytes.disk_write", entry.nbytes)
-            if not entry.gone:
-                tiering.events.arrived(entry.name.namespace, entry.name.key, DISK)
-            self._wanted.pop(entry, None)
-            self._tell(entry, None)
-        else:
-            self._failed(entry, error)
-        tiering.settle(entry)
-        self.pump()
-
-    def _failed(self, entry: Entry, error: str) -> None:
-        tiering = self._tiering
-        tiering.counters.add("write.dropped" if error == "no_room" else "write.failed", error)
-        tiering.free_place(entry)
-        if error == "corrupt":
-            tiering.quiet.warning("memory", "a block changed while in memory; it is dropped")
-            tiering.discard(entry, "damaged")
-        elif error in PASSING and not entry.gone:
-            problem = tiering.disk.state.problem if tiering.disk is not None else error
-            tiering.quiet.warning("disk", "writes to disk pause: %s", problem or error)
-            self._backlog[entry] = None
-            self._tell(entry, error)  # Who waits for it may have waited long enough.
-        else:
-            self.forget(entry, error)
-
-    def _tell(self, entry: Entry, error: str | None) -> None:
-        for done in self._waiting.pop(entry, ()):
+    def _tell(self, write: Write, error: str | None) -> None:
+        waiting, write.done = write.done or (), None
+        for done in waiting:
             done(error)

@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 from array import array
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Final
 
@@ -452,22 +452,21 @@ class SessionConnection(asyncio.Protocol):
         async def wait() -> None:
             loop = asyncio.get_running_loop()
             until = loop.time() + min(max(request.wait, 0.0), protocol.MAX_WAIT)
-            writes = self._store.tiering.writes
-            seen = self.grant.sees
-            last = writes.last  # What is saved from here on is not waited for.
-
-            def unwritten() -> Iterator[Entry]:
-                return (e for e in writes.up_to(last) if seen(e.name.namespace.tenant))
-
-            while next(unwritten(), None) is not None and loop.time() < until:
-                await asyncio.sleep(_FLUSH_POLL)
-            disk = self._store.tiering.disk
-            synced = False  # Without a disk nothing would survive.
-            if disk is not None and self._store.admission.disk != "none":
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout_at(until):
-                        synced = await asyncio.to_thread(disk.flush, until - loop.time())
-            left = sum(1 for _ in unwritten())
+            tiering = self._store.tiering
+            # What is saved from here on is not waited for.
+            watch = tiering.watch_writes(self.grant.sees)
+            try:
+                while watch.left and loop.time() < until:
+                    await asyncio.sleep(_FLUSH_POLL)
+                disk = tiering.disk
+                synced = False  # Without a disk nothing would survive.
+                if disk is not None and self._store.admission.disk != "none":
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout_at(until):
+                            synced = await asyncio.to_thread(disk.flush, until - loop.time())
+            finally:
+                tiering.writes.end_watch(watch)
+            left = watch.left
             self._reply(request_id, protocol.Flushed(left if synced or left else -1))
 
         self._start(wait)

@@ -87,7 +87,7 @@ def test_a_disk_that_cannot_be_opened_for_an_error_of_ours_is_tried_again(
     (tmp_path / "disk").unlink()
     threading.excepthook = lambda _: None  # It dies of it, and that is heard.
     with monkeypatch.context() as odd:
-        odd.setattr(tiering, "_open_disk", lambda _: 1 // 0)
+        odd.setattr(tiering._opening, "_open_disk", lambda _: 1 // 0)
         bench.now = 10.0
         bench.store.tick()
         bench.posted.get(timeout=5)()
