@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from kvstore.blocks.spec import Described, Group, Layout, ModelIdentity, Namespace, Opaque, Part
 from kvstore.client.channel import Channel
+from kvstore.client.client import Client
 from kvstore.client.session import Session
 from kvstore.config import Config, load_config
 from kvstore.copier.base import PagedMemory, PlaneMemory
@@ -209,7 +210,9 @@ class Served:
         return load_config(overrides=settings)
 
     def session(self, part: Part = PART, tenant: str = "", **settings: Any) -> Session:
-        return Session.open(namespace(tenant), [part], self.config(**settings))
+        """With a client of its own, as if it were in another process."""
+        client = Client(self.config(**settings))
+        return Session.open(namespace(tenant), [part], client=client)
 
     def channel(self) -> Channel:
         return Channel.connect(self.socket, PATIENCE)

@@ -11,6 +11,7 @@ from typing import Any
 
 from kvstore.blocks.spec import Part
 from kvstore.client.channel import Channel
+from kvstore.client.client import Client
 from kvstore.client.session import Session
 from kvstore.config import Config, load_config
 from kvstore.transport import protocol
@@ -39,7 +40,8 @@ def tcp_session(
     **session: Any,
 ) -> Session:
     chosen = [parts] if isinstance(parts, Part) else list(parts)
-    return Session.open(namespace(tenant), chosen, tcp_config(served, address, **session))
+    client = Client(tcp_config(served, address, **session))
+    return Session.open(namespace(tenant), chosen, client=client)
 
 
 def tls_settings(folder: Path) -> dict[str, dict[str, str]]:

@@ -106,9 +106,7 @@ class Sessions:
     def _connect(self, tenant: str) -> Session:
         namespace = Namespace(self._namespace.model, tenant, self._namespace.block_tokens)
         try:
-            session = Session.open(
-                namespace, self._parts, self._config, copier=self._copier, like=self._first
-            )
+            session = Session.open(namespace, self._parts, self._config, copier=self._copier)
         except REFUSED as e:
             self._quiet.warning("refused", "no session for tenant %r: %s", tenant, e)
             with self._lock:

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+from weakref import ref
 
 from kvstore.client.watch import WATCH
 from kvstore.errors import ProtocolError, StoreUnavailable
@@ -53,6 +54,9 @@ class Channel:
         self._broken: str | None = None
         self._users = 0
         self._retired = False
+        self.handles: dict[int, ref[Any]] = {}
+        """Sessions by what stands for them here; the client's."""
+
         self._lost: Callable[[Channel, str], object] | None = None
         in_child(self, Channel._forked)
 

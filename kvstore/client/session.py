@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from kvstore.blocks.keys import block_keys, join_keys, token_array
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.client.channel import Channel
-from kvstore.client.link import Link
-from kvstore.client.planner import LoadPlan, Planner
+from kvstore.client.client import Client, View
+from kvstore.client.planner import LoadPlan
 from kvstore.client.transfer import About, Gates, Loaded, Saved, Transfer
 from kvstore.config import Config, load_config
 from kvstore.copier.base import Copier, PagedMemory
-from kvstore.copier.cpu import CpuCopier
 from kvstore.errors import SpecError
-from kvstore.forks import in_child
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Cost, Message, Release, Reply
 
@@ -59,13 +57,15 @@ class Lookup:
 class Pin:
     """Blocks that stay until `release`, the end of their time, or of the session."""
 
-    def __init__(self, channel: Channel | None, lease: int, blocks: int) -> None:
+    def __init__(self, view: View, channel: Channel | None, lease: int, blocks: int) -> None:
         self.blocks = blocks
+        self._view = view
         self._channel = channel
         self._lease = lease
 
     def release(self) -> None:
         """Let them be evicted again."""
+        self._view.leases.discard(self._lease)
         if self._channel is not None and self._channel.broken is None:
             self._channel.notify(Release(self._lease))
         self._channel = None
@@ -75,16 +75,16 @@ class Session:
     """A client of one store for one namespace; thread-safe.
 
     Use `Session.open`. `parts` says what is stored of every block: one part per group and shard
-    that this process reads and writes.
+    that this process reads and writes. All sessions of a process with the same configuration share
+    a `Client`, that is the connection, what was measured, and the counters.
     """
 
     def __init__(
         self,
         namespace: Namespace,
         parts: Sequence[Part],
-        config: Config,
+        client: Client,
         copier: Copier | None = None,
-        like: Session | None = None,
     ) -> None:
         if not parts or len(parts) > protocol.MAX_PARTS:
             raise SpecError(f"a session needs 1 to {protocol.MAX_PARTS} parts, not {len(parts)}")
@@ -94,30 +94,11 @@ class Session:
         self.parts = tuple(parts)
         self.block_tokens = namespace.block_tokens
         self.block_bytes = sum(part.nbytes(namespace.block_tokens) for part in parts)
-        self._config = config
-        self._copier = copier or CpuCopier(_copy_threads(config))
-        self._begin(like)
-        in_child(self, Session._forked)
-
-    def _begin(self, like: Session | None = None) -> None:
-        """Everything that a fork leaves to the parent."""
-        config = self._config
-        self._link = Link(self.namespace, self.parts, config, self._copier)
-        self.counters = self._link.counters
-        self._planner: Planner = Planner(config.planner.mode) if like is None else like._planner
-        self._transfer = Transfer(
-            self._link,
-            self.parts,
-            self.block_tokens,
-            self._copier,
-            config.session.checksum,
-            self._planner.loaded,  # no way back to here: a session that is dropped ends at once
-        )
-
-    def _forked(self) -> None:
-        parents = self._link
-        self._begin()
-        self._link.after_fork(parents)
+        self.counters = client.counters
+        self._config = client.config
+        self._client = client
+        self._view = View(namespace, self.parts, copier or client.copier)
+        self._transfer = Transfer(client, self.parts, self.block_tokens, self._view.copier)
 
     @classmethod
     def open(
@@ -127,23 +108,20 @@ class Session:
         config: Config | None = None,
         *,
         copier: Copier | None = None,
-        like: Session | None = None,
+        client: Client | None = None,
     ) -> Self:
         """A session with the configured daemon, or with a private one started on demand.
 
-        A daemon that is away is no error: the session finds nothing until it comes. What loading
-        and computing cost is shared with the session `like`, of another tenant, say.
+        A daemon that is away is no error: the session finds nothing until it comes. Without a
+        `client` it is the process's for this configuration.
 
         Raises:
             SpecError: the parts are not valid, or the store can never hold such blocks.
             ConfigError: the configuration is not usable.
         """
-        session = cls(namespace, parts, config or load_config(), copier, like)
-        try:
-            session._link.open()
-        except BaseException:
-            session.close()
-            raise
+        client = client or Client.of_process(config or load_config())
+        session = cls(namespace, parts, client, copier)
+        client.open(session._view)
         return session
 
     # -- what a caller does -----------------------------------------------------------------------
@@ -169,16 +147,16 @@ class Session:
         if not keys:
             return Lookup(0, (), None, 0.0)
         seconds = _seconds(timeout, self._config.session.lookup_timeout)
-        with self._link.using() as link:
+        with self._client.using(self._view) as link:
             if link is None:
                 return Lookup(0, (), "unavailable", 0.0)
             channel, handle = link
-            reply = self._link.call(channel, protocol.Lookup(handle, joined, again), seconds)
+            reply = self._client.call(channel, protocol.Lookup(handle, joined, again), seconds)
         if not isinstance(reply, protocol.Found):
             return Lookup(0, (), "unavailable", 0.0)
         tiers = channel.tiers(reply.tiers[: len(keys)])
         costs = reply.costs_by_name(channel.tier_names)
-        takes = self._planner.load_seconds(tiers, costs, self.block_bytes)
+        takes = self._client.planner.load_seconds(tiers, costs, self.block_bytes)
         return Lookup(len(tiers), tiers, reply.reason or None, takes, costs)
 
     def plan(
@@ -189,7 +167,7 @@ class Session:
         Arguments as for `lookup`.
         """
         found = self.lookup(keys, timeout=timeout, again=again)
-        plan = self._planner.plan(
+        plan = self._client.planner.plan(
             found.tiers,
             found.costs,
             block_tokens=self.block_tokens,
@@ -207,11 +185,11 @@ class Session:
 
         For a session that only plans; one that loads takes its own times.
         """
-        self._planner.loaded(blocks * self.block_bytes, seconds)
+        self._client.planner.loaded(blocks * self.block_bytes, seconds)
 
     def report_prefill(self, tokens: int, seconds: float) -> None:
         """Tell the planner that the engine computed `tokens` prompt tokens in `seconds`."""
-        self._planner.computed(tokens, seconds)
+        self._client.planner.computed(tokens, seconds)
 
     def load(
         self,
@@ -240,7 +218,7 @@ class Session:
         result = Loaded()
         gates = Gates(after, then)
         try:
-            with self._link.using() as link:
+            with self._client.using(self._view) as link:
                 if link is None:
                     result.reason = "unavailable"
                     return result
@@ -290,7 +268,7 @@ class Session:
         started = time.monotonic()
         wait = _seconds(timeout, self._config.session.save_timeout)
         result = Saved()
-        with self._link.using() as link:
+        with self._client.using(self._view) as link:
             if link is None:
                 result.dropped, result.reason = len(keys), "unavailable"
             else:
@@ -313,17 +291,18 @@ class Session:
     def pin(self, keys: Sequence[bytes], *, ttl: float = 300.0) -> Pin:
         """Keep a prefix from eviction for `ttl` seconds, or until released or closed."""
         joined, ttl = join_keys(keys[: protocol.MAX_KEYS]), _seconds(ttl, longest=_AGES)
-        lease = next(self._transfer.leases)
-        with self._link.using() as link:
+        lease = next(self._client.leases)
+        with self._client.using(self._view) as link:
             if link is not None:
                 channel, handle = link
                 request = protocol.Pin(handle, lease, joined, ttl)
-                reply = self._link.call(
+                reply = self._client.call(
                     channel, request, self._config.session.lookup_timeout, lease=lease
                 )
                 if isinstance(reply, protocol.Count):
-                    return Pin(channel, lease, reply.blocks)
-        return Pin(None, lease, 0)
+                    self._view.leases.add(lease)
+                    return Pin(self._view, channel, lease, reply.blocks)
+        return Pin(self._view, None, lease, 0)
 
     def clear(self, *, timeout: float = 10.0) -> int:
         """Remove what the store has of this namespace and nobody holds; returns how many objects.
@@ -343,7 +322,7 @@ class Session:
         return reply.unwritten if isinstance(reply, protocol.Flushed) else -1
 
     def stats(self) -> dict[str, Any]:
-        """What the daemon says of itself, with this session's counters under `session`."""
+        """What the daemon says of itself, with the client's counters under `session`."""
         reply = self._request(lambda _: protocol.Stats(), self._config.session.connect_timeout)
         known = json.loads(reply.text) if isinstance(reply, protocol.StatsReply) else {}
         return known | {"session": self.counters.snapshot(), "problem": self.problem}
@@ -351,11 +330,11 @@ class Session:
     @property
     def problem(self) -> str | None:
         """Why the store cannot be used now; None while it can."""
-        return self._link.problem
+        return self._client.problem(self._view)
 
     def close(self) -> None:
         """End the session; what it holds is released once running copies are done."""
-        self._link.close()
+        self._client.close(self._view)
 
     def __enter__(self) -> Self:
         return self
@@ -364,11 +343,11 @@ class Session:
         self.close()
 
     def _request(self, make: Callable[[int], Message], timeout: float) -> Reply | None:
-        with self._link.using() as link:
+        with self._client.using(self._view) as link:
             if link is None:
                 return None
             channel, handle = link
-            return self._link.call(channel, make(handle), timeout)
+            return self._client.call(channel, make(handle), timeout)
 
 
 def _seconds(given: float | None, otherwise: float = 0.0, longest: float = _WEEK) -> float:
@@ -377,9 +356,3 @@ def _seconds(given: float | None, otherwise: float = 0.0, longest: float = _WEEK
     if not isinstance(seconds, Real) or not (seconds < 0 or seconds >= 0):  # NaN is neither
         raise SpecError(f"{seconds!r} is no time; give seconds")
     return float(min(max(seconds, 0.0), longest))
-
-
-def _copy_threads(config: Config) -> int:
-    """Threads per copy; over TCP every connection already has one that copies."""
-    remote = config.address is not None and not config.address.startswith("unix://")
-    return 1 if remote and config.session.streams > 1 else config.session.copy_threads

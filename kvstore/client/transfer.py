@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ import numpy as np
 from kvstore.blocks.keys import join_keys
 from kvstore.blocks.spec import Part
 from kvstore.client.channel import Channel
-from kvstore.client.link import Link
+from kvstore.client.client import Client
 from kvstore.copier.base import Copier, PagedMemory
 from kvstore.errors import SpecError, StoreUnavailable
 from kvstore.transport import protocol
@@ -100,22 +99,18 @@ class Transfer:
 
     def __init__(
         self,
-        link: Link,
+        client: Client,
         parts: tuple[Part, ...],
         block_tokens: int,
         copier: Copier,
-        verify: bool,
-        copied: Callable[[int, float], None],
     ) -> None:
-        self.leases = itertools.count(1)
-        self._link = link
+        self._client = client
         self._parts = parts
         self._block_tokens = block_tokens
         self._part_bytes = tuple(part.nbytes(block_tokens) for part in parts)
         self._block_bytes = sum(self._part_bytes)
         self._copier = copier
-        self._verify = verify
-        self._copied = copied
+        self._verify = client.config.session.checksum
 
     def load(
         self,
@@ -138,12 +133,12 @@ class Transfer:
         found = bytearray()  # where each block lay before this load moved it
         while result.blocks < len(keys):
             first = result.blocks
-            lease = next(self.leases)
+            lease = next(self._client.leases)
             wait = min(max(0.0, deadline - time.monotonic()), protocol.MAX_WAIT)
             joined = b"".join(keys[first : first + step])
             request = protocol.Acquire(handle, lease, joined, wait, enough)
             # The daemon answers at the deadline with what it has; give that time to arrive.
-            reply = self._link.call(channel, request, wait + LATE_SECONDS, lease=lease)
+            reply = self._client.call(channel, request, wait + LATE_SECONDS, lease=lease)
             if not isinstance(reply, Held):
                 result.reason = "unavailable"
                 break
@@ -185,11 +180,11 @@ class Transfer:
                 self._load_part(channel, lease, incoming, column, memory, page_ids, deadline, gates)
         except StoreUnavailable as e:
             incoming.reason = _reason_of(e)
-            self._link.quiet.warning("load", "blocks did not come: %s", e)
+            self._client.quiet.warning("load", "blocks did not come: %s", e)
         if incoming.damaged:
             incoming.reason = "checksum"
-            self._link.quiet.warning("checksum", "a block was damaged on its way; not used")
-        self._copied(incoming.good * self._block_bytes, time.monotonic() - started)
+            self._client.quiet.warning("checksum", "a block was damaged on its way; not used")
+        self._client.planner.loaded(incoming.good * self._block_bytes, time.monotonic() - started)
 
     def _load_part(
         self,
@@ -268,9 +263,9 @@ class Transfer:
         result: Saved,
     ) -> None:
         channel, handle = link
-        lease = next(self.leases)
+        lease = next(self._client.leases)
         request = ask(handle, lease, b"".join(keys))
-        reply = self._link.call(channel, request, wait, lease=lease)
+        reply = self._client.call(channel, request, wait, lease=lease)
         parts = len(self._parts)
         if not isinstance(reply, protocol.Reserved) or len(reply.slots) != 8 * len(keys) * parts:
             result.dropped += len(keys)
@@ -289,11 +284,11 @@ class Transfer:
                 raise
             result.dropped += int((full | wanted).sum())
             result.reason = _reason_of(e)
-            self._link.quiet.warning("save", "blocks were not saved: %s", e)
+            self._client.quiet.warning("save", "blocks were not saved: %s", e)
             return
         dropped = tuple(int(i) for i in np.flatnonzero(full))
         commit = protocol.Commit(lease, dropped, sums)
-        done = self._link.call(channel, commit, wait, lease=lease)
+        done = self._client.call(channel, commit, wait, lease=lease)
         stored, problem = 0, "unavailable"
         if isinstance(done, protocol.Committed):
             stored, problem = done.blocks, done.reason or "lease"

@@ -42,7 +42,10 @@ class Carrier(Protocol):
     """Each call of `write` and `read` makes one of `gather` or `scatter`, for all objects."""
 
     def prepare(self, copier: Copier) -> None:
-        """Make slots ready for copies by `copier`. Called once, before any."""
+        """Make slots ready for copies by `copier`. Called before any, by one thread at a time."""
+
+    def retain(self, copiers: Sequence[Copier]) -> None:
+        """No other copiers will come any more."""
 
     def write(
         self, lease: int, slots: NDArray[np.int64], nbytes: int, gather: Gather, patience: float

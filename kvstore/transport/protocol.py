@@ -20,9 +20,10 @@ from kvstore.blocks.spec import Namespace, Part
 from kvstore.errors import ProtocolError
 
 VERSION: Final = 1
-FEATURES: Final = ("tiers",)
+FEATURES: Final = ("tiers", "close")
 """What this release knows beyond the first of its version; each side does without what the other
-has not named. `tiers`: the welcome has a table of tiers, and answers to lookups their costs."""
+has not named. `tiers`: the welcome has a table of tiers, and answers to lookups their costs;
+`close`: the request of that name."""
 
 HEADER: Final = struct.Struct("<IQ")
 MAX_FRAME: Final = 8 << 20
@@ -127,6 +128,12 @@ class Open(Message, tag="open"):
 
 class Opened(Message, tag="opened"):
     """`handle` stands for the namespace and parts from now on."""
+
+    handle: int
+
+
+class Close(Message, tag="close"):
+    """`handle` is not used any more. Sent without wanting a reply."""
 
     handle: int
 
@@ -364,8 +371,8 @@ class Failure(Message, tag="failure"):
 
 # The last three of each belong on data connections.
 Request = (
-    Hello | Open | Lookup | Reserve | Commit | Acquire | Release | Prefetch | Pin | Flush | Clear
-    | Stats | Control | Attach | Put | Get
+    Hello | Open | Close | Lookup | Reserve | Commit | Acquire | Release | Prefetch | Pin | Flush
+    | Clear | Stats | Control | Attach | Put | Get
 )  # fmt: skip
 Reply = (
     Welcome | Opened | Found | Reserved | Committed | Held | Count | Flushed | StatsReply

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -128,13 +128,23 @@ class ArenaCarrier:
 
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
-        self._end: Callable[[], object] = int
+        self._ends: dict[int, finalize[..., ArenaCarrier]] = {}  # by the identity of copiers
 
     def prepare(self, copier: Copier) -> None:
         """See `Carrier.prepare`."""
+        if id(copier) in self._ends:
+            return
         copier.attach(self.arena.address, self.arena.size)
-        end = self._end = finalize(self, copier.detach, self.arena.address)  # also if it is dropped
+        end = finalize(self, copier.detach, self.arena.address)  # also if it is dropped
         end.atexit = False
+        self._ends[id(copier)] = end
+
+    def retain(self, copiers: Sequence[Copier]) -> None:
+        """See `Carrier.retain`."""
+        for identity in self._ends.keys() - set(map(id, copiers)):
+            end = self._ends.pop(identity, None)
+            if end is not None:
+                end()
 
     def write(
         self, lease: int, slots: NDArray[np.int64], nbytes: int, gather: Gather, patience: float
@@ -153,7 +163,7 @@ class ArenaCarrier:
 
     def close(self) -> None:
         """See `Carrier.close`."""
-        self._end()
+        self.retain(())
         del self.arena  # Unmapped once no session of the process uses it.
 
     def _addresses(self, slots: NDArray[np.int64], nbytes: int) -> list[int]:

@@ -110,6 +110,9 @@ class StreamCarrier:
     def prepare(self, copier: Copier) -> None:
         """Nothing: copies go by way of private memory."""
 
+    def retain(self, copiers: Sequence[Copier]) -> None:
+        """See `Carrier.retain`."""
+
     def write(
         self, lease: int, slots: NDArray[np.int64], nbytes: int, gather: Gather, patience: float
     ) -> list[int] | None:

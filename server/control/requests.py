@@ -88,7 +88,7 @@ async def known_namespaces(node: Node, grant: Grant) -> dict[bytes, Namespace]:
             found[usage.namespace.digest] = usage.namespace
         await pace.step()
     for session in list(node.sessions.values()):
-        for namespace, _ in session.opened:
+        for namespace, _ in session.opened.values():
             if grant.sees(namespace.tenant):
                 found.setdefault(namespace.digest, namespace)
         await pace.step()

@@ -56,7 +56,7 @@ class StateVerbs:
             caller.check_tenant(tenant)
         users: dict[bytes, int] = {}
         for session in self._node.sessions.values():
-            for digest in {namespace.digest for namespace, _ in session.opened}:
+            for digest in {namespace.digest for namespace, _ in session.opened.values()}:
                 users[digest] = users.get(digest, 0) + 1
         reply = v1.ListNamespacesResponse()
         pace = Pace()
@@ -84,7 +84,7 @@ class StateVerbs:
         reply = v1.ListSessionsResponse()
         for session in self._node.seen_sessions(caller):
             seen = {namespace.digest.hex() for namespace in session.seen_by(caller)}
-            whole = all(caller.sees(namespace.tenant) for namespace, _ in session.opened)
+            whole = all(caller.sees(namespace.tenant) for namespace, _ in session.opened.values())
             reply.sessions.append(
                 v1.SessionInfo(
                     id=session.peer.session,

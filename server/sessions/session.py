@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import time
 from array import array
@@ -64,12 +65,14 @@ class SessionConnection(asyncio.Protocol):
         self.grant = grant
         self.since = time.time()
         self.requests = 0
-        self.opened: list[tuple[Namespace, tuple[Part, ...]]] = []
+        self.opened: dict[int, tuple[Namespace, tuple[Part, ...]]] = {}
         self.owner = node.owner(grant)
         node.store.charge(self, self.owner)
         self.waiting: float | None = None
         """Since when the client owes us the rest of a request, or to read; monotonic seconds."""
 
+        self._handles = itertools.count()
+        self._sizes: dict[int, int] = {}  # bytes of what was opened
         self._node = node
         self._store = node.store
         self._recent = node.recent
@@ -86,7 +89,7 @@ class SessionConnection(asyncio.Protocol):
 
     def seen_by(self, grant: Grant) -> list[Namespace]:
         """What it has opened, each once, as far as the caller sees it."""
-        return list(dict.fromkeys(n for n, _ in self.opened if grant.sees(n.tenant)))
+        return list(dict.fromkeys(n for n, _ in self.opened.values() if grant.sees(n.tenant)))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -254,6 +257,11 @@ class SessionConnection(asyncio.Protocol):
                 return protocol.Count(pinned)
             case protocol.Open():
                 return self._open(request, nbytes)
+            case protocol.Close():
+                self._handle_of(request.handle)
+                del self.opened[request.handle]
+                self._described(-self._sizes.pop(request.handle))
+                return protocol.Count(0)
             case protocol.Flush():
                 self._flush(request_id, request)
                 return None
@@ -305,15 +313,21 @@ class SessionConnection(asyncio.Protocol):
             problem = self._store.check_object(part, request.namespace.block_tokens)
             if problem is not None:
                 return Failure(problem)
+        handle = next(self._handles)
+        self._described(nbytes)
+        self._sizes[handle] = nbytes
+        self.opened[handle] = request.namespace, request.parts
+        return protocol.Opened(handle)
+
+    def _described(self, nbytes: int) -> None:
         self._owed += nbytes
         self.owner.owed += nbytes
-        self.opened.append((request.namespace, request.parts))
-        return protocol.Opened(len(self.opened) - 1)
 
     def _handle_of(self, handle: int) -> tuple[Namespace, tuple[Part, ...]]:
-        if not 0 <= handle < len(self.opened):
-            raise ProtocolError(f"handle {handle} was never opened")
-        return self.opened[handle]
+        found = self.opened.get(handle)
+        if found is None:
+            raise ProtocolError(f"handle {handle} is not open")
+        return found
 
     def _name_slots(self, lease: int, slots: list[int]) -> Work[list[int]]:
         """What the client shall call the slots of a new lease: by their offsets in the arena."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 
 import msgspec
 import pytest
@@ -23,6 +24,10 @@ class FirstProtocol(Proxy):
         super().__init__(served, upwards=True)
 
     def _pass(self, source: socket.socket, target: socket.socket, damaging: bool) -> None:
+        with suppress(OSError):  # Both are closed in the end.
+            self._understand(source, target, damaging)
+
+    def _understand(self, source: socket.socket, target: socket.socket, damaging: bool) -> None:
         decoder = first.REQUESTS if damaging else first.REPLIES
         frames = protocol.Frames()
         while data := source.recv(1 << 16):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.client.client import Client
 from kvstore.client.session import Session
 from tests.session_tools import (
     PART,
@@ -147,14 +148,14 @@ def test_an_error_in_the_thread_that_connects_is_heard_and_tried_again(
     served = stores.serve()
     with served.session() as session:
         failing = [MemoryError("none left"), RecursionError(), KeyError("x")]
-        connect = Session.__init__.__globals__["Link"]._connect
+        connect = Client._connect
 
-        def fail(link: object) -> None:
+        def fail(client: Client, stop: threading.Event) -> None:
             if failing:
                 raise failing.pop()
-            connect(link)
+            connect(client, stop)
 
-        monkeypatch.setattr("kvstore.client.link.Link._connect", fail)
+        monkeypatch.setattr(Client, "_connect", fail)
         served.kill()
         assert session.lookup([bytes(32)]).reason == "unavailable"
         eventually(lambda: not failing)

@@ -371,7 +371,7 @@ def test_sessions_of_several_tenants_can_share_what_is_measured(stores: Stores) 
     served = stores.serve()
     with served.session() as first:
         first.report_prefill(1_000_000, 1e-6)
-        other = Session.open(namespace("other"), [PART], served.config(), like=first)
+        other = Session.open(namespace("other"), [PART], client=first._client)
         with other:
             keys = other.keys(prompt(1, 4))
             save(other, keys)

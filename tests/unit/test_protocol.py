@@ -22,6 +22,7 @@ REQUESTS: list[Message] = [
     protocol.Hello(1, "kvstore 0.1.0", 4711),
     protocol.Hello(1, "kvstore 0.1.0", 4711, features=protocol.FEATURES),
     protocol.Open(NAMESPACE, (PART, OPAQUE)),
+    protocol.Close(3),
     protocol.Lookup(0, KEYS),
     protocol.Reserve(0, 1, KEYS),
     protocol.Commit(1),
