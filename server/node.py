@@ -51,7 +51,7 @@ class Session(Protocol):
     owner: Owner
     since: float
     requests: int
-    opened: list[tuple[Namespace, tuple[Part, ...]]]
+    opened: dict[int, tuple[Namespace, tuple[Part, ...]]]
 
     def seen_by(self, grant: Grant) -> list[Namespace]:
         """What it has opened, each once, as far as the caller sees it."""

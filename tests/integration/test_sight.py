@@ -370,7 +370,8 @@ HTTP: Final[dict[str, Path]] = {
     "/page.js": Path(""),
     "/words.js": Path(""),
 }
-PATHS: Final = set(AdminFace(Config(), Access(Config().server))._routes)
+ROUTES: Final = AdminFace(Config(), Access(Config().server))._app.app.router.resources()
+PATHS: Final = {resource.canonical for resource in ROUTES}
 CHANGE: Final = {"level": "info", "logger": "kvstore.http"}
 
 
