@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
+huggingface_hub = pytest.importorskip("huggingface_hub")
 
 from kvstore.blocks.spec import Group, ModelIdentity, Namespace  # noqa: E402
 from kvstore.blocks.weights import weights_digest  # noqa: E402
@@ -112,7 +113,7 @@ def test_equal_models_have_equal_identities_wherever_they_lie(tmp_path: Path) ->
     assert found[0] == found[1]
 
 
-def loaded(folder: Path, **options: Any) -> Any:
+def loaded(folder: Path | str, **options: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
@@ -138,6 +139,27 @@ def test_a_model_that_holds_what_its_files_say_is_named_by_them(
     random = torch.random.get_rng_state()
     assert identity(model) == named
     assert torch.equal(torch.random.get_rng_state(), random), "users' random numbers are theirs"
+
+
+def test_a_model_from_a_hub_is_named_by_the_files_there_while_it_is_what_they_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, commits = tmp_path / "models--org--name", ["0" * 40, "1" * 40]
+    for seed, commit in enumerate(commits):
+        llama(seed).save_pretrained(repository / "snapshots" / commit)
+    branch = repository / "refs" / "main"
+    branch.parent.mkdir()
+    branch.write_text(commits[0])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    model = loaded("org/name", cache_dir=tmp_path, local_files_only=True)
+    names = [identity(model)]  # Nobody knows where its files are.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    names.append(identity(model))
+    branch.write_text(commits[1])
+    names.append(identity(model))
+    files = weights_digest(repository / "snapshots" / commits[0])
+    assert [name.revision == files for name in names] == [False, True, False]
+    assert identity(model, revision="v1").name == "org/name"
 
 
 def one_bit_of_a_weight(model: Any, folder: Path) -> None:
