@@ -171,16 +171,16 @@ def measure(
 
     `host` is a uint8 tensor on the CPU, pinned where the pages are on a GPU.
     """
-    from kvstore.benchmarks.gpu_peers import IndexSelect, LargeCopy, PageLoop
+    from kvstore.benchmarks.gpu_peers import IndexSelect, large_copy, page_loop
 
     shape = pages.shape
     blocks = count // shape.pages_per_block
     nbytes = _nbytes(shape, count)
     peers: dict[str, Rival] = {
         "index_select and copy": IndexSelect(pages, blocks, host),
-        "loop of copy_": PageLoop(pages, blocks, host),
+        "loop of copy_": page_loop(pages, blocks, host),
     }
-    limit = LargeCopy(pages, blocks, host)
+    limit = large_copy(pages, blocks, host)
     for action in _ACTIONS:
         runs = {"limit": Run(limit.save if action == "save" else limit.load)}
         for way in ways:

@@ -12,6 +12,8 @@ from kvstore.benchmarks.figures import BenchmarkError
 from kvstore.benchmarks.gpu_pages import DevicePages, settle
 from kvstore.memory.bounce import Bounce
 
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+
 
 class Rival(Protocol):
     """Moves the bytes of the first blocks of pages into host memory and back, and waits."""
@@ -23,23 +25,48 @@ class Rival(Protocol):
         """To the device."""
 
 
-class LargeCopy:
-    """The limit: as many bytes as the blocks have, side by side, in one asynchronous copy."""
+class Copies:
+    """One asynchronous `copy_` for each pair of a target and a source."""
 
-    def __init__(self, pages: DevicePages, blocks: int, host: torch.Tensor) -> None:
-        nbytes = blocks * pages.shape.block_bytes
-        self._host = host[:nbytes]
-        self._source, self._target = pages.source[:nbytes], pages.target[:nbytes]
+    def __init__(self, saves: Pairs, loads: Pairs) -> None:
+        self._saves, self._loads = saves, loads
 
     def save(self) -> None:
         """See `Rival.save`."""
-        self._host.copy_(self._source, non_blocking=True)
-        settle(self._source)
+        _copy(self._saves)
 
     def load(self) -> None:
         """See `Rival.load`."""
-        self._target.copy_(self._host, non_blocking=True)
-        settle(self._target)
+        _copy(self._loads)
+
+
+def _copy(pairs: Pairs) -> None:
+    for target, source in pairs:
+        target.copy_(source, non_blocking=True)
+    for memory in pairs[0]:
+        settle(memory)
+
+
+def large_copy(pages: DevicePages, blocks: int, host: torch.Tensor) -> Copies:
+    """The limit: as many bytes as the blocks have, side by side, in one copy."""
+    source, target, host = (
+        memory[: blocks * pages.shape.block_bytes] for memory in (pages.source, pages.target, host)
+    )
+    return Copies([(host, source)], [(target, host)])
+
+
+def page_loop(pages: DevicePages, blocks: int, host: torch.Tensor) -> Copies:
+    """A copy for each layer of each page; views are made beforehand, as an engine could."""
+    source, target = pages.pieces(pages.source), pages.pieces(pages.target)
+    ids = pages.rows(blocks).reshape(-1).tolist()
+    outer, _, width = source.shape
+    packed = host[: blocks * pages.shape.block_bytes].view(torch.int64)
+    packed = packed.view(outer, len(ids), width)
+    places = [(i, n, page) for i in range(outer) for n, page in enumerate(ids)]
+    return Copies(
+        [(packed[i, n], source[i, page]) for i, n, page in places],
+        [(target[i, page], packed[i, n]) for i, n, page in places],
+    )
 
 
 class IndexSelect:
@@ -66,34 +93,6 @@ class IndexSelect:
         self._packed.copy_(self._host, non_blocking=True)
         self._target.index_copy_(1, self._ids, self._packed)
         settle(self._target)
-
-
-class PageLoop:
-    """One `copy_` for each layer of each page."""
-
-    def __init__(self, pages: DevicePages, blocks: int, host: torch.Tensor) -> None:
-        source, target = pages.pieces(pages.source), pages.pieces(pages.target)
-        ids = pages.rows(blocks).reshape(-1).tolist()
-        outer, _, width = source.shape
-        packed = host[: blocks * pages.shape.block_bytes].view(torch.int64)
-        packed = packed.view(outer, len(ids), width)
-        places = [(i, n, page) for i in range(outer) for n, page in enumerate(ids)]
-        # Views are made beforehand, as an engine could: what is timed is the copies.
-        self._saves = [(packed[i, n], source[i, page]) for i, n, page in places]
-        self._loads = [(target[i, page], packed[i, n]) for i, n, page in places]
-        self._source = source
-
-    def save(self) -> None:
-        """See `Rival.save`."""
-        for host, page in self._saves:
-            host.copy_(page, non_blocking=True)
-        settle(self._source)
-
-    def load(self) -> None:
-        """See `Rival.load`."""
-        for page, host in self._loads:
-            page.copy_(host, non_blocking=True)
-        settle(self._source)
 
 
 @contextmanager
