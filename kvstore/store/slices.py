@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Generator
 from functools import wraps
@@ -13,10 +14,11 @@ P = ParamSpec("P")
 
 Work = Generator[None, None, T]
 
-FEW: Final = 32
+FEW: Final = 16
 """Objects between two stops: some tenths of a millisecond."""
 
-_STOPS: Final = 4
+_STOPS: Final = 8
+_SECONDS: Final = 0.001
 
 
 def finish(work: Work[T]) -> T:
@@ -39,6 +41,37 @@ def at_once(method: Callable[Concatenate[S, P], Work[T]]) -> Callable[Concatenat
     return whole
 
 
+class Inbox:
+    """What threads want done on the loop: in its order, and not too much of it at a time.
+
+    `post` runs a function on the loop; called from any thread.
+    """
+
+    def __init__(self, post: Callable[[Callable[[], None]], None]) -> None:
+        self._post = post
+        self._tasks: deque[Callable[[], None]] = deque()
+        self._called = False
+
+    def put(self, task: Callable[[], None]) -> None:
+        """Do this on the loop; for any thread."""
+        self._tasks.append(task)
+        self._call()
+
+    def _call(self) -> None:
+        if not self._called:
+            self._called = True
+            self._post(self._work)
+
+    def _work(self) -> None:
+        self._called = False  # Before anything is taken: what comes from here on calls again.
+        try:
+            for _ in range(min(FEW, len(self._tasks))):
+                self._tasks.popleft()()
+        finally:
+            if self._tasks:
+                self._call()
+
+
 class Background:
     """Work that nobody waits for: a little at once, and the rest whenever the loop comes round.
 
@@ -56,8 +89,8 @@ class Background:
             self._go_on()
 
     def _go_on(self) -> None:
-        stops = _STOPS
-        while self._waiting and stops:
+        stops, until = _STOPS, time.perf_counter() + _SECONDS
+        while self._waiting and stops and time.perf_counter() < until:
             stops -= 1
             try:
                 next(self._waiting[0])

@@ -22,7 +22,7 @@ from kvstore.store.expiry import Expiry
 from kvstore.store.history import History, Uses
 from kvstore.store.index import Entry, Index
 from kvstore.store.opening import OpenDisk, Opening
-from kvstore.store.slices import FEW, Background, Work, finish
+from kvstore.store.slices import FEW, Background, Inbox, Work, finish
 from kvstore.store.usage import Usage
 from kvstore.store.writebehind import Batch, Watch, WriteBehind
 from kvstore.telemetry import Busy, Counters, Histograms, QuietLog
@@ -38,6 +38,8 @@ _BYTES_PER_USE: Final = 1 << 11
 
 _WRITES: Final = 16
 """Writes without a stop."""
+_MOST_WRITES: Final = 1024
+"""Under way: what is being written cannot make room."""
 
 _log = logging.getLogger("kvstore.store")
 
@@ -91,11 +93,11 @@ class Tiering:
         )
         self.reading = Busy(clock.monotonic, _GUESSED_DISK_SECONDS_PER_BYTE)
         """What bytes from disk to memory take."""
-        self.post = post
+        self.post = Inbox(post).put
         self.background = Background(post)
         self.clock = clock
         self.writes = WriteBehind(lambda batch: self.background.add(self._written_whole(batch)))
-        self.bytes_under_way = 0
+        self.bytes_under_way = self._writing = 0
         self._write_queue = write_queue
         self._pumping = False
         self._for: Namespace | None = None  # who needs the room that is being made
@@ -337,7 +339,7 @@ class Tiering:
                 self.disk.delete([entry.name])
             if self._leaving.get(entry.name) is entry:
                 del self._leaving[entry.name]
-                self.post(self.pump)  # Somebody may wait for the name.
+                self.pump()  # Somebody may wait for the name.
             self._left_disk(entry)
 
     def _left_disk(self, entry: Entry) -> None:
@@ -408,7 +410,11 @@ class Tiering:
 
     def _pump(self) -> Work[None]:
         number = 0
-        while (disk := self.disk) is not None and self.bytes_under_way < self._write_queue:
+        while (
+            (disk := self.disk) is not None
+            and self.bytes_under_way < self._write_queue
+            and self._writing < _MOST_WRITES
+        ):
             entry = self.writes.take(self._held_up) if disk.state.writable else None
             if entry is None:
                 break
@@ -435,6 +441,7 @@ class Tiering:
             seconds = self.clock.monotonic() - started
             self.post(lambda: self._written(disk, job, entry, error, seconds))
 
+        self._writing += 1
         self.bytes_under_way += entry.nbytes
         entry.placed = True
         entry.disk_io += 1
@@ -448,6 +455,7 @@ class Tiering:
     ) -> None:
         disk.settled(job, error)
         entry.disk_io -= 1
+        self._writing -= 1
         self.bytes_under_way -= entry.nbytes
         if error is None and self.disk is not disk:
             error = "io_error"  # Another one comes.
