@@ -24,6 +24,7 @@ from kvstore.server.steps import Steps
 from kvstore.store.index import Lease
 from kvstore.store.store import Store
 from kvstore.telemetry import QuietLog
+from kvstore.transport.protocol import MEMORY, TIER_NAMES
 
 _DRAIN_POLL: Final = 0.02
 _FOLLOW_SECONDS: Final = 0.5
@@ -142,16 +143,20 @@ class Node:
     # -- as far as a caller sees it -------------------------------------------------------------
 
     def stats(self, grant: Grant) -> dict[str, Any]:
-        """`Store.stats`; for callers limited to tenants, what these hold, and nothing of others."""
+        """`Store.stats`; for callers limited to tenants, what these hold, and nothing of others.
+
+        `tiers` lists them by number and name, from memory on.
+        """
         stats = self.store.stats()
         if grant.tenants is None:
             return stats | {
                 "longest_step": self.steps.longest,
                 "busiest_step": self.steps.busiest,
+                "tiers": _tiers(stats),
             }
         held = [t for name, t in self.store.usage.tenants.items() if grant.sees(name)]
         disk = {"used": sum(tenant.disk_bytes for tenant in held)}
-        return {
+        seen: dict[str, Any] = {
             "objects": sum(tenant.objects for tenant in held),
             "memory": {"used": sum(tenant.memory_bytes for tenant in held)},
             "disk": None if stats["disk"] is None else disk,
@@ -161,6 +166,7 @@ class Node:
             "counters": {},
             "histograms": {},
         }
+        return seen | {"tiers": _tiers(seen)}
 
     def leases(self, grant: Grant) -> list[Lease]:
         """Leases on blocks of tenants that the caller sees."""
@@ -273,3 +279,17 @@ class Node:
     def name(self) -> str:
         """Of this node, in answers and metrics."""
         return self.config.server.name
+
+
+def _tiers(stats: dict[str, Any]) -> list[dict[str, Any]]:
+    found = []
+    for number, name in TIER_NAMES.items():
+        held = stats[name]
+        if held is None and stats["disk_problem"]:  # It is away.
+            held = {"problem": stats["disk_problem"]}
+        if held is not None:
+            pinned = stats["pinned_bytes"] if number == MEMORY else 0
+            found.append(
+                {"number": number, "name": name, "pinned": pinned, "problem": None, **held}
+            )
+    return found

@@ -225,7 +225,7 @@ class StatsResponse(_message.Message):
     def __init__(self, node: _Optional[str] = ..., version: _Optional[str] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping[str, _Any]]] = ..., objects: _Optional[int] = ..., unwritten_objects: _Optional[int] = ..., leases: _Optional[int] = ..., sessions: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping[str, _Any]]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., draining: bool = ...) -> None: ...
 
 class TierStats(_message.Message):
-    __slots__ = ("tier", "capacity_bytes", "used_bytes", "free_bytes", "fragmented_bytes", "pinned_bytes", "problem")
+    __slots__ = ("tier", "capacity_bytes", "used_bytes", "free_bytes", "fragmented_bytes", "pinned_bytes", "problem", "name")
     TIER_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -233,6 +233,7 @@ class TierStats(_message.Message):
     FRAGMENTED_BYTES_FIELD_NUMBER: _ClassVar[int]
     PINNED_BYTES_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
     tier: Tier
     capacity_bytes: int
     used_bytes: int
@@ -240,7 +241,8 @@ class TierStats(_message.Message):
     fragmented_bytes: int
     pinned_bytes: int
     problem: str
-    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., fragmented_bytes: _Optional[int] = ..., pinned_bytes: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
+    name: str
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., fragmented_bytes: _Optional[int] = ..., pinned_bytes: _Optional[int] = ..., problem: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
 
 class ListNamespacesRequest(_message.Message):
     __slots__ = ("tenant",)

@@ -41,7 +41,7 @@ def stats(link: Link) -> None:
         link,
         found,
         found.tiers,
-        "tier used_bytes free_bytes fragmented_bytes pinned_bytes capacity_bytes state",
+        "name:tier used_bytes free_bytes fragmented_bytes pinned_bytes capacity_bytes state",
         f"{found.objects} objects, {found.unwritten_objects} not on disk yet, "
         f"{found.leases} leases, {found.sessions} sessions"
         + ("; draining" if found.draining else ""),

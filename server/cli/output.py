@@ -70,8 +70,7 @@ def _plain_value(field: Any, value: Any) -> Any:
     if isinstance(value, bytes):
         return value.hex()
     if field.enum_type is not None:
-        known = field.enum_type.values_by_number.get(value)
-        return short(known.name) if known is not None else value
+        return _word(field, value)
     if field.message_type is None:
         return value
     match field.message_type.full_name:
@@ -83,6 +82,12 @@ def _plain_value(field: Any, value: Any) -> Any:
     return plain(value)
 
 
+def _word(field: Any, value: int) -> str | int:
+    """An enum's value; a number that only a newer daemon knows stays one."""
+    known = field.enum_type.values_by_number.get(value)
+    return value if known is None else short(known.name)
+
+
 def short(name: str) -> str:
     """The last word of an enum's value: memory, running …; empty if it is not specified."""
     word = name.rpartition("_")[2].lower()
@@ -90,10 +95,10 @@ def short(name: str) -> str:
 
 
 def tier_name(tier: v1.Tier) -> str:
-    """memory, disk, or nothing."""
+    """memory, disk, or nothing; a number that only a newer daemon knows stays one."""
     from kvstore.api import v1
 
-    return short(v1.Tier.Name(tier))
+    return short(v1.Tier.Name(tier)) if tier in v1.Tier.values() else str(int(tier))
 
 
 def when(message: Any) -> str:
@@ -166,7 +171,7 @@ def _field(path: str, row: Any) -> object:
     if field.message_type is not None:
         return when(value)
     if field.enum_type is not None:
-        return short(field.enum_type.values_by_number[value].name)
+        return _word(field, value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, MutableSequence):

@@ -11,7 +11,7 @@ from kvstore.api import v1
 from kvstore.api.convert import timestamp
 from kvstore.blocks.spec import Namespace
 from kvstore.server.access.grants import Grant
-from kvstore.server.control.requests import TIERS, namespace_by_id
+from kvstore.server.control.requests import namespace_by_id, numbered
 from kvstore.server.node import Node
 from kvstore.server.pacing import Pace
 from kvstore.store.events import Event, Missed
@@ -122,7 +122,7 @@ def _stored_message(
         block_hashes=keys,
         block_size=namespace.block_tokens,
         adapter=namespace.model.adapter,
-        medium=TIERS.get(medium, v1.TIER_UNSPECIFIED),
+        medium=numbered(medium),
         tenant=namespace.tenant,
         **more,
     )
@@ -149,7 +149,7 @@ def _event_message(event: Event, incarnation: str) -> v1.Event:
                 v1.Event.Removed(
                     namespace_id=digest,
                     block_hashes=event.keys,
-                    medium=TIERS.get(event.medium, v1.TIER_UNSPECIFIED),
+                    medium=numbered(event.medium),
                     reason=event.reason,
                     tenant=namespace.tenant,
                 )

@@ -12,17 +12,17 @@ from kvstore.blocks.keys import block_keys
 from kvstore.blocks.spec import Namespace
 from kvstore.server.access.grants import Grant
 from kvstore.server.control.requests import (
-    TIERS,
     Prompt,
     engine_extras,
     known_namespaces,
+    numbered,
     prompt,
     slices,
 )
 from kvstore.server.node import Node
 from kvstore.server.pacing import Pace
 from kvstore.store.explain import BlockReason, explain, survey
-from kvstore.transport.protocol import DISK, MEMORY, TIER_NAMES
+from kvstore.transport.protocol import TIER_NAMES
 
 _SLICE: Final = 64
 """Blocks looked at before others have their turn."""
@@ -58,7 +58,7 @@ class PromptVerbs:
         for tier, run in groupby(enumerate(tiers), key=lambda item: item[1]):
             first, *rest = (number for number, _ in run)
             runs.append(
-                v1.Run(first=first, blocks=1 + len(rest), tier=TIERS[tier], node=self._node.name)
+                v1.Run(first=first, blocks=1 + len(rest), tier=numbered(tier), node=self._node.name)
             )
         return v1.LookupResponse(
             blocks=len(tiers),
@@ -93,7 +93,7 @@ class PromptVerbs:
                     block=number,
                     key=found.key,
                     usable=usable,
-                    tier=TIERS.get(found.tier, v1.TIER_UNSPECIFIED),
+                    tier=numbered(found.tier),
                     reason=found.reason,
                     detail=found.detail or ("" if usable else "a block before it is missing"),
                 )
@@ -167,9 +167,7 @@ def _differences(one: Namespace, other: Namespace) -> list[str]:
 def _summary(asked: int, hits: int, tiers: dict[int, int], ended: BlockReason | None) -> str:
     if not asked:
         return "The prompt has no whole block."
-    where = ", ".join(
-        f"{tiers[tier]} in {TIER_NAMES[tier]}" for tier in (MEMORY, DISK) if tiers.get(tier)
-    )
+    where = ", ".join(f"{tiers[tier]} in {TIER_NAMES[tier]}" for tier in sorted(tiers))
     text = f"{hits} of {asked} blocks can be loaded" + (f" ({where})" if where else "")
     if ended is None:
         return f"{text}."

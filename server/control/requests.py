@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple, cast
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -18,7 +18,7 @@ from kvstore.server.node import Node
 from kvstore.server.pacing import Pace
 from kvstore.store.index import Entry
 from kvstore.store.selection import Selection, candidates
-from kvstore.transport.protocol import DISK, MAX_KEYS, MEMORY
+from kvstore.transport.protocol import MAX_KEYS, TIER_NAMES
 
 MAX_TOKENS: Final = 4 << 20
 MAX_TTL: Final = 30 * 24 * 3600.0
@@ -30,8 +30,6 @@ _ID_DIGITS: Final = 64
 _HEX: Final = frozenset("0123456789abcdef")
 _SLICE_TOKENS: Final = 8192
 _SLICE_KEYS: Final = 4096
-
-TIERS: Final[Mapping[int, v1.Tier]] = {MEMORY: v1.TIER_MEMORY, DISK: v1.TIER_DISK}
 
 
 class Prompt(NamedTuple):
@@ -60,14 +58,19 @@ def ttl(message: Duration, field: str = "ttl") -> float:
     return seconds(message, field, low=0.001, high=MAX_TTL)
 
 
+def numbered(tier: int) -> v1.Tier:
+    """A tier's number, as messages have it."""
+    return cast("v1.Tier", tier)
+
+
 def tier(value: v1.Tier, field: str, *, default: int | None = None) -> int:
-    """A tier's code. Raises Refused: it is no tier, or not given though it must be."""
-    for code, message in TIERS.items():
-        if value == message:
-            return code
+    """A tier's number. Raises Refused: it is no tier, or not given though it must be."""
     if value == v1.TIER_UNSPECIFIED and default is not None:
         return default
-    raise bad_field(field, f"is {int(value)}; give TIER_MEMORY or TIER_DISK")
+    if value not in TIER_NAMES:
+        known = ", ".join(f"{number} ({name})" for number, name in TIER_NAMES.items())
+        raise bad_field(field, f"is {int(value)}; give {known}")
+    return int(value)
 
 
 def name(value: str, field: str, *, longest: int = _MAX_NAME) -> str:

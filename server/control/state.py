@@ -10,7 +10,7 @@ from kvstore.api import v1
 from kvstore.api.convert import duration, namespace_message, timestamp
 from kvstore.blocks.spec import Described, Part
 from kvstore.server.access.grants import Grant
-from kvstore.server.control.requests import known_namespaces
+from kvstore.server.control.requests import known_namespaces, numbered
 from kvstore.server.node import Node
 from kvstore.server.pacing import Pace
 from kvstore.server.sessions.session import SessionConnection
@@ -28,7 +28,7 @@ class StateVerbs:
     async def stats(self, caller: Grant, request: v1.StatsRequest) -> v1.StatsResponse:
         node = self._node
         stats = node.stats(caller)
-        reply = v1.StatsResponse(
+        return v1.StatsResponse(
             node=node.name,
             version=__version__,
             uptime=duration(node.store.clock.monotonic() - node.started),
@@ -38,15 +38,8 @@ class StateVerbs:
             leases=stats["leases"],
             sessions=len(node.seen_sessions(caller)),
             counters=stats["counters"],
-            tiers=[_tier_stats(v1.TIER_MEMORY, stats["memory"])],
+            tiers=map(_tier_stats, stats["tiers"]),
         )
-        reply.tiers[0].pinned_bytes = stats["pinned_bytes"]
-        if stats["disk"] is not None:
-            reply.tiers.append(_tier_stats(v1.TIER_DISK, stats["disk"]))
-        elif stats["disk_problem"]:
-            problem = stats["disk_problem"]
-            reply.tiers.append(v1.TierStats(tier=v1.TIER_DISK, problem=problem))
-        return reply
 
     async def list_namespaces(
         self, caller: Grant, request: v1.ListNamespacesRequest
@@ -134,15 +127,14 @@ def _session_of(lease: Lease) -> int:
     return lease.owner.peer.session if isinstance(lease.owner, SessionConnection) else 0
 
 
-def _tier_stats(tier: v1.Tier, pool: dict[str, Any]) -> v1.TierStats:
-    return v1.TierStats(
-        tier=tier,
-        capacity_bytes=pool.get("capacity", 0),
-        used_bytes=pool["used"],
-        free_bytes=pool.get("free", 0),
-        fragmented_bytes=pool.get("fragmented", 0),
-        problem=pool.get("problem") or "",
+def _tier_stats(held: dict[str, Any]) -> v1.TierStats:
+    sizes = ("capacity", "used", "free", "fragmented", "pinned")
+    message = v1.TierStats(
+        tier=numbered(held["number"]), name=held["name"], problem=held["problem"] or ""
     )
+    for size in sizes:
+        setattr(message, f"{size}_bytes", held.get(size, 0))
+    return message
 
 
 def _blocks(parts: dict[Part, int]) -> int:

@@ -175,7 +175,7 @@ class Exposition(Collector):
         if self._grant.tenants is not None:
             return
         if node is not None:
-            stats = node.store.stats()
+            stats = node.stats(self._grant)
             yield from _of_tiers(node, stats)
             yield from _of_work(node, stats)
             yield from _of_counters(stats["counters"])
@@ -184,9 +184,9 @@ class Exposition(Collector):
 
 
 def _of_tiers(node: Node, stats: Mapping[str, Any]) -> Iterator[Metric]:
-    tiers = {name: stats[name] for name in _TIERS if stats[name] is not None}
+    there = [tier for tier in stats["tiers"] if "capacity" in tier]
     for key, text in _TIER_GAUGES.items():
-        of_tier = [((name,), tier[key]) for name, tier in tiers.items()]
+        of_tier = [((tier["name"],), tier[key]) for tier in there]
         yield _labelled(f"tier_{key}_bytes", text, ("tier",), of_tier)
     tiering = node.store.tiering
     slots = [(("memory",), tiering.memory.used_slots)]

@@ -204,6 +204,7 @@ def test_stats(api: Api, session: Session, saved: list[bytes]) -> None:
     assert found.sessions >= 1
     memory, disk = found.tiers
     assert (memory.tier, disk.tier) == (v1.TIER_MEMORY, v1.TIER_DISK)
+    assert (memory.name, disk.name) == ("memory", "disk")
     assert memory.used_bytes == disk.used_bytes == 4 * 4096
     assert memory.capacity_bytes == 8 << 20
     assert memory.problem == disk.problem == ""

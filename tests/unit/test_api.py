@@ -29,7 +29,7 @@ from kvstore.errors import ConfigError, SpecError
 from kvstore.server.cli import blocks as blocks_cli
 from kvstore.server.cli import node as node_cli
 from kvstore.server.cli.options import limit_option, parse_duration
-from kvstore.server.cli.output import plain
+from kvstore.server.cli.output import plain, tier_name
 
 ROOT = Path(__file__).parents[2]
 METHODS = [m.name for m in v1.DESCRIPTOR.services_by_name["Orchestrator"].methods]
@@ -199,6 +199,9 @@ def test_plain_values() -> None:
     assert told["at"] == "1970-01-01T00:00:00.500+00:00"
     assert told["stored"]["block_hashes"] == ["01ff"]
     assert told["stored"]["medium"] == "disk"
+    event.stored.medium = 7  # type: ignore[assignment]
+    assert plain(event)["stored"]["medium"] == 7, "of a newer daemon"
+    assert tier_name(event.stored.medium) == "7"
     assert "removed" not in told
     assert plain(v1.LookupResponse(estimate=duration(0.25)))["estimate"] == 0.25
     assert plain(v1.StatsResponse(counters={"b": 1, "a": 2}))["counters"] == {"a": 2, "b": 1}

@@ -33,11 +33,10 @@ function tier(name, held, pinned) {
 
 function showTiers(status) {
   // Pins hold what lies in memory there; only a block pinned while on disk alone is no part of it.
-  const shown = [tier("memory", status.memory, Math.min(status.pinned_bytes, status.memory.used))];
-  if (status.disk) shown.push(tier("disk", status.disk, 0));
-  else if (status.disk_problem) {
-    shown.push(make("div", "tier disk", make("b", "", "disk"), " ", make("span", "bad", status.disk_problem)));
-  } else shown.push(make("p", "tier muted", "No disk tier is configured."));
+  const shown = status.tiers.map((held) => held.used === undefined
+    ? make("div", `tier ${held.name}`, make("b", "", held.name), " ", make("span", "bad", held.problem))
+    : tier(held.name, held, Math.min(held.pinned, held.used)));
+  if (shown.length < 2) shown.push(make("p", "tier muted", "No disk tier is configured."));
   byId("tiers").replaceChildren(...shown);
 }
 
