@@ -29,6 +29,9 @@ class Owner(Payer):
 
     def __init__(self, most: int | None = None, most_pinned: int | None = None) -> None:
         super().__init__(most, most_pinned)
+        self.rechecks = False
+        """Whether blocks are looked at that one of its sessions found damaged."""
+
         self.wires = set[Wire]()
         """Their data connections; for any thread."""
 

@@ -14,6 +14,9 @@ from kvstore.store.index import Entry
 from kvstore.store.store import Store
 from kvstore.transport.protocol import DISK, MEMORY
 
+_SHOWN: Final = 8
+"""Parts of a block that are named."""
+
 
 @dataclass(slots=True)
 class Survey:
@@ -130,8 +133,9 @@ def _why_not(store: Store, namespace: Namespace, key: bytes) -> BlockReason:
     if entries:
         if any(not entry.stored for entry in entries):
             return BlockReason(key, False, 0, "writing", "a session is saving it now", None)
-        have = ", ".join(sorted({_shard(entry) for entry in entries}))
-        detail = f"only some of its parts are stored: {have}"
+        have = sorted({_shard(entry) for entry in entries})
+        more = f" and {len(have) - _SHOWN} more" if len(have) > _SHOWN else ""
+        detail = f"only some of its parts are stored: {', '.join(have[:_SHOWN])}{more}"
         return BlockReason(key, False, 0, "incomplete", detail, None)
     gone = store.history.of(key)
     if gone is None:
@@ -147,4 +151,4 @@ def _why_not(store: Store, namespace: Namespace, key: bytes) -> BlockReason:
 
 def _shard(entry: Entry) -> str:
     part = entry.name.part
-    return f"{part.group.name} {part.shard.index}/{part.shard.count}"
+    return f"{part.group.name:.40} {part.shard.index}/{part.shard.count}"

@@ -81,12 +81,16 @@ _LOOKED_UP: Final = 2048
 _HOLES: Final = 256
 """Keys without a stop where not all are there, which takes longer."""
 
+_MOST_TOLD: Final = 1 << 16
+"""Keys and tokens in an event: gRPC's clients take four megabytes."""
+
 _MAX_PARTS: Final = 4096
 """Of one tenant, in all its namespaces."""
 
 _LEASE_WEIGHT: Final = 1000
 _KEY_WEIGHT: Final = 160
-"""Bytes that it takes to remember a lease, and each of its blocks."""
+_OBJECT_WEIGHT: Final = 48
+"""Bytes that it takes to remember a lease, each of its blocks, and each of their objects."""
 
 _NOBODY: Final = NamespaceUsage(Namespace(ModelIdentity("nobody")), TenantUsage())
 """Stands for a namespace that holds nothing."""
@@ -177,7 +181,7 @@ class Store:
             ValueError: the owner holds a lease of that id, or too much is held.
         """
         saving = saving or Saving()
-        weight = len(keys) * _KEY_WEIGHT + 4 * len(saving.tokens)
+        weight = _weight(len(keys), len(parts)) + 4 * len(saving.tokens)
         lease = self._new_lease(owner, lease_id, LeaseKind.WRITE, weight)
         lease.saving = saving
         lease.saving.keys = keys
@@ -240,7 +244,8 @@ class Store:
 
     def _reserve(self, entry: Entry, payer: Payer) -> str:
         name = entry.name
-        refusal = self._too_much(payer, name.namespace, entry.nbytes, name.part)
+        takes = self.usage.in_memory(entry.nbytes)
+        refusal = self._too_much(payer, name.namespace, takes, name.part)
         refusal = refusal or self.tiering.reserve(entry) or ""
         if not refusal:
             self.usage.held(entry, 1)
@@ -318,16 +323,18 @@ class Store:
 
     def _committed(self, saving: Saving, numbers: list[int], namespace: Namespace) -> None:
         """Tell watchers of events of new blocks."""
-        for first, end in _runs(numbers):
-            self.events.stored(
-                namespace,
-                saving.keys[first:end],
-                MEMORY,
-                parent=saving.keys[first - 1] if first else saving.parent,
-                token_ids=saving.tokens[
-                    first * namespace.block_tokens : end * namespace.block_tokens
-                ],
-            )
+        size = namespace.block_tokens
+        most = max(1, _MOST_TOLD // (1 + size if saving.tokens else 1))
+        for first, last in _runs(numbers):
+            for at in range(first, last, most):
+                end = min(at + most, last)
+                self.events.stored(
+                    namespace,
+                    saving.keys[at:end],
+                    MEMORY,
+                    parent=saving.keys[at - 1] if at else saving.parent,
+                    token_ids=saving.tokens[at * size : end * size],
+                )
 
     # -- loading --------------------------------------------------------------------------------
 
@@ -436,7 +443,7 @@ class Store:
         Raises:
             ValueError: the owner holds a lease of that id, or too much is held.
         """
-        weight = len(keys) * _KEY_WEIGHT
+        weight = _weight(len(keys), len(parts))
         lease = self._new_lease(owner, lease_id, LeaseKind.READ, weight)
         running = Acquisition(lease, done, self._clock(), enough or len(keys), reads, holes)
         self._acquiring += 1
@@ -478,7 +485,8 @@ class Store:
                 if not running.holes:
                     break
                 block = ()
-            more = sum(e.nbytes for e in block if not (e.readers or e.writer))
+            size = self.usage.in_memory
+            more = sum(size(e.nbytes) for e in block if not (e.readers or e.writer))
             if self._too_much(lease.payer, namespace, more):
                 running.reason = "held"
                 break
@@ -690,7 +698,7 @@ class Store:
         Raises:
             ValueError: the owner holds a lease of that id, or too much is held.
         """
-        weight = len(blocks) * _KEY_WEIGHT
+        weight = _weight(len(blocks), max(map(len, blocks), default=1))
         lease = self._new_lease(owner, lease_id, LeaseKind.PIN, weight, ttl, payer)
         room = self.max_pinned_bytes - self.usage.pinned_bytes
         if lease.payer.most_pinned is not None and blocks:
@@ -701,7 +709,7 @@ class Store:
                 yield
             if lease.released or not all(entry.stored for entry in block):
                 break
-            room -= sum(entry.nbytes for entry in block if not entry.pins)
+            room -= sum(self.usage.in_memory(entry.nbytes) for entry in block if not entry.pins)
             if room < 0:
                 self.counters.add("pin.refused", "max_pinned")
                 break
@@ -888,6 +896,10 @@ class Store:
                 "memory.size), or use fewer block_tokens"
             )
         return None
+
+
+def _weight(blocks: int, parts: int) -> int:
+    return blocks * (_KEY_WEIGHT + parts * _OBJECT_WEIGHT)
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:

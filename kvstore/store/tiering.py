@@ -76,7 +76,6 @@ class Tiering:
     ) -> None:
         self.arena = arena
         self.index = Index()
-        self.usage = Usage(clock.monotonic)
         self.history = History(min(1 << 18, max(1024, arena.size // _BYTES_PER_MEMORY)), clock.wall)
         self.events = EventLog(clock.wall)
         self.admission = Admission()
@@ -91,6 +90,7 @@ class Tiering:
             lambda slot: slot.owner.may_leave(MEMORY),
             lambda slot: self.evict(slot.owner, MEMORY),
         )
+        self.usage = Usage(clock.monotonic, self.memory.slot_bytes)
         self.reading = Busy(clock.monotonic, _GUESSED_DISK_SECONDS_PER_BYTE)
         """What bytes from disk to memory take."""
         self.post = Inbox(post).put
@@ -126,7 +126,7 @@ class Tiering:
 
     def _slot_for(self, entry: Entry) -> tuple[Slot[Entry] | None, str]:
         self._for = entry.name.namespace
-        if not self._make_room(self._for.tenant, MEMORY, entry.nbytes):
+        if not self._make_room(self._for.tenant, MEMORY, self.usage.in_memory(entry.nbytes)):
             return None, "quota"
         return self.memory.allocate(entry.nbytes, entry), "no_room"
 
@@ -431,7 +431,7 @@ class Tiering:
     def _write(self, disk: Tier, entry: Entry) -> None:
         assert entry.slot is not None
         self._for = entry.name.namespace
-        if not self._make_room(self._for.tenant, DISK, entry.nbytes):
+        if not self._make_room(self._for.tenant, DISK, self.usage.on_disk(entry.nbytes)):
             self.counters.add("write.dropped", "quota")
             self.writes.end(entry, "quota")
             return

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.memory.eviction import Node, Ring
+from kvstore.memory.slots import align
 from kvstore.tiers.base import ObjectName
 from kvstore.transport.protocol import MEMORY
 
@@ -58,9 +59,9 @@ class TierShare:
         """Bytes too many, were there `more` of them."""
         return 0 if self.limit is None else max(0, self.nbytes + more - self.limit)
 
-    def took(self, entry: Counted) -> None:
-        """The entry has a place in this tier now."""
-        self.nbytes += entry.nbytes
+    def took(self, entry: Counted, nbytes: int) -> None:
+        """The entry has a place of `nbytes` in this tier now."""
+        self.nbytes += nbytes
         copy = Copy(entry)
         setattr(entry, self._copy, copy)
         self._order.add(copy)
@@ -81,9 +82,9 @@ class TierShare:
             self._order.remove(copy)
             self._order.add(copy, None if older_than is None else getattr(older_than, self._copy))
 
-    def gave(self, entry: Counted) -> None:
+    def gave(self, entry: Counted, nbytes: int) -> None:
         """The entry has lost its place in this tier."""
-        self.nbytes -= entry.nbytes
+        self.nbytes -= nbytes
         self._order.remove(getattr(entry, self._copy))
         setattr(entry, self._copy, None)
 
@@ -134,17 +135,23 @@ class NamespaceUsage:
 
 
 class Usage:
-    """Accounts of all namespaces and tenants; `clock` gives monotonic seconds."""
+    """Accounts of all namespaces and tenants; `clock` gives monotonic seconds.
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    Namespaces are charged the bytes of their objects, tenants the room that those take:
+    `in_memory` and `on_disk` say how much that is for an object of so many bytes.
+    """
+
+    def __init__(self, clock: Callable[[], float], in_memory: Callable[[int], int]) -> None:
         self._clock = clock
+        self.in_memory = in_memory
+        self.on_disk = align
         self.namespaces: dict[bytes, NamespaceUsage] = {}
         self.tenants: dict[str, TenantUsage] = {}
         self.quotas: dict[str, Quota] = {}
 
     @property
     def pinned_bytes(self) -> int:
-        """Bytes of objects that are pinned."""
+        """Bytes of memory that objects take that are pinned."""
         return sum(tenant.pinned_bytes for tenant in self.tenants.values())
 
     def account(self, namespace: Namespace) -> NamespaceUsage:
@@ -185,32 +192,32 @@ class Usage:
     def took_memory(self, entry: Counted) -> None:
         """An indexed object was given a slot."""
         entry.account.memory_bytes += entry.nbytes
-        entry.account.tenant.memory.took(entry)
+        entry.account.tenant.memory.took(entry, self.in_memory(entry.nbytes))
 
     def gave_memory(self, entry: Counted) -> None:
         """An object's slot was freed."""
         entry.account.memory_bytes -= entry.nbytes
-        entry.account.tenant.memory.gave(entry)
+        entry.account.tenant.memory.gave(entry, self.in_memory(entry.nbytes))
         self.close_if_empty(entry.account)
 
     def took_disk(self, entry: Counted) -> None:
         """An indexed object was given a place on disk."""
         entry.account.disk_bytes += entry.nbytes
-        entry.account.tenant.disk.took(entry)
+        entry.account.tenant.disk.took(entry, self.on_disk(entry.nbytes))
 
     def gave_disk(self, entry: Counted) -> None:
         """An object's place on disk was freed."""
         entry.account.disk_bytes -= entry.nbytes
-        entry.account.tenant.disk.gave(entry)
+        entry.account.tenant.disk.gave(entry, self.on_disk(entry.nbytes))
         self.close_if_empty(entry.account)
 
     def held(self, entry: Counted, by: int) -> None:
         """Somebody saves or reads the entry now (1), or nobody does any more (-1)."""
-        entry.account.tenant.held_bytes += by * entry.nbytes
+        entry.account.tenant.held_bytes += by * self.in_memory(entry.nbytes)
 
     def pinned(self, entry: Counted, by: int) -> None:
         """The entry's first pin came (1) or its last one ended (-1)."""
-        entry.account.tenant.pinned_bytes += by * entry.nbytes
+        entry.account.tenant.pinned_bytes += by * self.in_memory(entry.nbytes)
 
     def set_quota(self, tenant: str, quota: Quota | None) -> None:
         """Limit what a tenant may hold; None ends the limit."""

@@ -33,6 +33,9 @@ SPARE_CALLS: Final = 16
 _REQUEST_SECONDS: Final = 10.0
 """Until a request must have come."""
 
+_PROBE_SECONDS: Final = 2.0
+"""Until a probe must have taken its answer, too."""
+
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context = grpc.aio.ServicerContext[bytes, bytes]
 Metadata = Sequence[tuple[str, str | bytes]]
@@ -110,12 +113,13 @@ class Gate(grpc.aio.ServerInterceptor):
     def _guarded(self, handler: Handler, caller: Grant) -> Handler:
         # A stream in both directions: what comes is read when the call has its turn.
         async def serve(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
-            clock = asyncio.timeout(_REQUEST_SECONDS)
+            probe = caller is _PROBE
+            clock = asyncio.timeout(_PROBE_SECONDS if probe else _REQUEST_SECONDS)
             self._node.calls[clock] = caller
             try:
                 with self._turn(caller, stream=handler.response_streaming):
                     async with clock:
-                        async for reply in _replies(handler, requests, context, clock):
+                        async for reply in _replies(handler, requests, context, clock, probe):
                             yield reply
             except TimeoutError:
                 await self._refuse(context, self._late(caller))
@@ -162,7 +166,11 @@ class Gate(grpc.aio.ServerInterceptor):
 
 
 async def _replies(
-    handler: Handler, requests: AsyncIterator[Any], context: Context, clock: asyncio.Timeout
+    handler: Handler,
+    requests: AsyncIterator[Any],
+    context: Context,
+    clock: asyncio.Timeout,
+    probe: bool,
 ) -> AsyncIterator[Any]:
     """What a handler of any kind answers. Once its request is here, the clock is stopped."""
     method: Any = handler.stream_stream or handler.unary_stream or handler.unary_unary
@@ -171,7 +179,8 @@ async def _replies(
         request = await anext(requests, None)
         if request is None:
             raise _unreadable("there is no request")
-        if not clock.expired():
+        # Without a token nobody may be slow to take the answer, either.
+        if not (clock.expired() or probe):
             clock.reschedule(None)
     answer = method(request, context)
     if isinstance(answer, AsyncIterator):

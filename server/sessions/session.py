@@ -12,6 +12,8 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Final
 
+import msgspec
+
 from kvstore._native import xxh3_64
 from kvstore.blocks.keys import KEY_BYTES
 from kvstore.blocks.spec import Namespace, Part
@@ -32,6 +34,9 @@ _MAX_PIN_SECONDS: Final = 30 * 24 * 3600.0
 _MAX_TTL_SECONDS: Final = 10 * 365 * 24 * 3600.0
 _MAX_DESCRIBED: Final = 1 << 14
 """Bytes of an `open` with a token."""
+
+_OPENED_WEIGHT: Final = 24
+"""Bytes that it takes to remember a byte of an `open`."""
 
 _MAX_FLUSHES: Final = 16
 _MAX_RECHECKED: Final = 16
@@ -72,7 +77,7 @@ class SessionConnection(asyncio.Protocol):
         """Since when the client owes us the rest of a request, or to read; monotonic seconds."""
 
         self._handles = itertools.count()
-        self._sizes: dict[int, int] = {}  # bytes of what was opened
+        self._sizes: dict[int, int] = {}  # what each that was opened takes
         self._node = node
         self._store = node.store
         self._recent = node.recent
@@ -81,7 +86,7 @@ class SessionConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._frames = Frames()
         self._full = False  # of answers that the client does not read
-        self._owed = 0  # bytes of what was opened
+        self._owed = 0  # bytes that what was opened takes
         self._refused = False
         self._running: Work[None] | None = None  # the request that is being answered
         self._tasks: set[asyncio.Task[None]] = set()
@@ -304,8 +309,12 @@ class SessionConnection(asyncio.Protocol):
         if len(self.opened) >= protocol.MAX_OPEN:
             return Failure(f"{protocol.MAX_OPEN} namespaces are open; use another session")
         most = protocol.MAX_FRAME if self.owner.most is None else _MAX_DESCRIBED
-        if nbytes > most or self._owed + nbytes > protocol.MAX_FRAME:
-            return Failure(f"{self._owed} and {nbytes} bytes describe what is open; shorten names")
+        weight = nbytes * _OPENED_WEIGHT
+        room = protocol.MAX_FRAME * _OPENED_WEIGHT - self._owed
+        if self.owner.most is not None:
+            room = min(room, MAX_OWED - self.owner.owed)
+        if nbytes > most or weight > room:
+            return Failure(f"{nbytes} bytes more describe what is open, too many; shorten names")
         if not 1 <= len(request.parts) <= protocol.MAX_PARTS:
             return Failure(f"{len(request.parts)} parts; give 1 to {protocol.MAX_PARTS}")
         self.grant.check_tenant(request.namespace.tenant)
@@ -314,8 +323,8 @@ class SessionConnection(asyncio.Protocol):
             if problem is not None:
                 return Failure(problem)
         handle = next(self._handles)
-        self._described(nbytes)
-        self._sizes[handle] = nbytes
+        self._described(weight)
+        self._sizes[handle] = weight
         self.opened[handle] = request.namespace, request.parts
         return protocol.Opened(handle)
 
@@ -360,7 +369,21 @@ class SessionConnection(asyncio.Protocol):
         self._saved(lease, 0, "released")
 
     async def _recheck(self, lease: int, blocks: dict[int, tuple[Entry, ...]]) -> None:
-        """Remove blocks that are damaged here; what was damaged on the way stays."""
+        """Remove blocks that are damaged here; what was damaged on the way stays.
+
+        One release of an owner at a time is looked into: whoever says so of all that it reads keeps
+        no threads from others.
+        """
+        damaged = set[int]()
+        if not self.owner.rechecks:
+            self.owner.rechecks = True
+            try:
+                damaged = await self._damaged(blocks)
+            finally:
+                self.owner.rechecks = False
+        await paced(self._end(lease, tuple(damaged)))
+
+    async def _damaged(self, blocks: dict[int, tuple[Entry, ...]]) -> set[int]:
         arena = self._store.tiering.arena
         objects = [
             (number, arena.address + entry.slot.offset, entry.nbytes, entry.checksum)
@@ -379,10 +402,9 @@ class SessionConnection(asyncio.Protocol):
         entries = [entry for block in blocks.values() for entry in block]
         self._store.hold(entries)
         try:
-            damaged = await asyncio.to_thread(check)
+            return await asyncio.to_thread(check)
         finally:
             self._store.let_go(entries)
-        await paced(self._end(lease, tuple(damaged)))
 
     def _saved(self, lease: int, blocks: int, reason: str) -> None:
         """Note a save that has ended, if the lease was for one."""
@@ -444,6 +466,8 @@ class SessionConnection(asyncio.Protocol):
         slots: list[int] = []
         sums: list[int | None] = []
         other: dict[int, Part] = {}
+        lengths: dict[int, int] = {}
+        room = protocol.MAX_FRAME // 2
         for number, block in enumerate(acquired.blocks):
             if number % _HELD == _HELD - 1:
                 yield
@@ -451,7 +475,13 @@ class SessionConnection(asyncio.Protocol):
                 if entry.slot is None:  # The lease has ended meanwhile.
                     return protocol.Held(b"", b"", "released")
                 if entry.name.part != part:
-                    other[len(slots)] = entry.name.part
+                    stored = other[len(slots)] = entry.name.part
+                    if id(stored) not in lengths:
+                        lengths[id(stored)] = len(msgspec.msgpack.encode(stored))
+                    room -= lengths[id(stored)]
+                    if room < 0:  # An answer has to say of each object how it lies.
+                        yield from self._end(lease)
+                        return protocol.Held(b"", b"", "layout")
                 slots.append(entry.slot.offset)
                 sums.append(entry.checksum)
         slots = yield from self._name_slots(lease, slots)

@@ -13,8 +13,10 @@ from typing import Any, Final
 import grpc
 import psutil
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from kvstore.blocks.spec import Group, Namespace, Part
+from kvstore.blocks.spec import Described, Group, Layout, Namespace, Opaque, Part
+from kvstore.server.control.calls import SPARE_CALLS
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Failure, Hello, Message, Reserved
 from tests.control_tools import SERVICE, Api, refusal, secret, write_tokens
@@ -188,6 +190,99 @@ def test_requests_that_are_remembered_are_bounded(served: Served) -> None:
             assert raw.ask(protocol.Release(number)) == protocol.Count(0)
         assert isinstance(raw.ask(protocol.Reserve(0, 99, keys, tokens=tokens)), Reserved)
     all_left(served)
+
+
+def small_parts(count: int, layout: Layout, tail: str = "") -> tuple[Part, ...]:
+    groups = (Group(1, 1, (1,), "uint8", f"{i}{tail}") for i in range(count))
+    return tuple(Part(group, layout) for group in groups)
+
+
+def test_what_is_opened_is_remembered_for_what_it_takes(served: Served) -> None:
+    """Short names take many times their bytes."""
+    pairs = tuple((f"{i:02}", f"{i:02x}") for i in range(64))
+    parts = small_parts(26, Opaque("o", 1, 1, pairs))
+    process = psutil.Process(served.process.pid)
+    before = process.memory_info().rss
+    with Raw(served, secret("greedy")) as raw:
+        answers = [raw.ask(protocol.Open(namespace("greedy"), parts)) for _ in range(500)]
+        assert 300 < sum(isinstance(answer, protocol.Opened) for answer in answers) < 400
+        assert "describe what is open, too many" in answers[-1].reason
+        assert process.memory_info().rss - before < 256 * MIB
+    all_left(served)
+
+
+def test_an_answer_that_says_too_much_of_layouts_is_not_made(served: Served) -> None:
+    stored = small_parts(2, Described("LPNHC"), "n" * 3900)
+    asked = small_parts(2, Described("LPHNC"), "n" * 3900)
+    process = psutil.Process(served.process.pid)
+    with Raw(served, secret("greedy"), here=True) as raw:
+        raw.ask(protocol.Open(namespace("greedy"), stored))
+        raw.ask(protocol.Open(namespace("greedy"), asked))
+        raw.ask(protocol.Reserve(0, 1, bytes(32)))
+        raw.ask(protocol.Commit(1))
+        before = process.memory_info().rss
+        few = raw.ask(protocol.Acquire(1, 2, bytes(32) * 500, 1.0, 500))
+        assert len(few.other) == 1000
+        many = raw.ask(protocol.Acquire(1, 3, bytes(32) * 65_536, 1.0, 65_536))
+        assert (many.slots, many.reason) == (b"", "layout")
+        assert process.memory_info().rss - before < 64 * MIB
+    all_left(served)
+
+
+def test_blocks_that_are_called_damaged_are_looked_at_one_after_the_other(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else whoever says so of all that it reads keeps the threads that look after tokens."""
+    monkeypatch.setenv("KVSTORE_TOKEN", secret("greedy"))
+    with tcp_session(served, BIG, "greedy") as session, opened(served, "greedy", BIG) as raw:
+        keys = session.keys(prompt(5, 16))
+        assert save(session, keys).stored == 16
+        for number in range(400):
+            raw.ask(protocol.Acquire(0, number, b"".join(keys), PATIENCE, 16))
+        before = psutil.Process(served.process.pid).cpu_times().user
+        for number in range(400):
+            raw.send(protocol.Release(number, tuple(range(16))))
+        for _ in range(400):
+            raw.hear()
+        with Api(served) as api:
+            eventually(lambda: not api.call("ListLeases").leases)
+        assert psutil.Process(served.process.pid).cpu_times().user - before < 2.0
+        assert session.lookup(keys).blocks == 16, "they are whole"
+
+
+def test_probes_that_do_not_take_their_answer_end(served: Served) -> None:
+    """Whose window is closed, as HTTP/2 has it."""
+    host, _, port = served.addresses["grpc"].rpartition(":")
+
+    def frame(kind: int, flags: int, stream: int, body: bytes = b"") -> bytes:
+        head = len(body).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big")
+        return head + body
+
+    fields = {
+        ":method": "POST", ":scheme": "http", ":path": "/grpc.health.v1.Health/Check",
+        ":authority": "x", "te": "trailers", "content-type": "application/grpc",
+    }  # fmt: skip
+    head = b"".join(
+        b"\x00" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+        for name, value in fields.items()
+    )
+    with socket.create_connection((host, int(port)), PATIENCE) as raw:
+        window = b"\x00\x04" + bytes(4)
+        raw.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, window) + frame(4, 1, 0))
+        for number in range(SPARE_CALLS):
+            stream = 2 * number + 1
+            raw.sendall(frame(1, 4, stream, head) + frame(0, 1, stream, bytes(5)))
+        with grpc.insecure_channel(served.addresses["grpc"]) as channel:
+            check = health_pb2_grpc.HealthStub(channel).Check
+            question = health_pb2.HealthCheckRequest()
+
+            def refused() -> bool:
+                call = check.future(question, timeout=PATIENCE)
+                codes = grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED
+                return bool(codes.index(call.code()))
+
+            eventually(refused)
+            eventually(lambda: not refused())
 
 
 def test_what_is_compressed_is_not_inflated(served: Served) -> None:

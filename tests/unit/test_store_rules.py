@@ -6,6 +6,7 @@ import asyncio
 import gc
 import math
 import random
+from array import array
 from contextlib import aclosing
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from kvstore.store.admission import Admission
 from kvstore.store.events import Event, EventLog, Missed
 from kvstore.store.explain import explain, survey
 from kvstore.store.history import History, Uses
-from kvstore.store.index import Entry, Saving
+from kvstore.store.index import Entry, Payer, Saving
 from kvstore.store.relocation import copy_to, move_to, reencode, remove
 from kvstore.store.selection import Selection
 from kvstore.store.usage import Quota
@@ -52,6 +53,37 @@ def test_a_lowered_quota_acts_at_once(memory: Bench) -> None:
     memory.store.set_quota("alice", None)
     memory.save(keys(2, 3, 4), namespace=ALICE)
     assert reasons(memory, keys(1, 2, 3, 4), ALICE) == ["stored"] * 4
+
+
+def test_limits_are_of_the_room_that_objects_take(disk: Bench) -> None:
+    """A chunk has no smaller slots than 4 KiB, whatever lies in them."""
+    small = Part(Group(layers=1, heads=1, channels=(1,), dtype="int8"))
+    assert small.nbytes(16) == 16
+    disk.store.set_quota("alice", Quota(memory=2 * 4096, disk=4096))
+    payer = Payer(most=2 * 4096, most_pinned=4096)
+    disk.store.charge("saver", payer)
+    disk.save(keys(1, 2), small, ALICE)
+    disk.drain()
+    used = disk.store.usage.tenants["alice"]
+    assert (used.memory_bytes, used.disk_bytes, used.held_bytes) == (2 * 4096, 4096, 0)
+    assert disk.store.pin("saver", 50, keys(1, 2), [small], 60, ALICE) == 1
+    disk.save(keys(3, 4, 5), small, BOB)
+    answers, reason = disk.store.reserve("saver", 51, BOB, keys(6, 7, 8), [small])
+    assert ([answer >= 0 for answer in answers], reason) == ([True, True, False], "held")
+
+
+def test_leases_are_remembered_for_what_their_objects_take(memory: Bench) -> None:
+    parts = [Part(Group(1, 1, (1,), "int8", name=f"{i}")) for i in range(20)]
+    for part in parts:
+        memory.save(keys(1), part)
+    payer = Payer()
+    memory.store.charge("reader", payer)
+    memory.store.acquire("reader", 1, keys(1), parts, lambda acquired: None)
+    memory.store.pin("reader", 2, keys(1), parts, 60)
+    memory.store.reserve("reader", 3, NAMESPACE, keys(1), parts)
+    assert payer.owed == 3 * (1000 + 160 + 20 * 48)
+    memory.store.release_owner("reader")
+    assert not payer.owed
 
 
 def test_saves_are_dropped_when_a_quota_is_full_of_pinned_blocks(memory: Bench) -> None:
@@ -625,3 +657,31 @@ async def test_what_a_disk_held_is_told_when_it_is_found(tmp_path: Path) -> None
     assert (found.kind, found.medium, set(found.keys)) == ("stored", DISK, set(keys(1, 2)))
     assert second.store.events.incarnation != first.store.events.incarnation
     second.close()
+
+
+async def test_events_of_many_tokens_come_in_pieces_that_clients_take(memory: Bench) -> None:
+    """Else a watcher's stream would end, and again each time it comes back for the same event."""
+    size = 1 << 14
+    space = Namespace(ModelIdentity("model"), "alice", size)
+    part = Part(Group(layers=1, heads=1, channels=(1,), dtype="int8"))
+    chain = keys(*range(5))
+    saving = Saving(b"p" * 32, array("I", [2**32 - 1]) * (5 * size))
+    memory.save(chain, part, space, saving)
+    told = [e for e in await collect(memory.store.events, 0) if isinstance(e, Event)]
+    assert [list(event.keys) for event in told] == [chain[:3], chain[3:]]
+    assert [event.parent for event in told] == [b"p" * 32, chain[2]]
+    assert [len(event.token_ids) for event in told] == [3 * size, 2 * size]
+
+
+def test_an_explanation_names_some_of_many_parts(memory: Bench) -> None:
+    parts = [
+        Part(Group(layers=1, heads=1, channels=(1,), dtype="int8", name=f"{i:03}" + "x" * 3000))
+        for i in range(20)
+    ]
+    memory.save(keys(1))
+    for part in parts:
+        memory.save(keys(2), part)
+    (found,) = explain(memory.store, NAMESPACE, keys(2))
+    assert found.reason == "incomplete"
+    assert found.detail.endswith(" and 12 more")
+    assert len(found.detail) < 600
