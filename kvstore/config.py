@@ -28,6 +28,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from kvstore.errors import ConfigError
@@ -154,6 +155,15 @@ class DiskConfig(_Space):
     stall_seconds: Seconds = Field(10.0, description="I/O that takes longer: the disk is broken")
 
 
+class TierConfig(_Section):
+    """A tier below memory."""
+
+    kind: Name = Field(description="slab, or a kind that an installed package offers")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="as the kind has them; a slab those of disk"
+    )
+
+
 class SessionConfig(_Section):
     """How long a client waits, and how it comes back."""
 
@@ -253,11 +263,45 @@ class Config(_Section):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     memory: MemoryConfig = Field(default_factory=MemoryConfig)
     disk: DiskConfig = Field(default_factory=DiskConfig)
+    tiers: tuple[TierConfig, ...] = Field(
+        (), description="below memory, in order; one yet. A slab alone may be given as disk"
+    )
     session: SessionConfig = Field(default_factory=SessionConfig)
     planner: PlannerConfig = Field(default_factory=PlannerConfig)
     server: ServerConfig = Field(default_factory=ServerConfig)
     admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
     quotas: dict[Tenant, QuotaConfig] = Field(default_factory=dict, description="by tenant")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _slab_of_tiers(cls, values: Any) -> Any:
+        """A slab among `tiers` is checked, and known from here on, as `disk`."""
+        match values:
+            case {"tiers": [{"kind": "slab", **rest}]} if set(rest) <= {"options"}:
+                options = rest.get("options", {})
+                disk = values.get("disk", {})
+                if isinstance(options, dict) and isinstance(disk, dict) and not disk.get("path"):
+                    return {**values, "tiers": (), "disk": disk | options}
+        return values
+
+    @field_validator("tiers")
+    @classmethod
+    def _check_tiers(cls, tiers: tuple[TierConfig, ...], others: ValidationInfo) -> Any:
+        disk = others.data.get("disk")
+        if tiers and disk is not None and disk.path is not None:
+            raise ValueError("disk.path names a tier, too; give all of them here, or disk alone")
+        if len(tiers) > 1:
+            raise ValueError(f"{len(tiers)} tiers; this release has one below memory: leave one")
+        if tiers and tiers[0].kind == "slab":
+            raise ValueError("the options of a slab are a table, as under disk")
+        return tiers
+
+    @property
+    def below(self) -> TierConfig | None:
+        """The tier below memory; None if there is none."""
+        if self.disk.path is not None:
+            return TierConfig(kind="slab", options=self.disk.model_dump())
+        return next(iter(self.tiers), None)
 
     @field_validator("address")
     @classmethod

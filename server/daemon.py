@@ -294,6 +294,8 @@ def describe(config: Config, problem: str | None) -> str:
     disk = "no disk tier" if problem is None else f"no disk tier: {problem}"
     if config.disk.path is not None and problem is None:
         disk = f"disk {format_size(config.disk.size)} in {config.disk.path}"
+    elif config.below is not None and problem is None:
+        disk = f"{config.below.kind} below it"
     return f"memory {format_size(config.memory.size)}, {disk}"
 
 

@@ -261,7 +261,7 @@ class Node:
     def health(self) -> dict[str, str]:
         """In two words how it is doing, for those who probe: `status` and `disk`."""
         tiering = self.store.tiering
-        if self.config.disk.path is None:
+        if self.config.below is None:
             disk = "none"
         elif tiering.disk is None:
             disk = "missing"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from typing import Final
 
 from kvstore.config import Config
@@ -13,6 +12,7 @@ from kvstore.store.admission import Admission
 from kvstore.store.opening import OpenDisk
 from kvstore.store.store import Store
 from kvstore.store.usage import Quota
+from kvstore.tiers.factory import find
 
 _ROOM_SECONDS: Final = 5.0
 """To wait for the arena's room: idle clients of a daemon before us give it back within a second."""
@@ -64,22 +64,14 @@ def open_store(config: Config, arena: Arena, post: Callable[[Callable[[], None]]
 
 
 def disk_opener(config: Config, *, direct: bool) -> OpenDisk | None:
-    """What opens the configured disk tier; None when there is none."""
-    disk = config.disk
-    if disk.path is None:
-        return None
-    from kvstore.tiers.slab.tier import SlabTier
+    """What opens the configured tier below memory; None when there is none.
 
-    return partial(
-        SlabTier.open,
-        "disk",
-        folder=disk.path,
-        capacity=disk.size,
-        chunk=disk.chunk,
-        policy=disk.policy,
-        threads=disk.threads,
-        sync_seconds=disk.sync_seconds,
-        retry_seconds=disk.retry_seconds,
-        stall_seconds=disk.stall_seconds,
-        direct_to_arena=direct,
-    )
+    Raises:
+        ConfigError: its kind is not known.
+    """
+    below = config.below
+    if below is None:
+        return None
+    open_tier = find(below.kind)
+    options = below.options | {"direct": direct}
+    return lambda host: open_tier("disk", host, options)

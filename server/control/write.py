@@ -213,7 +213,7 @@ class WriteVerbs:
         return entries
 
     def _need_disk(self, target: int) -> None:
-        if target == DISK and self._node.config.disk.path is None:
+        if target == DISK and self._node.config.below is None:
             raise Refused(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "NO_DISK_TIER",

@@ -193,7 +193,7 @@ def _of_tiers(node: Node, stats: Mapping[str, Any]) -> Iterator[Metric]:
     if tiering.disk is not None:
         slots.append((("disk",), tiering.disk.state.objects or 0))
     yield _labelled("tier_slots", "Slots that hold an object, by tier.", ("tier",), slots)
-    if node.config.disk.path is not None:
+    if node.config.below is not None:
         disk = stats["disk"]
         healthy = disk is not None and not disk["problem"] and not stats["disk_problem"]
         yield _gauge("disk_healthy", "0 while the disk tier is away, full or broken.", int(healthy))

@@ -141,6 +141,6 @@ def welcome(node: Node, hello: Hello, session: int) -> Welcome:
     if hello.features:
         reply.features = protocol.FEATURES
     if "tiers" in hello.features:
-        below = [TierInfo(protocol.DISK, "disk")] if node.config.disk is not None else []
+        below = [TierInfo(protocol.DISK, "disk")] if node.config.below is not None else []
         reply.tiers = (TierInfo(protocol.MEMORY, "memory"), *below)
     return reply

@@ -361,6 +361,20 @@ WRONG: dict[str, list[Any]] = {
     "admission.disk": NO_CHOICE,
     "admission.denied_tenants": NO_TENANTS,
     "quotas": NO_QUOTAS,
+    "tiers": [
+        "a",
+        5,
+        {"a": 5},
+        [5],
+        [{"kind": ""}],
+        [{"kind": NUL}],
+        [{"options": {}}],
+        [{"kind": "x", "options": 5}],
+        [{"kind": "x", "else": 5}],
+        [{"kind": "x"}, {"kind": "y"}],
+        [{"kind": "slab"}, {"kind": "slab"}],
+        [{"kind": "slab", "options": 5}],
+    ],
 }
 """What each setting must refuse. A new one needs a line here."""
 

@@ -12,10 +12,10 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from kvstore.memory.slots import Slot, SlotPool, slot_policy
 from kvstore.tiers.base import Held, Host, Job, JobDone, ObjectName, State
@@ -374,3 +374,16 @@ class SlabTier:
         tasks, self._nameless = self._nameless, []
         for task in tasks:
             self._threads.submit(task)
+
+
+def open_slab(name: str, host: Host, options: Mapping[str, Any]) -> SlabTier:
+    """Open a slab by the settings of `disk`, as `OpenTier` says."""
+    kept = ("chunk", "policy", "threads", "sync_seconds", "retry_seconds", "stall_seconds")
+    return SlabTier.open(
+        name,
+        host,
+        options["path"],
+        options["size"],
+        direct_to_arena=options["direct"],
+        **{key: options[key] for key in kept},
+    )

@@ -1,0 +1,44 @@
+"""Tiers by the kinds that a configuration names: built-in ones, and those of installed packages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Final
+
+from kvstore.errors import ConfigError
+from kvstore.tiers.base import Host, Tier
+
+GROUP: Final = "kvstore.tiers"
+"""The group of entry points in which packages offer kinds of tiers."""
+
+OpenTier = Callable[[str, Host, Mapping[str, Any]], Tier]
+"""Opens a tier, given its name, the store, and the options of its entry in the configuration.
+
+Of these `direct` is the daemon's: the arena lies on huge pages, see `SlabTier.open`. It may block,
+and raise ConfigError, TierUnavailable or FormatError, each saying what to do.
+"""
+
+_BUILT_IN: Final = {"slab": "kvstore.tiers.slab.tier:open_slab"}
+
+
+def find(kind: str) -> OpenTier:
+    """What opens tiers of a kind. For names from the configuration only: it loads code.
+
+    Raises:
+        ConfigError: there is no such kind, or its package cannot be loaded; lists those there are.
+    """
+    if kind in _BUILT_IN:
+        module, _, function = _BUILT_IN[kind].partition(":")
+        opened: OpenTier = getattr(import_module(module), function)
+        return opened
+    offered = {point.name: point for point in entry_points(group=GROUP)}
+    if kind not in offered:
+        known = ", ".join(sorted({*_BUILT_IN, *offered}))
+        raise ConfigError(f"tiers: there is no kind {kind!r}; known: {known}")
+    try:
+        opened = offered[kind].load()
+    except (ImportError, AttributeError) as e:
+        raise ConfigError(f"tiers: kind {kind!r} cannot be loaded from its package: {e}") from e
+    return opened

@@ -1,0 +1,133 @@
+"""Tiers pass the conformance suite, which notices what does not; kinds of tiers are found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.memory_tier import MemoryTier
+from kvstore.config import load_config
+from kvstore.errors import ConfigError
+from kvstore.tiers import conformance
+from kvstore.tiers.base import Host, Tier
+from kvstore.tiers.conformance import Make, Nonconforming
+from kvstore.tiers.factory import find
+from kvstore.tiers.slab.tier import SlabTier
+from tests.session_tools import Stores, load, prompt, save
+
+MIB = 1 << 20
+MEDIA: dict[Path, dict[Any, Any]] = {}
+
+
+def memory(host: Host, folder: Path) -> Tier:
+    medium = MEDIA.setdefault(folder, {})
+    return MemoryTier("memory", host, {"capacity": 2 * MIB, "medium": medium})
+
+
+def slab(host: Host, folder: Path) -> Tier:
+    return SlabTier.open("slab", host, folder, 4 * MIB, chunk=256 << 10)
+
+
+@pytest.mark.parametrize("check", conformance.CHECKS)
+@pytest.mark.parametrize("make", [slab, memory])
+def test_conforms(make: Make, check: Callable[[Make, Path], None], tmp_path: Path) -> None:
+    check(make, tmp_path)
+
+
+class Forgets(MemoryTier):
+    def recover(self) -> Any:
+        return iter(())
+
+
+class Resurrects(MemoryTier):
+    def delete(self, names: Any) -> None: ...
+
+
+class Believes(MemoryTier):
+    def _load(self, job: Any) -> str | None:
+        job.checksum = self._objects[job.name][0].checksum if job.name in self._objects else None
+        return super()._load(job)
+
+
+class Hoards(MemoryTier):
+    def _make_room(self, nbytes: int) -> bool:
+        return True
+
+
+class Impolite(MemoryTier):
+    def _make_room(self, nbytes: int) -> bool:
+        while (self.state.used or 0) + nbytes > self._capacity:
+            name = next(iter(self._objects))
+            self.delete([name])
+            self._host.lost(name, "evicted")
+        return True
+
+
+class Twice(MemoryTier):
+    def get(self, jobs: Any, done: Any) -> None:
+        super().get(jobs, lambda job, error: (done(job, error), done(job, error)))
+
+
+@pytest.mark.parametrize("kind", [Forgets, Resurrects, Believes, Hoards, Impolite, Twice])
+def test_the_suite_notices(kind: type[MemoryTier], tmp_path: Path) -> None:
+    def make(host: Host, folder: Path) -> Tier:
+        options = {"capacity": 2 * MIB, "medium": MEDIA.setdefault(folder, {})}
+        return kind("wrong", host, options)
+
+    def conform() -> None:
+        for check in conformance.CHECKS:
+            check(make, tmp_path / check.__name__)
+
+    with pytest.raises(Nonconforming):
+        conform()
+
+
+# --- Kinds ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed package that offers tiers of the kinds `kept` and `broken`."""
+    info = tmp_path / "kept_tier-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kept-tier\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[kvstore.tiers]\nkept = examples.memory_tier:MemoryTier\nbroken = no_such_module:Tier\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def test_a_daemon_with_a_tier_of_a_package(package: Path, stores: Stores) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", f"{package}:{Path(__file__).parents[2]}")
+        tiers = [{"kind": "kept", "options": {"capacity": 8 * MIB}}]
+        served = stores.serve("1MiB", tiers=tiers)
+    with served.session() as session:
+        first, others = session.keys(prompt(1, 4)), session.keys(prompt(2, 400))
+        assert save(session, first).stored == 4
+        assert session.flush() == 0
+        save(session, others)
+        assert load(session, first).tiers == {"disk": 4}
+
+
+def test_kinds_that_cannot_be_had_are_named(package: Path) -> None:
+    with pytest.raises(ConfigError, match="no kind 'other'; known: broken, kept, slab"):
+        find("other")
+    with pytest.raises(ConfigError, match=r"'broken' cannot be loaded .*no_such_module"):
+        find("broken")
+    assert find("kept") is MemoryTier
+
+
+def test_a_slab_may_be_given_among_tiers() -> None:
+    options = {"path": "/somewhere", "size": "1GiB"}
+    listed = load_config(overrides={"tiers": [{"kind": "slab", "options": options}]})
+    assert listed == load_config(overrides={"disk": options})
+    with pytest.raises(ConfigError, match=r"disk\.size"):
+        load_config(overrides={"tiers": [{"kind": "slab", "options": {"size": "much"}}]})
+    both = {"tiers": [{"kind": "slab", "options": options}], "disk": {"path": "/elsewhere"}}
+    with pytest.raises(ConfigError, match=r"tiers: .*disk alone"):
+        load_config(overrides=both)
