@@ -3,7 +3,7 @@
 The space is cut into chunks. A chunk serves one size class at a time, and a class is one exact
 (4 KiB-aligned) object size, so objects of one model waste nothing but the tail of each chunk: less
 than one object per chunk. When a class is full it evicts its own coldest object; now and then, and
-whenever it has none, it takes over the coldest chunk of another class instead, so a class nobody
+whenever it has none, it takes over a cold chunk of another class, bit by bit, so a class nobody
 uses any more cannot hold room for ever (the calcification of memcached's slabs).
 """
 
@@ -19,6 +19,11 @@ ALIGNMENT: Final = 4096
 _REBALANCE_EVERY: Final = 64
 _CANDIDATES: Final = 1024
 """Slots that are looked at to find one that may go: half a millisecond."""
+_CHUNKS: Final = 8
+_MOST_CHUNKS: Final = 64
+"""Chunks that are looked at to find one for another class: usually, and where it has nothing."""
+_GIVEN_UP: Final = 16
+"""Slots of a chunk that are given up at a time."""
 
 T = TypeVar("T")
 
@@ -108,6 +113,8 @@ class SlotPool(Generic[T]):
         self._free_chunks: list[int] = []  # that were used before
         self._fresh_chunks = list(reversed(range(capacity // chunk)))
         self._refused: set[int] = set()  # chunks in use that the medium has no room for
+        self._leaving: int | None = None  # the chunk that is being emptied for another class
+        self._looked_at = -1  # the chunk that was asked last whether it may be
         self._clock = 0
         self.used_bytes = 0
         self.used_slots = 0
@@ -207,9 +214,11 @@ class SlotPool(Generic[T]):
         self.used_slots -= 1
         chunk.free.append(slot.offset)
         if chunk.slots:
-            if number not in self._refused:
+            if number not in self._refused and number != self._leaving:
                 cls.partial[number] = None
             return
+        if number == self._leaving:
+            self._leaving = None
         cls.partial.pop(number, None)
         del cls.chunks[number], self._class_of[number]
         if number in self._refused:
@@ -273,9 +282,10 @@ class SlotPool(Generic[T]):
             looked_at = islice(cls.policy.candidates(), _CANDIDATES)
             victim = next((s for s in looked_at if self._evictable(s)), None)
             cls.evictions += 1
-            if victim is None or cls.evictions % _REBALANCE_EVERY == 0:
+            if victim is None or cls.evictions % _REBALANCE_EVERY == 0 or self._leaving is not None:
                 self._take_over(cls, victim)
             if victim is not None and not self._unused_chunk():
+                self._stay(victim.offset // self.chunk)
                 self._evict(victim)
         if not cls.partial and (chunks := self._unused_chunk()):
             self._assign(cls, chunks.pop())
@@ -285,16 +295,44 @@ class SlotPool(Generic[T]):
         return slot.admitted and self._evictable(slot)
 
     def _take_over(self, cls: _SizeClass[T], victim: Slot[T] | None) -> None:
-        """Empty the coldest chunk of another class, if it is colder than `victim`."""
-        coldest: _Chunk[T] | None = None
+        """Empty a chunk of another class that is colder than `victim`, a little at a time."""
+        chunks, slots = (_CHUNKS, _GIVEN_UP) if victim is not None else (_MOST_CHUNKS, _CANDIDATES)
+        if self._leaving is None:
+            self._leaving = self._coldest(cls, victim, chunks)
+        if self._leaving is None or (other := self._class_of[self._leaving]) is cls:
+            return
+        number = self._leaving
+        other.partial.pop(number, None)
+        for slot in list(islice(other.chunks[number].slots.values(), slots)):
+            if not self._may_go(slot):
+                self._stay(number)
+                return
+            self._evict(slot)
+
+    def _coldest(self, cls: _SizeClass[T], victim: Slot[T] | None, chunks: int) -> int | None:
+        """The coldest of the next `chunks` chunks, all of which may go, or as far as one looks."""
+        coldest: int | None = None
         coldest_used = victim.used if victim is not None else self._clock + 1
-        for other in self._classes.values():
-            if other is cls:
+        count = self.capacity // self.chunk
+        for _ in range(min(chunks, count)):
+            self._looked_at = (self._looked_at + 1) % count
+            other = self._class_of.get(self._looked_at)
+            if other is None or other is cls:
                 continue
-            for chunk in other.chunks.values():
-                newest = max(slot.used for slot in chunk.slots.values())
-                if newest < coldest_used and all(map(self._may_go, chunk.slots.values())):
-                    coldest, coldest_used = chunk, newest
-        if coldest is not None:
-            for slot in list(coldest.slots.values()):
-                self._evict(slot)
+            newest = 0
+            for slot in islice(other.chunks[self._looked_at].slots.values(), _CANDIDATES):
+                newest = max(newest, slot.used)
+                if newest >= coldest_used or not self._may_go(slot):
+                    break
+            else:
+                coldest, coldest_used = self._looked_at, newest
+        return coldest
+
+    def _stay(self, number: int) -> None:
+        """A chunk is not given up, should that have begun."""
+        if self._leaving == number:
+            self._leaving = None
+            cls = self._class_of[number]
+            chunk = cls.chunks[number]
+            if (chunk.free or chunk.fresh < chunk.end) and number not in self._refused:
+                cls.partial[number] = None

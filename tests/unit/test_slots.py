@@ -283,3 +283,62 @@ def test_chunks_follow_from_the_capacity(capacity: int, chunk: int) -> None:
 def test_align() -> None:
     assert [align(n) for n in (0, 1, 4096, 4097)] == [0, 4096, 4096, 8192]
     assert align(5, 4) == 8
+
+
+def test_a_chunk_changes_hands_little_by_little() -> None:
+    pool = Pool(chunks=8, chunk=1 << 20)
+    old = pool.fill(K4, "old")
+    assert len(old) == 8 * 256
+    pool.get(K16, "first")  # It has nothing, so a chunk is emptied for it.
+    assert len(pool.evicted) == 256
+    for number in range(63):
+        pool.get(K16, f"new{number}")
+    pool.evicted.clear()
+    most = 0
+    for number in range(64 * 40):
+        before = len(pool.evicted)
+        pool.get(K16, f"more{number}")
+        most = max(most, len(pool.evicted) - before)
+    assert most <= 17
+    assert sum(owner.startswith("old") for owner in pool.evicted) > 3 * 256, "nobody used them"
+    assert pool.used_bytes + pool.free_bytes <= pool.capacity
+
+
+def test_a_chunk_that_is_being_emptied_stays_if_somebody_holds_it() -> None:
+    pool = Pool(chunks=2, chunk=1 << 20)
+    pool.fill(K4, "old")
+    pool.get(K16, "first")
+    pool.held |= {slot.owner for slot in pool.slots() if slot.owner.startswith("old")}
+    pool.held -= {f"old{number}" for number in range(256, 300)}
+    for number in range(64 * 20):
+        pool.get(K16, f"new{number}")
+    kept = [slot for slot in pool.slots() if slot.owner in pool.held]
+    assert len(kept) == 256 - 44
+    for slot in list(pool.slots()):
+        if slot.owner not in pool.held:
+            pool.free(slot)
+    assert pool.get(K4, "again"), "what it lost may be used"
+
+
+def test_the_price_of_a_second_size_does_not_grow_with_the_pool() -> None:
+    def price(chunks: int) -> int:
+        """Slots that are asked whether they may go, for one allocation at most."""
+        pool = Pool(chunks=chunks)
+        asked = 0
+        may_go = pool._evictable
+
+        def counting(slot: Slot[str]) -> bool:
+            nonlocal asked
+            asked += 1
+            return may_go(slot)
+
+        pool.fill(K4, "old")
+        pool._evictable = counting
+        most = 0
+        for number in range(500):
+            before = asked
+            pool.get(K16, f"new{number}")
+            most = max(most, asked - before)
+        return most
+
+    assert price(1024) <= price(128)
