@@ -72,7 +72,8 @@ class Report(KVConnectorWorkerMetadata):  # type: ignore[misc]
     `loaded` counts blocks that arrived; of several ranks the least counts. `saved` holds, per job,
     how many ranks are done with it and the least number of blocks that the store now has.
     `computed` is (prompt tokens, seconds) of a step that computed nothing else, `copied` (blocks,
-    seconds) of a load from memory. `failures` counts layered loads that failed.
+    seconds) of a load from memory. `failures` counts layered loads that failed, and steps that did;
+    `broken` is true of the latter.
     """
 
     loaded: dict[int, int] = field(default_factory=dict)
@@ -80,6 +81,7 @@ class Report(KVConnectorWorkerMetadata):  # type: ignore[misc]
     computed: tuple[int, float] | None = None
     copied: tuple[int, float] | None = None
     failures: int = 0
+    broken: bool = False
 
     @property
     def is_empty(self) -> bool:
@@ -103,4 +105,5 @@ class Report(KVConnectorWorkerMetadata):  # type: ignore[misc]
             self.computed or other.computed,
             self.copied or other.copied,
             self.failures + other.failures,
+            self.broken or other.broken,
         )

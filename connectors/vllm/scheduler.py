@@ -368,6 +368,8 @@ class SchedulerSide:
                 self._session.report_prefill(*report.computed)
             if report.copied is not None:
                 self._session.report_load(*report.copied)
+            if report.broken:
+                self._watch.broken()
             if report.failures:
                 self._failures += report.failures
                 for one in self._tracked.values():

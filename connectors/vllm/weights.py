@@ -94,6 +94,10 @@ class WeightsWatch:
             )
         return bool(cause)
 
+    def broken(self) -> None:
+        """A step of the model has failed: nobody knows what pages hold that it was to fill."""
+        self._cause = self._cause or "a step failed"
+
     def name(self, kv_cache_manager: Any) -> str | None:
         """What tells these weights from those of the namespace; empty: they are those; None:
         nothing does, since vLLM may have KV of other weights in its own cache."""

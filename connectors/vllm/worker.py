@@ -15,6 +15,7 @@ were scheduled before the scheduler knew, is saved.
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 from collections import Counter
@@ -218,6 +219,12 @@ class WorkerSide:
         if step is None:
             return
         self._end_layered()
+        # vLLM says so of a step that failed, too: within its exception.
+        if broken := sys.exc_info()[1] is not None:
+            self._failures += 1
+            with self._changed:
+                self._report.failures += 1
+                self._report.broken = True
         sound = step.failures == self._failures
         if sound:
             self._start_saves()
@@ -225,9 +232,9 @@ class WorkerSide:
                 self._computed.open(len(self._layers), self._device.mark())
         else:
             if self._computed is not None:
-                self._computed.fail("the step was computed without what it should have loaded")
+                self._computed.fail("the step failed, or had not loaded what it should have")
             for job in self._unsaved:
-                self._dropped(job, "load_failed")
+                self._dropped(job, "step_failed" if broken else "load_failed")
                 self._saved(job, 0)
         self._times.end(counts=sound and step.prompt_tokens >= self._namespace.block_tokens)
         with self._changed:

@@ -18,6 +18,7 @@ from kvstore.connectors.common import sessions as vllm_sessions
 from kvstore.connectors.common.settings import settings_of
 from kvstore.connectors.vllm.inputs import Inputs
 from kvstore.connectors.vllm.layout import Pages
+from kvstore.connectors.vllm.messages import Report
 from kvstore.connectors.vllm.scheduler import SchedulerSide
 from kvstore.connectors.vllm.weights import WeightsWatch
 from tests.control_tools import secret, write_tokens
@@ -303,3 +304,20 @@ def test_adapters_replaced_while_a_request_waits_are_not_saved_for_those_that_we
     asked.all_token_ids = [*asked.all_token_ids, 5]
     asked.num_computed_tokens, asked.num_tokens = asked.num_tokens, len(asked.all_token_ids)
     assert bool(side.step(step).saves) is (replaced == "never")
+
+
+def test_after_a_step_that_failed_the_store_is_left_alone_until_vllms_cache_is_empty(
+    side: SchedulerSide,
+) -> None:
+    cached = {"a page": 1}
+    pool = SimpleNamespace(cached_block_hash_to_block=cached)
+    side.bind(SimpleNamespace(block_pool=pool, usage=0.0))
+    assert side._weights_now() == ""
+    side.done(SimpleNamespace(
+        kv_connector_worker_meta=Report(failures=1, broken=True),
+        finished_recving=None, finished_sending=None,
+    ))  # fmt: skip
+    side._looked = False
+    assert side._weights_now() is None
+    cached.clear()
+    assert side._weights_now()

@@ -56,17 +56,21 @@ class Model:
         generator = torch.Generator().manual_seed(layer)
         return torch.randn(PAGES, HEADS, PAGE, 2 * WIDTH, generator=generator)
 
-    def step(self, step: Step, writes: Any = (), *, asks: bool = True) -> None:
+    def step(self, step: Step, writes: Any = (), *, asks: bool = True, fails: int = -1) -> None:
         """One step: fills pages `writes`, and notes what it reads of all pages of each layer."""
         self._worker.preempt(step)
         self._worker.begin(step)
-        for layer, name in enumerate(NAMES):
-            if asks:
-                self._worker.layer_needed(name)
-            self._queued += 1
-            self._cuda.enqueue(self._stream, lambda layer=layer: self._compute(layer, writes))
-            self._worker.layer_computed(name)
-        self._worker.computed()
+        try:
+            for layer, name in enumerate(NAMES):
+                if asks:
+                    self._worker.layer_needed(name)
+                if layer == fails:
+                    raise RuntimeError("out of memory")
+                self._queued += 1
+                self._cuda.enqueue(self._stream, lambda layer=layer: self._compute(layer, writes))
+                self._worker.layer_computed(name)
+        finally:  # As vLLM does it.
+            self._worker.computed()
 
     def _compute(self, layer: int, writes: Any) -> None:
         time.sleep(self.seconds)
@@ -226,6 +230,29 @@ def test_a_layered_load_that_comes_short_spoils_nothing(model: Model) -> None:
     model.step(step(saves=[job(7, SAVED[:4], more)], failures=1), writes=SAVED[:4].ravel())
     report = reports(model, lambda report: 7 in report.saved)
     assert report.saved[7] == (1, 4)
+
+
+@pytest.mark.parametrize("blocks", [1, 6])
+def test_a_step_that_fails_is_not_saved_nor_the_next_one(model: Model, blocks: int) -> None:
+    keys = block_keys(NAMESPACE, [20 + blocks, *range(6 * BLOCK - 1)])[:blocks]
+    pages = SAVED[:blocks]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model.step(step(saves=[job(10, pages, keys)]), writes=pages.ravel(), fails=LAYERS - 1)
+    model.step(step(saves=[job(11, pages, keys)]), writes=pages.ravel())
+    told = []
+    eventually(
+        lambda: told.append(model._worker.take_report()) or not model._worker._pending.total()
+    )
+    told.append(model._worker.take_report())
+    said = [report for report in told if report]
+    assert {n: saved for report in said for n, saved in report.saved.items()} == {
+        10: (1, 0),
+        11: (1, 0),
+    }
+    assert sum(report.failures for report in said) == 1
+    assert any(report.broken for report in said)
+    assert model._worker._session("").lookup(keys).blocks == 0
+    model.finish()
 
 
 def test_a_model_that_does_not_ask_for_layers_may_have_been_too_early(model: Model) -> None:
