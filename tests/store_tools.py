@@ -44,6 +44,7 @@ class Bench:
         disk_size: int = 16 << 20,
         policy: str = "lru",
         wall: float = 1e9,
+        stall_seconds: float = 10.0,
     ) -> None:
         self.posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.now = 0.0
@@ -51,6 +52,7 @@ class Bench:
         """Unix time when `now` is 0; change it to set the wall clock."""
         self.arena = Arena.create(slots * NBYTES)
         disk: dict[str, object] = {"size": disk_size, "path": folder, "policy": policy}
+        disk["retry_seconds"] = 0.2
         self.store = Store(
             self.arena,
             self.posted.put,
@@ -59,6 +61,7 @@ class Bench:
             lease_seconds=10,
             open_disk=disk_opener(Config.model_validate({"disk": disk}), direct=False),
             retry_seconds=1.0,
+            stall_seconds=stall_seconds,
             clock=Clock(lambda: self.now, lambda: self.wall + self.now),
         )
         self.pins = Pins(self.store)

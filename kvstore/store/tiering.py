@@ -474,14 +474,16 @@ class Tiering:
         self.pump()
 
     def _write_failed(self, entry: Entry, error: str) -> None:
-        self.counters.add("write.dropped" if error == "no_room" else "write.failed", error)
         self.free_place(entry)
+        if error in PASSING and not entry.gone:
+            self.counters.add("write.again", error)
+            self.quiet.warning("disk", "writes to disk pause: %s", self.problem or error)
+            self.writes.again(entry, error)
+            return
+        self.counters.add("write.dropped" if error == "no_room" else "write.failed", error)
         if error == "corrupt":
             self.quiet.warning("memory", "a block changed while in memory; it is dropped")
             self.discard(entry, "damaged")
-        elif error in PASSING and not entry.gone:
-            self.quiet.warning("disk", "writes to disk pause: %s", self.problem or error)
-            self.writes.again(entry, error)
         else:
             self.writes.end(entry, error)
 

@@ -103,6 +103,9 @@ COUNTERS: Final[Mapping[str, Counted]] = {
     "write.failed": Counted(
         "disk_write_failures", "Writes to disk that failed, by reason.", "reason"
     ),
+    "write.again": Counted(
+        "disk_write_retries", "Writes to disk that are tried again, by reason.", "reason"
+    ),
     "recover.objects": Counted("recovered_objects", "Objects found on disk at start."),
     "recover.dropped": Counted(
         "recovery_drops", "Objects found on disk that could not be used, by reason.", "reason"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import threading
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -271,6 +275,55 @@ def test_without_its_disk_the_store_goes_on_and_takes_it_up_again(tmp_path: Path
     assert bench.store.tiering.unwritten == 0
     assert bench.store.counters["write.bytes"] == 2 * NBYTES
     bench.close()
+
+
+def test_a_disk_that_hangs_at_the_start_is_taken_up_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on = threading.Event()
+    real = os.open
+
+    def hung(path: Any, *arguments: Any, **more: Any) -> int:
+        if str(tmp_path) in str(path):
+            goes_on.wait(20)
+        return real(path, *arguments, **more)
+
+    monkeypatch.setattr(os, "open", hung)
+    began = time.monotonic()
+    bench = Bench(tmp_path / "disk", stall_seconds=0.1)
+    assert time.monotonic() - began < 5
+    assert bench.store.tiering.disk is None
+    assert "has not answered for 0.1 s" in str(bench.store.tiering.disk_problem)
+    bench.save(keys(1))
+    goes_on.set()
+    bench.posted.get(timeout=20)()
+    bench.drain()
+    assert bench.store.tiering.disk_problem is None
+    assert bench.store.counters["write.bytes"] == NBYTES
+    bench.close()
+
+
+def test_writes_that_are_tried_again_have_not_failed(
+    disk: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> int:
+        raise OSError(errno.EIO, "broken")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwritev", broken)
+        disk.save(keys(1))
+        until = time.monotonic() + 10
+        while not disk.store.counters["write.again.io_error"] and time.monotonic() < until:
+            disk.posted.get(timeout=20)()
+    disk_tier = disk.store.tiering.disk
+    assert disk_tier is not None
+    assert not disk_tier.state.writable
+    while not disk_tier.state.writable:
+        time.sleep(0.05)
+    disk.store.tick()
+    disk.drain()
+    assert disk.store.counters["write.bytes"] == NBYTES
+    assert not disk.store.counters["write.failed.io_error"]
 
 
 def test_damage_on_disk_is_a_miss_and_the_object_is_gone(tmp_path: Path) -> None:
