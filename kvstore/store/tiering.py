@@ -480,7 +480,10 @@ class Tiering:
             self.quiet.warning("disk", "writes to disk pause: %s", self.problem or error)
             self.writes.again(entry, error)
             return
-        self.counters.add("write.dropped" if error == "no_room" else "write.failed", error)
+        if error == "no_room":
+            self.counters.add("write.dropped", error)
+        else:
+            self.counters.add("write.failed", error)
         if error == "corrupt":
             self.quiet.warning("memory", "a block changed while in memory; it is dropped")
             self.discard(entry, "damaged")
