@@ -11,15 +11,19 @@ from typing import Any
 
 import pytest
 from vllm.lora.request import LoRARequest
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import RequestStatus
 
 from kvstore.blocks.keys import block_keys, prompt_extras
+from kvstore.client.session import Loaded
 from kvstore.connectors.common import sessions as vllm_sessions
 from kvstore.connectors.common.settings import settings_of
 from kvstore.connectors.vllm.inputs import Inputs
 from kvstore.connectors.vllm.layout import Pages
 from kvstore.connectors.vllm.messages import Report
+from kvstore.connectors.vllm.requests import Found
 from kvstore.connectors.vllm.scheduler import SchedulerSide
+from kvstore.connectors.vllm.stats import KVStoreStats
 from kvstore.connectors.vllm.weights import WeightsWatch
 from tests.control_tools import secret, write_tokens
 from tests.session_tools import (
@@ -321,3 +325,29 @@ def test_after_a_step_that_failed_the_store_is_left_alone_until_vllms_cache_is_e
     assert side._weights_now() is None
     cached.clear()
     assert side._weights_now()
+
+
+def test_tokens_are_counted_by_the_tiers_that_they_came_from(side: SchedulerSide) -> None:
+    """Whatever these are called, and those that only waited in memory by where they were."""
+    asked, size = request("tiers", prompt(1, 4)), BLOCK_TOKENS
+    side.match(asked, 0)
+    host, disk, other = (
+        CacheHitSource.HOST,
+        CacheHitSource.DISK,
+        CacheHitSource.EXTERNAL_UNSPECIFIED,
+    )
+    for tiers, prefetched, tokens, sources in (
+        (("memory", "disk", "nvme", "disk"), {}, 4, {host: 1, disk: 2, other: 1}),
+        (("memory",) * 4, {}, 4, {host: 4}),
+        (("memory",) * 4, {"nvme": 3}, 4, {host: 1, other: 3}),
+        (("disk",) * 4, {}, 2, {disk: 2}),
+    ):
+        side._tracked["tiers"].found = Found(0, 0, tiers, 0.0, prefetched=prefetched)
+        told = side.sources(asked, tokens * size)
+        assert told == {source: blocks * size for source, blocks in sources.items()}
+    stats = KVStoreStats()
+    loaded = Loaded(blocks=5, tiers={"memory": 4, "nvme": 1})
+    stats.loaded(loaded, 5, 6, size, {"nvme": 1, "disk": 2})
+    counts = stats.data["counts"]
+    assert counts["kvstore_loaded_tokens"] == {"memory": size, "nvme": 2 * size, "disk": 2 * size}
+    assert counts["kvstore_missed_tokens"] == {"failed": size}
