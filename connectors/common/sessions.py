@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Final
 
 from kvstore.blocks.spec import Namespace, Part
@@ -27,6 +28,15 @@ _AGAIN: Final = 30.0
 """Seconds after which a tenant that was refused is tried again."""
 REFUSED: Final = (KVStoreError, ValueError)
 """What `open` raises: the store refused it, or the tenant's name is no text and cannot be sent."""
+
+
+@dataclass(slots=True)
+class _Tenant:
+    session: Future[Session]
+    kept: float = 0.0
+    """Until when it should stay open (monotonic)."""
+    again: float = math.inf
+    """When, having been refused, it may be tried again (monotonic)."""
 
 
 class Sessions:
@@ -49,14 +59,9 @@ class Sessions:
         self._parts = parts
         self._copier = copier
         self._lock = threading.Lock()
-        self._open: dict[str, Future[Session]] = {}  # the one unused for longest first
-        self._kept: dict[str, float] = {}
-        """Until when sessions should stay open (monotonic)."""
-        self._refused: dict[str, float] = {}
-        """When tenants that were refused may be tried again (monotonic)."""
+        self._tenants: dict[str, _Tenant] = {}  # the one unused for longest first
         self._known: dict[str, None] = {}
         self._forgotten = False
-        self._first: Session | None = None
         self._quiet = QuietLog(_log)
         self._opener = ThreadPoolExecutor(1, thread_name_prefix="kvstore-open")
 
@@ -66,42 +71,35 @@ class Sessions:
         Raises:
             REFUSED: there is none to be had now.
         """
-        return self._future(tenant).result()
+        return self._tenant(tenant).session.result()
 
     def get(self, tenant: str) -> Session | None:
         """The session of `tenant`; None while it is being opened, or if it was refused."""
-        future = self._future(tenant)
-        if not future.done():
-            return None
-        return None if future.exception() else future.result()
+        future = self._tenant(tenant).session
+        return future.result() if future.done() and not future.exception() else None
 
     def refused(self, tenant: str) -> bool:
         """Whether there is no session for `tenant` to be had now."""
-        future = self._future(tenant)
+        future = self._tenant(tenant).session
         return future.done() and future.exception() is not None
 
     def keep(self, tenant: str, seconds: float) -> None:
         """Leave the session of `tenant` open that long, for the sake of what it holds."""
         with self._lock:
-            if tenant in self._open:
-                until = time.monotonic() + seconds
-                self._kept[tenant] = max(self._kept.get(tenant, 0.0), until)
+            if one := self._tenants.get(tenant):
+                one.kept = max(one.kept, time.monotonic() + seconds)
 
-    def _future(self, tenant: str) -> Future[Session]:
+    def _tenant(self, tenant: str) -> _Tenant:
         now = time.monotonic()
         with self._lock:
-            future = self._open.pop(tenant, None)
-            if future is None or now >= self._refused.get(tenant, math.inf):
-                self._refused.pop(tenant, None)
-                future = self._opener.submit(self._connect, tenant)
-            if len(self._open) >= _OPEN:
-                self._kept = {name: end for name, end in self._kept.items() if end > now}
-                oldest = min(self._open, key=lambda name: self._kept.get(name, 0.0))
-                self._kept.pop(oldest, None)
-                self._refused.pop(oldest, None)
-                self._opener.submit(_end, self._open.pop(oldest))
-            self._open[tenant] = future
-            return future
+            one = self._tenants.pop(tenant, None)
+            if one is None or now >= one.again:
+                one = _Tenant(self._opener.submit(self._connect, tenant))
+            if len(self._tenants) >= _OPEN:
+                kept = {name: max(now, other.kept) for name, other in self._tenants.items()}
+                self._opener.submit(_end, self._tenants.pop(min(kept, key=kept.__getitem__)))
+            self._tenants[tenant] = one
+            return one
 
     def _connect(self, tenant: str) -> Session:
         namespace = Namespace(self._namespace.model, tenant, self._namespace.block_tokens)
@@ -110,12 +108,12 @@ class Sessions:
         except REFUSED as e:
             self._quiet.warning("refused", "no session for tenant %r: %s", tenant, e)
             with self._lock:
-                if tenant in self._open:
-                    self._refused[tenant] = time.monotonic() + _AGAIN
+                if one := self._tenants.get(tenant):
+                    one.again = time.monotonic() + _AGAIN
             raise
         with self._lock:
-            if self._first is None:
-                self._first, self._kept[tenant] = session, math.inf
+            if not self._known and (first := self._tenants.get(tenant)):
+                first.kept = math.inf
             self._known.pop(tenant, None)
             self._known[tenant] = None
             if len(self._known) > _KNOWN:
@@ -137,11 +135,11 @@ class Sessions:
         """End all sessions."""
         self._opener.shutdown(cancel_futures=True)
         with self._lock:
-            futures = list(self._open.values())
-        for future in futures:
-            _end(future)
+            tenants = list(self._tenants.values())
+        for one in tenants:
+            _end(one)
 
 
-def _end(future: Future[Session]) -> None:
-    if not future.cancelled() and not future.exception():
-        future.result().close()
+def _end(one: _Tenant) -> None:
+    if not one.session.cancelled() and not one.session.exception():
+        one.session.result().close()
