@@ -193,7 +193,7 @@ def test_any_number_of_tenants_is_served(
             side._pin(tracked)
             assert connected() == 1
     assert connected() == 1, "the pin is still held"
-    assert len(side._sessions._open) == 6
+    assert len(side._sessions._tenants) == 6
     assert answered(side, request("again", tokens, tenant="t1")) == 4 * BLOCK_TOKENS
     assert skipped(side) == {}
     assert side.clear()
