@@ -149,6 +149,7 @@ class Daemon:
                 faces.append(face)
             self._steps.forget()
             gc.freeze()  # What is loaded stays, and need not be walked through again and again.
+            gc.disable()  # It is done between requests; see `Node.collect_garbage`.
             node.ready = True
             if self._http is not None:
                 self._http.attach(node)
@@ -251,6 +252,8 @@ class Daemon:
             self._loop.call_later(_FIRST_SESSION_SECONDS, self._stop_if_alone)
         while True:
             store.tick()
+            if self._node is not None:
+                self._node.collect_garbage()
             await asyncio.sleep(_TICK)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import logging
 import time
@@ -27,6 +28,10 @@ from kvstore.telemetry import QuietLog
 from kvstore.transport.protocol import MEMORY, TIER_NAMES
 
 _DRAIN_POLL: Final = 0.02
+_GARBAGE: Final = 10_000
+_MOST_GARBAGE: Final = 200_000
+"""Objects that may be in circles: when to look soon, and when at once."""
+_COLLECT_SECONDS: Final = 60.0
 _FOLLOW_SECONDS: Final = 0.5
 
 _log = logging.getLogger("kvstore.daemon")
@@ -53,6 +58,10 @@ class Session(Protocol):
     since: float
     requests: int
     opened: dict[int, tuple[Namespace, tuple[Part, ...]]]
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is under way that takes several slices of time."""
 
     def seen_by(self, grant: Grant) -> list[Namespace]:
         """What it has opened, each once, as far as the caller sees it."""
@@ -107,6 +116,7 @@ class Node:
     ready: bool = False
     started: float = field(default_factory=time.monotonic)
     quiet: QuietLog = field(default_factory=lambda: QuietLog(_log))
+    _collected: float = field(default_factory=time.monotonic)
     _opening: asyncio.Lock = field(default_factory=asyncio.Lock)
     _owners: dict[bytes | str, Owner] = field(default_factory=dict)
 
@@ -269,6 +279,18 @@ class Node:
             disk = "failing" if tiering.problem else "ready"
         status = "draining" if self.draining else "ready"
         return {"status": status if self.ready else "stopping", "disk": disk}
+
+    def collect_garbage(self) -> None:
+        """Look for garbage in circles if there may be some; call now and then.
+
+        Not while a large request is under way, whose keys would all be walked through.
+        """
+        young, now = gc.get_count()[0], time.monotonic()
+        due = young > _GARBAGE or now - self._collected > _COLLECT_SECONDS
+        busy = any(session.busy for session in self.sessions.values())
+        if due and (not busy or young > _MOST_GARBAGE):
+            gc.collect()
+            self._collected = now
 
     @property
     def draining(self) -> bool:

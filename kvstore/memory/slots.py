@@ -9,6 +9,7 @@ uses any more cannot hold room for ever (the calcification of memcached's slabs)
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, Final, Generic, TypeVar
@@ -61,7 +62,7 @@ class _Chunk(Generic[T]):
     def __init__(self, start: int, end: int) -> None:
         self.fresh = start
         self.end = end
-        self.free: list[int] = []
+        self.free = array("q")
         self.slots: dict[int, Slot[T]] = {}
 
 

@@ -96,6 +96,11 @@ class SessionConnection(asyncio.Protocol):
         """What it has opened, each once, as far as the caller sees it."""
         return list(dict.fromkeys(n for n, _ in self.opened.values() if grant.sees(n.tenant)))
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request is under way that takes several slices of time."""
+        return self._running is not None
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 
 import pytest
 
 from kvstore.blocks.spec import Namespace
-from kvstore.store.slices import FEW, Background, Work, finish
+from kvstore.store.slices import FEW, Background, Inbox, Work, finish
 from kvstore.store.store import Acquired
 from kvstore.store.usage import Quota
 from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, keys
@@ -128,3 +130,43 @@ def test_background_goes_on_when_the_loop_comes_round_one_after_the_other() -> N
     assert done == ["a", "b"]
     background.add(work("c"))
     assert len(posted) == 1
+
+
+def test_what_threads_have_done_is_taken_in_a_little_at_a_time() -> None:
+    posted: list[Callable[[], None]] = []
+    done: list[int] = []
+    inbox = Inbox(posted.append)
+    for number in range(3 * FEW):
+        inbox.put(partial(done.append, number))
+    assert len(posted) == 1, "one call for all"
+    posted.pop()()
+    assert len(done) == FEW
+    inbox.put(lambda: 1 // 0)
+    inbox.put(partial(done.append, 3 * FEW))
+    while posted:
+        with suppress(ZeroDivisionError):
+            posted.pop()()
+    assert done == list(range(3 * FEW + 1)), "an error of one keeps nobody from its turn"
+
+
+def test_work_that_dies_does_not_stop_the_other() -> None:
+    posted: list[Callable[[], None]] = []
+    done: list[str] = []
+
+    def dies() -> Work[None]:
+        for _ in range(20):
+            yield
+        raise ZeroDivisionError
+
+    def lives() -> Work[None]:
+        for _ in range(40):
+            yield
+        done.append("lives")
+
+    background = Background(posted.append)
+    background.add(dies())
+    background.add(lives())
+    while posted:
+        with suppress(ZeroDivisionError):
+            posted.pop()()
+    assert done == ["lives"]
