@@ -114,16 +114,13 @@ class Orchestrator(_Client):
         """Make a streaming call, which ends after `timeout` seconds at the latest."""
         return Stream(self._begin("unary_stream", call, timeout), self._target, timeout)
 
-    def ask(self, verb: Asks[..., M], *args: Any, **kwargs: Any) -> M:
-        """What `verb` does."""
+    def _ask(self, verb: Asks[..., M], *args: Any, **kwargs: Any) -> M:
         return self.send(verb.call(*args, **kwargs))
 
-    def start(self, verb: Starts[...], *args: Any, **kwargs: Any) -> Operation:
-        """What `verb` does."""
+    def _start(self, verb: Starts[...], *args: Any, **kwargs: Any) -> Operation:
         return Operation(self, self.send(verb.call(*args, **kwargs)))
 
-    def follow(self, verb: Streams[..., M], *args: Any, **kwargs: Any) -> Stream[M]:
-        """What `verb` does."""
+    def _follow(self, verb: Streams[..., M], *args: Any, **kwargs: Any) -> Stream[M]:
         return self.stream(verb.call(*args, **kwargs))
 
 
@@ -155,14 +152,11 @@ class AsyncOrchestrator(_Client):
         """Make a streaming call, which ends after `timeout` seconds at the latest."""
         return AsyncStream(self._begin("unary_stream", call, timeout), self._target, timeout)
 
-    async def ask(self, verb: Asks[..., M], *args: Any, **kwargs: Any) -> M:
-        """What `verb` does."""
+    async def _ask(self, verb: Asks[..., M], *args: Any, **kwargs: Any) -> M:
         return await self.send(verb.call(*args, **kwargs))
 
-    async def start(self, verb: Starts[...], *args: Any, **kwargs: Any) -> AsyncOperation:
-        """What `verb` does."""
+    async def _start(self, verb: Starts[...], *args: Any, **kwargs: Any) -> AsyncOperation:
         return AsyncOperation(self, await self.send(verb.call(*args, **kwargs)))
 
-    def follow(self, verb: Streams[..., M], *args: Any, **kwargs: Any) -> AsyncStream[M]:
-        """What `verb` does."""
+    def _follow(self, verb: Streams[..., M], *args: Any, **kwargs: Any) -> AsyncStream[M]:
         return self.stream(verb.call(*args, **kwargs))

@@ -106,7 +106,7 @@ class Asks(Verb[P, M]):
     @overload
     def __get__(self, client: AsyncCaller, owner: object) -> Callable[P, Awaitable[M]]: ...
     def __get__(self, client: Any, owner: object) -> Any:
-        return self._method(client, "ask")
+        return self._method(client, "_ask")
 
 
 class Starts(Verb[P, v1.Operation]):
@@ -121,7 +121,7 @@ class Starts(Verb[P, v1.Operation]):
         self, client: AsyncCaller, owner: object
     ) -> Callable[P, Awaitable[AsyncOperation]]: ...
     def __get__(self, client: Any, owner: object) -> Any:
-        return self._method(client, "start")
+        return self._method(client, "_start")
 
 
 class Streams(Verb[P, M]):
@@ -134,7 +134,7 @@ class Streams(Verb[P, M]):
     @overload
     def __get__(self, client: AsyncCaller, owner: object) -> Callable[P, AsyncStream[M]]: ...
     def __get__(self, client: Any, owner: object) -> Any:
-        return self._method(client, "follow")
+        return self._method(client, "_follow")
 
 
 def asks(reply: type[M], role: Role = "read") -> Callable[[Builder[P]], Asks[P, M]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -114,20 +115,21 @@ def everything(
         gpu_copy(much)
 
 
+def _run(name: str, much: Much, quick: int, whole: int, **options: object) -> None:
+    """Run a benchmark over so many MiB."""
+    bench = import_module(f"kvstore.benchmarks.{name}")
+    with much.report(name) as report:
+        bench.run(report, size=much.bytes(quick, whole), **options)
+
+
 def copy(much: Much, threads: ThreadsOption = 2) -> None:
     """Copies between pages and slots, keys and checksums, against memory itself."""
-    from kvstore.benchmarks import copy as bench
-
-    with much.report("copy") as report:
-        bench.run(report, size=much.bytes(64, 512), threads=threads)
+    _run("copy", much, 64, 512, threads=threads)
 
 
 def disk(much: Much, folder: FolderOption = Path(), threads: ThreadsOption = 2) -> None:
     """The disk tier against bare O_DIRECT reads and writes in the same folder."""
-    from kvstore.benchmarks import disk as bench
-
-    with much.report("disk") as report:
-        bench.run(report, folder=folder, size=much.bytes(256, 2048), threads=threads)
+    _run("disk", much, 256, 2048, folder=folder, threads=threads)
 
 
 def session(
@@ -139,27 +141,19 @@ def session(
     ] = None,
 ) -> None:
     """Clients and a daemon on one node: saves, loads, lookups, against copies and sockets alone."""
-    from kvstore.benchmarks import session as bench
+    from kvstore.benchmarks.session import CLIENTS
 
-    with much.report("session") as report:
-        size = much.bytes(128, 512)
-        bench.run(report, size=size, threads=threads, clients=clients or bench.CLIENTS)
+    _run("session", much, 128, 512, threads=threads, clients=clients or CLIENTS)
 
 
 def store(much: Much, folder: FolderOption = Path(), threads: ThreadsOption = 2) -> None:
     """A daemon's blocks on disk against the disk and the copy alone, and how it starts."""
-    from kvstore.benchmarks import store as bench
-
-    with much.report("store") as report:
-        bench.run(report, folder=folder, size=much.bytes(128, 512), threads=threads)
+    _run("store", much, 128, 512, folder=folder, threads=threads)
 
 
 def weights(much: Much, folder: FolderOption = Path()) -> None:
     """Naming a model by all bytes of its weights, against reading them."""
-    from kvstore.benchmarks import weights as bench
-
-    with much.report("weights") as report:
-        bench.run(report, folder=folder, size=much.bytes(256, 2048))
+    _run("weights", much, 256, 2048, folder=folder)
 
 
 def peer(
@@ -169,10 +163,7 @@ def peer(
     ] = 2,
 ) -> None:
     """A session over TCP, through loopback, against a bare socket and iperf3."""
-    from kvstore.benchmarks import peer as bench
-
-    with much.report("peer") as report:
-        bench.run(report, size=much.bytes(64, 512), streams=streams)
+    _run("peer", much, 64, 512, streams=streams)
 
 
 def gpu_copy(

@@ -130,30 +130,26 @@ def _stored_message(
 
 def _event_message(event: Event, incarnation: str) -> v1.Event:
     namespace = event.namespace
-    digest = namespace.digest.hex()
-    message = v1.Event(sequence=event.sequence, at=timestamp(event.at), incarnation=incarnation)
+    what: dict[str, Any] = {}
     match event.kind:
         case "stored":
-            message.stored.CopyFrom(
-                _stored_message(
-                    namespace,
-                    event.keys,
-                    event.medium,
-                    parent_block_hash=event.parent,
-                    token_ids=event.token_ids,
-                    unordered=event.unordered,
-                )
+            what["stored"] = _stored_message(
+                namespace,
+                event.keys,
+                event.medium,
+                parent_block_hash=event.parent,
+                token_ids=event.token_ids,
+                unordered=event.unordered,
             )
         case "removed":
-            message.removed.CopyFrom(
-                v1.Event.Removed(
-                    namespace_id=digest,
-                    block_hashes=event.keys,
-                    medium=numbered(event.medium),
-                    reason=event.reason,
-                    tenant=namespace.tenant,
-                )
+            what["removed"] = v1.Event.Removed(
+                namespace_id=namespace.digest.hex(),
+                block_hashes=event.keys,
+                medium=numbered(event.medium),
+                reason=event.reason,
+                tenant=namespace.tenant,
             )
         case "cleared":
-            message.cleared.CopyFrom(v1.Event.Cleared(namespace_id=digest))
-    return message
+            what["cleared"] = v1.Event.Cleared(namespace_id=namespace.digest.hex())
+    at = timestamp(event.at)
+    return v1.Event(sequence=event.sequence, at=at, incarnation=incarnation, **what)

@@ -37,83 +37,58 @@ class Counted(NamedTuple):
     values: tuple[str, ...] = ()
 
 
+# fmt: off
 COUNTERS: Final[Mapping[str, Counted]] = {
-    "lookup.requests": Counted(
-        "lookups", "Requests looked up; each once, however often its session asks again."
-    ),
+    "lookup.requests": Counted("lookups",
+        "Requests looked up; each once, however often its session asks again."),
     "lookup.tokens": Counted("lookup_tokens", "Tokens that these requests asked for."),
-    "hit.tokens": Counted(
-        "hit_tokens",
+    "hit.tokens": Counted("hit_tokens",
         "Tokens found when a request was first looked up, by the tier they lay in.",
-        "tier",
-        _TIERS,
-    ),
-    "lookup.hit_blocks": Counted(
-        "lookup_hit_blocks", "Blocks found when a request was first looked up."
-    ),
-    "lookup.miss": Counted(
-        "lookup_misses", "Requests of which not all was found at first, by reason.", "reason"
-    ),
-    "load.blocks": Counted(
-        "load_blocks",
+        "tier", _TIERS),
+    "lookup.hit_blocks": Counted("lookup_hit_blocks",
+        "Blocks found when a request was first looked up."),
+    "lookup.miss": Counted("lookup_misses",
+        "Requests of which not all was found at first, by reason.", "reason"),
+    "load.blocks": Counted("load_blocks",
         "Blocks handed to readers, by the tier they lay in before; prefetches are none.",
-        "tier",
-        _TIERS,
-    ),
-    "load.bytes": Counted(
-        "load_bytes", "Bytes handed to readers, by the tier they lay in before.", "tier", _TIERS
-    ),
-    "load.failed": Counted(
-        "load_failures",
+        "tier", _TIERS),
+    "load.bytes": Counted("load_bytes", "Bytes handed to readers, by the tier they lay in before.",
+        "tier", _TIERS),
+    "load.failed": Counted("load_failures",
         "Objects that could not be brought to memory, or were damaged there, by reason.",
-        "reason",
-        ("corrupt", "damaged", "no_room"),
-    ),
+        "reason", ("corrupt", "damaged", "no_room")),
     "save.blocks": Counted("save_blocks", "Blocks saved."),
     "save.bytes": Counted("save_bytes", "Bytes saved."),
-    "save.dropped": Counted(
-        "save_drops", "Objects that were not saved, by reason.", "reason", ("no_room",)
-    ),
-    "commit.refused": Counted(
-        "commit_refusals", "Commits without a valid lease, by reason.", "reason"
-    ),
+    "save.dropped": Counted("save_drops", "Objects that were not saved, by reason.",
+        "reason", ("no_room",)),
+    "commit.refused": Counted("commit_refusals", "Commits without a valid lease, by reason.",
+        "reason"),
     "pin.refused": Counted("pin_refusals", "Pins that were refused, by reason.", "reason"),
-    "refused": Counted(
-        "refusals", "Callers and requests that were turned away, by reason.", "reason"
-    ),
-    "tokens.read": Counted(
-        "token_reads",
-        "Times the file of tokens was read again, by outcome.",
-        "outcome",
-        ("done", "failed"),
-    ),
-    "lease.expired": Counted(
-        "leases_expired", "Leases that ran out before they were released.", "kind", _LEASES
-    ),
+    "refused": Counted("refusals", "Callers and requests that were turned away, by reason.",
+        "reason"),
+    "tokens.read": Counted("token_reads", "Times the file of tokens was read again, by outcome.",
+        "outcome", ("done", "failed")),
+    "lease.expired": Counted("leases_expired", "Leases that ran out before they were released.",
+        "kind", _LEASES),
     "expired": Counted("expirations", "Objects removed at the end of their time to live."),
     "evict": Counted("evictions", "Objects evicted, by tier.", "tier", _TIERS),
-    "evict.lost": Counted(
-        "evictions_lost", "Evicted objects that no other tier held, by reason.", "reason"
-    ),
+    "evict.lost": Counted("evictions_lost", "Evicted objects that no other tier held, by reason.",
+        "reason"),
     "promote.bytes": Counted("disk_read_bytes", "Bytes brought from disk to memory."),
     "write.bytes": Counted("disk_written_bytes", "Bytes written to disk."),
-    "write.dropped": Counted(
-        "disk_write_drops", "Objects that were not written to disk, by reason.", "reason"
-    ),
-    "write.failed": Counted(
-        "disk_write_failures", "Writes to disk that failed, by reason.", "reason"
-    ),
-    "write.again": Counted(
-        "disk_write_retries", "Writes to disk that are tried again, by reason.", "reason"
-    ),
+    "write.dropped": Counted("disk_write_drops",
+        "Objects that were not written to disk, by reason.", "reason"),
+    "write.failed": Counted("disk_write_failures", "Writes to disk that failed, by reason.",
+        "reason"),
+    "write.again": Counted("disk_write_retries", "Writes to disk that are tried again, by reason.",
+        "reason"),
     "recover.objects": Counted("recovered_objects", "Objects found on disk at start."),
-    "recover.dropped": Counted(
-        "recovery_drops", "Objects found on disk that could not be used, by reason.", "reason"
-    ),
-    "task.died": Counted(
-        "task_deaths", "Tasks and threads of the daemon that died of an error of ours.", "task"
-    ),
+    "recover.dropped": Counted("recovery_drops",
+        "Objects found on disk that could not be used, by reason.", "reason"),
+    "task.died": Counted("task_deaths",
+        "Tasks and threads of the daemon that died of an error of ours.", "task"),
 }
+# fmt: on
 """By the name of the event. A counter that is not here is exported as `kvstore_events_total`."""
 
 _TIER_GAUGES: Final = {
