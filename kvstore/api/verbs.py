@@ -9,16 +9,15 @@ Namespaces are given by id (a unique beginning of at least 6 hex digits will do)
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial, update_wrapper
-from types import MethodType
+from functools import wraps
 from typing import (
     Any,
+    ClassVar,
     Concatenate,
     Final,
     Generic,
     Literal,
     ParamSpec,
-    Self,
     TypeVar,
     Unpack,
     overload,
@@ -57,17 +56,25 @@ Builder = Callable[Concatenate[Any, P], Message]
 
 
 class Verb(Generic[P, M]):
-    """One verb: what makes its request, its answer, the role it needs. A client's attribute of
-    this kind is the method that sends it.
+    """One verb: what makes its request, its answer, the role it needs. In a client's class, the
+    method that sends it.
     """
+
+    way: ClassVar[str]
+    """How clients send it: the name of their method."""
 
     def __init__(self, build: Builder[P], reply: type[M], role: Role) -> None:
         self.build = build
         self.reply = reply
         self.role = role
         self.name = build.__name__
-        self.method = "".join(word.capitalize() for word in self.name.split("_"))
-        self.__doc__ = build.__doc__
+        self.rpc = "".join(word.capitalize() for word in self.name.split("_"))
+
+        @wraps(build)
+        def method(client: Any, /, *args: Any, **kwargs: Any) -> Any:
+            return getattr(client, self.way)(self, *args, **kwargs)
+
+        self._method = method
 
     def call(self, *args: P.args, **kwargs: P.kwargs) -> Call[M]:
         """What to send.
@@ -87,54 +94,54 @@ class Verb(Generic[P, M]):
                 "tokens: ask for the beginning of the prompt",
                 "TOO_LARGE",
             )
-        return Call(self.method, request, self.reply)
-
-    def _method(self, client: Any, send: str) -> Any:
-        if client is None:
-            return self
-        method = partial(getattr(client, send), self)
-        return update_wrapper(method, MethodType(self.build, client))
+        return Call(self.rpc, request, self.reply)
 
 
 class Asks(Verb[P, M]):
     """Is answered with a message."""
 
+    way = "_ask"
+
     @overload
-    def __get__(self, client: None, owner: object) -> Self: ...
+    def __get__(self, client: None, owner: type) -> Callable[..., Any]: ...
     @overload
-    def __get__(self, client: Caller, owner: object) -> Callable[P, M]: ...
+    def __get__(self, client: Caller, owner: type) -> Callable[P, M]: ...
     @overload
-    def __get__(self, client: AsyncCaller, owner: object) -> Callable[P, Awaitable[M]]: ...
-    def __get__(self, client: Any, owner: object) -> Any:
-        return self._method(client, "_ask")
+    def __get__(self, client: AsyncCaller, owner: type) -> Callable[P, Awaitable[M]]: ...
+    def __get__(self, client: Any, owner: type) -> Any:
+        return self._method.__get__(client, owner)
 
 
 class Starts(Verb[P, v1.Operation]):
     """Begins a long operation, and is answered with a handle."""
 
+    way = "_start"
+
     @overload
-    def __get__(self, client: None, owner: object) -> Self: ...
+    def __get__(self, client: None, owner: type) -> Callable[..., Any]: ...
     @overload
-    def __get__(self, client: Caller, owner: object) -> Callable[P, Operation]: ...
+    def __get__(self, client: Caller, owner: type) -> Callable[P, Operation]: ...
     @overload
     def __get__(
-        self, client: AsyncCaller, owner: object
+        self, client: AsyncCaller, owner: type
     ) -> Callable[P, Awaitable[AsyncOperation]]: ...
-    def __get__(self, client: Any, owner: object) -> Any:
-        return self._method(client, "_start")
+    def __get__(self, client: Any, owner: type) -> Any:
+        return self._method.__get__(client, owner)
 
 
 class Streams(Verb[P, M]):
     """Is answered with messages one after the other."""
 
+    way = "_follow"
+
     @overload
-    def __get__(self, client: None, owner: object) -> Self: ...
+    def __get__(self, client: None, owner: type) -> Callable[..., Any]: ...
     @overload
-    def __get__(self, client: Caller, owner: object) -> Callable[P, Stream[M]]: ...
+    def __get__(self, client: Caller, owner: type) -> Callable[P, Stream[M]]: ...
     @overload
-    def __get__(self, client: AsyncCaller, owner: object) -> Callable[P, AsyncStream[M]]: ...
-    def __get__(self, client: Any, owner: object) -> Any:
-        return self._method(client, "_follow")
+    def __get__(self, client: AsyncCaller, owner: type) -> Callable[P, AsyncStream[M]]: ...
+    def __get__(self, client: Any, owner: type) -> Any:
+        return self._method.__get__(client, owner)
 
 
 def asks(reply: type[M], role: Role = "read") -> Callable[[Builder[P]], Asks[P, M]]:

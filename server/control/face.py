@@ -81,7 +81,7 @@ def served(node: Node, operations: Operations) -> Mapping[str, Served]:
     found = {}
     for verb in VERBS:
         (answer,) = (getattr(part, verb.name) for part in parts if hasattr(part, verb.name))
-        found[verb.method] = Served(Role[verb.role.upper()], answer, isinstance(verb, Streams))
+        found[verb.rpc] = Served(Role[verb.role.upper()], answer, isinstance(verb, Streams))
     return found
 
 

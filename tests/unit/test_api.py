@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 import re
 import subprocess
@@ -21,7 +22,7 @@ from kvstore.api.client import AsyncOrchestrator, Orchestrator
 from kvstore.api.connection import target
 from kvstore.api.convert import SERVICE, duration, namespace_message, namespace_of, timestamp
 from kvstore.api.errors import RequestRefused
-from kvstore.api.verbs import VERBS, Verbs
+from kvstore.api.verbs import VERBS
 from kvstore.blocks.keys import Media
 from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.config import load_config
@@ -32,6 +33,7 @@ from kvstore.server.cli.options import limit_option, parse_duration
 from kvstore.server.cli.output import plain, tier_name
 
 ROOT = Path(__file__).parents[2]
+BY_NAME = {verb.name: verb for verb in VERBS}
 METHODS = [m.name for m in v1.DESCRIPTOR.services_by_name["Orchestrator"].methods]
 
 
@@ -67,9 +69,12 @@ def test_the_types_promise_what_is_there() -> None:
 
 @pytest.mark.parametrize("kind", [Orchestrator, AsyncOrchestrator])
 def test_clients_have_every_verb(kind: type[Any]) -> None:
-    assert sorted(verb.method for verb in VERBS) == sorted(METHODS)
+    assert sorted(verb.rpc for verb in VERBS) == sorted(METHODS)
     for method in METHODS:
-        assert getattr(kind, snake(method)).__doc__
+        function = getattr(kind, snake(method))
+        assert inspect.isfunction(function)
+        assert function.__doc__
+        assert next(iter(inspect.signature(function).parameters)) == "self"
 
 
 def test_requests_are_of_the_type_that_the_method_takes() -> None:
@@ -87,7 +92,7 @@ def test_requests_are_of_the_type_that_the_method_takes() -> None:
     } | {name: {"operation": "1"} for name in ("check_finish", "watch", "cancel")}
     for method in v1.DESCRIPTOR.services_by_name["Orchestrator"].methods:
         name = snake(method.name)
-        call = getattr(Verbs, name).call(**arguments.get(name, {}))
+        call = BY_NAME[name].call(**arguments.get(name, {}))
         assert call.method == method.name
         assert call.request.DESCRIPTOR is method.input_type
         assert call.reply is GetMessageClass(method.output_type)
@@ -95,9 +100,13 @@ def test_requests_are_of_the_type_that_the_method_takes() -> None:
 
 def test_choices_become_selections() -> None:
     namespace = Namespace(ModelIdentity("m"), "t", 16)
-    request = Verbs.clear.call(
-        namespace=namespace, tenant="", tier="disk", older_than=1.5, unused_for=60, dry_run=True
-    ).request
+    request = (
+        BY_NAME["clear"]
+        .call(
+            namespace=namespace, tenant="", tier="disk", older_than=1.5, unused_for=60, dry_run=True
+        )
+        .request
+    )
     assert isinstance(request, v1.ClearRequest)
     chosen = request.selection
     assert request.dry_run
@@ -106,15 +115,19 @@ def test_choices_become_selections() -> None:
     assert (chosen.tier, chosen.older_than.seconds, chosen.older_than.nanos) == (2, 1, 500_000_000)
     assert chosen.unused_for.seconds == 60
     assert not chosen.everything
-    request = Verbs.move.call(
-        "memory",
-        namespace=namespace,
-        tokens=[1, 2],
-        extras={0: [b"x"]},
-        salt="s",
-        adapter="a",
-        media=[Media("image", "d", 1, 2)],
-    ).request
+    request = (
+        BY_NAME["move"]
+        .call(
+            "memory",
+            namespace=namespace,
+            tokens=[1, 2],
+            extras={0: [b"x"]},
+            salt="s",
+            adapter="a",
+            media=[Media("image", "d", 1, 2)],
+        )
+        .request
+    )
     assert isinstance(request, v1.MoveRequest)
     prefix = request.selection.prefix
     assert namespace_of(prefix.namespace) == namespace
@@ -127,23 +140,26 @@ def test_choices_become_selections() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Verbs.lookup.call("abcdef"), "either tokens or keys"),
-        (lambda: Verbs.lookup.call("abcdef", tokens=[1], keys=[]), "either tokens or keys"),
-        (lambda: Verbs.lookup.call("abcdef", tokens=[-1]), "32 bits"),
-        (lambda: Verbs.lookup.call("abcdef", tokens=[1 << 32]), "32 bits"),
-        (lambda: Verbs.lookup.call("abcdef", tokens=["x"]), "32 bits"),  # type: ignore[list-item]
-        (lambda: Verbs.lookup.call("abcdef", keys=[bytes(32)], salt="s"), "keys cover salt"),
-        (lambda: Verbs.lookup.call("abcdef", tokens=[1], media=[Media("i", "d", -1, 1)]), "whole"),
-        (lambda: Verbs.clear.call(tokens=[1]), "namespace"),
-        (lambda: Verbs.clear.call(namespace=""), "namespace is empty"),
-        (lambda: Verbs.clear.call(namespace="", tenant="t"), "namespace is empty"),
-        (lambda: Verbs.watch_events.call(""), "namespace is empty"),
-        (lambda: Verbs.watch_events.call(after=-1), "does not fit"),
-        (lambda: Verbs.list_leases.call(1 << 64), "does not fit"),
-        (lambda: Verbs.list_namespaces.call("\udcff"), "does not fit"),
-        (lambda: Verbs.move.call("cloud", everything=True), "memory or disk"),  # type: ignore[arg-type]
-        (lambda: Verbs.set_ttl.call(math.inf, everything=True), "ttl"),
-        (lambda: Verbs.set_ttl.call(math.nan, everything=True), "ttl"),
+        (lambda: BY_NAME["lookup"].call("abcdef"), "either tokens or keys"),
+        (lambda: BY_NAME["lookup"].call("abcdef", tokens=[1], keys=[]), "either tokens or keys"),
+        (lambda: BY_NAME["lookup"].call("abcdef", tokens=[-1]), "32 bits"),
+        (lambda: BY_NAME["lookup"].call("abcdef", tokens=[1 << 32]), "32 bits"),
+        (lambda: BY_NAME["lookup"].call("abcdef", tokens=["x"]), "32 bits"),  # type: ignore[list-item]
+        (lambda: BY_NAME["lookup"].call("abcdef", keys=[bytes(32)], salt="s"), "keys cover salt"),
+        (
+            lambda: BY_NAME["lookup"].call("abcdef", tokens=[1], media=[Media("i", "d", -1, 1)]),
+            "whole",
+        ),
+        (lambda: BY_NAME["clear"].call(tokens=[1]), "namespace"),
+        (lambda: BY_NAME["clear"].call(namespace=""), "namespace is empty"),
+        (lambda: BY_NAME["clear"].call(namespace="", tenant="t"), "namespace is empty"),
+        (lambda: BY_NAME["watch_events"].call(""), "namespace is empty"),
+        (lambda: BY_NAME["watch_events"].call(after=-1), "does not fit"),
+        (lambda: BY_NAME["list_leases"].call(1 << 64), "does not fit"),
+        (lambda: BY_NAME["list_namespaces"].call("\udcff"), "does not fit"),
+        (lambda: BY_NAME["move"].call("cloud", everything=True), "memory or disk"),  # type: ignore[arg-type]
+        (lambda: BY_NAME["set_ttl"].call(math.inf, everything=True), "ttl"),
+        (lambda: BY_NAME["set_ttl"].call(math.nan, everything=True), "ttl"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_at_once(build: Any, message: str) -> None:
@@ -260,7 +276,7 @@ def test_the_service_has_the_name_that_clients_call() -> None:
 
 
 def test_a_request_that_is_too_large_is_not_sent() -> None:
-    assert Verbs.lookup.call("3f9a1c", tokens=[1] * 2_000_000)
+    assert BY_NAME["lookup"].call("3f9a1c", tokens=[1] * 2_000_000)
     with pytest.raises(RequestRefused, match="some two million tokens") as caught:
-        Verbs.lookup.call("3f9a1c", tokens=[1] * 2_200_000)
+        BY_NAME["lookup"].call("3f9a1c", tokens=[1] * 2_200_000)
     assert caught.value.reason == "TOO_LARGE"
