@@ -9,7 +9,8 @@ Namespaces are given by id (a unique beginning of at least 6 hex digits will do)
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from functools import wraps
+from functools import update_wrapper
+from inspect import signature
 from typing import (
     Any,
     ClassVar,
@@ -70,11 +71,11 @@ class Verb(Generic[P, M]):
         self.name = build.__name__
         self.rpc = "".join(word.capitalize() for word in self.name.split("_"))
 
-        @wraps(build)
         def method(client: Any, /, *args: Any, **kwargs: Any) -> Any:
             return getattr(client, self.way)(self, *args, **kwargs)
 
-        self._method = method
+        self._method: Any = update_wrapper(method, build)  # A function: `__get__` binds it.
+        vars(method)["__signature__"] = signature(build).replace(return_annotation=reply)
 
     def call(self, *args: P.args, **kwargs: P.kwargs) -> Call[M]:
         """What to send.
