@@ -20,7 +20,7 @@ from kvstore.blocks.spec import Namespace, Part
 from kvstore.errors import ProtocolError
 
 VERSION: Final = 1
-FEATURES: Final = ("tiers", "close")
+FEATURES: Final = ("tiers", "close", "holes")
 """What this release knows beyond the first of its version; each side does without what the other
 has not named. `tiers`: the welcome has a table of tiers, and answers to lookups their costs;
 `close`: the request of that name."""

@@ -450,3 +450,20 @@ def test_what_does_not_come_in_time_leaves_a_hole(disk: Bench) -> None:
     disk.drain()
     while disk.store.lookup(keys(0), [PART])[0] != [1]:
         disk.posted.get(timeout=20)()
+
+
+def test_a_flush_waits_for_what_was_saved_before_it_alone(disk: Bench) -> None:
+    disk.save(keys(1, 2))
+    watch = disk.store.tiering.watch_writes(lambda tenant: not tenant)
+    theirs = disk.store.tiering.watch_writes(lambda tenant: tenant == "other")
+    assert (watch.left, theirs.left) == (2, 0)
+    for number in range(100, 200):  # Somebody goes on saving.
+        disk.save(keys(number))
+        if watch.left:
+            disk.posted.get(timeout=20)()
+    assert watch.left == 0
+    assert disk.store.tiering.unwritten > 0
+    disk.store.tiering.writes.end_watch(watch)
+    disk.drain()
+    again = disk.store.tiering.watch_writes(lambda _: True)
+    assert (again.left, theirs.left, watch.left) == (0, 0, 0)
