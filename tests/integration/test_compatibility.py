@@ -117,7 +117,7 @@ def test_features_of_the_future_are_passed_over(stores: Stores, features: tuple[
 
 
 def test_fields_of_the_future_are_passed_over_but_not_in_what_names_blocks() -> None:
-    lookup = {"type": "lookup", "handle": 0, "keys": bytes(32), "holes": True}
+    lookup = {"type": "lookup", "handle": 0, "keys": bytes(32), "planet": "Mars"}
     assert protocol.decode_request(msgspec.msgpack.encode(lookup)) == protocol.Lookup(0, bytes(32))
     opens = msgspec.to_builtins(protocol.Open(namespace(), (BIG,)))
     opens["namespace"]["model"]["twist"] = 1
