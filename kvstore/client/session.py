@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -324,7 +325,10 @@ class Session:
     def stats(self) -> dict[str, Any]:
         """What the daemon says of itself, with the client's counters under `session`."""
         reply = self._request(lambda _: protocol.Stats(), self._config.session.connect_timeout)
-        known = json.loads(reply.text) if isinstance(reply, protocol.StatsReply) else {}
+        known: dict[str, Any] = {}
+        if isinstance(reply, protocol.StatsReply):
+            with suppress(ValueError, RecursionError, TypeError):
+                known |= json.loads(reply.text)
         return known | {"session": self.counters.snapshot(), "problem": self.problem}
 
     @property

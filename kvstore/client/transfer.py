@@ -174,7 +174,7 @@ class Transfer:
         """Copy what an acquire brought, as far as it is right and comes before the deadline."""
         started = time.monotonic()
         try:
-            if not incoming.fits(len(page_ids[0])):
+            if not incoming.fits(len(page_ids[0]), self._parts):
                 raise StoreUnavailable("the daemon's answer does not fit the request")
             for column in range(len(self._parts)):
                 self._load_part(channel, lease, incoming, column, memory, page_ids, deadline, gates)
@@ -291,7 +291,8 @@ class Transfer:
         done = self._client.call(channel, commit, wait, lease=lease)
         stored, problem = 0, "unavailable"
         if isinstance(done, protocol.Committed):
-            stored, problem = done.blocks, done.reason or "lease"
+            stored, problem = min(done.blocks, int(wanted.sum())), done.reason or "lease"
+            stored = max(0, stored)
         result.stored += stored
         result.dropped += int(full.sum()) + int(wanted.sum()) - stored
         result.nbytes += stored * self._block_bytes
@@ -379,15 +380,23 @@ class _Incoming:
         self.reply = reply
         self.reason: str | None = None
         self.damaged: set[int] = set()
-        offsets = np.frombuffer(reply.slots, dtype="<i8")
-        self._whole = offsets.size % parts == 0
+        offsets = np.frombuffer(reply.slots[: len(reply.slots) // 8 * 8], dtype="<i8")
+        self._whole = len(reply.slots) % (8 * parts) == 0
         self.slots = offsets[: offsets.size // parts * parts].reshape(-1, parts)
         self._right = np.zeros(self.slots.shape, dtype=np.bool_)
 
-    def fits(self, asked: int) -> bool:
-        """Whether the answer makes sense for that many blocks."""
-        blocks = len(self.slots)
-        return self._whole and blocks <= asked and blocks <= len(self.reply.tiers)
+    def fits(self, asked: int, parts: Sequence[Part]) -> bool:
+        """Whether the answer makes sense for that many blocks of `parts`."""
+        blocks, count = len(self.slots), len(parts)
+        return (
+            self._whole
+            and blocks <= asked
+            and blocks <= len(self.reply.tiers)
+            and all(
+                0 <= number < self.slots.size and stored.converts_to(parts[number % count])
+                for number, stored in self.reply.other.items()
+            )
+        )
 
     @property
     def has_checksums(self) -> bool:

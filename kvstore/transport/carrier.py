@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from kvstore.copier.base import Copier
 
+_LONGEST_LEASE: Final = 1e6
 _MAX_WELCOME: Final = 64 << 10
 
 Gather = Callable[[int, Sequence[int]], "list[int] | None"]
@@ -108,7 +109,7 @@ def greet(
     reply = protocol.decode_reply(receive_frame(wire, seconds, _MAX_WELCOME))
     if isinstance(reply, Failure) and features and "unknown field `features`" in reply.reason:
         raise Older(reply.reason)
-    if not isinstance(reply, Welcome):
+    if not isinstance(reply, Welcome) or not 0 < reply.lease_seconds <= _LONGEST_LEASE:
         raise StoreUnavailable(refusal(reply, address))
     return reply
 

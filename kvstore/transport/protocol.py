@@ -18,6 +18,7 @@ import msgspec
 from kvstore.blocks.keys import KEY_BYTES, split_keys
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.errors import ProtocolError
+from kvstore.telemetry import shown
 
 VERSION: Final = 1
 FEATURES: Final = ("tiers", "close", "holes")
@@ -29,6 +30,9 @@ HEADER: Final = struct.Struct("<IQ")
 MAX_FRAME: Final = 8 << 20
 MAX_KEYS: Final = 1 << 16
 MAX_PARTS: Final = 256
+_MOST_SAID: Final = 1000
+"""Characters of a failure that are believed to be worth reading."""
+
 MAX_OBJECTS: Final = 1 << 18
 """In one request: keys × parts."""
 
@@ -456,12 +460,15 @@ def decode_request(body: bytes | bytearray) -> Request:
 
 
 def decode_reply(body: bytes | bytearray) -> Reply:
-    """The reply in a frame's body.
+    """The reply in a frame's body. The words of a failure are fit for a log.
 
     Raises:
         ProtocolError: it is none.
     """
-    return _decode(_replies, body, "a reply")
+    reply = _decode(_replies, body, "a reply")
+    if isinstance(reply, Failure):
+        return Failure(shown(reply.reason[:_MOST_SAID]), reply.fatal)
+    return reply
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[_T], body: bytes | bytearray, what: str) -> _T:

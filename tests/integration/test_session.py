@@ -484,3 +484,12 @@ def test_a_save_whose_layers_fail_is_dropped_and_leaves_nothing(stores: Stores) 
         assert session.lookup(keys).blocks == 0
         eventually(lambda: no_leases(served))
         assert save(session, keys).stored == 4
+
+
+@pytest.mark.parametrize("text", ["garbage", "[]", "null", "[" * 100_000])
+def test_what_a_false_daemon_says_of_itself_raises_nothing(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    with stores.serve().session() as session:
+        monkeypatch.setattr(session, "_request", lambda *_: protocol.StatsReply(text))
+        assert set(session.stats()) == {"session", "problem"}

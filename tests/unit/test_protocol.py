@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part, Shard
+from kvstore.client.transfer import _Incoming
 from kvstore.errors import ProtocolError
 from kvstore.store.slices import finish
 from kvstore.transport import protocol
@@ -98,6 +99,29 @@ def test_a_request_is_no_reply() -> None:
     for message in REPLIES:
         with pytest.raises(ProtocolError, match="not a request of protocol 1"):
             protocol.decode_request(msgspec.msgpack.encode(message))
+
+
+def test_what_a_daemon_says_forges_no_line_of_a_log() -> None:
+    said = protocol.encode(1, protocol.Failure("no\n2026 ERROR\x1b[31m" + "x" * 5000, fatal=True))
+    heard = protocol.decode_reply(said[protocol.HEADER.size :])
+    assert isinstance(heard, protocol.Failure)
+    assert heard.reason.startswith("no\\n2026 ERROR\\x1b[31mxxx")
+    assert len(heard.reason) < 1100
+    assert heard.fatal
+
+
+@pytest.mark.parametrize("other", [
+    {0: Part(Group(1, 1, (1,), "int8"))}, {2: PART}, {-1: PART}, {10**30: PART},
+    {0: Part(PART.group, Opaque("o", 1, 4096))},
+])  # fmt: skip
+def test_an_answer_whose_layouts_do_not_fit_is_none(other: dict[int, Part]) -> None:
+    def answer(other: dict[int, Part]) -> _Incoming:
+        return _Incoming(protocol.Held(bytes(16), b"\1\1", "", other), 1)
+
+    assert answer({}).fits(2, [PART])
+    assert answer({1: Part(PART.group, Described("LPHNC"))}).fits(2, [PART])
+    assert not answer(other).fits(2, [PART])
+    assert not _Incoming(protocol.Held(bytes(15), b"\1\1", ""), 1).fits(2, [PART])
 
 
 def test_frames_have_a_largest_size() -> None:

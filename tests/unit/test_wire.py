@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import ssl
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.errors import ProtocolError
+from kvstore.errors import ProtocolError, StoreUnavailable
 from kvstore.transport import protocol
+from kvstore.transport.carrier import greet
 from kvstore.transport.sockets import TlsWire, Wire, receive_frame, runs, send_message
 from tests.certificates import Authority
 from tests.session_tools import PATIENCE
@@ -198,3 +200,12 @@ def test_a_wire_is_used_both_ways_at_once(pair: Pair) -> None:
     assert near.take(0.01) is None
     far.shutdown()
     assert near.take(PATIENCE) == b""
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -1.0, 0.0, 1e300])
+def test_a_welcome_with_a_lease_of_no_time_is_none(seconds: float) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(protocol.encode(1, protocol.Welcome(1, "false", 1, 4096, "shmem", seconds)))
+        with pytest.raises(StoreUnavailable, match="did not answer the greeting"):
+            greet(Wire(ours), "", "somewhere", 5.0, ())
