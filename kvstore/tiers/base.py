@@ -16,10 +16,8 @@ import msgspec
 from kvstore.blocks.spec import Namespace, Part
 
 MISS: Final = 0
-IN_MEMORY: Final = 1
-FIRST_TIER: Final = 2
 PENDING: Final = 255
-"""Numbers in answers to lookups: no tier, the arena, the first configured tier, not known yet."""
+"""Numbers in answers to lookups, beside those of tiers: in none of them, not known yet."""
 
 PASSING: Final = frozenset({"full", "read_only", "io_error", "stalled"})
 """Reasons why a put failed that may be gone once the tier is `writable` again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import threading
@@ -14,6 +15,7 @@ import pytest
 from kvstore.errors import ConfigError
 from kvstore.tiers.base import Job, ObjectName
 from kvstore.tiers.slab.direct import PIECE, write_full
+from kvstore.tiers.slab.file import SlabFile
 from kvstore.tiers.slab.format import checksum
 from kvstore.tiers.slab.read import SLAB_NAME
 from tests.disk_tools import (
@@ -92,6 +94,21 @@ def test_a_new_object_in_a_recycled_slot(tmp_path: Path) -> None:
     with MiniStore(tmp_path) as store:
         assert list(store.objects) == [second]
         assert store.get(second) == content(second)
+
+
+def test_threads_stay_when_others_do_their_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record waits as one looks, and does not any more at the next look."""
+    looks = itertools.cycle([True, False])
+    with MiniStore(tmp_path) as store:
+        with monkeypatch.context() as patched:
+            patched.setattr(SlabFile, "behind", property(lambda _: next(looks)))
+            store.tier.delete([object_name(1)])
+            for i in range(20):
+                assert store.put(object_name(i)) is None
+                store.forget(object_name(i))
+        assert store.put(object_name(1)) is None
 
 
 def test_chunks_change_their_class(tmp_path: Path) -> None:

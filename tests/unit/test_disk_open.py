@@ -175,6 +175,7 @@ def test_files_of_format_1_are_carried_over(tmp_path: Path) -> None:
         packed.extractall(tmp_path, filter="data")
     (folder,) = {path.parent for path in tmp_path.rglob(SLAB_NAME)}
     assert fsck(folder).clean
+    assert inspect(folder).version == 1
     with MiniStore(folder) as store:
         names = list(store.objects)
         assert len(names) > 1

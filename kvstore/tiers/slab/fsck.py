@@ -28,7 +28,15 @@ from kvstore.tiers.slab.direct import (
     remedy,
     write_full,
 )
-from kvstore.tiers.slab.format import EMPTY_RECORD, MAGIC, VERSION, Header, RecordChecker, Rows
+from kvstore.tiers.slab.format import (
+    EMPTY_RECORD,
+    HEADER_BYTES,
+    MAGIC,
+    Header,
+    RecordChecker,
+    Rows,
+    version_of,
+)
 from kvstore.tiers.slab.read import (
     SLAB_NAME,
     TABLE_NAME,
@@ -195,7 +203,7 @@ def inspect(folder: Path) -> SlabSummary:
                 sums[:] = sums[0] + 1, sums[1] + nbytes, min(sums[2], age), max(sums[3], age)
         return SlabSummary(
             path=str(slab.path),
-            version=VERSION,
+            version=version_of(os.pread(slab.table_fd, HEADER_BYTES, 0)),
             store_id=header.store_id.hex(),
             created=header.created,
             capacity=header.capacity,

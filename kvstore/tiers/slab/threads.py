@@ -184,17 +184,19 @@ class Threads:
 
     def _move(self, mover: Mover, beat: Beat) -> None:
         while True:
+            task: Task | None = None
             with self._work:
-                self._work.wait_for(
-                    lambda: self._reads or self._writes or self._closing or self._table_waits
-                )
-                task: Task | None = None
-                if self._closing or not self._table_waits:
-                    if not self._reads and not self._writes:
+                while task is None:
+                    if self._table_waits and not self._closing:
+                        self._catching_up = True
+                        break
+                    if self._reads or self._writes:
+                        task = (self._reads or self._writes).popleft()
+                    elif self._closing:
                         return
-                    task = (self._reads or self._writes).popleft()
+                    else:
+                        self._work.wait()
                 closing = self._closing
-                self._catching_up |= task is None
             if task is None:
                 self._catch_up(beat)
                 self._catching_up = False
