@@ -137,7 +137,7 @@ def _why_not(store: Store, namespace: Namespace, key: bytes) -> BlockReason:
         more = f" and {len(have) - _SHOWN} more" if len(have) > _SHOWN else ""
         detail = f"only some of its parts are stored: {', '.join(have[:_SHOWN])}{more}"
         return BlockReason(key, False, 0, "incomplete", detail, None)
-    gone = store.history.of(key)
+    gone = store.history.of(key, namespace)
     if gone is None:
         return BlockReason(key, False, 0, "never_stored", "not seen by this daemon so far", None)
     detail = _MEANING.get(gone.reason, gone.reason)

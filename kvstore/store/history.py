@@ -16,11 +16,12 @@ from kvstore.blocks.spec import Namespace
 
 
 class Gone(msgspec.Struct, frozen=True, gc=False):
-    """What became of a block, for what reason, when (Unix seconds), and for which namespace."""
+    """What became of a block of a namespace, when (Unix seconds), and for which other one."""
 
     reason: str
     at: float
-    by: bytes  # its digest, or nothing
+    whose: bytes
+    by: bytes  # its digest, as `whose` is one, or nothing
 
 
 class History:
@@ -39,21 +40,28 @@ class History:
     def _table(self, key: bytes) -> dict[bytes, Gone]:
         return self._tables[hash(key) % len(self._tables)]
 
-    def record(self, key: bytes, reason: str, by: Namespace | None = None) -> None:
+    def record(
+        self, key: bytes, whose: Namespace, reason: str, by: Namespace | None = None
+    ) -> None:
         """The block of `key` is not here any more, or was not taken in, for `reason`."""
         table = self._table(key)
         table.pop(key, None)
-        table[key] = Gone(reason, self._wall(), b"" if by is None else by.digest)
+        table[key] = Gone(reason, self._wall(), whose.digest, b"" if by is None else by.digest)
         if len(table) > self._limit:
             del table[next(iter(table))]
 
-    def forget(self, key: bytes) -> None:
+    def forget(self, key: bytes, whose: Namespace) -> None:
         """The block of `key` is here (again)."""
-        self._table(key).pop(key, None)
+        if self.of(key, whose) is not None:
+            del self._table(key)[key]
 
-    def of(self, key: bytes) -> Gone | None:
-        """What became of the block of `key`; None when that is not known."""
-        return self._table(key).get(key)
+    def of(self, key: bytes, whose: Namespace) -> Gone | None:
+        """What became of the block of `key`; None when that is not known.
+
+        Whoever knows the name of a namespace may save under its keys; that says nothing of it.
+        """
+        gone = self._table(key).get(key)
+        return gone if gone is not None and gone.whose == whose.digest else None
 
     def __len__(self) -> int:
         return sum(map(len, self._tables))

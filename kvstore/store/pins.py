@@ -17,9 +17,10 @@ from kvstore.store.store import Store
 
 
 class PinOwner(NamedTuple):
-    """Holds the leases of one operator's pins."""
+    """Holds the leases of one operator's pins of a tenant's blocks."""
 
     name: str
+    tenant: str
 
 
 class PinResult(NamedTuple):
@@ -64,7 +65,7 @@ class Pins:
         if not found.entries:
             return PinResult("", 0, 0, found.reason, expires)
         number = next(self._numbers)
-        holder = PinOwner(owner)
+        holder = PinOwner(owner, namespace.tenant)
         lease = yield from self._store.pinning_blocks(holder, number, found.entries, ttl, payer)
         nbytes = sum(entry.nbytes for entry in lease.entries())
         if not lease.blocks:
@@ -75,13 +76,13 @@ class Pins:
 
     pin = at_once(pinning)
 
-    def _all(self) -> list[Lease]:
-        return [lease for lease in self._store.leases() if isinstance(lease.owner, PinOwner)]
+    def _all(self) -> list[tuple[PinOwner, Lease]]:
+        leases = self._store.leases()
+        return [(one.owner, one) for one in leases if isinstance(one.owner, PinOwner)]
 
     def unpin(self, pin: str) -> int:
         """End one pin; returns how many ended."""
-        held = [lease for lease in self._all() if f"pin-{lease.id}" == pin]
-        return sum(self._end(lease) for lease in held)
+        return sum(self._end(lease) for _, lease in self._all() if f"pin-{lease.id}" == pin)
 
     def _end(self, lease: Lease) -> bool:
         self._store.background.add(self._store.releasing(lease.owner, lease.id))
@@ -89,15 +90,12 @@ class Pins:
 
     def unpin_owner(self, owner: str, tenants: frozenset[str] | None) -> int:
         """End the pins of an owner, of these tenants only (None: of all); returns how many."""
-        held = [lease for lease in self._all() if lease.owner == PinOwner(owner)]
         return sum(
-            self._end(lease) for lease in held if tenants is None or _tenant(lease) in tenants
+            self._end(lease)
+            for holder, lease in self._all()
+            if holder.name == owner and (tenants is None or holder.tenant in tenants)
         )
 
     def tenant_of(self, pin: str) -> str | None:
         """Whose blocks a pin holds; None: there is no such pin."""
-        return next((_tenant(lease) for lease in self._all() if f"pin-{lease.id}" == pin), None)
-
-
-def _tenant(lease: Lease) -> str:
-    return next(lease.entries()).name.namespace.tenant
+        return next((h.tenant for h, lease in self._all() if f"pin-{lease.id}" == pin), None)

@@ -84,6 +84,9 @@ _HOLES: Final = 256
 _MOST_TOLD: Final = 1 << 16
 """Keys and tokens in an event: gRPC's clients take four megabytes."""
 
+_REFUSALS: Final = 64
+"""Blocks of a save that are remembered as dropped."""
+
 _MAX_PARTS: Final = 4096
 """Of one tenant, in all its namespaces."""
 
@@ -200,6 +203,7 @@ class Store:
         # Before anything is evicted: what is there of this prompt is worth as much as the rest.
         yield from self._touching([entry for entry in known if entry is not None])
         answers: list[int] = []
+        refused = 0
         found = iter(known)
         for number, key in enumerate(keys):
             if number % FEW == 0:
@@ -227,7 +231,9 @@ class Store:
                             answer = entry.slot.offset
                     if refusal:
                         self.counters.add("save.dropped", refusal)
-                        self.history.record(key, refusal)
+                        refused += 1
+                        if refused <= _REFUSALS:  # The rest would have all else forgotten.
+                            self.history.record(key, namespace, refusal)
                 answers.append(answer)
             lease.blocks.append(tuple(block))
         if refusal:

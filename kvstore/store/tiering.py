@@ -201,7 +201,7 @@ class Tiering:
             self.memory.admit(entry.slot, before)
             entry.account.tenant.memory.touched(entry, None if before is None else before.owner)
             colder[entry.slot.nbytes] = entry.slot
-            self.history.forget(entry.name.key)
+            self.history.forget(entry.name.key, entry.name.namespace)
 
     def writing(self, entries: Sequence[Entry]) -> Work[None]:
         """The way to disk begins, for those of one prompt that may go there."""
@@ -281,7 +281,7 @@ class Tiering:
             self.expiry.forget(entry)
             self.index.remove(entry)
             self.usage.removed(entry)
-            self.history.record(entry.name.key, reason, by)
+            self.history.record(entry.name.key, entry.name.namespace, reason, by)
             self.writes.end(entry, reason)
             if entry.placed and entry.disk_io:
                 self._leaving[entry.name] = entry
@@ -575,7 +575,7 @@ class Tiering:
         now = self.clock.monotonic()
         if left <= 0:
             disk.delete([found.name])
-            self.history.record(found.name.key, "expired")
+            self.history.record(found.name.key, found.name.namespace, "expired")
             self.counters.add("recover.dropped", "expired")
         elif self._entry(found.name) is not None or found.name in self._leaving:
             # Saved anew while the disk was away.

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part, Shard
+from kvstore.store import store
 from kvstore.store.admission import Admission
 from kvstore.store.events import Event, EventLog, Missed
 from kvstore.store.explain import explain, survey
@@ -534,14 +535,45 @@ def test_a_block_is_complete_with_all_ranks(memory: Bench) -> None:
 def test_the_history_is_bounded() -> None:
     history = History(3)
     for number in range(5):
-        history.record(keys(number)[0], "evicted")
+        history.record(keys(number)[0], ALICE, "evicted")
     assert len(history) == 3
-    assert history.of(keys(1)[0]) is None
-    gone = history.of(keys(4)[0])
+    assert history.of(keys(1)[0], ALICE) is None
+    gone = history.of(keys(4)[0], ALICE)
     assert gone is not None
     assert gone.reason == "evicted"
-    history.forget(keys(4)[0])
-    assert history.of(keys(4)[0]) is None
+    assert history.of(keys(4)[0], BOB) is None
+    history.forget(keys(4)[0], BOB)
+    assert history.of(keys(4)[0], ALICE) == gone
+    history.forget(keys(4)[0], ALICE)
+    assert history.of(keys(4)[0], ALICE) is None
+
+
+def test_saves_that_are_dropped_forge_and_flood_no_history(memory: Bench) -> None:
+    memory.save(keys(1, 2), namespace=BOB)
+    memory.store.clear(BOB)
+    assert reasons(memory, keys(1, 2), BOB) == ["cleared"] * 2
+    memory.store.set_quota("alice", Quota(memory=1))
+    memory.save(keys(1, *range(1000, 1000 + 4 * memory.store.history._limit)), namespace=ALICE)
+    assert reasons(memory, keys(1), ALICE) == ["quota"]
+    assert reasons(memory, keys(1), BOB) != ["quota"]
+    assert reasons(memory, keys(2), BOB) == ["cleared"]
+
+
+def test_each_tenant_has_pins_of_its_own_in_an_owners_name(
+    memory: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "MAX_LEASES", 3)
+    memory.save(keys(1), namespace=ALICE)
+    memory.save(keys(2), namespace=BOB)
+    for _ in range(3):
+        assert memory.pins.pin("cli", ALICE, keys(1), 60).blocks == 1
+    with pytest.raises(ValueError, match="3 leases are held"):
+        memory.pins.pin("cli", ALICE, keys(1), 60)
+    found = memory.pins.pin("cli", BOB, keys(2), 60)
+    assert found.blocks == 1
+    assert memory.pins.tenant_of(found.id) == "bob"
+    assert memory.pins.unpin_owner("cli", frozenset({"bob"})) == 1
+    assert memory.pins.unpin_owner("cli", None) == 3
 
 
 # --- events ---------------------------------------------------------------------------------------
