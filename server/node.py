@@ -22,7 +22,7 @@ from kvstore.server.access.grants import LOCAL, Denied, Grant
 from kvstore.server.owners import Owner
 from kvstore.server.recent import Recent
 from kvstore.server.steps import Steps
-from kvstore.store.index import Lease
+from kvstore.store.leases import Lease
 from kvstore.store.store import Store
 from kvstore.telemetry import QuietLog
 from kvstore.transport.protocol import MEMORY, TIER_NAMES

@@ -10,7 +10,7 @@ import time
 from typing import Protocol
 
 from kvstore.server.pacing import SLICE_SECONDS
-from kvstore.store.index import Payer
+from kvstore.store.leases import Payer
 from kvstore.transport.sockets import Wire
 
 

@@ -13,7 +13,8 @@ from kvstore.clock import Clock
 from kvstore.config import Config
 from kvstore.memory.arena import Arena
 from kvstore.server.opening import disk_opener
-from kvstore.store.index import Entry, Saving
+from kvstore.store.index import Entry
+from kvstore.store.leases import Saving
 from kvstore.store.pins import Pins
 from kvstore.store.selection import Selection, candidates
 from kvstore.store.store import Acquired, Store

@@ -6,9 +6,7 @@ Everything here belongs to the store's loop; nothing is thread-safe.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Final
 
 from kvstore.blocks.spec import Part
@@ -53,7 +51,7 @@ class Entry(Node, gc=False, eq=False):
     in_memory: bool = False
     on_disk: bool = False
     gone: bool = False
-    writer: Lease | None = None
+    writer: Any = None  # the lease under which it is being saved
     readers: int = 0
     pins: int = 0
     disk_io: int = 0
@@ -222,66 +220,3 @@ class Index:
 
     def __len__(self) -> int:
         return self._count
-
-
-class LeaseKind(Enum):
-    """What a lease is a right to."""
-
-    WRITE = "write"
-    READ = "read"
-    PIN = "pin"
-
-
-@dataclass(slots=True, eq=False)
-class Saving:
-    """What is said about blocks that are being saved, besides their keys.
-
-    `parent` is the key before the first one, empty at the start of a prompt or if not known;
-    `tokens` are theirs, for watchers of events, or none; `ttl` seconds after they are committed
-    they expire.
-    """
-
-    parent: bytes = b""
-    tokens: Sequence[int] = ()
-    ttl: float | None = None
-    keys: Sequence[bytes] = ()
-
-
-class Payer:
-    """Whom leases are charged to, maybe of several owners.
-
-    `most` bytes of the arena may be held under leases of one tenant, `most_pinned` pinned for it;
-    None: no limit. `owed` counts what is remembered of the requests behind the leases, in bytes.
-    """
-
-    def __init__(self, most: int | None = None, most_pinned: int | None = None) -> None:
-        self.most = most
-        self.most_pinned = most_pinned
-        self.owed = 0
-
-
-@dataclass(slots=True, eq=False)
-class Lease:
-    """A right to a set of objects, held by `owner` from `since` until `expires` (monotonic).
-
-    An expired read or write lease is *withdrawn*: nothing is committed under it any more, but its
-    slots stay out of circulation until the owner releases it or is gone, since a stalled process
-    may still be copying.
-    """
-
-    owner: Hashable
-    id: int
-    kind: LeaseKind
-    expires: float
-    since: float
-    payer: Payer
-    weight: int
-    blocks: list[tuple[Entry, ...]] = field(default_factory=list)
-    withdrawn: bool = False
-    released: bool = False
-    saving: Saving = field(default_factory=Saving)
-
-    def entries(self) -> Iterator[Entry]:
-        """The objects under this lease, block by block."""
-        for block in self.blocks:
-            yield from block

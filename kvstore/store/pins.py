@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from kvstore.blocks.spec import Namespace
 from kvstore.store.explain import Survey, survey
-from kvstore.store.index import Lease, Payer
+from kvstore.store.leases import Lease, Payer
 from kvstore.store.slices import FEW, Work, at_once
 from kvstore.store.store import Store
 

@@ -12,16 +12,17 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from kvstore.blocks.spec import ModelIdentity, Namespace, Part
+from kvstore.blocks.spec import Namespace, Part
 from kvstore.clock import SYSTEM, Clock
 from kvstore.memory.arena import Arena
 from kvstore.memory.slots import Slot
 from kvstore.store.admission import Admission
-from kvstore.store.index import Entry, Lease, LeaseKind, Payer, Saving
+from kvstore.store.index import Entry
+from kvstore.store.leases import Lease, LeaseKind, Leases, Payer, Saving, lease_weight
 from kvstore.store.opening import OpenDisk
 from kvstore.store.slices import FEW, Work, at_once
 from kvstore.store.tiering import Tiering
-from kvstore.store.usage import NamespaceUsage, Quota, TenantUsage
+from kvstore.store.usage import Quota
 from kvstore.tiers.base import MISS, ObjectName
 from kvstore.transport.protocol import BUSY, DISK, HAVE, MEMORY, NO_ROOM, TIER_NAMES
 from kvstore.values import format_size
@@ -69,12 +70,6 @@ _DROPPED: Final = {
 }
 
 
-MAX_LEASES: Final = 4096
-"""Of one owner: what it costs to remember them stays small against an arena."""
-
-MAX_OWED: Final = 128 << 20
-"""Bytes that what a payer asked for may take to remember."""
-
 _LOOKED_UP: Final = 2048
 """Keys of a lookup without a stop."""
 
@@ -87,19 +82,7 @@ _MOST_TOLD: Final = 1 << 16
 _REFUSALS: Final = 64
 """Blocks of a save that are remembered as dropped."""
 
-_MAX_PARTS: Final = 4096
-"""Of one tenant, in all its namespaces."""
-
-_LEASE_WEIGHT: Final = 1000
-_KEY_WEIGHT: Final = 160
-_OBJECT_WEIGHT: Final = 48
-"""Bytes that it takes to remember a lease, each of its blocks, and each of their objects."""
-
-_NOBODY: Final = NamespaceUsage(Namespace(ModelIdentity("nobody")), TenantUsage())
-"""Stands for a namespace that holds nothing."""
-
-
-class Store:
+class Store(Leases):
     """Memory tier over an arena, and an optional disk tier below it.
 
     Args:
@@ -142,19 +125,12 @@ class Store:
             retry_seconds=retry_seconds,
             stall_seconds=stall_seconds,
         )
-        self.counters = self.tiering.counters
+        super().__init__(self.tiering, lease_seconds, int(max_pinned * arena.size))
         self.clock = clock
-        self._clock = clock.monotonic
-        self._lease_seconds = lease_seconds
-        self.background = self.tiering.background
-        self._leases: dict[Hashable, dict[int, Lease]] = {}
-        self._payers: dict[Hashable, Payer] = {}
         self._prefetches = itertools.count(1)
         self._acquiring = 0
         self._expiring = False
         self.draining = False
-        self.max_pinned_bytes = int(max_pinned * arena.size)
-        self.usage = self.tiering.usage
         self.history = self.tiering.history
         self.events = self.tiering.events
         self.histograms = self.tiering.histograms
@@ -184,8 +160,8 @@ class Store:
             ValueError: the owner holds a lease of that id, or too much is held.
         """
         saving = saving or Saving()
-        weight = _weight(len(keys), len(parts)) + 4 * len(saving.tokens)
-        lease = self._new_lease(owner, lease_id, LeaseKind.WRITE, weight)
+        weight = lease_weight(len(keys), len(parts)) + 4 * len(saving.tokens)
+        lease = self.new_lease(owner, lease_id, LeaseKind.WRITE, weight)
         lease.saving = saving
         lease.saving.keys = keys
         refusal = ""
@@ -257,18 +233,6 @@ class Store:
             self.usage.held(entry, 1)
         return refusal
 
-    def _too_much(
-        self, payer: Payer, namespace: Namespace | None, more: int, part: Part | None = None
-    ) -> str:
-        """Why `more` bytes of a tenant may not be kept in use, or blocks of a part be had."""
-        if payer.most is None or namespace is None:
-            return ""
-        tenant = self.usage.tenants.get(namespace.tenant, _NOBODY.tenant)
-        known = self.usage.namespaces.get(namespace.digest, _NOBODY)
-        if part is not None and part not in known.parts and tenant.parts >= _MAX_PARTS:
-            return "parts"  # What describes it lies beside the arena.
-        return "held" if tenant.held_bytes + more > payer.most else ""
-
     def committing(
         self,
         owner: Hashable,
@@ -291,14 +255,30 @@ class Store:
             yield from self.releasing(owner, lease_id)
             self.counters.add("commit.refused", "expired")
             return 0, "lease"
-        sums = iter(checksums) if checksums is not None else None
         without = set(dropped)
-        saving, stored, saved = lease.saving, 0, list[Entry]()
+        saved: list[Entry] = []
+        try:
+            stored = yield from self._making_visible(lease, without, checksums, saved)
+            yield from self.tiering.writing(saved)
+        except GeneratorExit:  # The owner has gone; what is visible goes its way.
+            self.background.add(self.tiering.writing(saved))
+            raise
+        yield from self.releasing(owner, lease_id)
+        return stored, "dropped" if without else ""
+
+    commit = at_once(committing)
+
+    def _making_visible(
+        self, lease: Lease, without: set[int], checksums: Sequence[int] | None, saved: list[Entry]
+    ) -> Work[int]:
+        """Blocks that are visible now; `saved` gets their objects."""
+        sums = iter(checksums) if checksums is not None else None
+        saving, stored = lease.saving, 0
         colder: dict[int, Slot[Entry]] = {}
         for first in range(0, len(lease.blocks), FEW):
             yield
             if lease.released:
-                return stored, "lease"
+                break
             numbers: list[int] = []
             ready: list[Entry] = []
             for number, block in enumerate(lease.blocks[first : first + FEW], first):
@@ -316,16 +296,11 @@ class Store:
                 self.counters.add("save.bytes", by=sum(entry.nbytes for entry in ready))
                 self.tiering.committed(ready, colder)
                 self._committed(saving, numbers, ready[0].name.namespace)
+                ready[0].account.last_used = self._clock()
             stored += len(numbers)
             saved += ready
         self.counters.add("save.blocks", by=stored)
-        if saved:
-            saved[0].account.last_used = self._clock()
-        yield from self.tiering.writing(saved)
-        yield from self.releasing(owner, lease_id)
-        return stored, "dropped" if without else ""
-
-    commit = at_once(committing)
+        return stored
 
     def _committed(self, saving: Saving, numbers: list[int], namespace: Namespace) -> None:
         """Tell watchers of events of new blocks."""
@@ -395,12 +370,6 @@ class Store:
 
     lookup = at_once(looking_up)
 
-    def _within(self, namespace: Namespace | None) -> NamespaceUsage | None:
-        """Whose objects may be used, for the index."""
-        if namespace is None:
-            return None
-        return self.usage.namespaces.get(namespace.digest, _NOBODY)
-
     def _find(
         self, keys: Sequence[bytes], parts: Sequence[Part], namespace: Namespace | None
     ) -> tuple[list[int], str]:
@@ -449,8 +418,8 @@ class Store:
         Raises:
             ValueError: the owner holds a lease of that id, or too much is held.
         """
-        weight = _weight(len(keys), len(parts))
-        lease = self._new_lease(owner, lease_id, LeaseKind.READ, weight)
+        weight = lease_weight(len(keys), len(parts))
+        lease = self.new_lease(owner, lease_id, LeaseKind.READ, weight)
         running = Acquisition(lease, done, self._clock(), enough or len(keys), reads, holes)
         self._acquiring += 1
         running.promoting = 1  # Held until all promotions are started.
@@ -622,195 +591,6 @@ class Store:
             return
         self.settle(running)
 
-    # -- leases ---------------------------------------------------------------------------------
-
-    def releasing(
-        self, owner: Hashable, lease_id: int, *, damaged: Iterable[int] = ()
-    ) -> Work[bool]:
-        """End a lease: uncommitted slots are freed, read and pin rights given back.
-
-        `damaged` lists blocks of a read lease that the reader found changed; they are removed.
-        """
-        leases = self._leases.get(owner)
-        lease = leases.pop(lease_id, None) if leases is not None else None
-        if lease is None or leases is None:
-            return False
-        if not leases:
-            del self._leases[owner]
-        if lease.kind is LeaseKind.READ:
-            for block in (lease.blocks[i] for i in set(damaged) if 0 <= i < len(lease.blocks)):
-                self.counters.add("load.failed", "damaged")
-                for entry in block:
-                    self.tiering.discard(entry, "damaged")
-        yield from self._ending(lease)
-        return True
-
-    release = at_once(releasing)
-
-    def release_owner(self, owner: Hashable) -> None:
-        """End all leases of an owner that is gone."""
-        self._payers.pop(owner, None)
-        for lease in self._leases.pop(owner, {}).values():
-            self.background.add(self._ending(lease))
-
-    def pinning(
-        self,
-        owner: Hashable,
-        lease_id: int,
-        keys: Sequence[bytes],
-        parts: Sequence[Part],
-        ttl: float,
-        namespace: Namespace | None = None,
-    ) -> Work[int]:
-        """Keep a stored prefix from being evicted, in the tiers it lies in, for `ttl` seconds.
-
-        Returns the number of blocks pinned, fewer where `max_pinned_bytes` or the payer's limit is
-        reached. `namespace` as for `lookup`.
-
-        Raises:
-            ValueError: the owner holds a lease of that id, or too much is held.
-        """
-        blocks: list[tuple[Entry, ...]] = []
-        within = self._within(namespace)
-        for number, key in enumerate(keys):
-            if number % FEW == 0:
-                yield
-            block = self._block(key, parts, within)
-            if len(block) < len(parts):
-                break
-            blocks.append(block)
-        lease = yield from self.pinning_blocks(owner, lease_id, blocks, ttl)
-        return len(lease.blocks)
-
-    pin = at_once(pinning)
-
-    def _block(
-        self, key: bytes, parts: Sequence[Part], within: NamespaceUsage | None
-    ) -> tuple[Entry, ...]:
-        """The objects of a block that readers of `parts` can use; fewer if some are missing."""
-        index = self.tiering.index
-        return tuple(entry for part in parts if (entry := index.usable(key, part, within)))
-
-    def pinning_blocks(
-        self,
-        owner: Hashable,
-        lease_id: int,
-        blocks: Sequence[tuple[Entry, ...]],
-        ttl: float,
-        payer: Payer | None = None,
-    ) -> Work[Lease]:
-        """Pin stored blocks, from the first one on, as far as pins (of their tenant) may hold more.
-
-        Raises:
-            ValueError: the owner holds a lease of that id, or too much is held.
-        """
-        weight = _weight(len(blocks), max(map(len, blocks), default=1))
-        lease = self._new_lease(owner, lease_id, LeaseKind.PIN, weight, ttl, payer)
-        room = self.max_pinned_bytes - self.usage.pinned_bytes
-        if lease.payer.most_pinned is not None and blocks:
-            tenant = blocks[0][0].account.tenant
-            room = min(room, lease.payer.most_pinned - tenant.pinned_bytes)
-        for number, block in enumerate(blocks):
-            if number % FEW == FEW - 1:
-                yield
-            if lease.released or not all(entry.stored for entry in block):
-                break
-            room -= sum(self.usage.in_memory(entry.nbytes) for entry in block if not entry.pins)
-            if room < 0:
-                self.counters.add("pin.refused", "max_pinned")
-                break
-            for entry in block:
-                entry.pins += 1
-                if entry.pins == 1:
-                    self.usage.pinned(entry, 1)
-            lease.blocks.append(block)
-        return lease
-
-    pin_blocks = at_once(pinning_blocks)
-
-    def holds_leases(self, owner: Hashable) -> bool:
-        """Whether the owner has any lease."""
-        return owner in self._leases
-
-    def lease(self, owner: Hashable, lease_id: int) -> Lease | None:
-        """A lease of an owner, if it has that one."""
-        return self._leases.get(owner, {}).get(lease_id)
-
-    def hold(self, entries: Iterable[Entry]) -> None:
-        """Keep the slots of these from being given to others until `let_go`."""
-        for entry in entries:
-            if not (entry.readers or entry.writer):
-                self.usage.held(entry, 1)
-            entry.readers += 1
-
-    def let_go(self, entries: Iterable[Entry]) -> None:
-        """End what `hold` began."""
-        for entry in entries:
-            self._end_reading(entry)
-
-    def leases(self) -> list[Lease]:
-        """All leases."""
-        return [lease for held in self._leases.values() for lease in held.values()]
-
-    def charge(self, owner: Hashable, payer: Payer) -> None:
-        """From now on, until `release_owner`, `payer` pays for new leases of an owner."""
-        self._payers[owner] = payer
-
-    def _new_lease(
-        self,
-        owner: Hashable,
-        lease_id: int,
-        kind: LeaseKind,
-        weight: int,
-        ttl: float | None = None,
-        payer: Payer | None = None,
-    ) -> Lease:
-        payer = payer or self._payers.get(owner) or Payer()
-        weight += _LEASE_WEIGHT
-        held = self._leases.get(owner, {})
-        if lease_id in held:
-            raise ValueError(f"lease {lease_id} is held already; use a new number")
-        if len(held) >= MAX_LEASES or payer.owed + weight > MAX_OWED:
-            text = f"{len(held)} leases are held; release some first"
-            raise ValueError(f"{text} ({payer.owed} bytes are remembered for them)")
-        payer.owed += weight
-        now = self._clock()
-        expires = now + (self._lease_seconds if ttl is None else ttl)
-        lease = Lease(owner, lease_id, kind, expires, now, payer, weight)
-        self._leases.setdefault(owner, {})[lease_id] = lease
-        return lease
-
-    def _ending(self, lease: Lease) -> Work[None]:
-        if lease.released:
-            return
-        lease.released = True
-        lease.payer.owed -= lease.weight
-        for number, entry in enumerate(lease.entries()):
-            if number % FEW == FEW - 1:
-                yield
-            if lease.kind is LeaseKind.PIN:
-                entry.pins -= 1
-                if not entry.pins:
-                    self.usage.pinned(entry, -1)
-                self.tiering.settle(entry)
-            elif lease.kind is LeaseKind.READ:
-                self._end_reading(entry)
-            elif entry.writer is lease:
-                self._end_writing(entry)
-                self.counters.add("save.dropped", "uncommitted")
-                self.tiering.discard(entry, "uncommitted")
-
-    def _end_writing(self, entry: Entry) -> None:
-        entry.writer = None
-        if not entry.readers:
-            self.usage.held(entry, -1)
-
-    def _end_reading(self, entry: Entry) -> None:
-        entry.readers -= 1
-        if not (entry.readers or entry.writer):
-            self.usage.held(entry, -1)
-        self.tiering.settle(entry)
-
     def clearing(self, namespace: Namespace | None = None) -> Work[int]:
         """Remove every object (of `namespace`) that is not pinned or being written."""
         removed = 0
@@ -902,10 +682,6 @@ class Store:
                 "memory.size), or use fewer block_tokens"
             )
         return None
-
-
-def _weight(blocks: int, parts: int) -> int:
-    return blocks * (_KEY_WEIGHT + parts * _OBJECT_WEIGHT)
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -14,7 +14,7 @@ from kvstore.server.control.requests import known_namespaces, numbered
 from kvstore.server.node import Node
 from kvstore.server.pacing import Pace
 from kvstore.server.sessions.session import SessionConnection
-from kvstore.store.index import Lease
+from kvstore.store.leases import Lease
 from kvstore.store.pins import PinOwner
 
 

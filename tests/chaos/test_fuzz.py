@@ -18,7 +18,7 @@ import pytest
 
 from kvstore.client.session import Session
 from kvstore.config import load_config
-from kvstore.store.store import MAX_LEASES
+from kvstore.store.leases import MAX_LEASES
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Failure, Hello, Open, Welcome
 from kvstore.values import split_host_port

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part
-from kvstore.store.index import Payer
+from kvstore.store.leases import Payer
 from kvstore.store.store import Acquired
 from kvstore.tiers.base import Tier
 from kvstore.transport.protocol import BUSY, HAVE, NO_ROOM
@@ -387,7 +387,7 @@ def test_a_payer_may_hold_so_much_for_a_tenant(memory: Bench) -> None:
 def test_what_describes_the_blocks_of_a_payer_is_bounded(
     memory: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvstore.store.store._MAX_PARTS", 3)
+    monkeypatch.setattr("kvstore.store.leases._MAX_PARTS", 3)
     store = memory.store
     store.charge("a", Payer(most=1 << 30))
     spaces = [Namespace(ModelIdentity(f"model {n}"), "", 16) for n in range(4)]

@@ -18,7 +18,8 @@ from kvstore.store.admission import Admission
 from kvstore.store.events import Event, EventLog, Missed
 from kvstore.store.explain import explain, survey
 from kvstore.store.history import History, Uses
-from kvstore.store.index import Entry, Payer, Saving
+from kvstore.store.index import Entry
+from kvstore.store.leases import Payer, Saving
 from kvstore.store.relocation import copy_to, move_to, reencode, remove
 from kvstore.store.selection import Selection
 from kvstore.store.usage import Quota
