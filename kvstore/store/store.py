@@ -82,6 +82,7 @@ _MOST_TOLD: Final = 1 << 16
 _REFUSALS: Final = 64
 """Blocks of a save that are remembered as dropped."""
 
+
 class Store(Leases):
     """Memory tier over an arena, and an optional disk tier below it.
 
