@@ -20,8 +20,9 @@ from kvstore.telemetry import QuietLog
 
 _log = logging.getLogger("kvstore.sessions")
 
-_OPEN: Final = 64
-"""Sessions that are open at a time; the one unused for longest ends when another begins."""
+_OPEN: Final = 256
+"""Sessions that are open at a time; the one unused for longest ends when another begins. A process
+may have two of a tenant, and a daemon has at most 1,024 open on one connection."""
 _KNOWN: Final = 4096
 """Tenants that are remembered, so that `clear` removes their blocks."""
 _AGAIN: Final = 30.0

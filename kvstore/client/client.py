@@ -15,10 +15,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from numbers import Real
 from typing import Final
 from weakref import WeakSet, WeakValueDictionary, ref
 
 from kvstore.blocks.spec import Namespace, Part
+from kvstore.client.arrivals import Loaded
 from kvstore.client.channel import FORKED, Channel
 from kvstore.client.embedded import join_or_start
 from kvstore.client.planner import Planner
@@ -32,6 +34,7 @@ from kvstore.transport import protocol
 from kvstore.transport.credentials import client_token
 from kvstore.transport.protocol import Failure, Message, Release, Reply
 
+_WEEK: Final = 7 * 24 * 3600.0  # seconds; more than all kinds of waiting take is too much
 _FIRST_RETRY: Final = 0.05
 _REFUSED_SECONDS: Final = 5.0
 """After which a session that the daemon refused is opened again."""
@@ -240,6 +243,13 @@ class Client:
             return None
         return reply
 
+    def loaded(self, result: Loaded) -> None:
+        """Count a load."""
+        for tier, blocks in result.tiers.items():
+            self.counters.add("load.blocks", tier, by=blocks)
+        if result.reason is not None:
+            self.counters.add("load.short", result.reason)
+
     # -- the connection ---------------------------------------------------------------------------
 
     def _connect(self, stop: threading.Event) -> None:
@@ -382,3 +392,11 @@ def _copy_threads(config: Config) -> int:
     """Threads per copy; over TCP every connection already has one that copies."""
     remote = config.address is not None and not config.address.startswith("unix://")
     return 1 if remote and config.session.streams > 1 else config.session.copy_threads
+
+
+def seconds(given: float | None, otherwise: float = 0.0, longest: float = _WEEK) -> float:
+    """A time; 0 is none at all. Raises SpecError if it is no number."""
+    time = otherwise if given is None else given
+    if not isinstance(time, Real) or not (time < 0 or time >= 0):  # NaN is neither
+        raise SpecError(f"{time!r} is no time; give seconds")
+    return float(min(max(time, 0.0), longest))

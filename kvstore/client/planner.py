@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Final, Literal
 
 from kvstore.telemetry import Average
-from kvstore.transport.protocol import Cost
+from kvstore.transport.protocol import NOWHERE, Cost
 
 MEMORY: Final = "memory"
 _NO_COST: Final = Cost(0.0)
@@ -34,7 +34,8 @@ class LoadPlan:
 
     `blocks` of the `found` blocks are to be loaded, the rest computed. `tiers` names the tier of
     each block found. Times are estimates in seconds: to load the plan's blocks, and to compute
-    their tokens instead (None: not known yet).
+    their tokens instead (None: not known yet). `chosen` has the positions of the blocks to load
+    where that need not be a prefix.
     """
 
     blocks: int
@@ -43,6 +44,7 @@ class LoadPlan:
     load_seconds: float
     compute_seconds: float | None
     reason: str
+    chosen: tuple[int, ...] = ()
 
 
 class _Doubt:
@@ -126,11 +128,25 @@ class Planner:
         block_bytes: int,
         again: bool = False,
         nothing: str = "nothing found",
+        holes: bool = False,
     ) -> LoadPlan:
         """Decide for blocks found in `tiers`, in order; `nothing` says why there are none.
 
-        `again`: the request was planned before.
+        `again`: the request was planned before. With `holes` blocks may be missing, and any of the
+        others be loaded: all of a tier, or none, the cheapest tiers first.
         """
+        if holes:
+            places = [n for n, tier in enumerate(tiers) if tier not in NOWHERE]
+            places.sort(key=lambda n: (tiers[n] != MEMORY, costs.get(tiers[n], _NO_COST), tiers[n]))
+            plan = self.plan(
+                [tiers[n] for n in places],
+                costs,
+                block_tokens=block_tokens,
+                block_bytes=block_bytes,
+                again=again,
+                nothing=nothing,
+            )
+            return replace(plan, tiers=tuple(tiers), chosen=tuple(sorted(places[: plan.blocks])))
         found = len(tiers)
         counts = Counter(tiers)
         counts[MEMORY] = found

@@ -12,15 +12,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from kvstore.blocks.keys import block_keys, join_keys, token_array
 from kvstore.blocks.spec import Namespace, Part
+from kvstore.client.arrivals import Gates, Loaded
 from kvstore.client.channel import Channel
-from kvstore.client.client import Client, View
+from kvstore.client.client import Client, View, seconds
+from kvstore.client.held import Held
 from kvstore.client.planner import LoadPlan
-from kvstore.client.transfer import About, Gates, Loaded, Saved, Transfer
+from kvstore.client.transfer import About, Saved, Transfer
 from kvstore.config import Config, load_config
 from kvstore.copier.base import Copier, PagedMemory
 from kvstore.errors import SpecError
@@ -33,17 +34,17 @@ if TYPE_CHECKING:
 
     from kvstore.copier.gate import LayerGate
 
-__all__ = ["LoadPlan", "Loaded", "Lookup", "Pin", "Saved", "Session"]
+__all__ = ["Held", "LoadPlan", "Loaded", "Lookup", "Pin", "Saved", "Session"]
 
 _AGES: Final = 1e12
-_WEEK: Final = 7 * 24 * 3600.0  # seconds; more than all kinds of waiting take is too much
 
 _log = logging.getLogger("kvstore.session")
 
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """The usable prefix: its blocks' tiers, why it ends (None: all found), seconds to load it.
+    """The usable prefix, `blocks` long: its blocks' tiers, why it ends (None: all found), seconds
+    to load it.
 
     `costs` of tiers below memory, by name.
     """
@@ -137,37 +138,55 @@ class Session:
         return block_keys(self.namespace, tokens, extras=extras)
 
     def lookup(
-        self, keys: Sequence[bytes], *, timeout: float | None = None, again: bool = False
+        self,
+        keys: Sequence[bytes],
+        *,
+        timeout: float | None = None,
+        again: bool = False,
+        holes: bool = False,
+        wait: float = 0.0,
     ) -> Lookup:
         """The longest prefix of `keys` that can be loaded. One round trip; moves nothing.
 
+        With `holes`, `tiers` has every block: `miss` where it is missing, `pending` while it is on
+        its way, for which up to `wait` seconds are waited. An older daemon tells the prefix.
         Hit rates count requests: say `again` if the daemon answered for this one before.
         """
         keys = keys[: protocol.MAX_KEYS]
         joined = join_keys(keys)
         if not keys:
             return Lookup(0, (), None, 0.0)
-        seconds = _seconds(timeout, self._config.session.lookup_timeout)
+        limit = seconds(timeout, self._config.session.lookup_timeout)
         with self._client.using(self._view) as link:
             if link is None:
                 return Lookup(0, (), "unavailable", 0.0)
             channel, handle = link
-            reply = self._client.call(channel, protocol.Lookup(handle, joined, again), seconds)
+            request = protocol.Lookup(handle, joined, again)
+            if holes and "holes" in channel.welcome.features:
+                request.holes, request.wait = True, seconds(wait)
+            reply = self._client.call(channel, request, limit + request.wait)
         if not isinstance(reply, protocol.Found):
             return Lookup(0, (), "unavailable", 0.0)
-        tiers = channel.tiers(reply.tiers[: len(keys)])
+        codes = reply.tiers[: len(keys)]
+        usable = min(len(codes.partition(end)[0]) for end in protocol.NOWHERE_NUMBERS)
+        tiers = channel.tiers(codes)
         costs = reply.costs_by_name(channel.tier_names)
-        takes = self._client.planner.load_seconds(tiers, costs, self.block_bytes)
-        return Lookup(len(tiers), tiers, reply.reason or None, takes, costs)
+        takes = self._client.planner.load_seconds(tiers[:usable], costs, self.block_bytes)
+        return Lookup(usable, tiers, reply.reason or None, takes, costs)
 
     def plan(
-        self, keys: Sequence[bytes], *, timeout: float | None = None, again: bool = False
+        self,
+        keys: Sequence[bytes],
+        *,
+        timeout: float | None = None,
+        again: bool = False,
+        holes: bool = False,
     ) -> LoadPlan:
         """Look up `keys` and decide how many blocks to load; the decision is counted and logged.
 
-        Arguments as for `lookup`.
+        With `holes` any may be loaded, and its `chosen` says which. Arguments as for `lookup`.
         """
-        found = self.lookup(keys, timeout=timeout, again=again)
+        found = self.lookup(keys, timeout=timeout, again=again, holes=holes)
         plan = self._client.planner.plan(
             found.tiers,
             found.costs,
@@ -175,6 +194,7 @@ class Session:
             block_bytes=self.block_bytes,
             again=again,
             nothing=f"nothing found: {found.reason}" if found.reason else "nothing to find",
+            holes=holes,
         )
         if not again:
             self.counters.add("plan", plan.reason)
@@ -215,7 +235,7 @@ class Session:
         """
         self._transfer.check_pages(keys, memory, page_ids)
         started = time.monotonic()
-        deadline = started + _seconds(timeout, self._config.session.load_timeout)
+        deadline = started + seconds(timeout, self._config.session.load_timeout)
         result = Loaded()
         gates = Gates(after, then)
         try:
@@ -227,11 +247,26 @@ class Session:
         finally:
             gates.end(result.blocks == len(keys), result.reason or "failed")
         result.seconds = time.monotonic() - started
-        for tier, blocks in result.tiers.items():
-            self.counters.add("load.blocks", tier, by=blocks)
-        if result.reason is not None:
-            self.counters.add("load.short", result.reason)
+        self._client.loaded(result)
         return result
+
+    def acquire(
+        self, keys: Sequence[bytes], *, holes: bool = False, timeout: float | None = None
+    ) -> Held:
+        """Bring blocks to memory and hold them there: those that come within `timeout` seconds.
+
+        As far as the first that is missing; with `holes`, all that there are, for caches that do
+        not need a whole prefix (an older daemon gives the prefix). Release what is returned.
+        """
+        join_keys(keys)
+        held = Held(self._client, self._view, self._transfer, list(keys))
+        deadline = time.monotonic() + seconds(timeout, self._config.session.load_timeout)
+        with self._client.using(self._view) as link:
+            if link is None:
+                held.reason = "unavailable"
+            else:
+                held.acquire(link, deadline, holes=holes)
+        return held
 
     def save(
         self,
@@ -257,7 +292,7 @@ class Session:
         """
         self._transfer.check_pages(keys, memory, page_ids)
         join_keys([parent] if parent else [])
-        ttl = None if ttl is None else _seconds(ttl, longest=_AGES)
+        ttl = None if ttl is None else seconds(ttl, longest=_AGES)
         ids = None
         if tokens is not None and self._config.session.publish_tokens:
             ids = token_array(tokens)
@@ -267,7 +302,7 @@ class Session:
                 )
         about = About(ttl, parent, ids, after)
         started = time.monotonic()
-        wait = _seconds(timeout, self._config.session.save_timeout)
+        wait = seconds(timeout, self._config.session.save_timeout)
         result = Saved()
         with self._client.using(self._view) as link:
             if link is None:
@@ -291,7 +326,7 @@ class Session:
 
     def pin(self, keys: Sequence[bytes], *, ttl: float = 300.0) -> Pin:
         """Keep a prefix from eviction for `ttl` seconds, or until released or closed."""
-        joined, ttl = join_keys(keys[: protocol.MAX_KEYS]), _seconds(ttl, longest=_AGES)
+        joined, ttl = join_keys(keys[: protocol.MAX_KEYS]), seconds(ttl, longest=_AGES)
         lease = next(self._client.leases)
         with self._client.using(self._view) as link:
             if link is not None:
@@ -310,7 +345,7 @@ class Session:
 
         -1 when the store could not be asked or refused.
         """
-        reply = self._request(protocol.Clear, _seconds(timeout))
+        reply = self._request(protocol.Clear, seconds(timeout))
         return reply.blocks if isinstance(reply, protocol.Count) else -1
 
     def flush(self, timeout: float = 60.0) -> int:
@@ -318,7 +353,7 @@ class Session:
 
         -1: not known, or nothing would, because there is no disk tier or it is not to be used.
         """
-        wait = _seconds(timeout)
+        wait = seconds(timeout)
         reply = self._request(lambda _: protocol.Flush(wait), wait + 1.0)
         return reply.unwritten if isinstance(reply, protocol.Flushed) else -1
 
@@ -352,11 +387,3 @@ class Session:
                 return None
             channel, handle = link
             return self._client.call(channel, make(handle), timeout)
-
-
-def _seconds(given: float | None, otherwise: float = 0.0, longest: float = _WEEK) -> float:
-    """A time; 0 is none at all. Raises SpecError if it is no number."""
-    seconds = otherwise if given is None else given
-    if not isinstance(seconds, Real) or not (seconds < 0 or seconds >= 0):  # NaN is neither
-        raise SpecError(f"{seconds!r} is no time; give seconds")
-    return float(min(max(seconds, 0.0), longest))

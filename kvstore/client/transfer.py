@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from kvstore.blocks.keys import join_keys
 from kvstore.blocks.spec import Part
+from kvstore.client.arrivals import Gates, Incoming, Loaded
 from kvstore.client.channel import Channel
 from kvstore.client.client import Client
 from kvstore.copier.base import Copier, PagedMemory
@@ -37,20 +38,6 @@ LATE_SECONDS = 0.5
 """How much longer than its deadline a daemon may take to say what has arrived."""
 
 
-@dataclass(slots=True)
-class Loaded:
-    """What a load brought: `blocks` from the start are in the pages, the others must be computed.
-
-    `tiers` counts blocks by the tier they came from; `reason` says why not all arrived.
-    """
-
-    blocks: int = 0
-    tiers: dict[str, int] = field(default_factory=dict)
-    nbytes: int = 0
-    seconds: float = 0.0
-    reason: str | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class About:
     """What a save says of its blocks: seconds they live, the key before them, their token ids.
@@ -63,23 +50,6 @@ class About:
     parent: bytes = b""
     tokens: NDArray[np.uint32] | None = None
     after: LayerGate | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Gates:
-    """What a load waits for, and what it opens; see `Copier`."""
-
-    after: LayerGate | None = None
-    then: LayerGate | None = None
-
-    def end(self, whole: bool, reason: str) -> None:
-        """All is in the pages, or will never be."""
-        if self.then is None:
-            return
-        if whole:
-            self.then.open(self.then.layers)
-        else:
-            self.then.fail(reason)
 
 
 @dataclass(slots=True)
@@ -108,7 +78,7 @@ class Transfer:
         self._parts = parts
         self._block_tokens = block_tokens
         self._part_bytes = tuple(part.nbytes(block_tokens) for part in parts)
-        self._block_bytes = sum(self._part_bytes)
+        self.block_bytes = sum(self._part_bytes)
         self._copier = copier
         self._verify = client.config.session.checksum
 
@@ -128,8 +98,8 @@ class Transfer:
         has come up from disk, and the rest comes up while that is copied.
         """
         channel, handle = link
-        step = self._step(channel)
-        enough = max(1, _WINDOW_BYTES // self._block_bytes)
+        step = self.step(channel)
+        enough = max(1, _WINDOW_BYTES // self.block_bytes)
         found = bytearray()  # where each block lay before this load moved it
         while result.blocks < len(keys):
             first = result.blocks
@@ -144,16 +114,16 @@ class Transfer:
                 break
             found += reply.tiers[len(found) - first :]
             pages = [ids[first:] for ids in page_ids]
-            incoming = _Incoming(reply, len(self._parts))
+            incoming = Incoming(reply, len(self._parts))
             # Layers can be given away one by one only if this is all there is to come.
             piece = gates if len(incoming.slots) == len(keys) else replace(gates, then=None)
             try:
-                self._copy_held(channel, lease, incoming, memory, pages, deadline, piece)
+                self.copy_held(channel, lease, incoming, memory, pages, deadline, piece)
             finally:
                 channel.notify(Release(lease, tuple(sorted(incoming.damaged))))
             good = incoming.good
             result.blocks += good
-            result.nbytes += good * self._block_bytes
+            result.nbytes += good * self.block_bytes
             ended = reply.reason and good == len(reply.tiers)  # nothing more was found
             if incoming.reason or not good or ended:
                 result.reason = incoming.reason or reply.reason or "absent"
@@ -161,11 +131,11 @@ class Transfer:
         for tier in channel.tiers(bytes(found[: result.blocks])):
             result.tiers[tier] = result.tiers.get(tier, 0) + 1
 
-    def _copy_held(
+    def copy_held(
         self,
         channel: Channel,
         lease: int,
-        incoming: _Incoming,
+        incoming: Incoming,
         memory: Sequence[PagedMemory],
         page_ids: Sequence[NDArray[np.int64]],
         deadline: float,
@@ -184,13 +154,13 @@ class Transfer:
         if incoming.damaged:
             incoming.reason = "checksum"
             self._client.quiet.warning("checksum", "a block was damaged on its way; not used")
-        self._client.planner.loaded(incoming.good * self._block_bytes, time.monotonic() - started)
+        self._client.planner.loaded(incoming.good * self.block_bytes, time.monotonic() - started)
 
     def _load_part(
         self,
         channel: Channel,
         lease: int,
-        incoming: _Incoming,
+        incoming: Incoming,
         column: int,
         memory: Sequence[PagedMemory],
         page_ids: Sequence[NDArray[np.int64]],
@@ -233,7 +203,7 @@ class Transfer:
         result: Saved,
     ) -> None:
         """Copy the blocks that the store lacks into slots, and commit them."""
-        step = self._step(link[0])
+        step = self.step(link[0])
         if about.tokens is not None:
             step = min(step, max(1, _TOKENS_PER_REQUEST // self._block_tokens))
         for first in range(0, len(keys), step):
@@ -295,7 +265,7 @@ class Transfer:
             stored = max(0, stored)
         result.stored += stored
         result.dropped += int(full.sum()) + int(wanted.sum()) - stored
-        result.nbytes += stored * self._block_bytes
+        result.nbytes += stored * self.block_bytes
         if full.any():
             result.reason = reply.reason or "no_room"
         elif stored < int(wanted.sum()):
@@ -341,9 +311,9 @@ class Transfer:
             return None
         return tuple(int(s) for s in sums[answers >= 0])
 
-    def _step(self, channel: Channel) -> int:
+    def step(self, channel: Channel) -> int:
         """Blocks to ask for under one lease."""
-        by_bytes = channel.carrier.lease_bytes // self._block_bytes
+        by_bytes = channel.carrier.lease_bytes // self.block_bytes
         return max(1, min(protocol.MAX_KEYS // len(self._parts), by_bytes))
 
     def check_pages(
@@ -368,74 +338,6 @@ class Transfer:
                 raise SpecError(f"memory of {pages.part.group.name!r} is not of the session's part")
             if len(ids) != len(keys):
                 raise SpecError(f"page_ids has {len(ids)} rows for {len(keys)} keys")
-
-
-class _Incoming:
-    """What an acquire brought, and which of it has reached the pages and is right.
-
-    Several threads may take in objects at once, each of them other ones.
-    """
-
-    def __init__(self, reply: Held, parts: int) -> None:
-        self.reply = reply
-        self.reason: str | None = None
-        self.damaged: set[int] = set()
-        offsets = np.frombuffer(reply.slots[: len(reply.slots) // 8 * 8], dtype="<i8")
-        self._whole = len(reply.slots) % (8 * parts) == 0
-        self.slots = offsets[: offsets.size // parts * parts].reshape(-1, parts)
-        self._right = np.zeros(self.slots.shape, dtype=np.bool_)
-
-    def fits(self, asked: int, parts: Sequence[Part]) -> bool:
-        """Whether the answer makes sense for that many blocks of `parts`."""
-        blocks, count = len(self.slots), len(parts)
-        return (
-            self._whole
-            and blocks <= asked
-            and blocks <= len(self.reply.tiers)
-            and all(
-                0 <= number < self.slots.size and stored.converts_to(parts[number % count])
-                for number, stored in self.reply.other.items()
-            )
-        )
-
-    @property
-    def has_checksums(self) -> bool:
-        """Whether the answer says what objects must hash to."""
-        return len(self.reply.checksums) == self.slots.size
-
-    @property
-    def good(self) -> int:
-        """Blocks from the start that are whole and right."""
-        wrong = np.flatnonzero(~self._right.all(axis=1))
-        return int(wrong[0]) if len(wrong) else len(self.slots)
-
-    def by_layout(self, column: int, own: Part) -> dict[Part, NDArray[np.int64]]:
-        """Rows of one part by the layout they are stored in."""
-        other, parts = self.reply.other, self.slots.shape[1]
-        if not other:
-            return {own: np.arange(len(self.slots))}
-        rows: dict[Part, list[int]] = {}
-        for row in range(len(self.slots)):
-            rows.setdefault(other.get(row * parts + column, own), []).append(row)
-        return {stored: np.array(numbers) for stored, numbers in rows.items()}
-
-    def take(
-        self,
-        column: int,
-        rows: NDArray[np.int64],
-        have: Sequence[int] | None,
-        sent: Sequence[int] | None,
-    ) -> None:
-        """These objects are in the pages; `have` is what they hash to, `sent` what they must."""
-        self._right[rows, column] = True
-        if have is None:
-            return
-        held, parts = self.reply.checksums, self.slots.shape[1]
-        for number, row in enumerate(rows):
-            wanted = sent[number] if sent is not None else held[int(row) * parts + column]
-            if wanted not in (None, have[number]):
-                self._right[row, column] = False
-                self.damaged.add(int(row))
 
 
 def _reason_of(error: StoreUnavailable) -> str:

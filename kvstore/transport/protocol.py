@@ -24,7 +24,7 @@ VERSION: Final = 1
 FEATURES: Final = ("tiers", "close", "holes")
 """What this release knows beyond the first of its version; each side does without what the other
 has not named. `tiers`: the welcome has a table of tiers, and answers to lookups their costs;
-`close`: the request of that name."""
+`close`: the request of that name; `holes`: that field of lookups and acquires."""
 
 HEADER: Final = struct.Struct("<IQ")
 MAX_FRAME: Final = 8 << 20
@@ -58,7 +58,9 @@ BUSY: Final = -3
 MEMORY: Final = 1
 DISK: Final = 2
 TIER_NAMES: Final = {MEMORY: "memory", DISK: "disk"}
-
+NOWHERE: Final = ("miss", "pending")
+NOWHERE_NUMBERS: Final = (b"\0", b"\xff")
+"""In place of the name and number of a tier: the block is missing, or on its way."""
 
 _T = TypeVar("_T")
 
@@ -84,6 +86,8 @@ class Cost(NamedTuple):
 def tier_names(tiers: tuple[TierInfo, ...]) -> tuple[str, ...]:
     """The name of each of 256 numbers, given a daemon's table; without, that of the first ones."""
     known = {tier.number: tier.name for tier in tiers} or TIER_NAMES
+    nowhere = {number[0]: name for number, name in zip(NOWHERE_NUMBERS, NOWHERE, strict=True)}
+    known = {**known, **nowhere}
     return tuple(known.get(number, "unknown") for number in range(256))
 
 

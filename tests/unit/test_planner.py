@@ -197,3 +197,15 @@ def test_every_tier_has_its_own_cost() -> None:
     assert plan(planner, tiers, costs=slow).blocks == 3, "what s3 costs is not the disk's fault"
     for _ in range(10):
         assert plan(planner, ["disk"] * 3, costs=slow).blocks == 3
+
+
+def test_of_a_set_the_tiers_that_pay_are_loaded() -> None:
+    planner = measured(copy=1e-10, token=1e-5)
+    tiers = ["s3", "miss", "memory", "pending", "disk", "memory", "s3"]
+    costs = {"disk": Cost(2e-10), "s3": Cost(1e-7)}
+    chosen = planner.plan(tiers, costs, block_tokens=TOKENS, block_bytes=MIB, holes=True)
+    assert (chosen.chosen, chosen.blocks, chosen.found) == ((2, 4, 5), 3, 5)
+    assert chosen.tiers == tuple(tiers)
+    cheap = costs | {"s3": Cost(3e-10)}
+    chosen = planner.plan(tiers, cheap, block_tokens=TOKENS, block_bytes=MIB, holes=True)
+    assert chosen.chosen == (0, 2, 4, 5, 6)
