@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, Protocol, TypeVar
 
-from kvstore.client.transfer import Gates
+from kvstore.client.arrivals import Gates
 
 _log = logging.getLogger("kvstore.transfers")
 

@@ -26,9 +26,9 @@ import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.logger import init_logger
 
+from kvstore.client.arrivals import Gates
 from kvstore.client.planner import MEMORY
 from kvstore.client.session import Loaded, Session
-from kvstore.client.transfer import Gates
 from kvstore.connectors.common.device import Device, StepTimes
 from kvstore.connectors.common.lanes import Lane
 from kvstore.connectors.common.pages import page_pieces

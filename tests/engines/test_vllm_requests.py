@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import pytest
 
-from kvstore.client.transfer import Gates
+from kvstore.client.arrivals import Gates
 from kvstore.connectors.common.lanes import Lane
 from kvstore.connectors.vllm.messages import Job
 from tests.engines.vllm_tools import Engine, document, transfer

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part, Shard
-from kvstore.client.transfer import _Incoming
+from kvstore.client.arrivals import Incoming
 from kvstore.errors import ProtocolError
 from kvstore.store.slices import finish
 from kvstore.transport import protocol
@@ -115,13 +115,13 @@ def test_what_a_daemon_says_forges_no_line_of_a_log() -> None:
     {0: Part(PART.group, Opaque("o", 1, 4096))},
 ])  # fmt: skip
 def test_an_answer_whose_layouts_do_not_fit_is_none(other: dict[int, Part]) -> None:
-    def answer(other: dict[int, Part]) -> _Incoming:
-        return _Incoming(protocol.Held(bytes(16), b"\1\1", "", other), 1)
+    def answer(other: dict[int, Part]) -> Incoming:
+        return Incoming(protocol.Held(bytes(16), b"\1\1", "", other), 1)
 
     assert answer({}).fits(2, [PART])
     assert answer({1: Part(PART.group, Described("LPHNC"))}).fits(2, [PART])
     assert not answer(other).fits(2, [PART])
-    assert not _Incoming(protocol.Held(bytes(15), b"\1\1", ""), 1).fits(2, [PART])
+    assert not Incoming(protocol.Held(bytes(15), b"\1\1", ""), 1).fits(2, [PART])
 
 
 def test_frames_have_a_largest_size() -> None:
