@@ -96,7 +96,7 @@ class Incoming:
     @property
     def right(self) -> NDArray[np.bool_]:
         """Which of those that have come are whole and right."""
-        return np.logical_and.reduce(self._right, axis=1, dtype=np.bool_)
+        return np.asarray(self._right.all(axis=1), dtype=np.bool_)
 
     def by_layout(self, column: int, own: Part) -> dict[Part, NDArray[np.int64]]:
         """Rows of one part by the layout they are stored in."""
