@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part, Shard
-from kvstore.store import store
 from kvstore.store.admission import Admission
 from kvstore.store.events import Event, EventLog, Missed
 from kvstore.store.explain import explain, survey
@@ -563,7 +562,7 @@ def test_saves_that_are_dropped_forge_and_flood_no_history(memory: Bench) -> Non
 def test_each_tenant_has_pins_of_its_own_in_an_owners_name(
     memory: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "MAX_LEASES", 3)
+    monkeypatch.setattr("kvstore.store.leases.MAX_LEASES", 3)
     memory.save(keys(1), namespace=ALICE)
     memory.save(keys(2), namespace=BOB)
     for _ in range(3):
