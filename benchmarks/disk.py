@@ -65,7 +65,7 @@ def _opened(
     config = load_config()
     arena = Arena.create(max(_ARENA_BYTES, chunk), huge_dir=config.memory.huge_dir)
     try:
-        tier = SlabTier.open(
+        tier = SlabTier(
             "disk",
             _Host(),
             folder,

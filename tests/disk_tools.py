@@ -81,7 +81,7 @@ class MiniStore:
         self.objects: dict[ObjectName, Held] = {}
         self.pinned: set[ObjectName] = set()
         self.memory = Memory(4 * MIB)
-        self.tier = SlabTier.open("disk", self, folder, capacity, **(settings | options))
+        self.tier = SlabTier("disk", self, folder, capacity, **(settings | options))
         for held in self.tier.recover():
             assert held.name not in self.objects, "recovered a name twice"
             self.objects[held.name] = held

@@ -16,7 +16,7 @@ GROUP: Final = "kvstore.tiers"
 OpenTier = Callable[[str, Host, Mapping[str, Any]], Tier]
 """Opens a tier, given its name, the store, and the options of its entry in the configuration.
 
-Of these `direct` is the daemon's: the arena lies on huge pages, see `SlabTier.open`. It may block,
+Of these `direct` is the daemon's: the arena lies on huge pages, see `SlabTier`. It may block,
 and raise ConfigError, TierUnavailable or FormatError, each saying what to do.
 """
 

@@ -28,7 +28,7 @@ def memory(host: Host, folder: Path) -> Tier:
 
 
 def slab(host: Host, folder: Path) -> Tier:
-    return SlabTier.open("slab", host, folder, 4 * MIB, chunk=256 << 10)
+    return SlabTier("slab", host, folder, 4 * MIB, chunk=256 << 10)
 
 
 @pytest.mark.parametrize("check", conformance.CHECKS)

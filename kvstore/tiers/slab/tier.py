@@ -36,7 +36,7 @@ _Slot = Slot[ObjectName]
 
 
 class SlabTier:
-    """A `Tier` in a folder of its own. Use `open` to make one.
+    """A `Tier` in a folder of its own. Opening it blocks, and is for any thread.
 
     Counters: `recovered`, `dropped_records.<reason>`, `corrupt_reads`, `corrupt_writes`,
     `read_errors`, `write_errors.<reason>`, `chunks_refused`, `names_given_up`, `table_errors`,
@@ -47,52 +47,6 @@ class SlabTier:
 
     def __init__(
         self,
-        name: str,
-        slab: SlabFile,
-        host: Host,
-        *,
-        policy: str,
-        threads: int,
-        sync_seconds: float,
-        retry_seconds: float,
-        stall_seconds: float,
-        direct_to_arena: bool,
-    ) -> None:
-        self.name = name
-        self._host = host
-        self._slab = slab
-        self._health = Health(str(slab.path), retry_seconds, stall_seconds)
-        self._retry_seconds = retry_seconds
-        self._grow_at = 0.0
-        self._closed = False
-        self._places: dict[ObjectName, _Slot] = {}
-        self._nameless: list[Task] = []  # puts that wait for room in the dictionary
-        header = slab.header
-        self._pool: SlotPool[ObjectName] = SlotPool(
-            slab.chunks * header.chunk,
-            header.chunk,
-            slot_policy(policy),
-            lambda slot: not host.busy(slot.owner),
-            partial(self._give_up, reason="evicted"),
-            header.min_slot,
-        )
-        for reason, count in slab.dropped.items():
-            self._health.count(f"dropped_records.{reason}", count)
-        if slab.read_only:
-            self._health.write_failed(OSError(errno.EROFS, "the slab cannot be opened for writing"))
-        self._recovered = self._take_in()
-        self._threads = Threads(
-            slab,
-            self._health,
-            transfers=threads,
-            sync_seconds=sync_seconds,
-            in_place=direct_to_arena,
-            ended=self._ended,
-        )
-
-    @classmethod
-    def open(
-        cls,
         name: str,
         host: Host,
         folder: Path,
@@ -105,8 +59,8 @@ class SlabTier:
         retry_seconds: float = 5.0,
         stall_seconds: float = 10.0,
         direct_to_arena: bool = False,
-    ) -> SlabTier:
-        """Open the slab in `folder`, or make folder and slab. Blocks; for any thread.
+    ) -> None:
+        """Open the slab in `folder`, or make folder and slab.
 
         Args:
             name: of the tier.
@@ -127,18 +81,36 @@ class SlabTier:
             FormatError: the slab is of a later version, damaged, or not ours.
             ConfigError: the capacity is too small.
         """
-        slab = SlabFile(folder, capacity, chunk)
+        self.name = name
+        self._host = host
+        self._retry_seconds = retry_seconds
+        self._grow_at = 0.0
+        self._closed = False
+        self._places: dict[ObjectName, _Slot] = {}
+        self._nameless: list[Task] = []  # puts that wait for room in the dictionary
+        self._slab = slab = SlabFile(folder, capacity, chunk)
+        self._health = Health(str(slab.path), retry_seconds, stall_seconds)
         try:
-            return cls(
-                name,
+            self._pool: SlotPool[ObjectName] = SlotPool(
+                slab.chunks * slab.header.chunk,
+                slab.header.chunk,
+                slot_policy(policy),
+                lambda slot: not host.busy(slot.owner),
+                partial(self._give_up, reason="evicted"),
+                slab.header.min_slot,
+            )
+            for reason, count in slab.dropped.items():
+                self._health.count(f"dropped_records.{reason}", count)
+            if slab.read_only:
+                self._health.write_failed(OSError(errno.EROFS, "the slab cannot be written"))
+            self._recovered = self._take_in()
+            self._threads = Threads(
                 slab,
-                host,
-                policy=policy,
-                threads=threads,
+                self._health,
+                transfers=threads,
                 sync_seconds=sync_seconds,
-                retry_seconds=retry_seconds,
-                stall_seconds=stall_seconds,
-                direct_to_arena=direct_to_arena,
+                in_place=direct_to_arena,
+                ended=self._ended,
             )
         except BaseException:
             slab.close()
@@ -379,7 +351,7 @@ class SlabTier:
 def open_slab(name: str, host: Host, options: Mapping[str, Any]) -> SlabTier:
     """Open a slab by the settings of `disk`, as `OpenTier` says."""
     kept = ("chunk", "policy", "threads", "sync_seconds", "retry_seconds", "stall_seconds")
-    return SlabTier.open(
+    return SlabTier(
         name,
         host,
         options["path"],
