@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,12 @@ def a_number(model: Any, folder: Path) -> None:
     model.model.rotary_emb.attention_scaling = 2.0
 
 
+def a_configuration_of_a_modules_own(model: Any, folder: Path) -> None:
+    own = model.model.layers[0].self_attn
+    own.config = copy.deepcopy(own.config)
+    own.config.num_key_value_heads = 1
+
+
 def another_type(model: Any, folder: Path) -> None:
     model.model.layers[0].mlp.to(torch.bfloat16)
 
@@ -230,9 +237,9 @@ def files_of_another_kind(model: Any, folder: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        one_bit_of_a_weight, a_buffer, a_setting, a_number, another_type, a_cast_of_all,
-        a_new_weight, another_kind_of_module, an_adapter, one_bit_of_a_file, another_file,
-        a_file_cut_short, no_file, files_of_another_kind,
+        one_bit_of_a_weight, a_buffer, a_setting, a_number, a_configuration_of_a_modules_own,
+        another_type, a_cast_of_all, a_new_weight, another_kind_of_module, an_adapter,
+        one_bit_of_a_file, another_file, a_file_cut_short, no_file, files_of_another_kind,
     ],
 )  # fmt: skip
 def test_a_model_that_differs_from_its_files_has_another_name(tmp_path: Path, change: Any) -> None:
