@@ -187,7 +187,7 @@ class Node:
 
     def seen_sessions(self, grant: Grant) -> list[Session]:
         """Sessions that have opened what the caller sees, oldest first."""
-        return [s for s in self.sessions.values() if grant.tenants is None or s.seen_by(grant)]
+        return [s for s in self.sessions.values() if grant.tenants is None or _sees(grant, s)]
 
     # -- callers --------------------------------------------------------------------------------
 
@@ -315,3 +315,7 @@ def _tiers(stats: dict[str, Any]) -> list[dict[str, Any]]:
                 {"number": number, "name": name, "pinned": pinned, "problem": None, **held}
             )
     return found
+
+
+def _sees(grant: Grant, session: Session) -> bool:
+    return any(grant.sees(namespace.tenant) for namespace, _ in session.opened.values())

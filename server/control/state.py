@@ -75,7 +75,9 @@ class StateVerbs:
     ) -> v1.ListSessionsResponse:
         leases = Counter(map(_session_of, self._node.leases(caller)))
         reply = v1.ListSessionsResponse()
-        for session in self._node.seen_sessions(caller):
+        pace = Pace()
+        for session in list(self._node.seen_sessions(caller)):
+            await pace.step()  # A session can have opened a thousand namespaces.
             seen = {namespace.digest.hex() for namespace in session.seen_by(caller)}
             whole = all(caller.sees(namespace.tenant) for namespace, _ in session.opened.values())
             reply.sessions.append(
