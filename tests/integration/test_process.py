@@ -164,6 +164,33 @@ def test_a_slow_disk_does_not_hold_the_end(stores: Stores) -> None:
     assert "MiB)" in said
 
 
+def test_a_disk_that_hangs_is_said_and_costs_only_what_lies_there(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hung = stores.folder / "hung"
+    monkeypatch.setenv("HUNG", str(hung))
+    disk = {"path": str(stores.folder / "disk"), "size": "64MiB", "stall_seconds": 0.3}
+    served = stores.serve("4MiB", disk, fault=HUNG)
+    with served.session(BIG) as session:
+        old, new = session.keys(prompt(1, 8)), session.keys(prompt(2, 8))
+        save(session, old)
+        save(session, session.keys(prompt(3, 16)))  # which takes their place in memory
+        assert session.flush() == 0
+        assert set(session.lookup(old).tiers) == {"disk"}
+        hung.touch()
+        assert save(session, new).stored == 8
+        eventually(lambda: "has not answered" in str(session.stats()["disk"]["problem"]))
+        began = time.monotonic()
+        assert load(session, new).tiers == {"memory": 8}
+        assert load(session, old).blocks == 0
+        assert session.flush(timeout=0.1) > 0
+        assert time.monotonic() - began < 3
+        hung.unlink()
+        eventually(lambda: session.stats()["disk"]["problem"] is None)
+        assert session.flush() == 0
+        assert load(session, old).tiers == {"disk": 8}
+
+
 def test_a_disk_that_hangs_does_not_hold_the_end(
     stores: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
