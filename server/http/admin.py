@@ -128,6 +128,7 @@ class AdminFace:
         self._server: _Server | None = None
         self._pages = _read_page()
         app = web.Application(middlewares=[self._guard])
+        app.on_response_prepare.append(_forbid)
         app.add_routes(
             [
                 web.get("/healthz", self._healthz),
@@ -205,7 +206,6 @@ class AdminFace:
                 self._node.store.counters.add("refused", e.reason)
             response = _json({"error": str(e)}, e.status)
             response.headers.update(e.headers)
-        response.headers.update(_HEADERS)
         response.force_close()
         return response
 
@@ -318,6 +318,11 @@ class AdminFace:
     async def _show_page(self, request: web.Request) -> web.Response:
         content_type, body = self._pages[request.path]
         return web.Response(body=body, content_type=content_type, charset="utf-8")
+
+
+async def _forbid(request: web.Request, response: web.StreamResponse) -> None:
+    """Add to every answer, those of aiohttp itself included, what browsers must not do with it."""
+    response.headers.update(_HEADERS)
 
 
 def _check_role(grant: Grant, role: Role, what: str) -> None:

@@ -313,8 +313,9 @@ def test_tls_is_spoken_where_it_is_configured(stores: Stores, tmp_path: Path) ->
 
 
 def test_answers_forbid_what_a_page_must_not_do(served: Served) -> None:
-    for path in (*OPEN, *CLOSED, "/nothing"):
-        headers = ask(address(served), path).headers
+    asked: list[tuple[str, dict[str, str]]] = [(path, {}) for path in (*OPEN, *CLOSED, "/nothing")]
+    for path, own in [*asked, ("/status", {"Expect": "nothing"})]:
+        headers = ask(address(served), path, **own).headers
         policy = headers["Content-Security-Policy"]
         assert "default-src 'none'" in policy
         assert "frame-ancestors 'none'" in policy

@@ -59,7 +59,7 @@ def test_every_metric_is_explained_and_named_by_the_rules(stores: Stores) -> Non
     with served.session(BIG) as session:
         for number in range(3):
             traffic(session, number, 5)  # More than memory holds.
-        session.flush(PATIENCE)
+            session.flush(PATIENCE)  # What is being written keeps its room.
         assert load(session, session.keys(prompt(0, 5))).blocks == 5
         eventually(lambda: "kvstore_hop_seconds" in scrape(served))
         answer = ask(address(served), "/metrics")
@@ -97,7 +97,7 @@ def test_the_values_are_those_of_the_store(stores: Stores) -> None:
     with served.session(BIG) as session:
         for number in range(3):
             traffic(session, number, 5)
-        session.flush(PATIENCE)
+            session.flush(PATIENCE)
         session.lookup(session.keys(prompt(9, 2)))
         stats: dict[str, Any] = session.stats()
         counters = stats["counters"]
