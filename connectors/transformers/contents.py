@@ -38,7 +38,7 @@ _FUNCTIONS: Final = (FunctionType, BuiltinFunctionType, MethodType)
 # What hooks, compilers, loading and training leave on modules; `unfit` looks at hooks itself.
 _NOT_NUMBERS: Final = frozenset(vars(torch.nn.Module())) | {
     "_compiled_call_impl", "_is_hf_initialized", "_use_kernels", "_weight_conversions",
-    "all_tied_weights_keys", "config", "dynamo_ctx", "forward", "generation_config",
+    "all_tied_weights_keys", "dynamo_ctx", "forward", "generation_config",
     "gradient_checkpointing", "loss_type", "name_or_path", "peft_config", "warnings_issued",
 }  # fmt: skip
 _MOST: Final = 1 << 18

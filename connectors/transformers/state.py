@@ -30,10 +30,12 @@ def unfit(model: Any) -> str:
     """Why `model` computes something now that no name of it covers; empty if it does not."""
     if mode := moded(model.device.type):
         return mode
-    kind = getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None)
-    for functions in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
-        if not own(functions.get(kind)):
-            return f"the attention function {kind!r} is not one of transformers"
+    configs = [model.config.get_text_config(decoder=True)]
+    configs += [vars(module)["config"] for module in model.modules() if "config" in vars(module)]
+    for kind in {getattr(config, "_attn_implementation", None) for config in configs}:
+        for functions in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+            if not own(functions.get(kind)):
+                return f"the attention function {kind!r} is not one of transformers"
     if replaced := Contents(model).replaced():
         return f"{replaced} was replaced"
     every = torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks

@@ -451,6 +451,20 @@ def attending_otherwise(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def one_layer_attending_otherwise(model: Any) -> Iterator[None]:
+    def half(*args: Any, **kwargs: Any) -> Any:
+        output, weights = sdpa_attention_forward(*args, **kwargs)
+        return output * 0.5, weights
+
+    AttentionInterface.register("half", half)
+    attention = model.model.layers[0].self_attn
+    before, attention.config = attention.config, copy.deepcopy(attention.config)
+    attention.config._attn_implementation = "half"
+    yield
+    attention.config = before
+
+
+@contextlib.contextmanager
 def masking_otherwise(model: Any) -> Iterator[None]:
     def near(*args: Any, **kwargs: Any) -> Any:
         mask = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
@@ -504,7 +518,7 @@ STATES: dict[str, Callable[[Any], Any]] = {
     state.__name__: state
     for state in (
         steered, steered_before, steered_everywhere, patched, attending_otherwise, training,
-        rounded, masking_otherwise, class_patched, function_patched,
+        rounded, masking_otherwise, one_layer_attending_otherwise, class_patched, function_patched,
     )
 } | {
     "autocast": lambda model: torch.autocast("cpu", torch.bfloat16), "mode": lambda model: Louder(),
@@ -573,7 +587,9 @@ def name_of(model: Any) -> Any:
 
 
 def test_what_no_checkpoint_holds_is_part_of_the_name() -> None:
-    halved, scaled = tiny(), tiny()
+    halved, scaled, told = tiny(), tiny(), tiny()
+    told.model.layers[1].config = copy.deepcopy(told.config)
+    told.model.layers[1].config.rms_norm_eps = 0.5
     a_buffer(halved)
     an_epsilon(scaled)
     with torch.random.fork_rng():
@@ -581,7 +597,7 @@ def test_what_no_checkpoint_holds_is_part_of_the_name() -> None:
     made = llama(dtype=torch.bfloat16, initializer_range=0.3)
     made.load_state_dict(cast.state_dict())
     assert made.model.rotary_emb.inv_freq.dtype != cast.model.rotary_emb.inv_freq.dtype
-    assert len({name_of(model) for model in (tiny(), halved, scaled, cast, made)}) == 5
+    assert len({name_of(model) for model in (tiny(), halved, scaled, told, cast, made)}) == 6
 
 
 def test_what_adapters_hold_is_part_of_the_name() -> None:
