@@ -17,6 +17,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.message_factory import GetMessageClass
 
 import kvstore.api
+import kvstore.client
 from kvstore.api import v1
 from kvstore.api.client import AsyncOrchestrator, Orchestrator
 from kvstore.api.connection import target
@@ -75,6 +76,12 @@ def test_clients_have_every_verb(kind: type[Any]) -> None:
         assert inspect.isfunction(function)
         assert function.__doc__
         assert next(iter(inspect.signature(function).parameters)) == "self"
+
+
+def test_the_older_name_of_the_clients_goes_on_working() -> None:
+    assert kvstore.client.Orchestrator is Orchestrator
+    assert kvstore.client.AsyncOrchestrator is AsyncOrchestrator
+    assert not hasattr(kvstore.client, "Other")
 
 
 def test_requests_are_of_the_type_that_the_method_takes() -> None:
