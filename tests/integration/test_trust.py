@@ -105,7 +105,7 @@ def test_a_private_daemon_is_ones_own(stores: Stores, stranger: Callable[[Path],
     """Whoever may write into the run directory, and whatever is configured."""
     from kvstore.client.embedded import socket_path
 
-    private = stores.embedded(session={"daemon_user": NOBODY, "start_timeout": 1})
+    private = stores.embedded(session={"daemon_user": NOBODY, "start_timeout": 10})
     private.run_dir.mkdir(mode=0o700)
     os.chown(private.run_dir, NOBODY, NOBODY)
     path = socket_path(private)
