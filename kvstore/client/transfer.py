@@ -118,10 +118,9 @@ class Transfer:
             # Layers can be given away one by one only if this is all there is to come.
             piece = gates if len(incoming.slots) == len(keys) else replace(gates, then=None)
             try:
-                self.copy_held(channel, lease, incoming, memory, pages, deadline, piece)
+                good = self.copy_held(channel, lease, incoming, memory, pages, deadline, piece)
             finally:
                 channel.notify(Release(lease, tuple(sorted(incoming.damaged))))
-            good = incoming.good
             result.blocks += good
             result.nbytes += good * self.block_bytes
             ended = reply.reason and good == len(reply.tiers)  # nothing more was found
@@ -140,8 +139,11 @@ class Transfer:
         page_ids: Sequence[NDArray[np.int64]],
         deadline: float,
         gates: Gates,
-    ) -> None:
-        """Copy what an acquire brought, as far as it is right and comes before the deadline."""
+    ) -> int:
+        """Copy what an acquire brought, as far as it is right and comes before the deadline.
+
+        Returns how many blocks from the start are whole and right.
+        """
         started = time.monotonic()
         try:
             if not incoming.fits(len(page_ids[0]), self._parts):
@@ -154,7 +156,9 @@ class Transfer:
         if incoming.damaged:
             incoming.reason = "checksum"
             self._client.quiet.warning("checksum", "a block was damaged on its way; not used")
-        self._client.planner.loaded(incoming.good * self.block_bytes, time.monotonic() - started)
+        good = incoming.good
+        self._client.planner.loaded(good * self.block_bytes, time.monotonic() - started)
+        return good
 
     def _load_part(
         self,

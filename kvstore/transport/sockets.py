@@ -27,6 +27,9 @@ _R = TypeVar("_R")
 
 _MAX_VIEWS: Final = 256
 _READ_SIZE: Final = 1 << 18
+_SPIN_SECONDS: Final = 50e-6
+"""How long a reply is looked for before sleeping: most come within this, and to be woken takes as
+long again."""
 _TIMEVAL: Final = struct.Struct("@ll")
 _SLOW: Final = "the other side was too slow"
 _OPTIONS: Final = (
@@ -59,13 +62,16 @@ class Wire:
     def send(self, views: Sequence[bytes | memoryview], seconds: float) -> None:
         """Send all of `views`."""
         end = time.monotonic() + seconds
+        flags = socket.MSG_DONTWAIT  # Mostly all is taken at once, and no limit need be set.
         while views:
-            self._limit(socket.SO_SNDTIMEO, end)
             try:
-                sent = self._socket.sendmsg(views)
+                views = _after(views, self._socket.sendmsg(views, (), flags))
             except BlockingIOError:
-                raise TimeoutError(_SLOW) from None
-            views = _after(views, sent)
+                if not flags:
+                    raise TimeoutError(_SLOW) from None
+            flags = 0
+            if views:
+                self._limit(socket.SO_SNDTIMEO, end)
 
     def receive(self, view: memoryview, seconds: float) -> None:
         """Fill `view`."""
@@ -82,7 +88,14 @@ class Wire:
 
     def take(self, seconds: float) -> bytes | None:
         """What has come, empty at the end of all; None if nothing did in time."""
-        if not _ready(self._socket, select.POLLIN, seconds):
+        until = time.monotonic() + min(seconds, _SPIN_SECONDS)
+        while True:
+            try:
+                return self._socket.recv(_READ_SIZE, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    break
+        if not _ready(self._socket, select.POLLIN, seconds - _SPIN_SECONDS):
             return None
         return self._socket.recv(_READ_SIZE, socket.MSG_DONTWAIT)
 
