@@ -62,7 +62,7 @@ class Wire:
     def send(self, views: Sequence[bytes | memoryview], seconds: float) -> None:
         """Send all of `views`."""
         end = time.monotonic() + seconds
-        flags = socket.MSG_DONTWAIT  # Mostly all is taken at once, and no limit need be set.
+        flags: int = socket.MSG_DONTWAIT  # Mostly all is taken at once, and no limit need be set.
         while views:
             try:
                 views = _after(views, self._socket.sendmsg(views, (), flags))
