@@ -32,6 +32,9 @@ class Owner(Payer):
         self.rechecks = False
         """Whether blocks are looked at that one of its sessions found damaged."""
 
+        self.looking = 0
+        """Lookups of its sessions that wait for what is on its way."""
+
         self.wires = set[Wire]()
         """Their data connections; for any thread."""
 

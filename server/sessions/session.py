@@ -46,7 +46,13 @@ _MAX_RECHECKED: Final = 16
 _HELD: Final = 512
 """Blocks of an answer without a stop."""
 
+_MAX_LOOKING: Final = 16
+"""Lookups of an owner that wait at a time; others are answered as things are."""
+
 _PENDING_POLL: Final = 0.005
+_PENDING_SHARE: Final = 50
+"""Times what a look takes between it and the next one."""
+
 _FLUSH_POLL: Final = 0.02
 
 
@@ -226,9 +232,12 @@ class SessionConnection(asyncio.Protocol):
                         self.peer.session, namespace, "lookup", len(keys), *by_tier(codes), reason,
                         started,
                     )  # fmt: skip
-                if request.wait > 0 and PENDING in codes:
+                if request.wait > 0 and PENDING in codes and self.owner.looking < _MAX_LOOKING:
                     until = started + min(request.wait, protocol.MAX_WAIT)
-                    self._start(partial(self._look_again, request_id, keys, request.handle, until))
+                    look = partial(store.looking_up, keys, parts, namespace, again=True, holes=True)
+                    self.owner.looking += 1
+                    task = self._start(partial(self._look_again, request_id, look, until))
+                    task.add_done_callback(self._looked)
                     return None
                 return self._found(codes, reason)
             case protocol.Reserve():
@@ -299,17 +308,21 @@ class SessionConnection(asyncio.Protocol):
         return reply
 
     async def _look_again(
-        self, request_id: int, keys: list[bytes], handle: int, until: float
+        self, request_id: int, look: Callable[[], Work[tuple[list[int], str]]], until: float
     ) -> None:
         """Answer a lookup once nothing is on its way any more, or at its deadline."""
-        namespace, parts = self._handle_of(handle)
+        pause = _PENDING_POLL
         while True:
-            await asyncio.sleep(min(_PENDING_POLL, max(0.0, until - time.monotonic())))
-            tiers, reason = await paced(
-                self._store.looking_up(keys, parts, namespace, again=True, holes=True)
-            )
-            if PENDING not in tiers or time.monotonic() >= until:
+            await asyncio.sleep(min(pause, max(0.0, until - time.monotonic())))
+            started = time.monotonic()
+            tiers, reason = await paced(look())
+            ended = time.monotonic()
+            if PENDING not in tiers or ended >= until:
                 return self._reply(request_id, self._found(bytes(tiers), reason))
+            pause = max(_PENDING_POLL, _PENDING_SHARE * (ended - started))
+
+    def _looked(self, _: asyncio.Task[None]) -> None:
+        self.owner.looking -= 1
 
     def _open(self, request: protocol.Open, nbytes: int) -> Message:
         if len(self.opened) >= protocol.MAX_OPEN:
@@ -528,11 +541,12 @@ class SessionConnection(asyncio.Protocol):
             reply = Failure(str(e))
         self._reply(request_id, reply)
 
-    def _start(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
+    def _start(self, work: Callable[[], Coroutine[None, None, None]]) -> asyncio.Task[None]:
         """Do something beside the requests, as long as the connection lasts."""
         task = run("an answer", work, self._store.counters)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 def _saving(request: protocol.Reserve, namespace: Namespace, blocks: int) -> Saving:

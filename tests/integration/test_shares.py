@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -248,6 +249,33 @@ def test_blocks_that_are_called_damaged_are_looked_at_one_after_the_other(
             eventually(lambda: not api.call("ListLeases").leases)
         assert psutil.Process(served.process.pid).cpu_times().user - before < 2.0
         assert session.lookup(keys).blocks == 16, "they are whole"
+
+
+def test_lookups_that_wait_are_few_and_leave_time_for_others(served: Served) -> None:
+    """Of blocks that their own session is to save, and never does."""
+    keys = b"".join(keys_of(700, 1000))
+    ask = protocol.Lookup(0, keys, again=True, holes=True, wait=600.0)
+    with opened(served, "greedy", TINY) as raw, served.session(BIG, "local") as session:
+        raw.ask(protocol.Reserve(0, 1, keys))
+        for _ in range(200):
+            raw.send(ask)
+        found = [raw.hear() for _ in range(184)]
+        assert all(isinstance(answer, protocol.Found) for answer in found), "but for 16"
+        before = psutil.Process(served.process.pid).cpu_times().user
+        started = time.monotonic()
+        while time.monotonic() < started + 1.0:
+            session.lookup(session.keys(prompt(1, 4)))
+            time.sleep(0.02)
+        assert psutil.Process(served.process.pid).cpu_times().user - before < 0.8
+    with opened(
+        served, "modest", TINY
+    ) as raw:  # What is closed meanwhile is looked at all the same.
+        raw.ask(protocol.Reserve(0, 1, keys[:32]))
+        late = protocol.Lookup(0, keys[:32], again=True, holes=True, wait=0.1)
+        raw.socket.sendall(protocol.encode(1, late) + protocol.encode(2, protocol.Close(0)))
+        assert [type(raw.hear()) for _ in range(2)] == [protocol.Count, protocol.Found]
+    all_left(served)
+    assert "error of ours" not in served.log.read_text()
 
 
 def test_probes_that_do_not_take_their_answer_end(served: Served) -> None:
