@@ -286,10 +286,12 @@ def test_written_data_is_synced_in_time(tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert store.tier.flush(10)
-        assert store.tier.counters["syncs"] == 1, "nothing new, nothing to sync"
+        syncs = store.tier.counters["syncs"]
+        assert store.tier.flush(10)
+        assert store.tier.counters["syncs"] == syncs, "nothing new, nothing to sync"
         store.forget(object_name(1))
         assert store.tier.flush(10)
-        assert store.tier.counters["syncs"] == 2
+        assert store.tier.counters["syncs"] > syncs
 
 
 def test_a_failing_callback_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
