@@ -31,7 +31,7 @@ Make = Callable[[Host, Path], Tier]
 
 _TOKENS: Final = 16
 _SECONDS: Final = 30.0
-_AT_ONCE: Final = 0.5
+_AT_ONCE: Final = 2.0
 """Seconds that a call of the loop's may take: generous, as machines of tests are busy."""
 
 
