@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 _TICK: Final = 0.5
 _FIRST_SESSION_SECONDS: Final = 30.0
 _PREDECESSOR_SECONDS: Final = 30.0
+_COLLECT: Final = 2_000, 20, 1_000_000
+"""When to look for garbage in circles: the old is looked at by `Node.collect_garbage`."""
 _CLOSING_PART: Final = 0.1
 """Of the time to stop, for all that comes after the writes."""
 
@@ -149,7 +151,7 @@ class Daemon:
                 faces.append(face)
             self._steps.forget()
             gc.freeze()  # What is loaded stays, and need not be walked through again and again.
-            gc.disable()  # It is done between requests; see `Node.collect_garbage`.
+            gc.set_threshold(*_COLLECT)
             node.ready = True
             if self._http is not None:
                 self._http.attach(node)

@@ -28,10 +28,8 @@ from kvstore.telemetry import QuietLog
 from kvstore.transport.protocol import MEMORY, TIER_NAMES
 
 _DRAIN_POLL: Final = 0.02
-_GARBAGE: Final = 10_000
-_MOST_GARBAGE: Final = 200_000
-"""Objects that may be in circles: when to look soon, and when at once."""
-_COLLECT_SECONDS: Final = 60.0
+_COLLECT_SECONDS: Final = 15.0
+_COLLECT_AT_LAST: Final = 120.0
 _FOLLOW_SECONDS: Final = 0.5
 
 _log = logging.getLogger("kvstore.daemon")
@@ -281,16 +279,15 @@ class Node:
         return {"status": status if self.ready else "stopping", "disk": disk}
 
     def collect_garbage(self) -> None:
-        """Look for garbage in circles if there may be some; call now and then.
+        """Look for old garbage in circles if it is time; call now and then.
 
         Not while a large request is under way, whose keys would all be walked through.
         """
-        young, now = gc.get_count()[0], time.monotonic()
-        due = young > _GARBAGE or now - self._collected > _COLLECT_SECONDS
+        waited = time.monotonic() - self._collected
         busy = any(session.busy for session in self.sessions.values())
-        if due and (not busy or young > _MOST_GARBAGE):
+        if waited > (_COLLECT_AT_LAST if busy else _COLLECT_SECONDS):
             gc.collect()
-            self._collected = now
+            self._collected = time.monotonic()
 
     @property
     def draining(self) -> bool:
