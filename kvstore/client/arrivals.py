@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from kvstore.blocks.spec import Part
+from kvstore.copier.base import PagedMemory
 from kvstore.transport.protocol import Held
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kvstore.copier.gate import LayerGate
+
+
+class Pages(NamedTuple):
+    """An engine's memory and, for each block, its pages: one entry per part in both."""
+
+    memory: Sequence[PagedMemory]
+    ids: Sequence[NDArray[np.int64]]
+
+    def of(self, blocks: slice | NDArray[np.int64]) -> Pages:
+        """Those of some of the blocks."""
+        return Pages(self.memory, [ids[blocks] for ids in self.ids])
 
 
 @dataclass(slots=True)

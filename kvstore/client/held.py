@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
-from kvstore.client.arrivals import Gates, Incoming, Loaded
+from kvstore.client.arrivals import Gates, Incoming, Loaded, Pages
 from kvstore.client.channel import Channel
 from kvstore.client.client import Client, View, seconds
 from kvstore.client.transfer import LATE_SECONDS, Transfer
@@ -100,7 +100,7 @@ class Held:
         Raises:
             SpecError: memory or page ids do not fit the parts.
         """
-        self._transfer.check_pages(self._keys, memory, page_ids)
+        pages = self._transfer.pages(self._keys, memory, page_ids)
         started = time.monotonic()
         deadline = started + seconds(timeout, self._client.config.session.load_timeout)
         gates = Gates(after, then)
@@ -111,7 +111,7 @@ class Held:
                     result.reason = "unavailable"
                     return result
                 for held in self._leases:
-                    self._load(link[0], held, memory, page_ids, deadline, gates, result)
+                    self._load(link[0], held, pages, deadline, gates, result)
         finally:
             gates.end(len(result.arrived) == len(self._keys), result.reason or "failed")
         result.tiers = dict(Counter(self.tiers[i] for i in result.arrived))
@@ -125,8 +125,7 @@ class Held:
         self,
         channel: Channel,
         held: _Lease,
-        memory: Sequence[PagedMemory],
-        page_ids: Sequence[NDArray[np.int64]],
+        pages: Pages,
         deadline: float,
         gates: Gates,
         result: Loaded,
@@ -134,8 +133,8 @@ class Held:
         incoming = Incoming(held.reply, len(self._view.parts))
         whole = len(held.rows) == len(self._keys)
         piece = gates if whole else replace(gates, then=None)
-        pages = [ids[held.first + held.rows] for ids in page_ids]
-        self._transfer.copy_held(channel, held.lease, incoming, memory, pages, deadline, piece)
+        ours = pages.of(held.first + held.rows)
+        self._transfer.copy_held(channel, held.lease, incoming, ours, deadline, piece)
         damaged = {int(held.rows[row]) for row in incoming.damaged}
         self._damaged.setdefault(held.lease, set()).update(damaged)
         result.arrived += tuple((held.first + held.rows[incoming.right]).tolist())

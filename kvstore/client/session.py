@@ -233,7 +233,7 @@ class Session:
         Raises:
             SpecError: memory or page ids do not fit the parts.
         """
-        self._transfer.check_pages(keys, memory, page_ids)
+        pages = self._transfer.pages(keys, memory, page_ids)
         started = time.monotonic()
         deadline = started + seconds(timeout, self._config.session.load_timeout)
         result = Loaded()
@@ -243,7 +243,7 @@ class Session:
                 if link is None:
                     result.reason = "unavailable"
                     return result
-                self._transfer.load(link, keys, memory, page_ids, deadline, gates, result)
+                self._transfer.load(link, keys, pages, deadline, gates, result)
         finally:
             gates.end(result.blocks == len(keys), result.reason or "failed")
         result.seconds = time.monotonic() - started
@@ -290,7 +290,7 @@ class Session:
         Raises:
             SpecError: memory, page ids or tokens do not fit the parts and keys.
         """
-        self._transfer.check_pages(keys, memory, page_ids)
+        pages = self._transfer.pages(keys, memory, page_ids)
         join_keys([parent] if parent else [])
         ttl = None if ttl is None else seconds(ttl, longest=_AGES)
         ids = None
@@ -308,7 +308,7 @@ class Session:
             if link is None:
                 result.dropped, result.reason = len(keys), "unavailable"
             else:
-                self._transfer.save(link, keys, memory, page_ids, wait, about, result)
+                self._transfer.save(link, keys, pages, wait, about, result)
         result.seconds = time.monotonic() - started
         self.counters.add("save.stored", by=result.stored)
         if result.dropped:

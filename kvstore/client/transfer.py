@@ -12,7 +12,7 @@ import numpy as np
 
 from kvstore.blocks.keys import join_keys
 from kvstore.blocks.spec import Part
-from kvstore.client.arrivals import Gates, Incoming, Loaded
+from kvstore.client.arrivals import Gates, Incoming, Loaded, Pages
 from kvstore.client.channel import Channel
 from kvstore.client.client import Client
 from kvstore.copier.base import Copier, PagedMemory
@@ -86,8 +86,7 @@ class Transfer:
         self,
         link: tuple[Channel, int],
         keys: Sequence[bytes],
-        memory: Sequence[PagedMemory],
-        page_ids: Sequence[NDArray[np.int64]],
+        pages: Pages,
         deadline: float,
         gates: Gates,
         result: Loaded,
@@ -113,12 +112,12 @@ class Transfer:
                 result.reason = "unavailable"
                 break
             found += reply.tiers[len(found) - first :]
-            pages = [ids[first:] for ids in page_ids]
             incoming = Incoming(reply, len(self._parts))
             # Layers can be given away one by one only if this is all there is to come.
             piece = gates if len(incoming.slots) == len(keys) else replace(gates, then=None)
             try:
-                good = self.copy_held(channel, lease, incoming, memory, pages, deadline, piece)
+                ours = pages.of(slice(first, None))
+                good = self.copy_held(channel, lease, incoming, ours, deadline, piece)
             finally:
                 channel.notify(Release(lease, tuple(sorted(incoming.damaged))))
             result.blocks += good
@@ -135,8 +134,7 @@ class Transfer:
         channel: Channel,
         lease: int,
         incoming: Incoming,
-        memory: Sequence[PagedMemory],
-        page_ids: Sequence[NDArray[np.int64]],
+        pages: Pages,
         deadline: float,
         gates: Gates,
     ) -> int:
@@ -146,10 +144,10 @@ class Transfer:
         """
         started = time.monotonic()
         try:
-            if not incoming.fits(len(page_ids[0]), self._parts):
+            if not incoming.fits(len(pages.ids[0]), self._parts):
                 raise StoreUnavailable("the daemon's answer does not fit the request")
             for column in range(len(self._parts)):
-                self._load_part(channel, lease, incoming, column, memory, page_ids, deadline, gates)
+                self._load_part(channel, lease, incoming, column, pages, deadline, gates)
         except StoreUnavailable as e:
             incoming.reason = _reason_of(e)
             self._client.quiet.warning("load", "blocks did not come: %s", e)
@@ -166,8 +164,7 @@ class Transfer:
         lease: int,
         incoming: Incoming,
         column: int,
-        memory: Sequence[PagedMemory],
-        page_ids: Sequence[NDArray[np.int64]],
+        pages: Pages,
         deadline: float,
         gates: Gates,
     ) -> None:
@@ -181,8 +178,8 @@ class Transfer:
             def scatter(first: int, addresses: Sequence[int], sent: Sequence[int] | None) -> None:
                 chosen = rows[first : first + len(addresses)]  # noqa: B023 - used within the turn
                 have = self._copier.load(
-                    memory[column],
-                    page_ids[column][chosen],
+                    pages.memory[column],
+                    pages.ids[column][chosen],
                     addresses,
                     self._block_tokens,
                     stored=stored,  # noqa: B023
@@ -200,8 +197,7 @@ class Transfer:
         self,
         link: tuple[Channel, int],
         keys: Sequence[bytes],
-        memory: Sequence[PagedMemory],
-        page_ids: Sequence[NDArray[np.int64]],
+        pages: Pages,
         wait: float,
         about: About,
         result: Saved,
@@ -212,7 +208,6 @@ class Transfer:
             step = min(step, max(1, _TOKENS_PER_REQUEST // self._block_tokens))
         for first in range(0, len(keys), step):
             window = slice(first, first + step)
-            pages = [ids[window] for ids in page_ids]
             parent = keys[first - 1] if first else about.parent
             tokens = b""
             if about.tokens is not None:
@@ -220,7 +215,8 @@ class Transfer:
                 ids = about.tokens[first * size : (first + step) * size]
                 tokens = ids.astype("<u4").tobytes()
             ask = partial(protocol.Reserve, parent=parent, tokens=tokens, ttl=about.ttl)
-            self._save_window(link, keys[window], memory, pages, wait, ask, about.after, result)
+            ours = pages.of(window)
+            self._save_window(link, keys[window], ours, wait, ask, about.after, result)
             if result.reason == "unavailable":  # Do not wait for each of the others too.
                 result.dropped += len(keys[first + step :])
                 break
@@ -229,8 +225,7 @@ class Transfer:
         self,
         link: tuple[Channel, int],
         keys: Sequence[bytes],
-        memory: Sequence[PagedMemory],
-        page_ids: Sequence[NDArray[np.int64]],
+        pages: Pages,
         wait: float,
         ask: Callable[[int, int, bytes], protocol.Reserve],
         after: LayerGate | None,
@@ -251,7 +246,7 @@ class Transfer:
         wanted = (answers >= 0).any(axis=1) & ~full
         result.had += int(((answers == HAVE) | (answers == BUSY)).all(axis=1).sum())
         try:
-            sums = self._save_parts(channel, lease, answers, wanted, memory, page_ids, wait, after)
+            sums = self._save_parts(channel, lease, answers, wanted, pages, wait, after)
         except BaseException as e:
             channel.notify(Release(lease))
             if not isinstance(e, StoreUnavailable):
@@ -281,8 +276,7 @@ class Transfer:
         lease: int,
         answers: NDArray[np.int64],
         wanted: NDArray[np.bool_],
-        memory: Sequence[PagedMemory],
-        page_ids: Sequence[NDArray[np.int64]],
+        pages: Pages,
         wait: float,
         after: LayerGate | None,
     ) -> tuple[int, ...] | None:
@@ -294,11 +288,11 @@ class Transfer:
             rows = np.flatnonzero((answers[:, column] >= 0) & wanted)
             if not len(rows):
                 continue
-            ids = page_ids[column][rows]
+            ids = pages.ids[column][rows]
 
             def gather(first: int, addresses: Sequence[int]) -> list[int] | None:
                 return self._copier.save(
-                    memory[column],  # noqa: B023 - used within the turn
+                    pages.memory[column],  # noqa: B023 - used within the turn
                     ids[first : first + len(addresses)],  # noqa: B023
                     addresses,
                     self._block_tokens,
@@ -320,13 +314,13 @@ class Transfer:
         by_bytes = channel.carrier.lease_bytes // self.block_bytes
         return max(1, min(protocol.MAX_KEYS // len(self._parts), by_bytes))
 
-    def check_pages(
+    def pages(
         self,
         keys: Sequence[bytes],
         memory: Sequence[PagedMemory],
         page_ids: Sequence[NDArray[np.int64]],
-    ) -> None:
-        """Refuse what does not fit the parts, before anything is asked of the store.
+    ) -> Pages:
+        """What is given for blocks, if it fits the parts, before anything is asked of the store.
 
         Raises:
             SpecError: what is wrong, with both sizes.
@@ -337,11 +331,12 @@ class Transfer:
                 f"the session has {len(self._parts)} parts; give one memory and one page_ids each, "
                 f"not {len(memory)} and {len(page_ids)}"
             )
-        for part, pages, ids in zip(self._parts, memory, page_ids, strict=True):
-            if pages.part != part and not pages.part.casts_to(part):
-                raise SpecError(f"memory of {pages.part.group.name!r} is not of the session's part")
+        for part, given, ids in zip(self._parts, memory, page_ids, strict=True):
+            if given.part != part and not given.part.casts_to(part):
+                raise SpecError(f"memory of {given.part.group.name!r} is not of the session's part")
             if len(ids) != len(keys):
                 raise SpecError(f"page_ids has {len(ids)} rows for {len(keys)} keys")
+        return Pages(memory, page_ids)
 
 
 def _reason_of(error: StoreUnavailable) -> str:
