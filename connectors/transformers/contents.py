@@ -62,7 +62,6 @@ class Contents:
         self._first: dict[int, str] = {}
         self._around: list[object] = []
         self._configs: dict[int, str] = {}
-        self._config = getattr(model, "config", None)  # Names of models cover it themselves.
         self._add("", model)
         self.told |= {f"class {i}": _told_of(kind) for i, kind in enumerate(self.kinds)}
 
@@ -77,9 +76,6 @@ class Contents:
                 self.tensors[place] = value
             else:
                 self._enter(place, value, _of_module(value, self._without))
-                config = vars(value).get("config")
-                if config is not None and config is not self._config:
-                    self._add(f"{place}.config", config)
         elif isinstance(value, np.ndarray):
             raw = hashlib.sha256(value.tobytes()).hexdigest()
             self.told[place] = f"{value.dtype} {value.shape} {raw}"
