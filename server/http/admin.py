@@ -59,9 +59,11 @@ _HEADERS: Final = {
 
 _log = logging.getLogger("kvstore.http")
 _requests_log = logging.getLogger("kvstore.http.requests")
-# What is no HTTP is answered with 400; a traceback each would let anybody fill the log.
+# What is no HTTP is answered with 400, and who has gone is not answered; a traceback each would let
+# anybody fill the log.
+_OF_CALLERS: Final = (HttpProcessingError, ConnectionError)
 _requests_log.addFilter(
-    lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+    lambda record: not (record.exc_info and isinstance(record.exc_info[1], _OF_CALLERS))
 )
 
 
@@ -80,7 +82,7 @@ class _Server(web.Server):
 
     def __init__(self, app: web.Server, limit: int) -> None:
         super().__init__(
-            app.request_handler,
+            self._handle,
             request_factory=app.request_factory,
             access_log=None,
             logger=_requests_log,
@@ -89,8 +91,15 @@ class _Server(web.Server):
             max_field_size=_MAX_HEADER,
             lingering_time=0.0,
         )
+        self._answer = app.request_handler
         self._limit = limit
         self._ends: dict[object, tuple[asyncio.Transport, asyncio.TimerHandle]] = {}
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        # aiohttp repeats what it does not know here, which may be no text.
+        if request.headers.get("Expect", "100-continue").lower() != "100-continue":
+            return web.Response(status=HTTPStatus.EXPECTATION_FAILED, headers=_HEADERS)
+        return await self._answer(request)
 
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
