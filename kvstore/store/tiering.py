@@ -38,8 +38,8 @@ _BYTES_PER_USE: Final = 1 << 11
 
 _WRITES: Final = 16
 """Writes without a stop."""
-_MOST_WRITES: Final = 1024
-"""Under way: what is being written cannot make room."""
+_MOST_WRITES: Final = 256
+"""Under way: what is being written cannot make room, and who looks for a victim looks at 1,024."""
 
 _log = logging.getLogger("kvstore.store")
 
