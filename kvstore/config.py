@@ -310,8 +310,9 @@ class Config(_Section):
             return value if value is None else checked_text(value)
         scheme, separator, rest = value.partition("://")
         if not separator or scheme not in ("tcp", "tls"):
+            path = value if value.startswith("/") else "/path/to/socket"
             raise ValueError(
-                f"{value!r} is no address of a daemon; write unix:///path/to/socket, or "
+                f"{value!r} is no address of a daemon; write unix://{path}, or "
                 "tcp://host:port or tls://host:port for one elsewhere"
             )
         if split_host_port(rest)[1] == 0:

@@ -20,7 +20,7 @@ from kvstore.config import Config, ServerConfig
 from kvstore.errors import KVStoreError
 from kvstore.memory.arena import Arena
 from kvstore.server.access.access import Access
-from kvstore.server.listeners import bind, clear
+from kvstore.server.listeners import bind, clear, make_folder
 from kvstore.server.lock import take_lock
 from kvstore.server.node import Face, Node
 from kvstore.server.notify import notify
@@ -58,7 +58,7 @@ class Daemon:
 
     Args:
         config: what to serve.
-        path: the socket; its folder must exist.
+        path: the socket; the last folder on the way is made if it is missing.
         steps: what its loop waits with.
         embedded: end once the last session has left.
         progress: told (done, total) bytes while the arena is touched.
@@ -98,6 +98,7 @@ class Daemon:
             ConfigError: another daemon serves there, or the configuration cannot be had.
         """
         access = Access.load(self._config.server)
+        make_folder(self.path.parent, self._config.server.group)
         lock = await take_lock(self.path, _PREDECESSOR_SECONDS if self._embedded else 0.0)
         http = self._http = self._http_face(access)
         try:

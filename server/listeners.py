@@ -10,6 +10,7 @@ from typing import Final
 
 from kvstore.errors import ConfigError, NotNow
 from kvstore.files import make_way
+from kvstore.server.access.group import group_id, share
 from kvstore.values import split_host_port
 
 _MAX_PATH: Final = 107
@@ -51,6 +52,30 @@ def show(bound: socket.socket) -> str:
     """Where it listens, e.g. `127.0.0.1:7420`."""
     host, port = bound.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def make_folder(folder: Path, group: str | None) -> None:
+    """Make the last folder on the way to a socket, for this user (and `group`) only.
+
+    Raises:
+        ConfigError: it cannot be made, or there is no such group.
+    """
+    gid = None if group is None else group_id(group)
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        return
+    except OSError as e:
+        text = (
+            f"cannot make {folder}: {e.strerror}; make what leads there, or choose another socket"
+        )
+        raise ConfigError(text) from e
+    if gid is not None:
+        try:
+            share(folder, gid, 0o750)
+        except ConfigError:
+            folder.rmdir()
+            raise
 
 
 def clear(path: Path) -> None:

@@ -25,11 +25,16 @@ from kvstore.transport.credentials import (
     listener,
     open_to_others,
     trusted,
+    why_not,
 )
 from kvstore.values import checked_text, split_host_port
 
 _SUFFIX: Final = ".control"
-_FORMS: Final = "unix:///path/to/socket of the daemon, or host:port of its gRPC API"
+_FORMS: Final = "unix:///path/to/socket of the daemon, or host:port ([v6]:port) of its gRPC API"
+_NOBODY: Final = (
+    "nobody listens there; start one with `kvstore serve`, or name another by its address "
+    "(--address, KVSTORE_ADDRESS)"
+)
 
 _NOW: Final = 0.001
 _LONGEST: Final = 1e9
@@ -68,8 +73,11 @@ class Target:
             folder = self.socket.parent.resolve(strict=True)
             strange = not trusted(self.socket.stat().st_uid, self.user)
             place = self.socket if strange else open_to_others(folder, self.user)
+            if place is None and not os.access(self.socket, os.W_OK):
+                raise PermissionError
         except OSError as e:
-            raise StoreUnavailable(f"no daemon answers at {self.shown}: {e}") from None
+            why = _NOBODY if isinstance(e, FileNotFoundError) else why_not(e, self.socket)
+            raise StoreUnavailable(f"no daemon answers at {self.shown}: {why}") from None
         if place is not None:
             raise StoreUnavailable(
                 f"{place} belongs to another user or is open to others, who could take the place "
@@ -123,10 +131,11 @@ def target(
     scheme, separator, rest = address.rpartition("://")
     try:
         if separator and scheme not in ("grpc", "grpcs"):
-            raise ValueError(f"write {_FORMS}")
+            raise ValueError
         split_host_port(rest)
     except ValueError as e:
-        raise ConfigError(f"address {address!r}: {e} ({_FORMS})") from e
+        form = f"unix://{address}" if address.startswith("/") else _FORMS
+        raise ConfigError(f"address {address!r}: write {form}") from e
     session = settings.session
     configured = session.tls_ca is not None or session.tls_cert is not None
     secure = scheme == "grpcs" or (not separator and configured)
@@ -180,7 +189,7 @@ def translated(error: Any, to: Target, timeout: float | None) -> KVStoreError:
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return StoreUnavailable(f"no daemon answers at {shown}{within}")
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
-            return StoreUnavailable(f"no daemon answers at {shown}: {message}")
+            return StoreUnavailable(f"no daemon answers at {shown}: {_plainly(message, to)}")
         case grpc.StatusCode.UNIMPLEMENTED:
             return StoreUnavailable(f"{shown} does not speak {SERVICE}; is it another release?")
     status = rpc_status.from_call(error)
@@ -196,6 +205,15 @@ def translated(error: Any, to: Target, timeout: float | None) -> KVStoreError:
     if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
         return AccessDenied(message)
     return RequestRefused(message or code.name, reason, field)
+
+
+def _plainly(message: str, to: Target) -> str:
+    """gRPC's words about a connection that failed, as people need them."""
+    if message.endswith(("Connection refused", "No such file or directory")):
+        return _NOBODY
+    if to.socket is None and to.credentials is None and "closed" in message:
+        return f"{message}; if it speaks TLS, set session.tls_ca"
+    return message
 
 
 def within(timeout: float | None) -> float | None:

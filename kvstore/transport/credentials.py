@@ -7,6 +7,7 @@ import pwd
 import socket
 import stat
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -109,6 +110,20 @@ def open_to_others(folder: Path, user: str | None = None) -> Path | None:
         if anybody or not trusted(found.st_uid, user):
             return place
     return None
+
+
+def why_not(error: OSError, path: Path) -> str:
+    """Why the socket at `path` cannot be used, in words for people."""
+    if not isinstance(error, PermissionError):
+        return error.strerror or str(error)
+    for place in (path, *path.parents):
+        with suppress(OSError):
+            return (
+                f"{place} belongs to user {place.stat().st_uid} and you are user {os.geteuid()}; "
+                "have its daemon let sessions of a group in (server.group), or anybody with a token"
+                " over TCP (server.tcp, server.grpc, server.tokens)"
+            )
+    return "permission denied"
 
 
 def check_daemon(connection: socket.socket, path: Path, user: str | None) -> None:

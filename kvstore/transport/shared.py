@@ -15,7 +15,7 @@ from kvstore.errors import ConfigError, KVStoreError, StoreUnavailable
 from kvstore.forks import in_child
 from kvstore.memory.arena import Arena
 from kvstore.transport.carrier import Connection, Gather, Scatter, greet, with_features
-from kvstore.transport.credentials import check_daemon, trusted
+from kvstore.transport.credentials import check_daemon, trusted, why_not
 from kvstore.transport.protocol import Welcome
 from kvstore.transport.sockets import Wire
 
@@ -63,7 +63,8 @@ def _connect(
         connection.close()
         if isinstance(e, (StoreUnavailable, ConfigError)):
             raise
-        raise StoreUnavailable(f"no daemon answers at {path}: {e}") from e
+        why = why_not(e, path) if isinstance(e, OSError) else e
+        raise StoreUnavailable(f"no daemon answers at {path}: {why}") from e
 
 
 class _Receiving(Wire):

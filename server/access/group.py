@@ -25,15 +25,15 @@ def group_id(name: str) -> int:
         ) from None
 
 
-def share(path: Path, gid: int) -> None:
-    """Let members of the group `gid` connect to the socket at `path`.
+def share(path: Path, gid: int, mode: int = 0o660) -> None:
+    """Let members of the group `gid` connect to the socket at `path`, or pass a folder by `mode`.
 
     Raises:
         ConfigError: we may not give it to that group.
     """
     try:
         os.chown(path, -1, gid)
-        os.chmod(path, 0o660)
+        os.chmod(path, mode)
     except OSError as e:
         raise ConfigError(
             f"server.group: {path} cannot be given to group {gid}: {e.strerror}; make the daemon's "

@@ -149,7 +149,7 @@ def copy(where: WhereOptions, link: Link, to: _To, wait: _Wait = True) -> None:
 def compress(
     where: WhereOptions,
     link: Link,
-    codec: Annotated[str, typer.Option(help="How to encode them.")],
+    codec: Annotated[str, typer.Option(help="How to encode them: raw, the only one so far.")],
     wait: _Wait = True,
 ) -> None:
     """Re-encode blocks in place."""

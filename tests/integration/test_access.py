@@ -17,6 +17,10 @@ from typing import Any, Final
 import pytest
 import yaml
 
+from kvstore.api import connection
+from kvstore.client.channel import Channel
+from kvstore.errors import StoreUnavailable
+from kvstore.server.listeners import make_folder
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Failure, Hello, Message, Open, Opened, Reply, Welcome
 from tests.session_tools import (
@@ -288,6 +292,44 @@ def test_without_a_group_other_users_stay_out(stores: Stores) -> None:
     served.socket.chmod(0o666)
     said = as_user(STRANGER, STRANGER, [], lambda: repr(Wire(served.socket).greeting))
     assert f"user {STRANGER} may not use the store of user 0" in said
+
+
+@needs_root
+def test_who_may_not_use_a_socket_is_told_whose_it_is(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = stores.serve()
+    monkeypatch.setattr(connection, "_first", 0)  # The child looks, but does not use gRPC.
+    kvstore = connection.Target(str(served.socket), "", None, (), served.socket)
+
+    def told(use: Callable[[], object]) -> str:
+        def ask() -> str:
+            with pytest.raises(StoreUnavailable) as raised:
+                use()
+            return str(raised.value)
+
+        return as_user(STRANGER, STRANGER, [], ask)
+
+    for place in (stores.folder, served.socket):
+        for use in (kvstore.check, lambda: Channel.connect(served.socket, 1)):
+            said = told(use)
+            assert f"{place} belongs to user 0 and you are user {STRANGER}; have" in said
+            assert "server.group" in said
+        open_to_all(stores, served)
+
+
+@needs_root
+def test_the_last_folder_is_made_for_the_group(stores: Stores, group: grp.struct_group) -> None:
+    for number, (name, owner, mode) in enumerate(
+        ((None, 0, 0o700), (group.gr_name, group.gr_gid, 0o750))
+    ):
+        folder = stores.folder / str(number)
+        make_folder(folder, name)
+        found = folder.stat()
+        assert (found.st_gid, stat.S_IMODE(found.st_mode)) == (owner, mode)
+        folder.chmod(0o711)
+        make_folder(folder, name)
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o711, "what is there stays as it is"
 
 
 def test_a_group_that_is_unknown_is_named(stores: Stores) -> None:

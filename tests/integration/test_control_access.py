@@ -13,6 +13,8 @@ import grpc
 import pytest
 
 from kvstore.api import v1
+from kvstore.api.client import Orchestrator
+from kvstore.errors import StoreUnavailable
 from tests.certificates import Authority
 from tests.control_tools import Api, by_keys, by_tokens, secret, write_tokens
 from tests.session_tools import PATIENCE, Served, Stores, namespace, prompt, save
@@ -200,6 +202,11 @@ def test_tls_and_mutual_tls(stores: Stores) -> None:
     ):
         with Api(served, secret("ops"), tcp=True, secure=bad) as api:
             assert api.refused("Stats").code == "UNAVAILABLE"
+    with (
+        Orchestrator(served.addresses["grpc"]) as kvstore,
+        pytest.raises(StoreUnavailable, match=r"if it speaks TLS, set session\.tls_ca"),
+    ):
+        kvstore.stats()
 
 
 def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
