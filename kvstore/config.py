@@ -30,6 +30,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from kvstore.errors import ConfigError
 from kvstore.values import checked_text, format_size, parse_size, split_host_port
@@ -362,6 +363,26 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
+_PYDANTIC: Final = {
+    "Value error, ": "", "Input should be a valid": "must be a", "Input should be": "must be",
+    "a string": "a text (in quotes)", "a integer": "a whole number", "a tuple": "a list",
+    "a dictionary": "`key: value` lines",
+    "Field required": "is missing",
+    "Extra inputs are not permitted": "is no key of this; take it out",
+}  # fmt: skip
+
+
+def plainly(item: ErrorDetails) -> str:
+    """What pydantic says, in words of ours and without the value."""
+    told = re.split(r" or instance of|, unable to", item["msg"])[0]
+    for theirs, ours in _PYDANTIC.items():
+        told = told.replace(theirs, ours)
+    for bound in item.get("ctx", {}).values():
+        if type(bound) is int and bound >= 4096 and not bound % 4096:
+            told = told.replace(str(bound), f"{format_size(bound)} ({bound} bytes)")
+    return told
+
+
 def explain(
     error: ValidationError, source: str, prefix: str, known: Sequence[str] = ()
 ) -> ConfigError:
@@ -378,7 +399,7 @@ def explain(
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
             lines.append(f"{where}: unknown key; {hint}")
         else:
-            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}")
+            lines.append(f"{where}: {plainly(item)}")
     return ConfigError(f"{source}: " + "; ".join(lines))
 
 
@@ -426,7 +447,12 @@ def read_yaml(path: Path, what: str) -> object:
     except RecursionError:
         raise ConfigError(f"{what} {path} is no valid YAML: it is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as e:
-        told = " ".join(str(e).split())
+        mark, told = getattr(e, "problem_mark", None), getattr(e, "problem", None) or e
+        told = " ".join(str(told).split())
+        if mark is not None:
+            told = f"line {mark.line + 1}, column {mark.column + 1}: {told}"
+        if "'\\t'" in told:
+            told += "; indent with spaces"
         raise ConfigError(f"{what} {path} is no valid YAML: {told}") from e
 
 

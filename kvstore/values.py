@@ -62,6 +62,16 @@ def format_size(nbytes: float) -> str:
     return f"{nbytes:.4g} TiB"
 
 
+def lasting(seconds: float) -> str:
+    """A time span for people."""
+    if seconds < 1:
+        return f"{seconds * 1000:.3g} ms"
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{seconds:.3g} s"
+
+
 _ADDRESS: Final = re.compile(
     r"(?:([\w-]{1,63}(?:\.[\w-]{1,63})*\.?)|\[([0-9a-f:.]+(?:%\w+)?)\]):([0-9]{1,5})", re.A | re.I
 )

@@ -132,6 +132,7 @@ class Daemon:
             for session in list(node.sessions.values()):
                 session.close()
             await asyncio.to_thread(node.store.close)
+            _log.info("stopped in order")
         finally:
             if http is not None:  # Last of all: probes and metrics see the draining.
                 await http.stop()

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from kvstore.blocks.spec import MAX_BLOCK_TOKENS
-from kvstore.config import Config, explain, load_config
+from kvstore.config import Config, explain, load_config, plainly
 from kvstore.errors import ConfigError
 
 PREFIX: Final = "kvstore."
@@ -122,6 +122,6 @@ def wishes_of(params: Mapping[str, Any] | None) -> tuple[Wishes, list[str]]:
     try:
         return Wishes(**given), []
     except ValidationError as e:
-        wrong = {str(one["loc"][0]): one["msg"].removeprefix("Value error, ") for one in e.errors()}
+        wrong = {str(one["loc"][0]): plainly(one) for one in e.errors()}
     words = [f"{name} is {given[name]!r:.200}: {why}" for name, why in wrong.items()]
     return Wishes(**{name: v for name, v in given.items() if name not in wrong}), words

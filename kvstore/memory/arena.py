@@ -24,6 +24,7 @@ from kvstore import _native
 from kvstore.errors import ConfigError, NotNow
 from kvstore.files import file_system
 from kvstore.memory.room import Busy, check_room
+from kvstore.values import format_size
 
 HUGE_PAGE: Final = 2 << 20
 _RESERVED: Final = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
@@ -228,8 +229,8 @@ class Arena:
             if space.f_blocks and space.f_bavail * space.f_frsize < size:  # 0: no limit
                 fits = size <= space.f_blocks * space.f_frsize
                 raise (Busy if fits else NotNow)(
-                    f"{what} has room for {space.f_bavail * space.f_frsize} bytes, "
-                    f"memory.size is {size}; enlarge the tmpfs or lower memory.size"
+                    f"{what} has room for {format_size(space.f_bavail * space.f_frsize)}, "
+                    f"memory.size is {format_size(size)}; enlarge the tmpfs or lower memory.size"
                 )
             if kind != "hugetlbfs":  # Its pages are counted apart.
                 size = check_room(size, private=private)

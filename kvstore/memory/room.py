@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from kvstore.errors import NotNow
+from kvstore.values import format_size
 
 _FILES: Final = (
     ("memory.max", "memory.current"),
@@ -69,12 +70,14 @@ def check_room(size: int, *, private: bool) -> int:
     fits = (free - _OWN) * 100 // 101 // (2 if private else 1)
     if size > fits and (not private or fits < _LEAST):
         raise (Busy if size <= (limit - _OWN) * 100 // 101 else NotNow)(
-            f"memory.size is {size} bytes, but {free} of the {limit} bytes of {where} are free, "
-            f"and a daemon needs {_OWN} and a hundredth of its arena besides; use a smaller "
-            "memory.size, or allow more memory"
+            f"memory.size is {format_size(size)}, but {format_size(free)} of the "
+            f"{format_size(limit)} of {where} are free, "
+            f"and a daemon needs {format_size(_OWN)} and a hundredth of its arena besides; "
+            "use a smaller memory.size, or allow more memory"
         )
     if size > fits:
-        _log.warning("memory.size is %d bytes, but half of what %s has is %d", size, where, fits)
+        asked, half = format_size(size), format_size(fits)
+        _log.warning("memory.size is %s, but half of what %s has is %s", asked, where, half)
     return min(size, fits) // mmap.PAGESIZE * mmap.PAGESIZE
 
 

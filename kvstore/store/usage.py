@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.memory.eviction import Node, Ring
 from kvstore.memory.slots import align
 from kvstore.tiers.base import ObjectName
 from kvstore.transport.protocol import MEMORY
+
+_EMPTIED: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,8 @@ class Usage:
         self.in_memory = in_memory
         self.on_disk = align
         self.namespaces: dict[bytes, NamespaceUsage] = {}
+        self.emptied: dict[bytes, Namespace] = {}
+        """The last ones that held something, and do not any more."""
         self.tenants: dict[str, TenantUsage] = {}
         self.quotas: dict[str, Quota] = {}
 
@@ -243,5 +247,9 @@ class Usage:
         namespace = account.namespace
         if self.namespaces.pop(namespace.digest, None) is None:
             return
+        self.emptied.pop(namespace.digest, None)
+        self.emptied[namespace.digest] = namespace
+        if len(self.emptied) > _EMPTIED:
+            del self.emptied[next(iter(self.emptied))]
         account.tenant.namespaces -= 1
         self.close_tenant_if_empty(namespace.tenant)

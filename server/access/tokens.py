@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from kvstore.config import plainly
 from kvstore.errors import ConfigError
 from kvstore.server.access.grants import Grant, Role
 from kvstore.transport.credentials import checked_token
@@ -93,8 +94,7 @@ def _told(item: ErrorDetails, content: Any) -> str:
             name = entry.get("name") if isinstance(entry, dict) else None
             where = f"entry {number + 1}" + (f" ({name!r})" if isinstance(name, str) else "")
             where += "".join(f" {str(part)[:15]}" for part in field)
-    what = item["msg"].removeprefix("Value error, ").partition(" or instance of")[0]
-    return f"{where or 'the file'}: {what}"
+    return f"{where or 'the file'}: {plainly(item)}"
 
 
 def _doubled(grants: list[Grant]) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import getpass
 import os
-from typing import Annotated
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvstore.server.cli.options import (
     Link,
+    Misuse,
     PromptOptions,
     TierChoice,
     WhereOptions,
@@ -22,12 +24,15 @@ from kvstore.server.cli.options import (
 from kvstore.server.cli.output import (
     answer,
     finish,
-    lasting,
+    many,
     show,
     told,
     when,
 )
-from kvstore.values import format_size
+from kvstore.values import format_size, lasting
+
+if TYPE_CHECKING:
+    from kvstore.api import v1
 
 _Wait = Annotated[bool, typer.Option(help="Wait for the end, or only start it.")]
 _To = Annotated[TierChoice, typer.Option("--to", help="The tier to bring them to.")]
@@ -48,17 +53,34 @@ def lookup(prompt: PromptOptions, link: Link) -> None:
         found.runs,
         "blocks tier node",
         text,
-        blocks=lambda run: f"{run.first}–{run.first + run.blocks - 1}",
+        blocks=lambda run: _span(run.first, run.blocks),
     )
+
+
+def _span(first: int, blocks: int) -> str:
+    return f"{first}–{first + blocks - 1}" if blocks > 1 else str(first)
+
+
+def _alike(block: v1.BlockReason) -> object:
+    """Neighbours that have the same take one line."""
+    return block.usable, block.tier, block.reason, block.detail, when(block.at)
 
 
 def explain(prompt: PromptOptions, link: Link) -> None:
     """Say why each block of a prompt is there or not."""
     with link.open() as api:
         found = api.explain(prompt.namespace, **prompt.blocks())
-    columns = "block key usable tier reason at:since detail"
-    spare = ("since", "key", "usable")
-    show(link, found, found.blocks, columns, found.summary, spare=spare)
+    runs = [list(run) for _, run in groupby(found.blocks, _alike)]
+    spans = {run[0].block: _span(run[0].block, len(run)) for run in runs}
+    show(
+        link,
+        found,
+        [run[0] for run in runs],
+        "blocks key usable tier reason at:since detail",
+        found.summary,
+        spare=("since", "key", "usable"),
+        blocks=lambda block: spans[block.block],
+    )
 
 
 def pin(
@@ -77,7 +99,7 @@ def pin(
             owner=_user() if owner is None else owner,
             **prompt.blocks(),
         )
-    text = f"pinned {pinned.blocks} blocks ({format_size(pinned.bytes)})"
+    text = f"pinned {many(pinned.blocks, 'block')} ({format_size(pinned.bytes)})"
     if pinned.id:
         text += f" as {pinned.id} until {when(pinned.expires)}"
     answer(link, pinned, text + (f"; the next one: {pinned.reason}" if pinned.reason else ""))
@@ -97,10 +119,10 @@ def unpin(
 ) -> None:
     """End a pin, or all pins of an owner."""
     if (pin is None) == (owner is None):
-        raise typer.BadParameter("give the id of a pin, or --owner")
+        raise Misuse("give the id of a pin, or --owner")
     with link.open() as api:
         ended = api.unpin(pin, owner=owner)
-    answer(link, ended, f"ended {ended.pins} pins")
+    answer(link, ended, f"ended {many(ended.pins, 'pin')}")
 
 
 def ttl(
@@ -119,7 +141,7 @@ def ttl(
         if life is not None and where.everything:
             agreed(f"all blocks expire in {time}", yes=yes)
         changed = api.set_ttl(life, **chosen)
-    answer(link, changed, f"changed {changed.objects} objects")
+    answer(link, changed, f"changed {many(changed.objects, 'object')}")
 
 
 def prefetch(
@@ -173,12 +195,16 @@ def clear(
 ) -> None:
     """Remove blocks that nobody holds, from memory and disk.
 
-    Says what would go and asks first; without a terminal, --yes is needed.
+    Says what would go and asks first, if anything would; without a terminal, --yes is needed.
     """
     chosen = where.where()
     with link.open() as api:
         if not yes and not dry_run:
-            agreed(told(api.clear(dry_run=True, **chosen).wait(), "removed"))
+            would = api.clear(dry_run=True, **chosen).wait()
+            if not would.changed:
+                answer(link, would, told(would, "removed"))
+                return
+            agreed(told(would, "removed"))
         operation = api.clear(dry_run=dry_run, **chosen)
         finish(link, operation, wait=wait, done="removed")
 

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.text import Text
+from typer.core import TyperGroup
 
 from kvstore import __version__
 from kvstore.errors import KVStoreError
@@ -26,7 +27,20 @@ from kvstore.telemetry import shown
 
 _log = logging.getLogger("kvstore.cli")
 
+
+class _Commands(TyperGroup):
+    """Tells wrong values in plain words."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as e:
+            e.message = e.message.removeprefix("Value error, ")
+            raise
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     help="KV-cache storage and transfer for LLM inference.",
@@ -147,6 +161,12 @@ def fsck(
     with _byte_progress("verifying") as progress:
         report = slabcheck.fsck(folder, repair=repair, progress=progress)
     _print_struct(report)
+    if report.in_use_by is not None:
+        typer.echo(
+            f"a daemon (pid {report.in_use_by or '?'}) serves it: what changed meanwhile was left"
+            " out; stop the daemon for a full check",
+            err=True,
+        )
     if not report.clean:
         raise typer.Exit(2)
 

@@ -11,14 +11,15 @@ import typer
 
 from kvstore.server.cli.options import (
     Link,
+    Misuse,
     Yes,
     agreed,
     duration_option,
     grouped,
     limit_option,
 )
-from kvstore.server.cli.output import answer, finish, lasting, show, tier_name, told, when
-from kvstore.values import format_size
+from kvstore.server.cli.output import answer, finish, many, show, tier_name, told, when
+from kvstore.values import format_size, lasting
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -42,8 +43,9 @@ def stats(link: Link) -> None:
         found,
         found.tiers,
         "name:tier used_bytes free_bytes fragmented_bytes pinned_bytes capacity_bytes state",
-        f"{found.objects} objects, {found.unwritten_objects} not on disk yet, "
-        f"{found.leases} leases, {found.sessions} sessions"
+        many(found.objects, "object")
+        + f", {found.unwritten_objects} not on disk yet" * (len(found.tiers) > 1)
+        + f", {many(found.leases, 'lease')}, {many(found.sessions, 'session')}"
         + ("; draining" if found.draining else ""),
         f"{found.node}, kvstore {found.version}, up {up}",
         spare=("fragmented", "free"),
@@ -137,12 +139,13 @@ def _event_words(event: v1.Event) -> Iterator[str]:
         yield f"of incarnation {event.incarnation}"
         return
     what: v1.Event.Stored | v1.Event.Removed | v1.Event.Cleared = getattr(event, kind)
-    yield what.namespace_id[:12]
+    yield what.namespace_id[:8]
     if kind == "cleared":
         return
     moved: v1.Event.Stored | v1.Event.Removed = getattr(event, kind)
-    yield f"{len(moved.block_hashes)} blocks in {tier_name(moved.medium)}"
-    yield ", ".join(key.hex()[:12] for key in moved.block_hashes[:4])
+    yield f"{many(len(moved.block_hashes), 'block')} in {tier_name(moved.medium)}"
+    yield "".join(key.hex()[:8] for key in moved.block_hashes[:1])
+    yield from ["…"] * (len(moved.block_hashes) > 1)
     if kind == "removed":
         yield f"({event.removed.reason})"
 
@@ -162,7 +165,7 @@ def quota(
 ) -> None:
     """Show what tenants may hold and do hold, or limit one; asks before blocks have to go."""
     if tenant is None and (memory is not None or disk is not None):
-        raise typer.BadParameter("name the tenant to limit")
+        raise Misuse("name the tenant to limit")
     with link.open() as api:
         found = api.get_quota(tenant)
         if tenant is not None and (memory is not None or disk is not None):
@@ -181,7 +184,7 @@ def quota(
         "tenant used_memory_bytes:memory memory_bytes:memory_limit used_disk_bytes:disk "
         "disk_bytes:disk_limit pinned_bytes"
     )
-    show(link, found, found.quotas, columns, tenant=lambda q: repr(q.tenant))
+    show(link, found, found.quotas, columns)
 
 
 def _limit(new: float | None, old: int, had: bool) -> int | None:
@@ -203,7 +206,7 @@ def admission(
 ) -> None:
     """Show what is let into memory and onto disk, or change it until the daemon ends."""
     if deny and deny_nobody:
-        raise typer.BadParameter("give --deny or --deny-nobody")
+        raise Misuse("give --deny or --deny-nobody")
     denied = [] if deny_nobody else deny or None
     with link.open() as api:
         if memory is None and disk is None and denied is None:

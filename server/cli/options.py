@@ -56,6 +56,14 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
+class Misuse(typer.BadParameter):
+    """A command was given what does not go together, or not what it needs."""
+
+    def format_message(self) -> str:
+        """Without "Invalid value" before it."""
+        return self.message
+
+
 def _option(read: Callable[[str], N]) -> Callable[[str], N]:
     """For typer: what `read` makes of a text, and its ValueError as a usage error."""
 
@@ -85,7 +93,7 @@ def agreed(what: str, *, yes: bool = False) -> None:
     if yes:
         return
     if sys.stdin is None or not sys.stdin.isatty():
-        raise typer.BadParameter(f"{shown(what)}; without a terminal to ask, give --yes")
+        raise Misuse(f"{shown(what)}; without a terminal to ask, give --yes")
     typer.confirm(f"{shown(what)}. Go on?", abort=True, err=True)
 
 
@@ -93,18 +101,18 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
 def _read_tokens(text: str, source: str) -> list[int]:
-    listed = (
-        text if text.lstrip().startswith("[") else f"[{','.join(text.replace(',', ' ').split())}]"
-    )
+    is_json = text.lstrip().startswith("[")
+    listed = text if is_json else f"[{','.join(text.replace(',', ' ').split())}]"
     try:
         # Strictly: 1.5 and true are no ids, and depth costs nothing.
         found = msgspec.json.decode(listed, type=list[_Token])
     except (msgspec.DecodeError, UnicodeError) as e:
-        raise typer.BadParameter(
-            f"{source} holds no token ids ({e}); write 1,2,3, or a JSON list, or one a line"
+        why = f" ({e})" if is_json else ", which are whole numbers below 4294967296"
+        raise Misuse(
+            f"{source} holds no token ids{why}; write 1,2,3, or a JSON list, or one a line"
         ) from e
     if not found:
-        raise typer.BadParameter(f"{source} is empty; give the token ids of a prompt")
+        raise Misuse(f"{source} is empty; give the token ids of a prompt")
     return found
 
 
@@ -112,7 +120,7 @@ def _read_keys(texts: list[str]) -> list[bytes]:
     try:
         return [bytes.fromhex(key) for text in texts for key in text.split(",")]
     except ValueError as e:
-        raise typer.BadParameter(f"--keys: {e}; give keys of 64 hex digits") from e
+        raise Misuse(f"--keys: {e}; give keys of 64 hex digits") from e
 
 
 def _read_file(path: Path) -> str:
@@ -199,7 +207,7 @@ class TokenOptions:
         if self.tokens_file is not None:
             blocks["tokens"] = _read_tokens(_read_file(self.tokens_file), str(self.tokens_file))
         if sum(value not in (None, []) for value in (self.tokens, self.tokens_file, self.keys)) > 1:
-            raise typer.BadParameter("give one of --tokens, --tokens-file and --keys")
+            raise Misuse("give one of --tokens, --tokens-file and --keys")
         if self.salt:
             blocks["salt"] = self.salt
         if self.lora is not None:
@@ -209,7 +217,7 @@ class TokenOptions:
         if self.extra:
             blocks["extras"] = _extras(self.extra)
         if blocks and "tokens" not in blocks and blocks.keys() != {"keys"}:
-            raise typer.BadParameter("--salt, --lora, --media and --extra go with tokens")
+            raise Misuse("--salt, --lora, --media and --extra go with tokens")
         return blocks
 
 
@@ -230,7 +238,7 @@ def _media(text: str) -> Media:
     modality, _, rest = text.partition(":")
     digest, *place = rest.rsplit(":", 2)
     if len(place) != 2 or not all(re.fullmatch(r"[0-9]{1,9}", number) for number in place):
-        raise typer.BadParameter(f"--media {text!r:.200}: write image:DIGEST:OFFSET:LENGTH")
+        raise Misuse(f"--media {text!r:.200}: write image:DIGEST:OFFSET:LENGTH")
     return Media(modality, digest, int(place[0]), int(place[1]))
 
 
@@ -239,7 +247,7 @@ def _extras(texts: list[str]) -> dict[int, list[bytes]]:
     for text in texts:
         block, colon, value = text.partition(":")
         if not colon or not re.fullmatch(r"[0-9]{1,9}", block):
-            raise typer.BadParameter(f"--extra {text!r:.200}: write BLOCK:TEXT, e.g. 0:mine")
+            raise Misuse(f"--extra {text!r:.200}: write BLOCK:TEXT, e.g. 0:mine")
         extras.setdefault(int(block), []).append(os.fsencode(value))
     return extras
 
@@ -256,7 +264,7 @@ class PromptOptions(TokenOptions):
         """For the API."""
         given = self.given()
         if not given:
-            raise typer.BadParameter("give --tokens, --tokens-file or --keys")
+            raise Misuse("give --tokens, --tokens-file or --keys")
         return given
 
 
@@ -287,7 +295,7 @@ class WhereOptions(TokenOptions):
             if value is not None and value is not False:
                 where[name] = value
         if not where:
-            raise typer.BadParameter("choose blocks by an option, or take --all")
+            raise Misuse("choose blocks by an option, or take --all")
         return cast("Where", where)
 
 

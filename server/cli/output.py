@@ -6,7 +6,6 @@ Tenants, software and the like are what clients say, so nothing of it reaches a 
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Iterable, MutableMapping, MutableSequence, Sequence
@@ -109,14 +108,9 @@ def when(message: Any) -> str:
     return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
-def lasting(seconds: float) -> str:
-    """A time span for people."""
-    if seconds < 1:
-        return f"{seconds * 1000:.3g} ms"
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{math.floor(seconds / size)} {unit}"
-    return f"{seconds:.3g} s"
+def many(count: int, what: str) -> str:
+    """So many of something: `1 pin`, `2 pins`."""
+    return f"{count} {what}" + "s" * (count != 1)
 
 
 def say(text: str, *, err: bool = False) -> None:
@@ -254,9 +248,10 @@ def told(state: v1.Operation, done: str) -> str:
     """One line on an operation."""
     from kvstore.api import v1
 
-    text = f"{done} {state.changed} objects"
+    objects = many(state.changed, "object")
+    text = f"{done} {objects}"
     if state.dry_run:
-        text = f"{state.changed} objects would be {done}"
+        text = f"{objects} would be {done}"
     if state.bytes:
         text += f" ({format_size(state.bytes)})"
     left = sorted(state.skipped.items())

@@ -19,6 +19,7 @@ from kvstore.server.pacing import Pace
 from kvstore.store.index import Entry
 from kvstore.store.selection import Selection, candidates
 from kvstore.transport.protocol import MAX_KEYS, TIER_NAMES
+from kvstore.values import lasting
 
 MAX_TOKENS: Final = 4 << 20
 MAX_TTL: Final = 30 * 24 * 3600.0
@@ -49,7 +50,7 @@ def seconds(message: Duration, field: str, *, high: float, low: float = 0.0) -> 
     """
     value = message.seconds + message.nanos / 1e9
     if not low <= value <= high:
-        raise bad_field(field, f"is {value:.10g} s; give {low:g} to {high:.10g} s")
+        raise bad_field(field, f"is {lasting(value)}; give {lasting(low)} to {lasting(high)}")
     return value
 
 
@@ -107,17 +108,16 @@ async def namespace_by_id(node: Node, grant: Grant, text: str, field: str) -> Na
     wanted = text.lower()
     if not _MIN_ID <= len(wanted) <= _ID_DIGITS or not _HEX.issuperset(wanted):
         raise bad_field(field, f"{text[:80]!r} is no id; give {_MIN_ID} to {_ID_DIGITS} hex digits")
-    matches = [
-        namespace
-        for digest, namespace in (await known_namespaces(node, grant)).items()
-        if digest.hex().startswith(wanted)
-    ]
-    if not matches:
+    for place in (await known_namespaces(node, grant), node.store.usage.emptied):
+        matches = [n for digest, n in place.items() if digest.hex().startswith(wanted)]
+        if matches := [namespace for namespace in matches if grant.sees(namespace.tenant)]:
+            break
+    else:
         raise unknown(
             "NAMESPACE_UNKNOWN",
             f"no namespace {wanted} here",
-            "ListNamespaces (`kvstore namespaces`) shows those there are; one that holds nothing "
-            "can be given by all of its fields",
+            "ListNamespaces (`kvstore namespaces`) shows those there are; one that never "
+            "held anything can be given by all of its fields (`namespace` in the API)",
         )
     if len(matches) > 1:
         raise bad_field(field, f"{len(matches)} namespaces begin with {wanted}; give more digits")

@@ -127,6 +127,8 @@ def test_stats_for_people_and_machines(stores: Stores) -> None:
     assert "12 KiB" in text
     assert "2 MiB" in text
     assert "healthy" in text
+    bare = run("stats", "--address", f"unix://{stores.serve('2MiB').socket}").stdout
+    assert "0 objects, 0 leases, 0 sessions" in bare
     found = json.loads(run("stats", "--format", "json", "--address", address).stdout)
     assert found["objects"] == 3
     assert [tier["tier"] for tier in found["tiers"]] == ["memory", "disk"]
@@ -165,7 +167,11 @@ def test_fsck_and_inspect_look_at_a_disk_that_nobody_serves(stores: Stores) -> N
         assert session.flush() == 0
     folder = served.folder / "disk"
     assert json.loads(run("inspect", folder).stdout)["in_use_by"] == served.process.pid
+    checked = run("fsck", folder)
+    assert f"a daemon (pid {served.process.pid}) serves it" in checked.stderr
+    assert json.loads(checked.stdout)["objects"] == 3
     served.stop()
+    assert "stopped in order" in served.log.read_text()
     summary = json.loads(run("inspect", folder).stdout)
     assert summary["objects"] == 3
     assert summary["namespaces"][0]["namespace"]["model"]["name"] == "test/model"

@@ -127,6 +127,27 @@ def test_nothing_is_destroyed_without_a_terminal_and_without_yes(
     assert session.lookup(session.keys(prompt(1, 4))).blocks == 3
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "message", "never"),
+    [
+        (["clear", "--tenant", "nobody"], 0, "0 objects would be removed", "--yes"),
+        (["clear", "--all"], 2, "would be removed (", "Invalid value"),
+        (["clear"], 2, "│ choose blocks by an option", "Invalid value"),
+        (["move", "--to", "tape", "--all"], 2, "'tape' is not one of", "Value error"),
+        (["lookup", NAMESPACE_ID, "--tokens", "1,x"], 2, "are whole numbers below", "JSON is"),
+        (["unpin"], 2, "│ give the id of a pin", "Invalid value"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_misuse_is_told_plainly(
+    told: Told, session: Session, words: list[str], code: int, message: str, never: str
+) -> None:
+    ended, out, err = told.run(*words)
+    assert ended == code, err
+    assert message in out + err
+    assert never not in out + err
+
+
 def test_the_pipe_of_the_shell(served: Served, session: Session) -> None:
     line = [*COMMAND, "clear", "--all", "--address", f"unix://{served.socket}"]
     for stdin in ("echo n |", "", "exec <&-;"):
@@ -141,8 +162,8 @@ def test_yes_is_taken_for_an_answer(told: Told, session: Session) -> None:
     told.text("quota", "", "--memory", "4KiB", "--disk", "4KiB", "--yes")
     assert session.lookup(session.keys(prompt(1, 4))).blocks == 1
     told.text("quota", "", "--memory", "none", "--disk", "none")
-    assert "changed 1 objects" in told.text("ttl", "1d", "--all", "-y")
-    assert told.text("clear", "--all", "-y").startswith("removed 1 objects")
+    assert "changed 1 object\n" in told.text("ttl", "1d", "--all", "-y")
+    assert told.text("clear", "--all", "-y").startswith("removed 1 object (")
 
 
 def test_no_time_means_at_once(told: Told, served: Served) -> None:

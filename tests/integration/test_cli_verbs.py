@@ -120,6 +120,8 @@ def test_tokens_from_files(cli: Cli, tmp_path: Path, form: str) -> None:
 def test_explain(cli: Cli) -> None:
     text = cli.text("explain", *BLOCKS)
     assert "never_stored" in text
+    assert "0–2" in text
+    assert sum("│" in line for line in text.splitlines()) == 2
     assert "3 of 4 blocks can be loaded (3 in memory); block 3: never_stored" in text
     blocks = cli.json("explain", *BLOCKS)["blocks"]
     assert [block["usable"] for block in blocks] == [True, True, True, False]
@@ -135,7 +137,7 @@ def test_pins(cli: Cli) -> None:
     leases = cli.json("leases", "--owner", "me")["leases"]
     assert [lease["blocks"] for lease in leases] == [3, 3]
     assert pinned["id"] in cli.text("leases")
-    assert cli.text("unpin", pinned["id"]) == "ended 1 pins\n"
+    assert cli.text("unpin", pinned["id"]) == "ended 1 pin\n"
     assert "it may have ended" in cli.refused("unpin", pinned["id"])
     assert cli.json("unpin", "--owner", "me") == {"pins": 1}
 
@@ -239,12 +241,15 @@ def test_events(cli: Cli, session: Session) -> None:
     assert first["sequence"] == 1
     assert first["stored"]["medium"] == "memory"
     text = cli.text("events", "--after", "0", "--count", "1")
-    assert f"stored {NAMESPACE_ID[:12]} 3 blocks in memory" in text
+    assert f"stored {NAMESPACE_ID[:8]} 3 blocks in memory" in text
     text = cli.text("events", "--snapshot", "--count", "2")
     assert f"snapshot begins of incarnation {first['incarnation']}" in text
-    assert f"stored {NAMESPACE_ID[:12]} 3 blocks in memory" in text
+    assert f"stored {NAMESPACE_ID[:8]} 3 blocks in memory" in text
     text = cli.text("events", "--after", "1", "--incarnation", "another", "--count", "1")
     assert "missed unknown events" in text
+    for line in cli.text("events", "--after", "0", "--count", "3").splitlines():
+        assert len(line) <= 80
+    assert " … " in text or " …\n" in cli.text("events", "--after", "0", "--count", "1")
     # Who runs the tests in the background may have told them to ignore Ctrl-C.
     heeding = ["env", "--default-signal=INT", *COMMAND]
     process = subprocess.Popen(
@@ -269,7 +274,7 @@ def test_events(cli: Cli, session: Session) -> None:
     [
         (["lookup", "ffffff", "--tokens", "1"], "no namespace ffffff here"),
         (["lookup", "xyz", "--tokens", "1"], "'xyz' is no id"),
-        (["pin", *BLOCKS, "--ttl", "31d"], "ttl: is 2678400 s"),
+        (["pin", *BLOCKS, "--ttl", "31d"], "ttl: is 31 d; give 1 ms to 30 d"),
         (["operations", "watch", "1-1"], "no operation '1-1' here"),
         (["lookup", BLOCKS[0], "--tokens-file", "/no/such/file"], "--tokens-file /no/such/file"),
         (["stats", "--token-file", "/no/such/file"], "--token-file /no/such/file"),
@@ -344,6 +349,8 @@ def test_a_drain_that_leaves_something_behind_fails(stores: Stores) -> None:
 def test_other_tenants_have_other_namespaces(cli: Cli, served: Served) -> None:
     with served.session(tenant="t") as session:
         save(session, session.keys(prompt(1, 1)))
-        assert cli.text("clear", "--tenant", "t", "-y") == "removed 1 objects (4 KiB)\n"
+        assert cli.text("clear", "--tenant", "t", "-y") == "removed 1 object (4 KiB)\n"
         other = cli.json("explain", namespace("t").digest.hex(), "--tokens", TOKENS)
         assert other["blocks"][0]["reason"] == "cleared"
+    # It is known for some time after it has gone.
+    assert cli.json("explain", namespace("t").digest.hex(), "--tokens", TOKENS) == other

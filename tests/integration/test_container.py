@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from kvstore.values import format_size
 from tests.integration.test_embedded import daemon_pid
 from tests.session_tools import (
     MIB,
@@ -88,8 +89,8 @@ def test_serve_refuses_what_cannot_fit(stores: Stores, container: Path) -> None:
         command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert ended.returncode == 1
-    assert "memory.size is 1073741824 bytes" in ended.stderr
-    assert f"of the {LIMIT} bytes of {container}" in ended.stderr
+    assert "memory.size is 1 GiB" in ended.stderr
+    assert f"of the {format_size(LIMIT)} of {container}" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 

@@ -100,7 +100,7 @@ def test_what_fits(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFix
     assert check_room(100 * MIB, private=True) == 100 * MIB
     assert not caplog.records
     found = Room(265 * MIB, 512 * MIB, "/sys/fs/cgroup/memory.max")
-    with pytest.raises(NotNow, match=r"memory\.size is 209715200 bytes.*memory\.max.*smaller"):
+    with pytest.raises(NotNow, match=r"memory\.size is 200 MiB.*memory\.max.*smaller"):
         check_room(200 * MIB, private=False)
     smaller = check_room(200 * MIB, private=True)
     assert smaller % 4096 == 0
