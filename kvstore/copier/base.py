@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from kvstore.blocks.spec import Opaque, Part
-from kvstore.errors import SpecError
+import numpy as np
+
+from kvstore.blocks.spec import Opaque, Part, check_block_tokens
+from kvstore.errors import KVStoreError, SpecError, StoreUnavailable
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from kvstore.copier.gate import LayerGate
@@ -72,7 +75,23 @@ class PagedMemory:
             )
 
 
-class Copier(Protocol):
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One call of a copier: which blocks, and how. See `Copier.save` and `Copier.load`."""
+
+    to_slots: bool
+    memory: PagedMemory
+    page_ids: NDArray[np.int64]
+    slots: NDArray[np.uint64]
+    block_tokens: int
+    stored: Part
+    checksum: bool = False
+    after: LayerGate | None = None
+    then: LayerGate | None = None
+    deadline: float = math.inf
+
+
+class Copier(ABC):
     """Moves whole blocks; safe to call from several threads at once.
 
     Calls return when the bytes are where they belong. With gates they go layer by layer: `after`
@@ -80,6 +99,9 @@ class Copier(Protocol):
     whose pages are filled. A gate that fails, or does not open by `deadline` (monotonic seconds),
     ends the call.
     """
+
+    casts = False
+    """Whether numbers are rounded to another type on the way, where the slots have another."""
 
     def save(
         self,
@@ -96,14 +118,16 @@ class Copier(Protocol):
         """Copy blocks from pages into slots.
 
         `page_ids` has shape (blocks, pages per block); `slots` holds the addresses of the objects.
-        `stored` tells the layout of the slots where it is not `memory.part`'s. Copiers with kernels
-        round numbers to its type, and back again when they load.
+        `stored` tells the layout of the slots where it is not `memory.part`'s.
         Returns the XXH3 of each object when `checksum`.
 
         Raises:
-            SpecError: a page id out of range, or shapes that do not fit the block.
-            StoreUnavailable: the gate did not open, or the device failed.
+            SpecError: a page id out of range, or layouts or shapes that do not fit.
+            StoreUnavailable: the gate did not open, or the copy failed.
         """
+        at, part, gates = np.array(slots, dtype=np.uint64), stored or memory.part, (after, None)
+        copy = Copy(True, memory, page_ids, at, block_tokens, part, checksum, *gates, deadline)
+        return self._checked(copy)
 
     def load(
         self,
@@ -118,14 +142,74 @@ class Copier(Protocol):
         then: LayerGate | None = None,
         deadline: float = math.inf,
     ) -> list[int] | None:
-        """Copy blocks from slots into pages; a page id of -1 leaves that page out.
+        """Copy blocks from slots into pages, as `save` does; a page id of -1 leaves that page out.
 
-        `stored` tells the layout of the slots where it is not `memory.part`'s. `then` is not for
-        calls with `checksum`: only their caller knows what is right.
+        `then` is not for calls with `checksum`: only their caller knows what is right. It is told
+        what goes wrong.
         """
+        at, part, gates = np.array(slots, dtype=np.uint64), stored or memory.part, (after, then)
+        copy = Copy(False, memory, page_ids, at, block_tokens, part, checksum, *gates, deadline)
+        return self._checked(copy)
 
-    def attach(self, address: int, nbytes: int) -> None:
+    def _checked(self, copy: Copy) -> list[int] | None:
+        with _failing(copy.then):
+            _check_layouts(copy, self.casts)
+            _check_pages(copy)
+            if len(copy.slots):
+                ids = np.ascontiguousarray(copy.page_ids, dtype=np.int64)
+                return self.run(replace(copy, page_ids=ids))
+            if copy.then is not None:
+                copy.then.open(copy.then.layers)
+            return [] if copy.checksum else None
+
+    @abstractmethod
+    def run(self, copy: Copy) -> list[int] | None:
+        """Do what `save` and `load` describe, with at least one block; all has been checked."""
+
+    def attach(self, address: int, nbytes: int) -> None:  # noqa: B027 - most need nothing
         """Make memory that will hold slots ready for copies, such as by pinning it."""
 
-    def detach(self, address: int) -> None:
+    def detach(self, address: int) -> None:  # noqa: B027
         """End what `attach` began, before the memory is unmapped. No copy of it may be running."""
+
+
+def _check_layouts(copy: Copy, casts: bool) -> None:
+    """Refuse slots that cannot be turned into what the pages hold."""
+    part, pages = copy.stored, copy.memory.part
+    if part.converts_to(pages):
+        return
+    if not part.casts_to(pages):
+        raise SpecError(f"layout {part.layout} cannot be turned into {pages.layout}")
+    if not casts:
+        raise SpecError(
+            f"numbers of {part.group.dtype} are turned into {pages.group.dtype} by kernels of a "
+            "GPU only"
+        )
+
+
+def _check_pages(copy: Copy) -> None:
+    """Refuse page ids that do not fit, before memory is touched."""
+    page_ids, pages, each = copy.page_ids, copy.memory.pages, copy.memory.page_tokens
+    check_block_tokens(copy.block_tokens, each)
+    wanted = (len(copy.slots), copy.block_tokens // each)
+    if page_ids.shape != wanted:
+        raise SpecError(f"page_ids has shape {page_ids.shape}; {wanted} is needed")
+    if not page_ids.size:
+        return
+    low, high = int(page_ids.min()), int(page_ids.max())
+    if high >= pages or low < (0 if copy.to_slots else -1):
+        bad = high if high >= pages else low
+        raise SpecError(f"page id {bad} is outside the engine's {pages} pages")
+
+
+@contextmanager
+def _failing(then: LayerGate | None) -> Iterator[None]:
+    """Whatever goes wrong is told to those who wait for layers, and becomes StoreUnavailable."""
+    try:
+        yield
+    except BaseException as error:
+        if then is not None:
+            then.fail(str(error) or type(error).__name__)
+        if isinstance(error, KVStoreError) or not isinstance(error, Exception):
+            raise
+        raise StoreUnavailable(f"the copy failed: {error}") from error

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from kvstore.blocks.spec import (
-    Described,
-    Opaque,
-    Part,
-    PlaneStrides,
-    check_block_tokens,
-    plane_strides,
-)
-from kvstore.copier.base import PagedMemory
-from kvstore.errors import SpecError
+from kvstore.blocks.spec import Described, Opaque, Part, PlaneStrides, plane_strides
+from kvstore.copier.base import Copy, PagedMemory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+T = TypeVar("T")
+
+
+class Plans(Generic[T]):
+    """What ``make(memory, stored, block_tokens)`` worked out for pages that are still there.
+
+    A race may work one out twice, with equal ends.
+    """
+
+    def __init__(self, make: Callable[[PagedMemory, Part, int], T]) -> None:
+        self._make = make
+        self._known: WeakKeyDictionary[PagedMemory, dict[tuple[Part, int], T]]
+        self._known = WeakKeyDictionary()
+
+    def of(self, copy: Copy) -> T:
+        """The plan for a copy."""
+        plans, key = self._known.setdefault(copy.memory, {}), (copy.stored, copy.block_tokens)
+        plan = plans.get(key)
+        if plan is None:
+            plan = plans[key] = self._make(copy.memory, *key)
+        return plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,50 +57,6 @@ class Segments:
         """The rows of layers `first` to `last`."""
         each = len(self.rows) // self.layers
         return self.rows[first * each : last * each]
-
-
-def check_copy(
-    memory: PagedMemory,
-    page_ids: NDArray[np.int64],
-    blocks: int,
-    block_tokens: int,
-    *,
-    skips: bool,
-) -> None:
-    """Refuse what does not fit, before memory is touched; with `skips` a page id may be -1.
-
-    Raises:
-        SpecError: a page id out of range, or shapes that do not fit the block.
-    """
-    check_block_tokens(block_tokens, memory.page_tokens)
-    wanted = (blocks, block_tokens // memory.page_tokens)
-    if page_ids.shape != wanted:
-        raise SpecError(f"page_ids has shape {page_ids.shape}; {wanted} is needed")
-    if not blocks:
-        return
-    low, high = int(page_ids.min()), int(page_ids.max())
-    if high >= memory.pages or low < (-1 if skips else 0):
-        bad = high if high >= memory.pages else low
-        raise SpecError(f"page id {bad} is outside the engine's {memory.pages} pages")
-
-
-def check_layouts(memory: PagedMemory, stored: Part | None, *, casts: bool = False) -> Part:
-    """What is in the slots; with `casts` it may be of another type of number than the pages.
-
-    Raises:
-        SpecError: it cannot be turned into what `memory` holds.
-    """
-    part = stored or memory.part
-    if part.converts_to(memory.part):
-        return part
-    if part.casts_to(memory.part):
-        if casts:
-            return part
-        raise SpecError(
-            f"numbers of {part.group.dtype} are turned into {memory.part.group.dtype} by kernels "
-            "of a GPU only"
-        )
-    raise SpecError(f"layout {part.layout} cannot be turned into {memory.part.layout}")
 
 
 @lru_cache(maxsize=256)

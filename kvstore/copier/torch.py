@@ -6,22 +6,16 @@ there as any memory of the CPU does; loads take the same way back.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import replace
+from typing import Any, Final
 
 import numpy as np
 import torch
 
-from kvstore.blocks.spec import Part
-from kvstore.copier.base import Copier, PagedMemory, PlaneMemory
+from kvstore.copier.base import Copier, Copy, PagedMemory, PlaneMemory
 from kvstore.copier.cpu import CpuCopier
 from kvstore.copier.gate import LayerGate
-from kvstore.copier.segments import check_copy, check_layouts
-from kvstore.errors import SpecError, StoreUnavailable
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from kvstore.errors import SpecError
 
 STAGING_BYTES: Final = 64 << 20
 """Pages that cross at a time, in bytes; at least one block."""
@@ -44,7 +38,7 @@ class TorchEvent:
         self._event.synchronize()
 
 
-class TorchCopier:
+class TorchCopier(Copier):
     """The `Copier` for memory whose `owner` is a list of tensors, one per layer. Thread-safe.
 
     A tensor has its pages along the first axis, and each page lies in one piece; planes are
@@ -54,92 +48,39 @@ class TorchCopier:
     def __init__(self, copier: Copier | None = None) -> None:
         self._cpu = copier or CpuCopier()
 
-    def save(
-        self,
-        memory: PagedMemory,
-        page_ids: NDArray[np.int64],
-        slots: Sequence[int],
-        block_tokens: int,
-        *,
-        stored: Part | None = None,
-        checksum: bool = False,
-        after: LayerGate | None = None,
-        deadline: float = math.inf,
-    ) -> list[int] | None:
-        """See `Copier.save`."""
-        check_layouts(memory, stored)
-        check_copy(memory, page_ids, len(slots), block_tokens, skips=False)
-        _wait_for(after, deadline)
-        rows = _rows_of(memory)
+    def run(self, copy: Copy) -> list[int] | None:
+        """See `Copier`."""
+        _wait_for(copy.after, copy.deadline)
+        rows = _rows_of(copy.memory)
+        device = rows[0].device
         sums: list[int] = []
-        for some in _portions(memory.part, block_tokens, len(slots)):
-            ids = page_ids[some]
-            try:
-                chosen = torch.from_numpy(ids.reshape(-1)).to(rows[0].device)
-                staged = [layer.index_select(0, chosen).to("cpu") for layer in rows]
-            except RuntimeError as e:
-                raise StoreUnavailable(f"the device failed: {e}") from e
-            made = self._cpu.save(
-                _staged_memory(memory, staged),
-                np.arange(ids.size).reshape(ids.shape),
-                slots[some],
-                block_tokens,
-                stored=stored,
-                checksum=checksum,
+        step = max(1, STAGING_BYTES // copy.stored.nbytes(copy.block_tokens))
+        for first in range(0, len(copy.slots), step):
+            ids = copy.page_ids[first : first + step]
+            chosen = torch.from_numpy(ids.reshape(-1))
+            if copy.to_slots:
+                staged = [layer.index_select(0, chosen.to(device)).to("cpu") for layer in rows]
+            else:
+                staged = [torch.empty((ids.size, r.shape[1]), dtype=torch.uint8) for r in rows]
+            on_cpu = replace(
+                copy,
+                memory=_staged_memory(copy.memory, staged),
+                page_ids=np.arange(ids.size).reshape(ids.shape),
+                slots=copy.slots[first : first + step],
+                after=None,
+                then=None,
             )
-            sums += made or []
-        return sums if checksum else None
-
-    def load(
-        self,
-        memory: PagedMemory,
-        page_ids: NDArray[np.int64],
-        slots: Sequence[int],
-        block_tokens: int,
-        *,
-        stored: Part | None = None,
-        checksum: bool = False,
-        after: LayerGate | None = None,
-        then: LayerGate | None = None,
-        deadline: float = math.inf,
-    ) -> list[int] | None:
-        """See `Copier.load`."""
-        check_layouts(memory, stored)
-        check_copy(memory, page_ids, len(slots), block_tokens, skips=True)
-        _wait_for(after, deadline)
-        rows = _rows_of(memory)
-        sums: list[int] = []
-        for some in _portions(memory.part, block_tokens, len(slots)):
-            ids = page_ids[some].reshape(-1)
-            staged = [torch.empty((len(ids), layer.shape[1]), dtype=torch.uint8) for layer in rows]
-            made = self._cpu.load(
-                _staged_memory(memory, staged),
-                np.arange(len(ids)).reshape(page_ids[some].shape),
-                slots[some],
-                block_tokens,
-                stored=stored,
-                checksum=checksum,
-            )
-            sums += made or []
-            wanted = torch.from_numpy(np.flatnonzero(ids >= 0))
-            try:
-                device = rows[0].device
-                chosen = torch.from_numpy(ids)[wanted].to(device)
+            sums += self._cpu.run(on_cpu) or []
+            if not copy.to_slots:
+                wanted = torch.nonzero(chosen >= 0).reshape(-1)
+                there = chosen[wanted].to(device)
                 for layer, pages in zip(rows, staged, strict=True):
-                    layer.index_copy_(0, chosen, pages[wanted].to(device))
+                    layer.index_copy_(0, there, pages[wanted].to(device))
                 if device.type != "cpu":
                     torch.cuda.current_stream(device).synchronize()
-            except RuntimeError as e:
-                raise StoreUnavailable(f"the device failed: {e}") from e
-        if then is not None:
-            then.open(then.layers)
-        return sums if checksum else None
-
-    def attach(self, address: int, nbytes: int) -> None:
-        """Nothing: torch copies by way of memory of its own."""
-
-    def detach(self, address: int) -> None:
-        """Nothing."""
+        if copy.then is not None:
+            copy.then.open(copy.then.layers)
+        return sums if copy.checksum else None
 
 
 def _wait_for(gate: LayerGate | None, deadline: float) -> None:
@@ -148,11 +89,6 @@ def _wait_for(gate: LayerGate | None, deadline: float) -> None:
     for event in set(events):
         if isinstance(event, TorchEvent):
             event.synchronize()
-
-
-def _portions(part: Part, block_tokens: int, blocks: int) -> Iterator[slice]:
-    step = max(1, STAGING_BYTES // part.nbytes(block_tokens))
-    return (slice(first, first + step) for first in range(0, blocks, step))
 
 
 def _rows_of(memory: PagedMemory) -> list[torch.Tensor]:

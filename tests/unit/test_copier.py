@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from kvstore.blocks.spec import AXES, Described, Group, Opaque, Part
 from kvstore.copier.base import PagedMemory, PlaneMemory
 from kvstore.copier.cpu import CpuCopier
+from kvstore.copier.gate import LayerGate
 from kvstore.errors import SpecError
 from tests.session_tools import BLOCK_TOKENS, PAGE_TOKENS, Pages
 
@@ -204,8 +205,10 @@ def test_page_ids_outside_are_refused_before_anything_is_copied(bad: int) -> Non
     before = [array.copy() for array in pages.arrays]
     with pytest.raises(SpecError, match=f"page id {bad} is outside the engine's 64 pages"):
         CpuCopier().save(pages.memory, ids, slots.addresses, BLOCK_TOKENS)
+    gate = LayerGate(EQUAL.layers)
     with pytest.raises(SpecError, match=f"page id {bad} is outside"):
-        CpuCopier().load(pages.memory, ids, slots.addresses, BLOCK_TOKENS)
+        CpuCopier().load(pages.memory, ids, slots.addresses, BLOCK_TOKENS, then=gate)
+    assert gate.failed is not None, "who waits for layers would wait for ever"
     assert (slots.array == 0xA5).all()
     assert all(map(np.array_equal, pages.arrays, before))
 

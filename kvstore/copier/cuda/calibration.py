@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 
 from kvstore.blocks.spec import Group, Part
-from kvstore.copier.base import PagedMemory, PlaneMemory
+from kvstore.copier.base import Copy, PagedMemory, PlaneMemory
 from kvstore.copier.cuda.device import Device
 from kvstore.copier.cuda.pathcost import RUN_BYTES, TOTAL_BYTES, Sample, Way, measure
 from kvstore.copier.cuda.pinning import PinnedMemory
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Copy = Callable[[Way, bool, PagedMemory, NDArray[np.int64], NDArray[np.uint64]], None]
 
 _SECONDS: Final = 0.4
 _OBJECT_BYTES: Final = 256 << 10
 
 
-def calibrate(device: Device, pinned: PinnedMemory, copy: Copy) -> list[Sample]:
+def calibrate(
+    device: Device, pinned: PinnedMemory, copy: Callable[[Copy, Way], None]
+) -> list[Sample]:
     """Samples of all ways that are possible; the context of the device must be current.
-
-    ``copy(way, to_slots, memory, page_ids, slots)`` copies the blocks by that way.
 
     Raises:
         DeviceUnavailable: the device failed, or has no 16 MiB left.
@@ -50,7 +45,8 @@ def calibrate(device: Device, pinned: PinnedMemory, copy: Copy) -> list[Sample]:
         def sample(way: Way, to_slots: bool, run_bytes: int, nbytes: int) -> None:
             runs = _OBJECT_BYTES // run_bytes
             page_ids = np.arange(nbytes // run_bytes, dtype=np.int64).reshape(-1, runs)
-            copy(way, to_slots, memories[run_bytes], page_ids, slots[: len(page_ids)])
+            memory = memories[run_bytes]
+            copy(Copy(to_slots, memory, page_ids, slots[: len(page_ids)], runs, memory.part), way)
 
         return measure(sample, ways, _SECONDS)
     finally:
