@@ -26,7 +26,7 @@ from kvstore.copier.cpu import CpuCopier
 from kvstore.copier.cuda.copier import CudaCopier
 from kvstore.copier.cuda.device import Device
 from kvstore.copier.cuda.driver import Driver
-from kvstore.copier.segments import Segments
+from kvstore.copier.cuda.kernels import KernelCopy
 
 SOURCE = Path(__file__).with_name("fake_cuda.cpp")
 DEVICE_MEMORY, PINNED_MEMORY = 1, 2
@@ -138,44 +138,22 @@ class FakeKernels:
         self.calls = 0
         self.fail_at = 0
 
-    def copy(
-        self,
-        to_slots: bool,
-        segments: Segments,
-        first_layer: int,
-        last_layer: int,
-        page_ids: NDArray[np.int64],
-        slots: NDArray[np.uint64],
-        stream: int,
-        *,
-        cast: tuple[str, str] | None = None,
-    ) -> None:
-        assert cast is None, "plain copies turn nothing"
+    def copy(self, copy: KernelCopy, stream: int) -> None:
+        assert copy.cast is None, "plain copies turn nothing"
         self.calls += 1
         if self.calls == self.fail_at:
             raise RuntimeError("this kernel does not compile")
-        rows = segments.of_layers(first_layer, last_layer).copy()
+        rows = copy.segments.of_layers(copy.first, copy.last).copy()
         lowest = int(rows[:, 5].min())
-        for slot in slots.tolist():
+        for slot in copy.slots.tolist():
             assert self._cuda.kind(slot + lowest) in (DEVICE_MEMORY, PINNED_MEMORY)
-        ids, addresses = page_ids.copy(), slots.copy()
+        ids, addresses = copy.page_ids.copy(), copy.slots.copy()
+        sizes = copy.segments.page_tokens, copy.segments.elem_size
+        # Offsets as they are in the object; of it only these rows' bytes exist.
         self._cuda.enqueue(
             stream,
-            lambda: _copy(to_slots, rows, ids, addresses, segments),
+            lambda: _native.copy_blocks(copy.to_slots, rows, ids, addresses, *sizes, 1, False),
         )
-
-
-def _copy(
-    to_slots: bool,
-    rows: NDArray[np.int64],
-    ids: NDArray[np.int64],
-    slots: NDArray[np.uint64],
-    segments: Segments,
-) -> None:
-    # Offsets as they are in the object; of it only these rows' bytes exist.
-    _native.copy_blocks(
-        to_slots, rows, ids, slots, segments.page_tokens, segments.elem_size, 1, False
-    )
 
 
 class EnginePages:

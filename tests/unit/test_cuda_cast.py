@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from msgspec import structs
-from numpy.typing import NDArray
 
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Part
 from kvstore.client.session import Session
+from kvstore.copier.cuda.kernels import KernelCopy
 from kvstore.copier.gate import LayerGate
-from kvstore.copier.segments import Segments
 from kvstore.errors import SpecError, StoreUnavailable
 from tests import cuda_tools
 from tests.cuda_tools import IDS, PAGE, PAGES, TOKENS, Arena, EnginePages, FakeCuda, FakeKernels
@@ -35,26 +35,10 @@ class Interpreted:
         self._kernels = interpreted().TritonKernels(None)
         self.casts: set[tuple[str, str] | None] = set()
 
-    def copy(
-        self,
-        to_slots: bool,
-        segments: Segments,
-        first_layer: int,
-        last_layer: int,
-        page_ids: NDArray[np.int64],
-        slots: NDArray[np.uint64],
-        stream: int,
-        *,
-        cast: tuple[str, str] | None = None,
-    ) -> None:
-        ids, addresses = page_ids.copy(), slots.copy()
-        self.casts.add(cast)
-        self._cuda.enqueue(
-            stream,
-            lambda: self._kernels.copy(
-                to_slots, segments, first_layer, last_layer, ids, addresses, 0, cast=cast
-            ),
-        )
+    def copy(self, copy: KernelCopy, stream: int) -> None:
+        self.casts.add(copy.cast)
+        ours = replace(copy, page_ids=copy.page_ids.copy(), slots=copy.slots.copy())
+        self._cuda.enqueue(stream, lambda: self._kernels.copy(ours, 0))
 
 
 def numbers(pages: EnginePages, dtype: str) -> torch.Tensor:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kvstore import _native
 from kvstore.blocks.spec import Described, Group, Part
+from kvstore.copier.cuda.kernels import KernelCopy
 from kvstore.copier.segments import Segments, segments_of
 from tests.triton_tools import GUARD, Memory, Slots, interpreted
 
@@ -74,7 +75,7 @@ def test_cast_is_torchs(kernels: Any, source: str, target: str) -> None:
     segments = Segments(np.array([row], dtype=np.int64), 1, page.itemsize, 1)
     cast = (source, target) if to_slots else (target, source)
     slots = np.array([slot.ctypes.data], dtype=np.uint64)
-    kernels.copy(to_slots, segments, 0, 1, np.array([[0]]), slots, 0, cast=cast)
+    kernels.copy(KernelCopy(to_slots, segments, 0, 1, np.array([[0]]), slots, cast), 0)
     found = torch.from_numpy(made).view(getattr(torch, target))
     nan = torch.isnan(wanted.to(torch.float32)).numpy()
     assert np.array_equal(torch.isnan(found.to(torch.float32)).numpy(), nan)
@@ -102,7 +103,7 @@ def test_cast_between_layouts(kernels: Any, order: str) -> None:
 
     slots = Slots(small.nbytes(4), 1)
     cast = ("float32", "bfloat16")
-    kernels.copy(True, segments, 0, 2, ids, slots.addresses, 0, cast=cast)
+    kernels.copy(KernelCopy(True, segments, 0, 2, ids, slots.addresses, cast), 0)
     start = int(slots.addresses[0]) - slots.bytes.ctypes.data
     end = start + small.nbytes(4)
     expected = Slots(small.nbytes(4), 1).bytes
@@ -110,7 +111,7 @@ def test_cast_between_layouts(kernels: Any, order: str) -> None:
     assert np.array_equal(slots.bytes, expected)
 
     rounded = torch.from_numpy(numbers.copy()).to(torch.bfloat16).to(torch.float32).numpy()
-    kernels.copy(False, segments, 0, 2, ids, slots.addresses, 0, cast=cast)
+    kernels.copy(KernelCopy(False, segments, 0, 2, ids, slots.addresses, cast), 0)
     pages = [0, 2]
     by_page = (2, 3, -1)  # layers, pages
     assert np.array_equal(numbers.reshape(by_page)[:, pages], rounded.reshape(by_page)[:, pages])
@@ -121,6 +122,6 @@ def test_equal_types_are_no_cast(kernels: Any) -> None:
     segments = segments_of(memory.paged, Part(LATENT), 1)
     slots = Slots(10, 1)
     same = ("float8_e4m3fn", "float8_e4m3fn")
-    kernels.copy(True, segments, 0, 2, np.array([[1]]), slots.addresses, 0, cast=same)
+    kernels.copy(KernelCopy(True, segments, 0, 2, np.array([[1]]), slots.addresses, same), 0)
     start = int(slots.addresses[0]) - slots.bytes.ctypes.data
     assert slots.bytes[start : start + 5].tolist() == memory.bytes[GUARD + 5 : GUARD + 10].tolist()

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from kvstore import _native
 from kvstore.blocks.spec import AXES, Described, Group, Opaque, Part
 from kvstore.copier.base import PagedMemory, PlaneMemory
+from kvstore.copier.cuda.kernels import KernelCopy
 from kvstore.copier.cuda.tiles import tile
 from kvstore.copier.segments import Segments, segments_of
 from kvstore.errors import SpecError, StoreUnavailable
@@ -68,7 +69,7 @@ def check(
     changed = 1 if to_slots else 0
     assert not np.array_equal(expected[changed], before[changed])
     memory[:], slots.bytes[:] = before
-    kernels.copy(to_slots, segments, first, last, ids, slots.addresses, 0)
+    kernels.copy(KernelCopy(to_slots, segments, first, last, ids, slots.addresses), 0)
     assert np.array_equal(memory, expected[0])
     assert np.array_equal(slots.bytes, expected[1])
     memory[:], slots.bytes[:] = before
@@ -179,9 +180,9 @@ def test_blocks_pages_and_layers(kernels: Any) -> None:
     check(kernels, segments, memory.bytes, slots, some, to_slots=False)
     check(kernels, segments, memory.bytes, slots, some, to_slots=False, layers=(2, 3))
     nothing = memory.bytes.copy()
-    kernels.copy(False, segments, 1, 1, np.array(some), slots.addresses, 0)
+    kernels.copy(KernelCopy(False, segments, 1, 1, np.array(some), slots.addresses), 0)
     empty = np.zeros((0, 3), dtype=np.int64), np.zeros(0, dtype=np.uint64)
-    kernels.copy(False, segments, 0, 3, *empty, 0)
+    kernels.copy(KernelCopy(False, segments, 0, 3, *empty), 0)
     assert np.array_equal(memory.bytes, nothing)
 
 
@@ -222,7 +223,7 @@ def test_refusals(kernels: Any) -> None:
         "too large": (True, segments, 0, 2, np.zeros((1, 20), dtype=np.int64), slots.addresses),
     }.items():
         with pytest.raises(SpecError, match=message):
-            kernels.copy(*args, 0)
+            kernels.copy(KernelCopy(*args), 0)
     assert np.array_equal(slots.bytes, before)
 
 

@@ -15,7 +15,7 @@ from kvstore.copier.base import Copier, Copy
 from kvstore.copier.cuda.calibration import calibrate
 from kvstore.copier.cuda.device import CudaEvent, Device
 from kvstore.copier.cuda.driver import Driver
-from kvstore.copier.cuda.kernels import Kernels
+from kvstore.copier.cuda.kernels import KernelCopy, Kernels
 from kvstore.copier.cuda.lanes import Budget, Lane, Lanes
 from kvstore.copier.cuda.pathcost import PathCosts, Way
 from kvstore.copier.cuda.pinning import PinnedMemory
@@ -47,6 +47,15 @@ class _Job:
     plan: CopyPlan
     in_one_piece: bool  # each slot lies in one piece of pinned memory
     mapped: NDArray[np.uint64] | None  # where the device sees the slots
+
+    def by_kernel(
+        self, first: int, last: int, page_ids: NDArray[np.int64], slots: NDArray[np.uint64]
+    ) -> KernelCopy:
+        """The same for some layers and blocks."""
+        plan = self.plan
+        return KernelCopy(
+            self.copy.to_slots, plan.segments, first, last, page_ids, slots, plan.cast
+        )
 
 
 class CudaCopier(Copier):
@@ -230,10 +239,7 @@ class CudaCopier(Copier):
         elif job.way == "kernel":
             assert self._kernels is not None
             assert job.mapped is not None
-            self._kernels.copy(
-                copy.to_slots, job.plan.segments, first, last,
-                copy.page_ids, job.mapped, lane.kernels, cast=job.plan.cast,
-            )  # fmt: skip
+            self._kernels.copy(job.by_kernel(first, last, copy.page_ids, job.mapped), lane.kernels)
         else:
             runs = job.plan.runs
             blocks = max(1, _RUNS_AT_ONCE // runs.per_block)
@@ -269,11 +275,8 @@ class CudaCopier(Copier):
                     copy.to_slots, Copies(staged, slots + np.uint64(offset), sizes), lane.dma,
                     whole=job.in_one_piece,
                 )  # fmt: skip
-                by_kernel = partial(
-                    kernels.copy,
-                    copy.to_slots, job.plan.segments, low, high,
-                    ids, staged - np.uint64(offset), lane.kernels, cast=job.plan.cast,
-                )  # fmt: skip
+                some = job.by_kernel(low, high, ids, staged - np.uint64(offset))
+                by_kernel = partial(kernels.copy, some, lane.kernels)
                 fill, empty = (by_kernel, by_dma) if copy.to_slots else (by_dma, by_kernel)
                 fill()
                 device.wait(emptying, device.record(filling))

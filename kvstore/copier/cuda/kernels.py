@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from kvstore.copier.cuda.tiles import Cast
 from kvstore.copier.segments import Segments
 
 if TYPE_CHECKING:
@@ -11,26 +13,40 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+@dataclass(frozen=True, slots=True)
+class KernelCopy:
+    """What `_native.copy_blocks` copies for the rows of layers `first` to `last`.
+
+    `page_ids` has shape (blocks, pages per block); -1 leaves a page out, which only loads allow.
+    They are not checked against the memory. `slots` (blocks,) are addresses for the device, such
+    that the offsets in the rows fit: of a slot only the bytes of those layers need be there.
+
+    With `cast` the pages hold numbers of the first type and the slots those of the second, and the
+    strides of the slots are in bytes of the second. Numbers are rounded to the nearest, ties to
+    even, as by `torch.Tensor.to`. What is too large becomes an infinity, but 448 in float8_e4m3fn,
+    which has none (torch before 2.13 may make it NaN). NaN stays NaN; its payload may change.
+    """
+
+    to_slots: bool
+    segments: Segments
+    first: int
+    last: int
+    page_ids: NDArray[np.int64]
+    slots: NDArray[np.uint64]
+    cast: Cast | None = None
+
+
 class Kernels(Protocol):
     """Copies by kernels of the device. Safe to call from several threads at once."""
 
-    def copy(
-        self,
-        to_slots: bool,
-        segments: Segments,
-        first_layer: int,
-        last_layer: int,
-        page_ids: NDArray[np.int64],
-        slots: NDArray[np.uint64],
-        stream: int,
-        *,
-        cast: tuple[str, str] | None = None,
-    ) -> None:
-        """Enqueue on `stream` what `_native.copy_blocks` does, for some layers.
+    def copy(self, copy: KernelCopy, stream: int) -> None:
+        """Enqueue a copy on `stream` (its handle).
 
-        The rows are ``segments.of_layers(first_layer, last_layer)``. `page_ids` has shape (B, P);
-        -1 leaves a page out. `slots` (B,) are addresses for the device, such that the offsets in
-        the rows fit: of a slot only the bytes of those layers need be there. Both arrays may
-        change as soon as the call returns. With `cast` the pages hold numbers of the first type,
-        the slots those of the second, rounded to the nearest.
+        `copy.segments` must not change afterwards; `page_ids` and `slots` may. Pages and slots must
+        stay until the stream has passed the copy.
+
+        Raises:
+            SpecError: shapes, layers, page ids or alignments that make no sense, or a cast between
+                other types or sizes.
+            StoreUnavailable: the device failed.
         """

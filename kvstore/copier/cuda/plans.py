@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from kvstore.blocks.spec import Part
 from kvstore.copier.base import PagedMemory
 from kvstore.copier.cuda.runs import Runs
+from kvstore.copier.cuda.tiles import Cast
 from kvstore.copier.segments import Segments, segments_of
 
 
@@ -19,7 +20,7 @@ class CopyPlan:
 
     runs: Runs
     segments: Segments
-    cast: tuple[str, str] | None = None
+    cast: Cast | None = None
 
 
 def copy_plan(memory: PagedMemory, stored: Part, block_tokens: int) -> CopyPlan:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
+from kvstore.copier.cuda.kernels import KernelCopy
 from kvstore.copier.cuda.ring import Ring
 from kvstore.copier.cuda.tiles import NUMBERS, PAGES, SLOTS, Cast, Tiling, tile
 from kvstore.copier.segments import Segments
@@ -243,59 +244,29 @@ class TritonKernels:
                 self._on_device = torch.empty_like(self._pinned, device=f"cuda:{device}")
                 self._uploads = torch.cuda.Stream(device)
 
-    def copy(
-        self,
-        to_slots: bool,
-        segments: Segments,
-        first_layer: int,
-        last_layer: int,
-        page_ids: NDArray[np.int64],
-        slots: NDArray[np.uint64],
-        stream: int,
-        *,
-        cast: Cast | None = None,
-    ) -> None:
-        """Enqueue on `stream` (its handle) the copy of layers `first_layer` to `last_layer`.
-
-        What is copied is what `_native.copy_blocks` copies for the rows of these layers: `page_ids`
-        has shape (blocks, pages per block), `slots` (blocks,) addresses that the device can use;
-        a page id of -1 leaves that page out, which only loads allow. Page ids are not checked
-        against the memory: use `check_copy`. `segments` must not change afterwards; `page_ids` and
-        `slots` may. Pages and slots must stay until the stream has passed the copy.
-
-        With `cast` the pages hold numbers of the first type and the slots those of the second, and
-        the strides of the slots are in bytes of the second. Numbers are rounded to the nearest,
-        ties to even, as by `torch.Tensor.to`. What is too large becomes an infinity, but 448 in
-        float8_e4m3fn, which has none (torch before 2.13 may make it NaN). NaN stays NaN; its
-        payload may change.
-
-        Raises:
-            SpecError: shapes, layers, page ids or alignments that make no sense, or a cast between
-                other types or sizes.
-            StoreUnavailable: the device failed.
-        """
+    def copy(self, copy: KernelCopy, stream: int) -> None:
+        """See `Kernels`."""
+        segments, page_ids, slots = copy.segments, copy.page_ids, copy.slots
         if page_ids.ndim != 2 or slots.shape != page_ids.shape[:1]:
             raise SpecError(f"page_ids of {page_ids.shape} do not fit slots of {slots.shape}")
-        if not 0 <= first_layer <= last_layer <= segments.layers:
-            raise SpecError(f"no layers {first_layer} to {last_layer} among {segments.layers}")
+        if not 0 <= copy.first <= copy.last <= segments.layers:
+            raise SpecError(f"no layers {copy.first} to {copy.last} among {segments.layers}")
         blocks, pages = page_ids.shape
         each = len(segments.rows) // segments.layers
-        rows = (last_layer - first_layer) * each
+        first_row, rows = copy.first * each, (copy.last - copy.first) * each
         if not blocks or not pages or not rows:
             return
-        if to_slots and int(page_ids.min()) < 0:
+        if copy.to_slots and int(page_ids.min()) < 0:
             raise SpecError("only loads can leave pages out; saves need every page id")
-        if cast is not None and cast[0] == cast[1]:
-            cast = None
+        cast = None if copy.cast is None or copy.cast[0] == copy.cast[1] else copy.cast
         slot_align = math.gcd(16, int(np.bitwise_or.reduce(slots)))
         with self._lock, _device_errors():
-            plan = self._plan(segments, to_slots, cast, slot_align)
+            plan = self._plan(segments, copy.to_slots, cast, slot_align)
             # A launch has at most 2**31 - 1 programs, and its words fit in the ring.
             programs = rows * pages * math.prod(plan.tiles)
             step = min(self._ring.words // (1 + pages), (2**31 - 1) // programs)
             if not step:
                 raise SpecError(f"a block of {pages} pages is too large for one launch")
-            first_row = first_layer * each
             for start in range(0, blocks, step):
                 some = slice(start, start + step)
                 self._launch(plan, first_row, rows, page_ids[some], slots[some], stream)
