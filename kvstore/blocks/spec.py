@@ -51,6 +51,14 @@ def _check_text(field: str, text: str, *, empty: bool = False) -> None:
         raise SpecError(f"{field} is longer than {_MAX_TEXT} bytes")
 
 
+def _check_pairs(field: str, pairs: tuple[tuple[str, str], ...]) -> None:
+    if len(pairs) > 64:
+        raise SpecError(f"{field} has {len(pairs)} pairs; at most 64 are allowed")
+    for name, value in pairs:
+        _check_text(f"{field} name", name)
+        _check_text(f"{field}[{name!r}]", value, empty=True)
+
+
 def _check_range(field: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise SpecError(f"{field} is {value}; it must lie between {low} and {high}")
@@ -79,11 +87,7 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _check_text("model.name", self.name)
         for field in ("revision", "dtype", "adapter"):
             _check_text(f"model.{field}", getattr(self, field), empty=True)
-        if len(self.extra) > 64:
-            raise SpecError(f"model.extra has {len(self.extra)} pairs; at most 64 are allowed")
-        for name, value in self.extra:
-            _check_text("model.extra name", name)
-            _check_text(f"model.extra[{name!r}]", value, empty=True)
+        _check_pairs("model.extra", self.extra)
 
 
 class Namespace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
@@ -195,11 +199,7 @@ class Opaque(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="opaqu
         _check_text("layout.name", self.name)
         _check_range("layout.page_tokens", self.page_tokens, 1, MAX_BLOCK_TOKENS)
         _check_range("layout.page_bytes", self.page_bytes, 1, MAX_OBJECT_BYTES)
-        if len(self.params) > 64:
-            raise SpecError(f"layout.params has {len(self.params)} pairs; at most 64 are allowed")
-        for name, value in self.params:
-            _check_text("layout.params name", name)
-            _check_text(f"layout.params[{name!r}]", value, empty=True)
+        _check_pairs("layout.params", self.params)
 
 
 Layout = Described | Opaque

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -17,7 +17,10 @@ from kvstore.errors import KVStoreError, SpecError, StoreUnavailable
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kvstore.copier.gate import LayerGate
+    from kvstore.copier.gate import Event, LayerGate
+
+LAYERS_BYTES: Final = 4 << 20
+"""Bytes of neighbouring layers that are copied together, where each is waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,30 @@ class Copy:
     after: LayerGate | None = None
     then: LayerGate | None = None
     deadline: float = math.inf
+
+    def turns(self, *, whole: bool) -> Iterator[tuple[int, int, list[Event]]]:
+        """Layers to copy together, first and end, in turn, once `after` lets go of their pages.
+
+        Their events must have happened before pages are touched. With `whole` there is one turn.
+
+        Raises:
+            StoreUnavailable: the gate did not open.
+        """
+        after, layers = self.after, self.memory.part.group.layers
+        step, least = layers, layers if whole else 1
+        if self.then is not None and not whole:
+            nbytes = self.stored.nbytes(self.block_tokens) * len(self.slots)
+            step = -(-LAYERS_BYTES * layers // nbytes)
+        first = 0
+        while first < layers:
+            last, events = min(first + step, layers), {}
+            if after is not None:
+                after.wait(first + least - 1, self.deadline)
+                last = min(last, after.open_layers)
+                found = (after.wait(layer, self.deadline) for layer in range(first, last))
+                events = {event.handle: event for event in found if event is not None}
+            yield first, last, list(events.values())
+            first = last
 
 
 class Copier(ABC):

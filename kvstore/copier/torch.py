@@ -14,7 +14,6 @@ import torch
 
 from kvstore.copier.base import Copier, Copy, PagedMemory, PlaneMemory
 from kvstore.copier.cpu import CpuCopier
-from kvstore.copier.gate import LayerGate
 from kvstore.errors import SpecError
 
 STAGING_BYTES: Final = 64 << 20
@@ -50,7 +49,10 @@ class TorchCopier(Copier):
 
     def run(self, copy: Copy) -> list[int] | None:
         """See `Copier`."""
-        _wait_for(copy.after, copy.deadline)
+        for _, _, events in copy.turns(whole=True):
+            for event in events:
+                if isinstance(event, TorchEvent):
+                    event.synchronize()
         rows = _rows_of(copy.memory)
         device = rows[0].device
         sums: list[int] = []
@@ -81,14 +83,6 @@ class TorchCopier(Copier):
         if copy.then is not None:
             copy.then.open(copy.then.layers)
         return sums if copy.checksum else None
-
-
-def _wait_for(gate: LayerGate | None, deadline: float) -> None:
-    """Wait until all layers are open and what they wait for has happened."""
-    events = [] if gate is None else [gate.wait(n, deadline) for n in range(gate.layers)]
-    for event in set(events):
-        if isinstance(event, TorchEvent):
-            event.synchronize()
 
 
 def _rows_of(memory: PagedMemory) -> list[torch.Tensor]:

@@ -77,7 +77,7 @@ def test_a_save_copies_no_layer_before_it_is_computed(cuda: FakeCuda, way: str, 
 def test_layers_are_opened_when_their_bytes_are_there(
     cuda: FakeCuda, way: str, axes: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvstore.copier.cuda.copier._LAYERS_BYTES", 1)  # each layer by itself
+    monkeypatch.setattr("kvstore.copier.base.LAYERS_BYTES", 1)  # each layer by itself
     copier = cuda.copier(kernels=FakeKernels(cuda), path=way)
     engine = cuda.device()
     part = Part(GROUP, Described(axes))
@@ -131,7 +131,7 @@ def test_layers_that_are_followed_one_by_one_have_events_of_their_own(
     _, pages = pair(cuda, PART, "LPBNHC")
     arena = Arena(PART.nbytes(TOKENS))
     for step, count in ((1, 3), (4 << 20, 1)):
-        monkeypatch.setattr("kvstore.copier.cuda.copier._LAYERS_BYTES", step)
+        monkeypatch.setattr("kvstore.copier.base.LAYERS_BYTES", step)
         then = LayerGate(3)
         copier.load(pages.on_device, IDS, arena.slots, TOKENS, then=then)
         events = [then.wait(layer, 0) for layer in range(3)]
@@ -166,7 +166,7 @@ def test_a_gate_that_does_not_open_ends_the_call(cuda: FakeCuda, way: str) -> No
 def test_after_a_failure_nothing_is_copied_any_more(
     cuda: FakeCuda, saving: bool, way: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvstore.copier.cuda.copier._LAYERS_BYTES", 1)
+    monkeypatch.setattr("kvstore.copier.base.LAYERS_BYTES", 1)
     kernels = FakeKernels(cuda)
     copier = cuda.copier(kernels=kernels, path=way)
     _, pages = pair(cuda, PART, "LPBNHC")

@@ -28,9 +28,6 @@ from kvstore.errors import SpecError, StoreUnavailable
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_LAYERS_BYTES: Final = 4 << 20
-"""Bytes of neighbouring layers that are copied together, where each is waited for."""
-
 _RUNS_AT_ONCE: Final = 32768
 """Runs that are put together and handed over before the next; the device works meanwhile."""
 
@@ -161,7 +158,11 @@ class CudaCopier(Copier):
             job = self._job(copy, way, lane)
             # The stream that touches the pages, which is what gates are about.
             stream = lane.dma if job.way == "dma" else lane.kernels
-            for first, last in self._layers(job, stream):
+            # A buffer holds whole objects, or whole layers of them.
+            whole = job.way == "staged" and job.plan.runs.layer_bytes is None
+            for first, last, events in copy.turns(whole=whole):
+                for event in events:
+                    self._device.wait(stream, event)
                 self._issue(job, lane, first, last)
                 if copy.then is not None:
                     copy.then.open(last, self._device.record(stream))
@@ -184,7 +185,8 @@ class CudaCopier(Copier):
             mapped = self._pinned.mapped(copy.slots, runs.nbytes)
             if mapped is not None:
                 ways.append("kernel")
-            if self._stageable(runs):
+            # An object must fit into half a buffer, whole or by its layers.
+            if min(runs.nbytes, runs.layer_bytes or runs.nbytes) <= self._budget.half_bytes:
                 ways.append("staged")
         way = self._choose(copy, wanted, ways, runs)
         if way == "staged" and not self._budget.equip(lane):
@@ -206,31 +208,6 @@ class CudaCopier(Copier):
         return self._costs.choose(
             copy.to_slots, runs.per_block * blocks, runs.nbytes * blocks, ways
         )
-
-    def _stageable(self, runs: Runs) -> bool:
-        """Whether an object fits into half a buffer, whole or by its layers."""
-        return min(runs.nbytes, runs.layer_bytes or runs.nbytes) <= self._budget.half_bytes
-
-    def _layers(self, job: _Job, stream: int) -> Iterator[tuple[int, int]]:
-        """Layers to copy together, in turn, once what follows on `stream` may touch their pages."""
-        copy, runs, layers = job.copy, job.plan.runs, job.plan.runs.layers
-        after, step = copy.after, layers
-        if copy.then is not None:
-            step = max(1, _LAYERS_BYTES * layers // (runs.nbytes * len(copy.slots)))
-        least = 1
-        if job.way == "staged" and runs.layer_bytes is None:
-            least = step = layers  # a buffer holds whole objects
-        first = 0
-        while first < layers:
-            last = min(first + step, layers)
-            if after is not None:
-                after.wait(first + least - 1, copy.deadline)
-                last = min(last, after.open_layers)
-                events = [after.wait(layer, copy.deadline) for layer in range(first, last)]
-                for event in {e.handle: e for e in events if e is not None}.values():
-                    self._device.wait(stream, event)
-            yield first, last
-            first = last
 
     def _issue(self, job: _Job, lane: Lane, first: int, last: int) -> None:
         copy = job.copy

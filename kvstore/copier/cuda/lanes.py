@@ -99,21 +99,18 @@ class Lanes:
         Raises:
             StoreUnavailable: none came free by `deadline` (monotonic seconds).
         """
-        lane = self._take(deadline)
+        patience = min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._free or self._made < MOST, patience):
+                raise StoreUnavailable(f"none of {MOST} lanes to the device came free in time")
+            if self._free:
+                lane = self._free.pop()
+            else:
+                lane = Lane(self._device, self._low_priority)
+                self._made += 1
         try:
             yield lane
         finally:
             with self._changed:
                 self._free.append(lane)
                 self._changed.notify()
-
-    def _take(self, deadline: float) -> Lane:
-        with self._changed:
-            patience = min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
-            if not self._changed.wait_for(lambda: self._free or self._made < MOST, patience):
-                raise StoreUnavailable(f"none of {MOST} lanes to the device came free in time")
-            if self._free:
-                return self._free.pop()
-            lane = Lane(self._device, self._low_priority)
-            self._made += 1
-            return lane
