@@ -158,8 +158,7 @@ def block_keys(
 def _plain_chain(parent: bytes, ids: NDArray[np.uint32], size: int) -> list[bytes]:
     if not len(ids):
         return []
-    joined = _native.chain_keys(parent, ids, size)
-    return split_keys(joined)
+    return split_keys(_native.chain_keys(parent, ids, size))
 
 
 def join_keys(keys: Sequence[bytes]) -> bytes:

@@ -288,21 +288,18 @@ def plane_strides(group: Group, axes: str, tokens: int, layer: int, plane: int) 
     widths = group.channels
     if len(set(widths)) > 1:
         _check_planes(widths, axes)
-    size = {"L": group.layers, "P": len(widths), "N": tokens, "H": group.heads}
+    size = {"L": group.layers, "N": tokens, "H": group.heads, "C": widths[plane]}
     stride: dict[str, int] = {}
     inner = group.elem_size
     for axis in reversed(axes):
         if axis == "P":
             # Before this point `inner` counts this plane's bytes; from here on, all planes'.
-            per_channel = inner // widths[plane] if "C" in stride else inner
-            plane_offset = (
-                per_channel * sum(widths[:plane]) if "C" in stride else per_channel * plane
-            )
-            inner = per_channel * (sum(widths) if "C" in stride else len(widths))
-            stride["P"] = 0
+            sizes = widths if "C" in stride else (1,) * len(widths)
+            each = inner // sizes[plane]
+            plane_offset, inner = each * sum(sizes[:plane]), each * sum(sizes)
             continue
         stride[axis] = inner
-        inner *= widths[plane] if axis == "C" else size[axis]
+        inner *= size[axis]
     return PlaneStrides(
         offset=stride["L"] * layer + plane_offset,
         token=stride["N"],

@@ -27,7 +27,8 @@ class LayerGate:
     def __init__(self, layers: int) -> None:
         self.layers = layers
         self._events: list[Event | None] = []
-        self._failed: str | None = None
+        self.failed: str | None = None
+        """Why nothing more will be opened; None: it will, or all is open."""
         self.opened_at = 0.0
         """When a layer was opened last, in monotonic seconds."""
         self._changed = threading.Condition()
@@ -49,19 +50,14 @@ class LayerGate:
     def fail(self, reason: str) -> None:
         """Nothing more will be opened."""
         with self._changed:
-            if len(self._events) < self.layers and self._failed is None:
-                self._failed = reason
+            if len(self._events) < self.layers and self.failed is None:
+                self.failed = reason
                 self._changed.notify_all()
 
     @property
     def open_layers(self) -> int:
         """Layers that are open, from the first on."""
         return len(self._events)
-
-    @property
-    def failed(self) -> str | None:
-        """Why nothing more will be opened; None: it will, or all is open."""
-        return self._failed
 
     def wait(self, layer: int, deadline: float) -> Event | None:
         """The event of `layer`, once it is open; `deadline` in monotonic seconds.
@@ -71,9 +67,9 @@ class LayerGate:
         """
         with self._changed:
             self._changed.wait_for(
-                lambda: len(self._events) > layer or self._failed is not None,
+                lambda: len(self._events) > layer or self.failed is not None,
                 min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX),
             )
             if len(self._events) > layer:
                 return self._events[layer]
-        raise StoreUnavailable(self._failed or f"layer {layer} was not there in time")
+        raise StoreUnavailable(self.failed or f"layer {layer} was not there in time")

@@ -31,7 +31,6 @@ _RESERVED: Final = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
 _LOOK: Final = 0.1
 _PREFAULT_PIECE: Final = 256 << 20
 _POPULATE_PIECE: Final = 8 << 20
-_MADV_HUGEPAGE: Final = 14
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 _log = logging.getLogger("kvstore.daemon")
@@ -155,7 +154,7 @@ class Arena:
         arena = cls._on_huge_pages(size, reserve=reserve, patient=patient)
         if arena is None and huge_dir is not None:
             arena = cls._in_folder(size, huge_dir, reserve=reserve, private=private)
-        return arena or cls._plain(size, private=private)
+        return arena or cls._memfd(check_room(size, private=private), "shmem")._advise()
 
     @classmethod
     def _on_huge_pages(cls, size: int, *, reserve: bool, patient: bool) -> Arena | None:
@@ -168,11 +167,6 @@ class Arena:
             if patient and rounded <= _reserved_huge_pages():
                 raise Busy(f"reserved huge pages are in use by others ({e})") from e
             return None
-
-    @classmethod
-    def _plain(cls, size: int, *, private: bool) -> Arena:
-        size = check_room(size, private=private)
-        return cls._memfd(size, "shmem")._advise()
 
     @classmethod
     def _memfd(cls, size: int, pages: str, flags: int = 0, *, reserve: bool = False) -> Arena:
@@ -241,10 +235,8 @@ class Arena:
             raise
 
     def _advise(self) -> Arena:
-        try:
-            self._map.madvise(_MADV_HUGEPAGE)
-        except OSError:  # A kernel without huge pages; `huge` tells the truth later.
-            return self
+        with contextlib.suppress(OSError):  # a kernel without; `huge` tells the truth later
+            self._map.madvise(mmap.MADV_HUGEPAGE)
         return self
 
     def prefault(self, progress: Progress | None = None) -> None:

@@ -19,8 +19,7 @@ from kvstore.copier.cuda.kernels import KernelCopy, Kernels
 from kvstore.copier.cuda.lanes import Budget, Lane, Lanes
 from kvstore.copier.cuda.pathcost import PathCosts, Way
 from kvstore.copier.cuda.pinning import PinnedMemory
-from kvstore.copier.cuda.plans import CopyPlan, copy_plan
-from kvstore.copier.cuda.runs import Copies, Runs
+from kvstore.copier.cuda.runs import Copies, CopyPlan, Runs, copy_plan
 from kvstore.copier.gate import Event
 from kvstore.copier.segments import Plans
 from kvstore.errors import SpecError, StoreUnavailable
@@ -188,10 +187,10 @@ class CudaCopier(Copier):
             # An object must fit into half a buffer, whole or by its layers.
             if min(runs.nbytes, runs.layer_bytes or runs.nbytes) <= self._budget.half_bytes:
                 ways.append("staged")
-        way = self._choose(copy, wanted, ways, runs)
-        if way == "staged" and not self._budget.equip(lane):
+        while (way := self._choose(copy, wanted, ways, runs)) == "staged":
+            if self._budget.equip(lane):
+                break
             ways.remove("staged")
-            way = self._choose(copy, wanted, ways, runs)
         whole = self._pinned.in_one_piece(copy.slots, runs.nbytes)
         return _Job(copy, way, plan, whole, mapped)
 

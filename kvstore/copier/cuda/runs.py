@@ -7,12 +7,15 @@ channels lie side by side on both, each is one element.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from kvstore.copier.segments import Segments
+from kvstore.blocks.spec import Part
+from kvstore.copier.base import PagedMemory
+from kvstore.copier.cuda.tiles import Cast
+from kvstore.copier.segments import Segments, segments_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -177,3 +180,26 @@ def _row_runs(row: list[int], segments: Segments, pages: int) -> tuple[NDArray[n
         at_slot = (at_slot[:, None] + steps * slot_stride).reshape(-1)
     each = (run, page, segments.page_tokens * s_token if pages > 1 else 0)
     return at_page, at_slot, *(np.full(len(at_page), value) for value in each)
+
+
+@dataclass(frozen=True, slots=True)
+class CopyPlan:
+    """Runs for DMA, segments for kernels; `cast` names the types that kernels turn, if any.
+
+    With `cast` only kernels will do; of `runs` the sizes and places in the slots still hold.
+    """
+
+    runs: Runs
+    segments: Segments
+    cast: Cast | None = None
+
+
+def copy_plan(memory: PagedMemory, stored: Part, block_tokens: int) -> CopyPlan:
+    """The plan for objects of `stored`, each of `block_tokens` tokens."""
+    pages = block_tokens // memory.page_tokens
+    segments = segments_of(memory, stored, block_tokens)
+    own, other = memory.part.group.dtype, stored.group.dtype
+    if own == other:
+        return CopyPlan(Runs(segments, pages), segments)
+    as_stored = segments_of(replace(memory, part=stored), stored, block_tokens)
+    return CopyPlan(Runs(as_stored, pages), segments, (own, other))
