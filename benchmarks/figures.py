@@ -22,7 +22,6 @@ Param = str | int | float | bool
 
 _SCALES: Final = {"GB/s": 1e9, "Mtoken/s": 1e6, "us": 1e-6, "ms": 1e-3}
 _REFRESH_SECONDS: Final = 0.2
-_FILE_WIDTH: Final = 160
 
 
 class BenchmarkError(KVStoreError):
@@ -126,9 +125,7 @@ class Report:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
         if self._figures and not self._as_json:
-            # A file or a pipe has no width that a table would have to fit.
-            width = None if sys.stdout.isatty() else _FILE_WIDTH
-            Console(width=width).print(_table(self._bench, self._figures))
+            Console().print(_table(self._bench, self._figures))
 
     def note(self, text: str) -> None:
         """Tell people why something is missing."""
@@ -224,7 +221,7 @@ class Report:
 
 def _table(bench: str, figures: list[Figure]) -> Table:
     table = Table(title=f"kvstore bench {bench}", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("figure", no_wrap=True)
+    table.add_column("figure", overflow="fold")
     for column in ("value", "limit", "ratio"):
         table.add_column(column, justify="right", no_wrap=True)
     against: Param | None = None

@@ -189,8 +189,8 @@ def _status(pid: int) -> dict[str, int]:
 
 
 _HEAD: Final = (
-    "   time  req/s    hit  save GB/s  load GB/s   memory     disk  leases  "
-    "private MiB  RSS MiB  fds  threads  killed or lost"
+    "sizes in MiB, rates in GB/s; at last calls unanswered / saves dropped / blocks wrong\n"
+    "   time req/s   hit  save  load memory  disk leases private  RSS fds thr bad"
 )
 
 
@@ -199,12 +199,11 @@ def _line(samples: Sequence[Sample]) -> str:
     now = samples[-1]
     before = samples[-2] if len(samples) > 1 else None
     rates = _rates([before, now] if before else [now])
-    bad = f"{now.did.unavailable} unavailable, {now.did.dropped} dropped, {now.did.wrong} wrong"
     return (
-        f"{now.seconds:6.1f}s {rates.requests:6.1f} {rates.hits:6.1%} {rates.saved / 1e9:10.3f} "
-        f"{rates.loaded / 1e9:10.3f} {now.memory_used >> 20:5} MiB {now.disk_used >> 20:4} MiB "
-        f"{now.leases:7} {now.private / (1 << 20):12.1f} {now.rss >> 20:8} {now.fds:4} "
-        f"{now.threads:8}  {bad}"
+        f"{now.seconds:6.1f}s {rates.requests:4.0f} {rates.hits:5.0%} {rates.saved / 1e9:5.2f} "
+        f"{rates.loaded / 1e9:5.2f} {now.memory_used >> 20:6} {now.disk_used >> 20:5} "
+        f"{now.leases:6} {now.private / (1 << 20):7.1f} {now.rss >> 20:4} {now.fds:3} "
+        f"{now.threads:3} {now.did.unavailable}/{now.did.dropped}/{now.did.wrong}"
     )
 
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from model import ModelUnavailable, prepare
 from rich import box
@@ -39,6 +39,7 @@ DOCUMENT: Final = HERE.parent / "LICENSE"
 READER_ENVIRONMENT: Final = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 START_SECONDS: Final = 60.0
 STOP_SECONDS: Final = 60.0
+SILENT_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +121,14 @@ def run_reader(
         log.open("a") as errors,
         subprocess.Popen(
             command,
+            bufsize=0,
             stdout=subprocess.PIPE,
             stderr=errors,
-            text=True,
             env=READER_ENVIRONMENT | os.environ,
         ) as process,
     ):
         assert process.stdout is not None
-        for line in process.stdout:
+        for line in spoken(process.stdout, progress, reader.name):
             event = json.loads(line)
             result = event.get("result", result)
             if "step" in event:
@@ -136,6 +137,17 @@ def run_reader(
         raise DemoError(f"{reader.name}: ended with code {process.returncode}:\n{last_words(log)}")
     tell(progress, task, f"{reader.name}: done", total=1, completed=1)
     return {"reader": reader.name, "expected_tier": reader.tier} | result
+
+
+def spoken(pipe: IO[bytes], progress: Progress, whose: str) -> Iterator[bytes]:
+    """The lines of an unbuffered pipe. Without a terminal, a long silence is told."""
+    while True:
+        if progress.disable and not select.select([pipe], [], [], SILENT_SECONDS)[0]:
+            note(progress, f"{whose}: …")
+        elif line := pipe.readline():
+            yield line
+        else:
+            return
 
 
 def begin(progress: Progress, text: str) -> TaskID:
@@ -149,8 +161,13 @@ def tell(progress: Progress, task: TaskID, text: str, **change: Any) -> None:
     """Show what a task does now; in a line with the time since the start, without a terminal."""
     progress.update(task, description=text, **change)
     if progress.disable:
-        passed = progress.get_time() - (progress.tasks[0].start_time or 0.0)
-        progress.console.print(f"{passed:5.1f} s  {text}", markup=False, highlight=False)
+        note(progress, text)
+
+
+def note(progress: Progress, text: str) -> None:
+    """Print a line with the time since the start."""
+    passed = progress.get_time() - (progress.tasks[0].start_time or 0.0)
+    progress.console.print(f"{passed:5.1f} s  {text}", markup=False, highlight=False)
 
 
 def last_words(log: Path) -> str:

@@ -85,6 +85,16 @@ class Report:
     first_token_seconds: float | None = None
     saved: Saved | None = None
 
+    def __str__(self) -> str:
+        """For people; `repr` has all."""
+        places = ", ".join(f"{count} from {tier}" for tier, count in self.tiers.items())
+        text = f"{self.loaded_tokens} of {self.prompt_tokens} tokens loaded"
+        text += f" ({places}) in {self.load_seconds:.3f} s" if places else ""
+        text += f": {self.reason}" if self.reason else ""
+        if self.first_token_seconds is not None:
+            text += f"; first token after {self.first_token_seconds:.3f} s"
+        return text + (f"; {self.saved.stored} blocks saved" if self.saved else "")
+
     @property
     def loaded_tokens(self) -> int:
         """Tokens of the prompt that came from the store."""

@@ -42,6 +42,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
+    rich_markup_mode="markdown",
     add_completion=False,
     help="KV-cache storage and transfer for LLM inference.",
     pretty_exceptions_enable=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from kvstore.benchmarks.figures import Report
 from tests.session_tools import Stores, prompt, save
 
 _KEYS = {"bench", "figure", "value", "unit", "limit", "ratio", "samples", "params"}
@@ -101,6 +103,19 @@ def test_loop(tmp_path: Path) -> None:
     assert figures[-2]["figure"] == "longest step of the loop"
 
 
+def test_figures_fit_the_terminal_with_all_their_numbers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with Report("x", samples=1, as_json=False) as report:
+        long = {"less_is_better": False, "samples": 1, "against": "something else " * 9}
+        report.level("name " * 30, 1234, 5678, unit="Mtoken/s", **long)
+    shown = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in shown.splitlines()), shown
+    assert re.search(r"name +1234 Mtoken/s +5678 Mtoken/s +0\.22", shown)
+    assert "…" not in shown
+
+
 def test_soak(tmp_path: Path) -> None:
     done = _run("soak", "--seconds", "8", "--clients", "2", "--json", "--folder", str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -112,6 +127,9 @@ def test_soak(tmp_path: Path) -> None:
         assert figures[name]["value"] > 0
     assert figures["daemon, private memory"]["params"]["clients_killed"] >= 1
     assert "verdict: good" in done.stderr
+    lines = [line for line in done.stderr.splitlines() if re.match(r" *[\d.]+s ", line)]
+    assert lines
+    assert all(len(line) <= 80 for line in lines), lines
     assert list(tmp_path.iterdir()) == []
 
 

@@ -85,6 +85,15 @@ def told(
     return Told(capsys, monkeypatch, f"unix://{served.socket}")
 
 
+def test_help_breaks_no_sentence(told: Told) -> None:
+    for command, found in commands():
+        shown = " ".join(told.text(*command.split(), "--help").split())
+        for line in (found.help or "").split("\n\n"):
+            assert " ".join(line.split()).replace("`", "") in shown
+    lines = told.text("token", "new", "--help").splitlines()
+    assert max(map(len, lines[4:6])) > 70, lines
+
+
 # -- what cannot be taken back ------------------------------------------------------------------
 
 DESTRUCTIVE = {"clear", "ttl", "quota"}

@@ -69,6 +69,16 @@ def test_three_processes_share_a_document(
     monkeypatch.syspath_prepend(str(DEMO.parent))
     shown = io.StringIO()
     importlib.import_module("demo").show(facts["readers"], Console(file=shown, width=80))
+    said = io.StringIO()
+    demo = importlib.import_module("demo")
+    monkeypatch.setattr(demo, "SILENT_SECONDS", 0.05)
+    with (
+        demo.Progress(console=Console(file=said), disable=True) as progress,
+        subprocess.Popen(["sh", "-c", "echo a; sleep 0.3; echo b"], bufsize=0, stdout=-1) as slow,
+    ):
+        demo.begin(progress, "first: starting")
+        assert list(demo.spoken(slow.stdout, progress, "first")) == [b"a\n", b"b\n"]
+    assert "s  first: …" in said.getvalue(), "a long silence is told"
     sentence = " ".join(shown.getvalue().split())
     assert re.search(
         r"saves what it computes in \d\.\d\d s: what it takes longer is its save", sentence

@@ -77,6 +77,9 @@ def test_answers_stay_the_same_from_memory_and_after_a_restart_from_disk(
     with KVStoreCache.open(model, served_store.config()) as cache:
         assert torch.equal(answer(cache, document), alone)
         assert cache.last.tiers == {"memory": whole(PROMPT)}
+        line = f"{whole(PROMPT)} of {PROMPT} tokens loaded ({whole(PROMPT)} from memory) in "
+        assert str(cache.last).startswith(line)
+        assert len(str(cache.last)) < 200
         assert cache.last.computed_tokens == PROMPT - whole(PROMPT)
         assert cache.last.saved.stored == 0
 
