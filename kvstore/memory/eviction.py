@@ -197,18 +197,3 @@ class S3Fifo(Generic[N]):
 
     def __len__(self) -> int:
         return len(self._small) + len(self._main)
-
-
-def make_policy(
-    name: str, ghost: Callable[[N], Hashable] = hash
-) -> Callable[[], EvictionPolicy[N]]:
-    """The factory of a policy by its configured name; `ghost` as for `S3Fifo`.
-
-    Raises:
-        KeyError: no such policy (the configuration is checked before).
-    """
-    policies: dict[str, Callable[[], EvictionPolicy[N]]] = {
-        "lru": Lru,
-        "s3fifo": lambda: S3Fifo(ghost),
-    }
-    return policies[name]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, Final, Generic, TypeVar
 
-from kvstore.memory.eviction import EvictionPolicy, Node, make_policy
+from kvstore.memory.eviction import EvictionPolicy, Lru, Node, S3Fifo
 
 ALIGNMENT: Final = 4096
 _REBALANCE_EVERY: Final = 64
@@ -50,8 +50,18 @@ class Slot(Node, Generic[T], gc=False, eq=False):
 
 
 def slot_policy(name: str) -> Callable[[], EvictionPolicy[Slot[Any]]]:
-    """A policy by its configured name. What lay in a slot is remembered as its owner's `ghost`."""
-    return make_policy(name, lambda slot: slot.owner.ghost)
+    """The factory of a policy by its configured name.
+
+    What lay in a slot is remembered as its owner's `ghost`.
+
+    Raises:
+        KeyError: no such policy (the configuration is checked before).
+    """
+    policies: dict[str, Callable[[], EvictionPolicy[Slot[Any]]]] = {
+        "lru": Lru,
+        "s3fifo": lambda: S3Fifo(lambda slot: slot.owner.ghost),
+    }
+    return policies[name]
 
 
 class _Chunk(Generic[T]):

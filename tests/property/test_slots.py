@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from kvstore.memory.eviction import make_policy
+from kvstore.memory.eviction import Lru, S3Fifo
 from kvstore.memory.slots import Slot, SlotPool
 
 CHUNK = 1 << 15
@@ -21,9 +21,11 @@ class SlotPoolMachine(RuleBasedStateMachine):
     @initialize(
         chunks=st.integers(0, 6),
         extra=st.integers(0, CHUNK - 1),
-        policy=st.sampled_from(["lru", "s3fifo"]),
+        policy=st.sampled_from([Lru, S3Fifo]),
     )
-    def start(self, chunks: int, extra: int, policy: str) -> None:
+    def start(
+        self, chunks: int, extra: int, policy: type[Lru[Slot[int]] | S3Fifo[Slot[int]]]
+    ) -> None:
         self.count = 0
         self.live: dict[int, Slot[int]] = {}
         self.held: set[int] = set()
@@ -31,7 +33,7 @@ class SlotPoolMachine(RuleBasedStateMachine):
         self.pool: SlotPool[int] = SlotPool(
             chunks * CHUNK + extra,
             CHUNK,
-            make_policy(policy),
+            policy,
             lambda slot: slot.owner not in self.held,
             self.evict,
         )

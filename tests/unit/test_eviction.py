@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from kvstore.memory.eviction import EvictionPolicy, Lru, Node, S3Fifo, make_policy
+from kvstore.memory.eviction import EvictionPolicy, Lru, Node, S3Fifo
+from kvstore.memory.slots import slot_policy
 
 
 class Named(Node, eq=False):
@@ -205,10 +206,10 @@ def test_any_sequence_of_calls_keeps_count(make: Make) -> None:
 
 
 def test_policies_are_made_by_name() -> None:
-    assert isinstance(make_policy("lru")(), Lru)
-    assert isinstance(make_policy("s3fifo")(), S3Fifo)
+    assert isinstance(slot_policy("lru")(), Lru)
+    assert isinstance(slot_policy("s3fifo")(), S3Fifo)
     with pytest.raises(KeyError):
-        make_policy("clock")
+        slot_policy("clock")
 
 
 @POLICIES

@@ -38,21 +38,16 @@ class Device:
 
     def __init__(self, driver: Driver, ordinal: int) -> None:
         """Raises DeviceUnavailable if there is no such device."""
-        device, context, pushed = c_int(), c_void_p(), c_void_p()
-        driver.call("cuDeviceGet", byref(device), ordinal)
-        driver.call("cuDevicePrimaryCtxRetain", byref(context), device.value)
         self.driver: Final = driver
         self.ordinal: Final = ordinal
-        self._device = device.value
-        self._context = context.value
+        self._device = driver.made("cuDeviceGet", c_int, ordinal)
+        self._context: int | None = driver.made("cuDevicePrimaryCtxRetain", c_void_p, self._device)
         self._streams: list[int] = []
         self._events: list[int] = []
         self._pool: deque[int] = deque()
-        least, greatest = c_int(), c_int()
-        driver.call("cuCtxPushCurrent", context)
-        driver.call("cuCtxGetStreamPriorityRange", byref(least), byref(greatest))
-        driver.call("cuCtxPopCurrent", byref(pushed))
-        self._least = least.value
+        with self.current():
+            greatest = byref(c_int())
+            self._least = driver.made("cuCtxGetStreamPriorityRange", c_int, greatest)
         in_child(self, Device._forked)
 
     @contextmanager
@@ -60,38 +55,31 @@ class Device:
         """Make the context that of the calling thread, and give back the one it had."""
         if self._context is None:
             raise DeviceUnavailable(f"CUDA device {self.ordinal} was closed, or is our parent's")
-        before = c_void_p()
-        self.driver.call("cuCtxGetCurrent", byref(before))
-        if before.value == self._context:
+        if self.driver.made("cuCtxGetCurrent", c_void_p) == self._context:
             yield
             return
         self.driver.call("cuCtxPushCurrent", self._context)
         try:
             yield
         finally:
-            self.driver.call("cuCtxPopCurrent", byref(before))
+            self.driver.made("cuCtxPopCurrent", c_void_p)
 
     def _forked(self) -> None:
         self._context = None
 
     def stream(self, *, low_priority: bool = False) -> int:
         """A new stream that does not wait for the default stream; `close` ends it."""
-        stream = c_void_p()
-        priority = self._least if low_priority else 0
-        self.driver.call("cuStreamCreateWithPriority", byref(stream), _NON_BLOCKING, priority)
-        assert stream.value is not None
-        self._streams.append(stream.value)
-        return stream.value
+        how = _NON_BLOCKING, self._least if low_priority else 0
+        stream = self.driver.made("cuStreamCreateWithPriority", c_void_p, *how)
+        self._streams.append(stream)
+        return stream
 
     def record(self, stream: int) -> CudaEvent:
         """The work in `stream` up to now. Takes an event from the pool if there is one."""
         try:
             handle = self._pool.pop()
         except IndexError:
-            created = c_void_p()
-            self.driver.call("cuEventCreate", byref(created), _EVENT_FLAGS)
-            assert created.value is not None
-            handle = created.value
+            handle = self.driver.made("cuEventCreate", c_void_p, _EVENT_FLAGS)
             self._events.append(handle)
         event = CudaEvent(handle, self._pool)
         self.driver.call("cuEventRecord", handle, stream)
@@ -126,9 +114,7 @@ class Device:
 
     def alloc(self, nbytes: int) -> int:
         """The address of new memory of the device."""
-        address = c_uint64()
-        self.driver.call("cuMemAlloc", byref(address), nbytes)
-        return address.value
+        return self.driver.made("cuMemAlloc", c_uint64, nbytes)
 
     def free(self, address: int) -> None:
         """Free memory of `alloc`."""
@@ -136,9 +122,7 @@ class Device:
 
     def pointer(self, address: int) -> int:
         """Where the device sees registered memory of the host."""
-        seen = c_uint64()
-        self.driver.call("cuMemHostGetDevicePointer", byref(seen), address, 0)
-        return seen.value
+        return self.driver.made("cuMemHostGetDevicePointer", c_uint64, address, 0)
 
     @property
     def closed(self) -> bool:

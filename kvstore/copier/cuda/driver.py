@@ -147,9 +147,7 @@ class Driver:
             for name, arguments in _FUNCTIONS.items()
         }
         self.call("cuInit", 0)
-        version = c_int()
-        self.call("cuDriverGetVersion", byref(version))
-        self.version: Final = version.value
+        self.version: Final = self.made("cuDriverGetVersion", c_int)
         """1000 × major + 10 × minor, such as 12080 for 12.8."""
         self.batches: Final = self.version >= _BATCH_VERSION
         """Whether one call can take many copies."""
@@ -178,6 +176,12 @@ class Driver:
             DeviceUnavailable: it reported an error.
         """
         self.check(self._functions[name](*arguments), name)
+
+    def made(self, name: str, kind: type[c_int | c_uint64 | c_void_p], *arguments: Any) -> int:
+        """What `call` brings by way of a first argument that points to a `kind`."""
+        value = kind()
+        self.call(name, byref(value), *arguments)
+        return value.value or 0
 
     def check(self, status: int, what: str) -> None:
         """Raise DeviceUnavailable if `status` is an error."""
