@@ -135,8 +135,8 @@ def _event_words(event: v1.Event) -> Iterator[str]:
         yield f"{event.missed.events or 'unknown'} events"
         return
     if kind == "snapshot":
-        yield f"complete at {event.sequence}" if event.snapshot.complete else "begins"
-        yield f"of incarnation {event.incarnation}"
+        begins = f"begins of incarnation {event.incarnation}"
+        yield f"complete at {event.sequence}" if event.snapshot.complete else begins
         return
     what: v1.Event.Stored | v1.Event.Removed | v1.Event.Cleared = getattr(event, kind)
     yield what.namespace_id[:8]
