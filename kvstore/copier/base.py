@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -78,7 +77,7 @@ class PagedMemory:
             )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Copy:
     """One call of a copier: which blocks, and how. See `Copier.save` and `Copier.load`."""
 
@@ -179,15 +178,21 @@ class Copier(ABC):
         return self._checked(copy)
 
     def _checked(self, copy: Copy) -> list[int] | None:
-        with _failing(copy.then):
+        try:
             _check_layouts(copy, self.casts)
             _check_pages(copy)
             if len(copy.slots):
-                ids = np.ascontiguousarray(copy.page_ids, dtype=np.int64)
-                return self.run(replace(copy, page_ids=ids))
+                copy.page_ids = np.ascontiguousarray(copy.page_ids, dtype=np.int64)
+                return self.run(copy)
             if copy.then is not None:
                 copy.then.open(copy.then.layers)
             return [] if copy.checksum else None
+        except BaseException as error:
+            if copy.then is not None:
+                copy.then.fail(str(error) or type(error).__name__)
+            if isinstance(error, KVStoreError) or not isinstance(error, Exception):
+                raise
+            raise StoreUnavailable(f"the copy failed: {error}") from error
 
     @abstractmethod
     def run(self, copy: Copy) -> list[int] | None:
@@ -227,16 +232,3 @@ def _check_pages(copy: Copy) -> None:
     if high >= pages or low < (0 if copy.to_slots else -1):
         bad = high if high >= pages else low
         raise SpecError(f"page id {bad} is outside the engine's {pages} pages")
-
-
-@contextmanager
-def _failing(then: LayerGate | None) -> Iterator[None]:
-    """Whatever goes wrong is told to those who wait for layers, and becomes StoreUnavailable."""
-    try:
-        yield
-    except BaseException as error:
-        if then is not None:
-            then.fail(str(error) or type(error).__name__)
-        if isinstance(error, KVStoreError) or not isinstance(error, Exception):
-            raise
-        raise StoreUnavailable(f"the copy failed: {error}") from error
