@@ -14,7 +14,7 @@ slowly = @echo "$(1)"; (n=0; while sleep 20 >/dev/null 2>&1 && kill -0 $$$$ 2>/d
   do n=$$((n + 20)); echo "  … $$n s"; done) & trap "kill $$! 2>/dev/null" EXIT; $(2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-vllm test test-vllm lint format bench proto size clean
+.PHONY: help setup demo demo-vllm test test-slow test-vllm lint format bench proto size clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,8 +27,11 @@ demo: setup ## three processes share a document's KV through a store
 demo-vllm: $(VLLM)/.built $(VENV)/.model ## the same with vLLM engines
 	@$(BIN)/python examples/demo_vllm.py --python $(VLLM)/bin/python
 
-test: setup ## all tests; ARGS="-k name" picks some
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## tests; ARGS="-k name" picks some
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: setup ## those left out there: kills, stalls, crashes
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-vllm: $(VLLM)/.built $(VENV)/.model ## tests with real vLLM engines
 	$(VLLM)/bin/python -m pytest tests/engines -m vllm --timeout 900 $(ARGS)

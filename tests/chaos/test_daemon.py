@@ -242,6 +242,7 @@ def over(config: Config, tcp: str) -> Config:
     return config.model_copy(update={"address": f"tcp://{tcp}"})
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("over_tcp", [0, 1], ids=["all on the socket", "one over TCP"])
 def test_clients_and_the_daemon_are_killed_again_and_again(
@@ -276,6 +277,7 @@ def test_clients_and_the_daemon_are_killed_again_and_again(
     check_what_is_left(served, CLIENTS)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_clients_and_the_daemon_stand_still_beyond_their_deadlines(
     stores: Stores, rng: random.Random

@@ -56,6 +56,7 @@ def run_and_kill(folder: Path, seed: int, seconds: float) -> None:
     assert os.WIFSIGNALED(status), "the child failed by itself"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     rng = random.Random(20261)
