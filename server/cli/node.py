@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 _MAX_NUMBER: Final = (1 << 64) - 1
 _Tenant = Annotated[str | None, typer.Option(help="Only of this tenant.")]
+_Limit = Annotated[
+    float | None,
+    typer.Option(parser=limit_option, metavar="SIZE", help="Limit it: 10GiB, or none."),
+]
 _Id = Annotated[str, typer.Argument(metavar="ID", help="Of the operation.")]
 
 operations_app = typer.Typer(no_args_is_help=True, help="Long operations.")
@@ -138,14 +142,13 @@ def _event_words(event: v1.Event) -> Iterator[str]:
         begins = f"begins of incarnation {event.incarnation}"
         yield f"complete at {event.sequence}" if event.snapshot.complete else begins
         return
-    what: v1.Event.Stored | v1.Event.Removed | v1.Event.Cleared = getattr(event, kind)
+    what = getattr(event, kind)
     yield what.namespace_id[:8]
     if kind == "cleared":
         return
-    moved: v1.Event.Stored | v1.Event.Removed = getattr(event, kind)
-    yield f"{many(len(moved.block_hashes), 'block')} in {tier_name(moved.medium)}"
-    yield "".join(key.hex()[:8] for key in moved.block_hashes[:1])
-    yield from ["…"] * (len(moved.block_hashes) > 1)
+    keys = [key.hex()[:8] for key in what.block_hashes]
+    yield f"{many(len(keys), 'block')} in {tier_name(what.medium)}"
+    yield " ".join([*keys[:1], *["…"][: len(keys) - 1]])
     if kind == "removed":
         yield f"({event.removed.reason})"
 
@@ -153,14 +156,8 @@ def _event_words(event: v1.Event) -> Iterator[str]:
 def quota(
     link: Link,
     tenant: Annotated[str | None, typer.Argument(help="Only this one.")] = None,
-    memory: Annotated[
-        float | None,
-        typer.Option(parser=limit_option, metavar="SIZE", help="Limit it: 1GiB, or none."),
-    ] = None,
-    disk: Annotated[
-        float | None,
-        typer.Option(parser=limit_option, metavar="SIZE", help="Limit it: 10GiB, or none."),
-    ] = None,
+    memory: _Limit = None,
+    disk: _Limit = None,
     yes: Yes = False,
 ) -> None:
     """Show what tenants may hold and do hold, or limit one; asks before blocks have to go."""

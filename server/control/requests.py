@@ -108,9 +108,11 @@ async def namespace_by_id(node: Node, grant: Grant, text: str, field: str) -> Na
     wanted = text.lower()
     if not _MIN_ID <= len(wanted) <= _ID_DIGITS or not _HEX.issuperset(wanted):
         raise bad_field(field, f"{text[:80]!r} is no id; give {_MIN_ID} to {_ID_DIGITS} hex digits")
-    for place in (await known_namespaces(node, grant), node.store.usage.emptied):
-        matches = [n for digest, n in place.items() if digest.hex().startswith(wanted)]
-        if matches := [namespace for namespace in matches if grant.sees(namespace.tenant)]:
+    places = [await known_namespaces(node, grant)]
+    if grant.tenants is None:  # How long they are remembered depends on all tenants.
+        places.append(node.store.usage.emptied)
+    for place in places:
+        if matches := [n for digest, n in place.items() if digest.hex().startswith(wanted)]:
             break
     else:
         raise unknown(
