@@ -125,7 +125,7 @@ def test_connectors_are_told_where_to_keep_what(tmp_path: Path) -> None:
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = CliRunner().invoke(bench_app, ["engine", "--engine", "sglang"])
     assert refused.exit_code == 2
-    assert "the one engine is vllm" in refused.output
+    assert "'sglang' is not one of 'vllm'" in refused.output
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     missing = CliRunner().invoke(bench_app, ["engine"])
     assert missing.exit_code == 2
