@@ -100,7 +100,10 @@ def test_both_sides_of_a_fork_get_their_own_numbers(
         assert said == ["(0, 'unavailable', 1, {2}, None)"]
         assert loaded == {2}
         assert session.counters["connection.lost"] == 0
-        assert (session.problem, len(os.listdir("/proc/self/fd"))) == (None, fds)
+        assert session.problem is None
+        # Data connections over TCP are opened when they are first needed.
+        more = 0 if way == "unix" else session._config.session.streams - 1
+        assert 0 <= len(os.listdir("/proc/self/fd")) - fds <= more
 
 
 @pytest.mark.parametrize("way", ["unix", "tcp"])
