@@ -236,8 +236,6 @@ class Leases:
             lease.blocks.append(block)
         return lease
 
-    pin_blocks = at_once(pinning_blocks)
-
     def holds_leases(self, owner: Hashable) -> bool:
         """Whether the owner has any lease."""
         return owner in self._leases
