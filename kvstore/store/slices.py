@@ -81,12 +81,25 @@ class Background:
     def __init__(self, post: Callable[[Callable[[], None]], None]) -> None:
         self._post = post
         self._waiting: deque[Work[object]] = deque()
+        self._running = set[Callable[[], Work[object]]]()
 
     def add(self, work: Work[object]) -> None:
         """Begin with it; all that there is takes turns."""
         self._waiting.append(work)
         if len(self._waiting) == 1:
             self._go_on()
+
+    def once(self, begin: Callable[[], Work[object]]) -> None:
+        """Begin with it, unless it is still under way from an earlier call."""
+        if begin not in self._running:
+            self._running.add(begin)
+            self.add(self._until_done(begin))
+
+    def _until_done(self, begin: Callable[[], Work[object]]) -> Work[None]:
+        try:
+            yield from begin()
+        finally:  # Also after an error of ours: the next call tries again.
+            self._running.discard(begin)
 
     def _go_on(self) -> None:
         stops, until = _STOPS, time.perf_counter() + _SECONDS

@@ -130,7 +130,6 @@ class Store(Leases):
         self.clock = clock
         self._prefetches = itertools.count(1)
         self._acquiring = 0
-        self._expiring = False
         self.draining = False
         self.history = self.tiering.history
         self.events = self.tiering.events
@@ -640,9 +639,7 @@ class Store(Leases):
                 self.background.add(self.releasing(lease.owner, lease.id))
             else:
                 lease.withdrawn = True
-        if not self._expiring:
-            self._expiring = True
-            self.background.add(self._expire())
+        self.background.once(self._expire)
         self.tiering.enforce_quotas()
         self.tiering.look_after_disk()
 
@@ -654,7 +651,6 @@ class Store(Leases):
             if not (entry.gone or entry.pins or entry.writer is not None):
                 self.counters.add("expired")
                 self.tiering.discard(entry, "expired")
-        self._expiring = False
 
     def close(self) -> None:
         """Let go of the disk; objects in memory are gone with the arena. May block."""

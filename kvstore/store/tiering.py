@@ -99,9 +99,7 @@ class Tiering:
         self.writes = WriteBehind(lambda batch: self.background.add(self._written_whole(batch)))
         self.bytes_under_way = self._writing = 0
         self._write_queue = write_queue
-        self._pumping = False
         self._for: Namespace | None = None  # who needs the room that is being made
-        self._enforcing = False
         self.expiry = Expiry(clock.monotonic)
         self._leaving: dict[ObjectName, Entry] = {}  # gone, but the disk is still at work on them
         self._opening: Opening | None = None
@@ -151,9 +149,7 @@ class Tiering:
 
     def enforce_quotas(self) -> None:
         """Begin to evict what tenants hold beyond their quotas, as far as it may go now."""
-        if not self._enforcing:
-            self._enforcing = True
-            self.background.add(self._enforce())
+        self.background.once(self._enforce)
 
     def _enforce(self) -> Work[None]:
         tenants = self.usage.tenants
@@ -164,7 +160,6 @@ class Tiering:
                     over = account.share(tier).over()
                     self._make_room(tenant, tier, 0)
                     yield
-        self._enforcing = False
 
     # What tiers may ask, see `Host`.
 
@@ -404,9 +399,8 @@ class Tiering:
 
     def pump(self) -> None:
         """Send committed objects to disk, as many bytes at a time as the queue allows."""
-        if self.disk is not None and not self._pumping:
-            self._pumping = True
-            self.background.add(self._pump())
+        if self.disk is not None:
+            self.background.once(self._pump)
 
     def _pump(self) -> Work[None]:
         number = 0
@@ -422,7 +416,6 @@ class Tiering:
             number += 1
             if number % _WRITES == 0:
                 yield
-        self._pumping = False
 
     def _held_up(self, entry: Entry) -> bool:
         """The disk is not through yet with another object of this name."""

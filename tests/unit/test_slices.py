@@ -170,3 +170,25 @@ def test_work_that_dies_does_not_stop_the_other() -> None:
         with suppress(ZeroDivisionError):
             posted.pop()()
     assert done == ["lives"]
+
+
+def test_what_runs_once_begins_again_when_it_has_ended_or_died() -> None:
+    posted: list[Callable[[], None]] = []
+    begun = 0
+
+    def work() -> Work[None]:
+        nonlocal begun
+        begun += 1
+        for _ in range(20):
+            yield
+        if begun == 2:
+            raise ZeroDivisionError
+
+    background = Background(posted.append)
+    for times in (1, 2, 3):
+        background.once(work)
+        background.once(work)
+        while posted:
+            with suppress(ZeroDivisionError):
+                posted.pop()()
+        assert begun == times
