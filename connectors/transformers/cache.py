@@ -32,6 +32,7 @@ from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.client.session import Session
 from kvstore.client.transfer import Saved
 from kvstore.connectors.transformers.arguments import attended, refused
+from kvstore.connectors.transformers.contents import Contents
 from kvstore.connectors.transformers.model import (
     FilledCache,
     cache_group,
@@ -140,7 +141,7 @@ class KVStoreCache:
         self._part = part
         self._anew: Callable[[], Session] | None = None
         self._weights = Weights(model)
-        self._state = self._weights.state()
+        self._state = self._weights.state(Contents(model))
         self._problem = ""
         # For each cache that `load` made: whose KV it is, and how many tokens of it may be saved.
         self._made = WeakKeyDictionary[DynamicCache, tuple[Session | None, int]]()
@@ -264,9 +265,10 @@ class KVStoreCache:
         size = self.session.block_tokens
         own = self.session, attended(self.model, {}, tokens, None)
         session, limit = self._made.get(past, own)
-        changed = session is not self.session or self._weights.state() != self._state
+        now = Contents(self.model)
+        changed = session is not self.session or self._weights.state(now) != self._state
         problem = getattr(past, "problem", "") or ("the model has changed" if changed else "")
-        problem = problem or self._problem or unfit(self.model)
+        problem = problem or self._problem or unfit(self.model, now)
         keys = [] if problem else self.session.keys(tokens[: min(held, limit) // size * size])
         # Only what is new should cross from a device; on the CPU the store looks for itself.
         on_cpu = past.layers[0].keys.device.type == "cpu"
@@ -376,9 +378,10 @@ class KVStoreCache:
 
         A model that has changed is named anew, where that is this cache's business.
         """
-        if problem := unfit(self.model):
+        held = Contents(self.model)
+        if problem := unfit(self.model, held):
             return problem
-        state = self._weights.state()
+        state = self._weights.state(held)
         if state == self._state:
             return self._problem
         if self._anew is None:

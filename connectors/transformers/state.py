@@ -26,8 +26,11 @@ from kvstore.errors import SpecError
 _PLAIN: Final = (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.Tensor))
 
 
-def unfit(model: Any) -> str:
-    """Why `model` computes something now that no name of it covers; empty if it does not."""
+def unfit(model: Any, held: Contents) -> str:
+    """Why `model` computes something now that no name of it covers; empty if it does not.
+
+    `held` is what it holds now.
+    """
     if mode := moded(model.device.type):
         return mode
     configs = [model.config.get_text_config(decoder=True)]
@@ -36,7 +39,7 @@ def unfit(model: Any) -> str:
         for functions in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
             if not own(functions.get(kind)):
                 return f"the attention function {kind!r} is not one of transformers"
-    if replaced := Contents(model).replaced():
+    if replaced := held.replaced():
         return f"{replaced} was replaced"
     every = torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks
     hooked = [("all modules", hooks) for hooks in every]

@@ -44,9 +44,11 @@ class Weights:
         self._compared: tuple[str, dict[str, object]] = "", {}
         """A digest of files, and marks of the tensors that are known to be what these say."""
 
-    def state(self) -> tuple[object, ...]:
-        """Equal as long as nothing of the model has changed. Takes a few milliseconds."""
-        held = Contents(self._model)
+    def state(self, held: Contents) -> tuple[object, ...]:
+        """Equal as long as nothing of the model, which holds this now, has changed.
+
+        Takes a few milliseconds.
+        """
         marks = {name: mark(tensor) for name, tensor in held.tensors.items()}
         config = self._model.config.to_json_string(use_diff=False)
         return marks, held.told, config, precision(self._model)

@@ -295,9 +295,10 @@ class Flush(Message, tag="flush"):
 
 
 class Flushed(Message, tag="flushed"):
-    """Objects that are not on disk, of those saved before (0 when there is no disk tier).
+    """Objects that are not on disk, of those saved before.
 
-    -1: all are written, but the disk did not say in time that it keeps them.
+    -1: none, but nothing would survive (there is no disk tier, or it is not to be used), or the
+    disk did not say in time that it keeps them.
     """
 
     unwritten: int
