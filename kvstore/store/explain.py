@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 
 from kvstore.blocks.spec import Namespace
 from kvstore.store.index import Entry
+from kvstore.store.slices import FEW, Work, finish
 from kvstore.store.store import Store
 from kvstore.transport.protocol import DISK, MEMORY
 
@@ -20,7 +21,8 @@ _SHOWN: Final = 8
 
 @dataclass(slots=True)
 class Survey:
-    """The longest complete prefix: tier and objects per block, bytes, and why it ends there.
+    """The longest complete prefix: tier and objects per block, and why it ends there; `below` are
+    the bytes that do not lie in memory.
 
     A block is complete when everything that was ever stored of its namespace, by as many ranks, is
     stored of it: all groups of layers, all shards. It lies in the slowest tier of its objects.
@@ -28,7 +30,7 @@ class Survey:
 
     tiers: list[int] = field(default_factory=list)
     entries: list[tuple[Entry, ...]] = field(default_factory=list)
-    nbytes: int = 0
+    below: int = 0
     reason: str = ""
 
 
@@ -59,19 +61,27 @@ _MEANING: Final = {
 }
 
 
-def survey(store: Store, namespace: Namespace, keys: Sequence[bytes]) -> Survey:
+def surveying(store: Store, namespace: Namespace, keys: Sequence[bytes]) -> Work[Survey]:
     """What is stored of the blocks of `keys`, from the first one on."""
     result = Survey()
-    needed = _families(store, namespace)
-    for key in keys:
+    for number, key in enumerate(keys):
+        if number % FEW == 0:
+            if number:
+                yield
+            needed = _families(store, namespace)
         block = _complete(store, namespace, key, needed)
         if not block:
             result.reason = _why_not(store, namespace, key).reason
             break
         result.tiers.append(max(MEMORY if entry.in_memory else DISK for entry in block))
         result.entries.append(block)
-        result.nbytes += sum(entry.nbytes for entry in block)
+        result.below += sum(entry.nbytes for entry in block if not entry.in_memory)
     return result
+
+
+def survey(store: Store, namespace: Namespace, keys: Sequence[bytes]) -> Survey:
+    """`surveying` in one go."""
+    return finish(surveying(store, namespace, keys))
 
 
 def explain(store: Store, namespace: Namespace, keys: Sequence[bytes]) -> list[BlockReason]:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvstore.blocks.spec import Namespace
-from kvstore.store.explain import Survey, survey
+from kvstore.store.explain import surveying
 from kvstore.store.leases import Lease, Payer
-from kvstore.store.slices import FEW, Work, at_once
+from kvstore.store.slices import Work, at_once
 from kvstore.store.store import Store
 
 
@@ -53,14 +53,7 @@ class Pins:
         Raises:
             ValueError: the owner has too many pins, or `payer` too much to remember.
         """
-        found = Survey()
-        for first in range(0, len(keys), FEW):
-            piece = survey(self._store, namespace, keys[first : first + FEW])
-            found.entries += piece.entries
-            found.reason = piece.reason
-            if piece.reason:
-                break
-            yield
+        found = yield from surveying(self._store, namespace, keys)
         expires = self._store.clock.wall() + ttl
         if not found.entries:
             return PinResult("", 0, 0, found.reason, expires)

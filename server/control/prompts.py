@@ -20,8 +20,8 @@ from kvstore.server.control.requests import (
     slices,
 )
 from kvstore.server.node import Node
-from kvstore.server.pacing import Pace
-from kvstore.store.explain import BlockReason, explain, survey
+from kvstore.server.pacing import Pace, paced
+from kvstore.store.explain import BlockReason, explain, surveying
 from kvstore.transport.protocol import TIER_NAMES
 
 _SLICE: Final = 64
@@ -40,17 +40,9 @@ class PromptVerbs:
 
     async def lookup(self, caller: Grant, request: v1.LookupRequest) -> v1.LookupResponse:
         asked = await prompt(self._node, caller, request.prefix)
-        tiers: list[int] = []
-        below = 0
+        found = await paced(surveying(self._store, asked.namespace, asked.keys))
+        tiers, below = found.tiers, found.below
         reason = ""
-        pace = Pace()
-        for keys in slices(asked.keys, _SLICE):
-            found = survey(self._store, asked.namespace, keys)
-            tiers += found.tiers
-            below += sum(e.nbytes for block in found.entries for e in block if not e.in_memory)
-            if found.reason:
-                break
-            await pace.step()
         if len(tiers) < len(asked.keys):
             reason = self._explained(caller, asked, [asked.keys[len(tiers)]])[0].reason
         reading = self._store.tiering.reading

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from itertools import chain
 from typing import Final
 
 import grpc
@@ -15,18 +16,16 @@ from kvstore.server.access.grants import Grant, Role
 from kvstore.server.control.errors import Refused, bad_field, check_role, unknown
 from kvstore.server.control.operations import Done, Operation, Operations, each
 from kvstore.server.control.requests import (
-    Prompt,
     chosen,
     name,
     prompt,
     selection,
-    slices,
     tier,
     ttl,
 )
 from kvstore.server.node import Node
 from kvstore.server.pacing import Pace, paced
-from kvstore.store.explain import survey
+from kvstore.store.explain import surveying
 from kvstore.store.index import Entry
 from kvstore.store.pins import Pins
 from kvstore.store.relocation import copy_to, move_to, reencode, remove
@@ -34,7 +33,6 @@ from kvstore.store.selection import Selection
 from kvstore.store.tiering import Tiering
 from kvstore.transport.protocol import DISK, MEMORY
 
-_SLICE: Final = 64
 _RAW: Final = "raw"
 
 _Step = Callable[[Entry, Done], None]
@@ -109,7 +107,8 @@ class WriteVerbs:
         self._need_disk(target)
 
         async def work(operation: Operation) -> str:
-            entries = await self._prefix(asked)
+            found = await paced(surveying(self._store, asked.namespace, asked.keys))
+            entries = list(chain.from_iterable(found.entries))
             operation.total = len(entries)
             await each(operation, entries, self._carried(copy_to, target))
             return ""
@@ -200,17 +199,6 @@ class WriteVerbs:
             verb, caller, work, tenants=tenants, role=role, dry_run=dry_run
         )
         return operation.message()
-
-    async def _prefix(self, asked: Prompt) -> Sequence[Entry]:
-        entries: list[Entry] = []
-        pace = Pace()
-        for keys in slices(asked.keys, _SLICE):
-            found = survey(self._store, asked.namespace, keys)
-            entries += [entry for block in found.entries for entry in block]
-            if found.reason:
-                break
-            await pace.step()
-        return entries
 
     def _need_disk(self, target: int) -> None:
         if target == DISK and self._node.config.below is None:

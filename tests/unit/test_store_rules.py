@@ -525,7 +525,8 @@ def test_a_block_is_complete_with_all_ranks(memory: Bench) -> None:
     memory.save(keys(1), ranks[1])
     found = survey(memory.store, NAMESPACE, keys(1, 2))
     assert (found.tiers, found.reason) == ([MEMORY], "incomplete")
-    assert found.nbytes == 2 * ranks[0].nbytes(16)
+    assert [e.nbytes for e in found.entries[0]] == 2 * [ranks[0].nbytes(16)]
+    assert found.below == 0
     assert "0/2" in explain(memory.store, NAMESPACE, keys(2))[0].detail
     # Another number of ranks stands for itself.
     memory.save(keys(2), PART)
