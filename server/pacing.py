@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import Final, TypeVar
 
-from kvstore.store.slices import Work
+from kvstore.slices import Work
 
 SLICE_SECONDS: Final = 0.0005
 

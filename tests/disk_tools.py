@@ -145,7 +145,7 @@ class MiniStore:
 
     def place(self, name: ObjectName) -> Place:
         """Where an object lies in the data area."""
-        slot = self.tier._places[name]
+        slot = self.tier._table(name)[name]
         return Place(slot.offset, slot.nbytes)
 
     def close(self) -> None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from kvstore.blocks.spec import Namespace
+from kvstore.slices import FEW, Work, finish
 from kvstore.store.index import Entry
-from kvstore.store.slices import FEW, Work, finish
 from kvstore.store.store import Store
 from kvstore.transport.protocol import DISK, MEMORY
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 from kvstore.blocks.spec import Part
 from kvstore.memory.eviction import Node
 from kvstore.memory.slots import Slot
+from kvstore.slices import tables
 from kvstore.store.usage import Copy, NamespaceUsage
 from kvstore.tiers.base import MISS, PENDING, ObjectName
 from kvstore.transport.protocol import DISK, MEMORY
@@ -88,14 +89,9 @@ class Entry(Node, gc=False, eq=False):
         return self.on_disk and not (self.disk_io or self.pins or self.waiting)
 
 
-_TABLES: Final = 256
-"""One for each first byte: keys are digests."""
-
-
 class Index:
     """Objects by block key and part.
 
-    They are spread over many small tables, none of which takes long to grow or to walk through.
     Those of one key follow each other (`beside`), so that there is nothing for the garbage
     collector to look at.
 
@@ -104,7 +100,7 @@ class Index:
     """
 
     def __init__(self) -> None:
-        self._tables: list[dict[bytes, Entry]] = [{} for _ in range(_TABLES)]
+        self._tables: list[dict[bytes, Entry]] = tables()
         self._count = 0
 
     def of(self, key: bytes) -> list[Entry]:

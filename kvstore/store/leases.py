@@ -11,8 +11,8 @@ from enum import Enum
 from typing import Final
 
 from kvstore.blocks.spec import ModelIdentity, Namespace, Part
+from kvstore.slices import FEW, Work, at_once
 from kvstore.store.index import Entry
-from kvstore.store.slices import FEW, Work, at_once
 from kvstore.store.tiering import Tiering
 from kvstore.store.usage import NamespaceUsage, TenantUsage
 

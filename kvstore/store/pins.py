@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvstore.blocks.spec import Namespace
+from kvstore.slices import Work, at_once
 from kvstore.store.explain import surveying
 from kvstore.store.leases import Lease, Payer
-from kvstore.store.slices import Work, at_once
 from kvstore.store.store import Store
 
 

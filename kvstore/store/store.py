@@ -16,11 +16,11 @@ from kvstore.blocks.spec import Namespace, Part
 from kvstore.clock import SYSTEM, Clock
 from kvstore.memory.arena import Arena
 from kvstore.memory.slots import Slot
+from kvstore.slices import FEW, Work, at_once
 from kvstore.store.admission import Admission
 from kvstore.store.index import Entry
 from kvstore.store.leases import Lease, LeaseKind, Leases, Payer, Saving, lease_weight
 from kvstore.store.opening import OpenDisk
-from kvstore.store.slices import FEW, Work, at_once
 from kvstore.store.tiering import Tiering
 from kvstore.store.usage import Quota
 from kvstore.tiers.base import MISS, ObjectName

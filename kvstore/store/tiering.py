@@ -16,13 +16,13 @@ from kvstore.blocks.spec import Namespace
 from kvstore.clock import Clock
 from kvstore.memory.arena import Arena
 from kvstore.memory.slots import Slot, SlotPool, choose_chunk, slot_policy
+from kvstore.slices import FEW, Background, Inbox, Work, finish
 from kvstore.store.admission import Admission
 from kvstore.store.events import EventLog
 from kvstore.store.expiry import Expiry
 from kvstore.store.history import History, Uses
 from kvstore.store.index import Entry, Index
 from kvstore.store.opening import OpenDisk, Opening
-from kvstore.store.slices import FEW, Background, Inbox, Work, finish
 from kvstore.store.usage import Usage
 from kvstore.store.writebehind import Batch, Watch, WriteBehind
 from kvstore.telemetry import Busy, Counters, Histograms, QuietLog

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from kvstore.memory.eviction import Node, Ring
+from kvstore.slices import FEW
 from kvstore.store.index import Entry
-from kvstore.store.slices import FEW
 
 Written = Callable[[str | None], None]
 """Told that an object is there: None, or the reason why it will not be."""

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from typing import Final
 
 from kvstore.errors import ProtocolError
+from kvstore.slices import FEW, Work
 from kvstore.store.index import Entry
 from kvstore.store.leases import Lease, LeaseKind
-from kvstore.store.slices import FEW, Work
 from kvstore.store.store import Store
 from kvstore.transport import protocol
 from kvstore.transport.sockets import Wire

@@ -23,9 +23,9 @@ from kvstore.server.node import Node, Peer
 from kvstore.server.pacing import paced
 from kvstore.server.recent import by_tier
 from kvstore.server.tasks import run
+from kvstore.slices import Work
 from kvstore.store.index import Entry
 from kvstore.store.leases import MAX_OWED, LeaseKind, Saving
-from kvstore.store.slices import Work
 from kvstore.store.store import Acquired
 from kvstore.tiers.base import PENDING
 from kvstore.transport import protocol

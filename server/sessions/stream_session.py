@@ -10,7 +10,7 @@ from kvstore.server.access.grants import Grant
 from kvstore.server.node import Node, Peer
 from kvstore.server.sessions.grants import Grants
 from kvstore.server.sessions.session import SessionConnection
-from kvstore.store.slices import FEW, Work
+from kvstore.slices import FEW, Work
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Message
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part, Shard
 from kvstore.errors import ProtocolError
-from kvstore.store.slices import finish
+from kvstore.slices import finish
 from kvstore.transport import protocol
 
 TAGS = st.sampled_from([t.__struct_config__.tag for t in protocol.Message.__subclasses__()])

@@ -333,7 +333,7 @@ class Machine(RuleBasedStateMachine):
         memory = [slot.owner for slot in tiering.memory.slots()]
         disk = [e for e in (*tiering.index, *tiering._leaving.values()) if e.placed]
         if isinstance(tiering.disk, SlabTier):
-            assert {e.name for e in disk if e.on_disk} <= set(tiering.disk._places)
+            assert {e.name for e in disk if e.on_disk} <= set().union(*tiering.disk._places)
         leases = self.store.leases()
         in_use = {e for lease in leases for e in lease.entries() if e.readers or e.writer}
         for space in (NAMESPACE, OTHER):

@@ -10,7 +10,7 @@ import pytest
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part, Shard
 from kvstore.client.arrivals import Incoming
 from kvstore.errors import ProtocolError
-from kvstore.store.slices import finish
+from kvstore.slices import finish
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Message
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from kvstore.blocks.spec import Namespace
-from kvstore.store.slices import FEW, Background, Inbox, Work, finish
+from kvstore.slices import FEW, Background, Inbox, Work, finish, tables
 from kvstore.store.store import Acquired
 from kvstore.store.usage import Quota
+from tests.disk_tools import MiniStore, object_name
 from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, keys
 
 COUNT = 32 * FEW
@@ -192,3 +194,15 @@ def test_what_runs_once_begins_again_when_it_has_ended_or_died() -> None:
             with suppress(ZeroDivisionError):
                 posted.pop()()
         assert begun == times
+
+
+def test_many_keys_lie_in_small_tables(tmp_path: Path) -> None:
+    """A dict of a million would take some 50 ms to grow."""
+    plain: list[dict[bytes, None]] = tables()
+    for key in keys(*range(10_000)):
+        plain[key[0]][key] = None
+    assert max(map(len, plain)) < 100
+    with MiniStore(tmp_path) as store:
+        for i in range(500):
+            assert store.put(object_name(i)) is None
+        assert max(map(len, store.tier._places)) < 20

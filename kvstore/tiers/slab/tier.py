@@ -14,10 +14,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final
 
 from kvstore.memory.slots import Slot, SlotPool, slot_policy
+from kvstore.slices import Background, Work, tables
 from kvstore.tiers.base import Held, Host, Job, JobDone, ObjectName, State
 from kvstore.tiers.slab.file import Place, SlabFile
 from kvstore.tiers.slab.health import Health
@@ -86,7 +88,8 @@ class SlabTier:
         self._retry_seconds = retry_seconds
         self._grow_at = 0.0
         self._closed = False
-        self._places: dict[ObjectName, _Slot] = {}
+        self._places: list[dict[ObjectName, _Slot]] = tables()
+        self._background = Background(host.post)
         self._nameless: list[Task] = []  # puts that wait for room in the dictionary
         self._slab = slab = SlabFile(folder, capacity, chunk)
         self._health = Health(str(slab.path), retry_seconds, stall_seconds)
@@ -131,7 +134,7 @@ class SlabTier:
             capacity=pool.capacity,
             used=pool.used_bytes,
             fragmented=pool.fragmented_bytes,
-            objects=len(self._places),
+            objects=pool.used_slots,
             seconds_per_byte=seconds,
             backlog=backlog,
             fixed_seconds=_FIXED_SECONDS,
@@ -155,15 +158,15 @@ class SlabTier:
         for slot in slots:
             if slot is not None:
                 self._pool.admit(slot)
-                self._places[slot.owner] = slot
-        self._health.count("recovered", len(self._places))
+                self._table(slot.owner)[slot.owner] = slot
+        self._health.count("recovered", self._pool.used_slots)
         return slots
 
     def recover(self) -> Iterator[Held]:
         """See `Tier.recover`."""
         slots, self._recovered = self._recovered, []
         for slot, (_, _, held) in zip(slots, self._slab.found(), strict=False):
-            if slot is not None and self._places.get(slot.owner) is slot:
+            if slot is not None and self._place_of(slot.owner) is slot:
                 yield held._replace(name=slot.owner)
         self._slab.forget_found()
 
@@ -205,13 +208,13 @@ class SlabTier:
         if slot is None:
             self._health.write_failed(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
             return "full"
-        self._places[task.job.name] = slot
+        self._table(task.job.name)[task.job.name] = slot
         task.place = Place(slot.offset, slot.nbytes)
         return None
 
     def settled(self, job: Job, error: str | None) -> None:
         """See `Tier.settled`."""
-        slot = self._places.get(job.name)
+        slot = self._place_of(job.name)
         if slot is not None and error is None:
             self._pool.admit(slot)
         else:
@@ -221,7 +224,7 @@ class SlabTier:
         """See `Tier.get`."""
         error = "closed" if self._closed else self._health.unreadable
         for job in jobs:
-            slot = self._places.get(job.name)
+            slot = self._place_of(job.name)
             if slot is None or error is not None:
                 done(job, error or "absent")
             elif job.checksum is None or not 0 < job.nbytes <= slot.nbytes:
@@ -239,14 +242,14 @@ class SlabTier:
         """See `Tier.touch`."""
         change = self._pool.touch if used else self._pool.renew
         for name in names:
-            slot = self._places.get(name)
+            slot = self._place_of(name)
             if slot is not None and slot.admitted:
                 change(slot)
 
     def expire(self, held: Sequence[Held]) -> None:
         """See `Tier.expire`."""
         for one in held:
-            slot = self._places.get(one.name)
+            slot = self._place_of(one.name)
             if slot is not None and one.checksum is not None and not self._closed:
                 self._threads.record(Place(slot.offset, slot.nbytes), one)
 
@@ -266,8 +269,14 @@ class SlabTier:
 
     # --- Places -----------------------------------------------------------------------------------
 
+    def _table(self, name: ObjectName) -> dict[ObjectName, _Slot]:
+        return self._places[name.key[0]]
+
+    def _place_of(self, name: ObjectName) -> _Slot | None:
+        return self._table(name).get(name)
+
     def _drop(self, name: ObjectName, *, evicted: bool = False) -> None:
-        slot = self._places.pop(name, None)
+        slot = self._table(name).pop(name, None)
         if slot is not None:
             if not self._closed:
                 self._threads.record(Place(slot.offset, slot.nbytes), None)
@@ -292,7 +301,7 @@ class SlabTier:
         """The medium has no room for another chunk, so what is there makes room."""
         self._health.count("chunks_refused")
         self._health.notice("room", _FULL)
-        slot = self._places.get(task.job.name)
+        slot = self._place_of(task.job.name)
         if slot is None or self._closed:
             self._threads.finish(task, "closed")
             return
@@ -316,25 +325,22 @@ class SlabTier:
             return
         task.had_names = True
         self._nameless.append(task)
-        if len(self._nameless) == 1:
-            self._health.notice("names", _NAMES)
-            self._step(self._give_up_names())
+        self._health.notice("names", _NAMES)
+        self._background.once(self._give_up_names)
 
-    def _step(self, work: Iterator[None]) -> None:
-        """Do long work piece by piece, with the loop's turn between."""
-        if next(work, work) is None and not self._closed:
-            self._host.post(lambda: self._step(work))
+    def _pieces(self) -> Iterator[list[_Slot]]:
+        return takewhile(lambda _: not self._closed, self._pool.pieces())
 
-    def _give_up_names(self) -> Iterator[None]:
+    def _give_up_names(self) -> Work[None]:
         """Evict the objects of the namespaces that were not used for longest."""
         used: dict[bytes, int] = {}
-        for slots in self._pool.pieces():
+        for slots in self._pieces():
             for slot in slots:
                 digest = slot.owner.namespace.digest
                 used[digest] = max(used.get(digest, 0), slot.used)
             yield
         cold = set(sorted(used, key=used.__getitem__)[: -(-len(used) // _NAMES_SHARE)])
-        for slots in self._pool.pieces():
+        for slots in self._pieces():
             for slot in slots:
                 name = slot.owner
                 if name.namespace.digest in cold and slot.admitted and not self._host.busy(name):

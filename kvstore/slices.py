@@ -1,4 +1,4 @@
-"""Work that others on the loop need not wait for: it stops at every `yield`, to go on later."""
+"""What keeps the loop from stalling: work that stops at every `yield`, tables that stay small."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator
 from functools import wraps
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
+K = TypeVar("K")
 S = TypeVar("S")
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -17,8 +18,17 @@ Work = Generator[None, None, T]
 FEW: Final = 16
 """Objects between two stops: some tenths of a millisecond."""
 
+_TABLES: Final = 256
 _STOPS: Final = 8
 _SECONDS: Final = 0.001
+
+
+def tables() -> list[dict[K, T]]:
+    """Many small tables for what may be millions; none takes long to grow or to walk through.
+
+    Keys are, or have, digests: a key lies in the table that its digest's first byte says.
+    """
+    return [{} for _ in range(_TABLES)]
 
 
 def finish(work: Work[T]) -> T:
