@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import socket
 import struct
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from typing import Final, Self
 
+from kvstore.benchmarks.crew import start
 from kvstore.benchmarks.figures import BenchmarkError
 from kvstore.memory.arena import Arena
 from kvstore.memory.bounce import Bounce
@@ -27,15 +26,10 @@ class BareStream:
     def __init__(self, nbytes: int, streams: int) -> None:
         self._share = nbytes // streams
         self.nbytes = self._share * streams
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(self._share), str(streams)],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd="/",
-        )
-        assert self._server.stdout is not None
-        port = int(self._server.stdout.readline())
-        self._ends = [socket.create_connection(("127.0.0.1", port)) for _ in range(streams)]
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self._server, _ = start(_serve, listener, self._share, streams)
+            place = listener.getsockname()
+            self._ends = [socket.create_connection(place) for _ in range(streams)]
         for connection in self._ends:
             tune(connection)
         self._memory = [Bounce(self._share) for _ in range(streams)]
@@ -48,7 +42,7 @@ class BareStream:
         self._threads.shutdown()
         for connection in self._ends:
             connection.close()
-        self._server.wait(_SECONDS)
+        self._server.join(_SECONDS)
 
     def save(self) -> None:
         """All bytes there, and the word that they have come."""
@@ -82,7 +76,15 @@ def _receive(connection: socket.socket, view: memoryview) -> None:
         view = view[got:]
 
 
-def _serve(connection: socket.socket, view: memoryview) -> None:
+def _serve(_: Connection, listener: socket.socket, share: int, streams: int) -> None:
+    """The other process: until as many connections as were announced are closed."""
+    arena = Arena.create(share * streams)
+    views = [arena.view(number * share, share) for number in range(streams)]
+    with listener, ThreadPoolExecutor(streams) as threads:
+        list(threads.map(lambda view: _answer(listener.accept()[0], view), views))
+
+
+def _answer(connection: socket.socket, view: memoryview) -> None:
     with connection:
         tune(connection)
         while asked := connection.recv(_ASK.size, socket.MSG_WAITALL):
@@ -92,23 +94,3 @@ def _serve(connection: socket.socket, view: memoryview) -> None:
                 connection.sendall(b"!")
             else:
                 _send(connection, view[:nbytes])
-
-
-def main() -> None:
-    """Serve as many connections as were announced, until they are closed."""
-    share, streams = (int(argument) for argument in sys.argv[1:3])
-    arena = Arena.create(share * streams)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        print(listener.getsockname()[1], flush=True)
-        threads = []
-        for number in range(streams):
-            connection, _ = listener.accept()
-            view = arena.view(number * share, share)
-            threads.append(threading.Thread(target=_serve, args=(connection, view)))
-            threads[-1].start()
-        for thread in threads:
-            thread.join()
-
-
-if __name__ == "__main__":
-    main()

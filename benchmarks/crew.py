@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import itertools
+import multiprocessing
+import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from typing import Any, Final, Self
-
-import msgspec
 
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run, Samples
 from kvstore.config import Config
+from kvstore.errors import KVStoreError
 
-_MEMBER: Final = "kvstore.benchmarks.member"
+SPAWN: Final = multiprocessing.get_context("spawn")
 _END_SECONDS: Final = 30.0
 
-
-class Order(msgspec.Struct):
-    """What all members are to do."""
-
-    do: str
-    options: dict[str, Any] = {}
+Jobs = dict[str, Callable[[], object]]
 
 
-class Answer(msgspec.Struct):
-    """What one of them did: when (monotonic seconds), and how long each of its calls took."""
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A job that one of them did: when (monotonic seconds), and how long each call took."""
 
-    began: float = 0.0
-    ended: float = 0.0
-    seconds: list[float] = []
-    said: dict[str, Any] = {}
-    error: str = ""
+    began: float
+    ended: float
+    seconds: list[float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,78 +40,111 @@ class Taken:
     each: Samples
 
 
+def start(serve: Callable[..., None], *given: Any) -> tuple[SpawnProcess, Connection]:
+    """A fresh process that calls `serve` with its end of a pipe and what is given; our end."""
+    ours, theirs = SPAWN.Pipe()
+    process = SPAWN.Process(target=serve, args=(theirs, *given))
+    process.start()
+    theirs.close()
+    return process, ours
+
+
 class Crew:
-    """`members` processes of `kvstore.benchmarks.member`; a context manager."""
+    """`members` processes that take orders until it is left; a context manager."""
 
     def __init__(self, members: int, config: Config) -> None:
         self.members = members
-        text = config.model_dump_json()
-        self._processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", _MEMBER, text, str(number)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                cwd="/",
-            )
-            for number in range(members)
-        ]
+        self._started = [start(_obey, config, number) for number in range(members)]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for process in self._processes:
-            if error[0] is None:
-                assert process.stdin is not None
-                process.stdin.close()  # It leaves at the end of its orders.
-            else:
+        for process, orders in self._started:
+            orders.close()  # It leaves at the end of its orders.
+            if error[0] is not None:
                 process.kill()
-        for process in self._processes:
-            process.wait(_END_SECONDS)
+        for process, _ in self._started:
+            process.join(_END_SECONDS)
 
-    def tell(self, do: str, **options: Any) -> list[Answer]:
-        """Let all do something at once, and wait for all.
+    def set_up(self, jobs_of: Callable[..., tuple[Jobs, Any]], **options: Any) -> Any:
+        """Let each call `jobs_of(config, its number, stack, **options)`; what the first one says.
+
+        That gives the jobs that it can do, and whatever is to be said. What was set up before is
+        closed.
 
         Raises:
             BenchmarkError: one of them could not.
         """
-        order = msgspec.json.encode(Order(do, options)) + b"\n"
-        for process in self._processes:
-            assert process.stdin is not None
-            process.stdin.write(order)
-            process.stdin.flush()
-        return [_answer(process) for process in self._processes]
+        return self._tell(jobs_of, options)[0]
+
+    def work(self, job: str, calls: int = 1) -> list[Done]:
+        """Let all do a job a few times, at once; raises as `set_up` does."""
+        return self._tell(job, calls)
+
+    def _tell(self, *order: Any) -> list[Any]:
+        for _, orders in self._started:
+            orders.send(order)
+        return [_answer(*one) for one in self._started]
 
     def race(
         self,
         report: Report,
         title: str,
         jobs: Mapping[str, Callable[[], object] | None],
-        **options: Any,
+        calls: int = 1,
     ) -> dict[str, Taken]:
         """Let all do the jobs in turns; a job's value puts things in place before it, untimed."""
-        rounds: dict[str, list[list[Answer]]] = {job: [] for job in jobs}
+        rounds: dict[str, list[list[Done]]] = {job: [] for job in jobs}
 
         def work(job: str) -> None:
-            rounds[job].append(self.tell(job, **options))
+            rounds[job].append(self.work(job, calls))
 
         # The clocks of the members count; orders and answers take their time, too.
         report.race(title, {j: Run(partial(work, j), before) for j, before in jobs.items()})
-        return {job: _taken(answers[1:]) for job, answers in rounds.items()}
+        return {job: _taken(done[1:]) for job, done in rounds.items()}
 
 
-def _taken(rounds: list[list[Answer]]) -> Taken:
+def _taken(rounds: list[list[Done]]) -> Taken:
     spans = [max(a.ended for a in done) - min(a.began for a in done) for done in rounds]
     each = [seconds for done in rounds for answer in done for seconds in answer.seconds]
     return Taken(Samples(tuple(spans)), Samples(tuple(each)))
 
 
-def _answer(process: subprocess.Popen[bytes]) -> Answer:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise BenchmarkError(f"a client ended with code {process.wait()}; its words are above")
-    answer = msgspec.json.decode(line, type=Answer)
-    if answer.error:
-        raise BenchmarkError(answer.error)
+def _answer(process: SpawnProcess, orders: Connection) -> Any:
+    try:
+        answer = orders.recv()
+    except (EOFError, ConnectionResetError):
+        process.join(_END_SECONDS)
+        words = f"a client ended with code {process.exitcode}; its words are above"
+        raise BenchmarkError(words) from None
+    if isinstance(answer, BenchmarkError):
+        raise answer
     return answer
+
+
+def _obey(orders: Connection, config: Config, number: int) -> None:
+    """A member: sets something up, or does a job of it, until the orders end."""
+    jobs: Jobs = {}
+    with ExitStack() as stack, suppress(EOFError):
+        while True:
+            what, how = orders.recv()
+            answer: Any
+            try:
+                if callable(what):
+                    stack.close()
+                    jobs, answer = what(config, number, stack, **how)
+                else:
+                    answer = _done(jobs[what], how)
+            except KVStoreError as e:
+                answer = BenchmarkError(str(e))
+            orders.send(answer)
+
+
+def _done(job: Callable[[], object], calls: int) -> Done:
+    stamps = [time.monotonic()]
+    for _ in range(calls):
+        job()
+        stamps.append(time.monotonic())
+    seconds = [end - start for start, end in itertools.pairwise(stamps)]
+    return Done(stamps[0], stamps[-1], seconds)

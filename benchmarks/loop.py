@@ -13,10 +13,10 @@ from typing import Any, Final
 import numpy as np
 
 from kvstore.api.client import Orchestrator
-from kvstore.benchmarks.crew import Crew
+from kvstore.benchmarks.crew import Crew, Jobs
 from kvstore.benchmarks.figures import BenchmarkError, Report, Samples
-from kvstore.benchmarks.lookups import INDEX_ONLY
 from kvstore.benchmarks.served import PATIENCE, served
+from kvstore.benchmarks.shapes import INDEX_ONLY
 from kvstore.blocks.spec import Namespace
 from kvstore.client.session import Session
 from kvstore.config import Config
@@ -49,7 +49,7 @@ JOBS: Final = {
 """What the loop is given to do, in this order."""
 
 
-class Load:
+class _Load:
     """The client that gives the loop much to do: `objects` blocks, by the jobs' names."""
 
     def __init__(self, config: Config, objects: int, stack: ExitStack) -> None:
@@ -131,6 +131,11 @@ class Load:
             raise BenchmarkError(f"{blocks} of {self._large} blocks were found")
 
 
+def _load(config: Config, _: int, stack: ExitStack, objects: int) -> tuple[Jobs, None]:
+    load = _Load(config, objects, stack)
+    return {job: getattr(load, job) for job in JOBS}, None
+
+
 def run(report: Report, *, objects: int, folder: Path | None) -> None:
     """Measure with so many objects, in memory and, with a `folder`, on disk as well."""
     room = objects * _SLOT // _CHUNK * _CHUNK + 2 * _CHUNK
@@ -144,12 +149,12 @@ def run(report: Report, *, objects: int, folder: Path | None) -> None:
         patience = dict.fromkeys(PATIENCE, _PATIENCE)
         config = stack.enter_context(served(session=patience, **settings)).config
         crew = stack.enter_context(Crew(1, config))
-        crew.tell("loop", objects=objects)
+        crew.set_up(_load, objects=objects)
         session = stack.enter_context(Session.open(INDEX_ONLY.namespace, [INDEX_ONLY.part], config))
         keys = [bytes([i]) * 32 for i in range(_PROMPT)]
         longest = busiest = 0.0
         for job, what in JOBS.items():
-            waits = Samples(tuple(_meanwhile(session, keys, partial(crew.tell, job))))
+            waits = Samples(tuple(_meanwhile(session, keys, partial(crew.work, job))))
             stats = session.stats()
             longest, busiest = max(longest, stats["longest_step"]), stats["busiest_step"]
             tell = partial(report.duration, unit="ms", blocks=objects)

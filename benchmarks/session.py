@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Final
 
-from kvstore.benchmarks.crew import Crew, Taken
-from kvstore.benchmarks.figures import Report
+import numpy as np
+
+from kvstore.benchmarks.crew import Crew, Jobs, Taken
+from kvstore.benchmarks.engine import Engine, prompt_keys
+from kvstore.benchmarks.figures import BenchmarkError, Report
+from kvstore.benchmarks.pingpong import PingPong
 from kvstore.benchmarks.served import served
-from kvstore.benchmarks.shapes import LLAMA_NHD
+from kvstore.benchmarks.shapes import INDEX_ONLY, LLAMA_NHD
 from kvstore.client.session import Session
+from kvstore.config import Config
+from kvstore.transport import protocol
 
 SHAPE: Final = LLAMA_NHD
 CLIENTS: Final = (1, 4, 16)
@@ -44,19 +52,36 @@ def run(report: Report, *, size: int, threads: int, clients: Sequence[int] = CLI
                     _measure_lookups(report, crew, tokens)
 
 
+def _copies(
+    config: Config, number: int, stack: ExitStack, blocks: int, step: int
+) -> tuple[Jobs, bool]:
+    """A member saves and loads a prompt of its own; whether it has huge pages."""
+    session = stack.enter_context(Session.open(SHAPE.namespace, [SHAPE.part], config))
+    engine = stack.enter_context(Engine(SHAPE, blocks, config))
+    keys = prompt_keys(session, blocks, seed=number)
+    load = partial(engine.load, session, keys, step)
+    return {
+        "copy save": partial(engine.copy_out, step),
+        "save": partial(engine.save, session, keys, step),
+        "copy load": partial(engine.copy_in, step),
+        "load": load,
+        "check": partial(engine.check, load),
+    }, engine.huge
+
+
 def _measure_copies(
     report: Report, crew: Crew, session: Session, blocks: int, step: int, threads: int
 ) -> None:
     """Saves into an empty store, and loads of what it holds."""
     clear = partial(session.clear, timeout=_CLEAR_SECONDS)
     clear()
-    huge = crew.tell("copies", blocks=blocks, step=step)[0].said["huge"]
+    huge = crew.set_up(_copies, blocks=blocks, step=step)
     taken = crew.race(
         report,
         f"{crew.members} clients save and load, {step} blocks per call",
         {"copy save": None, "save": clear, "copy load": None, "load": None},
     )
-    crew.tell("check")
+    crew.work("check")
     nbytes = blocks * SHAPE.block_bytes
     for name in ("save", "load"):
         rate = partial(
@@ -76,15 +101,52 @@ def _measure_copies(
             rate(f"same-node {name}, each client", nbytes, did.each, alone.together)
 
 
+def _lookups(config: Config, _: int, stack: ExitStack, tokens: int) -> tuple[Jobs, int]:
+    """A member asks for a prompt that all share, and all of which is there; how many keys it has.
+
+    `bare` is a ping-pong of messages as long as those of a lookup.
+    """
+    session = stack.enter_context(Session.open(INDEX_ONLY.namespace, [INDEX_ONLY.part], config))
+    array = np.random.default_rng(tokens).integers(0, 128_000, tokens, dtype=np.uint32)
+    listed = array.tolist()
+    keys = session.keys(array)
+    page = np.zeros(INDEX_ONLY.block_bytes, np.uint8)
+    memory, same = INDEX_ONLY.memory(page.ctypes.data, 1), np.zeros((len(keys), 1), np.int64)
+    saved = session.save(keys, [memory], [same])
+    if saved.stored + saved.had != len(keys):
+        raise BenchmarkError(f"{saved.dropped} blocks were not stored: {saved.reason}")
+    asked = protocol.encode(1, protocol.Lookup(0, b"".join(keys)))
+    answer = protocol.encode(1, protocol.Found(bytes([protocol.MEMORY]) * len(keys), "", 1e-9))
+    bare = stack.enter_context(PingPong(len(asked), len(answer)))
+    hashed = bytes(4 * tokens + 32 * len(keys))
+
+    def look_up(keys: list[bytes]) -> None:
+        found = session.lookup(keys)
+        if found.blocks != len(keys):
+            raise BenchmarkError(f"{found.blocks} of {len(keys)} blocks found: {found.reason}")
+
+    def hash_and_ask() -> None:
+        hashlib.sha256(hashed).digest()
+        bare()
+
+    return {
+        "bare": bare,
+        "round trip": partial(look_up, keys),
+        "bare with hash": hash_and_ask,
+        "array": lambda: look_up(session.keys(array)),
+        "list": lambda: look_up(session.keys(listed)),
+    }, len(keys)
+
+
 def _measure_lookups(report: Report, crew: Crew, tokens: int) -> None:
     """Lookups of one prompt, by all clients."""
-    keys = crew.tell("lookups", tokens=tokens)[0].said["keys"]
+    keys = crew.set_up(_lookups, tokens=tokens)
     calls = math.ceil(_CALLS / crew.members)
     taken = crew.race(
         report,
         f"{crew.members} clients look up {tokens} tokens",
         dict.fromkeys(("bare", "round trip", "bare with hash", "array", "list")),
-        calls=calls,
+        calls,
     )
 
     def tell(figure: str, did: Taken, limit: Taken, against: str) -> None:

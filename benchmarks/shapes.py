@@ -134,5 +134,8 @@ SMOLLM2_F32: Final = Shape("smollm2-135m", _SMOLLM2["float32"], "LPHBNC", 64)
 
 SMOLLM2_BF16: Final = Shape("smollm2-135m", _SMOLLM2["bfloat16"], "LPHBNC", 64)
 
+INDEX_ONLY: Final = Shape("index only", Group(1, 1, (1,), "uint8"), "LPBNHC", 64)
+"""Objects of 64 bytes: lookups never touch bytes, so a long prompt need not fill the machine."""
+
 DEEPSEEK_MLA: Final = Shape("deepseek-v3", _MLA, "LPBNHC", 64)
 """The latent of multi-head latent attention: one plane, one head."""

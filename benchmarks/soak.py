@@ -21,8 +21,7 @@ from typing import Any, Final
 
 from kvstore.benchmarks.figures import BenchmarkError, Param, Report
 from kvstore.benchmarks.served import served
-from kvstore.benchmarks.soak_client import SHAPE, Did
-from kvstore.benchmarks.soak_clients import Clients
+from kvstore.benchmarks.soak_clients import SHAPE, Clients, Did
 from kvstore.client.session import Session
 from kvstore.config import Config, load_config
 
