@@ -63,33 +63,44 @@ class Gates:
 
 
 class Incoming:
-    """What an acquire brought, and which of it has reached the pages and is right.
+    """What an acquire under `lease` brought of the blocks from `first` on, and which of it has
+    reached the pages and is right.
 
-    Several threads may take in objects at once, each of them other ones.
+    `rows` has the positions of the blocks that have come, in an answer with `holes` not one after
+    the other; `damaged` those, within the acquire, of blocks that have ever come damaged. Several
+    threads may take in objects at once, each of them other ones.
     """
 
-    def __init__(self, reply: Held, parts: int) -> None:
+    def __init__(
+        self,
+        reply: Held,
+        parts: Sequence[Part],
+        lease: int = 0,
+        first: int = 0,
+        *,
+        holes: bool = False,
+    ) -> None:
         self.reply = reply
+        self.lease = lease
         self.reason: str | None = None
         self.damaged: set[int] = set()
-        offsets = np.frombuffer(reply.slots[: len(reply.slots) // 8 * 8], dtype="<i8")
-        self._whole = len(reply.slots) % (8 * parts) == 0
-        self.slots = offsets[: offsets.size // parts * parts].reshape(-1, parts)
+        self._parts = parts
+        count = len(parts)
+        whole = len(reply.slots) // (8 * count)
+        self.slots = np.frombuffer(reply.slots, "<i8", whole * count).reshape(whole, count)
+        came = np.frombuffer(reply.tiers, np.uint8)
+        self._places = np.flatnonzero(came) if holes else np.arange(whole)
+        self.rows = first + self._places
         self._right = np.zeros(self.slots.shape, dtype=np.bool_)
 
-    def rows(self) -> NDArray[np.int64]:
-        """Which of the blocks asked for have come, in an answer that has holes."""
-        return np.flatnonzero(np.frombuffer(self.reply.tiers, np.uint8))
-
-    def fits(self, asked: int, parts: Sequence[Part]) -> bool:
-        """Whether the answer makes sense for that many blocks of `parts`."""
-        blocks, count = len(self.slots), len(parts)
+    def fits(self, asked: int) -> bool:
+        """Whether the answer makes sense for that many blocks."""
+        blocks, parts = len(self.slots), self._parts
         return (
-            self._whole
-            and blocks <= asked
-            and blocks <= len(self.reply.tiers)
+            self.slots.nbytes == len(self.reply.slots)
+            and len(self.rows) == blocks <= len(self.reply.tiers) <= asked
             and all(
-                0 <= number < self.slots.size and stored.converts_to(parts[number % count])
+                0 <= number < self.slots.size and stored.converts_to(parts[number % len(parts)])
                 for number, stored in self.reply.other.items()
             )
         )
@@ -110,30 +121,39 @@ class Incoming:
         """Which of those that have come are whole and right."""
         return np.asarray(self._right.all(axis=1), dtype=np.bool_)
 
-    def by_layout(self, column: int, own: Part) -> dict[Part, NDArray[np.int64]]:
-        """Rows of one part by the layout they are stored in."""
-        other, parts = self.reply.other, self.slots.shape[1]
+    def by_layout(self, column: int) -> dict[Part, NDArray[np.int64]]:
+        """Which of those that have come are stored in what layout, of one part."""
+        own, other = self._parts[column], self.reply.other
         if not other:
             return {own: np.arange(len(self.slots))}
-        rows: dict[Part, list[int]] = {}
-        for row in range(len(self.slots)):
-            rows.setdefault(other.get(row * parts + column, own), []).append(row)
-        return {stored: np.array(numbers) for stored, numbers in rows.items()}
+        numbers: dict[Part, list[int]] = {}
+        for number in range(len(self.slots)):
+            stored = other.get(number * len(self._parts) + column, own)
+            numbers.setdefault(stored, []).append(number)
+        return {stored: np.array(those) for stored, those in numbers.items()}
 
     def take(
         self,
         column: int,
-        rows: NDArray[np.int64],
+        numbers: NDArray[np.int64],
         have: Sequence[int] | None,
         sent: Sequence[int] | None,
     ) -> None:
         """These objects are in the pages; `have` is what they hash to, `sent` what they must."""
-        self._right[rows, column] = True
+        self._right[numbers, column] = True
         if have is None:
             return
-        held, parts = self.reply.checksums, self.slots.shape[1]
-        for number, row in enumerate(rows):
-            wanted = sent[number] if sent is not None else held[int(row) * parts + column]
-            if wanted not in (None, have[number]):
-                self._right[row, column] = False
-                self.damaged.add(int(row))
+        wanted: Sequence[int | None] | None = sent
+        if wanted is None:
+            sums = self.reply.checksums[column :: len(self._parts)]
+            wanted = [sums[number] for number in numbers]
+        for number, hashed, must in zip(numbers, have, wanted, strict=True):
+            if must not in (None, hashed):
+                self._right[number, column] = False
+                self.damaged.add(int(self._places[number]))
+                self.reason = "checksum"
+
+    def again(self) -> None:
+        """Nothing has reached the pages of another load."""
+        self._right[:] = False
+        self.reason = None

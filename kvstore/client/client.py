@@ -12,7 +12,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from numbers import Real
@@ -39,13 +39,19 @@ _FIRST_RETRY: Final = 0.05
 _REFUSED_SECONDS: Final = 5.0
 """After which a session that the daemon refused is opened again."""
 
+Link = tuple[Channel, int]
+"""A live channel, and what stands there for a session."""
+
 _log = logging.getLogger("kvstore.session")
 
 
 class View:
     """What a session has on its client's connection. Its fields belong to the client."""
 
-    def __init__(self, namespace: Namespace, parts: tuple[Part, ...], copier: Copier) -> None:
+    def __init__(
+        self, client: Client, namespace: Namespace, parts: tuple[Part, ...], copier: Copier
+    ) -> None:
+        self.client = client
         self.namespace = namespace
         self.parts = parts
         self.copier = copier
@@ -60,6 +66,12 @@ class View:
         self.again = 0.0  # monotonic seconds
         self.users = 0
         self.closed = False
+
+    def release(self, channel: Channel | None, lease: int, damaged: Iterable[int] = ()) -> None:
+        """Let go of what a lease on that channel is for; of those blocks, some are `damaged`."""
+        self.leases.discard(lease)
+        if channel is not None:
+            channel.notify(Release(lease, tuple(sorted(damaged))))
 
 
 class Client:
@@ -165,8 +177,7 @@ class Client:
             return
         try:
             for lease in list(view.leases):
-                channel.notify(Release(lease))
-            view.leases.clear()
+                view.release(channel, lease)
             self._tidy(channel)
         finally:
             channel.leave()
@@ -196,7 +207,7 @@ class Client:
     # -- requests ---------------------------------------------------------------------------------
 
     @contextmanager
-    def using(self, view: View) -> Iterator[tuple[Channel, int] | None]:
+    def using(self, view: View) -> Iterator[Link | None]:
         """The live channel and the handle on it, held open while used; None without a daemon."""
         with self._lock:
             channel, closed = self._channel, view.closed

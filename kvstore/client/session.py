@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from kvstore.blocks.keys import block_keys, join_keys, token_array
@@ -26,7 +27,7 @@ from kvstore.config import Config, load_config
 from kvstore.copier.base import Copier, PagedMemory
 from kvstore.errors import SpecError
 from kvstore.transport import protocol
-from kvstore.transport.protocol import Cost, Message, Release, Reply
+from kvstore.transport.protocol import Cost, Message, Reply
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,9 +68,7 @@ class Pin:
 
     def release(self) -> None:
         """Let them be evicted again."""
-        self._view.leases.discard(self._lease)
-        if self._channel is not None and self._channel.broken is None:
-            self._channel.notify(Release(self._lease))
+        self._view.release(self._channel, self._lease)
         self._channel = None
 
 
@@ -95,12 +94,11 @@ class Session:
         self.namespace = namespace
         self.parts = tuple(parts)
         self.block_tokens = namespace.block_tokens
-        self.block_bytes = sum(part.nbytes(namespace.block_tokens) for part in parts)
         self.counters = client.counters
         self._config = client.config
         self._client = client
-        self._view = View(namespace, self.parts, copier or client.copier)
-        self._transfer = Transfer(client, self.parts, self.block_tokens, self._view.copier)
+        self._view = Transfer(client, namespace, self.parts, copier or client.copier)
+        self.block_bytes = self._view.block_bytes
 
     @classmethod
     def open(
@@ -233,22 +231,8 @@ class Session:
         Raises:
             SpecError: memory or page ids do not fit the parts.
         """
-        pages = self._transfer.pages(keys, memory, page_ids)
-        started = time.monotonic()
-        deadline = started + seconds(timeout, self._config.session.load_timeout)
-        result = Loaded()
-        gates = Gates(after, then)
-        try:
-            with self._client.using(self._view) as link:
-                if link is None:
-                    result.reason = "unavailable"
-                    return result
-                self._transfer.load(link, keys, pages, deadline, gates, result)
-        finally:
-            gates.end(result.blocks == len(keys), result.reason or "failed")
-        result.seconds = time.monotonic() - started
-        self._client.loaded(result)
-        return result
+        load = partial(self._view.load, keys)
+        return self._view.loading(keys, memory, page_ids, timeout, Gates(after, then), load)
 
     def acquire(
         self, keys: Sequence[bytes], *, holes: bool = False, timeout: float | None = None
@@ -259,7 +243,7 @@ class Session:
         not need a whole prefix (an older daemon gives the prefix). Release what is returned.
         """
         join_keys(keys)
-        held = Held(self._client, self._view, self._transfer, list(keys))
+        held = Held(self._view, list(keys))
         deadline = time.monotonic() + seconds(timeout, self._config.session.load_timeout)
         with self._client.using(self._view) as link:
             if link is None:
@@ -290,7 +274,7 @@ class Session:
         Raises:
             SpecError: memory, page ids or tokens do not fit the parts and keys.
         """
-        pages = self._transfer.pages(keys, memory, page_ids)
+        pages = self._view.pages(keys, memory, page_ids)
         join_keys([parent] if parent else [])
         ttl = None if ttl is None else seconds(ttl, longest=_AGES)
         ids = None
@@ -308,7 +292,7 @@ class Session:
             if link is None:
                 result.dropped, result.reason = len(keys), "unavailable"
             else:
-                self._transfer.save(link, keys, pages, wait, about, result)
+                self._view.save(link, keys, pages, wait, about, result)
         result.seconds = time.monotonic() - started
         self.counters.add("save.stored", by=result.stored)
         if result.dropped:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvstore.blocks.keys import join_keys
-from kvstore.blocks.spec import Part
+from kvstore.blocks.spec import Namespace, Part
 from kvstore.client.arrivals import Gates, Incoming, Loaded, Pages
 from kvstore.client.channel import Channel
-from kvstore.client.client import Client
+from kvstore.client.client import Client, Link, View, seconds
 from kvstore.copier.base import Copier, PagedMemory
 from kvstore.errors import SpecError, StoreUnavailable
 from kvstore.transport import protocol
-from kvstore.transport.protocol import BUSY, HAVE, NO_ROOM, Held, Release
+from kvstore.transport.protocol import BUSY, HAVE, NO_ROOM, Held
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,7 +33,7 @@ _TOKENS_PER_REQUEST = 1 << 20
 _COMPUTE_SECONDS = 30.0
 """How long a save may wait for the layers that it follows to be computed."""
 
-LATE_SECONDS = 0.5
+_LATE_SECONDS = 0.5
 """How much longer than its deadline a daemon may take to say what has arrived."""
 
 
@@ -64,62 +63,110 @@ class Saved:
     reason: str | None = None
 
 
-class Transfer:
+class Transfer(View):
     """Moves blocks between an engine's pages and the store's slots; thread-safe."""
 
     def __init__(
-        self,
-        client: Client,
-        parts: tuple[Part, ...],
-        block_tokens: int,
-        copier: Copier,
+        self, client: Client, namespace: Namespace, parts: tuple[Part, ...], copier: Copier
     ) -> None:
-        self._client = client
-        self._parts = parts
-        self._block_tokens = block_tokens
-        self._part_bytes = tuple(part.nbytes(block_tokens) for part in parts)
+        super().__init__(client, namespace, parts, copier)
+        self._part_bytes = tuple(part.nbytes(namespace.block_tokens) for part in parts)
         self.block_bytes = sum(self._part_bytes)
-        self._copier = copier
         self._verify = client.config.session.checksum
+
+    def loading(
+        self,
+        keys: Sequence[bytes],
+        memory: Sequence[PagedMemory],
+        page_ids: Sequence[NDArray[np.int64]],
+        timeout: float | None,
+        gates: Gates,
+        move: Callable[[Link, Pages, float, Gates, Loaded], None],
+    ) -> Loaded:
+        """What a load brings that is done by `move`, before a deadline in monotonic seconds.
+
+        Raises:
+            SpecError: as `pages`.
+        """
+        pages = self.pages(keys, memory, page_ids)
+        started = time.monotonic()
+        deadline = started + seconds(timeout, self.client.config.session.load_timeout)
+        result = Loaded()
+        try:
+            with self.client.using(self) as link:
+                if link is None:
+                    result.reason = "unavailable"
+                    return result
+                move(link, pages, deadline, gates, result)
+        finally:
+            gates.end(result.blocks == len(keys), result.reason or "failed")
+        result.seconds = time.monotonic() - started
+        self.client.loaded(result)
+        return result
+
+    def acquire(
+        self,
+        link: Link,
+        keys: Sequence[bytes],
+        first: int,
+        deadline: float,
+        enough: int,
+        *,
+        holes: bool = False,
+    ) -> Incoming | None:
+        """Hold some of `keys` from the `first` on, under one lease; None if that failed.
+
+        Answered when the first `enough` of them have come, or at the deadline.
+        """
+        channel, handle = link
+        asked = keys[first : first + self.step(channel)]
+        lease = next(self.client.leases)
+        wait = min(max(0.0, deadline - time.monotonic()), protocol.MAX_WAIT)
+        request = protocol.Acquire(
+            handle, lease, b"".join(asked), wait, min(enough, len(asked)), holes
+        )
+        # The daemon answers at the deadline with what it has; give that time to arrive.
+        reply = self.client.call(channel, request, wait + _LATE_SECONDS, lease=lease)
+        if not isinstance(reply, Held):
+            return None
+        self.leases.add(lease)
+        incoming = Incoming(reply, self.parts, lease, first, holes=holes)
+        if not incoming.fits(len(asked)):
+            self.client.quiet.warning("load", "the daemon's answer does not fit the request")
+            self.release(channel, lease)
+            return None
+        return incoming
 
     def load(
         self,
-        link: tuple[Channel, int],
         keys: Sequence[bytes],
+        link: Link,
         pages: Pages,
         deadline: float,
         gates: Gates,
         result: Loaded,
     ) -> None:
-        """Copy blocks into pages as they arrive; `deadline` in monotonic seconds.
+        """Copy blocks into pages as they arrive.
 
         One acquire does when all lies in memory. Otherwise it is answered when the first window
         has come up from disk, and the rest comes up while that is copied.
         """
-        channel, handle = link
-        step = self.step(channel)
+        channel, _ = link
         enough = max(1, _WINDOW_BYTES // self.block_bytes)
         found = bytearray()  # where each block lay before this load moved it
         while result.blocks < len(keys):
             first = result.blocks
-            lease = next(self._client.leases)
-            wait = min(max(0.0, deadline - time.monotonic()), protocol.MAX_WAIT)
-            joined = b"".join(keys[first : first + step])
-            request = protocol.Acquire(handle, lease, joined, wait, enough)
-            # The daemon answers at the deadline with what it has; give that time to arrive.
-            reply = self._client.call(channel, request, wait + LATE_SECONDS, lease=lease)
-            if not isinstance(reply, Held):
+            incoming = self.acquire(link, keys, first, deadline, enough)
+            if incoming is None:
                 result.reason = "unavailable"
                 break
+            reply = incoming.reply
             found += reply.tiers[len(found) - first :]
-            incoming = Incoming(reply, len(self._parts))
-            # Layers can be given away one by one only if this is all there is to come.
-            piece = gates if len(incoming.slots) == len(keys) else replace(gates, then=None)
             try:
-                ours = pages.of(slice(first, None))
-                good = self.copy_held(channel, lease, incoming, ours, deadline, piece)
+                self.copy(channel, incoming, pages, deadline, gates)
             finally:
-                channel.notify(Release(lease, tuple(sorted(incoming.damaged))))
+                self.release(channel, incoming.lease, incoming.damaged)
+            good = incoming.good
             result.blocks += good
             result.nbytes += good * self.block_bytes
             ended = reply.reason and good == len(reply.tiers)  # nothing more was found
@@ -129,39 +176,28 @@ class Transfer:
         for tier in channel.tiers(bytes(found[: result.blocks])):
             result.tiers[tier] = result.tiers.get(tier, 0) + 1
 
-    def copy_held(
-        self,
-        channel: Channel,
-        lease: int,
-        incoming: Incoming,
-        pages: Pages,
-        deadline: float,
-        gates: Gates,
-    ) -> int:
-        """Copy what an acquire brought, as far as it is right and comes before the deadline.
-
-        Returns how many blocks from the start are whole and right.
-        """
+    def copy(
+        self, channel: Channel, incoming: Incoming, pages: Pages, deadline: float, gates: Gates
+    ) -> None:
+        """Copy what an acquire brought to its `pages`, as far as it comes before the deadline."""
         started = time.monotonic()
+        # Layers can be given away one by one only if this is all there is to come.
+        if len(incoming.rows) < len(pages.ids[0]):
+            gates = replace(gates, then=None)
+        pages = pages.of(incoming.rows)
         try:
-            if not incoming.fits(len(pages.ids[0]), self._parts):
-                raise StoreUnavailable("the daemon's answer does not fit the request")
-            for column in range(len(self._parts)):
-                self._load_part(channel, lease, incoming, column, pages, deadline, gates)
+            for column in range(len(self.parts)):
+                self._load_part(channel, incoming, column, pages, deadline, gates)
         except StoreUnavailable as e:
-            incoming.reason = _reason_of(e)
-            self._client.quiet.warning("load", "blocks did not come: %s", e)
-        if incoming.damaged:
-            incoming.reason = "checksum"
-            self._client.quiet.warning("checksum", "a block was damaged on its way; not used")
-        good = incoming.good
-        self._client.planner.loaded(good * self.block_bytes, time.monotonic() - started)
-        return good
+            incoming.reason = incoming.reason or _reason_of(e)
+            self.client.quiet.warning("load", "blocks did not come: %s", e)
+        if incoming.reason == "checksum":
+            self.client.quiet.warning("checksum", "a block was damaged on its way; not used")
+        self.client.planner.loaded(incoming.good * self.block_bytes, time.monotonic() - started)
 
     def _load_part(
         self,
         channel: Channel,
-        lease: int,
         incoming: Incoming,
         column: int,
         pages: Pages,
@@ -170,18 +206,18 @@ class Transfer:
     ) -> None:
         """Copy one part's objects."""
         verify = self._verify and incoming.has_checksums
-        layouts = incoming.by_layout(column, self._parts[column])
+        layouts = incoming.by_layout(column)
         # One call of the copier brings all, and nothing is left to verify after it.
-        once = len(self._parts) == len(layouts) == 1 and channel.carrier.whole and not verify
-        for stored, rows in layouts.items():
+        once = len(self.parts) == len(layouts) == 1 and channel.carrier.whole and not verify
+        for stored, numbers in layouts.items():
 
             def scatter(first: int, addresses: Sequence[int], sent: Sequence[int] | None) -> None:
-                chosen = rows[first : first + len(addresses)]  # noqa: B023 - used within the turn
-                have = self._copier.load(
+                chosen = numbers[first : first + len(addresses)]  # noqa: B023 - used in the turn
+                have = self.copier.load(
                     pages.memory[column],
                     pages.ids[column][chosen],
                     addresses,
-                    self._block_tokens,
+                    self.namespace.block_tokens,
                     stored=stored,  # noqa: B023
                     checksum=verify or sent is not None,
                     after=gates.after,
@@ -190,12 +226,13 @@ class Transfer:
                 )
                 incoming.take(column, chosen, have, sent)
 
-            slots = incoming.slots[rows, column]
-            channel.carrier.read(lease, slots, self._part_bytes[column], scatter, deadline)
+            slots = incoming.slots[numbers, column]
+            nbytes = self._part_bytes[column]
+            channel.carrier.read(incoming.lease, slots, nbytes, scatter, deadline)
 
     def save(
         self,
-        link: tuple[Channel, int],
+        link: Link,
         keys: Sequence[bytes],
         pages: Pages,
         wait: float,
@@ -203,71 +240,69 @@ class Transfer:
         result: Saved,
     ) -> None:
         """Copy the blocks that the store lacks into slots, and commit them."""
-        step = self.step(link[0])
+        channel, handle = link
+        step, size = self.step(channel), self.namespace.block_tokens
         if about.tokens is not None:
-            step = min(step, max(1, _TOKENS_PER_REQUEST // self._block_tokens))
+            step = min(step, max(1, _TOKENS_PER_REQUEST // size))
         for first in range(0, len(keys), step):
-            window = slice(first, first + step)
-            parent = keys[first - 1] if first else about.parent
-            tokens = b""
+            asked = keys[first : first + step]
+            request = protocol.Reserve(handle, next(self.client.leases), b"".join(asked))
+            request.parent = keys[first - 1] if first else about.parent
+            request.ttl = about.ttl
             if about.tokens is not None:
-                size = self._block_tokens
                 ids = about.tokens[first * size : (first + step) * size]
-                tokens = ids.astype("<u4").tobytes()
-            ask = partial(protocol.Reserve, parent=parent, tokens=tokens, ttl=about.ttl)
-            ours = pages.of(window)
-            self._save_window(link, keys[window], ours, wait, ask, about.after, result)
+                request.tokens = ids.astype("<u4").tobytes()
+            ours = pages.of(slice(first, first + step))
+            self._save_window(channel, request, ours, wait, about.after, result)
             if result.reason == "unavailable":  # Do not wait for each of the others too.
                 result.dropped += len(keys[first + step :])
                 break
 
     def _save_window(
         self,
-        link: tuple[Channel, int],
-        keys: Sequence[bytes],
+        channel: Channel,
+        request: protocol.Reserve,
         pages: Pages,
         wait: float,
-        ask: Callable[[int, int, bytes], protocol.Reserve],
         after: LayerGate | None,
         result: Saved,
     ) -> None:
-        channel, handle = link
-        lease = next(self._client.leases)
-        request = ask(handle, lease, b"".join(keys))
-        reply = self._client.call(channel, request, wait, lease=lease)
-        parts = len(self._parts)
-        if not isinstance(reply, protocol.Reserved) or len(reply.slots) != 8 * len(keys) * parts:
-            result.dropped += len(keys)
+        lease, blocks, parts = request.lease, len(pages.ids[0]), len(self.parts)
+        reply = self.client.call(channel, request, wait, lease=lease)
+        if not isinstance(reply, protocol.Reserved) or len(reply.slots) != 8 * blocks * parts:
+            result.dropped += blocks
             result.reason = "unavailable"
-            channel.notify(Release(lease))
+            self.release(channel, lease)
             return
-        answers = np.frombuffer(reply.slots, dtype="<i8").reshape(len(keys), parts)
+        answers = np.frombuffer(reply.slots, "<i8").reshape(blocks, parts)
         full = (answers == NO_ROOM).any(axis=1)
         wanted = (answers >= 0).any(axis=1) & ~full
+        count, without = int(wanted.sum()), int(full.sum())
         result.had += int(((answers == HAVE) | (answers == BUSY)).all(axis=1).sum())
         try:
             sums = self._save_parts(channel, lease, answers, wanted, pages, wait, after)
         except BaseException as e:
-            channel.notify(Release(lease))
+            self.release(channel, lease)
             if not isinstance(e, StoreUnavailable):
                 raise
-            result.dropped += int((full | wanted).sum())
+            result.dropped += without + count
             result.reason = _reason_of(e)
-            self._client.quiet.warning("save", "blocks were not saved: %s", e)
+            self.client.quiet.warning("save", "blocks were not saved: %s", e)
             return
-        dropped = tuple(int(i) for i in np.flatnonzero(full))
-        commit = protocol.Commit(lease, dropped, sums)
-        done = self._client.call(channel, commit, wait, lease=lease)
+        commit = protocol.Commit(lease, tuple(np.flatnonzero(full).tolist()), sums)
         stored, problem = 0, "unavailable"
-        if isinstance(done, protocol.Committed):
-            stored, problem = min(done.blocks, int(wanted.sum())), done.reason or "lease"
-            stored = max(0, stored)
+        if not count:  # There is nothing to wait for.
+            channel.notify(commit)
+        elif isinstance(
+            done := self.client.call(channel, commit, wait, lease=lease), protocol.Committed
+        ):
+            stored, problem = max(0, min(done.blocks, count)), done.reason or "lease"
         result.stored += stored
-        result.dropped += int(full.sum()) + int(wanted.sum()) - stored
+        result.dropped += without + count - stored
         result.nbytes += stored * self.block_bytes
-        if full.any():
+        if without:
             result.reason = reply.reason or "no_room"
-        elif stored < int(wanted.sum()):
+        elif stored < count:
             result.reason = problem
 
     def _save_parts(
@@ -291,12 +326,12 @@ class Transfer:
             ids = pages.ids[column][rows]
 
             def gather(first: int, addresses: Sequence[int]) -> list[int] | None:
-                return self._copier.save(
+                return self.copier.save(
                     pages.memory[column],  # noqa: B023 - used within the turn
                     ids[first : first + len(addresses)],  # noqa: B023
                     addresses,
-                    self._block_tokens,
-                    stored=self._parts[column],  # noqa: B023
+                    self.namespace.block_tokens,
+                    stored=self.parts[column],  # noqa: B023
                     checksum=checksum,
                     after=after,
                     deadline=deadline,
@@ -312,7 +347,7 @@ class Transfer:
     def step(self, channel: Channel) -> int:
         """Blocks to ask for under one lease."""
         by_bytes = channel.carrier.lease_bytes // self.block_bytes
-        return max(1, min(protocol.MAX_KEYS // len(self._parts), by_bytes))
+        return max(1, min(protocol.MAX_KEYS // len(self.parts), by_bytes))
 
     def pages(
         self,
@@ -326,12 +361,12 @@ class Transfer:
             SpecError: what is wrong, with both sizes.
         """
         join_keys(keys)
-        if len(memory) != len(self._parts) or len(page_ids) != len(self._parts):
+        if len(memory) != len(self.parts) or len(page_ids) != len(self.parts):
             raise SpecError(
-                f"the session has {len(self._parts)} parts; give one memory and one page_ids each, "
+                f"the session has {len(self.parts)} parts; give one memory and one page_ids each, "
                 f"not {len(memory)} and {len(page_ids)}"
             )
-        for part, given, ids in zip(self._parts, memory, page_ids, strict=True):
+        for part, given, ids in zip(self.parts, memory, page_ids, strict=True):
             if given.part != part and not given.part.casts_to(part):
                 raise SpecError(f"memory of {given.part.group.name!r} is not of the session's part")
             if len(ids) != len(keys):

@@ -120,7 +120,7 @@ def test_what_is_damaged_does_not_arrive_and_is_removed(stores: Stores) -> None:
         keys = session.keys(prompt(1, 5))
         save(session, at(keys, (0, 2, 4)))
         with session.acquire(keys, holes=True) as held:
-            offset = int(np.frombuffer(held._leases[0].reply.slots, "<i8")[1])
+            offset = int(held._incoming[0].slots[1, 0])
             assert held._channel is not None
             held._channel.carrier.arena.view(offset + 1000, 1)[0] ^= 1  # type: ignore[attr-defined]
             loaded = load_held(session, keys, held)

@@ -116,12 +116,12 @@ def test_what_a_daemon_says_forges_no_line_of_a_log() -> None:
 ])  # fmt: skip
 def test_an_answer_whose_layouts_do_not_fit_is_none(other: dict[int, Part]) -> None:
     def answer(other: dict[int, Part]) -> Incoming:
-        return Incoming(protocol.Held(bytes(16), b"\1\1", "", other), 1)
+        return Incoming(protocol.Held(bytes(16), b"\1\1", "", other), [PART])
 
-    assert answer({}).fits(2, [PART])
-    assert answer({1: Part(PART.group, Described("LPHNC"))}).fits(2, [PART])
-    assert not answer(other).fits(2, [PART])
-    assert not Incoming(protocol.Held(bytes(15), b"\1\1", ""), 1).fits(2, [PART])
+    assert answer({}).fits(2)
+    assert answer({1: Part(PART.group, Described("LPHNC"))}).fits(2)
+    assert not answer(other).fits(2)
+    assert not Incoming(protocol.Held(bytes(15), b"\1\1", ""), [PART]).fits(2)
 
 
 def test_frames_have_a_largest_size() -> None:
