@@ -1,17 +1,19 @@
 """Eviction policies: which object to give up first.
 
-A policy knows nodes, not bytes, and never evicts by itself: it is asked for candidates in order and
-told what happened. It links the nodes themselves, so it takes no memory beside theirs, and has
-nothing that the garbage collector must walk through. Not thread-safe; the store's loop owns it.
+A policy knows nodes of one size class, not bytes, and never evicts by itself: it is asked for
+candidates in order and told what happened. It links the nodes themselves, so it takes no memory
+beside theirs, and has nothing that the garbage collector must walk through. Not thread-safe; the
+store's loop owns it. All have the methods of `Lru`.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import msgspec
+
+from kvstore.slices import tables
 
 
 class Node(msgspec.Struct, gc=False, eq=False, kw_only=True):
@@ -25,32 +27,6 @@ class Node(msgspec.Struct, gc=False, eq=False, kw_only=True):
 
 
 N = TypeVar("N", bound=Node)
-
-
-class EvictionPolicy(Protocol[N]):
-    """The order in which objects of one size class are given up."""
-
-    def add(self, node: N, older_than: N | None = None) -> None:
-        """A new object; it must not be known yet. It is to go just before another, if possible."""
-
-    def touch(self, node: N) -> None:
-        """The object was used."""
-
-    def renew(self, node: N) -> None:
-        """The object counts as added just now; that was no use of it."""
-
-    def remove(self, node: N, *, evicted: bool = False) -> None:
-        """The object is gone; `evicted` lets a policy remember it."""
-
-    def candidates(self) -> Iterator[N]:
-        """Nodes, best victim first, each once.
-
-        The caller removes at most the last one it took. Those before, which it passed over, are in
-        use, so they count as renewed: nobody comes upon them again and again.
-        """
-
-    def __len__(self) -> int:
-        """Objects known."""
 
 
 class Ring(Generic[N]):
@@ -71,6 +47,7 @@ class Ring(Generic[N]):
         return node
 
     def add(self, node: N, older_than: N | None = None) -> None:
+        """Take in the newest node, or one to go just before another that is here."""
         after = self._anchor if older_than is None else older_than
         before = after.before
         node.before, node.after = before, after
@@ -84,6 +61,7 @@ class Ring(Generic[N]):
         self._count -= 1
 
     def renew(self, node: N) -> None:
+        """A node counts as added just now."""
         self.remove(node)
         self.add(node)
 
@@ -97,16 +75,30 @@ class Ring(Generic[N]):
 class Lru(Ring[N]):
     """Least recently used first."""
 
-    touch = Ring.renew
+    def touch(self, node: N) -> None:
+        """The object was used."""
+        self.renew(node)
 
     def remove(self, node: N, *, evicted: bool = False) -> None:
+        """The object is gone; `evicted` lets a policy remember it."""
         super().remove(node)
 
     def candidates(self) -> Iterator[N]:
+        """Nodes, best victim first, each once.
+
+        The caller removes at most the last one it took. Those before, which it passed over, are in
+        use, so they count as renewed: nobody comes upon them again and again.
+        """
         for _ in range(len(self)):
             node = self.oldest
             yield node
             self.renew(node)
+
+
+class Ghost(Node, gc=False, eq=False):
+    """What is remembered of an object that was evicted."""
+
+    name: Hashable
 
 
 class S3Fifo(Generic[N]):
@@ -129,13 +121,12 @@ class S3Fifo(Generic[N]):
     def __init__(self, ghost: Callable[[N], Hashable] = hash) -> None:
         self._small: Ring[N] = Ring()
         self._main: Ring[N] = Ring()
-        self._ghosts: OrderedDict[Hashable, None] = OrderedDict()
+        self._ghosts: Ring[Ghost] = Ring()
+        self._ghost_of: list[dict[Hashable, Ghost]] = tables()
         self._ghost = ghost
 
     def add(self, node: N, older_than: N | None = None) -> None:
-        ghost = self._ghost(node)
-        if ghost in self._ghosts:
-            del self._ghosts[ghost]
+        if self._forget(self._ghost(node)):
             self._enter_main(node)
         else:
             node.mark = 0
@@ -152,9 +143,13 @@ class S3Fifo(Generic[N]):
     def remove(self, node: N, *, evicted: bool = False) -> None:
         self._queue(node).remove(node)
         if evicted and node.mark < self._MAIN:
-            self._ghosts[self._ghost(node)] = None
-            while len(self._ghosts) > max(len(self), 1):
-                self._ghosts.popitem(last=False)
+            ghost = Ghost(name=self._ghost(node))
+            self._forget(ghost.name)
+            self._table(ghost.name)[ghost.name] = ghost
+            self._ghosts.add(ghost)
+            for _ in range(2):  # not all at once, should there be many too many
+                if len(self._ghosts) > max(len(self), 1):
+                    self._forget(self._ghosts.oldest.name)
 
     def candidates(self) -> Iterator[N]:
         seen: set[N] = set()
@@ -169,6 +164,16 @@ class S3Fifo(Generic[N]):
             self._queue(node).remove(node)
             self._enter_main(node)
         yield from [node for node in (*self._small, *self._main) if node not in seen]
+
+    def _table(self, name: Hashable) -> dict[Hashable, Ghost]:
+        return self._ghost_of[(hash(name) >> 32) % len(self._ghost_of)]
+
+    def _forget(self, name: Hashable) -> bool:
+        """Whether there was such a ghost."""
+        ghost = self._table(name).pop(name, None)
+        if ghost is not None:
+            self._ghosts.remove(ghost)
+        return ghost is not None
 
     def _next(self) -> N:
         small, main = self._small, self._main
@@ -197,3 +202,6 @@ class S3Fifo(Generic[N]):
 
     def __len__(self) -> int:
         return len(self._small) + len(self._main)
+
+
+EvictionPolicy = Lru[N] | S3Fifo[N]

@@ -46,7 +46,11 @@ class Slot(Node, Generic[T], gc=False, eq=False):
     nbytes: int
     owner: T
     used: int = 0
-    admitted: bool = False
+
+    @property
+    def admitted(self) -> bool:
+        """Whether it is up for eviction: known to the policy, which has linked it."""
+        return self.after is not None
 
 
 def slot_policy(name: str) -> Callable[[], EvictionPolicy[Slot[Any]]]:
@@ -64,27 +68,41 @@ def slot_policy(name: str) -> Callable[[], EvictionPolicy[Slot[Any]]]:
     return policies[name]
 
 
-class _Chunk(Generic[T]):
-    """`free`: slots given back; those from `fresh` up to `end` were never used."""
-
-    __slots__ = ("end", "free", "fresh", "slots")
-
-    def __init__(self, start: int, end: int) -> None:
-        self.fresh = start
-        self.end = end
-        self.free = array("q")
-        self.slots: dict[int, Slot[T]] = {}
-
-
 class _SizeClass(Generic[T]):
-    __slots__ = ("chunks", "evictions", "nbytes", "partial", "policy")
+    """Chunks of so many `places` each; `partial`: those with a free one, most recent last."""
 
-    def __init__(self, nbytes: int, policy: EvictionPolicy[Slot[T]]) -> None:
+    __slots__ = ("evictions", "nbytes", "partial", "places", "policy")
+
+    def __init__(self, nbytes: int, places: int, policy: EvictionPolicy[Slot[T]]) -> None:
         self.nbytes = nbytes
+        self.places = places
         self.policy = policy
-        self.chunks: dict[int, _Chunk[T]] = {}
-        self.partial: dict[int, None] = {}  # chunks with a free slot, most recent last
+        self.partial: dict[int, _Chunk[T]] = {}
         self.evictions = 0
+
+
+class _Chunk(Generic[T]):
+    """`slots`: those of its places that were ever used, in order; None where one is `free` again.
+
+    `refused`: it is in use, but the medium has no room for more of it.
+    """
+
+    __slots__ = ("cls", "free", "number", "refused", "slots")
+
+    def __init__(self, number: int, cls: _SizeClass[T]) -> None:
+        self.number = number
+        self.cls = cls
+        self.slots: list[Slot[T] | None] = []
+        self.free = array("I")
+        self.refused = False
+
+    @property
+    def used(self) -> int:
+        return len(self.slots) - len(self.free)
+
+    @property
+    def full(self) -> bool:
+        return self.used == self.cls.places
 
 
 class SlotPool(Generic[T]):
@@ -120,11 +138,11 @@ class SlotPool(Generic[T]):
         self._evictable = evictable
         self._evict = evict
         self._classes: dict[int, _SizeClass[T]] = {}
-        self._class_of: dict[int, _SizeClass[T]] = {}  # chunk number → its class
+        self._chunks: dict[int, _Chunk[T]] = {}  # in use, by number
         self._free_chunks: list[int] = []  # that were used before
         self._fresh_chunks = list(reversed(range(capacity // chunk)))
-        self._refused: set[int] = set()  # chunks in use that the medium has no room for
-        self._leaving: int | None = None  # the chunk that is being emptied for another class
+        self._leaving: _Chunk[T] | None = None  # the one that is being emptied for another class
+        self._rest: Iterator[Slot[T]] = iter(())  # of its slots
         self._looked_at = -1  # the chunk that was asked last whether it may be
         self._clock = 0
         self.used_bytes = 0
@@ -145,14 +163,13 @@ class SlotPool(Generic[T]):
         cls = self._class(size)
         if not cls.partial and not self._make_room(cls):
             return None
-        number = next(reversed(cls.partial))
-        chunk = cls.chunks[number]
+        chunk = next(reversed(cls.partial.values()))
         if chunk.free:
-            offset = chunk.free.pop()
+            place = chunk.free.pop()
         else:
-            offset = chunk.fresh
-            chunk.fresh += size
-        return self._occupy(cls, number, chunk, offset, owner)
+            place = len(chunk.slots)
+            chunk.slots.append(None)
+        return self._occupy(chunk, place, owner)
 
     def claim(self, offset: int, nbytes: int, owner: T) -> Slot[T] | None:
         """The slot at a known place, as after a restart; None when it is taken or misaligned."""
@@ -160,32 +177,34 @@ class SlotPool(Generic[T]):
         number, inside = divmod(offset, self.chunk)
         if offset < 0 or inside % size or inside + size > self.chunk:
             return None
-        cls = self._class(size)
-        if number not in cls.chunks:
+        cls, place = self._class(size), inside // size
+        if number not in self._chunks:
             chunks = self._fresh_chunks if number in self._fresh_chunks else self._free_chunks
             if number not in chunks:
                 return None
             chunks.remove(number)
             self._assign(cls, number)
-        chunk = cls.chunks[number]
-        if offset in chunk.slots:
+        chunk = self._chunks[number]
+        if chunk.cls is not cls:
             return None
-        if offset < chunk.fresh:
-            chunk.free.remove(offset)
+        if place >= len(chunk.slots):
+            chunk.free.extend(range(len(chunk.slots), place))
+            chunk.slots.extend([None] * (place + 1 - len(chunk.slots)))
+        elif chunk.slots[place] is None:
+            chunk.free.remove(place)
         else:
-            chunk.free.extend(range(chunk.fresh, offset, size))
-            chunk.fresh = offset + size
-        return self._occupy(cls, number, chunk, offset, owner)
+            return None
+        return self._occupy(chunk, place, owner)
 
     def refuse(self, slot: Slot[T]) -> None:
         """The medium has no room for a slot's chunk: no more of it is used, nor of fresh ones.
 
         Set `growing` to try those again.
         """
-        number = slot.offset // self.chunk
+        chunk = self._chunks[slot.offset // self.chunk]
         self.growing = False
-        self._refused.add(number)
-        self._classes[slot.nbytes].partial.pop(number, None)
+        chunk.refused = True
+        chunk.cls.partial.pop(chunk.number, None)
 
     def admit(self, slot: Slot[T], older_than: Slot[T] | None = None) -> None:
         """The slot's object is whole: from now on it is up for eviction, the newest of all.
@@ -196,7 +215,6 @@ class SlotPool(Generic[T]):
             older_than = None
         self._clock += older_than is None
         slot.used = self._clock if older_than is None else older_than.used
-        slot.admitted = True
         self._classes[slot.nbytes].policy.add(slot, older_than)
 
     def touch(self, slot: Slot[T]) -> None:
@@ -214,42 +232,28 @@ class SlotPool(Generic[T]):
 
     def free(self, slot: Slot[T], *, evicted: bool = False) -> None:
         """Give a slot back."""
-        cls = self._classes[slot.nbytes]
-        number = slot.offset // self.chunk
-        chunk = cls.chunks[number]
-        del chunk.slots[slot.offset]
+        number, inside = divmod(slot.offset, self.chunk)
+        chunk, place = self._chunks[number], inside // slot.nbytes
+        chunk.slots[place] = None
+        chunk.free.append(place)
         if slot.admitted:
-            slot.admitted = False
-            cls.policy.remove(slot, evicted=evicted)
+            chunk.cls.policy.remove(slot, evicted=evicted)
         self.used_bytes -= slot.nbytes
         self.used_slots -= 1
-        chunk.free.append(slot.offset)
-        if chunk.slots:
-            if number not in self._refused and number != self._leaving:
-                cls.partial[number] = None
+        if chunk.used:
+            self._offer(chunk)
             return
-        if number == self._leaving:
+        if chunk is self._leaving:
             self._leaving = None
-        cls.partial.pop(number, None)
-        del cls.chunks[number], self._class_of[number]
-        if number in self._refused:
-            self._refused.remove(number)
-            self._fresh_chunks.append(number)
-        else:
-            self._free_chunks.append(number)
-
-    def slots(self) -> Iterator[Slot[T]]:
-        """All slots in use."""
-        for cls in self._classes.values():
-            for chunk in cls.chunks.values():
-                yield from chunk.slots.values()
+        chunk.cls.partial.pop(number, None)
+        del self._chunks[number]
+        (self._fresh_chunks if chunk.refused else self._free_chunks).append(number)
 
     def pieces(self) -> Iterator[list[Slot[T]]]:
         """The slots in use, chunk by chunk, each as it is when its turn comes."""
         for number in range(self.capacity // self.chunk):
-            cls = self._class_of.get(number)
-            if cls is not None:
-                yield list(cls.chunks[number].slots.values())
+            if chunk := self._chunks.get(number):
+                yield list(filter(None, chunk.slots))
 
     @property
     def free_bytes(self) -> int:
@@ -264,7 +268,8 @@ class SlotPool(Generic[T]):
     def _class(self, size: int) -> _SizeClass[T]:
         cls = self._classes.get(size)
         if cls is None:
-            cls = self._classes[size] = _SizeClass(size, self._make_policy())
+            cls = _SizeClass(size, self.chunk // size, self._make_policy())
+            self._classes[size] = cls
         return cls
 
     def _unused_chunk(self) -> list[int]:
@@ -272,18 +277,19 @@ class SlotPool(Generic[T]):
         return self._free_chunks or (self._fresh_chunks if self.growing else [])
 
     def _assign(self, cls: _SizeClass[T], number: int) -> None:
-        start = number * self.chunk
-        cls.chunks[number] = _Chunk(start, start + self.chunk // cls.nbytes * cls.nbytes)
-        cls.partial[number] = None
-        self._class_of[number] = cls
+        self._chunks[number] = cls.partial[number] = _Chunk(number, cls)
 
-    def _occupy(
-        self, cls: _SizeClass[T], number: int, chunk: _Chunk[T], offset: int, owner: T
-    ) -> Slot[T]:
-        slot = Slot(offset, cls.nbytes, owner)
-        chunk.slots[offset] = slot
-        if not chunk.free and chunk.fresh == chunk.end:
-            del cls.partial[number]
+    def _offer(self, chunk: _Chunk[T]) -> None:
+        """Let the chunk's free places be used, if any may be."""
+        if not (chunk.full or chunk.refused or chunk is self._leaving):
+            chunk.cls.partial[chunk.number] = chunk
+
+    def _occupy(self, chunk: _Chunk[T], place: int, owner: T) -> Slot[T]:
+        cls = chunk.cls
+        slot = Slot(chunk.number * self.chunk + place * cls.nbytes, cls.nbytes, owner)
+        chunk.slots[place] = slot
+        if chunk.full:
+            del cls.partial[chunk.number]
         self.used_bytes += cls.nbytes
         self.used_slots += 1
         return slot
@@ -296,7 +302,7 @@ class SlotPool(Generic[T]):
             if victim is None or cls.evictions % _REBALANCE_EVERY == 0 or self._leaving is not None:
                 self._take_over(cls, victim)
             if victim is not None and not self._unused_chunk():
-                self._stay(victim.offset // self.chunk)
+                self._stay(self._chunks[victim.offset // self.chunk])
                 self._evict(victim)
         if not cls.partial and (chunks := self._unused_chunk()):
             self._assign(cls, chunks.pop())
@@ -308,42 +314,39 @@ class SlotPool(Generic[T]):
     def _take_over(self, cls: _SizeClass[T], victim: Slot[T] | None) -> None:
         """Empty a chunk of another class that is colder than `victim`, a little at a time."""
         chunks, slots = (_CHUNKS, _GIVEN_UP) if victim is not None else (_MOST_CHUNKS, _CANDIDATES)
-        if self._leaving is None:
-            self._leaving = self._coldest(cls, victim, chunks)
-        if self._leaving is None or (other := self._class_of[self._leaving]) is cls:
+        if self._leaving is None and (coldest := self._coldest(cls, victim, chunks)):
+            self._leaving, self._rest = coldest, filter(None, coldest.slots)
+            coldest.cls.partial.pop(coldest.number, None)
+        chunk = self._leaving
+        if chunk is None or chunk.cls is cls:
             return
-        number = self._leaving
-        other.partial.pop(number, None)
-        for slot in list(islice(other.chunks[number].slots.values(), slots)):
+        for slot in islice(self._rest, slots):
             if not self._may_go(slot):
-                self._stay(number)
+                self._stay(chunk)
                 return
             self._evict(slot)
 
-    def _coldest(self, cls: _SizeClass[T], victim: Slot[T] | None, chunks: int) -> int | None:
+    def _coldest(self, cls: _SizeClass[T], victim: Slot[T] | None, chunks: int) -> _Chunk[T] | None:
         """The coldest of the next `chunks` chunks, all of which may go, or as far as one looks."""
-        coldest: int | None = None
+        coldest: _Chunk[T] | None = None
         coldest_used = victim.used if victim is not None else self._clock + 1
         count = self.capacity // self.chunk
         for _ in range(min(chunks, count)):
             self._looked_at = (self._looked_at + 1) % count
-            other = self._class_of.get(self._looked_at)
-            if other is None or other is cls:
+            chunk = self._chunks.get(self._looked_at)
+            if chunk is None or chunk.cls is cls:
                 continue
             newest = 0
-            for slot in islice(other.chunks[self._looked_at].slots.values(), _CANDIDATES):
+            for slot in filter(None, islice(chunk.slots, _CANDIDATES)):
                 newest = max(newest, slot.used)
                 if newest >= coldest_used or not self._may_go(slot):
                     break
             else:
-                coldest, coldest_used = self._looked_at, newest
+                coldest, coldest_used = chunk, newest
         return coldest
 
-    def _stay(self, number: int) -> None:
+    def _stay(self, chunk: _Chunk[T]) -> None:
         """A chunk is not given up, should that have begun."""
-        if self._leaving == number:
+        if self._leaving is chunk:
             self._leaving = None
-            cls = self._class_of[number]
-            chunk = cls.chunks[number]
-            if (chunk.free or chunk.fresh < chunk.end) and number not in self._refused:
-                cls.partial[number] = None
+            self._offer(chunk)

@@ -116,7 +116,7 @@ class SlotPoolMachine(RuleBasedStateMachine):
         self.live.clear()
         assert self.pool.used_bytes == 0
         assert self.pool.free_bytes == self.pool.capacity // CHUNK * CHUNK
-        assert list(self.pool.slots()) == []
+        assert list(self.pool.pieces()) == []
 
     @invariant()
     def nothing_overlaps_and_every_byte_is_counted(self) -> None:
@@ -130,7 +130,7 @@ class SlotPoolMachine(RuleBasedStateMachine):
         pool = self.pool
         assert end <= pool.capacity
         assert pool.used_bytes == sum(nbytes for _, nbytes in spans)
-        assert sorted((s.offset, s.nbytes) for s in pool.slots()) == spans
+        assert sorted((s.offset, s.nbytes) for piece in pool.pieces() for s in piece) == spans
         assert pool.used_bytes + pool.free_bytes + pool.fragmented_bytes == pool.capacity
         taken = {offset // CHUNK for offset, _ in spans}
         assert pool.free_bytes == (pool.capacity // CHUNK - len(taken)) * CHUNK

@@ -12,6 +12,7 @@ import queue
 import shutil
 import tempfile
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -322,7 +323,7 @@ class Machine(RuleBasedStateMachine):
             pools.append(tiering.disk._pool)
         for pool in pools:
             assert pool.used_bytes + pool.free_bytes + pool.fragmented_bytes == pool.capacity
-            assert pool.used_bytes == sum(slot.nbytes for slot in pool.slots())
+            assert pool.used_bytes == sum(slot.nbytes for slot in chain(*pool.pieces()))
         assert sum(f.stat().st_size for f in self.folder.iterdir()) <= DISK
 
     @invariant()
@@ -330,7 +331,7 @@ class Machine(RuleBasedStateMachine):
         if not hasattr(self, "store"):
             return
         tiering = self.store.tiering
-        memory = [slot.owner for slot in tiering.memory.slots()]
+        memory = [slot.owner for slot in chain(*tiering.memory.pieces())]
         disk = [e for e in (*tiering.index, *tiering._leaving.values()) if e.placed]
         if isinstance(tiering.disk, SlabTier):
             assert {e.name for e in disk if e.on_disk} <= set().union(*tiering.disk._places)
@@ -380,7 +381,7 @@ class Machine(RuleBasedStateMachine):
             assert entry.idle, "a right outlived its lease"
             assert not entry.pins
             assert entry.stored
-        owned = {id(slot.owner) for slot in self.store.tiering.memory.slots()}
+        owned = {id(slot.owner) for slot in chain(*self.store.tiering.memory.pieces())}
         assert owned <= {id(entry) for entry in self.store.tiering.index}, "a slot leaked"
         self.store.close()
         self.arena.close()

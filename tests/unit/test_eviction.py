@@ -240,3 +240,19 @@ def test_nodes_take_their_own_memory_and_no_time_of_the_garbage_collector(make: 
     tracemalloc.stop()
     assert after - before < 10_000
     assert not any(map(gc.is_tracked, nodes))
+
+
+def test_what_is_remembered_never_stops_the_loop_to_grow() -> None:
+    """A single table takes 20 ms to grow by then."""
+    policy = S3Fifo[Named](lambda node: hash(str(node.name)))
+    nodes = [Named(number) for number in range(150_000)]
+    for node in nodes:
+        policy.add(node)
+    longest = 0.0
+    gc.disable()
+    for node in nodes[:100_000]:
+        before = time.thread_time()
+        policy.remove(node, evicted=True)
+        longest = max(longest, time.thread_time() - before)
+    gc.enable()
+    assert longest < 0.003

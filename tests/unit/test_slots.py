@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 
 from kvstore.memory.eviction import Lru
@@ -44,6 +46,9 @@ class Pool(SlotPool[str]):
             slots.append(self.get(nbytes, f"{prefix}{len(slots)}"))
         return slots
 
+    def in_use(self) -> list[Slot[str]]:
+        return [slot for piece in self.pieces() for slot in piece]
+
     def _has_free(self, nbytes: int) -> bool:
         cls = self._classes.get(self.slot_bytes(nbytes))
         return cls is not None and bool(cls.partial)
@@ -58,7 +63,7 @@ def test_slots_are_aligned_and_inside() -> None:
     assert all(slot.offset % ALIGNMENT == 0 for slot in slots)
     assert all(0 <= slot.offset <= pool.capacity - slot.nbytes for slot in slots)
     assert pool.used_bytes == pool.capacity
-    assert set(pool.slots()) == set(slots)
+    assert set(pool.in_use()) == set(slots)
 
 
 def test_the_cap_holds_and_the_coldest_of_the_class_goes() -> None:
@@ -93,7 +98,7 @@ def test_what_is_not_admitted_stays() -> None:
         pool.get(K16, f"a{number}")
     pool.get(CHUNK, "large")  # takes over the other chunk
     assert "early" not in pool.evicted
-    assert early in set(pool.slots())
+    assert early in set(pool.in_use())
 
 
 def test_age_counts_from_admission() -> None:
@@ -148,7 +153,7 @@ def test_a_class_that_nobody_uses_any_more_gives_its_chunks_back() -> None:
     assert len(old) == 28
     for number in range(4000):
         pool.get(K4, f"new{number}")
-    held = {slot.owner for slot in pool.slots()}
+    held = {slot.owner for slot in pool.in_use()}
     assert not [owner for owner in held if owner.startswith("old")]
     assert len(held) == 8 * CHUNK // K4
 
@@ -285,6 +290,16 @@ def test_align() -> None:
     assert align(5, 4) == 8
 
 
+def test_a_slot_takes_less_than_160_bytes() -> None:
+    pool, count = Pool(chunks=16, chunk=1 << 22), 10_000
+    tracemalloc.start()
+    for _ in range(count):
+        pool.get(K4)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken / count < 160
+
+
 def test_a_chunk_changes_hands_little_by_little() -> None:
     pool = Pool(chunks=8, chunk=1 << 20)
     old = pool.fill(K4, "old")
@@ -308,13 +323,13 @@ def test_a_chunk_that_is_being_emptied_stays_if_somebody_holds_it() -> None:
     pool = Pool(chunks=2, chunk=1 << 20)
     pool.fill(K4, "old")
     pool.get(K16, "first")
-    pool.held |= {slot.owner for slot in pool.slots() if slot.owner.startswith("old")}
+    pool.held |= {slot.owner for slot in pool.in_use() if slot.owner.startswith("old")}
     pool.held -= {f"old{number}" for number in range(256, 300)}
     for number in range(64 * 20):
         pool.get(K16, f"new{number}")
-    kept = [slot for slot in pool.slots() if slot.owner in pool.held]
+    kept = [slot for slot in pool.in_use() if slot.owner in pool.held]
     assert len(kept) == 256 - 44
-    for slot in list(pool.slots()):
+    for slot in pool.in_use():
         if slot.owner not in pool.held:
             pool.free(slot)
     assert pool.get(K4, "again"), "what it lost may be used"
