@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncGenerator, Iterable
 from typing import Final, TypeVar
 
 from kvstore.slices import Work
@@ -37,3 +38,9 @@ class Pace:
         if time.perf_counter() >= self._until:
             await asyncio.sleep(0)
             self._until = time.perf_counter() + SLICE_SECONDS
+
+    async def over(self, items: Iterable[T]) -> AsyncGenerator[T]:
+        """The items, with a `step` after each."""
+        for item in items:
+            yield item
+            await self.step()

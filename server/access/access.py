@@ -84,6 +84,11 @@ class Access:
             raise Denied("token_unknown", text)
         return found
 
+    def bearer(self, header: str | None) -> Grant:
+        """What the sender of a header `authorization` may do. Raises Denied: as for `grant`."""
+        scheme, _, token = (header or "").partition(" ")
+        return self.grant(token.strip() if scheme.lower() == "bearer" else None)
+
     def knows(self, grant: Grant) -> bool:
         """Whether what was granted is still granted: its token may have been revoked since."""
         return not grant.digest or self._tokens.get(grant.digest) == grant

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager
-from typing import Any, Final, NamedTuple, TypeAlias
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -15,13 +15,11 @@ from google.protobuf.message_factory import GetMessageClass
 
 from kvstore.api import v1
 from kvstore.api.convert import MAX_MESSAGE, SERVICE
-from kvstore.errors import KVStoreError
-from kvstore.server.access.access import Access
+from kvstore.api.verbs import VERBS, Streams
 from kvstore.server.access.grants import Denied, Grant, Role
-from kvstore.server.control.errors import Refused, abort, check_role, denied, exhausted
+from kvstore.server.control.errors import Refused, refusal
+from kvstore.server.control.requests import Answers
 from kvstore.server.node import Node
-
-_log = logging.getLogger("kvstore.control")
 
 _PUBLIC: Final = "/grpc.health.v1.Health/Check"
 """Asked by whoever starts and stops daemons, who has no token."""
@@ -38,61 +36,30 @@ _PROBE_SECONDS: Final = 2.0
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context = grpc.aio.ServicerContext[bytes, bytes]
-Metadata = Sequence[tuple[str, str | bytes]]
-Answer = Callable[[Grant, Any], Awaitable[Message | bytes]]
-Stream = Callable[[Grant, Any], AbstractAsyncContextManager[AsyncIterator[Message]]]
 
 
-class Served(NamedTuple):
-    """What serves a verb of the API: an `Answer`, or a `Stream`; and the role it needs."""
+@dataclass
+class _Details:
+    """What gRPC tells of a call, and who makes it."""
 
-    role: Role
-    answer: Any
-    streams: bool
-
-
-class Callers:
-    """Tells who calls on one listener. `trusted`: what a caller without a token may do there."""
-
-    def __init__(self, access: Access, trusted: Grant | None) -> None:
-        self._access = access
-        self._trusted = trusted
-
-    def grant(self, metadata: Metadata | None) -> Grant:
-        """What the caller may do. Raises Refused: its token is missing or not known."""
-        token: str | None = None
-        for key, value in metadata or ():
-            if key == "authorization":
-                text = value.decode("latin-1") if isinstance(value, bytes) else value
-                scheme, _, token = text.partition(" ")
-                token = token.strip()
-                if scheme.lower() != "bearer" or not token:
-                    raise Refused(
-                        grpc.StatusCode.UNAUTHENTICATED,
-                        "TOKEN_MISSING",
-                        "authorization has another form; send `authorization: Bearer TOKEN`",
-                    )
-        if token is None and self._trusted is not None:
-            return self._trusted
-        try:
-            return self._access.grant(token)
-        except Denied as e:
-            raise Refused(grpc.StatusCode.UNAUTHENTICATED, e.reason.upper(), str(e)) from e
+    method: str
+    invocation_metadata: tuple[tuple[str, str | bytes], ...]
+    caller: Grant
 
 
 class Gate(grpc.aio.ServerInterceptor):
     """Stands before all methods: who may call, how many at a time, and by when a request must come.
 
     Args:
-        callers: tells who calls.
-        limit: calls at a time. Half of them may be streams, and a token has half of either.
-        node: is told what runs, and what is refused.
+        node: tells who calls and how many may at a time: half of them streams, and a token has half
+            of either. It is told what runs, and what is refused.
+        trusted: what a caller without a token may do here.
     """
 
-    def __init__(self, callers: Callers, limit: int, node: Node) -> None:
-        self._callers = callers
-        self._limit = limit
+    def __init__(self, node: Node, trusted: Grant | None) -> None:
         self._node = node
+        self._trusted = trusted
+        self._limit = node.config.server.max_requests
         self._running: Counter[str] = Counter()
 
     async def intercept_service(
@@ -101,16 +68,26 @@ class Gate(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
         """The handler of a call. Of callers without a token, nothing is read."""
+        method, metadata = handler_call_details.method, handler_call_details.invocation_metadata
         caller = _PROBE
         try:
-            if handler_call_details.method != _PUBLIC:
-                caller = self._callers.grant(handler_call_details.invocation_metadata)
-            handler = await continuation(handler_call_details)
-        except Refused as e:
-            handler = _refusal(e)
-        return None if handler is None else self._guarded(handler, caller)
+            if method != _PUBLIC:
+                caller = self._caller(metadata)
+            handler = await continuation(_Details(method, metadata or (), caller))
+        except Denied as e:
+            handler = _refusing(e)
+        what = method.rpartition("/")[2]
+        return None if handler is None else self._guarded(handler, caller, what)
 
-    def _guarded(self, handler: Handler, caller: Grant) -> Handler:
+    def _caller(self, metadata: Any) -> Grant:
+        header: str | bytes | None = dict(metadata or ()).get("authorization")
+        if header is None and self._trusted is not None:
+            return self._trusted
+        return self._node.access.bearer(
+            header.decode("latin-1") if isinstance(header, bytes) else header
+        )
+
+    def _guarded(self, handler: Handler, caller: Grant, what: str) -> Handler:
         # A stream in both directions: what comes is read when the call has its turn.
         async def serve(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
             probe = caller is _PROBE
@@ -121,10 +98,12 @@ class Gate(grpc.aio.ServerInterceptor):
                     async with clock:
                         async for reply in _replies(handler, requests, context, clock, probe):
                             yield reply
-            except TimeoutError:
-                await self._refuse(context, self._late(caller))
-            except Refused as e:
-                await self._refuse(context, e)
+            except grpc.aio.AbortError:
+                raise
+            except Exception as e:  # noqa: BLE001 - told to the caller; ours are logged
+                refused = self._late(caller) if clock.expired() else refusal(e, what)
+                self._node.store.counters.add("refused", refused.reason.lower())
+                await refused.abort(context)
             finally:
                 del self._node.calls[clock]
 
@@ -146,7 +125,7 @@ class Gate(grpc.aio.ServerInterceptor):
             if self._running[what] >= max(1, count):
                 reason = "TOO_MANY_WATCHERS" if "streams" in what else "TOO_MANY_CALLS"
                 text = f"{max(1, count)} {what} run (see server.max_requests); try again"
-                raise exhausted(reason, text)
+                raise Refused(reason, text)
         self._running.update(most.keys())
         try:
             yield
@@ -155,14 +134,9 @@ class Gate(grpc.aio.ServerInterceptor):
 
     def _late(self, caller: Grant) -> Refused:
         if not self._node.access.knows(caller):
-            code, reason = grpc.StatusCode.UNAUTHENTICATED, "TOKEN_UNKNOWN"
-            return Refused(code, reason, "this token is not known here any more")
-        message = f"the request did not come within {_REQUEST_SECONDS:g} s; send it at once"
-        return Refused(grpc.StatusCode.DEADLINE_EXCEEDED, "SLOW", message)
-
-    async def _refuse(self, context: Context, refused: Refused) -> None:
-        self._node.store.counters.add("refused", refused.reason.lower())
-        await abort(context, refused)
+            return Refused("TOKEN_UNKNOWN", "this token is not known here any more")
+        text = f"the request did not come within {_REQUEST_SECONDS:g} s; send it at once"
+        return Refused("SLOW", text)
 
 
 async def _replies(
@@ -191,88 +165,63 @@ async def _replies(
 
 
 class Calls(grpc.GenericRpcHandler):
-    """Serves the verbs of the API.
+    """Serves the verbs of the API, each by the method of its name. `answers`: those of a caller."""
 
-    Args:
-        callers: tells who calls.
-        verbs: by name of the method.
-    """
-
-    def __init__(self, callers: Callers, verbs: Mapping[str, Served]) -> None:
-        self._callers = callers
-        self._verbs = verbs
+    def __init__(self, answers: Callable[[Grant], Answers]) -> None:
+        self._answers = answers
+        self._verbs = {verb.rpc: verb for verb in VERBS}
         methods = v1.DESCRIPTOR.services_by_name["Orchestrator"].methods
         self._requests = {method.name: GetMessageClass(method.input_type) for method in methods}
 
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
-        """The handler of a call; None: it is none of ours."""
+    def service(self, handler_call_details: Any) -> Handler | None:
+        """The handler of a call that the gate let in; None: it is none of ours."""
         service, _, method = handler_call_details.method.removeprefix("/").partition("/")
         verb = self._verbs.get(method)
         if service != SERVICE or verb is None:
             return None
-        caller = self._callers.grant(handler_call_details.invocation_metadata)
-        check_role(caller, verb.role, method)
-        serve = self._streaming if verb.streams else self._unary
-        return serve(method, verb.answer, caller)
+        caller: Grant = handler_call_details.caller
+        caller.check(Role[verb.role.upper()], method)
 
-    def _unary(self, method: str, answer: Answer, caller: Grant) -> Handler:
-        async def serve(data: bytes, context: Context) -> bytes:
-            with self._told(method):
-                reply = await answer(caller, self._parse(method, data))
-                return reply if isinstance(reply, bytes) else reply.SerializeToString()
+        def asked(data: bytes) -> Awaitable[Any]:
+            """The answer to a request: a message, its bytes, or many one after the other."""
+            answer = getattr(self._answers(caller), verb.name)
+            found: Awaitable[Any] = answer(self._parse(method, data))
+            return found
 
-        return grpc.unary_unary_rpc_method_handler(serve)
+        async def unary(data: bytes, context: Context) -> bytes:
+            reply = await asked(data)
+            return reply if isinstance(reply, bytes) else reply.SerializeToString()
 
-    def _streaming(self, method: str, stream: Stream, caller: Grant) -> Handler:
-        async def serve(data: bytes, context: Context) -> AsyncIterator[bytes]:
-            with self._told(method):
-                async with stream(caller, self._parse(method, data)) as replies:
-                    # So that the caller knows that from here on it misses nothing.
-                    await context.send_initial_metadata(())
-                    async for reply in replies:
-                        yield reply.SerializeToString()
+        async def stream(data: bytes, context: Context) -> AsyncIterator[bytes]:
+            replies: AsyncGenerator[Message] = await asked(data)
+            # So that the caller knows that from here on it misses nothing.
+            await context.send_initial_metadata(())
+            async with aclosing(replies):
+                async for reply in replies:
+                    yield reply.SerializeToString()
 
-        return grpc.unary_stream_rpc_method_handler(serve)
+        if isinstance(verb, Streams):
+            return grpc.unary_stream_rpc_method_handler(stream)
+        return grpc.unary_unary_rpc_method_handler(unary)
 
     def _parse(self, method: str, data: bytes) -> Message:
         if len(data) > MAX_MESSAGE:
-            raise Refused(
-                grpc.StatusCode.INVALID_ARGUMENT,
-                "TOO_LARGE",
-                f"a request of {len(data)} bytes; {MAX_MESSAGE} are allowed, ask in parts",
-            )
+            text = f"a request of {len(data)} bytes; {MAX_MESSAGE} are allowed, ask in parts"
+            raise Refused("TOO_LARGE", text)
         try:
             return self._requests[method].FromString(data)
         except DecodeError as e:
             kind = self._requests[method].DESCRIPTOR.full_name
             raise _unreadable(f"this is no {kind}") from e
 
-    @contextmanager
-    def _told(self, method: str) -> Iterator[None]:
-        """Errors as statuses."""
-        try:
-            yield
-        except Refused:
-            raise
-        except Denied as e:
-            raise denied(e.reason.upper(), str(e)) from e
-        except (KVStoreError, ValueError) as e:
-            raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", str(e)) from e
-        except Exception as e:
-            _log.exception("%s failed", method)
-            raise Refused(
-                grpc.StatusCode.INTERNAL, "BUG", f"{method} failed; the daemon's log tells why"
-            ) from e
-
 
 def _unreadable(message: str) -> Refused:
-    text = f"{message}; see proto/kvstore/v1/orchestrator.proto"
-    return Refused(grpc.StatusCode.INVALID_ARGUMENT, "UNREADABLE", text)
+    return Refused("UNREADABLE", f"{message}; see proto/kvstore/v1/orchestrator.proto")
 
 
-def _refusal(refused: Refused) -> Handler:
+def _refusing(error: Denied) -> Handler:
     # As a stream in both directions, so that no request is waited for.
     async def refuse(_: AsyncIterator[bytes], context: Context) -> None:
-        raise refused
+        raise error
 
     return grpc.stream_stream_rpc_method_handler(refuse)

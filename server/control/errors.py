@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Final, NoReturn
 
 import grpc
@@ -11,94 +12,82 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, Help
 from google.rpc.status_pb2 import Status
 
 from kvstore.api.convert import DOMAIN
-from kvstore.errors import AccessDenied
-from kvstore.server.access.grants import Grant, Role
+from kvstore.errors import KVStoreError
+from kvstore.server.access.grants import Denied
+
+_log = logging.getLogger("kvstore.control")
 
 _MAX_TEXT: Final = 1024
 """Characters of a message: all of a status has to fit into 8 KiB of headers."""
 
+CODES: Final = {
+    grpc.StatusCode.INVALID_ARGUMENT: ("BAD_FIELD", "BAD_REQUEST", "UNREADABLE", "TOO_LARGE"),
+    grpc.StatusCode.NOT_FOUND: ("NAMESPACE_UNKNOWN", "PIN_UNKNOWN", "OPERATION_UNKNOWN"),
+    grpc.StatusCode.FAILED_PRECONDITION: ("NO_DISK_TIER",),
+    grpc.StatusCode.RESOURCE_EXHAUSTED: (
+        "TOO_MANY_CALLS", "TOO_MANY_WATCHERS", "TOO_MANY_OPERATIONS"
+    ),
+    grpc.StatusCode.UNAUTHENTICATED: ("TOKEN_MISSING", "TOKEN_UNKNOWN"),
+    grpc.StatusCode.PERMISSION_DENIED: ("ROLE", "TENANT"),
+    grpc.StatusCode.DEADLINE_EXCEEDED: ("SLOW",),
+    grpc.StatusCode.INTERNAL: ("BUG",),
+}  # fmt: skip
+"""gRPC's code for each reason; docs/api.md lists them."""
 
-class Refused(Exception):
+_CODE_OF: Final = {reason: code for code, reasons in CODES.items() for reason in reasons}
+
+
+class Refused(KVStoreError):
     """A call is refused.
 
     Args:
-        code: gRPC's status code.
-        reason: stable, UPPER_SNAKE_CASE; documented in docs/api.md.
+        reason: one of `CODES`.
         message: what is wrong and what to do.
         field: path of the field that is wrong.
         remedy: what to do, where it goes beyond the message.
     """
 
-    def __init__(
-        self,
-        code: grpc.StatusCode,
-        reason: str,
-        message: str,
-        *,
-        field: str = "",
-        remedy: str = "",
-    ) -> None:
+    def __init__(self, reason: str, message: str, *, field: str = "", remedy: str = "") -> None:
         super().__init__(message)
-        self.code = code
         self.reason = reason
         self.message = _cut(message)
         self.field = field
         self.remedy = _cut(remedy)
 
-    def status(self) -> Status:
-        """The rich status."""
+    async def abort(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> NoReturn:
+        """End a call with a rich status."""
         details: list[Message] = [ErrorInfo(reason=self.reason, domain=DOMAIN)]
         if self.field:
             violation = BadRequest.FieldViolation(field=self.field, description=self.message)
             details.append(BadRequest(field_violations=[violation]))
         if self.remedy:
             details.append(Help(links=[Help.Link(description=self.remedy)]))
-        status = Status(code=_number(self.code), message=self.message)
+        code = _CODE_OF[self.reason]
+        status = Status(code=code.value[0], message=self.message)
         for detail in details:
             packed = AnyMessage()
             packed.Pack(detail)
             status.details.append(packed)
-        return status
+        trailers = (("grpc-status-details-bin", status.SerializeToString()),)
+        await context.abort(code, self.message, trailers)
 
 
 def bad_field(field: str, message: str) -> Refused:
     """A field of the request makes no sense."""
-    text = f"{field}: {message}"
-    return Refused(grpc.StatusCode.INVALID_ARGUMENT, "BAD_FIELD", text, field=field)
+    return Refused("BAD_FIELD", f"{field}: {message}", field=field)
 
 
-def unknown(reason: str, message: str, remedy: str) -> Refused:
-    """Something named in the request is not there, or not for this caller."""
-    return Refused(grpc.StatusCode.NOT_FOUND, reason, message, remedy=remedy)
-
-
-def denied(reason: str, message: str) -> Refused:
-    """The caller may not do this."""
-    return Refused(grpc.StatusCode.PERMISSION_DENIED, reason, message)
-
-
-def check_role(caller: Grant, role: Role, what: str) -> None:
-    """Refuse what needs more than the caller's role. Raises Refused: names both roles."""
-    try:
-        caller.check(role, what)
-    except AccessDenied as e:
-        raise denied("ROLE", str(e)) from e
-
-
-def exhausted(reason: str, message: str) -> Refused:
-    """Too much is asked at a time."""
-    return Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, reason, message)
-
-
-async def abort(context: grpc.aio.ServicerContext[bytes, bytes], refused: Refused) -> NoReturn:
-    """End a call with a rich status."""
-    details = (("grpc-status-details-bin", refused.status().SerializeToString()),)
-    await context.abort(refused.code, refused.message, details)
-
-
-def _number(code: grpc.StatusCode) -> int:
-    number: int = code.value[0]
-    return number
+def refusal(error: Exception, what: str) -> Refused:
+    """What a caller is told of an error in `what`; one of ours is logged."""
+    match error:
+        case Refused():
+            return error
+        case Denied():
+            return Refused(error.reason.upper(), str(error))
+        case KVStoreError() | ValueError():
+            return Refused("BAD_REQUEST", str(error))
+    _log.error("%s failed", what, exc_info=error)
+    return Refused("BUG", f"{what} failed; the daemon's log tells why")
 
 
 def _cut(text: str) -> str:

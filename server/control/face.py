@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -16,11 +15,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kvstore.api.convert import MAX_MESSAGE, SERVICE
-from kvstore.api.verbs import VERBS, Streams
 from kvstore.errors import ConfigError, NotNow
 from kvstore.files import make_way
-from kvstore.server.access.grants import LOCAL, Grant, Role
-from kvstore.server.control.calls import SPARE_CALLS, Callers, Calls, Gate, Served
+from kvstore.server.access.grants import LOCAL, Grant
+from kvstore.server.control.calls import SPARE_CALLS, Calls, Gate
 from kvstore.server.control.events import EventVerbs
 from kvstore.server.control.operations import Operations
 from kvstore.server.control.prompts import PromptVerbs
@@ -30,6 +28,7 @@ from kvstore.server.control.write import WriteVerbs
 from kvstore.server.listeners import bind, clear
 from kvstore.server.node import Node
 from kvstore.server.tasks import run
+from kvstore.store.pins import Pins
 from kvstore.values import split_host_port
 
 _GRACE_SECONDS: Final = 0.5
@@ -69,20 +68,8 @@ for _name in ("grpc._cython.cygrpc", "asyncio"):
     logging.getLogger(_name).addFilter(_is_news)
 
 
-def served(node: Node, operations: Operations) -> Mapping[str, Served]:
-    """What answers each verb of the API: the method of its name, by that of gRPC."""
-    parts = (
-        PromptVerbs(node),
-        StateVerbs(node),
-        EventVerbs(node),
-        WriteVerbs(node, operations),
-        RuleVerbs(node, operations),
-    )
-    found = {}
-    for verb in VERBS:
-        (answer,) = (getattr(part, verb.name) for part in parts if hasattr(part, verb.name))
-        found[verb.rpc] = Served(Role[verb.role.upper()], answer, isinstance(verb, Streams))
-    return found
+class _Verbs(PromptVerbs, StateVerbs, EventVerbs, WriteVerbs, RuleVerbs):
+    """What answers each verb of the API: the method of its name."""
 
 
 class ControlFace:
@@ -92,7 +79,7 @@ class ControlFace:
         self._node = node
         self._path = node.config.control_socket
         self._operations = Operations()
-        self._verbs = served(node, self._operations)
+        self._answers = partial(_Verbs, node, self._operations, Pins(node.store))
         self._health = health.aio.HealthServicer()
         self._servers: dict[str, grpc.aio.Server] = {}  # by address; the empty one is the socket's
         self._tasks: list[asyncio.Task[None]] = []
@@ -157,8 +144,6 @@ class ControlFace:
             await self._servers[address].start()
 
     def _server(self, trusted: Grant | None) -> grpc.aio.Server:
-        limit = self._node.config.server.max_requests
-        callers = Callers(self._node.access, trusted)
         options: list[tuple[str, Any]] = [
             ("grpc.so_reuseport", 0),
             # One byte more than is allowed: what is longer is refused before it is read, what has
@@ -176,11 +161,11 @@ class ControlFace:
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ]
         server = grpc.aio.server(
-            interceptors=[Gate(callers, limit, self._node)],
+            interceptors=[Gate(self._node, trusted)],
             options=options,
-            maximum_concurrent_rpcs=limit + SPARE_CALLS,
+            maximum_concurrent_rpcs=self._node.config.server.max_requests + SPARE_CALLS,
         )
-        server.add_generic_rpc_handlers((Calls(callers, self._verbs),))
+        server.add_generic_rpc_handlers((Calls(self._answers),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)

@@ -7,8 +7,8 @@ import contextlib
 import itertools
 import logging
 import time
-from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from functools import partial
 from typing import Final
 
@@ -16,7 +16,7 @@ from kvstore.api import v1
 from kvstore.api.convert import timestamp
 from kvstore.errors import KVStoreError
 from kvstore.server.access.grants import Grant, Role
-from kvstore.server.control.errors import Refused, exhausted, unknown
+from kvstore.server.control.errors import Refused
 from kvstore.server.pacing import Pace
 from kvstore.store.index import Entry
 
@@ -39,35 +39,29 @@ Work = Callable[["Operation"], Awaitable[str]]
 class Operation:
     """One long operation. Belongs to the daemon's loop.
 
-    `tenants` are those it may concern (None: any), `role` the one that may cancel it.
+    `state` is what the API says of it; `tenants` are those it may concern (None: any), `role` the
+    one that may cancel it.
     """
 
     def __init__(
-        self, number: str, verb: str, caller: Grant, tenants: frozenset[str] | None, role: Role
+        self,
+        state: v1.Operation,
+        caller: Grant,
+        tenants: frozenset[str] | None,
+        role: Role,
     ) -> None:
-        self.id = number
-        self.verb = verb
+        self.state = state
+        self.caller = caller
         self.tenants = tenants
         self.role = role
-        self.dry_run = False
-        self.total = 0
-        self.task: asyncio.Task[None] | None = None
-        self.cancelling = False
-        self.caller = caller
-        self._state = v1.Operation.STATE_RUNNING
-        self._finished_objects = 0
-        self._changed = 0
-        self._nbytes = 0
-        self._skipped: Counter[str] = Counter()
-        self._message = ""
-        self._started = time.time()
-        self._finished: float | None = None
+        self.task: asyncio.Task[str] | None = None
+        self._cancelling = False
         self._news = asyncio.Event()
 
     @property
     def running(self) -> bool:
         """Whether it has not ended."""
-        return self._finished is None
+        return self.state.state == v1.Operation.STATE_RUNNING
 
     def visible(self, grant: Grant) -> bool:
         """Whether it concerns only tenants that the caller sees."""
@@ -77,55 +71,37 @@ class Operation:
 
     def count(self, nbytes: int, reason: str | None) -> None:
         """One object of `nbytes` is done with: changed, or left alone for `reason`."""
-        self._finished_objects += 1
+        self.state.done += 1
         if reason is None:
-            self._changed += 1
-            self._nbytes += nbytes
+            self.state.changed += 1
+            self.state.bytes += nbytes
         else:
-            self._skipped[reason] += 1
-        self._tell()
+            self.state.skipped[reason] += 1
+        self._news.set()
 
     def progress(self, done: int) -> None:
-        """`done` of `total` objects are finished, all of them changed."""
-        self._finished_objects = self._changed = done
-        self._tell()
+        """`done` of its objects are finished, all of them changed."""
+        self.state.done = self.state.changed = done
+        self._news.set()
 
     def end(self, state: v1.Operation.State, message: str) -> None:
         """It has ended."""
-        self._state, self._message = state, message
-        self._finished = time.time()
-        self._tell()
+        self.state.state, self.state.message = state, message
+        self.state.finished.CopyFrom(timestamp(time.time()))
+        self._news.set()
 
-    def _tell(self) -> None:
-        if not self._news.is_set():
-            self._news.set()
+    def cancel(self) -> None:
+        """Ask it to end; nothing happens if it has, or was asked before."""
+        if self.running and not self._cancelling and self.task is not None:
+            self._cancelling = True
+            self.task.cancel()
 
-    def message(self) -> v1.Operation:
-        """Its state, for the API."""
-        message = v1.Operation(
-            id=self.id,
-            verb=self.verb,
-            state=self._state,
-            total=self.total,
-            done=self._finished_objects,
-            changed=self._changed,
-            bytes=self._nbytes,
-            skipped=dict(self._skipped),
-            message=self._message,
-            started=timestamp(self._started),
-            dry_run=self.dry_run,
-            requested_by=self.caller.name,
-        )
-        if self._finished is not None:
-            message.finished.CopyFrom(timestamp(self._finished))
-        return message
-
-    async def watch(self) -> AsyncIterator[v1.Operation]:
+    async def watch(self) -> AsyncGenerator[v1.Operation]:
         """Its state now, whenever it has changed (ten times a second at most), and at its end."""
         while True:
             running = self.running
             news = self._news = asyncio.Event() if self._news.is_set() else self._news
-            yield self.message()
+            yield self.state
             if not running:
                 return
             await news.wait()
@@ -169,43 +145,38 @@ class Operations:
         if own >= (_MAX_UNFINISHED // 4 if caller.digest else _MAX_UNFINISHED) or (
             caller.digest and many >= _MAX_UNFINISHED
         ):
-            raise exhausted(
-                "TOO_MANY_OPERATIONS",
-                f"{own} operations of this caller have not ended; wait for them or cancel some",
-            )
-        number = f"{self._birth}-{next(self._ids)}"
-        operation = Operation(number, verb, caller, tenants, role)
-        operation.dry_run = dry_run
-        self._all[number] = operation
-        ended = [known.id for known in self._all.values() if not known.running]
+            text = f"{own} operations of this caller have not ended; wait for them or cancel some"
+            raise Refused("TOO_MANY_OPERATIONS", text)
+        state = v1.Operation(
+            id=f"{self._birth}-{next(self._ids)}",
+            verb=verb,
+            state=v1.Operation.STATE_RUNNING,
+            started=timestamp(time.time()),
+            dry_run=dry_run,
+            requested_by=caller.name,
+        )
+        operation = self._all[state.id] = Operation(state, caller, tenants, role)
+        ended = [number for number, known in self._all.items() if not known.running]
         for old in ended[: max(0, len(self._all) - _MAX_KEPT)]:
             del self._all[old]
         turn = contextlib.nullcontext() if at_once else self._turns[caller.digest]
-        run = self._run(operation, work, turn)
-        operation.task = asyncio.get_running_loop().create_task(run)
+
+        async def run() -> str:
+            async with turn:
+                return await work(operation)
+
+        operation.task = asyncio.get_running_loop().create_task(run())
         operation.task.add_done_callback(partial(_ended, operation))
         return operation
-
-    async def _run(
-        self,
-        operation: Operation,
-        work: Work,
-        turn: contextlib.AbstractAsyncContextManager[None],
-    ) -> None:
-        try:
-            async with turn:
-                operation.end(v1.Operation.STATE_DONE, await work(operation))
-        except (KVStoreError, Refused) as e:
-            operation.end(v1.Operation.STATE_FAILED, str(e))
 
     def find(self, number: str, grant: Grant) -> Operation:
         """The operation of that id, if the caller may know of it. Raises Refused: there is none."""
         operation = self._all.get(number)
         if operation is None or not operation.visible(grant):
-            raise unknown(
+            raise Refused(
                 "OPERATION_UNKNOWN",
                 f"no operation {number[:80]!r} here",
-                f"the last {_MAX_KEPT} are remembered until the daemon ends; ListOperations "
+                remedy=f"the last {_MAX_KEPT} are remembered until the daemon ends; ListOperations "
                 "(`kvstore operations list`) shows them",
             )
         return operation
@@ -214,30 +185,33 @@ class Operations:
         """Those the caller may know of, oldest first."""
         return [operation for operation in self._all.values() if operation.visible(grant)]
 
-    def cancel(self, operation: Operation) -> None:
-        """Ask it to end; nothing happens if it has, or was asked before."""
-        if operation.running and not operation.cancelling and operation.task is not None:
-            operation.cancelling = True
-            operation.task.cancel()
+    def running(self, verb: str) -> int:
+        """How many of a verb have not ended."""
+        return sum(o.running and o.state.verb == verb for o in self._all.values())
 
     async def stop(self) -> None:
         """End all that run."""
-        tasks = [o.task for o in self._all.values() if o.running and o.task is not None]
-        for operation in list(self._all.values()):
-            self.cancel(operation)
-        if not tasks:
-            return
-        _, late = await asyncio.wait(tasks, timeout=_STOP_SECONDS)
+        running = [o for o in self._all.values() if o.running]
+        tasks = [o.task for o in running if o.task is not None]
+        for operation in running:
+            operation.cancel()
+        _, late = await asyncio.wait(tasks, timeout=_STOP_SECONDS) if tasks else ((), ())
         for task in late:  # They wait for a disk that does not answer.
             task.cancel()
 
 
-def _ended(operation: Operation, task: asyncio.Task[None]) -> None:
+def _ended(operation: Operation, task: asyncio.Task[str]) -> None:
+    end, kind = operation.end, v1.Operation
     if task.cancelled():
-        operation.end(v1.Operation.STATE_CANCELLED, "cancelled; what was done stays done")
-    elif (error := task.exception()) is not None:
-        _log.error("operation %s (%s) failed", operation.id, operation.verb, exc_info=error)
-        operation.end(v1.Operation.STATE_FAILED, "an error of the daemon; its log tells more")
+        end(kind.STATE_CANCELLED, "cancelled; what was done stays done")
+    elif (error := task.exception()) is None:
+        end(kind.STATE_DONE, task.result())
+    elif isinstance(error, KVStoreError):
+        end(kind.STATE_FAILED, str(error))
+    else:
+        name, verb = operation.state.id, operation.state.verb
+        _log.error("operation %s (%s) failed", name, verb, exc_info=error)
+        end(kind.STATE_FAILED, "an error of the daemon; its log tells more")
 
 
 async def each(
@@ -261,9 +235,8 @@ async def each(
             landed.clear()
             await landed.wait()
 
-    pace = Pace()
     try:
-        for entry in entries:
+        async for entry in Pace().over(entries):
             await until_fewer_than(_MAX_FLYING)
             if entry.gone:
                 operation.count(0, "gone")
@@ -274,6 +247,5 @@ async def each(
                 except Exception:
                     flying -= 1
                     raise
-            await pace.step()
     finally:
         await until_fewer_than(1)

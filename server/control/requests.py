@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple, cast
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -13,10 +13,12 @@ from kvstore.blocks.keys import KEY_BYTES, Media, block_keys, prompt_extras
 from kvstore.blocks.spec import Namespace
 from kvstore.errors import SpecError
 from kvstore.server.access.grants import Grant
-from kvstore.server.control.errors import bad_field, unknown
+from kvstore.server.control.errors import Refused, bad_field
+from kvstore.server.control.operations import Operations
 from kvstore.server.node import Node
 from kvstore.server.pacing import Pace
 from kvstore.store.index import Entry
+from kvstore.store.pins import Pins
 from kvstore.store.selection import Selection, candidates
 from kvstore.transport.protocol import MAX_KEYS, TIER_NAMES
 from kvstore.values import lasting
@@ -83,110 +85,179 @@ def name(value: str, field: str, *, longest: int = _MAX_NAME) -> str:
     return value
 
 
-async def known_namespaces(node: Node, grant: Grant) -> dict[bytes, Namespace]:
-    """The namespaces that hold blocks or are open in a session, as far as the caller sees them."""
-    pace = Pace()
-    found: dict[bytes, Namespace] = {}
-    for usage in list(node.store.usage.namespaces.values()):
-        if grant.sees(usage.namespace.tenant):
-            found[usage.namespace.digest] = usage.namespace
-        await pace.step()
-    for session in list(node.sessions.values()):
-        for namespace, _ in session.opened.values():
-            if grant.sees(namespace.tenant):
-                found.setdefault(namespace.digest, namespace)
-        await pace.step()
-    return found
+class Answers:
+    """What one caller is answered: the base of the verbs. Made for each call, on the loop."""
 
+    def __init__(self, node: Node, operations: Operations, pins: Pins, caller: Grant) -> None:
+        self._node = node
+        self._store = node.store
+        self._operations = operations
+        self._pins = pins
+        self._caller = caller
+        self._pace = Pace()
 
-async def namespace_by_id(node: Node, grant: Grant, text: str, field: str) -> Namespace:
-    """The namespace whose id is, or begins with, `text`.
+    def _tenant(self, request: Any) -> str | None:
+        """The tenant that a request or selection is about; None: any. Raises Denied."""
+        if not request.HasField("tenant"):
+            return None
+        self._caller.check_tenant(request.tenant)
+        tenant: str = request.tenant
+        return tenant
 
-    Raises:
-        Refused: none or several do, or `text` is no id.
-    """
-    wanted = text.lower()
-    if not _MIN_ID <= len(wanted) <= _ID_DIGITS or not _HEX.issuperset(wanted):
-        raise bad_field(field, f"{text[:80]!r} is no id; give {_MIN_ID} to {_ID_DIGITS} hex digits")
-    places = [await known_namespaces(node, grant)]
-    if grant.tenants is None:  # How long they are remembered depends on all tenants.
-        places.append(node.store.usage.emptied)
-    for place in places:
-        if matches := [n for digest, n in place.items() if digest.hex().startswith(wanted)]:
-            break
-    else:
-        raise unknown(
-            "NAMESPACE_UNKNOWN",
-            f"no namespace {wanted} here",
-            "ListNamespaces (`kvstore namespaces`) shows those there are; one that never "
-            "held anything can be given by all of its fields (`namespace` in the API)",
+    async def _namespaces(self) -> dict[bytes, Namespace]:
+        """Those that hold blocks or are open in a session, as far as the caller sees them."""
+        sees = self._caller.sees
+        found: dict[bytes, Namespace] = {}
+        async for usage in self._pace.over(list(self._store.usage.namespaces.values())):
+            if sees(usage.namespace.tenant):
+                found[usage.namespace.digest] = usage.namespace
+        async for session in self._pace.over(list(self._node.sessions.values())):
+            for namespace, _ in session.opened.values():
+                if sees(namespace.tenant):
+                    found.setdefault(namespace.digest, namespace)
+        return found
+
+    async def _namespace(self, text: str, field: str) -> Namespace:
+        """The namespace whose id is, or begins with, `text`.
+
+        Raises:
+            Refused: none or several do, or `text` is no id.
+        """
+        wanted = text.lower()
+        if not _MIN_ID <= len(wanted) <= _ID_DIGITS or not _HEX.issuperset(wanted):
+            known = f"give {_MIN_ID} to {_ID_DIGITS} hex digits"
+            raise bad_field(field, f"{text[:80]!r} is no id; {known}")
+        places = [await self._namespaces()]
+        if self._caller.tenants is None:  # How long they are remembered depends on all tenants.
+            places.append(self._store.usage.emptied)
+        for place in places:
+            if matches := [n for digest, n in place.items() if digest.hex().startswith(wanted)]:
+                break
+        else:
+            raise Refused(
+                "NAMESPACE_UNKNOWN",
+                f"no namespace {wanted} here",
+                remedy="ListNamespaces (`kvstore namespaces`) shows those there are; one that never"
+                " held anything can be given by all of its fields (`namespace` in the API)",
+            )
+        if len(matches) > 1:
+            many = f"{len(matches)} namespaces begin with {wanted}"
+            raise bad_field(field, f"{many}; give more digits")
+        return matches[0]
+
+    async def _prompt(self, prefix: v1.Prefix, field: str = "prefix") -> Prompt:
+        """The blocks that a request names.
+
+        Raises:
+            Refused: a field is missing or wrong, or there is no such namespace.
+            AccessDenied: its tenant is out of reach.
+        """
+        match prefix.WhichOneof("in"):
+            case "namespace_id":
+                where = f"{field}.namespace_id"
+                namespace = await self._namespace(prefix.namespace_id, where)
+            case "namespace":
+                try:
+                    namespace = namespace_of(prefix.namespace)
+                except SpecError as e:
+                    raise bad_field(f"{field}.namespace", str(e)) from e
+                self._caller.check_tenant(namespace.tenant)
+            case _:
+                raise bad_field(f"{field}.namespace_id", "is missing; give it, or namespace")
+        match prefix.WhichOneof("of"):
+            case "tokens":
+                keys = await self._hashed(namespace, prefix.tokens, f"{field}.tokens")
+                return Prompt(namespace, keys, prefix.tokens)
+            case "keys":
+                keys = await self._given(prefix.keys.keys, f"{field}.keys.keys")
+                return Prompt(namespace, keys, None)
+            case _:
+                raise bad_field(f"{field}.tokens", "is missing; give it, or keys")
+
+    async def _hashed(self, namespace: Namespace, tokens: v1.Tokens, field: str) -> list[bytes]:
+        count, size = len(tokens.ids), namespace.block_tokens
+        if count > MAX_TOKENS or count // size > MAX_KEYS:
+            most = min(MAX_TOKENS, MAX_KEYS * size)
+            raise bad_field(f"{field}.ids", f"has {count} tokens; send up to {most} in a call")
+        given: dict[int, Sequence[bytes]] = {}
+        async for extra in self._pace.over(tokens.extras):
+            if extra.block in given:
+                raise bad_field(
+                    f"{field}.extras[{len(given)}].block", f"{extra.block} is given twice"
+                )
+            given[extra.block] = extra.values
+        _check_media(tokens, field)
+        keys: list[bytes] = []
+        step = max(1, _SLICE_TOKENS // size)
+        async for first in self._pace.over(range(0, count // size, step)):
+            blocks = range(first, min(first + step, count // size))
+            extras = engine_extras(tokens, size, blocks)
+            for block in blocks:
+                if block in given:
+                    extras[block - first] = [*extras.get(block - first, ()), *given[block]]
+            ids = tokens.ids[first * size : blocks.stop * size]
+            keys += block_keys(namespace, ids, extras=extras, parent=keys[-1] if keys else None)
+        return keys
+
+    async def _given(self, keys: Sequence[bytes], field: str) -> list[bytes]:
+        if len(keys) > MAX_KEYS:
+            raise bad_field(field, f"has {len(keys)} keys; send up to {MAX_KEYS} in a call")
+        taken: list[bytes] = []
+        async for part in self._pace.over(slices(keys, _SLICE_KEYS)):
+            for key in part:
+                if len(key) != KEY_BYTES:
+                    where = f"{field}[{len(taken)}]"
+                    raise bad_field(where, f"has {len(key)} bytes; a key has {KEY_BYTES}")
+                taken.append(key)
+        return taken
+
+    async def _selection(self, message: v1.Selection, field: str = "selection") -> Selection:
+        """The stored blocks that a request chooses, never beyond what the caller sees.
+
+        Raises:
+            Refused: nothing is chosen, conditions contradict each other, or one makes no sense.
+            AccessDenied: a tenant is out of reach.
+        """
+        conditions = [item.name for item, _ in message.ListFields() if item.name != "everything"]
+        if message.everything and conditions:
+            text = f"contradicts {', '.join(conditions)}; give one or the other"
+            raise bad_field(f"{field}.everything", text)
+        if not message.everything and not conditions:
+            raise bad_field(field, "chooses nothing; give a condition, or everything")
+        namespace: Namespace | None = None
+        keys: list[bytes] | None = None
+        if message.namespace_id:
+            namespace = await self._namespace(message.namespace_id, f"{field}.namespace_id")
+        if message.HasField("prefix"):
+            asked = await self._prompt(message.prefix, f"{field}.prefix")
+            if namespace is not None and namespace.digest != asked.namespace.digest:
+                raise bad_field(f"{field}.namespace_id", "is not the namespace of prefix; give one")
+            namespace, keys = asked.namespace, asked.keys
+        ages = {
+            name: seconds(getattr(message, name), f"{field}.{name}", high=_MAX_AGE)
+            for name in ("older_than", "unused_for")
+            if message.HasField(name)
+        }
+        return Selection(
+            namespace=None if namespace is None else namespace.digest,
+            tenant=self._tenant(message),
+            tenants=self._caller.tenants,
+            keys=keys,
+            tier=None if not message.tier else tier(message.tier, f"{field}.tier"),
+            **ages,
         )
-    if len(matches) > 1:
-        raise bad_field(field, f"{len(matches)} namespaces begin with {wanted}; give more digits")
-    return matches[0]
 
+    async def _chosen(self, selected: Selection) -> list[Entry]:
+        """The stored objects that a selection means, those of a prompt last block first.
 
-async def _namespace(node: Node, grant: Grant, prefix: v1.Prefix, field: str) -> Namespace:
-    match prefix.WhichOneof("in"):
-        case "namespace_id":
-            where = f"{field}.namespace_id"
-            return await namespace_by_id(node, grant, prefix.namespace_id, where)
-        case "namespace":
-            try:
-                namespace = namespace_of(prefix.namespace)
-            except SpecError as e:
-                raise bad_field(f"{field}.namespace", str(e)) from e
-            grant.check_tenant(namespace.tenant)
-            return namespace
-        case _:
-            raise bad_field(f"{field}.namespace_id", "is missing; give it, or namespace")
-
-
-async def prompt(node: Node, grant: Grant, prefix: v1.Prefix, field: str = "prefix") -> Prompt:
-    """The blocks that a request names.
-
-    Raises:
-        Refused: a field is missing or wrong, or there is no such namespace.
-        AccessDenied: its tenant is out of reach.
-    """
-    namespace = await _namespace(node, grant, prefix, field)
-    match prefix.WhichOneof("of"):
-        case "tokens":
-            keys = await _hashed(namespace, prefix.tokens, f"{field}.tokens")
-            return Prompt(namespace, keys, prefix.tokens)
-        case "keys":
-            return Prompt(namespace, await _given(prefix.keys.keys, f"{field}.keys.keys"), None)
-        case _:
-            raise bad_field(f"{field}.tokens", "is missing; give it, or keys")
-
-
-async def _hashed(namespace: Namespace, tokens: v1.Tokens, field: str) -> list[bytes]:
-    count, size = len(tokens.ids), namespace.block_tokens
-    if count > MAX_TOKENS or count // size > MAX_KEYS:
-        raise bad_field(
-            f"{field}.ids",
-            f"has {count} tokens; send up to {min(MAX_TOKENS, MAX_KEYS * size)} in a call",
-        )
-    pace = Pace()
-    given: dict[int, Sequence[bytes]] = {}
-    for number, extra in enumerate(tokens.extras):
-        if extra.block in given:
-            raise bad_field(f"{field}.extras[{number}].block", f"{extra.block} is given twice")
-        given[extra.block] = extra.values
-        await pace.step()
-    _check_media(tokens, field)
-    keys: list[bytes] = []
-    step = max(1, _SLICE_TOKENS // size)
-    for first in range(0, count // size, step):
-        blocks = range(first, min(first + step, count // size))
-        extras = engine_extras(tokens, size, blocks)
-        for block in blocks:
-            if block in given:
-                extras[block - first] = [*extras.get(block - first, ()), *given[block]]
-        ids = tokens.ids[first * size : blocks.stop * size]
-        keys += block_keys(namespace, ids, extras=extras, parent=keys[-1] if keys else None)
-        await pace.step()
-    return keys
+        So a prompt that is removed or moved in part keeps its beginning.
+        """
+        now = self._store.clock.monotonic()
+        return [
+            entry
+            async for entry in self._pace.over(candidates(self._store, selected))
+            if not entry.gone and selected.matches(entry, now)
+        ]
 
 
 def engine_extras(tokens: v1.Tokens, size: int, blocks: range) -> dict[int, list[bytes]]:
@@ -208,83 +279,7 @@ def _check_media(tokens: v1.Tokens, field: str) -> None:
         end = item.offset + item.length
 
 
-async def _given(keys: Sequence[bytes], field: str) -> list[bytes]:
-    if len(keys) > MAX_KEYS:
-        raise bad_field(field, f"has {len(keys)} keys; send up to {MAX_KEYS} in a call")
-    taken: list[bytes] = []
-    pace = Pace()
-    for part in slices(keys, _SLICE_KEYS):
-        for key in part:
-            if len(key) != KEY_BYTES:
-                raise bad_field(
-                    f"{field}[{len(taken)}]", f"has {len(key)} bytes; a key has {KEY_BYTES}"
-                )
-            taken.append(key)
-        await pace.step()
-    return taken
-
-
 def slices(items: Sequence[bytes], size: int) -> Iterator[Sequence[bytes]]:
     """`items` in runs of `size`."""
     for first in range(0, len(items), size):
         yield items[first : first + size]
-
-
-async def selection(
-    node: Node, grant: Grant, message: v1.Selection, field: str = "selection"
-) -> Selection:
-    """The stored blocks that a request chooses, never beyond what the caller sees.
-
-    Raises:
-        Refused: nothing is chosen, conditions contradict each other, or one makes no sense.
-        AccessDenied: a tenant is out of reach.
-    """
-    conditions = [item.name for item, _ in message.ListFields() if item.name != "everything"]
-    if message.everything and conditions:
-        raise bad_field(
-            f"{field}.everything", f"contradicts {', '.join(conditions)}; give one or the other"
-        )
-    if not message.everything and not conditions:
-        raise bad_field(field, "chooses nothing; give a condition, or everything")
-    namespace: Namespace | None = None
-    keys: list[bytes] | None = None
-    if message.namespace_id:
-        where = f"{field}.namespace_id"
-        namespace = await namespace_by_id(node, grant, message.namespace_id, where)
-    if message.HasField("prefix"):
-        asked = await prompt(node, grant, message.prefix, f"{field}.prefix")
-        if namespace is not None and namespace.digest != asked.namespace.digest:
-            raise bad_field(f"{field}.namespace_id", "is not the namespace of prefix; give one")
-        namespace, keys = asked.namespace, asked.keys
-    tenant = message.tenant if message.HasField("tenant") else None
-    if tenant is not None:
-        grant.check_tenant(tenant)
-    age = unused = None
-    if message.HasField("older_than"):
-        age = seconds(message.older_than, f"{field}.older_than", high=_MAX_AGE)
-    if message.HasField("unused_for"):
-        unused = seconds(message.unused_for, f"{field}.unused_for", high=_MAX_AGE)
-    return Selection(
-        namespace=None if namespace is None else namespace.digest,
-        tenant=tenant,
-        tenants=grant.tenants,
-        keys=keys,
-        tier=None if not message.tier else tier(message.tier, f"{field}.tier"),
-        older_than=age,
-        unused_for=unused,
-    )
-
-
-async def chosen(node: Node, selected: Selection) -> list[Entry]:
-    """The stored objects that a selection means, those of a prompt last block first.
-
-    So a prompt that is removed or moved in part keeps its beginning.
-    """
-    now = node.store.clock.monotonic()
-    pace = Pace()
-    found: list[Entry] = []
-    for entry in candidates(node.store, selected):
-        if not entry.gone and selected.matches(entry, now):
-            found.append(entry)
-        await pace.step()
-    return found

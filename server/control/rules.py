@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator
 from typing import Final
 
 from kvstore.api import v1
 from kvstore.errors import TierUnavailable
-from kvstore.server.access.grants import Grant, Role
-from kvstore.server.control.errors import bad_field, check_role, denied
-from kvstore.server.control.operations import Operation, Operations
-from kvstore.server.control.requests import name, seconds
-from kvstore.server.node import Node
-from kvstore.server.pacing import Pace
+from kvstore.server.access.grants import Denied, Role
+from kvstore.server.control.errors import bad_field
+from kvstore.server.control.operations import Operation
+from kvstore.server.control.requests import Answers, name, seconds
 from kvstore.store.admission import Admission
 from kvstore.store.usage import Quota
 
@@ -29,46 +26,35 @@ _STOP_SECONDS: Final = 0.5
 """After the end of a drain, so that who asked for it can hear of it."""
 
 
-class RuleVerbs:
+class RuleVerbs(Answers):
     """Steers operations and the daemon itself."""
-
-    def __init__(self, node: Node, operations: Operations) -> None:
-        self._node = node
-        self._store = node.store
-        self._operations = operations
-        self._drains = 0
 
     # -- operations -------------------------------------------------------------------------------
 
-    async def check_finish(self, caller: Grant, request: v1.CheckFinishRequest) -> v1.Operation:
-        return self._operations.find(name(request.id, "id"), caller).message()
+    async def check_finish(self, request: v1.CheckFinishRequest) -> v1.Operation:
+        return self._operation(request.id).state
 
-    @asynccontextmanager
-    async def watch(
-        self, caller: Grant, request: v1.WatchRequest
-    ) -> AsyncIterator[AsyncIterator[v1.Operation]]:
-        yield self._operations.find(name(request.id, "id"), caller).watch()
+    async def watch(self, request: v1.WatchRequest) -> AsyncGenerator[v1.Operation]:
+        return self._operation(request.id).watch()
 
-    async def cancel(self, caller: Grant, request: v1.CancelRequest) -> v1.Operation:
-        operation = self._operations.find(name(request.id, "id"), caller)
-        check_role(caller, operation.role, f"cancelling a {operation.verb}")
-        self._operations.cancel(operation)
-        return operation.message()
+    async def cancel(self, request: v1.CancelRequest) -> v1.Operation:
+        operation = self._operation(request.id)
+        self._caller.check(operation.role, f"cancelling a {operation.state.verb}")
+        operation.cancel()
+        return operation.state
 
-    async def list_operations(
-        self, caller: Grant, request: v1.ListOperationsRequest
-    ) -> v1.ListOperationsResponse:
-        reply = v1.ListOperationsResponse()
-        pace = Pace()
-        for operation in self._operations.visible(caller):
-            reply.operations.append(operation.message())
-            await pace.step()
-        return reply
+    def _operation(self, number: str) -> Operation:
+        return self._operations.find(name(number, "id"), self._caller)
+
+    async def list_operations(self, request: v1.ListOperationsRequest) -> v1.ListOperationsResponse:
+        seen = self._operations.visible(self._caller)
+        states = [operation.state async for operation in self._pace.over(seen)]
+        return v1.ListOperationsResponse(operations=states)
 
     # -- quotas -----------------------------------------------------------------------------------
 
-    async def set_quota(self, caller: Grant, request: v1.SetQuotaRequest) -> v1.Quota:
-        tenant = self._tenant(caller, request.tenant)
+    async def set_quota(self, request: v1.SetQuotaRequest) -> v1.Quota:
+        tenant = self._named(request.tenant)
         limits: dict[str, int | None] = {}
         for field in ("memory_bytes", "disk_bytes"):
             limits[field] = getattr(request, field) if request.HasField(field) else None
@@ -78,22 +64,20 @@ class RuleVerbs:
         self._store.set_quota(tenant, quota)
         return self._quota(tenant)
 
-    async def get_quota(self, caller: Grant, request: v1.GetQuotaRequest) -> v1.GetQuotaResponse:
+    async def get_quota(self, request: v1.GetQuotaRequest) -> v1.GetQuotaResponse:
         usage = self._store.usage
         tenants = {*usage.tenants, *usage.quotas}
         if request.HasField("tenant"):
-            tenants = {self._tenant(caller, request.tenant)}
+            tenants = {self._named(request.tenant)}
         reply = v1.GetQuotaResponse()
-        pace = Pace()
-        for tenant in sorted(tenant for tenant in tenants if caller.sees(tenant)):
+        async for tenant in self._pace.over(sorted(filter(self._caller.sees, tenants))):
             reply.quotas.append(self._quota(tenant))
-            await pace.step()
         return reply
 
-    def _tenant(self, caller: Grant, tenant: str) -> str:
+    def _named(self, tenant: str) -> str:
         if len(tenant) > _MAX_TENANT:
             raise bad_field("tenant", f"has {len(tenant)} characters; {_MAX_TENANT} are allowed")
-        caller.check_tenant(tenant)
+        self._caller.check_tenant(tenant)
         return tenant
 
     def _quota(self, tenant: str) -> v1.Quota:
@@ -112,17 +96,13 @@ class RuleVerbs:
 
     # -- the daemon -------------------------------------------------------------------------------
 
-    async def get_admission(
-        self, caller: Grant, request: v1.GetAdmissionRequest
-    ) -> v1.AdmissionPolicy:
+    async def get_admission(self, request: v1.GetAdmissionRequest) -> v1.AdmissionPolicy:
         rules = self._store.admission
-        seen = sorted(tenant for tenant in rules.denied_tenants if caller.sees(tenant))
+        seen = sorted(tenant for tenant in rules.denied_tenants if self._caller.sees(tenant))
         return v1.AdmissionPolicy(memory=rules.memory, disk=rules.disk, denied_tenants=seen)
 
-    async def set_admission(
-        self, caller: Grant, request: v1.SetAdmissionRequest
-    ) -> v1.AdmissionPolicy:
-        _check_unlimited(caller, "the admission policy")
+    async def set_admission(self, request: v1.SetAdmissionRequest) -> v1.AdmissionPolicy:
+        self._check_unlimited("the admission policy")
         rules = self._store.admission
         for field in ("memory", "disk"):
             if request.HasField(field):
@@ -136,32 +116,28 @@ class RuleVerbs:
                 )
             rules = dataclasses.replace(rules, denied_tenants=frozenset(tenants))
         self._store.admission = rules
-        return await self.get_admission(caller, v1.GetAdmissionRequest())
+        return await self.get_admission(v1.GetAdmissionRequest())
 
-    async def drain(self, caller: Grant, request: v1.DrainRequest) -> v1.Operation:
-        _check_unlimited(caller, "draining the daemon")
+    async def drain(self, request: v1.DrainRequest) -> v1.Operation:
+        self._check_unlimited("draining the daemon")
         timeout = _DRAIN_SECONDS
         if request.HasField("timeout"):
             timeout = seconds(request.timeout, "timeout", high=_MAX_DRAIN_SECONDS)
 
         async def work(operation: Operation) -> str:
-            self._drains += 1
             try:
                 return await self._drain(operation, timeout, stop=request.stop)
             except asyncio.CancelledError:
-                if self._drains == 1:
+                if self._operations.running("Drain") == 1:  # no other goes on
                     self._store.draining = False
                 raise
-            finally:
-                self._drains -= 1
 
-        started = self._operations.start(
-            "Drain", caller, work, tenants=None, role=Role.ADMIN, at_once=True
-        )
-        return started.message()
+        return self._operations.start(
+            "Drain", self._caller, work, tenants=None, role=Role.ADMIN, at_once=True
+        ).state
 
     async def _drain(self, operation: Operation, timeout: float, *, stop: bool) -> str:
-        unwritten = operation.total = self._store.tiering.unwritten
+        unwritten = operation.state.total = self._store.tiering.unwritten
         draining = asyncio.create_task(self._node.drain(timeout))
         try:
             while not (await asyncio.wait({draining}, timeout=_PROGRESS_SECONDS))[0]:
@@ -177,12 +153,11 @@ class RuleVerbs:
             raise TierUnavailable(f"{left} objects did not reach the disk; {ending}")
         return f"all is written; {ending}"
 
-
-def _check_unlimited(caller: Grant, what: str) -> None:
-    if caller.tenants is not None:
-        raise denied(
-            "TENANT", f"{what} concerns all tenants, {caller.name!r} only some; use another token"
-        )
+    def _check_unlimited(self, what: str) -> None:
+        if self._caller.tenants is not None:
+            who = self._caller.name
+            text = f"{what} concerns all tenants, {who!r} only some; use another token"
+            raise Denied("tenant", text)
 
 
 def _with_rule(rules: Admission, field: str, rule: str) -> Admission:

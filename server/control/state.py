@@ -9,25 +9,18 @@ from kvstore import __version__
 from kvstore.api import v1
 from kvstore.api.convert import duration, namespace_message, timestamp
 from kvstore.blocks.spec import Described, Part
-from kvstore.server.access.grants import Grant
-from kvstore.server.control.requests import known_namespaces, numbered
-from kvstore.server.node import Node
-from kvstore.server.pacing import Pace
+from kvstore.server.control.requests import Answers, numbered
 from kvstore.server.sessions.session import SessionConnection
 from kvstore.store.leases import Lease
 from kvstore.store.pins import PinOwner
 
 
-class StateVerbs:
+class StateVerbs(Answers):
     """Answers what there is and who uses it, as far as the caller sees it."""
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
-        self._store = node.store
-
-    async def stats(self, caller: Grant, request: v1.StatsRequest) -> v1.StatsResponse:
+    async def stats(self, request: v1.StatsRequest) -> v1.StatsResponse:
         node = self._node
-        stats = node.stats(caller)
+        stats = node.stats(self._caller)
         return v1.StatsResponse(
             node=node.name,
             version=__version__,
@@ -36,27 +29,22 @@ class StateVerbs:
             objects=stats["objects"],
             unwritten_objects=stats.get("unwritten", 0),
             leases=stats["leases"],
-            sessions=len(node.seen_sessions(caller)),
+            sessions=len(node.seen_sessions(self._caller)),
             counters=stats["counters"],
             tiers=map(_tier_stats, stats["tiers"]),
         )
 
-    async def list_namespaces(
-        self, caller: Grant, request: v1.ListNamespacesRequest
-    ) -> v1.ListNamespacesResponse:
-        tenant = request.tenant if request.HasField("tenant") else None
-        if tenant is not None:
-            caller.check_tenant(tenant)
+    async def list_namespaces(self, request: v1.ListNamespacesRequest) -> v1.ListNamespacesResponse:
+        tenant = self._tenant(request)
         users: dict[bytes, int] = {}
         for session in self._node.sessions.values():
             for digest in {namespace.digest for namespace, _ in session.opened.values()}:
                 users[digest] = users.get(digest, 0) + 1
         reply = v1.ListNamespacesResponse()
-        pace = Pace()
-        for digest, namespace in (await known_namespaces(self._node, caller)).items():
+        async for digest, namespace in self._pace.over((await self._namespaces()).items()):
             if tenant is not None and namespace.tenant != tenant:
                 continue
-            info = v1.NamespaceInfo(
+            info = reply.namespaces.add(
                 namespace=namespace_message(namespace), sessions=users.get(digest, 0)
             )
             usage = self._store.usage.namespaces.get(digest)
@@ -66,61 +54,50 @@ class StateVerbs:
                 info.memory_bytes, info.disk_bytes = usage.memory_bytes, usage.disk_bytes
                 info.last_used.CopyFrom(timestamp(self._store.clock.unix(usage.last_used)))
                 info.parts.extend(sorted(_described(part) for part in usage.parts))
-            reply.namespaces.append(info)
-            await pace.step()
         return reply
 
-    async def list_sessions(
-        self, caller: Grant, request: v1.ListSessionsRequest
-    ) -> v1.ListSessionsResponse:
-        leases = Counter(map(_session_of, self._node.leases(caller)))
+    async def list_sessions(self, request: v1.ListSessionsRequest) -> v1.ListSessionsResponse:
+        leases = Counter(map(_session_of, self._node.leases(self._caller)))
+        sees = self._caller.sees
         reply = v1.ListSessionsResponse()
-        pace = Pace()
-        for session in list(self._node.seen_sessions(caller)):
-            await pace.step()  # A session can have opened a thousand namespaces.
-            seen = {namespace.digest.hex() for namespace in session.seen_by(caller)}
-            whole = all(caller.sees(namespace.tenant) for namespace, _ in session.opened.values())
-            reply.sessions.append(
-                v1.SessionInfo(
-                    id=session.peer.session,
-                    peer=session.peer.address,
-                    pid=session.peer.pid,
-                    software=session.peer.software,
-                    token=session.grant.name,
-                    since=timestamp(session.since),
-                    namespace_ids=sorted(seen),
-                    leases=leases[session.peer.session],
-                    requests=session.requests if whole else 0,
-                )
+        # A session can have opened a thousand namespaces.
+        async for session in self._pace.over(list(self._node.seen_sessions(self._caller))):
+            seen = {namespace.digest.hex() for namespace in session.seen_by(self._caller)}
+            whole = all(sees(namespace.tenant) for namespace, _ in session.opened.values())
+            reply.sessions.add(
+                id=session.peer.session,
+                peer=session.peer.address,
+                pid=session.peer.pid,
+                software=session.peer.software,
+                token=session.grant.name,
+                since=timestamp(session.since),
+                namespace_ids=sorted(seen),
+                leases=leases[session.peer.session],
+                requests=session.requests if whole else 0,
             )
         return reply
 
-    async def list_leases(
-        self, caller: Grant, request: v1.ListLeasesRequest
-    ) -> v1.ListLeasesResponse:
+    async def list_leases(self, request: v1.ListLeasesRequest) -> v1.ListLeasesResponse:
+        unix = self._store.clock.unix
         reply = v1.ListLeasesResponse()
-        pace = Pace()
-        for lease in self._node.leases(caller):
+        async for lease in self._pace.over(self._node.leases(self._caller)):
             session = _session_of(lease)
             owner = lease.owner.name if isinstance(lease.owner, PinOwner) else ""
             if request.HasField("session") and request.session != session:
                 continue
             if request.HasField("owner") and (request.owner != owner or session):
                 continue
-            reply.leases.append(
-                v1.LeaseInfo(
-                    id=f"pin-{lease.id}" if not session and owner else f"{session}-{lease.id}",
-                    kind=lease.kind.value,
-                    session=session,
-                    owner=owner,
-                    blocks=len(lease.blocks),
-                    bytes=sum(entry.nbytes for entry in lease.entries()),
-                    since=timestamp(self._store.clock.unix(lease.since)),
-                    expires=timestamp(self._store.clock.unix(lease.expires)),
-                    withdrawn=lease.withdrawn,
-                )
+            reply.leases.add(
+                id=f"pin-{lease.id}" if not session and owner else f"{session}-{lease.id}",
+                kind=lease.kind.value,
+                session=session,
+                owner=owner,
+                blocks=len(lease.blocks),
+                bytes=sum(entry.nbytes for entry in lease.entries()),
+                since=timestamp(unix(lease.since)),
+                expires=timestamp(unix(lease.expires)),
+                withdrawn=lease.withdrawn,
             )
-            await pace.step()
         return reply
 
 

@@ -6,28 +6,17 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Final
 
-import grpc
-
 from kvstore.api import v1
 from kvstore.api.convert import timestamp
 from kvstore.blocks.spec import Namespace
 from kvstore.codecs import CODECS
-from kvstore.server.access.grants import Grant, Role
-from kvstore.server.control.errors import Refused, bad_field, check_role, unknown
-from kvstore.server.control.operations import Done, Operation, Operations, each
-from kvstore.server.control.requests import (
-    chosen,
-    name,
-    prompt,
-    selection,
-    tier,
-    ttl,
-)
-from kvstore.server.node import Node
-from kvstore.server.pacing import Pace, paced
+from kvstore.server.access.grants import Role
+from kvstore.server.control.errors import Refused, bad_field
+from kvstore.server.control.operations import Done, Operation, each
+from kvstore.server.control.requests import Answers, name, tier, ttl
+from kvstore.server.pacing import paced
 from kvstore.store.explain import surveying
 from kvstore.store.index import Entry
-from kvstore.store.pins import Pins
 from kvstore.store.relocation import copy_to, move_to, reencode, remove
 from kvstore.store.selection import Selection
 from kvstore.store.tiering import Tiering
@@ -39,19 +28,13 @@ _Step = Callable[[Entry, Done], None]
 _Carry = Callable[[Tiering, Entry, int, Done], None]
 
 
-class WriteVerbs:
+class WriteVerbs(Answers):
     """Pins, moves and removes blocks; methods as in `kvstore.api.verbs`, here and beside."""
-
-    def __init__(self, node: Node, operations: Operations) -> None:
-        self._node = node
-        self._store = node.store
-        self._operations = operations
-        self._pins = Pins(node.store)
 
     # -- at once ----------------------------------------------------------------------------------
 
-    async def pin(self, caller: Grant, request: v1.PinRequest) -> v1.PinResponse:
-        asked = await prompt(self._node, caller, request.prefix)
+    async def pin(self, request: v1.PinRequest) -> v1.PinResponse:
+        asked = await self._prompt(request.prefix)
         if not request.HasField("ttl"):
             raise bad_field("ttl", "is missing; say how long, up to 30 days")
         pinning = self._pins.pinning(
@@ -59,7 +42,7 @@ class WriteVerbs:
             asked.namespace,
             asked.keys,
             ttl(request.ttl),
-            self._node.owner(caller),
+            self._node.owner(self._caller),
         )
         pinned = await paced(pinning)
         reply = v1.PinResponse(
@@ -69,89 +52,82 @@ class WriteVerbs:
             reply.expires.CopyFrom(timestamp(pinned.expires))
         return reply
 
-    async def unpin(self, caller: Grant, request: v1.UnpinRequest) -> v1.UnpinResponse:
+    async def unpin(self, request: v1.UnpinRequest) -> v1.UnpinResponse:
         pins = self._pins
         match request.WhichOneof("which"):
             case "id":
                 tenant = pins.tenant_of(request.id)
-                if tenant is None or not caller.sees(tenant):
-                    raise unknown(
-                        "PIN_UNKNOWN",
-                        f"no pin {request.id[:80]!r} here; it may have ended",
-                        "ListLeases (`kvstore leases`) shows pins",
-                    )
+                if tenant is None or not self._caller.sees(tenant):
+                    text = f"no pin {request.id[:80]!r} here; it may have ended"
+                    shown = "ListLeases (`kvstore leases`) shows pins"
+                    raise Refused("PIN_UNKNOWN", text, remedy=shown)
                 return v1.UnpinResponse(pins=pins.unpin(request.id))
             case "owner":
                 owner = name(request.owner, "owner")
-                return v1.UnpinResponse(pins=pins.unpin_owner(owner, caller.tenants))
+                return v1.UnpinResponse(pins=pins.unpin_owner(owner, self._caller.tenants))
             case _:
                 raise bad_field("id", "is missing; give it, or owner")
 
-    async def set_ttl(self, caller: Grant, request: v1.SetTtlRequest) -> v1.SetTtlResponse:
-        selected = await selection(self._node, caller, request.selection)
+    async def set_ttl(self, request: v1.SetTtlRequest) -> v1.SetTtlResponse:
+        selected = await self._selection(request.selection)
         life = ttl(request.ttl) if request.HasField("ttl") else None
-        pace = Pace()
         objects = 0
-        for entry in await chosen(self._node, selected):
+        async for entry in self._pace.over(await self._chosen(selected)):
             if not entry.gone:
                 self._store.tiering.set_ttl(entry, life)
                 objects += 1
-            await pace.step()
         return v1.SetTtlResponse(objects=objects)
 
     # -- long -------------------------------------------------------------------------------------
 
-    async def prefetch(self, caller: Grant, request: v1.PrefetchRequest) -> v1.Operation:
+    async def prefetch(self, request: v1.PrefetchRequest) -> v1.Operation:
         target = tier(request.tier, "tier", default=MEMORY)
-        asked = await prompt(self._node, caller, request.prefix)
+        asked = await self._prompt(request.prefix)
         self._need_disk(target)
 
         async def work(operation: Operation) -> str:
             found = await paced(surveying(self._store, asked.namespace, asked.keys))
             entries = list(chain.from_iterable(found.entries))
-            operation.total = len(entries)
+            operation.state.total = len(entries)
             await each(operation, entries, self._carried(copy_to, target))
             return ""
 
         tenants = frozenset((asked.namespace.tenant,))
-        return self._operations.start("Prefetch", caller, work, tenants=tenants).message()
+        return self._operations.start("Prefetch", self._caller, work, tenants=tenants).state
 
-    async def move(self, caller: Grant, request: v1.MoveRequest) -> v1.Operation:
-        return await self._carry("Move", caller, request, move_to)
+    async def move(self, request: v1.MoveRequest) -> v1.Operation:
+        return await self._carry("Move", request, move_to)
 
-    async def copy(self, caller: Grant, request: v1.CopyRequest) -> v1.Operation:
-        return await self._carry("Copy", caller, request, copy_to)
+    async def copy(self, request: v1.CopyRequest) -> v1.Operation:
+        return await self._carry("Copy", request, copy_to)
 
     async def _carry(
-        self, verb: str, caller: Grant, request: v1.MoveRequest | v1.CopyRequest, how: _Carry
+        self, verb: str, request: v1.MoveRequest | v1.CopyRequest, how: _Carry
     ) -> v1.Operation:
         target = tier(request.to, "to")
-        selected = await selection(self._node, caller, request.selection)
+        selected = await self._selection(request.selection)
         self._need_disk(target)
-        return self._start(verb, caller, selected, self._carried(how, target))
+        return self._start(verb, selected, self._carried(how, target))
 
-    async def compress(self, caller: Grant, request: v1.CompressRequest) -> v1.Operation:
+    async def compress(self, request: v1.CompressRequest) -> v1.Operation:
         if request.codec not in CODECS:
-            raise bad_field(
-                "codec", f"{request.codec[:80]!r} is not known; use one of {', '.join(CODECS)}"
-            )
-        selected = await selection(self._node, caller, request.selection)
-        return self._start(
-            "Compress", caller, selected, lambda entry, done: reencode(entry, request.codec, done)
-        )
+            known = f"is not known; use one of {', '.join(CODECS)}"
+            raise bad_field("codec", f"{request.codec[:80]!r} {known}")
+        return await self._reencode("Compress", request.selection, request.codec)
 
-    async def decompress(self, caller: Grant, request: v1.DecompressRequest) -> v1.Operation:
-        selected = await selection(self._node, caller, request.selection)
-        return self._start(
-            "Decompress", caller, selected, lambda entry, done: reencode(entry, _RAW, done)
-        )
+    async def decompress(self, request: v1.DecompressRequest) -> v1.Operation:
+        return await self._reencode("Decompress", request.selection, _RAW)
 
-    async def clear(self, caller: Grant, request: v1.ClearRequest) -> v1.Operation:
+    async def _reencode(self, verb: str, selection: v1.Selection, codec: str) -> v1.Operation:
+        selected = await self._selection(selection)
+        return self._start(verb, selected, lambda entry, done: reencode(entry, codec, done))
+
+    async def clear(self, request: v1.ClearRequest) -> v1.Operation:
         role = Role.WRITE
-        if caller.tenants is None:
+        if self._caller.tenants is None:
             role = Role.ADMIN
-            check_role(caller, role, "clearing blocks of any tenant")
-        selected = await selection(self._node, caller, request.selection)
+            self._caller.check(role, "clearing blocks of any tenant")
+        selected = await self._selection(request.selection)
 
         def step(entry: Entry, done: Done) -> None:
             if not request.dry_run:
@@ -164,13 +140,12 @@ class WriteVerbs:
             namespace=selected.namespace, tenant=selected.tenant, tenants=selected.tenants
         )
         return self._start(
-            "Clear", caller, selected, step, role=role, dry_run=request.dry_run, announce=whole
+            "Clear", selected, step, role=role, dry_run=request.dry_run, announce=whole
         )
 
     def _start(
         self,
         verb: str,
-        caller: Grant,
         selected: Selection,
         step: _Step,
         *,
@@ -179,8 +154,8 @@ class WriteVerbs:
         announce: bool = False,
     ) -> v1.Operation:
         async def work(operation: Operation) -> str:
-            entries = await chosen(self._node, selected)
-            operation.total = len(entries)
+            entries = await self._chosen(selected)
+            operation.state.total = len(entries)
             cleared: dict[bytes, Namespace] = {}
 
             def clear(entry: Entry, done: Done) -> None:
@@ -195,15 +170,13 @@ class WriteVerbs:
         tenants = selected.tenants
         if selected.tenant is not None:
             tenants = frozenset((selected.tenant,))
-        operation = self._operations.start(
-            verb, caller, work, tenants=tenants, role=role, dry_run=dry_run
-        )
-        return operation.message()
+        return self._operations.start(
+            verb, self._caller, work, tenants=tenants, role=role, dry_run=dry_run
+        ).state
 
     def _need_disk(self, target: int) -> None:
         if target == DISK and self._node.config.below is None:
             raise Refused(
-                grpc.StatusCode.FAILED_PRECONDITION,
                 "NO_DISK_TIER",
                 "this daemon has no disk tier",
                 remedy="start it with disk.path (`kvstore serve --disk FOLDER`)",

@@ -32,9 +32,11 @@ from kvstore.server.cli import blocks as blocks_cli
 from kvstore.server.cli import node as node_cli
 from kvstore.server.cli.options import limit_option, parse_duration
 from kvstore.server.cli.output import plain, tier_name
+from kvstore.server.control.errors import CODES
 
 ROOT = Path(__file__).parents[2]
 BY_NAME = {verb.name: verb for verb in VERBS}
+API_GUIDE = (ROOT / "docs" / "api.md").read_text()
 METHODS = [m.name for m in v1.DESCRIPTOR.services_by_name["Orchestrator"].methods]
 
 
@@ -66,6 +68,16 @@ def test_the_types_promise_what_is_there() -> None:
         assert hasattr(v1, name), name
     assert v1.Tier.Name(v1.TIER_DISK) == "TIER_DISK"
     assert v1.Operation.State.Value("STATE_DONE") == v1.Operation.STATE_DONE
+
+
+def test_reasons_of_refusals_are_those_that_are_documented() -> None:
+    rows = re.findall(r"^\| ([A-Z_, ]+) \| (`.*?) \| `\w+` \|$", API_GUIDE, re.MULTILINE)
+    told = {
+        reason: codes for codes, reasons in rows for reason in re.findall("`([A-Z_]+)`", reasons)
+    }
+    reasons = {reason: code.name for code, those in CODES.items() for reason in those}
+    assert told.keys() == reasons.keys()
+    assert all(code in told[reason].split(", ") for reason, code in reasons.items())
 
 
 @pytest.mark.parametrize("kind", [Orchestrator, AsyncOrchestrator])

@@ -19,6 +19,7 @@ from kvstore.server.control.rules import RuleVerbs
 from kvstore.server.node import Node
 from kvstore.server.steps import Steps
 from kvstore.store.index import Entry
+from kvstore.store.pins import Pins
 from kvstore.tiers.base import ObjectName
 from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, keys
 
@@ -50,7 +51,7 @@ async def test_what_becomes_of_objects_is_counted(operations: Operations) -> Non
         done("pinned" if entry is chosen[5] else None)
 
     async def work(operation: Operation) -> str:
-        operation.total = len(chosen)
+        operation.state.total = len(chosen)
         await each(operation, chosen, step)
         return "well done"
 
@@ -77,7 +78,7 @@ async def test_few_objects_are_under_way_and_a_cancel_waits_for_them(
     await asyncio.sleep(0.05)
     assert len(waiting) == 64
     for _ in range(3):
-        operations.cancel(operation)
+        operation.cancel()
         await asyncio.sleep(0.01)
     assert operation.running, "what is under way ends first"
     for done in waiting:
@@ -129,7 +130,7 @@ async def test_few_run_at_a_time_and_not_too_many_wait(operations: Operations) -
     with pytest.raises(Refused) as caught:
         operations.start("Move", LOCAL, work, tenants=None)
     assert caught.value.reason == "TOO_MANY_OPERATIONS"
-    operations.cancel(started[-1])
+    started[-1].cancel()
     assert (await end_of(started[-1])).state == State.STATE_CANCELLED
     assert started[-1] not in running
     at_once = operations.start("Drain", LOCAL, work, tenants=None, at_once=True)
@@ -148,9 +149,9 @@ async def test_the_latest_are_remembered(operations: Operations) -> None:
         last = operations.start("Clear", LOCAL, work, tenants=None)
         await end_of(last)
     assert len(operations.visible(LOCAL)) == 1000
-    assert operations.find(last.id, LOCAL) is last
+    assert operations.find(last.state.id, LOCAL) is last
     with pytest.raises(Refused) as caught:
-        operations.find(first.id, LOCAL)
+        operations.find(first.state.id, LOCAL)
     assert caught.value.reason == "OPERATION_UNKNOWN"
 
 
@@ -188,18 +189,18 @@ async def test_a_cancelled_drain_lets_saves_in_again(tmp_path: Path) -> None:
     config = Config()
     node = Node(config, bench.store, Access(config.server), Steps(), lambda: None)
     operations = Operations()
-    rules = RuleVerbs(node, operations)
+    rules = RuleVerbs(node, operations, Pins(bench.store), LOCAL)
     drain = v1.DrainRequest()
     drain.timeout.seconds = 600
     try:
-        first, second = [await rules.drain(LOCAL, drain) for _ in range(2)]
+        first, second = [await rules.drain(drain) for _ in range(2)]
         await asyncio.sleep(0.05)
         assert node.draining
         assert bench.store.draining
-        await rules.cancel(LOCAL, v1.CancelRequest(id=first.id))
+        await rules.cancel(v1.CancelRequest(id=first.id))
         assert (await end_of(operations.find(first.id, LOCAL))).state == State.STATE_CANCELLED
         assert node.draining, "another drain goes on"
-        await rules.cancel(LOCAL, v1.CancelRequest(id=second.id))
+        await rules.cancel(v1.CancelRequest(id=second.id))
         assert (await end_of(operations.find(second.id, LOCAL))).state == State.STATE_CANCELLED
         assert not node.draining
         assert not bench.store.draining
