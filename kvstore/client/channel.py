@@ -8,15 +8,15 @@ costs no hand-over between threads in the common case of one caller.
 from __future__ import annotations
 
 import itertools
+import select
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
-from weakref import ref
+from weakref import WeakMethod, WeakValueDictionary, ref
 
-from kvstore.client.watch import WATCH
 from kvstore.errors import ProtocolError, StoreUnavailable
 from kvstore.forks import in_child
 from kvstore.transport import protocol, shared
@@ -25,13 +25,7 @@ from kvstore.transport.protocol import Failure, Message, Release, Reply
 
 FORKED: Final = "this process was forked from the one that connected"
 _NOTIFY_SECONDS: Final = 0.5
-
-
-class _Waiter:
-    __slots__ = ("reply",)
-
-    def __init__(self) -> None:
-        self.reply: Reply | None = None
+_GONE: Final = select.EPOLLRDHUP | select.EPOLLONESHOT
 
 
 class Channel:
@@ -49,7 +43,9 @@ class Channel:
         self._state = threading.Condition()
         self._reading = False
         self._frames = protocol.Frames()
-        self._waiters: dict[int, _Waiter] = {}
+        self._replies: dict[int, Reply | None] = {}
+        """By the id of those requests that wait for one."""
+
         self._ids = itertools.count(1)
         self._broken: str | None = None
         self._users = 0
@@ -57,7 +53,7 @@ class Channel:
         self.handles: dict[int, ref[Any]] = {}
         """Sessions by what stands for them here; the client's."""
 
-        self._lost: Callable[[Channel, str], object] | None = None
+        self._lost: WeakMethod[Callable[[Channel, str], object]] | None = None
         in_child(self, Channel._forked)
 
     @classmethod
@@ -73,37 +69,28 @@ class Channel:
         return self._broken
 
     def watch(self, lost: Callable[[Channel, str], object]) -> None:
-        """Have `lost` called, on another thread, soon after the daemon has ended the connection."""
-        self._lost = lost
+        """Have `lost`, a method of somebody whom this does not keep alive, called soon after the
+        daemon has ended the connection, on another thread.
+        """
+        self._lost = WeakMethod(lost)
         with suppress(OSError, RuntimeError):  # Without, whoever uses it next finds out.
-            WATCH.add(self, self._wire.fileno())
+            _WATCH.add(self, self._wire.fileno())
 
     def look(self) -> None:
         """The daemon may have ended the connection; find out. Called by the watch."""
         if not self.enter():
             return
         try:
-            self._take_rest()
+            more = True
+            while more and self._broken is None:  # Up to the end, if that is there.
+                with self._state:
+                    more = not self._reading  # Whoever is reads on.
+                    self._reading = True
+                more = more and self._read(0.0)
         finally:
             self.leave()
-        if self._lost is not None and self._broken is not None:
-            self._lost(self, self._broken)
-
-    def _take_rest(self) -> None:
-        """Hand out what has come, up to the end if that is there."""
-        with self._state:
-            if self._reading:  # Whoever is will do that.
-                return
-            self._reading = True
-        try:
-            while self._broken is None and self._read(0.0):
-                continue
-        except (OSError, ProtocolError) as e:
-            self._break(f"connection lost: {e}")
-        finally:
-            with self._state:
-                self._reading = False
-                self._state.notify_all()
+        if self._lost is not None and self._broken is not None and (lost := self._lost()):
+            lost(self, self._broken)
 
     def tiers(self, numbers: bytes) -> tuple[str, ...]:
         """Names of tiers, given a byte for each."""
@@ -120,16 +107,15 @@ class Channel:
         """
         deadline = time.monotonic() + timeout
         request_id = next(self._ids)
-        waiter = _Waiter()
         with self._state:
-            self._waiters[request_id] = waiter
+            self._replies[request_id] = None
         try:
             self._send(protocol.encode(request_id, message), deadline)
-            self._await(waiter, deadline)
+            while self._has_turn(request_id, deadline):
+                self._read(deadline - time.monotonic())
         finally:
             with self._state:
-                self._waiters.pop(request_id, None)
-        reply = waiter.reply
+                reply = self._replies.pop(request_id)
         if reply is None:
             if lease is not None and self._broken is None:
                 self.notify(Release(lease))
@@ -209,42 +195,84 @@ class Channel:
         finally:
             self._send_lock.release()
 
-    def _await(self, waiter: _Waiter, deadline: float) -> None:
-        while True:
-            with self._state:
-                while waiter.reply is None and self._broken is None and self._reading:
-                    left = deadline - time.monotonic()
-                    if left <= 0 or not self._state.wait(left):
-                        return
-                if waiter.reply is not None or self._broken is not None:
-                    return
-                if time.monotonic() >= deadline:
-                    return
-                self._reading = True
-            try:
-                self._read(deadline - time.monotonic())
-            except (OSError, ProtocolError) as e:
-                self._break(f"connection lost: {e}")
-            finally:
-                with self._state:
-                    self._reading = False
-                    self._state.notify_all()
+    def _has_turn(self, request_id: int, deadline: float) -> bool:
+        """Whether this thread is to read for all; not if it has a reply, or will not get one."""
+        with self._state:
+            while self._replies[request_id] is None and self._broken is None:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                if not self._reading:
+                    self._reading = True
+                    return True
+                self._state.wait(left)
+        return False
 
     def _read(self, seconds: float) -> bool:
-        """Wait so long for bytes, and hand out the frames that are whole; whether any came."""
-        received = self._wire.take(seconds)
-        if received is None:
-            return False
-        if not received:
-            raise ConnectionResetError("the daemon closed the connection")
-        self._frames.add(received)
-        while (frame := self._frames.next()) is not None:
-            request_id, body = frame
-            reply = protocol.decode_reply(body)
+        """Having the turn, wait so long for bytes, and hand out replies; whether any bytes came."""
+        try:
+            received = self._wire.take(seconds)
+            if received is None:
+                return False
+            if not received:
+                raise ConnectionResetError("the daemon closed the connection")
+            self._frames.add(received)
+            while (frame := self._frames.next()) is not None:
+                request_id, body = frame
+                reply = protocol.decode_reply(body)
+                with self._state:
+                    if request_id in self._replies:
+                        self._replies[request_id] = reply
+                    elif request_id == 0 and isinstance(reply, Failure):
+                        self._broken = self._broken or reply.reason
+        except (OSError, ProtocolError) as e:
+            self._break(f"connection lost: {e}")
+        finally:
             with self._state:
-                waiter = self._waiters.get(request_id)
-                if waiter is not None:
-                    waiter.reply = reply
-                elif request_id == 0 and isinstance(reply, Failure):
-                    self._broken = self._broken or reply.reason
+                self._reading = False
+                self._state.notify_all()
         return True
+
+
+class _Watch:
+    """Has channels look at their connection once the daemon has ended it, also while nobody uses
+    it: one thread for all of the process, which sleeps until then. Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        in_child(self, _Watch._begin)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Also in the child of a fork, which has neither the thread nor the connections."""
+        self._lock = threading.Lock()
+        self._poll: select.epoll | None = None
+        self._channels = WeakValueDictionary[int, Channel]()
+
+    def add(self, channel: Channel, fd: int) -> None:
+        """Watch a channel's socket; it needs not be told when that is closed.
+
+        Raises:
+            OSError, RuntimeError: no more descriptors, or threads.
+        """
+        with self._lock:
+            if self._poll is None:
+                poll = select.epoll()
+                threading.Thread(
+                    target=self._run, args=(poll,), name="kvstore-watch", daemon=True
+                ).start()
+                self._poll = poll
+            self._channels[fd] = channel
+            self._poll.register(fd, _GONE)
+
+    def _run(self, poll: select.epoll) -> None:
+        while True:
+            for fd, _ in poll.poll():
+                # Maybe another one by now, whose socket got the same number: it will see.
+                channel = self._channels.get(fd)
+                if channel is not None:
+                    channel.look()
+                del channel
+
+
+_WATCH: Final = _Watch()

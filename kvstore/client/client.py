@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from numbers import Real
 from typing import Final
 from weakref import WeakSet, WeakValueDictionary, ref
@@ -211,28 +210,23 @@ class Client:
         """The live channel and the handle on it, held open while used; None without a daemon."""
         with self._lock:
             channel, closed = self._channel, view.closed
-            usable = channel is not None and channel.broken is None and channel.enter()
+            live = channel if channel and not channel.broken and channel.enter() else None
             view.users += 1
         try:
-            if closed:
-                yield None
-            elif channel is None or not usable:
-                if channel is not None or not self._reconnecting:
-                    why = self._problem if channel is None else channel.broken or "closed"
-                    self._lost(channel, why)
-                yield None
-            elif view.channel is channel or self._again(channel, view):
-                yield channel, view.handle
-            else:
-                yield None
+            link: Link | None = None
+            if live and not closed and (view.channel is live or self._again(live, view)):
+                link = live, view.handle
+            elif not live and not closed and (channel or not self._reconnecting):
+                self._lost(channel, (channel.broken or "closed") if channel else self._problem)
+            yield link
         finally:
             with self._lock:
                 view.users -= 1
                 ends = view.closed and not view.users
             if ends:
                 self._end(view)
-            if usable and channel is not None:
-                channel.leave()
+            if live:
+                live.leave()
 
     def call(
         self, channel: Channel, message: Message, timeout: float, *, lease: int | None = None
@@ -275,7 +269,7 @@ class Client:
                 if stop.is_set():
                     raise StoreUnavailable("closed")
                 self._channel = channel
-            channel.watch(partial(_ended, ref(self)))
+            channel.watch(self._lost)
         except BaseException:
             channel.retire()
             raise
@@ -367,13 +361,6 @@ class _Clients:
 
 
 _clients: Final = _Clients()
-
-
-def _ended(of: ref[Client], channel: Channel, reason: str) -> None:
-    """The daemon ended a connection that nobody was using."""
-    client = of()
-    if client is not None:
-        client._lost(channel, reason)
 
 
 def _reconnect(of: ref[Client], stop: threading.Event, longest: float) -> None:
