@@ -99,13 +99,7 @@ class LocalFace:
             reply.arena_inode = arena.inode
             socket.send_fds(connection, [protocol.encode(request_id, reply)], [arena.fd])
         client = Peer(number, "unix", pid, hello.software, hello.features)
-
-        def ended(session: SessionConnection) -> None:
-            del node.sessions[number]
-            self._left()
-
-        session = node.sessions[number] = SessionConnection(node, client, grant, ended)
-        return session
+        return SessionConnection(node, client, grant, self._left)
 
 
 def _trusted(access: Access, uid: int, member: bool) -> Grant | None:

@@ -1,4 +1,4 @@
-"""The daemon's side of a session: one connection, its requests, and what it leaves behind."""
+"""The daemon's side of sessions: what a client asks, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import itertools
 import json
 import time
 from array import array
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from functools import partial
 from typing import Final
 
@@ -22,14 +22,14 @@ from kvstore.server.access.grants import Denied, Grant, Role
 from kvstore.server.node import Node, Peer
 from kvstore.server.pacing import paced
 from kvstore.server.recent import by_tier
-from kvstore.server.tasks import run
+from kvstore.server.sessions.connection import Connection
 from kvstore.slices import Work
 from kvstore.store.index import Entry
 from kvstore.store.leases import MAX_OWED, LeaseKind, Saving
 from kvstore.store.store import Acquired
 from kvstore.tiers.base import PENDING
 from kvstore.transport import protocol
-from kvstore.transport.protocol import Cost, Failure, Frames, Message
+from kvstore.transport.protocol import Cost, Failure, Message
 
 _MAX_PIN_SECONDS: Final = 30 * 24 * 3600.0
 _MAX_TTL_SECONDS: Final = 10 * 365 * 24 * 3600.0
@@ -56,148 +56,24 @@ _PENDING_SHARE: Final = 50
 _FLUSH_POLL: Final = 0.02
 
 
-class SessionConnection(asyncio.Protocol):
-    """Serves one client. Everything it holds is freed when the connection ends.
-
-    Requests are answered in the order they come, except those that wait (acquire, flush): their
-    answers come when they are ready, marked with the request's id.
-    """
-
-    shares_memory = True
-    """Whether the client itself touches slots."""
+class SessionConnection(Connection):
+    """Answers the requests of one client's sessions."""
 
     def __init__(
-        self,
-        node: Node,
-        peer: Peer,
-        grant: Grant,
-        closed: Callable[[SessionConnection], None],
+        self, node: Node, peer: Peer, grant: Grant, left: Callable[[], object] = lambda: None
     ) -> None:
-        self.peer = peer
-        self.grant = grant
-        self.since = time.time()
-        self.requests = 0
+        super().__init__(node, peer, grant, left)
         self.opened: dict[int, tuple[Namespace, tuple[Part, ...]]] = {}
-        self.owner = node.owner(grant)
-        node.store.charge(self, self.owner)
-        self.waiting: float | None = None
-        """Since when the client owes us the rest of a request, or to read; monotonic seconds."""
-
         self._handles = itertools.count()
         self._sizes: dict[int, int] = {}  # what each that was opened takes
-        self._node = node
-        self._store = node.store
         self._recent = node.recent
         self._saves: dict[int, tuple[Namespace, int, float]] = {}  # lease: blocks asked, start
-        self._closed = closed
-        self._transport: asyncio.Transport | None = None
-        self._frames = Frames()
-        self._full = False  # of answers that the client does not read
-        self._owed = 0  # bytes that what was opened takes
-        self._refused = False
-        self._running: Work[None] | None = None  # the request that is being answered
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._timers: set[asyncio.TimerHandle] = set()
+        self._flushes: set[asyncio.Task[None]] = set()
+        node.sessions[peer.session] = self
 
     def seen_by(self, grant: Grant) -> list[Namespace]:
         """What it has opened, each once, as far as the caller sees it."""
         return list(dict.fromkeys(n for n, _ in self.opened.values() if grant.sees(n.tenant)))
-
-    @property
-    def busy(self) -> bool:
-        """Whether a request is under way that takes several slices of time."""
-        return self._running is not None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = self._running = None
-        for task in self._tasks:
-            task.cancel()
-        for timer in self._timers:
-            timer.cancel()
-        self.owner.owed -= self._owed + len(self._frames.rest())
-        self._store.release_owner(self)
-        self._closed(self)
-
-    def pause_writing(self) -> None:
-        # A client that does not read its answers gets to ask no more questions.
-        self._full = True
-        self._regulate()
-
-    def resume_writing(self) -> None:
-        self._full = False
-        self.owner.serve(self)
-
-    def data_received(self, data: bytes) -> None:
-        if self._refused:
-            return
-        self._frames.add(data)
-        self.owner.owed += len(data)
-        if self.owner.owed > 2 * MAX_OWED:
-            self.refuse("owed", "too many requests wait to be answered or released; send fewer")
-        elif not self.owner.waits(self):
-            self.owner.serve(self)
-        self._regulate()
-
-    def answer(self, until: float) -> bool:
-        """Answer requests until then (by `perf_counter`); whether there may be more."""
-        try:
-            while not self._refused and (self._running or not self._full):
-                if time.perf_counter() >= until:
-                    return True
-                if self._running is None:
-                    frame = self._frames.next()
-                    if frame is None:
-                        break
-                    self.owner.owed -= protocol.HEADER.size + len(frame[1])
-                    self.waiting = None
-                    self._running = self._handle(*frame)
-                if next(self._running, self) is self:
-                    self._running = None
-        except ProtocolError as e:
-            self.refuse("protocol", str(e))
-        if self.waiting is None and (self._frames or self._full):
-            self.waiting = time.monotonic()
-        self._regulate()
-        return False
-
-    def _regulate(self) -> None:
-        """Read on, unless the client is to wait: for its turn, or for itself."""
-        if self._transport is None or self._transport.is_closing():
-            return
-        if self._full or self.owner.waits(self):
-            self._transport.pause_reading()
-        else:
-            self._transport.resume_reading()
-
-    def refuse(self, reason: str, why: str) -> None:
-        """Say why (`reason` in a word, for counters), and answer nothing from here on."""
-        self._node.refused(reason, "session", f"from here on: {why}")
-        self._reply(0, Failure(why, fatal=True))
-        self._refused = True
-        self.waiting = self.waiting or time.monotonic()  # It shall close, or read that it shall.
-        self.owner.owed -= len(self._frames.rest())
-        # Other threads of the client may be copying under its leases. It closes when they are
-        # done, and only that frees the slots.
-        if not (self.shares_memory and self._store.holds_leases(self)):
-            self.close()
-
-    def close(self) -> None:
-        """End the connection after what was written."""
-        if self._transport is not None:
-            self._transport.close()
-
-    def abort(self) -> None:
-        """End the connection at once."""
-        if self._transport is not None:
-            self._transport.abort()
-
-    def _reply(self, request_id: int, message: Message) -> None:
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(protocol.encode(request_id, message))
 
     def _handle(self, request_id: int, body: bytes) -> Work[None]:
         request = protocol.decode_request(body)
@@ -220,38 +96,9 @@ class SessionConnection(asyncio.Protocol):
         store = self._store
         match request:
             case protocol.Lookup():
-                started = time.monotonic()
-                namespace, parts = self._handle_of(request.handle)
-                keys = yield from protocol.keys_of(request.keys, len(parts))
-                tiers, reason = yield from store.looking_up(
-                    keys, parts, namespace, again=request.again, holes=request.holes
-                )
-                codes = bytes(tiers)
-                if not request.again:
-                    self._recent.note(
-                        self.peer.session, namespace, "lookup", len(keys), *by_tier(codes), reason,
-                        started,
-                    )  # fmt: skip
-                if request.wait > 0 and PENDING in codes and self.owner.looking < _MAX_LOOKING:
-                    until = started + min(request.wait, protocol.MAX_WAIT)
-                    look = partial(store.looking_up, keys, parts, namespace, again=True, holes=True)
-                    self.owner.looking += 1
-                    task = self._start(partial(self._look_again, request_id, look, until))
-                    task.add_done_callback(self._looked)
-                    return None
-                return self._found(codes, reason)
+                return (yield from self._lookup(request_id, request))
             case protocol.Reserve():
-                self.grant.check(Role.WRITE, "saving")
-                started = time.monotonic()
-                namespace, parts = self._handle_of(request.handle)
-                keys = yield from protocol.keys_of(request.keys, len(parts))
-                saving = _saving(request, namespace, len(keys))
-                slots, reason = yield from store.reserving(
-                    self, request.lease, namespace, keys, parts, saving=saving
-                )
-                self._saves[request.lease] = namespace, len(keys), started
-                slots = yield from self._name_slots(request.lease, slots)
-                return protocol.Reserved(_i64(slots), reason)
+                return (yield from self._reserve(request))
             case protocol.Commit():
                 return (yield from self._commit(request))
             case protocol.Acquire():
@@ -259,18 +106,16 @@ class SessionConnection(asyncio.Protocol):
             case protocol.Release():
                 return (yield from self._release(request))
             case protocol.Prefetch():
-                namespace, parts = self._handle_of(request.handle)
-                keys = yield from protocol.keys_of(request.keys, len(parts))
+                namespace, parts, keys = yield from self._named(request)
                 found = yield from store.prefetching(keys, parts, namespace, self)
                 return protocol.Count(found)
             case protocol.Pin():
                 self.grant.check(Role.WRITE, "pin")
-                namespace, parts = self._handle_of(request.handle)
                 if not 0 < request.ttl <= _MAX_PIN_SECONDS:
                     raise ValueError(
                         f"a pin of {request.ttl} seconds; give 0 to {_MAX_PIN_SECONDS:.0f}"
                     )
-                keys = yield from protocol.keys_of(request.keys, len(parts))
+                namespace, parts, keys = yield from self._named(request)
                 pinned = yield from store.pinning(
                     self, request.lease, keys, parts, request.ttl, namespace
                 )
@@ -291,7 +136,7 @@ class SessionConnection(asyncio.Protocol):
                 return protocol.Count((yield from store.clearing(namespace)))
             case protocol.Control():
                 self.grant.check(Role.ADMIN, "opening the API")
-                self._start(partial(self._open_control, request_id))
+                self._later(request_id, self._open_control)
                 return None
             case protocol.Stats():
                 return protocol.StatsReply(json.dumps(self._node.stats(self.grant)))
@@ -299,6 +144,43 @@ class SessionConnection(asyncio.Protocol):
                 raise ProtocolError("a second hello; say it once, first")
             case protocol.Attach() | protocol.Put() | protocol.Get():
                 raise ProtocolError("this belongs on a data connection")
+
+    def _named(
+        self, request: protocol.Lookup | protocol.Reserve | protocol.Acquire | protocol.Prefetch
+        | protocol.Pin,
+    ) -> Work[tuple[Namespace, tuple[Part, ...], list[bytes]]]:  # fmt: skip
+        """What a request is about: of what namespace, which parts of which blocks."""
+        namespace, parts = self._handle_of(request.handle)
+        keys = yield from protocol.keys_of(request.keys, len(parts))
+        return namespace, parts, keys
+
+    def _handle_of(self, handle: int) -> tuple[Namespace, tuple[Part, ...]]:
+        found = self.opened.get(handle)
+        if found is None:
+            raise ProtocolError(f"handle {handle} is not open")
+        return found
+
+    def _lookup(self, request_id: int, request: protocol.Lookup) -> Work[Message | None]:
+        started = time.monotonic()
+        namespace, parts, keys = yield from self._named(request)
+        tiers, reason = yield from self._store.looking_up(
+            keys, parts, namespace, again=request.again, holes=request.holes
+        )
+        codes = bytes(tiers)
+        if not request.again:
+            self._recent.note(
+                self.peer.session, namespace, "lookup", len(keys), *by_tier(codes), reason,
+                started,
+            )  # fmt: skip
+        owner = self.owner
+        if request.wait > 0 and PENDING in codes and owner.looking < _MAX_LOOKING:
+            until = started + min(request.wait, protocol.MAX_WAIT)
+            look = partial(self._store.looking_up, keys, parts, namespace, again=True, holes=True)
+            owner.looking += 1
+            task = self._later(request_id, partial(self._look_again, look, until))
+            task.add_done_callback(self._looked)
+            return None
+        return self._found(codes, reason)
 
     def _found(self, codes: bytes, reason: str) -> protocol.Found:
         disk = self._store.tiering.reading
@@ -308,9 +190,9 @@ class SessionConnection(asyncio.Protocol):
         return reply
 
     async def _look_again(
-        self, request_id: int, look: Callable[[], Work[tuple[list[int], str]]], until: float
-    ) -> None:
-        """Answer a lookup once nothing is on its way any more, or at its deadline."""
+        self, look: Callable[[], Work[tuple[list[int], str]]], until: float
+    ) -> Message:
+        """The answer to a lookup once nothing is on its way any more, or at its deadline."""
         pause = _PENDING_POLL
         while True:
             await asyncio.sleep(min(pause, max(0.0, until - time.monotonic())))
@@ -318,7 +200,7 @@ class SessionConnection(asyncio.Protocol):
             tiers, reason = await paced(look())
             ended = time.monotonic()
             if PENDING not in tiers or ended >= until:
-                return self._reply(request_id, self._found(bytes(tiers), reason))
+                return self._found(bytes(tiers), reason)
             pause = max(_PENDING_POLL, _PENDING_SHARE * (ended - started))
 
     def _looked(self, _: asyncio.Task[None]) -> None:
@@ -351,11 +233,17 @@ class SessionConnection(asyncio.Protocol):
         self._owed += nbytes
         self.owner.owed += nbytes
 
-    def _handle_of(self, handle: int) -> tuple[Namespace, tuple[Part, ...]]:
-        found = self.opened.get(handle)
-        if found is None:
-            raise ProtocolError(f"handle {handle} is not open")
-        return found
+    def _reserve(self, request: protocol.Reserve) -> Work[Message]:
+        self.grant.check(Role.WRITE, "saving")
+        started = time.monotonic()
+        namespace, parts, keys = yield from self._named(request)
+        slots, reason = yield from self._store.reserving(
+            self, request.lease, namespace, keys, parts,
+            saving=_saving(request, namespace, len(keys)),
+        )  # fmt: skip
+        self._saves[request.lease] = namespace, len(keys), started
+        slots = yield from self._name_slots(request.lease, slots)
+        return protocol.Reserved(_i64(slots), reason)
 
     def _name_slots(self, lease: int, slots: list[int]) -> Work[list[int]]:
         """What the client shall call the slots of a new lease: by their offsets in the arena."""
@@ -396,34 +284,21 @@ class SessionConnection(asyncio.Protocol):
         damaged = set[int]()
         if not self.owner.rechecks:
             self.owner.rechecks = True
+            arena = self._store.tiering.arena
+            entries = [entry for block in blocks.values() for entry in block]
+            objects = [
+                (number, arena.address + entry.slot.offset, entry.nbytes, entry.checksum)
+                for number, block in blocks.items()
+                for entry in block
+                if entry.slot is not None and entry.checksum is not None
+            ]
+            self._store.hold(entries)
             try:
-                damaged = await self._damaged(blocks)
+                damaged = await asyncio.to_thread(_damaged, objects)
             finally:
+                self._store.let_go(entries)
                 self.owner.rechecks = False
         await paced(self._end(lease, tuple(damaged)))
-
-    async def _damaged(self, blocks: dict[int, tuple[Entry, ...]]) -> set[int]:
-        arena = self._store.tiering.arena
-        objects = [
-            (number, arena.address + entry.slot.offset, entry.nbytes, entry.checksum)
-            for number, block in blocks.items()
-            for entry in block
-            if entry.slot is not None and entry.checksum is not None
-        ]
-
-        def check() -> set[int]:
-            return {
-                number
-                for number, address, nbytes, checksum in objects
-                if xxh3_64(address, nbytes) != checksum
-            }
-
-        entries = [entry for block in blocks.values() for entry in block]
-        self._store.hold(entries)
-        try:
-            return await asyncio.to_thread(check)
-        finally:
-            self._store.let_go(entries)
 
     def _saved(self, lease: int, blocks: int, reason: str) -> None:
         """Note a save that has ended, if the lease was for one."""
@@ -436,14 +311,23 @@ class SessionConnection(asyncio.Protocol):
 
     def _acquire(self, request_id: int, request: protocol.Acquire) -> Work[Message | None]:
         started = time.monotonic()
-        namespace, parts = self._handle_of(request.handle)
-        keys = yield from protocol.keys_of(request.keys, len(parts))
+        namespace, parts, keys = yield from self._named(request)
         if not 0 <= request.wait <= protocol.MAX_WAIT:
             raise ValueError(f"a wait of {request.wait} seconds; give 0 to {protocol.MAX_WAIT:.0f}")
-        answer: list[Acquired] = []
-        timer: list[asyncio.TimerHandle] = []
+        come: asyncio.Future[Acquired] = asyncio.get_running_loop().create_future()
+        running = yield from self._store.acquiring(
+            self,
+            request.lease,
+            keys,
+            parts,
+            come.set_result,
+            enough=len(keys) if request.holes else max(1, request.enough),
+            namespace=namespace,
+            holes=request.holes,
+        )
 
-        def reply(acquired: Acquired) -> Work[Message]:
+        def reply() -> Work[Message]:
+            acquired = come.result()
             held = yield from self._held(request.lease, acquired, parts)
             here = len(acquired.blocks)
             self._recent.note(
@@ -452,32 +336,15 @@ class SessionConnection(asyncio.Protocol):
             )  # fmt: skip
             return held
 
-        async def reply_late(acquired: Acquired) -> None:
-            self._reply(request_id, await paced(reply(acquired)))
+        async def reply_late() -> Message:
+            if not (await asyncio.wait([come], timeout=request.wait))[0]:
+                self._store.settle(running)
+                await asyncio.wait([come])
+            return await paced(reply())
 
-        def done(acquired: Acquired) -> None:
-            if not timer:  # Everything was in memory: answered in turn.
-                answer.append(acquired)
-                return
-            timer[0].cancel()
-            self._timers.discard(timer[0])
-            self._start(partial(reply_late, acquired))
-
-        running = yield from self._store.acquiring(
-            self,
-            request.lease,
-            keys,
-            parts,
-            done,
-            enough=len(keys) if request.holes else max(1, request.enough),
-            namespace=namespace,
-            holes=request.holes,
-        )
-        if answer:
-            return (yield from reply(answer[0]))
-        loop = asyncio.get_running_loop()
-        timer.append(loop.call_later(request.wait, self._store.settle, running))
-        self._timers.add(timer[0])
+        if come.done():  # Everything was in memory: answered in turn.
+            return (yield from reply())
+        self._later(request_id, reply_late)
         return None
 
     def _held(self, lease: int, acquired: Acquired, parts: tuple[Part, ...]) -> Work[protocol.Held]:
@@ -509,10 +376,10 @@ class SessionConnection(asyncio.Protocol):
         )
 
     def _flush(self, request_id: int, request: protocol.Flush) -> None:
-        if len(self._tasks) >= _MAX_FLUSHES:
+        if len(self._flushes) >= _MAX_FLUSHES:
             raise ValueError(f"{_MAX_FLUSHES} flushes of this session are running; wait for them")
 
-        async def wait() -> None:
+        async def wait() -> Message:
             loop = asyncio.get_running_loop()
             until = loop.time() + min(max(request.wait, 0.0), protocol.MAX_WAIT)
             tiering = self._store.tiering
@@ -530,23 +397,14 @@ class SessionConnection(asyncio.Protocol):
             finally:
                 tiering.writes.end_watch(watch)
             left = watch.left
-            self._reply(request_id, protocol.Flushed(left if synced or left else -1))
+            return protocol.Flushed(left if synced or left else -1)
 
-        self._start(wait)
+        task = self._later(request_id, wait)
+        self._flushes.add(task)
+        task.add_done_callback(self._flushes.discard)
 
-    async def _open_control(self, request_id: int) -> None:
-        try:
-            reply: Message = protocol.Controlled(str(await self._node.open_control()))
-        except KVStoreError as e:
-            reply = Failure(str(e))
-        self._reply(request_id, reply)
-
-    def _start(self, work: Callable[[], Coroutine[None, None, None]]) -> asyncio.Task[None]:
-        """Do something beside the requests, as long as the connection lasts."""
-        task = run("an answer", work, self._store.counters)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+    async def _open_control(self) -> Message:
+        return protocol.Controlled(str(await self._node.open_control()))
 
 
 def _saving(request: protocol.Reserve, namespace: Namespace, blocks: int) -> Saving:
@@ -570,6 +428,14 @@ def _saving(request: protocol.Reserve, namespace: Namespace, blocks: int) -> Sav
     return Saving(request.parent, tokens, request.ttl)
 
 
+def _damaged(objects: list[tuple[int, int, int, int]]) -> set[int]:
+    """The numbers of those, at addresses and of sizes, that do not hash to what is given."""
+    return {
+        number
+        for number, address, nbytes, checksum in objects
+        if xxh3_64(address, nbytes) != checksum
+    }
+
+
 def _i64(values: list[int]) -> bytes:
-    numbers = array("q", values)
-    return numbers.tobytes()
+    return array("q", values).tobytes()

@@ -25,10 +25,9 @@ class StreamSession(SessionConnection):
         node: Node,
         peer: Peer,
         grant: Grant,
-        closed: Callable[[SessionConnection], None],
         ticket: bytes,
     ) -> None:
-        super().__init__(node, peer, grant, closed)
+        super().__init__(node, peer, grant)
         self._loop = asyncio.get_running_loop()
         self.grants = Grants(ticket, node.store, self._post, self.owner.wires)
 

@@ -22,7 +22,6 @@ from kvstore.server.node import Node, Peer
 from kvstore.server.sessions.bulk import BulkServer, Sample
 from kvstore.server.sessions.grants import MAX_OWNED, Grants
 from kvstore.server.sessions.greeting import HELLO_SECONDS, Greeting, Newcomers, admit, welcome
-from kvstore.server.sessions.session import SessionConnection
 from kvstore.server.sessions.stream_session import StreamSession
 from kvstore.server.tasks import run
 from kvstore.transport import protocol
@@ -42,7 +41,6 @@ class StreamFace:
         self.node = node
         self._context = node.access.server_context()
         self._loop = asyncio.get_running_loop()
-        self._sessions: dict[int, StreamSession] = {}
         self._threads: set[threading.Thread] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._newcomers = Newcomers()
@@ -78,7 +76,7 @@ class StreamFace:
             task.cancel()
         for listener in self._listeners:
             listener.close()
-        for session in list(self._sessions.values()):
+        for session in self._sessions():
             session.grants.close()
             session.close()
         loop = asyncio.get_running_loop()
@@ -152,16 +150,14 @@ class StreamFace:
         number = next(node.numbers)
         ticket = os.urandom(protocol.TICKET_BYTES)
         peer = Peer(number, address, hello.pid, hello.software, hello.features)
-        session = StreamSession(node, peer, grant, self._left, ticket)
-        self.node.sessions[number] = self._sessions[number] = session
+        session = StreamSession(node, peer, grant, ticket)
         reply = welcome(node, hello, number)
         reply.ticket = ticket
         transport.write(protocol.encode(request_id, reply))
         return session
 
-    def _left(self, session: SessionConnection) -> None:
-        number = session.peer.session
-        del self.node.sessions[number], self._sessions[number]
+    def _sessions(self) -> list[StreamSession]:
+        return [s for s in self.node.sessions.values() if isinstance(s, StreamSession)]
 
     async def _tick(self) -> None:
         """Take slots back from those who stall, and the threads' figures in."""
@@ -172,7 +168,7 @@ class StreamFace:
                 if lease.withdrawn and isinstance(lease.owner, StreamSession):
                     lease.owner.expire(lease.id)
             late = time.monotonic() - self.node.config.lease_seconds
-            for session in list(self._sessions.values()):
+            for session in self._sessions():
                 session.grants.cut_leaving()
                 if session.waiting is not None and session.waiting < late:
                     why = "the rest of a request did not come, or an answer was not read"
@@ -228,8 +224,8 @@ class StreamFace:
 
     def _grants_of(self, session: int) -> Grants | None:
         """Called by threads; a dictionary is safe to look into."""
-        found = self._sessions.get(session)
-        return None if found is None else found.grants
+        found = self.node.sessions.get(session)
+        return found.grants if isinstance(found, StreamSession) else None
 
 
 async def _begins_with_mark(connection: socket.socket) -> bool:

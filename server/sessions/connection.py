@@ -1,0 +1,175 @@
+"""One client's connection: its requests one after the other and in turn, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+
+from kvstore.errors import KVStoreError, ProtocolError
+from kvstore.server.access.grants import Grant
+from kvstore.server.node import Node, Peer
+from kvstore.server.tasks import run
+from kvstore.slices import Work
+from kvstore.store.leases import MAX_OWED
+from kvstore.transport import protocol
+from kvstore.transport.protocol import Failure, Frames, Message
+
+
+class Connection(asyncio.Protocol):
+    """Serves one client. Everything it holds is freed when the connection ends.
+
+    Requests are answered in the order they come, except those that wait (`_later`): their answers
+    come when they are ready, marked with the request's id.
+    """
+
+    shares_memory = True
+    """Whether the client itself touches slots."""
+
+    def __init__(
+        self, node: Node, peer: Peer, grant: Grant, left: Callable[[], object] = lambda: None
+    ) -> None:
+        self.peer = peer
+        self.grant = grant
+        self.since = time.time()
+        self.requests = 0
+        self.owner = node.owner(grant)
+        node.store.charge(self, self.owner)
+        self.waiting: float | None = None
+        """Since when the client owes us the rest of a request, or to read; monotonic seconds."""
+
+        self._node = node
+        self._store = node.store
+        self._left = left
+        self._transport: asyncio.Transport | None = None
+        self._frames = Frames()
+        self._full = False  # of answers that the client does not read
+        self._owed = 0  # bytes that what was opened takes
+        self._refused = False
+        self._running: Work[None] | None = None  # the request that is being answered
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def _handle(self, request_id: int, body: bytes) -> Work[None]:
+        """Answer one request, stopping now and then.
+
+        Raises:
+            ProtocolError: the client is not to be listened to any more.
+        """
+        raise NotImplementedError
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is under way that takes several slices of time."""
+        return self._running is not None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = self._running = None
+        for task in self._tasks:
+            task.cancel()
+        self.owner.owed -= self._owed + len(self._frames.rest())
+        self._store.release_owner(self)
+        del self._node.sessions[self.peer.session]
+        self._left()
+
+    def pause_writing(self) -> None:
+        # A client that does not read its answers gets to ask no more questions.
+        self._full = True
+        self._regulate()
+
+    def resume_writing(self) -> None:
+        self._full = False
+        self.owner.serve(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        self._frames.add(data)
+        self.owner.owed += len(data)
+        if self.owner.owed > 2 * MAX_OWED:
+            self.refuse("owed", "too many requests wait to be answered or released; send fewer")
+        elif not self.owner.waits(self):
+            self.owner.serve(self)
+        self._regulate()
+
+    def answer(self, until: float) -> bool:
+        """Answer requests until then (by `perf_counter`); whether there may be more."""
+        try:
+            while not self._refused and (self._running or not self._full):
+                if time.perf_counter() >= until:
+                    return True
+                if self._running is None:
+                    frame = self._frames.next()
+                    if frame is None:
+                        break
+                    self.owner.owed -= protocol.HEADER.size + len(frame[1])
+                    self.waiting = None
+                    self._running = self._handle(*frame)
+                if next(self._running, self) is self:
+                    self._running = None
+        except ProtocolError as e:
+            self.refuse("protocol", str(e))
+        if self.waiting is None and (self._frames or self._full):
+            self.waiting = time.monotonic()
+        self._regulate()
+        return False
+
+    def _regulate(self) -> None:
+        """Read on, unless the client is to wait: for its turn, or for itself."""
+        if self._transport is None or self._transport.is_closing():
+            return
+        if self._full or self.owner.waits(self):
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    def refuse(self, reason: str, why: str) -> None:
+        """Say why (`reason` in a word, for counters), and answer nothing from here on."""
+        self._node.refused(reason, "session", f"from here on: {why}")
+        self._reply(0, Failure(why, fatal=True))
+        self._refused = True
+        self.waiting = self.waiting or time.monotonic()  # It shall close, or read that it shall.
+        self.owner.owed -= len(self._frames.rest())
+        # Other threads of the client may be copying under its leases. It closes when they are
+        # done, and only that frees the slots.
+        if not (self.shares_memory and self._store.holds_leases(self)):
+            self.close()
+
+    def close(self) -> None:
+        """End the connection after what was written."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        """End the connection at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _reply(self, request_id: int, message: Message) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(protocol.encode(request_id, message))
+
+    def _later(
+        self, request_id: int, work: Callable[[], Coroutine[None, None, Message]]
+    ) -> asyncio.Task[None]:
+        """Answer a request with what `work` returns, when that is done."""
+
+        async def answer() -> None:
+            try:
+                reply = await work()
+            except KVStoreError as e:
+                reply = Failure(str(e))
+            if request_id:
+                self._reply(request_id, reply)
+
+        return self._start(answer)
+
+    def _start(self, work: Callable[[], Coroutine[None, None, None]]) -> asyncio.Task[None]:
+        """Do something beside the requests, as long as the connection lasts."""
+        task = run("an answer", work, self._store.counters)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
