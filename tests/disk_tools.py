@@ -16,7 +16,7 @@ import numpy as np
 
 from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part
 from kvstore.tiers.base import Held, Job, ObjectName
-from kvstore.tiers.slab.file import Place
+from kvstore.tiers.slab.table import Place
 from kvstore.tiers.slab.tier import SlabTier
 
 MIB = 1 << 20

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import pytest
 
 from kvstore.errors import FormatError
+from kvstore.tiers.slab.file import SLAB_NAME, TABLE_NAME
 from kvstore.tiers.slab.format import HEADER_BYTES, Header
 from kvstore.tiers.slab.fsck import fsck, inspect
-from kvstore.tiers.slab.read import SLAB_NAME, TABLE_NAME
 from tests.disk_tools import MIB, MiniStore, content, object_name
 
 CAPACITY = 8 * MIB

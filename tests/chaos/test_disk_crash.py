@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.tiers.slab.file import SLAB_NAME, TABLE_NAME
 from kvstore.tiers.slab.fsck import fsck
-from kvstore.tiers.slab.read import SLAB_NAME, TABLE_NAME
 from tests.disk_tools import MIB, MiniStore, content, object_name, size_of
 
 CAPACITY = 3 * MIB

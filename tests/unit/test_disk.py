@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import threading
@@ -15,9 +14,8 @@ import pytest
 from kvstore.errors import ConfigError
 from kvstore.tiers.base import Job, ObjectName
 from kvstore.tiers.slab.direct import PIECE, write_full
-from kvstore.tiers.slab.file import SlabFile
+from kvstore.tiers.slab.file import SLAB_NAME
 from kvstore.tiers.slab.format import checksum
-from kvstore.tiers.slab.read import SLAB_NAME
 from tests.disk_tools import (
     MIB,
     Memory,
@@ -94,21 +92,6 @@ def test_a_new_object_in_a_recycled_slot(tmp_path: Path) -> None:
     with MiniStore(tmp_path) as store:
         assert list(store.objects) == [second]
         assert store.get(second) == content(second)
-
-
-def test_threads_stay_when_others_do_their_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A record waits as one looks, and does not any more at the next look."""
-    looks = itertools.cycle([True, False])
-    with MiniStore(tmp_path) as store:
-        with monkeypatch.context() as patched:
-            patched.setattr(SlabFile, "behind", property(lambda _: next(looks)))
-            store.tier.delete([object_name(1)])
-            for i in range(20):
-                assert store.put(object_name(i)) is None
-                store.forget(object_name(i))
-        assert store.put(object_name(1)) is None
 
 
 def test_chunks_change_their_class(tmp_path: Path) -> None:
@@ -292,6 +275,17 @@ def test_written_data_is_synced_in_time(tmp_path: Path) -> None:
         store.forget(object_name(1))
         assert store.tier.flush(10)
         assert store.tier.counters["syncs"] > syncs
+
+
+def test_records_that_never_pause_are_synced_in_time(tmp_path: Path) -> None:
+    with MiniStore(tmp_path, sync_seconds=0.05) as store:
+        store.put(object_name(1))
+        held = store.objects[object_name(1)]
+        deadline = time.monotonic() + 5
+        while store.tier.counters["syncs"] < 2:
+            assert time.monotonic() < deadline
+            for _ in range(100):
+                store.tier.expire([held])
 
 
 def test_a_failing_callback_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -21,8 +21,8 @@ import pytest
 
 from kvstore.errors import TierUnavailable
 from kvstore.tiers.base import Job
+from kvstore.tiers.slab.file import SLAB_NAME, TABLE_NAME
 from kvstore.tiers.slab.format import checksum
-from kvstore.tiers.slab.read import SLAB_NAME, TABLE_NAME
 from tests.disk_tools import (
     MIB,
     MiniStore,
@@ -305,16 +305,16 @@ def test_the_newest_of_equal_names_is_kept(tmp_path: Path) -> None:
     name = object_name(1)
     with MiniStore(tmp_path) as store:
         store.put(name, content(name, 1))
-        slab, old = store.tier._slab, store.place(name)
+        table, old = store.tier._slab.table, store.place(name)
         store.forget(name)
         store.put(object_name(2))
         assert store.place(object_name(2)) == old
         store.put(name, content(name, 2))
         first = store.objects[name]._replace(checksum=checksum(content(name, 1)))
         assert store.tier.flush(10)
-        slab.next_sequence, newest = 1, slab.next_sequence
-        slab.put_record(old, first)  # as if its erasure had been lost
-        slab.next_sequence = newest
+        table.next_sequence, newest = 1, table.next_sequence
+        table.put(old, first)  # as if its erasure had been lost
+        table.next_sequence = newest
     with MiniStore(tmp_path) as store:
         assert store.get(name) == content(name, 2)
         assert store.tier.counters["dropped_records.duplicate"] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import tarfile
 import textwrap
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,11 @@ import pytest
 from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.errors import ConfigError, FormatError, SpecError, TierUnavailable
 from kvstore.tiers.base import ObjectName
-from kvstore.tiers.slab.dictionary import Dictionary
-from kvstore.tiers.slab.direct import FolderLock
-from kvstore.tiers.slab.file import SlabFile
+from kvstore.tiers.slab.dictionary import Dictionary, new_dictionary
+from kvstore.tiers.slab.direct import lock_folder
+from kvstore.tiers.slab.file import SLAB_NAME, TABLE_NAME, SlabFile
 from kvstore.tiers.slab.format import HEADER_BYTES, Header, version_of
 from kvstore.tiers.slab.fsck import fsck, inspect
-from kvstore.tiers.slab.read import SLAB_NAME, TABLE_NAME
 from tests.disk_tools import (
     MIB,
     MiniStore,
@@ -285,40 +286,58 @@ def test_unused_entries_go_at_the_next_start(tmp_path: Path) -> None:
             store.put(object_name(i, tenant=f"t{i}"))
         for i in range(9):
             store.forget(object_name(i, tenant=f"t{i}"))
-        assert len(store.tier._slab.dictionary.namespaces) == 10
+        assert len(store.tier._slab.table.dictionary.namespaces) == 10
     with MiniStore(tmp_path) as store:
-        assert list(store.tier._slab.dictionary.namespaces.values()) == [namespace("t9")]
+        assert list(store.tier._slab.table.dictionary.namespaces.values()) == [namespace("t9")]
         assert store.get(object_name(9, tenant="t9")) == content(object_name(9, tenant="t9"))
 
 
-def test_dictionary_numbers_are_never_given_twice() -> None:
+@pytest.fixture
+def area(tmp_path: Path) -> Iterator[tuple[int, Header]]:
+    """A file with an empty dictionary, and its header."""
     header = Header.plan(8 * MIB, 64 << 10)
-    dictionary, first = Dictionary.fresh(header)
-    area = bytearray(header.dictionary_bytes)
-    area[: len(first)] = first
+    with (tmp_path / "table").open("w+b", buffering=0) as file:
+        file.write(header.pack() + new_dictionary(header))
+        yield file.fileno(), header
+
+
+def test_dictionary_numbers_are_never_given_twice(area: tuple[int, Header]) -> None:
+    dictionary = Dictionary(*area)
     seen: set[int] = set()
     for i in range(50):
-        number, offset, frame = dictionary.add(namespace(f"t{i}"))
-        area[offset : offset + len(frame)] = frame
+        number = dictionary.number(namespace(f"t{i}"))
         assert number not in seen
+        assert number == dictionary.number(namespace(f"t{i}"))
         seen.add(number)
         if i % 7 == 6:
-            dictionary, offset, half, frame = dictionary.compacted([number - 1])
-            area[offset : offset + len(half)] = half
-            area[offset : offset + len(frame)] = frame
-        dictionary = Dictionary.parse(header, bytes(area))
+            dictionary.compact([number - 1])
+        dictionary = Dictionary(*area)
         assert dictionary.damaged_bytes == 0
 
 
-def test_an_entry_larger_than_the_dictionary() -> None:
-    header = Header.plan(8 * MIB, 64 << 10)
-    dictionary, _ = Dictionary.fresh(header)
+def test_a_dictionary_that_cannot_be_written_goes_on(
+    area: tuple[int, Header], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the number nor the room of what was not written is used again."""
+    dictionary = Dictionary(*area)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwritev", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "")))
+        with pytest.raises(OSError):
+            dictionary.number(namespace("lost"))
+    assert dictionary.number(namespace("lost")) == 2
+    again = Dictionary(*area)
+    assert again.namespaces == {2: namespace("lost")}
+    assert again.damaged_bytes == 0
+
+
+def test_an_entry_larger_than_the_dictionary(area: tuple[int, Header]) -> None:
+    dictionary = Dictionary(*area)
     extra = tuple((str(i), "x" * 4000) for i in range(60))
     space = namespace()
     big = Namespace(type(space.model)("m", extra=extra))
     with pytest.raises(SpecError, match="shorten"):
-        dictionary.add(big)
-    assert dictionary.add(space)[0] == 1
+        dictionary.number(big)
+    assert dictionary.number(space) == 1
 
 
 def test_a_damaged_entry_costs_only_its_objects(tmp_path: Path) -> None:
@@ -427,13 +446,12 @@ def test_the_layout_fits_the_capacity(capacity: int, chunk: int) -> None:
 
 
 def test_lock_is_released(tmp_path: Path) -> None:
-    lock = FolderLock(tmp_path)
+    lock = lock_folder(tmp_path)
     assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
     with pytest.raises(TierUnavailable):
-        FolderLock(tmp_path)
-    lock.release()
-    lock.release()
-    FolderLock(tmp_path).release()
+        lock_folder(tmp_path)
+    os.close(lock)
+    os.close(lock_folder(tmp_path))
     with pytest.raises(ConfigError):
         SlabFile(tmp_path, 4096, 0)
-    FolderLock(tmp_path).release()
+    os.close(lock_folder(tmp_path))

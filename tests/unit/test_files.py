@@ -11,8 +11,8 @@ import pytest
 from kvstore.errors import ConfigError, TierUnavailable
 from kvstore.files import make_way, open_own
 from kvstore.server.listeners import clear
-from kvstore.tiers.slab.direct import LOCK_NAME, FolderLock
-from kvstore.tiers.slab.read import TABLE_NAME
+from kvstore.tiers.slab.direct import LOCK_NAME, lock_folder
+from kvstore.tiers.slab.file import TABLE_NAME
 from tests.disk_tools import MiniStore
 
 KINDS = ["link", "dangling", "hard link", "folder", "fifo", "socket", "stranger's"]
@@ -105,7 +105,7 @@ def test_the_lock_of_a_disk_folder_is_ours(tmp_path: Path, kind: str) -> None:
     here = tmp_path / LOCK_NAME
     precious = obstacle(here, kind)
     with pytest.raises(OSError):
-        FolderLock(tmp_path)
+        lock_folder(tmp_path)
     with pytest.raises(TierUnavailable):
         MiniStore(tmp_path)
     assert untouched(here, precious)

@@ -222,43 +222,31 @@ def hold(fd: int, folder: Path) -> None:
             raise
 
 
-class FolderLock:
-    """Keeps a second process out of the folder, before it has opened or made any other file there.
+def lock_folder(folder: Path) -> int:
+    """Keep a second process out, before it has opened or made any other file in the folder.
 
-    The system lets go when the holder ends.
+    Until the descriptor is closed, or this process ends.
+
+    Raises:
+        TierUnavailable: another process holds the lock; `holder` tells its pid.
+        OSError: the lock file can be neither opened nor made.
     """
-
-    def __init__(self, folder: Path) -> None:
-        """Take the lock.
-
-        Raises:
-            TierUnavailable: another process holds it; `holder` tells its pid.
-            OSError: the lock file can be neither opened nor made.
-        """
-        path = folder / LOCK_NAME
-        try:
-            self._fd = open_own(path, os.O_RDWR)
-            writable = True
-        except OSError as e:
-            if reason_of(e) != "read_only":
-                raise
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            writable = False
-        try:
-            hold(self._fd, folder)
-        except BaseException:
-            os.close(self._fd)
+    path = folder / LOCK_NAME
+    try:
+        fd = open_own(path, os.O_RDWR)
+    except OSError as e:
+        if reason_of(e) != "read_only":
             raise
-        if writable:
-            with contextlib.suppress(OSError):  # on a full disk the lock holds without the pid
-                os.ftruncate(self._fd, 0)
-                os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
-
-    def release(self) -> None:
-        """Let the next one in; idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        hold(fd, folder)
+    except BaseException:
+        os.close(fd)
+        raise
+    with contextlib.suppress(OSError):  # on a full or read-only disk it holds without the pid
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+    return fd
 
 
 def holder(folder: Path) -> int | None:

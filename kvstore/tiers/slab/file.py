@@ -12,91 +12,43 @@ import contextlib
 import logging
 import os
 import threading
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
-from kvstore.blocks.spec import Namespace, Part
-from kvstore.errors import TierUnavailable
+from kvstore.errors import FormatError, TierUnavailable
 from kvstore.files import open_own
 from kvstore.memory.slots import choose_chunk
-from kvstore.tiers.base import Held, ObjectName
-from kvstore.tiers.slab.dictionary import Dictionary, DictionaryFull
+from kvstore.tiers.base import ObjectName
+from kvstore.tiers.slab.dictionary import DictionaryFull, new_dictionary
 from kvstore.tiers.slab.direct import (
-    FolderLock,
     allocate,
     hold,
+    lock_folder,
     open_direct,
     reason_of,
     remedy,
     sync_folder,
     write_full,
 )
-from kvstore.tiers.slab.format import (
-    EMPTY_RECORD,
-    HEADER_BYTES,
-    RECORD_BYTES,
-    VERSION,
-    Header,
-    RecordChecker,
-    pack_record,
-    version_of,
-)
-from kvstore.tiers.slab.read import (
-    SLAB_NAME,
-    TABLE_NAME,
-    read_dictionary,
-    read_header,
-    read_headers,
-    read_rows,
-    scan,
-)
+from kvstore.tiers.slab.format import HEADER_BYTES, RECORD_BYTES, VERSION, Header, version_of
+from kvstore.tiers.slab.table import Place, Table
 
 _logger = logging.getLogger("kvstore.disk")
+
+SLAB_NAME: Final = "kvstore.slab"
+TABLE_NAME: Final = "kvstore.table"
 
 
 class ChunkRefused(OSError):
     """The medium has no room for another chunk; those that are in use can be used on."""
 
 
-class Place(NamedTuple):
-    """Where an object lies, in the data area, and the bytes that are kept for it there."""
-
-    offset: int
-    nbytes: int
-
-
-LIVE: Final = np.dtype(
-    [
-        ("sequence", "<u8"),
-        ("offset", "<u8"),
-        ("key", "V32"),
-        ("namespace", "<u4"),
-        ("part", "<u4"),
-        ("slot_bytes", "<u8"),
-        ("nbytes", "<u8"),
-        ("checksum", "<u8"),
-        ("created", "<u8"),
-        ("expires", "<u8"),
-    ]
-)
-"""What is kept of a live record between opening and recovery; `offset` is in the data area."""
-
-_BATCH: Final = 256
-"""Records that are read back at a time."""
-
-_COPIED: Final = tuple(name for name in LIVE.names or () if name != "offset")
-
-
 class SlabFile:
-    """An open slab: `data_fd` for the data (past the page cache), `fd` for the table (through it).
+    """An open slab: `table`, and `data_fd` for the data, past the page cache.
 
-    Methods are for any thread; only `later` never waits for the disk. `dropped` counts, by reason,
-    the records that opening found unusable; `chunks` is how many the data area has.
+    Methods are for any thread, and may wait for the disk. `chunks` is how many the data area has.
     """
 
     def __init__(self, folder: Path, capacity: int, chunk: int) -> None:
@@ -109,18 +61,11 @@ class SlabFile:
             ConfigError: the capacity is too small.
         """
         self.path = folder / SLAB_NAME
-        self.read_only = False
-        self.dropped: Counter[str] = Counter()
-        self.fd = self.data_fd = -1
+        self.data_fd = self._table_fd = self._lock_fd = -1
         self._folder = folder
         self._table_path = folder / TABLE_NAME
-        self._lock: FolderLock | None = None
-        self._table_lock = threading.RLock()
         self._grow_lock = threading.Lock()
         self._prepared: set[int] = set()
-        self._names_full = False
-        self._changed = False  # since the last sync
-        self._late: dict[int, tuple[Place, Held | None]] = {}
         try:
             self._open(capacity, chunk)
         except OSError as e:
@@ -134,48 +79,66 @@ class SlabFile:
 
     def _open(self, capacity: int, chunk: int) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock = FolderLock(self._folder)
-        except FileNotFoundError:
-            self._lock = None  # a read-only folder without a lock file: nobody can write it
+        with contextlib.suppress(FileNotFoundError):  # in a read-only folder: nobody can write it
+            self._lock_fd = lock_folder(self._folder)
         self._create(capacity, chunk)
-        self.header = read_headers(self._folder)
-        if chunk not in (0, self.header.chunk):
+        self.header = header = read_headers(self._folder)
+        if chunk not in (0, header.chunk):
             _logger.warning(
                 "%s keeps the chunks of %d bytes that it was made with; move it away to get %d",
                 self.path,
-                self.header.chunk,
+                header.chunk,
                 chunk,
             )
-        self.chunks = self.header.chunks_within(capacity)
-        try:
-            self.fd = os.open(self._table_path, os.O_RDWR | os.O_CLOEXEC)
-            self.data_fd, self.is_direct = open_direct(self.path, os.O_RDWR)
-        except OSError as e:
-            if reason_of(e) != "read_only":
-                raise
-            self._close_files()
-            self.read_only = True
-            self.fd = os.open(self._table_path, os.O_RDONLY | os.O_CLOEXEC)
-            self.data_fd, self.is_direct = open_direct(self.path, os.O_RDONLY)
-        hold(self.fd, self._folder)
-        if not self.read_only:
-            self._carry_over()
+        self.chunks = header.chunks_within(capacity)
+        self._table_fd = os.open(self._table_path, os.O_RDONLY | os.O_CLOEXEC)
+        self.data_fd, self.is_direct = open_direct(self.path, os.O_RDONLY)
         if not self.is_direct:
             _logger.warning(
                 "%s: no O_DIRECT on this file system; the page cache is used", self.path
             )
+        self.table = Table(self._table_fd, header)
+        try:
+            self._make_writable()
+        except OSError as e:
+            if reason_of(e) != "read_only":
+                raise
+            hold(self._table_fd, self._folder)
         self._resize(capacity)
-        self._live = self._scan()
+        self.table.load(self.chunks, os.fstat(self.data_fd).st_size)
+        if not self.table.read_only:
+            try:
+                self.table.tidy()
+            except (OSError, DictionaryFull) as e:
+                _logger.warning("%s: the dictionary stays as it is: %r", self.path, e)
 
-    def _carry_over(self) -> None:
-        """Make a slab of an older version one of this; records of both are valid in it."""
+    def _make_writable(self) -> None:
+        """Open the files for writing, if they are not. The descriptors keep their numbers.
+
+        Raises:
+            OSError: they are read-only, or by now another process has the folder.
+        """
+        if not self.table.read_only:
+            return
+        with contextlib.ExitStack() as stack:
+            fd = os.open(self._table_path, os.O_RDWR | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            data_fd, _ = open_direct(self.path, os.O_RDWR)
+            stack.callback(os.close, data_fd)
+            if self._lock_fd < 0:
+                self._lock_fd = lock_folder(self._folder)
+            # Reads that run on the old descriptors now are not disturbed.
+            os.dup2(fd, self._table_fd, inheritable=False)
+            os.dup2(data_fd, self.data_fd, inheritable=False)
+        hold(self._table_fd, self._folder)
+        # A slab of an older version becomes one of this; records of both are valid in it.
         for file in (self._table_path, self.path):
             with file.open("r+b", buffering=0) as raw:
                 if version_of(raw.read(HEADER_BYTES)) != VERSION:
                     write_full(raw.fileno(), memoryview(self.header.pack()), 0)
                     os.fdatasync(raw.fileno())
                     _logger.info("%s: carried over to format %d", file, VERSION)
+        self.table.read_only = False
 
     def _create(self, capacity: int, chunk: int) -> None:
         """Make the files that are not there; each appears whole or not at all."""
@@ -192,11 +155,10 @@ class SlabFile:
             header = Header.plan(capacity, chunk or choose_chunk(capacity))
         page = header.pack()
         if not has_table:
-            _, dictionary = Dictionary.fresh(header)
             in_use = header.chunks_within(capacity) * header.slots_per_chunk
             self._create_file(
                 self._table_path,
-                page + dictionary,
+                page + new_dictionary(header),
                 reserve=header.record_offset(in_use),
                 nbytes=header.table_bytes,
             )
@@ -234,133 +196,20 @@ class SlabFile:
                 capacity,
             )
         end = header.slab_bytes(self.chunks)
-        if self.read_only or os.fstat(self.data_fd).st_size <= end:
+        if self.table.read_only or os.fstat(self.data_fd).st_size <= end:
             return
         # Records first: should the space come back later, nothing may point into it.
         row = header.slots_per_chunk
         for number in range(self.chunks, header.table_chunks):
-            used = np.count_nonzero(read_rows(self.fd, header, number)["magic"])
+            used = np.count_nonzero(self.table.rows(number)["magic"])
             if used:
-                self.dropped["beyond_capacity"] += int(used)
+                self.table.dropped["beyond_capacity"] += int(used)
                 zeros = memoryview(bytes(row * RECORD_BYTES))
-                write_full(self.fd, zeros, header.record_offset(number * row))
+                write_full(self._table_fd, zeros, header.record_offset(number * row))
         os.ftruncate(self.data_fd, end)
         _logger.info("%s: truncated to the configured size", self.path)
 
-    def _scan(self) -> npt.NDArray[np.void]:
-        """Live records, oldest first; the others are counted and erased."""
-        header = self.header
-        self.dictionary = self._found_names = read_dictionary(self.fd, header)
-        checker = RecordChecker(
-            header,
-            self.dictionary.namespaces,
-            self.dictionary.parts,
-            os.fstat(self.data_fd).st_size,
-        )
-        found: list[npt.NDArray[np.void]] = [np.empty(0, LIVE)]
-        for number, rows, verdict in scan(self.fd, header, checker, self.chunks):
-            base = number * header.slots_per_chunk
-            for position, reason in verdict.bad.items():
-                self._drop(base + position, reason)
-            kept = rows[verdict.live]
-            live = np.empty(len(kept), LIVE)
-            for field in _COPIED:
-                live[field] = kept[field]
-            positions = np.array(verdict.live, np.uint64)
-            live["offset"] = number * header.chunk + positions * kept["slot_bytes"]
-            found.append(live)
-        everything = np.concatenate(found)
-        everything = everything[np.argsort(everything["sequence"], kind="stable")]
-        everything = self._newest_only(everything)
-        self.next_sequence = int(everything["sequence"][-1]) + 1 if len(everything) else 1
-        used = {int(i) for field in ("namespace", "part") for i in np.unique(everything[field])}
-        stale = used != self.dictionary.entries or self.dictionary.damaged_bytes
-        if stale and not self.read_only:
-            try:
-                self._compact(used)
-            except (OSError, DictionaryFull) as e:
-                _logger.warning("%s: the dictionary stays as it is: %r", self.path, e)
-        return everything
-
-    def _drop(self, index: int, reason: str) -> None:
-        """Count a record that is not usable, and erase it so that it is met only once."""
-        self.dropped[reason] += 1
-        if not self.read_only:
-            with contextlib.suppress(OSError):  # it will be dropped again next time
-                self._write_record(index, EMPTY_RECORD)
-
-    def _newest_only(self, live: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
-        """Of records with the same name keep the newest; after a power loss there may be more."""
-        if not len(live):
-            return live
-        names = np.empty(len(live), [("key", "V32"), ("namespace", "<u4"), ("part", "<u4")])
-        for field in names.dtype.names or ():
-            names[field] = live[field]
-        _, from_end = np.unique(names[::-1].view("S40"), return_index=True)
-        keep = np.zeros(len(live), bool)
-        keep[len(live) - 1 - from_end] = True
-        for record in live[~keep]:
-            index = self.header.index(int(record["offset"]), int(record["slot_bytes"]))
-            self._drop(index, "duplicate")
-        return live[keep]
-
-    @property
-    def found_count(self) -> int:
-        """Objects that were there at opening."""
-        return len(self._live)
-
-    def forget_found(self) -> None:
-        """`found` is not needed any more."""
-        self._live = np.empty(0, LIVE)
-
-    def found(self, *, by_place: bool = False) -> Iterator[tuple[int, Place, Held]]:
-        """What was there at opening: number, place and object, oldest first and each name once.
-
-        With `by_place` in the order of the places, under the same numbers.
-        """
-        order = np.argsort(self._live["offset"]) if by_place else np.arange(len(self._live))
-        namespaces, parts = self._found_names.namespaces, self._found_names.parts
-        for start in range(0, len(order), _BATCH):
-            batch = order[start : start + _BATCH]
-            rows = self._live[batch]
-            columns = (rows[field].tolist() for field in LIVE.names or ())
-            for number, row in zip(batch.tolist(), zip(*columns, strict=True), strict=True):
-                _, offset, key, namespace, part, slot_bytes, *rest = row
-                name = ObjectName(namespaces[namespace], key, parts[part])
-                yield number, Place(offset, slot_bytes), Held(name, *rest)
-
     # --- While open -------------------------------------------------------------------------------
-
-    def later(self, place: Place, held: Held | None) -> None:
-        """The record of a place is to say this, or to be erased; the next `catch_up` writes it."""
-        self._late[self.header.index(*place)] = place, held
-
-    @property
-    def behind(self) -> bool:
-        """There is something for `catch_up` to write."""
-        return bool(self._late)
-
-    def catch_up(self, most: int | None = None) -> None:
-        """Write what `later` was told, `most` records of it.
-
-        Raises:
-            OSError: some of it is still to be written.
-        """
-        with self._table_lock:
-            if self._late and self.read_only:
-                self._reopen_writable()
-            for _ in range(len(self._late) if most is None else min(most, len(self._late))):
-                index, (place, held) = self._late.popitem()
-                try:
-                    if held is None:
-                        self._write_record(index, EMPTY_RECORD)
-                    else:
-                        self.put_record(place, held)
-                except DictionaryFull:  # It lost its entries to damage; what expires is not known.
-                    self._write_record(index, EMPTY_RECORD)
-                except OSError:
-                    self._late.setdefault(index, (place, held))
-                    raise
 
     def make_ready(self, place: Place, name: ObjectName) -> bool:
         """Prepare a place for the bytes of an object: reserve its space, erase its record.
@@ -368,61 +217,13 @@ class SlabFile:
         Whether the space was reserved just now.
 
         Raises:
-            DictionaryFull: the record could not name it; also after entries without use were
-                dropped.
+            DictionaryFull: see `Table.clear`.
             ChunkRefused, OSError: they have no room there.
         """
-        with self._table_lock:
-            if self.read_only:
-                self._reopen_writable()
-            self._intern(name)  # before any work, should there be no room for the name
-            index = self.header.index(*place)
-            self._late.pop(index, None)
-            self._write_record(index, EMPTY_RECORD)
-        return self._prepare_chunk(place.offset // self.header.chunk)
-
-    def put_record(self, place: Place, held: Held) -> None:
-        """Make the object in a place findable; its data must be there.
-
-        Raises:
-            DictionaryFull, OSError: there is no valid record then.
-        """
-        index = self.header.index(*place)
-        # One lock for numbers and record: compaction must not drop a number in between.
-        with self._table_lock:
-            ids = self._intern(held.name)
-            self._write_record(
-                index, pack_record(self.header, index, held, ids, place.nbytes, self.next_sequence)
-            )
-            self.next_sequence += 1
-
-    def compact(self) -> None:
-        """A full dictionary is worth another look: some of its names have lost all objects."""
-        self._names_full = False
-
-    def _write_record(self, index: int, record: bytes) -> None:
-        self._changed = True
-        write_full(self.fd, memoryview(record), self.header.record_offset(index))
-
-    def _intern(self, name: ObjectName) -> tuple[int, int]:
-        """The dictionary's numbers of a namespace and a part, after writing what is new."""
-        try:
-            return self._number(name.namespace), self._number(name.part)
-        except DictionaryFull:
-            if self._names_full:
-                raise  # A look costs a scan of the table.
-            self._names_full = True
-            self.catch_up()
-            self._compact(self._numbers_in_use())
-            numbers = self._number(name.namespace), self._number(name.part)
-            self._names_full = False
-            return numbers
-
-    def _prepare_chunk(self, number: int) -> bool:
-        """Reserve the disk space of a chunk before its first use by this process.
-
-        Should there be no room, what was reserved in the attempt is given back.
-        """
+        with self.table.lock:
+            self._make_writable()
+            self.table.clear(place, name)
+        number = place.offset // self.header.chunk
         with self._grow_lock:
             if number in self._prepared:
                 return False
@@ -431,7 +232,7 @@ class SlabFile:
             try:
                 allocate(self.data_fd, start, self.header.chunk)
             except OSError as e:
-                if before <= start:
+                if before <= start:  # What was reserved in the attempt is given back.
                     with contextlib.suppress(OSError):
                         os.ftruncate(self.data_fd, before)
                 if reason_of(e) == "full":
@@ -440,28 +241,12 @@ class SlabFile:
             self._prepared.add(number)
             return True
 
-    def _reopen_writable(self) -> None:
-        """After opening read-only: try again. The descriptors keep their numbers.
-
-        Raises:
-            OSError: still read-only, or by now another process has the folder.
-        """
-        if self._lock is None:
-            self._lock = FolderLock(self._folder)
-        fd = os.open(self._table_path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            data_fd, _ = open_direct(self.path, os.O_RDWR)
-            try:
-                # Reads that run on the old descriptors now are not disturbed.
-                os.dup2(fd, self.fd, inheritable=False)
-                os.dup2(data_fd, self.data_fd, inheritable=False)
-            finally:
-                os.close(data_fd)
-        finally:
-            os.close(fd)
-        hold(self.fd, self._folder)
-        self._carry_over()
-        self.read_only = False
+    def catch_up(self, most: int | None = None) -> None:
+        """See `Table.catch_up`."""
+        with self.table.lock:
+            if self.table.behind:
+                self._make_writable()
+                self.table.catch_up(most)
 
     @property
     def in_place(self) -> bool:
@@ -469,63 +254,57 @@ class SlabFile:
         try:
             return all(
                 os.path.samestat(os.stat(path), os.fstat(fd))
-                for path, fd in ((self._table_path, self.fd), (self.path, self.data_fd))
+                for path, fd in ((self._table_path, self._table_fd), (self.path, self.data_fd))
             )
         except FileNotFoundError:
             return False
 
     def sync(self) -> bool:
-        """Bring everything to stable storage, what `later` was told included.
+        """Bring everything to stable storage, what the table was told for later included.
 
         Whether there was anything.
 
         Raises:
             OSError: the medium failed; recent records may be lost.
         """
-        with self._table_lock:
+        with self.table.lock:
             self.catch_up()
-            changed, self._changed = self._changed, False
+            changed, self.table.changed = self.table.changed, False
         if changed:
             os.fdatasync(self.data_fd)
-            os.fdatasync(self.fd)
+            os.fdatasync(self._table_fd)
         return changed
 
     def close(self) -> None:
-        """Close the descriptors and let the lock go; idempotent."""
-        self._close_files()
-        if self._lock is not None:
-            self._lock.release()
-
-    def _close_files(self) -> None:
-        for fd in (self.fd, self.data_fd):
+        """Close the files and let the lock go; idempotent."""
+        for fd in (self._table_fd, self.data_fd, self._lock_fd):
             if fd >= 0:
                 os.close(fd)
-        self.fd = self.data_fd = -1
+        self._table_fd = self.data_fd = self._lock_fd = -1
 
-    def _number(self, value: Namespace | Part) -> int:
-        number = self.dictionary.find(value)
-        if number is None:
-            number, offset, frame = self.dictionary.add(value)
-            try:
-                write_full(self.fd, memoryview(frame), HEADER_BYTES + offset)
-            except OSError:
-                self.dictionary.remove(number)
-                raise
-        return number
 
-    def _numbers_in_use(self) -> set[int]:
-        """The numbers that records name, by a scan of the table."""
-        used: set[int] = set()
-        for number in range(self.chunks):
-            rows = read_rows(self.fd, self.header, number)
-            for field in ("namespace", "part"):
-                used.update(np.unique(rows[field]).tolist())
-        return used
+def read_header(path: Path) -> Header:
+    """The header of a slab or a table.
 
-    def _compact(self, used: set[int]) -> None:
-        """Rewrite the dictionary with these entries only; a crash leaves the old or the new one."""
-        dictionary, offset, half, generation = self.dictionary.compacted(used)
-        write_full(self.fd, memoryview(half), HEADER_BYTES + offset)
-        os.fdatasync(self.fd)
-        write_full(self.fd, memoryview(generation), HEADER_BYTES + offset)
-        self.dictionary = dictionary
+    Raises:
+        FormatError: see `Header.unpack`.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb", buffering=0) as file:
+        return Header.unpack(os.pread(file.fileno(), HEADER_BYTES, 0), path)
+
+
+def read_headers(folder: Path) -> Header:
+    """The header that slab and table have in common.
+
+    Raises:
+        FormatError: see `Header.unpack`; or the two do not belong together.
+        OSError: one of them cannot be read.
+    """
+    header = read_header(folder / SLAB_NAME)
+    if read_header(folder / TABLE_NAME) != header:
+        raise FormatError(
+            f"{folder / SLAB_NAME} and {TABLE_NAME} beside it do not belong together; nothing was "
+            "changed. Put the right one back, or move both away to start with an empty slab"
+        )
+    return header

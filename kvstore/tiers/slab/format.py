@@ -143,26 +143,19 @@ class Header(msgspec.Struct, frozen=True):
         number, inside = divmod(offset, self.chunk)
         return number * self.slots_per_chunk + inside // slot_bytes
 
+    def slot_offset(self, index: int, slot_bytes: int) -> int:
+        """Where in the data area the slot of record `index` lies."""
+        number, position = divmod(index, self.slots_per_chunk)
+        return number * self.chunk + position * slot_bytes
+
     def record_offset(self, index: int) -> int:
         """Where record `index` lies in the table file."""
         return self.table_offset + index * RECORD_BYTES
 
     def pack(self) -> bytes:
         """The header page."""
-        body = _HEADER.pack(
-            MAGIC,
-            VERSION,
-            self.store_id,
-            self.capacity,
-            self.chunk,
-            self.min_slot,
-            self.slots_per_chunk,
-            self.dictionary_bytes,
-            self.table_offset,
-            self.table_chunks,
-            self.data_offset,
-            self.created,
-        ).ljust(HEADER_BYTES - _U64.size, b"\0")
+        body = _HEADER.pack(MAGIC, VERSION, *msgspec.structs.astuple(self))
+        body = body.ljust(HEADER_BYTES - _U64.size, b"\0")
         return body + _U64.pack(checksum(body))
 
     @classmethod
@@ -262,21 +255,9 @@ def pack_record(
 ) -> bytes:
     """The record of a whole object; `ids` are the dictionary's numbers of namespace and part."""
     name, nbytes, data_checksum, created, expires = held
-    body = _BODY.pack(
-        RECORD_MAGIC,
-        COMMITTED,
-        name.key,
-        *ids,
-        slot_bytes,
-        nbytes,
-        data_checksum,
-        sequence,
-        created,
-        expires,
-        RAW,
-        nbytes,
-        data_checksum,
-    )
+    sizes = slot_bytes, nbytes, data_checksum, sequence, created, expires
+    stored = RAW, nbytes, data_checksum
+    body = _BODY.pack(RECORD_MAGIC, COMMITTED, name.key, *ids, *sizes, *stored)
     return body + _U64.pack(_record_checksum(header, index, body, name.namespace, name.part))
 
 
@@ -287,26 +268,35 @@ def _record_checksum(
 
 
 class ChunkCheck(NamedTuple):
-    """What became of one chunk's records: positions of live ones, and why others are not."""
+    """The records of one chunk, numbered from `first`: which are whole, and why others are not."""
 
+    first: int
+    rows: Rows
     live: list[int]
     bad: dict[int, str]
 
 
 class RecordChecker:
-    """Tells whole records from damaged, impossible and stale ones."""
+    """Tells whole records from damaged, impossible and stale ones.
+
+    Args:
+        header: of the slab.
+        namespaces: what the dictionary has.
+        parts: likewise.
+        data_bytes: size of the slab file.
+    """
 
     def __init__(
         self,
         header: Header,
         namespaces: Mapping[int, Namespace],
         parts: Mapping[int, Part],
-        file_bytes: int,
+        data_bytes: int,
     ) -> None:
         self._header = header
         self._namespaces = namespaces
         self._parts = parts
-        self._file_bytes = file_bytes
+        self._data_bytes = data_bytes
         self._object_bytes: dict[tuple[int, int], int] = {}
 
     def check(self, number: int, rows: Rows) -> ChunkCheck:
@@ -317,24 +307,19 @@ class RecordChecker:
         that do not fit together. `beyond_end`: the file ends before the object does.
         `class_mismatch`: the chunk was given to another size later.
         """
-        live: list[int] = []
-        bad: dict[int, str] = {}
-        used = rows.view(np.uint64).reshape(len(rows), -1).any(axis=1)
-        for position in np.flatnonzero(used).tolist():
-            reason = self._judge(number, position, rows[position])
-            if reason is None:
-                live.append(position)
-            else:
-                bad[position] = reason
+        first = number * self._header.slots_per_chunk
+        used = np.flatnonzero(rows.view(np.uint64).reshape(len(rows), -1).any(axis=1)).tolist()
+        reasons = {position: self._judge(first + position, rows[position]) for position in used}
+        bad = {position: reason for position, reason in reasons.items() if reason is not None}
+        live = [position for position in used if position not in bad]
         if live:
-            newest = max(live, key=lambda position: int(rows["sequence"][position]))
-            size = rows["slot_bytes"][newest]
-            for position in [p for p in live if rows["slot_bytes"][p] != size]:
-                live.remove(position)
-                bad[position] = "class_mismatch"
-        return ChunkCheck(live, bad)
+            newest = live[int(rows["sequence"][live].argmax())]
+            same = rows["slot_bytes"] == rows["slot_bytes"][newest]
+            bad |= {position: "class_mismatch" for position in live if not same[position]}
+            live = [position for position in live if same[position]]
+        return ChunkCheck(first, rows, live, bad)
 
-    def _judge(self, number: int, position: int, row: np.void) -> str | None:
+    def _judge(self, index: int, row: np.void) -> str | None:
         header = self._header
         raw = row.tobytes()
         body, stored = raw[:_BODY_BYTES], _U64.unpack(raw[_BODY_BYTES:])[0]
@@ -345,24 +330,20 @@ class RecordChecker:
         namespace, part = self._namespaces.get(namespace_id), self._parts.get(part_id)
         if namespace is None or part is None:
             return "unknown_name"
-        index = number * header.slots_per_chunk + position
         if _record_checksum(header, index, body, namespace, part) != stored:
             return "record_checksum"
         if codec != RAW:
             return "unknown_codec"
-        if (stored_bytes, stored_checksum) not in ((nbytes, whole), (0, 0)):  # none in version 1
-            return "impossible"
-        start = position * slot_bytes
         if (
-            not 0 < nbytes <= slot_bytes
+            (stored_bytes, stored_checksum) not in ((nbytes, whole), (0, 0))  # none in version 1
+            or not 0 < nbytes <= slot_bytes
             or slot_bytes != max(header.min_slot, align(nbytes))
-            or start + slot_bytes > header.chunk
+            or (index % header.slots_per_chunk + 1) * slot_bytes > header.chunk
             or nbytes != self._expected(namespace_id, part_id, namespace, part)
         ):
             return "impossible"
-        if header.data_offset + number * header.chunk + start + align(nbytes) > self._file_bytes:
-            return "beyond_end"
-        return None
+        at = header.data_offset + header.slot_offset(index, slot_bytes)
+        return "beyond_end" if at + align(nbytes) > self._data_bytes else None
 
     def _expected(self, namespace_id: int, part_id: int, namespace: Namespace, part: Part) -> int:
         """Bytes of an object of this kind; -1 when there can be none."""

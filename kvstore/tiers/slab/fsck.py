@@ -7,48 +7,38 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.errors import FormatError, TierUnavailable
-from kvstore.tiers.slab.dictionary import Dictionary
 from kvstore.tiers.slab.direct import (
-    FolderLock,
     Mover,
     hold,
     holder,
+    lock_folder,
     open_direct,
     remedy,
     write_full,
 )
+from kvstore.tiers.slab.file import SLAB_NAME, TABLE_NAME, read_header, read_headers
 from kvstore.tiers.slab.format import (
     EMPTY_RECORD,
     HEADER_BYTES,
     MAGIC,
+    RECORD_BYTES,
+    ChunkCheck,
     Header,
-    RecordChecker,
-    Rows,
     version_of,
 )
-from kvstore.tiers.slab.read import (
-    SLAB_NAME,
-    TABLE_NAME,
-    read_dictionary,
-    read_header,
-    read_headers,
-    read_rows,
-    scan,
-)
-
-_READ_ERROR: Final = "read_error"
-_DATA_CHECKSUM: Final = "data_checksum"
+from kvstore.tiers.slab.table import Table
 
 
 class FsckReport(msgspec.Struct, frozen=True):
@@ -75,23 +65,23 @@ class FsckReport(msgspec.Struct, frozen=True):
         return sum(self.damaged.values()) == self.repaired and not self.problems
 
 
-class NamespaceUse(msgspec.Struct, frozen=True):
+class NamespaceUse(msgspec.Struct):
     """What a slab holds of one namespace; ages are seconds since the write."""
 
     namespace: Namespace
-    objects: int
-    nbytes: int
-    newest_age: float
-    oldest_age: float
+    objects: int = 0
+    nbytes: int = 0
+    newest_age: float = math.inf
+    oldest_age: float = 0.0
 
 
-class ClassUse(msgspec.Struct, frozen=True):
+class ClassUse(msgspec.Struct):
     """What a slab holds of one slot size, in bytes; `slots` fit into the class's `chunks`."""
 
     slot_bytes: int
-    chunks: int
-    slots: int
-    objects: int
+    chunks: int = 0
+    slots: int = 0
+    objects: int = 0
 
 
 class SlabSummary(msgspec.Struct, frozen=True):
@@ -146,24 +136,14 @@ def fsck(
                 "repair"
             )
         problems: list[str] = []
-        header = _header(folder, repair, problems)
-        dictionary = read_dictionary(slab.table_fd, header)
-        if dictionary.damaged_bytes:
+        table = Table(slab.table_fd, _header(folder, repair, problems))
+        if table.dictionary.damaged_bytes:
             problems.append(
-                f"the dictionary in {folder / TABLE_NAME} has about {dictionary.damaged_bytes} "
-                "damaged bytes; the next start rewrites it with what is left"
+                f"the dictionary in {folder / TABLE_NAME} has about "
+                f"{table.dictionary.damaged_bytes} damaged bytes; the next start rewrites it with "
+                "what is left"
             )
-        check = _Check(slab, header, dictionary, repair)
-        check.run(progress)
-        return FsckReport(
-            path=str(slab.path),
-            objects=check.objects,
-            nbytes=check.nbytes,
-            damaged=dict(check.damaged),
-            repaired=check.repaired,
-            problems=problems,
-            in_use_by=slab.in_use_by,
-        )
+        return _check(slab, table, repair, problems, progress)
 
 
 def inspect(folder: Path) -> SlabSummary:
@@ -175,32 +155,29 @@ def inspect(folder: Path) -> SlabSummary:
     """
     with _opened(folder, write=False) as slab:
         header = read_headers(folder)
-        dictionary = read_dictionary(slab.table_fd, header)
+        table = Table(slab.table_fd, header)
         stats = [os.fstat(slab.data_fd), os.fstat(slab.table_fd)]
-        chunks = header.chunks_in_file(stats[0].st_size)
         now = time.time()
         dropped: Counter[str] = Counter()
-        classes: dict[int, list[int]] = {}  # slot size → chunks, objects
-        spaces: dict[int, list[float]] = {}  # number → objects, bytes, newest, oldest
+        classes: dict[int, ClassUse] = {}
+        spaces: dict[int, NamespaceUse] = {}
         parts: set[int] = set()
-        checker = _checker(slab, header, dictionary)
-        for _, rows, verdict in scan(slab.table_fd, header, checker, header.table_chunks):
-            dropped.update(verdict.bad.values())
-            live = rows[verdict.live]
-            if len(live):
-                use = classes.setdefault(int(live["slot_bytes"][0]), [0, 0])
-                use[0] += 1
-                use[1] += len(live)
+        for _, rows, whole, bad in table.scan(header.table_chunks, stats[0].st_size):
+            dropped.update(bad.values())
+            live = rows[whole]
+            for size in live["slot_bytes"][:1].tolist():
+                used = classes.setdefault(size, ClassUse(size))
+                used.chunks += 1
+                used.slots += header.chunk // size
+                used.objects += len(live)
             parts.update(live["part"].tolist())
-            for number, nbytes, created in zip(
-                live["namespace"].tolist(),
-                live["nbytes"].tolist(),
-                live["created"].tolist(),
-                strict=True,
-            ):
+            for number, nbytes, created in live[["namespace", "nbytes", "created"]].tolist():
                 age = max(0.0, now - created)
-                sums = spaces.setdefault(number, [0, 0, age, age])
-                sums[:] = sums[0] + 1, sums[1] + nbytes, min(sums[2], age), max(sums[3], age)
+                use = spaces.setdefault(number, NamespaceUse(table.dictionary.namespaces[number]))
+                use.objects += 1
+                use.nbytes += nbytes
+                use.newest_age = min(use.newest_age, age)
+                use.oldest_age = max(use.oldest_age, age)
         return SlabSummary(
             path=str(slab.path),
             version=version_of(os.pread(slab.table_fd, HEADER_BYTES, 0)),
@@ -210,19 +187,13 @@ def inspect(folder: Path) -> SlabSummary:
             file_bytes=sum(stat.st_size for stat in stats),
             disk_bytes=sum(stat.st_blocks * 512 for stat in stats),
             chunk=header.chunk,
-            chunks=chunks,
+            chunks=header.chunks_in_file(stats[0].st_size),
             min_slot=header.min_slot,
-            objects=sum(use[1] for use in classes.values()),
-            nbytes=sum(int(sums[1]) for sums in spaces.values()),
-            namespaces=[
-                NamespaceUse(dictionary.namespaces[number], int(n), int(nbytes), newest, oldest)
-                for number, (n, nbytes, newest, oldest) in sorted(spaces.items())
-            ],
-            parts=[dictionary.parts[number] for number in sorted(parts)],
-            classes=[
-                ClassUse(size, used, used * (header.chunk // size), objects)
-                for size, (used, objects) in sorted(classes.items())
-            ],
+            objects=sum(use.objects for use in spaces.values()),
+            nbytes=sum(use.nbytes for use in spaces.values()),
+            namespaces=[spaces[number] for number in sorted(spaces)],
+            parts=[table.dictionary.parts[number] for number in sorted(parts)],
+            classes=[classes[size] for size in sorted(classes)],
             dropped=dict(dropped),
             in_use_by=slab.in_use_by,
         )
@@ -245,29 +216,24 @@ def _opened(folder: Path, *, write: bool) -> Iterator[_Slab]:
     for file in (path, table):
         if not file.exists():
             raise TierUnavailable(f"there is no {file}; name the folder set as disk.path")
-    held: FolderLock | None = None
     in_use_by: int | None = None
     with contextlib.ExitStack() as stack:
+
+        def opened(fd: int) -> int:
+            stack.callback(os.close, fd)
+            return fd
+
         try:
+            fds = [opened(os.open(table, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC))]
             try:
-                held = FolderLock(folder)
-                stack.callback(held.release)
+                with contextlib.suppress(FileNotFoundError):  # read-only, and never opened yet
+                    fds.append(opened(lock_folder(folder)))
+                hold(fds[0], folder)
             except TierUnavailable:
                 in_use_by = holder(folder) or 0
-            except FileNotFoundError:
-                pass  # a read-only folder that nobody has opened yet
-            table_fd = os.open(table, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
-            stack.callback(os.close, table_fd)
-            try:
-                hold(table_fd, folder)
-            except TierUnavailable:
-                in_use_by = holder(folder) or 0
-            if held is not None and not write:  # only looking: do not keep the store from starting
-                held.release()
-                fcntl.flock(table_fd, fcntl.LOCK_UN)
-            data_fd, _ = open_direct(path, os.O_RDONLY)
-            stack.callback(os.close, data_fd)
-            yield _Slab(path, table_fd, data_fd, in_use_by)
+            for fd in () if write else fds:  # only looking: do not keep the store from starting
+                fcntl.flock(fd, fcntl.LOCK_UN)
+            yield _Slab(path, fds[0], opened(open_direct(path, os.O_RDONLY)[0]), in_use_by)
         except TierUnavailable:
             raise
         except OSError as e:
@@ -302,68 +268,48 @@ def _restore(path: Path, header: Header, damage: FormatError) -> None:
         os.fdatasync(file.fileno())
 
 
-def _checker(slab: _Slab, header: Header, dictionary: Dictionary) -> RecordChecker:
-    return RecordChecker(
-        header, dictionary.namespaces, dictionary.parts, os.fstat(slab.data_fd).st_size
-    )
+def _check(
+    slab: _Slab,
+    table: Table,
+    repair: bool,
+    problems: list[str],
+    progress: Callable[[int, int], None] | None,
+) -> FsckReport:
+    """Check records and their data chunk by chunk, so that the memory in use is bounded."""
+    header, damaged = table.header, Counter[str]()
+    objects = nbytes = repaired = 0
 
+    def scan() -> Iterator[ChunkCheck]:
+        return table.scan(header.table_chunks, os.fstat(slab.data_fd).st_size)
 
-class _Check:
-    """One pass of `fsck` over the records and their data."""
-
-    def __init__(self, slab: _Slab, header: Header, dictionary: Dictionary, repair: bool) -> None:
-        self.objects = 0
-        self.nbytes = 0
-        self.damaged: Counter[str] = Counter()
-        self.repaired = 0
-        self._fd = slab.table_fd
-        self._data_fd = slab.data_fd
-        self._header = header
-        self._checker = _checker(slab, header, dictionary)
-        self._repair = repair
-
-    def run(self, progress: Callable[[int, int], None] | None) -> None:
-        """Check all; chunk by chunk, so that the memory in use is bounded."""
-        header = self._header
-        total = sum(
-            int(rows["nbytes"][verdict.live].sum())
-            for _, rows, verdict in scan(self._fd, header, self._checker, header.table_chunks)
-        )
-        mover = Mover(header.chunk)
-        done = 0
-        for number, rows, verdict in scan(self._fd, header, self._checker, header.table_chunks):
-            for position, reason in verdict.bad.items():
-                self._found_bad(number, position, rows, reason)
-            for position in verdict.live:
-                damage = self._verify(mover, number, position, rows)
-                nbytes = int(rows["nbytes"][position])
-                if damage is not None:
-                    self._found_bad(number, position, rows, damage)
+    total = sum(int(rows["nbytes"][whole].sum()) for _, rows, whole, _ in scan())
+    mover = Mover(header.chunk)
+    done = 0
+    for first, rows, whole, bad in scan():
+        for position in whole:
+            size, known, slot_bytes = rows[["nbytes", "checksum", "slot_bytes"]][position].tolist()
+            offset = header.data_offset + header.slot_offset(first + position, slot_bytes)
+            try:
+                found = mover.load(slab.data_fd, offset, None, size)
+                if found == known:
+                    objects += 1
+                    nbytes += size
                 else:
-                    self.objects += 1
-                    self.nbytes += nbytes
-                done += nbytes
-                if progress is not None:
-                    progress(done, max(total, done))
-        if self.repaired:
-            os.fdatasync(self._fd)
-
-    def _verify(self, mover: Mover, number: int, position: int, rows: Rows) -> str | None:
-        """Why the bytes of an object are not whole, if they are not."""
-        header, row = self._header, rows[position]
-        offset = header.data_offset + number * header.chunk + position * int(row["slot_bytes"])
-        try:
-            found = mover.load(self._data_fd, offset, None, int(row["nbytes"]))
-        except OSError:
-            return _READ_ERROR
-        return None if found == int(row["checksum"]) else _DATA_CHECKSUM
-
-    def _found_bad(self, number: int, position: int, rows: Rows, reason: str) -> None:
-        now = read_rows(self._fd, self._header, number)[position]
-        if now.tobytes() != rows[position].tobytes():
-            return  # the process that has the slab open replaced the object meanwhile
-        self.damaged[reason] += 1
-        if self._repair:
-            index = number * self._header.slots_per_chunk + position
-            write_full(self._fd, memoryview(EMPTY_RECORD), self._header.record_offset(index))
-            self.repaired += 1
+                    bad[position] = "data_checksum"
+            except OSError:
+                bad[position] = "read_error"
+            done += size
+            if progress is not None:
+                progress(done, max(total, done))
+        for position, reason in bad.items():
+            at = header.record_offset(first + position)
+            if os.pread(slab.table_fd, RECORD_BYTES, at) != rows[position].tobytes():
+                continue  # the process that has the slab open replaced the object meanwhile
+            damaged[reason] += 1
+            if repair:
+                write_full(slab.table_fd, memoryview(EMPTY_RECORD), at)
+                repaired += 1
+    if repaired:
+        os.fdatasync(slab.table_fd)
+    path = str(slab.path)
+    return FsckReport(path, objects, nbytes, dict(damaged), repaired, problems, slab.in_use_by)

@@ -1,17 +1,18 @@
 """The threads of a slab: they alone wait for the disk.
 
-Some move objects, in pieces of up to 4 MiB past the page cache, and write the records of the table;
-one makes it all last; one sees to it that nobody waits for a disk that does not answer.
+Some move objects, in pieces of up to 4 MiB past the page cache; one brings the table up to date and
+makes it all last; one sees to it that nobody waits for a disk that does not answer.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
+import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,8 +20,9 @@ from kvstore.errors import SpecError
 from kvstore.tiers.base import Held, Job, JobDone
 from kvstore.tiers.slab.dictionary import DictionaryFull
 from kvstore.tiers.slab.direct import Mover
-from kvstore.tiers.slab.file import ChunkRefused, Place, SlabFile
+from kvstore.tiers.slab.file import ChunkRefused, SlabFile
 from kvstore.tiers.slab.health import Beat, Health
+from kvstore.tiers.slab.table import Place
 
 _logger = logging.getLogger("kvstore.disk")
 
@@ -38,16 +40,13 @@ NAMES_FULL: Final = "names_full"
 
 @dataclass(slots=True, eq=False)
 class Task:
-    """A job and its place.
-
-    `number` is 0 once it has ended, `had_names` set once names were given up for it.
-    """
+    """A job and its place. `over`: it has ended; `had_names`: names were given up for it."""
 
     job: Job
+    done: JobDone
     place: Place
     is_put: bool
-    done: JobDone
-    number: int = -1
+    over: bool = False
     had_names: bool = False
 
 
@@ -81,20 +80,18 @@ class Threads:
         self._idle = threading.Condition(lock)  # flush waits for the ends of tasks
         self._reads: deque[Task] = deque()
         self._writes: deque[Task] = deque()
-        self._numbers = itertools.count(1)
-        self._open: dict[int, Task] = {}  # by number, oldest first
-        self._catching_up = False
+        self._open: dict[Task, None] = {}  # oldest first
         self._closing = False
-        self._sync_wanted = threading.Condition()
-        self._last_sync = False
-        self._flushes = self._flushed = 0  # of flushes: those begun, those that had their sync
-        self._safe = True  # all that was written before the latest sync
+        self._asked: queue.SimpleQueue[Future[bool] | None] = queue.SimpleQueue()
+        """Syncs; None: the table has something to write."""
+        self._last_sync: Future[bool] = Future()
+        self._closed = threading.Event()
         in_flight = threading.Semaphore(transfers)
         self._movers = [
             self._start(self._move, Mover(slab.header.chunk, in_place, in_flight, beat), beat)
             for beat in (health.beat() for _ in range(_MOVERS_PER_TRANSFER * transfers))
         ]
-        self._syncer = self._start(self._sync_loop, health.beat())
+        self._keeper = self._start(self._keep, health.beat())
         self._watcher = self._start(self._watch)
 
     @staticmethod
@@ -109,35 +106,34 @@ class Threads:
     def submit(self, task: Task) -> None:
         """Run a task, or run it again at another place."""
         with self._work:
-            if not self._closing:
-                if task.number < 0:
-                    task.number = next(self._numbers)
-                    self._open[task.number] = task
+            closing = self._closing
+            if not closing:
+                self._open[task] = None
                 (self._writes if task.is_put else self._reads).append(task)
                 self._work.notify()
-                return
-        self.finish(task, "closed")
+        if closing:
+            self.finish(task, "closed")
 
     def finish(self, task: Task, error: str | None) -> None:
-        """Tell of the end of a task, once."""
+        """Tell of the end of a task, once. One that was never submitted may end, too."""
         with self._work:
-            number, task.number = task.number, 0
-        if number == 0:
-            return
+            if task.over:
+                return
+            task.over = True
+        if task.is_put and error is not None:
+            self._health.count(f"write_errors.{error}")
         try:
             task.done(task.job, error)
         except Exception:
             _logger.exception("the callback of a disk job failed")
         with self._work:
-            self._open.pop(number, None)
+            self._open.pop(task, None)
             self._idle.notify_all()
 
     def record(self, place: Place, held: Held | None) -> None:
         """The table is to say this of a place, or nothing; soon."""
-        self._slab.later(place, held)
-        with self._work:
-            self._work.notify()
-            self._idle.notify_all()
+        self._slab.table.later(place, held)
+        self._asked.put(None)
 
     # --- From any thread --------------------------------------------------------------------------
 
@@ -145,32 +141,32 @@ class Threads:
         """See `Tier.flush`."""
         until = time.monotonic() + seconds
         with self._idle:
-            mark = next(self._numbers)
-            if not self._idle.wait_for(lambda: next(iter(self._open), mark) >= mark, seconds):
+            before = list(self._open)
+            if not self._idle.wait_for(lambda: self._open.keys().isdisjoint(before), seconds):
                 return False
-        with self._sync_wanted:
-            self._flushes = wanted = self._flushes + 1
-            self._sync_wanted.notify_all()
-            self._sync_wanted.wait_for(
-                lambda: self._flushed >= wanted or self._last_sync, until - time.monotonic()
-            )
-            return self._flushed >= wanted and self._safe
+            synced = self._last_sync
+            if not self._closing:
+                synced = Future()
+                self._asked.put(synced)
+        try:
+            return synced.result(max(0.0, until - time.monotonic()))
+        except TimeoutError:
+            return False
 
     def close(self) -> bool:
         """End. Whether all threads have ended, and the files can be closed."""
         with self._work:
             self._closing = True
             self._work.notify_all()
+        self._fail_queued("closed")
         ended = self._join(self._movers)
-        with self._sync_wanted:
-            self._last_sync = True
-            self._sync_wanted.notify_all()
-        ended = self._join([self._syncer]) and ended
-        for task in list(self._open.values()) if ended else []:
+        self._asked.put(self._last_sync)
+        ended = self._join([self._keeper]) and ended
+        for task in list(self._open) if ended else []:
             self.finish(task, "closed")  # It waited for the loop.
-        with self._idle:
-            self._idle.notify_all()
-        return ended and self._join([self._watcher])
+        self._closed.set()
+        self._watcher.join()
+        return ended
 
     def _join(self, threads: list[threading.Thread]) -> bool:
         """Wait for threads that end, as long as the disk answers."""
@@ -180,50 +176,29 @@ class Threads:
             alive[0].join(0.05)
         return True
 
+    def _fail_queued(self, error: str) -> None:
+        with self._work:
+            queued = [*self._reads, *self._writes]
+            self._reads.clear()
+            self._writes.clear()
+        for task in queued:
+            self._ended(task, error)
+
     # --- Moving objects ---------------------------------------------------------------------------
 
     def _move(self, mover: Mover, beat: Beat) -> None:
         while True:
-            task: Task | None = None
             with self._work:
-                while task is None:
-                    if self._table_waits and not self._closing:
-                        self._catching_up = True
-                        break
-                    if self._reads or self._writes:
-                        task = (self._reads or self._writes).popleft()
-                    elif self._closing:
-                        return
-                    else:
-                        self._work.wait()
-                closing = self._closing
-            if task is None:
-                self._catch_up(beat)
-                self._catching_up = False
-            elif closing:
-                self._ended(task, "closed")
-            else:
-                self._ended(task, (self._put if task.is_put else self._get)(task, mover, beat))
-
-    @property
-    def _table_waits(self) -> bool:
-        return self._slab.behind and not self._catching_up and self._health.unwritable is None
-
-    def _catch_up(self, beat: Beat) -> None:
-        try:
-            with beat:
-                self._slab.catch_up(_RECORDS)
-        except OSError as e:
-            # What was to be erased may come back, should this process end now, but never with
-            # bytes not its own.
-            self._health.count("table_errors")
-            self._health.write_failed(e)
+                self._work.wait_for(lambda: self._reads or self._writes or self._closing)
+                if self._closing:
+                    return
+                task = (self._reads or self._writes).popleft()
+            self._ended(task, (self._put if task.is_put else self._get)(task, mover, beat))
 
     def _put(self, task: Task, mover: Mover, beat: Beat) -> str | None:
         job, slab, health = task.job, self._slab, self._health
         error = health.unwritable
         if error is not None:
-            health.count(f"write_errors.{error}")
             return error
         started = time.monotonic()
         try:
@@ -238,22 +213,19 @@ class Threads:
             created = job.created or int(time.time())
             with beat:
                 held = Held(job.name, job.nbytes, checksum, created, job.expires)
-                slab.put_record(task.place, held)
+                slab.table.put(task.place, held)
         except DictionaryFull:
             return NAMES_FULL
         except ChunkRefused:
             return CHUNK_REFUSED
         except OSError as e:
-            error = health.write_failed(e)
+            return health.write_failed(e)
         except SpecError as e:
             _logger.warning("%s: %s", slab.path, e)
-            error = "refused"
+            return "refused"
         except Exception:
             _logger.exception("a write to disk failed unexpectedly")
-            error = "refused"
-        if error is not None:
-            health.count(f"write_errors.{error}")
-            return error
+            return "refused"
         job.checksum = checksum
         health.count("bytes_written", job.nbytes)
         health.write_worked(started)
@@ -280,18 +252,33 @@ class Threads:
 
     # --- Making it last ---------------------------------------------------------------------------
 
-    def _sync_loop(self, beat: Beat) -> None:
-        last = False
-        while not last:
-            with self._sync_wanted:
-                self._sync_wanted.wait_for(
-                    lambda: self._last_sync or self._flushes > self._flushed, self._sync_seconds
-                )
-                last, flushes = self._last_sync, self._flushes
+    def _keep(self, beat: Beat) -> None:
+        """Bring the table up to date, and sync in time and when that is asked for."""
+        asked: Future[bool] | None = None
+        due = time.monotonic() + self._sync_seconds
+        while asked is not self._last_sync:
+            try:
+                asked = self._asked.get(timeout=max(0.0, due - time.monotonic()))
+            except queue.Empty:
+                asked = None
+            if asked is None and time.monotonic() < due:
+                self._catch_up(beat)
+                continue
             safe = self._sync(beat)
-            with self._sync_wanted:
-                self._flushed, self._safe = flushes, safe
-                self._sync_wanted.notify_all()
+            due = time.monotonic() + self._sync_seconds
+            if asked is not None:
+                asked.set_result(safe)
+
+    def _catch_up(self, beat: Beat) -> None:
+        try:
+            while self._slab.table.behind and self._health.unwritable is None:
+                with beat:
+                    self._slab.catch_up(_RECORDS)
+        except OSError as e:
+            # What was to be erased may come back, should this process end now, but never with
+            # bytes not its own.
+            self._health.count("table_errors")
+            self._health.write_failed(e)
 
     def _sync(self, beat: Beat) -> bool:
         """Sync what is unsynced; whether all that was written would survive a loss of power."""
@@ -312,17 +299,8 @@ class Threads:
     # --- A disk that does not answer --------------------------------------------------------------
 
     def _watch(self) -> None:
-        while True:
-            with self._idle:
-                self._idle.wait_for(lambda: self._open or self._slab.behind or self._closing)
-                if self._closing and not self._open:
-                    return
-                self._idle.wait(min(_TICK, self._health.stall_seconds / 4))
-                self._work.notify()  # Records wait, too, for the end of a fault.
-                queued = []
-                if self._health.stalled:
-                    queued = [*self._reads, *self._writes]
-                    self._reads.clear()
-                    self._writes.clear()
-            for task in queued:
-                self._ended(task, "stalled")
+        while not self._closed.wait(min(_TICK, self._health.stall_seconds / 4)):
+            if self._health.stalled:
+                self._fail_queued("stalled")
+            elif self._slab.table.behind:
+                self._asked.put(None)  # A fault may have ended.

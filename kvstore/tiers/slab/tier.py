@@ -21,8 +21,9 @@ from typing import Any, Final
 from kvstore.memory.slots import Slot, SlotPool, slot_policy
 from kvstore.slices import Background, Work, tables
 from kvstore.tiers.base import Held, Host, Job, JobDone, ObjectName, State
-from kvstore.tiers.slab.file import Place, SlabFile
+from kvstore.tiers.slab.file import SlabFile
 from kvstore.tiers.slab.health import Health
+from kvstore.tiers.slab.table import Place
 from kvstore.tiers.slab.threads import CHUNK_REFUSED, NAMES_FULL, Task, Threads
 
 _logger = logging.getLogger("kvstore.disk")
@@ -102,9 +103,9 @@ class SlabTier:
                 partial(self._give_up, reason="evicted"),
                 slab.header.min_slot,
             )
-            for reason, count in slab.dropped.items():
+            for reason, count in slab.table.dropped.items():
                 self._health.count(f"dropped_records.{reason}", count)
-            if slab.read_only:
+            if slab.table.read_only:
                 self._health.write_failed(OSError(errno.EROFS, "the slab cannot be written"))
             self._recovered = self._take_in()
             self._threads = Threads(
@@ -145,30 +146,29 @@ class SlabTier:
         """A copy of the counters named above."""
         return self._health.counters
 
-    def _take_in(self) -> list[_Slot | None]:
-        """Claim the places of what was there; by the numbers of `found`."""
-        slots: list[_Slot | None] = [None] * self._slab.found_count
-        for number, place, held in self._slab.found(by_place=True):
-            slots[number] = slot = self._pool.claim(*place, held.name)
-            if slot is None:
-                self._health.count("dropped_records.overlap")
-                self._slab.later(place, None)
+    def _take_in(self) -> list[_Slot]:
+        """Claim the places of what was there; oldest first."""
+        claimed: dict[int, _Slot] = {}
+        for number, place, held in self._slab.table.found(by_place=True):
+            slot = self._pool.claim(*place, held.name)
+            assert slot is not None, "whole records are of places that do not overlap"
+            claimed[number] = slot
             if number % _YIELD == 0:
                 time.sleep(0)  # The loop may run.
+        slots = [claimed[number] for number in sorted(claimed)]
         for slot in slots:
-            if slot is not None:
-                self._pool.admit(slot)
-                self._table(slot.owner)[slot.owner] = slot
-        self._health.count("recovered", self._pool.used_slots)
+            self._pool.admit(slot)
+            self._table(slot.owner)[slot.owner] = slot
+        self._health.count("recovered", len(slots))
         return slots
 
     def recover(self) -> Iterator[Held]:
         """See `Tier.recover`."""
         slots, self._recovered = self._recovered, []
-        for slot, (_, _, held) in zip(slots, self._slab.found(), strict=False):
-            if slot is not None and self._place_of(slot.owner) is slot:
+        for slot, (_, _, held) in zip(slots, self._slab.table.found(), strict=True):
+            if self._place_of(slot.owner) is slot:
                 yield held._replace(name=slot.owner)
-        self._slab.forget_found()
+        self._slab.table.forget_found()
 
     # --- What the store asks for ------------------------------------------------------------------
 
@@ -181,36 +181,31 @@ class SlabTier:
         if not self._pool.growing and time.monotonic() >= self._grow_at:
             self._pool.growing = True
         for job in jobs:
+            task = Task(job, done, Place(0, 0), is_put=True)
             error = "closed" if self._closed else self._health.unwritable
-            if error is None and not self._possible(job):
+            if error is None and not (
+                0 < job.nbytes <= self._pool.chunk and len(job.name.key) == 32
+            ):
                 error = "refused"
-            if error is not None:
-                self._health.count(f"write_errors.{error}")
-                done(job, error)
-                continue
-            self._drop(job.name)
-            task = Task(job, Place(0, 0), True, done)
-            error = self._place(task)
             if error is None:
-                self._threads.submit(task)
+                self._drop(job.name)
+                self._place(task)
             else:
-                self._health.count(f"write_errors.{error}")
-                done(job, error)
+                self._threads.finish(task, error)
 
-    def _possible(self, job: Job) -> bool:
-        return 0 < job.nbytes <= self._pool.chunk and len(job.name.key) == 32
-
-    def _place(self, task: Task) -> str | None:
-        """Give a put a place; says why it gets none."""
-        slot = self._pool.allocate(task.job.nbytes, task.job.name)
-        if slot is None and self._pool.growing:
-            return "no_room"
-        if slot is None:
-            self._health.write_failed(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-            return "full"
-        self._table(task.job.name)[task.job.name] = slot
-        task.place = Place(slot.offset, slot.nbytes)
-        return None
+    def _place(self, task: Task) -> None:
+        """Give a put a place, and run it."""
+        name = task.job.name
+        slot = self._pool.allocate(task.job.nbytes, name)
+        if slot is not None:
+            self._table(name)[name] = slot
+            task.place = Place(slot.offset, slot.nbytes)
+            self._threads.submit(task)
+        elif self._pool.growing:
+            self._threads.finish(task, "no_room")
+        else:
+            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._threads.finish(task, self._health.write_failed(full))
 
     def settled(self, job: Job, error: str | None) -> None:
         """See `Tier.settled`."""
@@ -231,7 +226,7 @@ class SlabTier:
                 done(job, "refused")
             else:
                 self._health.read_begins(job.nbytes)
-                self._threads.submit(Task(job, Place(slot.offset, slot.nbytes), False, done))
+                self._threads.submit(Task(job, done, Place(slot.offset, slot.nbytes), is_put=False))
 
     def delete(self, names: Sequence[ObjectName]) -> None:
         """See `Tier.delete`."""
@@ -308,15 +303,7 @@ class SlabTier:
         self._pool.refuse(slot)
         self._grow_at = time.monotonic() + self._retry_seconds
         self._drop(task.job.name)
-        self._submit_again(task)
-
-    def _submit_again(self, task: Task) -> None:
-        error = self._place(task)
-        if error is None:
-            self._threads.submit(task)
-        else:
-            self._health.count(f"write_errors.{error}")
-            self._threads.finish(task, error)
+        self._place(task)
 
     def _wait_for_names(self, task: Task) -> None:
         """The dictionary has no room for the name of this put."""
@@ -348,7 +335,7 @@ class SlabTier:
             yield
         self._health.count("names_given_up", len(cold))
         self._health.notice("names", None)
-        self._slab.compact()
+        self._slab.table.compact()
         tasks, self._nameless = self._nameless, []
         for task in tasks:
             self._threads.submit(task)

@@ -1,0 +1,247 @@
+"""The table of a slab: which object lies in which slot, and the dictionary of their names."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from kvstore.tiers.base import Held, ObjectName
+from kvstore.tiers.slab.dictionary import Dictionary, DictionaryFull
+from kvstore.tiers.slab.direct import write_full
+from kvstore.tiers.slab.format import (
+    EMPTY_RECORD,
+    RECORD,
+    RECORD_BYTES,
+    ChunkCheck,
+    Header,
+    RecordChecker,
+    Rows,
+    pack_record,
+)
+
+_BATCH: Final = 256
+"""Records that are read back at a time."""
+_NAME: Final = np.dtype(
+    {"names": ["name"], "formats": ["S40"], "offsets": [8], "itemsize": RECORD_BYTES}
+)
+"""Of a record key, namespace and part, as one."""
+_HELD: Final = [
+    "key",
+    "namespace",
+    "part",
+    "slot_bytes",
+    "nbytes",
+    "checksum",
+    "created",
+    "expires",
+]
+
+
+class Place(NamedTuple):
+    """Where an object lies, in the data area, and the bytes that are kept for it there."""
+
+    offset: int
+    nbytes: int
+
+
+class Table:
+    """An open table, through the page cache. Thread-safe; only `later` never waits for the disk.
+
+    `dropped` counts, by reason, the records that `load` found unusable. `lock` is held while it is
+    written; who holds it may write, too. `changed`: something was written.
+    """
+
+    def __init__(self, fd: int, header: Header, *, read_only: bool = True) -> None:
+        self.fd = fd
+        self.header = header
+        self.read_only = read_only
+        self.lock = threading.RLock()
+        self.dictionary = Dictionary(fd, header)
+        self.dropped: Counter[str] = Counter()
+        self.changed = False
+        self.next_sequence = 1
+        self._chunks = 0
+        self._names_full = False
+        self._late: dict[int, tuple[Place, Held | None]] = {}
+        self.forget_found()
+
+    # --- Reading ----------------------------------------------------------------------------------
+
+    def rows(self, number: int) -> Rows:
+        """The records of one chunk; empty ones where the file ends early."""
+        nbytes = self.header.slots_per_chunk * RECORD_BYTES
+        at = self.header.record_offset(number * self.header.slots_per_chunk)
+        return np.frombuffer(os.pread(self.fd, nbytes, at).ljust(nbytes, b"\0"), RECORD)
+
+    def scan(self, chunks: int, data_bytes: int) -> Iterator[ChunkCheck]:
+        """Judge the records of the first chunks, one chunk's in memory at a time.
+
+        `data_bytes` is the size of the slab file.
+        """
+        names = self.dictionary
+        checker = RecordChecker(self.header, names.namespaces, names.parts, data_bytes)
+        for number in range(chunks):
+            checked = checker.check(number, self.rows(number))
+            if checked.live or checked.bad:
+                yield checked
+
+    def load(self, chunks: int, data_bytes: int) -> None:
+        """Find what the first chunks hold; what is not whole is counted and erased."""
+        rows, indexes = [np.empty(0, RECORD)], [np.empty(0, np.int64)]
+        for checked in self.scan(chunks, data_bytes):
+            for position, reason in checked.bad.items():
+                self._drop(checked.first + position, reason)
+            rows.append(checked.rows[checked.live])
+            indexes.append(checked.first + np.array(checked.live, np.int64))
+        self._rows, self._indexes = np.concatenate(rows), np.concatenate(indexes)
+        self._keep(np.argsort(self._rows["sequence"], kind="stable"))
+        # Of records with the same name the newest; after a power loss there may be more.
+        newest_first = self._rows.view(_NAME)["name"][::-1]
+        newest = len(newest_first) - 1 - np.unique(newest_first, return_index=True)[1]
+        for index in np.delete(self._indexes, newest).tolist():
+            self._drop(index, "duplicate")
+        self._keep(np.sort(newest))
+        if len(self._rows):
+            self.next_sequence = int(self._rows["sequence"][-1]) + 1
+        self._chunks = chunks
+        self._names = self.dictionary.namespaces, self.dictionary.parts
+
+    def tidy(self) -> None:
+        """Drop from the dictionary what nothing found uses, and damage.
+
+        Raises:
+            DictionaryFull, OSError: it stays as it is.
+        """
+        used = self._names_in(self._rows)
+        if used != self.dictionary.entries or self.dictionary.damaged_bytes:
+            self.dictionary.compact(used)
+
+    def _keep(self, order: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+        self._rows, self._indexes = self._rows[order], self._indexes[order]
+
+    def _drop(self, index: int, reason: str) -> None:
+        """Count a record that is not usable, and erase it so that it is met only once."""
+        self.dropped[reason] += 1
+        if not self.read_only:
+            with contextlib.suppress(OSError):  # it will be dropped again next time
+                self._write(index, EMPTY_RECORD)
+
+    @staticmethod
+    def _names_in(rows: Rows) -> set[int]:
+        """The numbers of namespaces and parts that records name."""
+        return {n for field in ("namespace", "part") for n in np.unique(rows[field]).tolist()}
+
+    @property
+    def found_count(self) -> int:
+        """Objects that `load` has found."""
+        return len(self._rows)
+
+    def found(self, *, by_place: bool = False) -> Iterator[tuple[int, Place, Held]]:
+        """What `load` has found: number, place and object, oldest first and each name once.
+
+        With `by_place` in the order of the places, under the same numbers.
+        """
+        namespaces, parts = self._names
+        order = np.argsort(self._indexes) if by_place else np.arange(len(self._indexes))
+        for start in range(0, len(order), _BATCH):
+            batch = order[start : start + _BATCH]
+            rows = self._rows[_HELD][batch].tolist()
+            numbers, indexes = batch.tolist(), self._indexes[batch].tolist()
+            for number, index, row in zip(numbers, indexes, rows, strict=True):
+                key, namespace, part, slot_bytes, *rest = row
+                name = ObjectName(namespaces[namespace], key, parts[part])
+                place = Place(self.header.slot_offset(index, slot_bytes), slot_bytes)
+                yield number, place, Held(name, *rest)
+
+    def forget_found(self) -> None:
+        """`found` is not needed any more."""
+        self._rows, self._indexes = np.empty(0, RECORD), np.empty(0, np.int64)
+
+    # --- Writing ----------------------------------------------------------------------------------
+
+    def later(self, place: Place, held: Held | None) -> None:
+        """The record of a place is to say this, or to be erased; the next `catch_up` writes it."""
+        self._late[self.header.index(*place)] = place, held
+
+    @property
+    def behind(self) -> bool:
+        """There is something for `catch_up` to write."""
+        return bool(self._late)
+
+    def catch_up(self, most: int | None = None) -> None:
+        """Write what `later` was told, `most` records of it.
+
+        Raises:
+            OSError: some of it is still to be written.
+        """
+        with self.lock:
+            for _ in range(len(self._late) if most is None else min(most, len(self._late))):
+                index, (place, held) = self._late.popitem()
+                try:
+                    if held is None:
+                        self._write(index, EMPTY_RECORD)
+                    else:
+                        self.put(place, held)
+                except DictionaryFull:  # It lost its entries to damage; what expires is not known.
+                    self._late.setdefault(index, (place, None))
+                except OSError:
+                    self._late.setdefault(index, (place, held))
+                    raise
+
+    def clear(self, place: Place, name: ObjectName) -> None:
+        """Erase the record of a place, which is to be an object's.
+
+        Raises:
+            DictionaryFull: the record could not name it; also after entries without use were
+                dropped.
+            OSError: there may be a record still.
+        """
+        with self.lock:
+            self._numbers(name)  # before any work, should there be no room for the name
+            index = self.header.index(*place)
+            self._late.pop(index, None)
+            self._write(index, EMPTY_RECORD)
+
+    def put(self, place: Place, held: Held) -> None:
+        """Make the object in a place findable; its data must be there.
+
+        Raises:
+            DictionaryFull, OSError: there is no valid record then.
+        """
+        header, index = self.header, self.header.index(*place)
+        # One lock for numbers and record: compaction must not drop a number in between.
+        with self.lock:
+            ids = self._numbers(held.name)
+            record = pack_record(header, index, held, ids, place.nbytes, self.next_sequence)
+            self._write(index, record)
+            self.next_sequence += 1
+
+    def compact(self) -> None:
+        """A full dictionary is worth another look: some of its names have lost all objects."""
+        self._names_full = False
+
+    def _write(self, index: int, record: bytes) -> None:
+        self.changed = True
+        write_full(self.fd, memoryview(record), self.header.record_offset(index))
+
+    def _numbers(self, name: ObjectName) -> tuple[int, int]:
+        """The dictionary's numbers of a namespace and a part, after writing what is new."""
+        number = self.dictionary.number
+        try:
+            return number(name.namespace), number(name.part)
+        except DictionaryFull:
+            if self._names_full:
+                raise  # A look costs a scan of the table.
+            self._names_full = True
+            self.catch_up()
+            used = (self._names_in(self.rows(number)) for number in range(self._chunks))
+            self.dictionary.compact(set().union(*used))
+            numbers = number(name.namespace), number(name.part)
+            self._names_full = False
+            return numbers
