@@ -37,7 +37,7 @@ def copy_blocks(
     elem_size: int,
     threads: int = 1,
     checksum: bool = False,
-) -> NDArray[np.uint64] | None:
+) -> list[int] | None:
     """Copy B blocks of P pages each between an engine's paged memory and slots.
 
     ``to_slots=True`` gathers memory into slots, ``False`` scatters slots into memory.
@@ -64,11 +64,11 @@ def copy_blocks(
     the slot at ``slots[b] + slot_offset + (p * page_tokens + t) * slot_token_stride +
     h * slot_head_stride + c * slot_channel_stride``.
 
-    With ``checksum=True`` returns a uint64 array ``(B,)``: the XXH3 of each whole slot, from byte
-    0 to the end of the last segment (also if pages were skipped). The segments must then cover
-    the slot without holes (``ValueError``). If they do so in memory runs that are multiples of
-    64 bytes and follow each other in the slot, the hash is computed while copying; otherwise in a
-    second pass. Returns ``None`` without ``checksum``.
+    With ``checksum=True`` returns B numbers: the XXH3 of each whole slot, from byte 0 to the end of
+    the last segment (also if pages were skipped). The segments must then cover the slot without
+    holes (``ValueError``). If they do so in memory runs that are multiples of 64 bytes and follow
+    each other in the slot, the hash is computed while copying; otherwise in a second pass. Returns
+    ``None`` without ``checksum``.
 
     The memory of the engine and the slots must not overlap, nor may two pages or slots that are
     written: neither is checked. The arrays are copied before the GIL is released.
@@ -104,13 +104,6 @@ def pack_u32(values: list[int]) -> bytes:
 
     Raises ``OverflowError`` for a value below 0 or above 2**32 - 1, ``TypeError`` for one that is
     no ``int``. Holds the GIL: about 5 ns a value.
-    """
-
-def prefault(address: int, nbytes: int, write: bool = True) -> None:
-    """Map the pages of a range for writing now; their content stays.
-
-    Raises ``OSError`` if the kernel cannot (not mapped, not writable, out of memory). Kernels
-    before Linux 5.14 are served by touching each page, where a bad range is a crash.
     """
 
 class Xxh3Stream:

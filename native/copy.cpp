@@ -1,11 +1,7 @@
 #include "copy.hpp"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <cstring>
 #include <iterator>
 
@@ -179,30 +175,6 @@ void copy_blocks(const Plan& plan, const std::int64_t* pages, std::size_t pages_
     }
     store_fence();
   });
-}
-
-int prefault(std::uint8_t* address, std::size_t size, bool write) {
-#if !defined(MADV_POPULATE_WRITE)
-  constexpr int MADV_POPULATE_READ = 22, MADV_POPULATE_WRITE = 23;  // Linux 5.14
-#endif
-  const int advice = write ? MADV_POPULATE_WRITE : MADV_POPULATE_READ;
-  const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-  const auto begin = reinterpret_cast<std::uintptr_t>(address) / page * page;
-  const auto end = reinterpret_cast<std::uintptr_t>(address) + size;
-  void* start = reinterpret_cast<void*>(begin);
-  // An empty range succeeds exactly where the kernel knows the advice.
-  if (madvise(start, 0, advice) == 0) {
-    while (madvise(start, end - begin, advice) != 0) {
-      if (errno != EINTR && errno != EAGAIN) return errno;
-    }
-    return 0;
-  }
-  // Adding zero writes to the page but keeps a value that another thread stores meanwhile.
-  for (std::uintptr_t p = reinterpret_cast<std::uintptr_t>(address); p < end;
-       p = p / page * page + page) {
-    __atomic_fetch_add(reinterpret_cast<std::uint8_t*>(p), 0, __ATOMIC_RELAXED);
-  }
-  return 0;
 }
 
 }  // namespace kvstore

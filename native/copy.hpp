@@ -17,8 +17,4 @@ void copy_blocks(const Plan& plan, const std::int64_t* pages, std::size_t pages_
                  const std::uint64_t* slots, std::size_t blocks, unsigned threads,
                  std::uint64_t* hashes);
 
-// Maps the pages of a range without changing what they hold; to `write`, all of them, else those
-// that shared memory has. Returns 0 or an errno.
-int prefault(std::uint8_t* address, std::size_t size, bool write);
-
 }  // namespace kvstore

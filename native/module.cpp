@@ -6,15 +6,12 @@
 #include <nanobind/stl/vector.h>
 
 #include <pthread.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <chrono>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -33,7 +30,6 @@ namespace kvstore {
 namespace {
 
 using Array = nb::ndarray<nb::ro, nb::device::cpu>;
-using HashArray = nb::ndarray<nb::numpy, std::uint64_t, nb::ndim<1>>;
 
 constexpr std::chrono::milliseconds kFinishWait{5000};
 constexpr std::int64_t kMaxThreads = 256;
@@ -191,21 +187,10 @@ std::vector<std::uint64_t> checked_slots(const Array& slots, std::size_t blocks)
   return std::vector<std::uint64_t>(data, data + blocks);
 }
 
-HashArray hash_array(std::unique_ptr<std::uint64_t[]> values, std::size_t count) {
-  std::uint64_t* data = values.get();
-  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<std::uint64_t*>(p); });
-  values.release();
-  return HashArray(data, {count}, owner);
-}
-
 nb::object copy_blocks_checked(bool to_slots, const Array& segments, const Array& page_ids,
                                const Array& slots, std::int64_t page_tokens,
                                std::int64_t elem_size, std::int64_t threads, bool checksum) {
-  Shape shape;
-  shape.to_slots = to_slots;
-  shape.checksum = checksum;
-  shape.page_tokens = page_tokens;
-  shape.elem_size = elem_size;
+  Shape shape{to_slots, checksum, page_tokens, elem_size};
   if (page_tokens < 1 || page_tokens > kMaxPageTokens) {
     reject("page_tokens must be between 1 and 2**24");
   }
@@ -229,15 +214,13 @@ nb::object copy_blocks_checked(bool to_slots, const Array& segments, const Array
   }
   if (blocks > INT64_MAX / plan.block_bytes) reject("page_ids has too many rows");
 
-  std::unique_ptr<std::uint64_t[]> hashes;
-  if (checksum) hashes = std::make_unique<std::uint64_t[]>(blocks);
+  std::vector<std::uint64_t> hashes(checksum ? blocks : 0);
   {
     const Unlocked unlocked;
     copy_blocks(plan, pages.data(), page_ids.shape(1), addresses.data(), blocks, workers,
-                hashes.get());
+                checksum ? hashes.data() : nullptr);
   }
-  if (!checksum) return nb::none();
-  return nb::cast(hash_array(std::move(hashes), blocks));
+  return checksum ? nb::cast(hashes) : nb::none();
 }
 
 nb::bytes chain_keys_checked(const nb::bytes& parent, const Array& tokens,
@@ -314,21 +297,6 @@ nb::bytes pack_u32(const nb::list& values) {
   return packed;
 }
 
-void prefault_range(std::int64_t address, std::int64_t nbytes, bool write) {
-  const Range range = checked_range("address", address, nbytes);
-  if (range.size == 0) return;
-  int error = 0;
-  {
-    const Unlocked unlocked;
-    error = prefault(range.data, range.size, write);
-  }
-  if (error != 0) {
-    errno = error;
-    PyErr_SetFromErrno(PyExc_OSError);
-    throw nb::python_error();
-  }
-}
-
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -347,7 +315,6 @@ NB_MODULE(_native, m) {
         "src"_a.noconvert(), "sizes"_a.noconvert(), "stream"_a);
   m.def("chain_keys", &chain_keys_checked, "parent"_a, "tokens"_a.noconvert(), "block_tokens"_a);
   m.def("pack_u32", &pack_u32, "values"_a);
-  m.def("prefault", &prefault_range, "address"_a, "nbytes"_a, "write"_a = true);
 
   nb::class_<Xxh3Stream>(m, "Xxh3Stream")
       .def(nb::init<>())

@@ -23,9 +23,9 @@ static_assert(sizeof(Segment) == kSegmentFields * sizeof(std::int64_t));
 struct Shape {
   bool to_slots = false;
   bool checksum = false;
-  std::int64_t pages = 0;  // pages of a block
   std::int64_t page_tokens = 0;
   std::int64_t elem_size = 0;
+  std::int64_t pages = 0;  // pages of a block
   std::int64_t min_page = 0;  // smallest and largest page number in use (skipped ones aside)
   std::int64_t max_page = 0;
 };

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Final
 from weakref import WeakValueDictionary
 
-from kvstore import _native
 from kvstore.errors import ConfigError, NotNow
 from kvstore.files import file_system
+from kvstore.memory.bounce import prefault
 from kvstore.memory.room import Busy, check_room
 from kvstore.values import format_size
 
@@ -248,7 +248,7 @@ class Arena:
         for start in range(0, self.size, _PREFAULT_PIECE):
             if progress is not None:
                 progress(start, self.size)
-            _native.prefault(self.address + start, min(_PREFAULT_PIECE, self.size - start))
+            prefault(self.address + start, min(_PREFAULT_PIECE, self.size - start))
         if progress is not None:
             progress(self.size, self.size)
 
@@ -266,7 +266,7 @@ class Arena:
         with contextlib.suppress(OSError):  # no memory
             for at in range(0, self.size, _POPULATE_PIECE):  # Others, too, want the page tables.
                 left = min(_POPULATE_PIECE, self.size - at)
-                _native.prefault(self.address + at, left, write=False)
+                prefault(self.address + at, left, write=False)
 
     @property
     def huge(self) -> bool:

@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import mmap
+import os
 from typing import Final
 
 import numpy as np
 
-from kvstore._native import prefault
-
 _HUGE: Final = 1 << 21
+_POPULATE: Final = (22, 23)
+"""``MADV_POPULATE_READ``, ``MADV_POPULATE_WRITE`` of Linux 5.14."""
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)  # lets go of the GIL, which `mmap` holds
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def prefault(address: int, nbytes: int, *, write: bool = True) -> None:
+    """Map whole pages now, all of them to `write`, else those that shared memory has.
+
+    Their content stays; on older kernels nobody else may write meanwhile.
+
+    Raises:
+        OSError: out of memory, or nothing is mapped there.
+    """
+    advice = _POPULATE[write]
+    if _libc.madvise(address, 0, advice):  # the kernel does not know it
+        pages = np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
+        touched = pages[:: mmap.PAGESIZE]
+        np.bitwise_or(touched, 0, out=touched if write else None)
+        return
+    while _libc.madvise(address, nbytes, advice):
+        if (code := ctypes.get_errno()) not in (errno.EINTR, errno.EAGAIN):
+            raise OSError(code, os.strerror(code))
 
 
 class Bounce:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
+import resource
 import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvstore.errors import ConfigError, NotNow
+from kvstore.memory import bounce
 from kvstore.memory.arena import Arena
 
 SIZE = 4 << 20
@@ -28,6 +32,30 @@ def huge_tmpfs(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a tmpfs needs root")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("kernel", ["new", "old"])
+def test_what_was_touched_faults_no_more_and_keeps_its_content(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel == "old":
+        monkeypatch.setattr(bounce, "_POPULATE", (9999, 9999))
+    with mmap.mmap(-1, SIZE) as mapping:
+        data = np.frombuffer(mapping, dtype=np.uint8)
+        data[5] = 7
+        for write in (False, True):
+            bounce.prefault(data.ctypes.data, SIZE, write=write)
+        bounce.prefault(data.ctypes.data, 0)
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        data[:: mmap.PAGESIZE] += 1
+        assert resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before < 20
+        assert (data[0], data[5], np.count_nonzero(data)) == (1, 7, SIZE // mmap.PAGESIZE + 1)
+        del data
+
+
+def test_memory_that_cannot_be_had_is_an_error() -> None:
+    with pytest.raises(OSError, match="annot"):
+        bounce.prefault(4096, 4096)  # below the lowest address that Linux maps
 
 
 def test_bytes_written_here_are_read_there() -> None:

@@ -1,7 +1,6 @@
 """The native block copy against numpy, over many layouts of memory and slots."""
 
 import math
-import mmap
 import os
 import subprocess
 import sys
@@ -160,8 +159,7 @@ def check(
     hashes = hashed.copy(to_slots, pages, threads, checksum=True)
     assert hashed.state() == expected.state()
     assert hashes is not None
-    assert hashes.dtype == np.uint64
-    assert hashes.tolist() == expected.hashes()
+    assert hashes == expected.hashes()
 
 
 MEMORY = ["pthc", "phtc", "phct", "hptc", "ptch", "tphc", "spthc", "pthsc", "phstc", "sphct"]
@@ -271,7 +269,7 @@ def test_segments_of_different_shape() -> None:
     assert slot[: 32 * 512].tolist() == latent[[7, 2]].ravel().tolist()
     assert slot[32 * 512 :].tolist() == position[[7, 2]].ravel().tolist()
     assert hashes is not None
-    assert hashes.tolist() == [xxhash.xxh3_64_intdigest(slot.tobytes())]
+    assert hashes == [xxhash.xxh3_64_intdigest(slot.tobytes())]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
@@ -304,7 +302,7 @@ def test_concurrent_calls() -> None:
         for _ in range(5):
             hashes = mine.copy(True, pages, threads=2, checksum=True)
             assert hashes is not None
-            results.append(hashes.tolist())
+            results.append(hashes)
 
     workers = [threading.Thread(target=work) for _ in range(4)]
     for worker in workers:
@@ -321,8 +319,7 @@ def test_no_blocks() -> None:
     args = (True, world.rows(), empty, slots, world.page_tokens, world.elem)
     assert _native.copy_blocks(*args) is None
     hashes = _native.copy_blocks(*args, checksum=True)
-    assert hashes is not None
-    assert hashes.shape == (0,)
+    assert hashes == []
 
 
 def test_holes_have_no_checksum() -> None:
@@ -445,27 +442,6 @@ def test_linear_copy_bad_arguments() -> None:
             _native.copy(*args)
     with pytest.raises(ValueError, match=r"dst \+ nbytes overflows"):
         _native.copy(at, at, 2**63 - 1)
-
-
-def test_prefault_keeps_content() -> None:
-    with mmap.mmap(-1, 1 << 20) as mapping:
-        data = np.frombuffer(mapping, dtype=np.uint8)
-        address = data.ctypes.data
-        data[5] = 7
-        _native.prefault(address + 3, (1 << 20) - 3)
-        assert data[5] == 7
-        assert np.count_nonzero(data) == 1
-        _native.prefault(address, 0)
-        with pytest.raises(ValueError, match="nbytes"):
-            _native.prefault(address, -1)
-        with pytest.raises(ValueError, match="address"):
-            _native.prefault(0, 1)
-        del data
-
-
-def test_prefault_reports_failure() -> None:
-    with pytest.raises(OSError, match="annot"):
-        _native.prefault(4096, 4096)  # below the lowest address that Linux maps
 
 
 @pytest.mark.parametrize("cpu", ["portable", "avx2", "avx512"])
