@@ -6,23 +6,24 @@ bytes are written into it by an engine's copier and read from it by whoever need
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import fcntl
 import logging
 import mmap
 import os
+import re
 import stat
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
 from weakref import WeakValueDictionary
 
 from kvstore.errors import ConfigError, NotNow
-from kvstore.files import file_system
-from kvstore.memory.bounce import prefault
+from kvstore.files import file_system, open_own
+from kvstore.memory.bounce import prefault as map_pages
 from kvstore.memory.room import Busy, check_room
 from kvstore.values import format_size
 
@@ -50,6 +51,9 @@ class Arena:
         self._populating = False
         self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED)
         self._map.madvise(mmap.MADV_DONTDUMP)  # KV of all tenants
+        if pages != "hugetlb":
+            with suppress(OSError):  # a kernel without; `huge` tells the truth later
+                self._map.madvise(mmap.MADV_HUGEPAGE)
         anchor = ctypes.c_char.from_buffer(self._map)
         self.address = ctypes.addressof(anchor)
         # Addresses are handed to native code as numbers; without an exported buffer the mapping
@@ -65,7 +69,7 @@ class Arena:
         path: Path | None = None,
         prefault: bool = True,
         private: bool = False,
-        progress: Progress | None = None,
+        progress: Progress = lambda done, total: None,
         patience: float = 0.0,
     ) -> Arena:
         """A new arena of `size` bytes, rounded down to whole pages.
@@ -95,11 +99,14 @@ class Arena:
                     if not waited:
                         _log.info("waiting up to %.3g s for memory: %s", patience, e)
                     waited = True
-                    if progress is not None:
-                        progress(0, size)
+                    progress(0, size)
                     time.sleep(_LOOK)
             if prefault:
-                arena.prefault(progress)
+                for start in range(0, arena.size, _PREFAULT_PIECE):
+                    progress(start, arena.size)
+                    left = min(_PREFAULT_PIECE, arena.size - start)
+                    map_pages(arena.address + start, left)
+                progress(arena.size, arena.size)
         except BaseException as e:
             if arena is not None:
                 arena.close()
@@ -150,107 +157,56 @@ class Arena:
         patient: bool,
     ) -> Arena:
         if path is not None:
-            return cls._named(size, path, reserve=reserve, private=private)
-        arena = cls._on_huge_pages(size, reserve=reserve, patient=patient)
-        if arena is None and huge_dir is not None:
-            arena = cls._in_folder(size, huge_dir, reserve=reserve, private=private)
-        return arena or cls._memfd(check_room(size, private=private), "shmem")._advise()
+            return cls._on_tmpfs(size, path, True, reserve, private)
+        if rounded := size - size % HUGE_PAGE:
+            try:
+                flags = os.MFD_HUGETLB | os.MFD_HUGE_2MB
+                return cls._in_memfd(rounded, "hugetlb", flags, reserve)
+            except OSError as e:  # No pages reserved: the usual case, and not an error.
+                if patient and rounded <= _reserved_huge_pages():
+                    raise Busy(f"reserved huge pages are in use by others ({e})") from e
+        if huge_dir is not None:
+            return cls._on_tmpfs(size, huge_dir, False, reserve, private)
+        return cls._in_memfd(check_room(size, private=private), "shmem", 0, False)
 
     @classmethod
-    def _on_huge_pages(cls, size: int, *, reserve: bool, patient: bool) -> Arena | None:
-        rounded = size - size % HUGE_PAGE
-        if not rounded:
-            return None
-        try:
-            return cls._memfd(rounded, "hugetlb", os.MFD_HUGETLB | os.MFD_HUGE_2MB, reserve=reserve)
-        except OSError as e:  # No pages reserved: the usual case, and not an error.
-            if patient and rounded <= _reserved_huge_pages():
-                raise Busy(f"reserved huge pages are in use by others ({e})") from e
-            return None
-
-    @classmethod
-    def _memfd(cls, size: int, pages: str, flags: int = 0, *, reserve: bool = False) -> Arena:
+    def _in_memfd(cls, size: int, pages: str, flags: int, reserve: bool) -> Arena:
         fd = os.memfd_create("kvstore", flags | os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            _set_size(fd, size, reserve=reserve)
+        with ExitStack() as undo:
+            undo.callback(os.close, fd)
+            _set_size(fd, size, reserve)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-            return cls(fd, size, pages)
-        except BaseException:
-            os.close(fd)
-            raise
-
-    @classmethod
-    def _in_folder(cls, size: int, folder: Path, **how: bool) -> Arena:
-        try:
-            fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        except OSError as e:
-            raise ConfigError(
-                f"memory.huge_dir {folder}: {e.strerror}; give a folder on a tmpfs mounted with "
-                "huge=advise, e.g. mount -t tmpfs -o huge=advise,size=64G tmpfs /mnt/kvstore"
-            ) from e
-        return cls._on_tmpfs(fd, size, f"memory.huge_dir {folder}", **how)
-
-    @classmethod
-    def _named(cls, size: int, path: Path, **how: bool) -> Arena:
-        _remove_stale(path)
-        try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            fd = os.open(path, flags, 0o600)
-        except OSError as e:
-            raise ConfigError(
-                f"memory.path {path}: {e.strerror}; give a file in a folder of yours on a tmpfs, "
-                "e.g. /dev/shm/kvstore/arena"
-            ) from e
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as the daemon lives
-            arena = cls._on_tmpfs(fd, size, f"memory.path {path}", **how)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-        arena.path = path
+            arena = cls(fd, size, pages)
+            undo.pop_all()
         return arena
 
     @classmethod
-    def _on_tmpfs(cls, fd: int, size: int, what: str, *, reserve: bool, private: bool) -> Arena:
+    def _on_tmpfs(cls, size: int, place: Path, named: bool, reserve: bool, private: bool) -> Arena:
+        if named:
+            _remove_stale(place)
+            what, flags = f"memory.path {place}", os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            remedy = "a file in a folder of yours on a tmpfs, e.g. /dev/shm/kvstore/arena"
+        else:
+            what, flags = f"memory.huge_dir {place}", os.O_TMPFILE
+            remedy = (
+                "a folder on a tmpfs mounted with huge=advise, e.g. "
+                "mount -t tmpfs -o huge=advise,size=64G tmpfs /mnt/kvstore"
+            )
         try:
-            kind = file_system(fd)
-            if kind not in ("tmpfs", "ramfs", "hugetlbfs"):
-                raise ConfigError(
-                    f"{what} is on a disk, which would be written all the time; give a place on a "
-                    "tmpfs, e.g. below /dev/shm"
-                )
-            space = os.fstatvfs(fd)
-            if space.f_blocks and space.f_bavail * space.f_frsize < size:  # 0: no limit
-                fits = size <= space.f_blocks * space.f_frsize
-                raise (Busy if fits else NotNow)(
-                    f"{what} has room for {format_size(space.f_bavail * space.f_frsize)}, "
-                    f"memory.size is {format_size(size)}; enlarge the tmpfs or lower memory.size"
-                )
-            if kind != "hugetlbfs":  # Its pages are counted apart.
-                size = check_room(size, private=private)
-            _set_size(fd, size, reserve=reserve)
-            return cls(fd, size, "tmpfs")._advise()
-        except BaseException:
-            os.close(fd)
-            raise
-
-    def _advise(self) -> Arena:
-        with contextlib.suppress(OSError):  # a kernel without; `huge` tells the truth later
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        return self
-
-    def prefault(self, progress: Progress | None = None) -> None:
-        """Touch every page, in pieces.
-
-        Raises:
-            OSError: memory ran out.
-        """
-        for start in range(0, self.size, _PREFAULT_PIECE):
-            if progress is not None:
-                progress(start, self.size)
-            prefault(self.address + start, min(_PREFAULT_PIECE, self.size - start))
-        if progress is not None:
-            progress(self.size, self.size)
+            fd = os.open(place, flags | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            raise ConfigError(f"{what}: {e.strerror}; give {remedy}") from e
+        with ExitStack() as undo:
+            undo.callback(os.close, fd)
+            if named:
+                undo.callback(place.unlink, missing_ok=True)
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as the daemon lives
+            size = _fitting(fd, size, what, private)
+            _set_size(fd, size, reserve)
+            arena = cls(fd, size, "tmpfs")
+            undo.pop_all()
+        arena.path = place if named else None
+        return arena
 
     def populate(self) -> None:
         """Begin to map what there is, in a thread, so that copies meet no page faults.
@@ -259,28 +215,23 @@ class Arena:
         """
         if not self._populating:
             self._populating = True
-            with contextlib.suppress(RuntimeError):  # no more threads
+            with suppress(RuntimeError):  # no more threads
                 threading.Thread(target=self._populate, daemon=True).start()
 
     def _populate(self) -> None:
-        with contextlib.suppress(OSError):  # no memory
+        with suppress(OSError):  # no memory
             for at in range(0, self.size, _POPULATE_PIECE):  # Others, too, want the page tables.
                 left = min(_POPULATE_PIECE, self.size - at)
-                prefault(self.address + at, left, write=False)
+                map_pages(self.address + at, left, write=False)
 
     @property
     def huge(self) -> bool:
         """Whether the memory really lies on huge pages (read from the kernel after prefaulting)."""
         if self.pages == "hugetlb":
             return True
-        here = f"{self.address:x}-"
-        inside = False
-        for line in Path("/proc/self/smaps").read_text().splitlines():
-            if line.startswith(here):
-                inside = True
-            elif inside and line.startswith("ShmemPmdMapped:"):
-                return int(line.split()[1]) * 1024 * 2 > self.size
-        return False
+        here = rf"^{self.address:x}-.*?^ShmemPmdMapped: *(\d+)"
+        found = re.search(here, Path("/proc/self/smaps").read_text(), re.M | re.S)
+        return found is not None and int(found[1]) * 1024 * 2 > self.size
 
     def advice(self) -> str | None:
         """One line on what 4 KiB pages cost and how to get larger ones; None on huge pages."""
@@ -305,7 +256,7 @@ class Arena:
         """Take its name away, if it has one; who has mapped it keeps it."""
         if self.path is None:
             return
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             if self.path.lstat().st_ino == self.inode:
                 self.path.unlink()
         self.path = None
@@ -343,10 +294,28 @@ def _reserved_huge_pages() -> int:
         return 0
 
 
-def _set_size(fd: int, size: int, *, reserve: bool) -> None:
+def _set_size(fd: int, size: int, reserve: bool) -> None:
     os.ftruncate(fd, size)
     if reserve:
         os.posix_fallocate(fd, 0, size)
+
+
+def _fitting(fd: int, size: int, what: str, private: bool) -> int:
+    """`size`, or what there is for a `private` arena, on the file system of a file."""
+    kind = file_system(fd)
+    if kind not in ("tmpfs", "ramfs", "hugetlbfs"):
+        raise ConfigError(
+            f"{what} is on a disk, which would be written all the time; give a place on a tmpfs, "
+            "e.g. below /dev/shm"
+        )
+    space = os.fstatvfs(fd)
+    if space.f_blocks and space.f_bavail * space.f_frsize < size:  # 0: no limit
+        raise (Busy if size <= space.f_blocks * space.f_frsize else NotNow)(
+            f"{what} has room for {format_size(space.f_bavail * space.f_frsize)}, "
+            f"memory.size is {format_size(size)}; enlarge the tmpfs or lower memory.size"
+        )
+    # The pages of a hugetlbfs are counted apart.
+    return size if kind == "hugetlbfs" else check_room(size, private=private)
 
 
 def _remove_stale(path: Path) -> None:
@@ -355,27 +324,18 @@ def _remove_stale(path: Path) -> None:
     Raises:
         ConfigError: what is there is not that, or a daemon uses it.
     """
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return
+    try:
+        with open(open_own(path, os.O_RDWR), "rb") as found:
+            fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    except BlockingIOError:
+        raise ConfigError(
+            f"memory.path {path} is the arena of a daemon that runs; give each its own"
+        ) from None
     except OSError as e:
         raise ConfigError(
             f"memory.path {path} is there already and is no arena of ours ({e.strerror}); choose "
             "another name"
         ) from e
-    try:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
-            raise ConfigError(
-                f"memory.path {path} is there already and is no file of this user; choose another "
-                "name"
-            )
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink()
-    except BlockingIOError:
-        raise ConfigError(
-            f"memory.path {path} is the arena of a daemon that runs; give each its own"
-        ) from None
-    finally:
-        os.close(fd)
