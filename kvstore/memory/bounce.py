@@ -29,8 +29,8 @@ def prefault(address: int, nbytes: int, *, write: bool = True) -> None:
     """
     advice = _POPULATE[write]
     if _libc.madvise(address, 0, advice):  # the kernel does not know it
-        pages = np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
-        touched = pages[:: mmap.PAGESIZE]
+        memory = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+        touched = memory[:: mmap.PAGESIZE]
         np.bitwise_or(touched, 0, out=touched if write else None)
         return
     while _libc.madvise(address, nbytes, advice):
