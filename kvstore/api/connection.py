@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import grpc
-from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, Help
 from grpc_status import rpc_status
 
-from kvstore.api import v1
 from kvstore.api.convert import MAX_REPLY, SERVICE
-from kvstore.api.errors import OperationFailed, OperationUnfinished, RequestRefused
+from kvstore.api.errors import RequestRefused
 from kvstore.config import Config, load_config
 from kvstore.errors import AccessDenied, ConfigError, KVStoreError, StoreUnavailable
 from kvstore.transport.credentials import (
@@ -35,9 +32,6 @@ _NOBODY: Final = (
     "nobody listens there; start one with `kvstore serve`, or name another by its address "
     "(--address, KVSTORE_ADDRESS)"
 )
-
-_NOW: Final = 0.001
-_LONGEST: Final = 1e9
 
 OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
     ("grpc.max_receive_message_length", MAX_REPLY),
@@ -170,13 +164,8 @@ def _control_socket(address: str) -> Path:
 def _credentials(config: Config) -> grpc.ChannelCredentials:
     client_context(config)  # Tells what is wrong with the files; gRPC does not.
     session = config.session
-
-    def content(path: Path | None) -> bytes | None:
-        return None if path is None else path.read_bytes()
-
-    return grpc.ssl_channel_credentials(
-        content(session.tls_ca), content(session.tls_key), content(session.tls_cert)
-    )
+    files = (session.tls_ca, session.tls_key, session.tls_cert)
+    return grpc.ssl_channel_credentials(*(file.read_bytes() if file else None for file in files))
 
 
 def translated(error: Any, to: Target, timeout: float | None) -> KVStoreError:
@@ -214,36 +203,3 @@ def _plainly(message: str, to: Target) -> str:
     if to.socket is None and to.credentials is None and "closed" in message:
         return f"{message}; if it speaks TLS, set session.tls_ca"
     return message
-
-
-def within(timeout: float | None) -> float | None:
-    """`timeout` as gRPC takes it: it overflows beyond some centuries, and so ends at once."""
-    return None if timeout is None else max(0.0, min(timeout, _LONGEST))
-
-
-def encoded(message: Message) -> bytes:
-    """A request's bytes."""
-    return message.SerializeToString()
-
-
-def deadline(timeout: float | None) -> float | None:
-    """When `timeout` seconds are over."""
-    return None if timeout is None else time.monotonic() + timeout
-
-
-def unfinished(
-    state: v1.Operation, until: float | None, timeout: float | None, error: StoreUnavailable
-) -> KVStoreError:
-    """What a watch that broke off with `error` becomes."""
-    if until is None or time.monotonic() < until - _NOW:
-        return error
-    return OperationUnfinished(
-        f"{state.verb} {state.id} has not ended within {timeout:g} s; it goes on"
-    )
-
-
-def ended(state: v1.Operation) -> v1.Operation:
-    """The state of an operation at its end. Raises OperationFailed: it failed."""
-    if state.state == v1.Operation.STATE_FAILED:
-        raise OperationFailed(f"{state.verb} {state.id} failed: {state.message}")
-    return state

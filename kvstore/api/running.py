@@ -1,10 +1,11 @@
-"""Calls that run: streams of answers, and long operations that were started."""
+"""What calls a daemon's API, for threads and for asyncio: answers, streams, long operations."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Generator
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Final, Generic, NamedTuple, Self, TypeVar
 
 from kvstore.api import v1  # before gRPC
 
@@ -12,18 +13,17 @@ from kvstore.api import v1  # before gRPC
 import grpc
 from google.protobuf.message import Message
 
-from kvstore.api.connection import (
-    Target,
-    deadline,
-    ended,
-    inherited,
-    refuse_child,
-    translated,
-    unfinished,
-)
+from kvstore.api.connection import OPTIONS, Target, inherited, refuse_child, target, translated
+from kvstore.api.convert import SERVICE
+from kvstore.api.errors import OperationFailed, OperationUnfinished
+from kvstore.config import Config
 from kvstore.errors import StoreUnavailable
 
 M = TypeVar("M", bound=Message)
+
+_NOW: Final = 0.001
+_LONGEST: Final = 1e9
+"""Seconds: gRPC overflows beyond some centuries, and so ends at once."""
 
 
 class Call(NamedTuple, Generic[M]):
@@ -34,24 +34,117 @@ class Call(NamedTuple, Generic[M]):
     reply: type[M]
 
 
-class Caller(Protocol):
-    """Makes calls."""
+class _Caller:
+    """A daemon's API. Close it, or use it as a context manager.
+
+    Args:
+        address: unix:///path of the daemon's socket, host:port of its gRPC API (with TLS where
+            `session.tls_ca` or `session.tls_cert` is configured), or grpc:// or grpcs://host:port
+            without or with TLS. None: the configured socket, or an engine's private store, if
+            there is just one; that is asked to serve its API, which may take half a second.
+        config: gives what is left out here; loaded from file and environment if None.
+        token: to present; None: `KVSTORE_TOKEN` or `session.token_file`.
+        timeout: seconds for each call, 0: at once; streams have none.
+
+    Raises:
+        ConfigError: an address, token file or certificate is unusable, or several private stores
+            run. Nothing is connected yet.
+        StoreUnavailable: a private store does not answer.
+    """
+
+    _grpc: ClassVar[Any]
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        config: Config | None = None,
+        token: str | None = None,
+        timeout: float = 10.0,
+    ) -> None:
+        self.timeout = timeout
+        self._target = target(address, config, token, timeout)
+        self.address = self._target.shown
+        where, credentials = self._target.address, self._target.credentials
+        if credentials is None:
+            self._channel = self._grpc.insecure_channel(where, options=OPTIONS)
+        else:
+            self._channel = self._grpc.secure_channel(where, credentials, options=OPTIONS)
+
+    def _begin(self, kind: str, call: Call[Any], timeout: float | None) -> Any:
+        self._target.check()
+        method = getattr(self._channel, kind)(
+            f"/{SERVICE}/{call.method}",
+            request_serializer=type(call.request).SerializeToString,
+            response_deserializer=call.reply.FromString,
+        )
+        within = None if timeout is None else max(0.0, min(timeout, _LONGEST))
+        return method(call.request, timeout=within, metadata=self._target.metadata)
+
+
+class Caller(_Caller):
+    __doc__ = _Caller.__doc__
+    _grpc: ClassVar[Any] = grpc
+
+    def close(self) -> None:
+        """End the connection and all streams."""
+        if not inherited():
+            self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def send(self, call: Call[M]) -> M:
-        """Make one and wait for its answer."""
+        """Make a call and wait for its answer. Raises KVStoreError: see above."""
+        try:
+            reply: M = self._begin("unary_unary", call, self.timeout)
+        except grpc.RpcError as e:
+            raise translated(e, self._target, self.timeout) from None
+        return reply
 
     def stream(self, call: Call[M], timeout: float | None = None) -> Stream[M]:
-        """Make one that is answered by a stream."""
+        """Make a streaming call, which ends after `timeout` seconds at the latest."""
+        return Stream(self._begin("unary_stream", call, timeout), self._target, timeout)
+
+    def start(self, call: Call[v1.Operation]) -> Operation:
+        """Make a call that begins a long operation."""
+        return Operation(self, self.send(call))
 
 
-class AsyncCaller(Protocol):
-    """The same for asyncio."""
+class AsyncCaller(_Caller):
+    """`Caller` for asyncio: belongs to the loop it is made on."""
+
+    _grpc: ClassVar[Any] = grpc.aio
+
+    async def close(self) -> None:
+        """End the connection and all streams."""
+        if not inherited():
+            await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     async def send(self, call: Call[M]) -> M:
-        """See `Caller`."""
+        """Make a call and wait for its answer. Raises KVStoreError: see `Caller`."""
+        try:
+            reply: M = await self._begin("unary_unary", call, self.timeout)
+        except grpc.RpcError as e:
+            raise translated(e, self._target, self.timeout) from None
+        return reply
 
     def stream(self, call: Call[M], timeout: float | None = None) -> AsyncStream[M]:
-        """See `Caller`."""
+        """Make a streaming call, which ends after `timeout` seconds at the latest."""
+        return AsyncStream(self._begin("unary_stream", call, timeout), self._target, timeout)
+
+    async def start(self, call: Call[v1.Operation]) -> AsyncOperation:
+        """Make a call that begins a long operation."""
+        return AsyncOperation(self, await self.send(call))
 
 
 class _Stream(Generic[M]):
@@ -99,10 +192,7 @@ class AsyncStream(_Stream[M]):
     """`Stream` for asyncio."""
 
     async def ready(self) -> Self:
-        """Wait until the daemon has begun: from here on, nothing is missed.
-
-        An error is told by the next step of the iterator.
-        """
+        """Wait until the daemon has begun: see `Stream.ready`."""
         await self._running.initial_metadata()
         return self
 
@@ -142,6 +232,18 @@ class _Started:
     def _cancel(self) -> Call[v1.Operation]:
         return Call("Cancel", v1.CancelRequest(id=self.id), v1.Operation)
 
+    def _check_ended(self) -> None:
+        if self.state.state == v1.Operation.STATE_FAILED:
+            what = f"{self.state.verb} {self.id}"
+            raise OperationFailed(f"{what} failed: {self.state.message}")
+
+    def _check_time(self, began: float, timeout: float | None) -> None:
+        """After a watch broke off."""
+        if timeout is not None and time.monotonic() >= began + timeout - _NOW:
+            what = f"{self.state.verb} {self.id}"
+            text = f"{what} has not ended within {timeout:g} s; it goes on"
+            raise OperationUnfinished(text) from None
+
 
 class Operation(_Started):
     """A long operation that was started. `state` is what was last heard of it."""
@@ -150,28 +252,29 @@ class Operation(_Started):
         super().__init__(state)
         self._caller = caller
 
-    def watch(self) -> Generator[v1.Operation]:
-        """Its states, until it has ended. Raises OperationFailed: at the end, if it failed."""
-        for state in self._caller.stream(self._watch()):
-            self.state = state
-            yield state
-        ended(self.state)
-
-    def wait(self, timeout: float | None = None) -> v1.Operation:
-        """Its state at the end, be it done or cancelled.
+    def watch(self, timeout: float | None = None) -> Generator[v1.Operation]:
+        """Its states, until it has ended, be it done or cancelled.
 
         Raises:
-            OperationFailed: it failed.
+            OperationFailed: at the end, if it failed.
             OperationUnfinished: it has not ended within `timeout` seconds; it goes on.
             StoreUnavailable: the daemon went away.
         """
-        until = deadline(timeout)
+        began = time.monotonic()
         try:
             for state in self._caller.stream(self._watch(), timeout):
                 self.state = state
-        except StoreUnavailable as e:
-            raise unfinished(self.state, until, timeout, e) from None
-        return ended(self.state)
+                yield state
+        except StoreUnavailable:
+            self._check_time(began, timeout)
+            raise
+        self._check_ended()
+
+    def wait(self, timeout: float | None = None) -> v1.Operation:
+        """Its state at the end. Raises KVStoreError: see `watch`."""
+        for _ in self.watch(timeout):
+            pass
+        return self.state
 
     def cancel(self) -> v1.Operation:
         """Ask it to end; what it did so far stays done."""
@@ -186,26 +289,23 @@ class AsyncOperation(_Started):
         super().__init__(state)
         self._caller = caller
 
-    async def watch(self) -> AsyncGenerator[v1.Operation]:
-        """Its states, until it has ended. Raises OperationFailed: at the end, if it failed."""
-        async for state in self._caller.stream(self._watch()):
-            self.state = state
-            yield state
-        ended(self.state)
-
-    async def wait(self, timeout: float | None = None) -> v1.Operation:
-        """Its state at the end, be it done or cancelled.
-
-        Raises:
-            KVStoreError: see `Operation.wait`.
-        """
-        until = deadline(timeout)
+    async def watch(self, timeout: float | None = None) -> AsyncGenerator[v1.Operation]:
+        """Its states, until it has ended. Raises KVStoreError: see `Operation.watch`."""
+        began = time.monotonic()
         try:
             async for state in self._caller.stream(self._watch(), timeout):
                 self.state = state
-        except StoreUnavailable as e:
-            raise unfinished(self.state, until, timeout, e) from None
-        return ended(self.state)
+                yield state
+        except StoreUnavailable:
+            self._check_time(began, timeout)
+            raise
+        self._check_ended()
+
+    async def wait(self, timeout: float | None = None) -> v1.Operation:
+        """Its state at the end. Raises KVStoreError: see `Operation.watch`."""
+        async for _ in self.watch(timeout):
+            pass
+        return self.state
 
     async def cancel(self) -> v1.Operation:
         """Ask it to end; what it did so far stays done."""

@@ -13,7 +13,6 @@ from functools import update_wrapper
 from inspect import signature
 from typing import (
     Any,
-    ClassVar,
     Concatenate,
     Final,
     Generic,
@@ -51,33 +50,41 @@ from kvstore.blocks.spec import Namespace
 
 M = TypeVar("M", bound=Message)
 P = ParamSpec("P")
+S = TypeVar("S")
+A = TypeVar("A")
 
 Role = Literal["read", "write", "admin"]
 Builder = Callable[Concatenate[Any, P], Message]
 
 
-class Verb(Generic[P, M]):
+class Verb(Generic[P, S, A]):
     """One verb: what makes its request, its answer, the role it needs. In a client's class, the
-    method that sends it.
+    method that sends it, and returns S, or for asyncio A.
+
+    `way` is how clients send it: the name of their method.
     """
 
-    way: ClassVar[str]
-    """How clients send it: the name of their method."""
-
-    def __init__(self, build: Builder[P], reply: type[M], role: Role) -> None:
+    def __init__(
+        self,
+        build: Builder[P],
+        reply: type[Message],
+        role: Role,
+        way: Literal["send", "start", "stream"],
+    ) -> None:
         self.build = build
         self.reply = reply
         self.role = role
+        self.way = way
         self.name = build.__name__
         self.rpc = "".join(word.capitalize() for word in self.name.split("_"))
 
         def method(client: Any, /, *args: Any, **kwargs: Any) -> Any:
-            return getattr(client, self.way)(self, *args, **kwargs)
+            return getattr(client, way)(self.call(*args, **kwargs))
 
         self._method: Any = update_wrapper(method, build)  # A function: `__get__` binds it.
         vars(method)["__signature__"] = signature(build).replace(return_annotation=reply)
 
-    def call(self, *args: P.args, **kwargs: P.kwargs) -> Call[M]:
+    def call(self, *args: P.args, **kwargs: P.kwargs) -> Call[Any]:
         """What to send.
 
         Raises:
@@ -97,67 +104,31 @@ class Verb(Generic[P, M]):
             )
         return Call(self.rpc, request, self.reply)
 
-
-class Asks(Verb[P, M]):
-    """Is answered with a message."""
-
-    way = "_ask"
-
     @overload
     def __get__(self, client: None, owner: type) -> Callable[..., Any]: ...
     @overload
-    def __get__(self, client: Caller, owner: type) -> Callable[P, M]: ...
+    def __get__(self, client: Caller, owner: type) -> Callable[P, S]: ...
     @overload
-    def __get__(self, client: AsyncCaller, owner: type) -> Callable[P, Awaitable[M]]: ...
+    def __get__(self, client: AsyncCaller, owner: type) -> Callable[P, A]: ...
     def __get__(self, client: Any, owner: type) -> Any:
         return self._method.__get__(client, owner)
 
 
-class Starts(Verb[P, v1.Operation]):
-    """Begins a long operation, and is answered with a handle."""
-
-    way = "_start"
-
-    @overload
-    def __get__(self, client: None, owner: type) -> Callable[..., Any]: ...
-    @overload
-    def __get__(self, client: Caller, owner: type) -> Callable[P, Operation]: ...
-    @overload
-    def __get__(
-        self, client: AsyncCaller, owner: type
-    ) -> Callable[P, Awaitable[AsyncOperation]]: ...
-    def __get__(self, client: Any, owner: type) -> Any:
-        return self._method.__get__(client, owner)
+def asks(reply: type[M], role: Role = "read") -> Callable[[Builder[P]], Verb[P, M, Awaitable[M]]]:
+    """For a function that makes a request which is answered with a message."""
+    return lambda build: Verb(build, reply, role, "send")
 
 
-class Streams(Verb[P, M]):
-    """Is answered with messages one after the other."""
-
-    way = "_follow"
-
-    @overload
-    def __get__(self, client: None, owner: type) -> Callable[..., Any]: ...
-    @overload
-    def __get__(self, client: Caller, owner: type) -> Callable[P, Stream[M]]: ...
-    @overload
-    def __get__(self, client: AsyncCaller, owner: type) -> Callable[P, AsyncStream[M]]: ...
-    def __get__(self, client: Any, owner: type) -> Any:
-        return self._method.__get__(client, owner)
+def starts(
+    role: Role = "write",
+) -> Callable[[Builder[P]], Verb[P, Operation, Awaitable[AsyncOperation]]]:
+    """For one that begins a long operation, and is answered with a handle."""
+    return lambda build: Verb(build, v1.Operation, role, "start")
 
 
-def asks(reply: type[M], role: Role = "read") -> Callable[[Builder[P]], Asks[P, M]]:
-    """For a function that makes a request."""
-    return lambda build: Asks(build, reply, role)
-
-
-def starts(role: Role = "write") -> Callable[[Builder[P]], Starts[P]]:
-    """For one of a long operation."""
-    return lambda build: Starts(build, v1.Operation, role)
-
-
-def streams(reply: type[M]) -> Callable[[Builder[P]], Streams[P, M]]:
-    """For one whose answer goes on."""
-    return lambda build: Streams(build, reply, "read")
+def streams(reply: type[M]) -> Callable[[Builder[P]], Verb[P, Stream[M], AsyncStream[M]]]:
+    """For one that is answered with messages one after the other."""
+    return lambda build: Verb(build, reply, "read", "stream")
 
 
 class Verbs:
@@ -332,6 +303,6 @@ class Verbs:
         return request
 
 
-VERBS: Final[tuple[Verb[Any, Any], ...]] = tuple(
+VERBS: Final[tuple[Verb[Any, Any, Any], ...]] = tuple(
     verb for verb in vars(Verbs).values() if isinstance(verb, Verb)
 )

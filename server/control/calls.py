@@ -15,7 +15,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from kvstore.api import v1
 from kvstore.api.convert import MAX_MESSAGE, SERVICE
-from kvstore.api.verbs import VERBS, Streams
+from kvstore.api.verbs import VERBS
 from kvstore.server.access.grants import Denied, Grant, Role
 from kvstore.server.control.errors import Refused, refusal
 from kvstore.server.control.requests import Answers
@@ -200,7 +200,7 @@ class Calls(grpc.GenericRpcHandler):
                 async for reply in replies:
                     yield reply.SerializeToString()
 
-        if isinstance(verb, Streams):
+        if verb.way == "stream":
             return grpc.unary_stream_rpc_method_handler(stream)
         return grpc.unary_unary_rpc_method_handler(unary)
 
