@@ -17,18 +17,11 @@ from kvstore.server.cli.options import (
     WhereOptions,
     Yes,
     agreed,
-    duration_option,
     grouped,
     parse_duration,
+    time_option,
 )
-from kvstore.server.cli.output import (
-    answer,
-    finish,
-    many,
-    show,
-    told,
-    when,
-)
+from kvstore.server.cli.output import answer, finish, many, show, told, when
 from kvstore.values import format_size, lasting
 
 if TYPE_CHECKING:
@@ -40,20 +33,14 @@ _To = Annotated[TierChoice, typer.Option("--to", help="The tier to bring them to
 
 def lookup(prompt: PromptOptions, link: Link) -> None:
     """Show the longest stored prefix of a prompt, and where its blocks lie."""
-    with link.open() as api:
-        found = api.lookup(prompt.namespace, **prompt.blocks())
+    found = link.api.lookup(prompt.namespace, **prompt.blocks())
     text = f"{found.blocks} of {found.asked_blocks} blocks, {found.tokens} tokens"
     if found.reason:
         text += f"; block {found.blocks}: {found.reason}"
     if estimate := found.estimate.seconds + found.estimate.nanos / 1e9:
         text += f"; about {lasting(estimate)} to memory"
     show(
-        link,
-        found,
-        found.runs,
-        "blocks tier node",
-        text,
-        blocks=lambda run: _span(run.first, run.blocks),
+        link, found, found.runs, "blocks tier node", text, blocks=lambda r: _span(r.first, r.blocks)
     )
 
 
@@ -68,8 +55,7 @@ def _alike(block: v1.BlockReason) -> object:
 
 def explain(prompt: PromptOptions, link: Link) -> None:
     """Say why each block of a prompt is there or not."""
-    with link.open() as api:
-        found = api.explain(prompt.namespace, **prompt.blocks())
+    found = link.api.explain(prompt.namespace, **prompt.blocks())
     runs = [list(run) for _, run in groupby(found.blocks, _alike)]
     spans = {run[0].block: _span(run[0].block, len(run)) for run in runs}
     show(
@@ -86,19 +72,12 @@ def explain(prompt: PromptOptions, link: Link) -> None:
 def pin(
     prompt: PromptOptions,
     link: Link,
-    ttl: Annotated[
-        float, typer.Option(parser=duration_option, metavar="TIME", help="How long: 2h, 7d.")
-    ],
+    ttl: Annotated[float, time_option("How long: 2h, 7d.")],
     owner: Annotated[str | None, typer.Option(help="For `unpin` (default: the user).")] = None,
 ) -> None:
     """Keep the stored prefix of a prompt from eviction for a time."""
-    with link.open() as api:
-        pinned = api.pin(
-            prompt.namespace,
-            ttl=ttl,
-            owner=_user() if owner is None else owner,
-            **prompt.blocks(),
-        )
+    owner = _user() if owner is None else owner
+    pinned = link.api.pin(prompt.namespace, ttl=ttl, owner=owner, **prompt.blocks())
     text = f"pinned {many(pinned.blocks, 'block')} ({format_size(pinned.bytes)})"
     if pinned.id:
         text += f" as {pinned.id} until {when(pinned.expires)}"
@@ -120,8 +99,7 @@ def unpin(
     """End a pin, or all pins of an owner."""
     if (pin is None) == (owner is None):
         raise Misuse("give the id of a pin, or --owner")
-    with link.open() as api:
-        ended = api.unpin(pin, owner=owner)
+    ended = link.api.unpin(pin, owner=owner)
     answer(link, ended, f"ended {many(ended.pins, 'pin')}")
 
 
@@ -137,10 +115,9 @@ def ttl(
     except ValueError as e:
         raise typer.BadParameter(f"{e}, or never") from e
     chosen = where.where()
-    with link.open() as api:
-        if life is not None and where.everything:
-            agreed(f"all blocks expire in {time}", yes=yes)
-        changed = api.set_ttl(life, **chosen)
+    if life is not None and where.everything:
+        agreed(f"all blocks expire in {time}", yes=yes)
+    changed = link.api.set_ttl(life, **chosen)
     answer(link, changed, f"changed {many(changed.objects, 'object')}")
 
 
@@ -151,21 +128,18 @@ def prefetch(
     wait: _Wait = True,
 ) -> None:
     """Bring the stored prefix of a prompt into a tier."""
-    with link.open() as api:
-        operation = api.prefetch(prompt.namespace, tier=tier, **prompt.blocks())
-        finish(link, operation, wait=wait, done="brought up")
+    operation = link.api.prefetch(prompt.namespace, tier=tier, **prompt.blocks())
+    finish(link, operation, wait=wait, done="brought up")
 
 
 def move(where: WhereOptions, link: Link, to: _To, wait: _Wait = True) -> None:
     """Bring blocks into a tier; they leave the other one."""
-    with link.open() as api:
-        finish(link, api.move(to, **where.where()), wait=wait, done="moved")
+    finish(link, link.api.move(to, **where.where()), wait=wait, done="moved")
 
 
 def copy(where: WhereOptions, link: Link, to: _To, wait: _Wait = True) -> None:
     """Bring blocks into a tier; they stay in the other one, too."""
-    with link.open() as api:
-        finish(link, api.copy(to, **where.where()), wait=wait, done="copied")
+    finish(link, link.api.copy(to, **where.where()), wait=wait, done="copied")
 
 
 def compress(
@@ -175,15 +149,12 @@ def compress(
     wait: _Wait = True,
 ) -> None:
     """Re-encode blocks in place."""
-    with link.open() as api:
-        operation = api.compress(codec, **where.where())
-        finish(link, operation, wait=wait, done="re-encoded")
+    finish(link, link.api.compress(codec, **where.where()), wait=wait, done="re-encoded")
 
 
 def decompress(where: WhereOptions, link: Link, wait: _Wait = True) -> None:
     """Re-encode blocks in place as raw bytes."""
-    with link.open() as api:
-        finish(link, api.decompress(**where.where()), wait=wait, done="re-encoded")
+    finish(link, link.api.decompress(**where.where()), wait=wait, done="re-encoded")
 
 
 def clear(
@@ -198,15 +169,14 @@ def clear(
     Says what would go and asks first, if anything would; without a terminal, --yes is needed.
     """
     chosen = where.where()
-    with link.open() as api:
-        if not yes and not dry_run:
-            would = api.clear(dry_run=True, **chosen).wait()
-            if not would.changed:
-                answer(link, would, told(would, "removed"))
-                return
-            agreed(told(would, "removed"))
-        operation = api.clear(dry_run=dry_run, **chosen)
-        finish(link, operation, wait=wait, done="removed")
+    if not yes and not dry_run:
+        would = link.api.clear(dry_run=True, **chosen).wait()
+        if not would.changed:
+            answer(link, would, told(would, "removed"))
+            return
+        agreed(told(would, "removed"))
+    operation = link.api.clear(dry_run=dry_run, **chosen)
+    finish(link, operation, wait=wait, done="removed")
 
 
 def add_to(app: typer.Typer) -> None:

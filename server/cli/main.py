@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import DownloadColumn, TransferSpeedColumn
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -22,10 +24,12 @@ from kvstore.errors import KVStoreError
 from kvstore.server.cli import blocks as blocks_cli
 from kvstore.server.cli import node as node_cli
 from kvstore.server.cli.bench import bench_app
-from kvstore.server.cli.token import token_app
+from kvstore.server.cli.output import progress as progress_bar
 from kvstore.telemetry import shown
 
 _log = logging.getLogger("kvstore.cli")
+
+_MAX_NAME: Final = 256
 
 
 class _Commands(TyperGroup):
@@ -47,6 +51,7 @@ app = typer.Typer(
     help="KV-cache storage and transfer for LLM inference.",
     pretty_exceptions_enable=False,
 )
+token_app = typer.Typer(no_args_is_help=True, help="Tokens that let callers in.")
 app.add_typer(bench_app, name="bench")
 app.add_typer(token_app, name="token")
 blocks_cli.add_to(app)
@@ -74,16 +79,8 @@ def main() -> None:
 @contextmanager
 def _byte_progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar over bytes on stderr, when that is a terminal."""
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn(title),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    ) as bar:
+    columns = (DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with progress_bar(title, *columns) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -149,6 +146,43 @@ def serve(
             sys.stdout.flush()
 
         run(settings, path, ready=ready, progress=progress)
+
+
+def _token_name(text: str) -> str:
+    if not text or not text.isprintable() or len(text) > _MAX_NAME:
+        raise typer.BadParameter(
+            f"{text[:_MAX_NAME]!r} is no name; give one of up to {_MAX_NAME} printable characters"
+        )
+    return text
+
+
+def _name_option(help: str) -> Any:
+    return typer.Option(parser=_token_name, metavar="NAME", help=help)
+
+
+@token_app.command()
+def new(
+    name: Annotated[str, _name_option("Who will use it; unique in the file.")],
+    role: Annotated[Literal["read", "write", "admin"], typer.Option(help="What it allows.")],
+    tenant: Annotated[
+        list[str] | None, _name_option("Limit it to this one; may be repeated.")
+    ] = None,
+) -> None:
+    """Make a random token.
+
+    The token goes to stdout, and is not kept anywhere; the entry for the daemon's token file, which
+    holds only its SHA-256, goes to stderr.
+    """
+    import yaml
+
+    token = secrets.token_urlsafe(32)
+    entry: dict[str, Any] = {"name": name, "role": role}
+    entry["sha256"] = hashlib.sha256(token.encode()).hexdigest()
+    if tenant:
+        entry["tenants"] = tenant
+    typer.echo(token)
+    typer.echo("# add to the list `tokens:` in the file that server.tokens names:", err=True)
+    typer.echo(yaml.safe_dump([entry], sort_keys=False, allow_unicode=True).rstrip(), err=True)
 
 
 @app.command()

@@ -14,9 +14,9 @@ from kvstore.server.cli.options import (
     Misuse,
     Yes,
     agreed,
-    duration_option,
     grouped,
     limit_option,
+    time_option,
 )
 from kvstore.server.cli.output import answer, finish, many, show, tier_name, told, when
 from kvstore.values import format_size, lasting
@@ -39,8 +39,7 @@ operations_app = typer.Typer(no_args_is_help=True, help="Long operations.")
 
 def stats(link: Link) -> None:
     """Show what a daemon holds and has counted."""
-    with link.open() as api:
-        found = api.stats()
+    found = link.api.stats()
     up = lasting(found.uptime.seconds + found.uptime.nanos / 1e9)
     show(
         link,
@@ -66,8 +65,7 @@ def _show_pairs(link: Link, found: Message, title: str, rows: Iterable[tuple[str
 
 def namespaces(link: Link, tenant: _Tenant = None) -> None:
     """List the namespaces that hold blocks or are open in a session."""
-    with link.open() as api:
-        found = api.list_namespaces(tenant)
+    found = link.api.list_namespaces(tenant)
     columns = (
         "namespace.id namespace.model namespace.tenant namespace.block_tokens:tokens blocks "
         "objects memory_bytes disk_bytes sessions last_used parts"
@@ -78,8 +76,7 @@ def namespaces(link: Link, tenant: _Tenant = None) -> None:
 
 def sessions(link: Link) -> None:
     """List the connected sessions."""
-    with link.open() as api:
-        found = api.list_sessions()
+    found = link.api.list_sessions()
     columns = "id peer pid software token since namespace_ids:namespaces leases requests"
     spare = ("since", "leases", "requests")
     show(link, found, found.sessions, columns, spare=spare, pid=lambda s: s.pid or "")
@@ -93,8 +90,7 @@ def leases(
     owner: Annotated[str | None, typer.Option(help="Only pins of this owner.")] = None,
 ) -> None:
     """List the leases of sessions and pins."""
-    with link.open() as api:
-        found = api.list_leases(session, owner)
+    found = link.api.list_leases(session, owner)
     show(
         link,
         found,
@@ -125,10 +121,9 @@ def events(
     count: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
 ) -> None:
     """Print what is stored and removed, as it happens, until Ctrl-C."""
-    with link.open() as api:
-        told = api.watch_events(namespace, tenant, after, incarnation, snapshot=snapshot)
-        for event in itertools.islice(told, count):
-            answer(link, event, " ".join(_event_words(event)))
+    told = link.api.watch_events(namespace, tenant, after, incarnation, snapshot=snapshot)
+    for event in itertools.islice(told, count):
+        answer(link, event, " ".join(_event_words(event)))
 
 
 def _event_words(event: v1.Event) -> Iterator[str]:
@@ -163,20 +158,19 @@ def quota(
     """Show what tenants may hold and do hold, or limit one; asks before blocks have to go."""
     if tenant is None and (memory is not None or disk is not None):
         raise Misuse("name the tenant to limit")
-    with link.open() as api:
-        found = api.get_quota(tenant)
-        if tenant is not None and (memory is not None or disk is not None):
-            (old,) = found.quotas
-            over = (("memory", memory, old.used_memory_bytes), ("disk", disk, old.used_disk_bytes))
-            for tier, new, used in over:
-                if new is not None and new < used:
-                    agreed(f"{tenant!r} holds {format_size(used)} in {tier}", yes=yes)
-            changed = api.set_quota(
-                tenant,
-                memory_bytes=_limit(memory, old.memory_bytes, old.HasField("memory_bytes")),
-                disk_bytes=_limit(disk, old.disk_bytes, old.HasField("disk_bytes")),
-            )
-            found.quotas[0].CopyFrom(changed)
+    found = link.api.get_quota(tenant)
+    if tenant is not None and (memory is not None or disk is not None):
+        (old,) = found.quotas
+        over = (("memory", memory, old.used_memory_bytes), ("disk", disk, old.used_disk_bytes))
+        for tier, new, used in over:
+            if new is not None and new < used:
+                agreed(f"{tenant!r} holds {format_size(used)} in {tier}", yes=yes)
+        changed = link.api.set_quota(
+            tenant,
+            memory_bytes=_limit(memory, old.memory_bytes, old.HasField("memory_bytes")),
+            disk_bytes=_limit(disk, old.disk_bytes, old.HasField("disk_bytes")),
+        )
+        found.quotas[0].CopyFrom(changed)
     columns = (
         "tenant used_memory_bytes:memory memory_bytes:memory_limit used_disk_bytes:disk "
         "disk_bytes:disk_limit pinned_bytes"
@@ -205,11 +199,10 @@ def admission(
     if deny and deny_nobody:
         raise Misuse("give --deny or --deny-nobody")
     denied = [] if deny_nobody else deny or None
-    with link.open() as api:
-        if memory is None and disk is None and denied is None:
-            found = api.get_admission()
-        else:
-            found = api.set_admission(memory=memory, disk=disk, denied_tenants=denied)
+    if memory is None and disk is None and denied is None:
+        found = link.api.get_admission()
+    else:
+        found = link.api.set_admission(memory=memory, disk=disk, denied_tenants=denied)
     denied_names = ", ".join(repr(tenant) for tenant in found.denied_tenants)
     rows = (("memory", found.memory), ("disk", found.disk), ("denied tenants", denied_names))
     _show_pairs(link, found, "rule", rows)
@@ -218,22 +211,16 @@ def admission(
 def drain(
     link: Link,
     stop: Annotated[bool, typer.Option("--stop", help="End the daemon afterwards.")] = False,
-    within: Annotated[
-        float | None,
-        typer.Option(parser=duration_option, metavar="TIME", help="For the writes (30s)."),
-    ] = None,
+    within: Annotated[float | None, time_option("For the writes (30s).")] = None,
     wait: Annotated[bool, typer.Option(help="Wait for the end, or only start it.")] = True,
 ) -> None:
     """Take no more saves and new sessions, and write out what is not on disk yet."""
-    with link.open() as api:
-        operation = api.drain(stop=stop, timeout=within)
-        finish(link, operation, wait=wait, done="wrote out")
+    finish(link, link.api.drain(stop=stop, timeout=within), wait=wait, done="wrote out")
 
 
 def list_operations(link: Link) -> None:
     """List long operations that run, and those that ended lately."""
-    with link.open() as api:
-        found = api.list_operations()
+    found = link.api.list_operations()
     columns = "id verb state done total bytes:size requested_by:by started message"
     spare = ("started", "by", "size")
     show(link, found, found.operations, columns, spare=spare, verb=_verb)
@@ -247,15 +234,13 @@ def watch(operation: _Id, link: Link) -> None:
     """Wait for an operation, and print how it ended."""
     from kvstore.api.client import Operation
 
-    with link.open() as api:
-        known = Operation(api, api.check_finish(operation))
-        finish(link, known, wait=True, done="changed")
+    known = Operation(link.api, link.api.check_finish(operation))
+    finish(link, known, wait=True, done="changed")
 
 
 def cancel(operation: _Id, link: Link) -> None:
     """Ask an operation to end; what it did so far stays done."""
-    with link.open() as api:
-        state = api.cancel(operation)
+    state = link.api.cancel(operation)
     answer(link, state, told(state, "changed"))
 
 

@@ -76,8 +76,12 @@ def _option(read: Callable[[str], N]) -> Callable[[str], N]:
     return option
 
 
-duration_option = _option(parse_duration)
 size_option = _option(parse_size)
+
+
+def time_option(help: str) -> Any:
+    """An option that takes a duration."""
+    return typer.Option(parser=_option(parse_duration), metavar="TIME", help=help)
 
 
 def limit_option(text: str) -> float:
@@ -149,12 +153,10 @@ class Link(Printing):
     token_file: Annotated[
         Path | None, typer.Option(help="File with the token (default: $KVSTORE_TOKEN).")
     ] = None
-    timeout: Annotated[
-        float | None,
-        typer.Option(parser=duration_option, metavar="TIME", help="For each answer (5s)."),
-    ] = None
+    timeout: Annotated[float | None, time_option("For each answer (5s).")] = None
 
-    def open(self) -> Orchestrator:
+    @functools.cached_property
+    def api(self) -> Orchestrator:
         """The daemon's API. Raises ConfigError: an address or a file is unusable."""
         from kvstore.api.client import Orchestrator
         from kvstore.config import load_config
@@ -168,6 +170,11 @@ class Link(Printing):
         if (self.address or settings.address) is None and api.address != str(settings.socket):
             say(f"private store unix://{api.address}", err=True)
         return api
+
+    def close(self) -> None:
+        """End the connection, if there is one."""
+        if "api" in vars(self):
+            self.api.close()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -277,14 +284,8 @@ class WhereOptions(TokenOptions):
     ] = None
     tenant: Annotated[str | None, typer.Option(help="Only of this tenant.")] = None
     tier: Annotated[TierChoice | None, typer.Option(help="Only with a copy there.")] = None
-    older_than: Annotated[
-        float | None,
-        typer.Option(parser=duration_option, metavar="TIME", help="Only stored so long ago: 2h."),
-    ] = None
-    unused_for: Annotated[
-        float | None,
-        typer.Option(parser=duration_option, metavar="TIME", help="Only unused so long: 7d."),
-    ] = None
+    older_than: Annotated[float | None, time_option("Only stored so long ago: 2h.")] = None
+    unused_for: Annotated[float | None, time_option("Only unused so long: 7d.")] = None
     everything: Annotated[bool, typer.Option("--all", help="All there is.")] = False
 
     def where(self) -> Where:
@@ -301,28 +302,18 @@ class WhereOptions(TokenOptions):
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """The command with the fields of its option groups as parameters of their own."""
-    hints = get_type_hints(command, include_extras=True)
+    hints = get_type_hints(command)
     groups: dict[str, Any] = {
         n: kind for n, kind in hints.items() if dataclasses.is_dataclass(kind)
     }
-    own = [p for p in inspect.signature(command).parameters.values() if p.name not in groups]
-    parameters = [
-        p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in own
-    ]
-    for kind in groups.values():
-        of_field = get_type_hints(kind, include_extras=True)
-        for field in dataclasses.fields(kind):
-            default = field.default
-            if default is dataclasses.MISSING:
-                default = inspect.Parameter.empty
-            parameters.append(
-                inspect.Parameter(
-                    field.name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=default,
-                    annotation=of_field[field.name],
-                )
-            )
+    parameters: list[inspect.Parameter] = []
+    for source in (command, *groups.values()):
+        of = get_type_hints(source, include_extras=True)
+        parameters += [
+            p.replace(annotation=of[p.name], kind=inspect.Parameter.KEYWORD_ONLY)
+            for p in inspect.signature(source).parameters.values()
+            if p.name not in groups
+        ]
 
     @functools.wraps(command)
     def spread(**values: Any) -> None:
@@ -330,7 +321,12 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             name: kind(**{field.name: values.pop(field.name) for field in dataclasses.fields(kind)})
             for name, kind in groups.items()
         }
-        command(**values, **gathered)
+        try:
+            command(**values, **gathered)
+        finally:
+            for group in gathered.values():
+                if isinstance(group, Link):
+                    group.close()
 
     spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     spread.__annotations__ = {p.name: p.annotation for p in parameters}

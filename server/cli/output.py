@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import typer
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -223,17 +223,16 @@ def finish(how: Printing, operation: Operation, *, wait: bool, done: str) -> Non
     answer(how, operation.state, told(operation.state, done), *([] if wait else [hint]))
 
 
-def _wait(operation: Operation) -> None:
+def progress(title: str, *columns: ProgressColumn) -> Progress:
+    """A bar on stderr that goes away at the end, when that is a terminal."""
     console = Console(stderr=True)
-    columns = (
-        TextColumn(operation.state.verb.lower(), markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-    )
+    shown = (TextColumn(title, markup=False), BarColumn(), *columns)
+    return Progress(*shown, console=console, disable=not console.is_terminal, transient=True)
+
+
+def _wait(operation: Operation) -> None:
     try:
-        with Progress(
-            *columns, console=console, disable=not console.is_terminal, transient=True
-        ) as bar:
+        with progress(operation.state.verb.lower(), MofNCompleteColumn()) as bar:
             task = bar.add_task("", total=None)
             for state in operation.watch():
                 bar.update(task, completed=state.done, total=state.total or None)
