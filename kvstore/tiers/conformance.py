@@ -16,8 +16,7 @@ import hashlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -25,7 +24,7 @@ import numpy as np
 
 from kvstore._native import xxh3_64
 from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part
-from kvstore.tiers.base import Held, Host, Job, ObjectName, Tier
+from kvstore.tiers.base import Held, Host, Job, JobDone, ObjectName, Tier
 
 Make = Callable[[Host, Path], Tier]
 
@@ -58,14 +57,26 @@ def content_of(name: ObjectName) -> bytes:
     return hashlib.shake_128(seed).digest(name.part.nbytes(_TOKENS))
 
 
-class Store:
-    """The store's side: a loop that runs while something is waited for, and calls by the rules."""
+class Bench:
+    """A tier on its medium, with the store's side: a loop that runs while something is waited for.
 
-    def __init__(self) -> None:
+    `found` is what the tier recovered, `given_up` what it has told to be lost.
+    """
+
+    def __init__(self, make: Make, folder: Path) -> None:
         self.pinned: set[ObjectName] = set()
         self.given_up: list[ObjectName] = []
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._loop = threading.get_ident()
+        self.tier = make(self, folder)
+        self.found = list(self.tier.recover())
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.tier.close()
+        self.tier.close()
 
     def busy(self, name: ObjectName) -> bool:
         expect(threading.get_ident() == self._loop, "Host.busy is for the loop")
@@ -90,83 +101,72 @@ class Store:
             except queue.Empty:
                 continue
 
+    def put(self, *names: ObjectName, **times: int) -> Objects:
+        """Objects that are put; with `created` and `expires`."""
+        objects = Objects(self, names, **times)
+        expect(not any(objects.put()), "an object is stored where there is room")
+        return objects
+
 
 class Objects:
     """Objects in memory of their own, put and got together."""
 
-    def __init__(self, store: Store, tier: Tier, names: Sequence[ObjectName]) -> None:
-        self.store = store
-        self.tier = tier
-        self.names = names
-        self._step = max(len(content_of(name)) for name in names) + 4096
-        memory = np.zeros(self._step * len(names) + 4096, np.uint8)
-        self._memory = memory[-memory.ctypes.data % 4096 :]
-        self.jobs = [
-            Job(name, self._memory.ctypes.data + at, len(content_of(name)))
-            for name, at in zip(names, self._places(), strict=True)
-        ]
-
-    def _places(self) -> Iterator[int]:
-        return (number * self._step for number in range(len(self.names)))
+    def __init__(self, bench: Bench, names: Sequence[ObjectName], **times: int) -> None:
+        self._bench = bench
+        self._rooms: list[np.ndarray[tuple[int], np.dtype[np.uint8]]] = []
+        self.jobs: list[Job] = []
+        for name in names:
+            nbytes = len(content_of(name))
+            memory = np.zeros(nbytes + 2 * 4096, np.uint8)
+            room = memory[-memory.ctypes.data % 4096 :]
+            self._rooms.append(room)
+            self.jobs.append(Job(name, room.ctypes.data, nbytes, **times))
 
     def put(self) -> list[str | None]:
         """Put all; what came of each."""
-        for name, at in zip(self.names, self._places(), strict=True):
-            data = content_of(name)
-            self._memory[at : at + len(data)] = np.frombuffer(data, np.uint8)
-        results = self._run(self.tier.put)
+        for job, room in zip(self.jobs, self._rooms, strict=True):
+            data = content_of(job.name)
+            room[: len(data)] = np.frombuffer(data, np.uint8)
+        results = self._run(self._bench.tier.put)
         for job, error in zip(self.jobs, results, strict=True):
-            self.tier.settled(job, error)
+            self._bench.tier.settled(job, error)
         return results
 
     def get(self) -> list[str | None]:
         """Get all, and compare what arrives."""
-        self._memory[:] = 0xEE
-        results = self._run(self.tier.get)
-        for job, at, error in zip(self.jobs, self._places(), results, strict=True):
+        for room in self._rooms:
+            room[:] = 0xEE
+        results = self._run(self._bench.tier.get)
+        for job, room, error in zip(self.jobs, self._rooms, results, strict=True):
             if error is None:
-                got = self._memory[at : at + job.nbytes].tobytes()
-                expect(got == content_of(job.name), "a get that works brings what was put")
-                after = self._memory[at + job.nbytes : at + self._step - 4095]
+                got, after = room[: job.nbytes], room[job.nbytes :]
+                expect(
+                    got.tobytes() == content_of(job.name), "a get that works brings what was put"
+                )
                 expect(bool((after == 0xEE).all()), "nothing after an object is touched")
         return results
 
-    def _run(
-        self, start: Callable[[Sequence[Job], Callable[[Job, str | None], None]], None]
-    ) -> list[str | None]:
+    def _run(self, start: Callable[[Sequence[Job], JobDone], None]) -> list[str | None]:
         ends: list[tuple[Job, str | None]] = []
         began = time.monotonic()
         start(self.jobs, lambda job, error: ends.append((job, error)))
         expect(time.monotonic() - began < _AT_ONCE, "no call waits for the medium")
-        self.store.run_until(lambda: len(ends) >= len(self.jobs), "every job ends")
+        self._bench.run_until(lambda: len(ends) >= len(self.jobs), "every job ends")
         time.sleep(0.01)
         expect(len(ends) == len(self.jobs), "every job ends once")
-        by_job = {id(job): error for job, error in ends}
-        return [by_job[id(job)] for job in self.jobs]
+        came = dict(ends)
+        return [came[job] for job in self.jobs]
 
     def held(self, expires: int = 0) -> list[Held]:
         """What the tier holds of these, to expire then."""
         return [Held(j.name, j.nbytes, j.checksum, j.created, expires) for j in self.jobs]
 
 
-@contextmanager
-def _opened(make: Make, folder: Path) -> Iterator[tuple[Store, Tier, list[Held]]]:
-    store = Store()
-    tier = make(store, folder)
-    try:
-        yield store, tier, list(tier.recover())
-    finally:
-        tier.close()
-        tier.close()
-
-
 def stores_and_brings(make: Make, folder: Path) -> None:
     """What was put is got, byte by byte; sums are checked and told."""
-    names = [name_of(i, 16 * size) for i, size in enumerate((1, 256, 257, 4096))]
-    with _opened(make, folder) as (store, tier, before):
-        expect(not before, "an empty medium holds nothing")
-        objects = Objects(store, tier, names)
-        expect(objects.put() == [None] * 4, "an object is stored where there is room")
+    with Bench(make, folder) as bench:
+        expect(not bench.found, "an empty medium holds nothing")
+        objects = bench.put(*(name_of(i, 16 * size) for i, size in enumerate((1, 256, 257, 4096))))
         for job in objects.jobs:
             data = np.frombuffer(content_of(job.name), np.uint8)
             known = xxh3_64(data.ctypes.data, data.nbytes)
@@ -177,25 +177,24 @@ def stores_and_brings(make: Make, folder: Path) -> None:
             job.checksum = (job.checksum or 0) ^ 1
         expect(objects.get() == ["corrupt"] * 4, "a get compares checksums")
         expect(objects.put() == ["corrupt"] * 4, "a put compares checksums")
-        state = tier.state
+        state = bench.tier.state
         expect(state.readable and state.writable and not state.problem, "all is well")
         expect(state.seconds_per_byte >= 0 and state.backlog >= 0, "costs are not negative")
-        expect(all(count >= 0 for count in tier.counters.values()), "counters count")
+        expect(all(count >= 0 for count in bench.tier.counters.values()), "counters count")
 
 
 def knows_what_it_has_not(make: Make, folder: Path) -> None:
     """Unknown and deleted objects are absent; namespace and part are parts of a name."""
-    kept, gone, other = name_of(1), name_of(2), name_of(1, tenant="other")
-    with _opened(make, folder) as (store, tier, _):
-        objects = Objects(store, tier, [kept, gone])
-        expect(objects.put() == [None, None], "an object is stored where there is room")
-        tier.delete([gone, name_of(3)])
-        tier.touch([kept, name_of(3)])
+    kept, gone, unknown = map(name_of, (1, 2, 3))
+    with Bench(make, folder) as bench:
+        tier, objects = bench.tier, bench.put(kept, gone)
+        tier.delete([gone, unknown])
+        tier.touch([kept, unknown])
         tier.touch([kept], used=False)
-        tier.expire([held._replace(name=name_of(3)) for held in objects.held()])
+        tier.expire([held._replace(name=unknown) for held in objects.held()])
         expect(tier.flush(_SECONDS), "a flush ends")
         expect(objects.get() == [None, "absent"], "what was deleted is absent")
-        strange = Objects(store, tier, [other, name_of(1, 8192)])
+        strange = Objects(bench, [name_of(1, tenant="other"), name_of(1, 8192)])
         for job in strange.jobs:
             job.checksum = objects.jobs[0].checksum
         expect(strange.get() == ["absent"] * 2, "namespace and part are parts of the name")
@@ -204,30 +203,27 @@ def knows_what_it_has_not(make: Make, folder: Path) -> None:
 def refuses_what_is_none(make: Make, folder: Path) -> None:
     """Mistakes of the caller fail as such, and cost the tier nothing."""
     good = name_of(1)
-    with _opened(make, folder) as (store, tier, _):
-        objects = Objects(store, tier, [good, ObjectName(good.namespace, bytes(31), good.part)])
+    with Bench(make, folder) as bench:
+        objects = Objects(bench, [good, ObjectName(good.namespace, bytes(31), good.part)])
         objects.jobs[0].nbytes = 0
         expect(objects.put() == ["refused"] * 2, "no bytes, or a short key, are refused")
-        expect(tier.state.writable, "a mistake of the caller is no fault of the tier")
+        expect(bench.tier.state.writable, "a mistake of the caller is no fault of the tier")
 
 
 def survives(make: Make, folder: Path) -> None:
     """Own tiers: what was put is found again, with its times; shared ones are probed."""
     names = [name_of(i) for i in range(8)]
-    with _opened(make, folder) as (store, tier, _):
-        objects = Objects(store, tier, names)
-        for job in objects.jobs:
-            job.created, job.expires = 1000, 1 << 40
-        expect(objects.put() == [None] * 8, "an object is stored where there is room")
-        tier.expire(objects.held(expires=1 << 41)[:1])
-        tier.delete(names[1:2])
-        expect(tier.flush(_SECONDS), "a flush ends")
-        shared = tier.shared
-    with _opened(make, folder) as (store, tier, found):
-        if shared:
+    with Bench(make, folder) as bench:
+        objects = bench.put(*names, created=1000, expires=1 << 40)
+        bench.tier.expire(objects.held(expires=1 << 41)[:1])
+        bench.tier.delete(names[1:2])
+        expect(bench.tier.flush(_SECONDS), "a flush ends")
+    with Bench(make, folder) as bench:
+        found = bench.found
+        if bench.tier.shared:
             answers: list[list[Held | None]] = []
-            tier.probe(names, answers.append)
-            store.run_until(lambda: bool(answers), "a probe is answered")
+            bench.tier.probe(names, answers.append)
+            bench.run_until(lambda: bool(answers), "a probe is answered")
             expect([h is not None for h in answers[0]] == [i != 1 for i in range(8)], "by name")
             found = [held for held in answers[0] if held is not None]
         by_name = {held.name: held for held in found}
@@ -235,7 +231,7 @@ def survives(make: Make, folder: Path) -> None:
         expect(set(by_name) == {names[0], *names[2:]}, "what was put is there, deleted is not")
         expect(by_name[names[0]].expires == 1 << 41, "when it expires was changed")
         expect({held.created for held in found} == {1000}, "when it was made is kept")
-        objects = Objects(store, tier, list(by_name))
+        objects = Objects(bench, list(by_name))
         for job in objects.jobs:
             job.checksum = by_name[job.name].checksum
         expect(objects.get() == [None] * 7, "what is found is got")
@@ -243,32 +239,31 @@ def survives(make: Make, folder: Path) -> None:
 
 def gives_up_the_oldest(make: Make, folder: Path) -> None:
     """A tier with a capacity keeps to it, and gives up what was not used for longest."""
-    with _opened(make, folder) as (store, tier, _):
-        capacity = tier.state.capacity
+    with Bench(make, folder) as bench:
+        capacity = bench.tier.state.capacity
         if capacity is None or capacity > 1 << 28:
             return
-        first = Objects(store, tier, [name_of(i, 65_536) for i in range(2)])
-        first.put()
-        store.pinned.add(first.names[0])
-        number, most = 2, 2 * capacity // 65_536 + 2
-        while len(store.given_up) < 4 and number < most:
-            expect(Objects(store, tier, [name_of(number, 65_536)]).put() == [None], "room is made")
-            expect((tier.state.used or 0) <= capacity, "the capacity is kept")
-            number += 1
-        expect(store.given_up[:1] == [first.names[1]], "the oldest that may go is given up first")
+        pinned, oldest, *others = (name_of(i, 65_536) for i in range(2 * capacity // 65_536 + 2))
+        first = bench.put(pinned, oldest)
+        bench.pinned.add(pinned)
+        for name in others:
+            expect(Objects(bench, [name]).put() == [None], "room is made")
+            expect((bench.tier.state.used or 0) <= capacity, "the capacity is kept")
+            if len(bench.given_up) >= 4:
+                break
+        expect(bench.given_up[:1] == [oldest], "the oldest that may go is given up first")
         expect(first.get() == [None, "absent"], "what is busy stays, what was given up is absent")
 
 
 def ends(make: Make, folder: Path) -> None:
     """After the end jobs fail, and nothing raises."""
-    with _opened(make, folder) as (store, tier, _):
-        objects = Objects(store, tier, [name_of(1)])
-        expect(objects.put() == [None], "an object is stored where there is room")
+    with Bench(make, folder) as bench:
+        tier, objects = bench.tier, bench.put(name_of(1))
         tier.close()
         expect(objects.get() == ["closed"], "a get after the end fails")
         expect(objects.put() == ["closed"], "a put after the end fails")
-        tier.delete(objects.names)
-        tier.touch(objects.names)
+        tier.delete([name_of(1)])
+        tier.touch([name_of(1)])
         tier.expire(objects.held())
         expect(not (tier.state.readable or tier.state.writable), "nothing can be tried any more")
 

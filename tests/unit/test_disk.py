@@ -184,7 +184,7 @@ def test_capacity_shrinks(tmp_path: Path) -> None:
             assert 0 < len(store.objects) < 100
             for name in list(store.objects):
                 assert store.get(name) == content(name)
-            dropped = store.tier.counters["dropped_records.beyond_capacity"]
+            dropped = store.tier.counters["dropped_records.beyond_end"]
             kept = len(store.objects)
     assert dropped == 0, "dropped records are met only once"
     with MiniStore(tmp_path, 32 * MIB) as store:

@@ -15,8 +15,6 @@ import threading
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 from kvstore.errors import FormatError, TierUnavailable
 from kvstore.files import open_own
 from kvstore.memory.slots import choose_chunk
@@ -32,7 +30,7 @@ from kvstore.tiers.slab.direct import (
     sync_folder,
     write_full,
 )
-from kvstore.tiers.slab.format import HEADER_BYTES, RECORD_BYTES, VERSION, Header, version_of
+from kvstore.tiers.slab.format import HEADER_BYTES, VERSION, Header, version_of
 from kvstore.tiers.slab.table import Place, Table
 
 _logger = logging.getLogger("kvstore.disk")
@@ -104,8 +102,21 @@ class SlabFile:
             if reason_of(e) != "read_only":
                 raise
             hold(self._table_fd, self._folder)
-        self._resize(capacity)
-        self.table.load(self.chunks, os.fstat(self.data_fd).st_size)
+        if header.chunks_wanted(capacity) > self.chunks:
+            _logger.warning(
+                "%s was made for %d bytes and uses only %d of the %d configured; move it away to "
+                "start a larger one",
+                self.path,
+                header.capacity,
+                header.slab_bytes(self.chunks) + header.table_bytes,
+                capacity,
+            )
+        size, end = os.fstat(self.data_fd).st_size, header.slab_bytes(self.chunks)
+        # Records first: should the space come back later, nothing may point into it.
+        self.table.load(max(self.chunks, header.chunks_in_file(size)), min(size, end))
+        if size > end and not self.table.read_only:
+            os.ftruncate(self.data_fd, end)
+            _logger.info("%s: truncated to the configured size", self.path)
         if not self.table.read_only:
             try:
                 self.table.tidy()
@@ -182,32 +193,6 @@ class SlabFile:
         finally:
             os.close(fd)
         sync_folder(self._folder)
-
-    def _resize(self, capacity: int) -> None:
-        """Use more or fewer chunks than last time, as the capacity says."""
-        header = self.header
-        if header.chunks_wanted(capacity) > self.chunks:
-            _logger.warning(
-                "%s was made for %d bytes and uses only %d of the %d configured; move it away to "
-                "start a larger one",
-                self.path,
-                header.capacity,
-                header.slab_bytes(self.chunks) + header.table_bytes,
-                capacity,
-            )
-        end = header.slab_bytes(self.chunks)
-        if self.table.read_only or os.fstat(self.data_fd).st_size <= end:
-            return
-        # Records first: should the space come back later, nothing may point into it.
-        row = header.slots_per_chunk
-        for number in range(self.chunks, header.table_chunks):
-            used = np.count_nonzero(self.table.rows(number)["magic"])
-            if used:
-                self.table.dropped["beyond_capacity"] += int(used)
-                zeros = memoryview(bytes(row * RECORD_BYTES))
-                write_full(self._table_fd, zeros, header.record_offset(number * row))
-        os.ftruncate(self.data_fd, end)
-        _logger.info("%s: truncated to the configured size", self.path)
 
     # --- While open -------------------------------------------------------------------------------
 

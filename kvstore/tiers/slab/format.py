@@ -9,9 +9,8 @@ from __future__ import annotations
 import secrets
 import struct
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -19,7 +18,7 @@ import numpy.typing as npt
 
 from kvstore._native import xxh3_64
 from kvstore.blocks.spec import Namespace, Part
-from kvstore.errors import ConfigError, FormatError, SpecError
+from kvstore.errors import ConfigError, FormatError
 from kvstore.memory.slots import ALIGNMENT, align
 from kvstore.tiers.base import Held
 
@@ -232,7 +231,7 @@ RECORD_MAGIC: Final = 0x5253564B  # "KVSR"
 COMMITTED: Final = 1
 EMPTY_RECORD: Final = bytes(RECORD_BYTES)
 
-_BODY_BYTES: Final = RECORD_BYTES - _U64.size
+BODY_BYTES: Final = RECORD_BYTES - _U64.size
 RAW: Final = 0
 """The codec that leaves the bytes as they are; the only one yet."""
 
@@ -240,7 +239,7 @@ _BODY: Final = struct.Struct("<II32sII6QI4x2Q")
 # What a record's checksum covers beyond its own body: the slab and the place it belongs to, and
 # what the two numbers in it stand for. A record that was copied from elsewhere, or whose numbers
 # mean something else by now, is not valid.
-_SEED: Final = struct.Struct(f"<{_BODY_BYTES}s{_STORE_ID_BYTES}sQ32s16s")
+_SEED: Final = struct.Struct(f"<{BODY_BYTES}s{_STORE_ID_BYTES}sQ32s16s")
 
 Rows = npt.NDArray[np.void]
 
@@ -258,99 +257,11 @@ def pack_record(
     sizes = slot_bytes, nbytes, data_checksum, sequence, created, expires
     stored = RAW, nbytes, data_checksum
     body = _BODY.pack(RECORD_MAGIC, COMMITTED, name.key, *ids, *sizes, *stored)
-    return body + _U64.pack(_record_checksum(header, index, body, name.namespace, name.part))
+    return body + _U64.pack(record_checksum(header, index, body, name.namespace, name.part))
 
 
-def _record_checksum(
+def record_checksum(
     header: Header, index: int, body: bytes, namespace: Namespace, part: Part
 ) -> int:
+    """What the last field of a record must be; `body` are those before."""
     return checksum(_SEED.pack(body, header.store_id, index, namespace.digest, part.variant))
-
-
-class ChunkCheck(NamedTuple):
-    """The records of one chunk, numbered from `first`: which are whole, and why others are not."""
-
-    first: int
-    rows: Rows
-    live: list[int]
-    bad: dict[int, str]
-
-
-class RecordChecker:
-    """Tells whole records from damaged, impossible and stale ones.
-
-    Args:
-        header: of the slab.
-        namespaces: what the dictionary has.
-        parts: likewise.
-        data_bytes: size of the slab file.
-    """
-
-    def __init__(
-        self,
-        header: Header,
-        namespaces: Mapping[int, Namespace],
-        parts: Mapping[int, Part],
-        data_bytes: int,
-    ) -> None:
-        self._header = header
-        self._namespaces = namespaces
-        self._parts = parts
-        self._data_bytes = data_bytes
-        self._object_bytes: dict[tuple[int, int], int] = {}
-
-    def check(self, number: int, rows: Rows) -> ChunkCheck:
-        """Judge the records of chunk `number`. Reasons:
-
-        `record_checksum`: torn, flipped, or from another place. `unknown_name`: its namespace or
-        part is not in the dictionary. `unknown_codec`: of a later kvstore. `impossible`: sizes
-        that do not fit together. `beyond_end`: the file ends before the object does.
-        `class_mismatch`: the chunk was given to another size later.
-        """
-        first = number * self._header.slots_per_chunk
-        used = np.flatnonzero(rows.view(np.uint64).reshape(len(rows), -1).any(axis=1)).tolist()
-        reasons = {position: self._judge(first + position, rows[position]) for position in used}
-        bad = {position: reason for position, reason in reasons.items() if reason is not None}
-        live = [position for position in used if position not in bad]
-        if live:
-            newest = live[int(rows["sequence"][live].argmax())]
-            same = rows["slot_bytes"] == rows["slot_bytes"][newest]
-            bad |= {position: "class_mismatch" for position in live if not same[position]}
-            live = [position for position in live if same[position]]
-        return ChunkCheck(first, rows, live, bad)
-
-    def _judge(self, index: int, row: np.void) -> str | None:
-        header = self._header
-        raw = row.tobytes()
-        body, stored = raw[:_BODY_BYTES], _U64.unpack(raw[_BODY_BYTES:])[0]
-        magic, state, _, namespace_id, part_id, *sizes = _BODY.unpack(body)
-        slot_bytes, nbytes, whole, *_, codec, stored_bytes, stored_checksum = sizes
-        if magic != RECORD_MAGIC or state != COMMITTED:
-            return "record_checksum"
-        namespace, part = self._namespaces.get(namespace_id), self._parts.get(part_id)
-        if namespace is None or part is None:
-            return "unknown_name"
-        if _record_checksum(header, index, body, namespace, part) != stored:
-            return "record_checksum"
-        if codec != RAW:
-            return "unknown_codec"
-        if (
-            (stored_bytes, stored_checksum) not in ((nbytes, whole), (0, 0))  # none in version 1
-            or not 0 < nbytes <= slot_bytes
-            or slot_bytes != max(header.min_slot, align(nbytes))
-            or (index % header.slots_per_chunk + 1) * slot_bytes > header.chunk
-            or nbytes != self._expected(namespace_id, part_id, namespace, part)
-        ):
-            return "impossible"
-        at = header.data_offset + header.slot_offset(index, slot_bytes)
-        return "beyond_end" if at + align(nbytes) > self._data_bytes else None
-
-    def _expected(self, namespace_id: int, part_id: int, namespace: Namespace, part: Part) -> int:
-        """Bytes of an object of this kind; -1 when there can be none."""
-        pair = (namespace_id, part_id)
-        if pair not in self._object_bytes:
-            try:
-                self._object_bytes[pair] = part.nbytes(namespace.block_tokens)
-            except SpecError:
-                self._object_bytes[pair] = -1
-        return self._object_bytes[pair]

@@ -34,11 +34,10 @@ from kvstore.tiers.slab.format import (
     HEADER_BYTES,
     MAGIC,
     RECORD_BYTES,
-    ChunkCheck,
     Header,
     version_of,
 )
-from kvstore.tiers.slab.table import Table
+from kvstore.tiers.slab.table import Checked, Table
 
 
 class FsckReport(msgspec.Struct, frozen=True):
@@ -279,7 +278,7 @@ def _check(
     header, damaged = table.header, Counter[str]()
     objects = nbytes = repaired = 0
 
-    def scan() -> Iterator[ChunkCheck]:
+    def scan() -> Iterator[Checked]:
         return table.scan(header.table_chunks, os.fstat(slab.data_fd).st_size)
 
     total = sum(int(rows["nbytes"][whole].sum()) for _, rows, whole, _ in scan())

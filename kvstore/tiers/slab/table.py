@@ -11,18 +11,23 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from kvstore.errors import SpecError
+from kvstore.memory.slots import align
 from kvstore.tiers.base import Held, ObjectName
 from kvstore.tiers.slab.dictionary import Dictionary, DictionaryFull
 from kvstore.tiers.slab.direct import write_full
 from kvstore.tiers.slab.format import (
+    BODY_BYTES,
+    COMMITTED,
     EMPTY_RECORD,
+    RAW,
     RECORD,
     RECORD_BYTES,
-    ChunkCheck,
+    RECORD_MAGIC,
     Header,
-    RecordChecker,
     Rows,
     pack_record,
+    record_checksum,
 )
 
 _BATCH: Final = 256
@@ -48,6 +53,15 @@ class Place(NamedTuple):
 
     offset: int
     nbytes: int
+
+
+class Checked(NamedTuple):
+    """The records of one chunk, numbered from `first`: which are whole, and why others are not."""
+
+    first: int
+    rows: Rows
+    live: list[int]
+    bad: dict[int, str]
 
 
 class Table:
@@ -79,17 +93,55 @@ class Table:
         at = self.header.record_offset(number * self.header.slots_per_chunk)
         return np.frombuffer(os.pread(self.fd, nbytes, at).ljust(nbytes, b"\0"), RECORD)
 
-    def scan(self, chunks: int, data_bytes: int) -> Iterator[ChunkCheck]:
-        """Judge the records of the first chunks, one chunk's in memory at a time.
+    def scan(self, chunks: int, data_bytes: int) -> Iterator[Checked]:
+        """Judge the records of the first chunks, one chunk's in memory at a time. Reasons:
 
-        `data_bytes` is the size of the slab file.
+        `record_checksum`: torn, flipped, or from another place. `unknown_name`: its namespace or
+        part is not in the dictionary. `unknown_codec`: of a later kvstore. `impossible`: sizes
+        that do not fit together. `beyond_end`: the object does not end within the `data_bytes` of
+        the slab file. `class_mismatch`: the chunk was given to another size later.
         """
-        names = self.dictionary
-        checker = RecordChecker(self.header, names.namespaces, names.parts, data_bytes)
         for number in range(chunks):
-            checked = checker.check(number, self.rows(number))
-            if checked.live or checked.bad:
-                yield checked
+            first, rows = number * self.header.slots_per_chunk, self.rows(number)
+            used = np.flatnonzero(rows.view(np.uint64).reshape(len(rows), -1).any(axis=1)).tolist()
+            reasons = {at: self._judge(first + at, rows[at], data_bytes) for at in used}
+            bad = {at: reason for at, reason in reasons.items() if reason is not None}
+            live = [at for at in used if at not in bad]
+            if live:
+                newest = live[int(rows["sequence"][live].argmax())]
+                same = rows["slot_bytes"] == rows["slot_bytes"][newest]
+                bad |= {at: "class_mismatch" for at in live if not same[at]}
+                live = [at for at in live if same[at]]
+            if used:
+                yield Checked(first, rows, live, bad)
+
+    def _judge(self, index: int, row: np.void, data_bytes: int) -> str | None:
+        header = self.header
+        magic, state, _, space_id, part_id, slot_bytes, nbytes, whole, *rest = row.item()
+        _, _, _, codec, _, stored, stored_checksum, known = rest
+        if magic != RECORD_MAGIC or state != COMMITTED:
+            return "record_checksum"
+        space = self.dictionary.namespaces.get(space_id)
+        part = self.dictionary.parts.get(part_id)
+        if space is None or part is None:
+            return "unknown_name"
+        if record_checksum(header, index, row.tobytes()[:BODY_BYTES], space, part) != known:
+            return "record_checksum"
+        if codec != RAW:
+            return "unknown_codec"
+        try:
+            expected = part.nbytes(space.block_tokens)
+        except SpecError:  # There can be no object of this kind.
+            expected = -1
+        if (
+            (stored, stored_checksum) not in ((nbytes, whole), (0, 0))  # none in version 1
+            or not 0 < nbytes == expected
+            or slot_bytes != max(header.min_slot, align(nbytes))
+            or (index % header.slots_per_chunk + 1) * slot_bytes > header.chunk
+        ):
+            return "impossible"
+        at = header.data_offset + header.slot_offset(index, slot_bytes)
+        return "beyond_end" if at + align(nbytes) > data_bytes else None
 
     def load(self, chunks: int, data_bytes: int) -> None:
         """Find what the first chunks hold; what is not whole is counted and erased."""

@@ -13,7 +13,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final
@@ -100,7 +99,7 @@ class SlabTier:
                 slab.header.chunk,
                 slot_policy(policy),
                 lambda slot: not host.busy(slot.owner),
-                partial(self._give_up, reason="evicted"),
+                self._give_up,
                 slab.header.min_slot,
             )
             for reason, count in slab.table.dropped.items():
@@ -277,9 +276,9 @@ class SlabTier:
                 self._threads.record(Place(slot.offset, slot.nbytes), None)
             self._pool.free(slot, evicted=evicted)
 
-    def _give_up(self, slot: _Slot, reason: str) -> None:
+    def _give_up(self, slot: _Slot) -> None:
         self._drop(slot.owner, evicted=True)
-        self._host.lost(slot.owner, reason)
+        self._host.lost(slot.owner, "evicted")
 
     def _ended(self, task: Task, error: str | None) -> None:
         """A task has ended, on any thread."""
@@ -331,7 +330,7 @@ class SlabTier:
             for slot in slots:
                 name = slot.owner
                 if name.namespace.digest in cold and slot.admitted and not self._host.busy(name):
-                    self._give_up(slot, "evicted")
+                    self._give_up(slot)
             yield
         self._health.count("names_given_up", len(cold))
         self._health.notice("names", None)
