@@ -1,4 +1,4 @@
-"""One data connection of a session over TCP, served by a thread: bytes between socket and slots.
+"""Data connections of sessions over TCP, each served by a thread: bytes between socket and slots.
 
 What is sent goes from the slot to the kernel. What arrives goes by way of a small buffer, from
 where copying it on and hashing it is one pass with streaming stores: cheaper than to receive into
@@ -7,27 +7,45 @@ the slot, whose cold lines the kernel would fetch first, and to hash it there.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+import socket
+import ssl
+import threading
 import time
 from array import array
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Final, NamedTuple
 
 from kvstore._native import Xxh3Stream, xxh3_64
 from kvstore.errors import ProtocolError
-from kvstore.memory.arena import Arena
 from kvstore.memory.bounce import Bounce
-from kvstore.server.sessions.grants import Granted, Grants, LeaseGone
-from kvstore.server.sessions.greeting import HELLO_SECONDS
+from kvstore.server.access.grants import Denied
+from kvstore.server.node import Node
+from kvstore.server.sessions.grants import MAX_OWNED, NO_TICKET, Granted, Grants, LeaseGone
+from kvstore.server.sessions.greeting import HELLO_SECONDS, Newcomers
+from kvstore.server.sessions.stream_session import StreamSession
 from kvstore.transport import protocol
-from kvstore.transport.protocol import Attach, Attached, Failure, Get, Put, Sending, Taken
-from kvstore.transport.sockets import Wire, receive_frame, runs, send_message
+from kvstore.transport.protocol import (
+    STREAM_MARK,
+    Attach,
+    Attached,
+    Failure,
+    Get,
+    Put,
+    Sending,
+    Taken,
+)
+from kvstore.transport.sockets import TlsWire, Wire, receive_frame, runs, send_message, shut
 
 _IN: Final = 2 << 20
 _OUT: Final = 8 << 20
 """Bytes per system call."""
 _MAX_ATTACH: Final = 256
+_MAX_THREADS: Final = 2 * MAX_OWNED
 
 _log = logging.getLogger("kvstore.streams")
 
@@ -41,78 +59,107 @@ class Sample(NamedTuple):
 
 
 class BulkServer:
-    """What all data connections have in common.
+    """All data connections: a thread for each.
 
     Args:
-        arena: holds the slots.
-        session: finds the grants of a session by its number.
-        patience: seconds in which something must move once a request has begun.
-        samples: told of every request; the loop empties it.
-        refused: told of connections that are turned away, a word and why; for any thread.
+        node: has the sessions, and the arena that holds their slots.
+        newcomers: those of which it is not known yet whose they are.
+        context: for TLS.
     """
 
-    def __init__(
-        self,
-        arena: Arena,
-        session: Callable[[int], Grants | None],
-        patience: float,
-        samples: deque[Sample],
-        refused: Callable[[str, str], None],
-    ) -> None:
-        self._arena = arena
-        self._session = session
-        self._patience = patience
-        self._samples = samples
-        self._refused = refused
+    def __init__(self, node: Node, newcomers: Newcomers, context: ssl.SSLContext | None) -> None:
+        self.threads: set[threading.Thread] = set()
+        self.samples: deque[Sample] = deque(maxlen=10_000)
+        """Of requests; the loop empties it."""
 
-    def serve(self, wire: Wire, greeted: Callable[[], object]) -> None:
-        """Serve until either side ends the connection; `greeted` is called once it is known whose
-        it is.
-        """
+        self._node = node
+        self._newcomers = newcomers
+        self._context = context
+        self._loop = asyncio.get_running_loop()
+        self._arena = node.store.tiering.arena
+        self._patience = node.config.lease_seconds
+        """Seconds in which something must move once a request has begun."""
+
+    def start(self, connection: socket.socket, number: int) -> None:
+        """Serve a newcomer of that number. Called on the loop."""
+        if len(self.threads) >= _MAX_THREADS:
+            self._node.refused("streams", "data connection", f"{_MAX_THREADS} are open")
+            self._newcomers.known(number)
+            connection.close()
+            return
+        thread = threading.Thread(
+            target=self._serve, args=(connection, number), name="kvstore-stream", daemon=True
+        )
+        self.threads.add(thread)
+        thread.start()
+
+    def _serve(self, connection: socket.socket, number: int) -> None:
+        """A data connection, from TLS to its end."""
+        try:
+            self._newcomers.put(number, partial(shut, connection))
+            connection.settimeout(HELLO_SECONDS)
+            connection.recv(len(STREAM_MARK), socket.MSG_WAITALL)
+            if self._context is None:
+                wire = Wire(connection)
+            else:
+                secured = self._context.wrap_socket(
+                    connection, server_side=True, do_handshake_on_connect=False
+                )
+                self._newcomers.put(number, partial(shut, secured))
+                connection = secured
+                secured.do_handshake()
+                wire = TlsWire(secured)
+            self._answer_all(wire, number)
+        except OSError as e:
+            self._post(self._node.ended, "data connection", e)
+        finally:
+            self._newcomers.known(number)
+            connection.close()
+            self.threads.discard(threading.current_thread())
+
+    def _post(self, what: Callable[..., None], *arguments: object) -> None:
+        """Do it on the loop."""
+        with contextlib.suppress(RuntimeError):  # The loop is closed: nothing is left to tell.
+            self._loop.call_soon_threadsafe(what, *arguments)
+
+    def _answer_all(self, wire: Wire, number: int) -> None:
+        """Serve until either side ends the connection."""
         grants: Grants | None = None
         try:
-            grants = self._greet(wire)
-            greeted()
+            grants = self._attached(wire)
+            send_message(wire, Attached(), HELLO_SECONDS)
+            self._newcomers.known(number)
             bounce = Bounce(_IN)
-            while grants is not None:
+            while True:
                 wire.wait()
                 self._answer(wire, grants, bounce)
         except LeaseGone as e:
-            _log.debug("a data connection ends: %s", e)
+            self._refuse(wire, str(e))
+        except (Denied, ProtocolError) as e:  # Before the others: what is denied is one of them.
+            reason = e.reason if isinstance(e, Denied) else "protocol"
+            self._post(self._node.refused, reason, "data connection", f"from here on: {e}")
             self._refuse(wire, str(e))
         except OSError as e:
             _log.debug("a data connection ended: %s", e)
-        except ProtocolError as e:
-            self._refused("protocol", f"from here on: {e}")
-            self._refuse(wire, str(e))
         finally:
             if grants is not None:
                 grants.detach(wire)
 
-    def _greet(self, wire: Wire) -> Grants | None:
-        frame = receive_frame(wire, HELLO_SECONDS, _MAX_ATTACH)
-        request = protocol.decode_request(frame)
+    def _attached(self, wire: Wire) -> Grants:
+        """What the session has whose connection it is."""
+        request = protocol.decode_request(receive_frame(wire, HELLO_SECONDS, _MAX_ATTACH))
         if not isinstance(request, Attach):
             raise ProtocolError("the first message must be an attach")
-        grants = self._session(request.session)
-        refusal = "no session has this ticket" if grants is None else None
-        if grants is not None:
-            refusal = grants.attach(request.ticket, wire)
-        if refusal is not None:
-            self._refused("ticket" if grants is None else "streams", refusal)
-            self._refuse(wire, refusal)
-            return None
-        try:
-            send_message(wire, Attached(), HELLO_SECONDS)
-        except OSError:
-            assert grants is not None
-            grants.detach(wire)
-            raise
-        return grants
+        session = self._node.sessions.get(request.session)  # A dictionary is safe to look into.
+        if not isinstance(session, StreamSession):
+            raise Denied("ticket", NO_TICKET)
+        session.grants.attach(request.ticket, wire)
+        return session.grants
 
-    def _refuse(self, wire: Wire, reason: str) -> None:
+    def _refuse(self, wire: Wire, why: str) -> None:
+        _log.debug("a data connection ends: %s", why)
         try:
-            send_message(wire, Failure(reason, fatal=True), HELLO_SECONDS)
+            send_message(wire, Failure(why, fatal=True), HELLO_SECONDS)
         except OSError as e:
             _log.debug("nobody heard why: %s", e)
 
@@ -121,10 +168,10 @@ class BulkServer:
         request = protocol.decode_request(receive_frame(wire, self._patience))
         if isinstance(request, Put):
             nbytes = self._take_in(wire, grants, request, bounce)
-            self._samples.append(Sample("in", nbytes, time.monotonic() - started))
+            self.samples.append(Sample("in", nbytes, time.monotonic() - started))
         elif isinstance(request, Get):
             nbytes = self._send_out(wire, grants, request)
-            self._samples.append(Sample("out", nbytes, time.monotonic() - started))
+            self.samples.append(Sample("out", nbytes, time.monotonic() - started))
         else:
             raise ProtocolError("a data connection is attached once, first, then puts and gets")
 

@@ -1,11 +1,14 @@
-"""One client's connection: its requests one after the other and in turn, and its end."""
+"""One client's connection: what it has opened, its requests in turn, and its end."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Coroutine
+from typing import Final
 
+from kvstore.blocks.spec import Namespace, Part
 from kvstore.errors import KVStoreError, ProtocolError
 from kvstore.server.access.grants import Grant
 from kvstore.server.node import Node, Peer
@@ -14,6 +17,12 @@ from kvstore.slices import Work
 from kvstore.store.leases import MAX_OWED
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Failure, Frames, Message
+
+_MAX_DESCRIBED: Final = 1 << 14
+"""Bytes of an `open` with a token."""
+
+_OPENED_WEIGHT: Final = 24
+"""Bytes that it takes to remember a byte of an `open`."""
 
 
 class Connection(asyncio.Protocol):
@@ -33,6 +42,7 @@ class Connection(asyncio.Protocol):
         self.grant = grant
         self.since = time.time()
         self.requests = 0
+        self.opened: dict[int, tuple[Namespace, tuple[Part, ...]]] = {}
         self.owner = node.owner(grant)
         node.store.charge(self, self.owner)
         self.waiting: float | None = None
@@ -44,7 +54,8 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._frames = Frames()
         self._full = False  # of answers that the client does not read
-        self._owed = 0  # bytes that what was opened takes
+        self._handles = itertools.count()
+        self._sizes: dict[int, int] = {}  # bytes that each that was opened takes
         self._refused = False
         self._running: Work[None] | None = None  # the request that is being answered
         self._tasks: set[asyncio.Task[None]] = set()
@@ -56,6 +67,10 @@ class Connection(asyncio.Protocol):
             ProtocolError: the client is not to be listened to any more.
         """
         raise NotImplementedError
+
+    def seen_by(self, grant: Grant) -> list[Namespace]:
+        """What it has opened, each once, as far as the caller sees it."""
+        return list(dict.fromkeys(n for n, _ in self.opened.values() if grant.sees(n.tenant)))
 
     @property
     def busy(self) -> bool:
@@ -70,7 +85,7 @@ class Connection(asyncio.Protocol):
         self._transport = self._running = None
         for task in self._tasks:
             task.cancel()
-        self.owner.owed -= self._owed + len(self._frames.rest())
+        self.owner.owed -= sum(self._sizes.values()) + len(self._frames.rest())
         self._store.release_owner(self)
         del self._node.sessions[self.peer.session]
         self._left()
@@ -151,6 +166,40 @@ class Connection(asyncio.Protocol):
     def _reply(self, request_id: int, message: Message) -> None:
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(protocol.encode(request_id, message))
+
+    def _open(self, request: protocol.Open, nbytes: int) -> Message:
+        if len(self.opened) >= protocol.MAX_OPEN:
+            return Failure(f"{protocol.MAX_OPEN} namespaces are open; use another session")
+        most = protocol.MAX_FRAME if self.owner.most is None else _MAX_DESCRIBED
+        weight = nbytes * _OPENED_WEIGHT
+        room = protocol.MAX_FRAME * _OPENED_WEIGHT - sum(self._sizes.values())
+        if self.owner.most is not None:
+            room = min(room, MAX_OWED - self.owner.owed)
+        if nbytes > most or weight > room:
+            return Failure(f"{nbytes} bytes more describe what is open, too many; shorten names")
+        if not 1 <= len(request.parts) <= protocol.MAX_PARTS:
+            return Failure(f"{len(request.parts)} parts; give 1 to {protocol.MAX_PARTS}")
+        self.grant.check_tenant(request.namespace.tenant)
+        for part in request.parts:
+            problem = self._store.check_object(part, request.namespace.block_tokens)
+            if problem is not None:
+                return Failure(problem)
+        handle = next(self._handles)
+        self.owner.owed += weight
+        self._sizes[handle] = weight
+        self.opened[handle] = request.namespace, request.parts
+        return protocol.Opened(handle)
+
+    def _shut(self, handle: int) -> None:
+        self._handle_of(handle)
+        del self.opened[handle]
+        self.owner.owed -= self._sizes.pop(handle)
+
+    def _handle_of(self, handle: int) -> tuple[Namespace, tuple[Part, ...]]:
+        found = self.opened.get(handle)
+        if found is None:
+            raise ProtocolError(f"handle {handle} is not open")
+        return found
 
     def _later(
         self, request_id: int, work: Callable[[], Coroutine[None, None, Message]]

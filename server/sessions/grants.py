@@ -7,14 +7,15 @@ is answered while gigabytes pass.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
 from kvstore.errors import ProtocolError
+from kvstore.server.access.grants import Denied
 from kvstore.slices import FEW, Work
 from kvstore.store.index import Entry
 from kvstore.store.leases import Lease, LeaseKind
@@ -25,6 +26,7 @@ from kvstore.transport.sockets import Wire
 MAX_OWNED: Final = 256
 """Data connections of one token: half of those there may be."""
 
+NO_TICKET: Final = "no session has this ticket"
 _GRACE: Final = 1.0
 """Seconds that a thread may take to notice that its request was the last one."""
 
@@ -41,7 +43,7 @@ class Granted:
         self.damaged: set[int] = set()
         self.filling: set[int] = set()
         self.users: set[Wire] = set()
-        self.ended: float | None = None  # monotonic seconds
+        self.ended = False
 
     def add(self, entry: Entry) -> None:
         """One more; before anybody uses them."""
@@ -77,7 +79,6 @@ class Grants:
         self._post = post
         self._lock = threading.Lock()
         self._leases: dict[int, Granted] = {}
-        self._leaving: list[Granted] = []
         self._wires: set[Wire] = set()
         self._closed = False
 
@@ -100,33 +101,24 @@ class Grants:
         if not alive:
             self._let_go(granted)
 
-    def end(self, lease: int) -> Granted | None:
-        """The lease has ended; who is still using it is given a moment."""
+    def end(self, lease: int, *, grace: float = _GRACE) -> Granted | None:
+        """The lease has ended; whoever is still using it is given a moment, and then cut off."""
         with self._lock:
             granted = self._leases.pop(lease, None)
             if granted is None:
                 return None
-            granted.ended = time.monotonic()
-            if granted.users:
-                self._leaving.append(granted)
-                return granted
-        self._let_go(granted)
+            granted.ended = True
+            used = bool(granted.users)
+        if used:
+            asyncio.get_running_loop().call_later(grace, self._cut, granted)
+        else:
+            self._let_go(granted)
         return granted
 
-    def cut(self, lease: int) -> None:
-        """The lease has expired: end it, and the connections that use it."""
-        granted = self.end(lease)
-        if granted is not None:
-            with self._lock:
-                _shut_down(granted)
-
-    def cut_leaving(self) -> None:
-        """End the connections that go on using leases that ended a while ago."""
+    def _cut(self, granted: Granted) -> None:
         with self._lock:
-            self._leaving = [granted for granted in self._leaving if granted.users]
-            for granted in self._leaving:
-                if granted.ended is not None and time.monotonic() - granted.ended > _GRACE:
-                    _shut_down(granted)
+            for wire in granted.users:
+                wire.shutdown()
 
     def close(self) -> None:
         """The session has ended: all grants and data connections with it."""
@@ -153,18 +145,23 @@ class Grants:
 
     # -- in the threads ---------------------------------------------------------------------------
 
-    def attach(self, ticket: bytes, wire: Wire) -> str | None:
-        """Take in a data connection; the reason if it is refused."""
+    def attach(self, ticket: bytes, wire: Wire) -> None:
+        """Take in a data connection.
+
+        Raises:
+            Denied: it has no ticket, or there are too many.
+        """
         with self._lock:
             if self._closed or not hmac.compare_digest(ticket, self._ticket):
-                return "no session has this ticket"
-            if len(self._wires) >= protocol.MAX_STREAMS:
-                return f"the session has {protocol.MAX_STREAMS} data connections already"
-            if len(self._owned) >= MAX_OWNED:
-                return f"the sessions of its token have {MAX_OWNED} data connections already"
+                raise Denied("ticket", NO_TICKET)
+            for wires, whose, most in (
+                (self._wires, "session has", protocol.MAX_STREAMS),
+                (self._owned, "sessions of its token have", MAX_OWNED),
+            ):
+                if len(wires) >= most:
+                    raise Denied("streams", f"the {whose} {most} data connections already")
             self._wires.add(wire)
             self._owned.add(wire)
-        return None
 
     def detach(self, wire: Wire) -> None:
         """A data connection ends; after this nobody else touches it."""
@@ -194,7 +191,7 @@ class Grants:
             with self._lock:
                 granted.users.discard(wire)
                 granted.filling.difference_update(slots if fill else ())
-                last = granted.ended is not None and not granted.users
+                last = granted.ended and not granted.users
             if last:
                 self._post(lambda: self._let_go(granted))
 
@@ -211,8 +208,3 @@ def _check(granted: Granted, slots: Sequence[int], fill: bool) -> None:
         or any(granted.checksums[slot] is not None for slot in slots)
     ):
         raise ProtocolError("a slot is filled twice; every object is put once")
-
-
-def _shut_down(granted: Granted) -> None:
-    for wire in granted.users:
-        wire.shutdown()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import time
 from array import array
@@ -25,7 +24,7 @@ from kvstore.server.recent import by_tier
 from kvstore.server.sessions.connection import Connection
 from kvstore.slices import Work
 from kvstore.store.index import Entry
-from kvstore.store.leases import MAX_OWED, LeaseKind, Saving
+from kvstore.store.leases import LeaseKind, Saving
 from kvstore.store.store import Acquired
 from kvstore.tiers.base import PENDING
 from kvstore.transport import protocol
@@ -33,12 +32,6 @@ from kvstore.transport.protocol import Cost, Failure, Message
 
 _MAX_PIN_SECONDS: Final = 30 * 24 * 3600.0
 _MAX_TTL_SECONDS: Final = 10 * 365 * 24 * 3600.0
-_MAX_DESCRIBED: Final = 1 << 14
-"""Bytes of an `open` with a token."""
-
-_OPENED_WEIGHT: Final = 24
-"""Bytes that it takes to remember a byte of an `open`."""
-
 _MAX_FLUSHES: Final = 16
 _MAX_RECHECKED: Final = 16
 """Blocks per release whose alleged damage is looked into."""
@@ -63,17 +56,10 @@ class SessionConnection(Connection):
         self, node: Node, peer: Peer, grant: Grant, left: Callable[[], object] = lambda: None
     ) -> None:
         super().__init__(node, peer, grant, left)
-        self.opened: dict[int, tuple[Namespace, tuple[Part, ...]]] = {}
-        self._handles = itertools.count()
-        self._sizes: dict[int, int] = {}  # what each that was opened takes
         self._recent = node.recent
         self._saves: dict[int, tuple[Namespace, int, float]] = {}  # lease: blocks asked, start
         self._flushes: set[asyncio.Task[None]] = set()
         node.sessions[peer.session] = self
-
-    def seen_by(self, grant: Grant) -> list[Namespace]:
-        """What it has opened, each once, as far as the caller sees it."""
-        return list(dict.fromkeys(n for n, _ in self.opened.values() if grant.sees(n.tenant)))
 
     def _handle(self, request_id: int, body: bytes) -> Work[None]:
         request = protocol.decode_request(body)
@@ -123,9 +109,7 @@ class SessionConnection(Connection):
             case protocol.Open():
                 return self._open(request, nbytes)
             case protocol.Close():
-                self._handle_of(request.handle)
-                del self.opened[request.handle]
-                self._described(-self._sizes.pop(request.handle))
+                self._shut(request.handle)
                 return protocol.Count(0)
             case protocol.Flush():
                 self._flush(request_id, request)
@@ -153,12 +137,6 @@ class SessionConnection(Connection):
         namespace, parts = self._handle_of(request.handle)
         keys = yield from protocol.keys_of(request.keys, len(parts))
         return namespace, parts, keys
-
-    def _handle_of(self, handle: int) -> tuple[Namespace, tuple[Part, ...]]:
-        found = self.opened.get(handle)
-        if found is None:
-            raise ProtocolError(f"handle {handle} is not open")
-        return found
 
     def _lookup(self, request_id: int, request: protocol.Lookup) -> Work[Message | None]:
         started = time.monotonic()
@@ -205,33 +183,6 @@ class SessionConnection(Connection):
 
     def _looked(self, _: asyncio.Task[None]) -> None:
         self.owner.looking -= 1
-
-    def _open(self, request: protocol.Open, nbytes: int) -> Message:
-        if len(self.opened) >= protocol.MAX_OPEN:
-            return Failure(f"{protocol.MAX_OPEN} namespaces are open; use another session")
-        most = protocol.MAX_FRAME if self.owner.most is None else _MAX_DESCRIBED
-        weight = nbytes * _OPENED_WEIGHT
-        room = protocol.MAX_FRAME * _OPENED_WEIGHT - self._owed
-        if self.owner.most is not None:
-            room = min(room, MAX_OWED - self.owner.owed)
-        if nbytes > most or weight > room:
-            return Failure(f"{nbytes} bytes more describe what is open, too many; shorten names")
-        if not 1 <= len(request.parts) <= protocol.MAX_PARTS:
-            return Failure(f"{len(request.parts)} parts; give 1 to {protocol.MAX_PARTS}")
-        self.grant.check_tenant(request.namespace.tenant)
-        for part in request.parts:
-            problem = self._store.check_object(part, request.namespace.block_tokens)
-            if problem is not None:
-                return Failure(problem)
-        handle = next(self._handles)
-        self._described(weight)
-        self._sizes[handle] = weight
-        self.opened[handle] = request.namespace, request.parts
-        return protocol.Opened(handle)
-
-    def _described(self, nbytes: int) -> None:
-        self._owed += nbytes
-        self.owner.owed += nbytes
 
     def _reserve(self, request: protocol.Reserve) -> Work[Message]:
         self.grant.check(Role.WRITE, "saving")

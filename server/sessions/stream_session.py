@@ -41,7 +41,7 @@ class StreamSession(SessionConnection):
 
     def expire(self, lease: int) -> None:
         """A lease has run out: whoever is still using it is cut off, and its slots come back."""
-        self.grants.cut(lease)
+        self.grants.end(lease, grace=0.0)
         self._store.background.add(self._store.releasing(self, lease))
         self._saved(lease, 0, "expired")
 

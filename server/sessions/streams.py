@@ -7,28 +7,22 @@ further connections to the same port, each served by a thread of its own.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
-import threading
 import time
-from collections import deque
-from collections.abc import Callable
 from functools import partial
 from typing import Final
 
 from kvstore.server.listeners import bind, show
 from kvstore.server.node import Node, Peer
-from kvstore.server.sessions.bulk import BulkServer, Sample
-from kvstore.server.sessions.grants import MAX_OWNED, Grants
+from kvstore.server.sessions.bulk import BulkServer
 from kvstore.server.sessions.greeting import HELLO_SECONDS, Greeting, Newcomers, admit, welcome
 from kvstore.server.sessions.stream_session import StreamSession
 from kvstore.server.tasks import run
 from kvstore.transport import protocol
 from kvstore.transport.protocol import STREAM_MARK, Hello
-from kvstore.transport.sockets import TlsWire, Wire, shut, tune
+from kvstore.transport.sockets import tune
 
-_MAX_THREADS: Final = 2 * MAX_OWNED
 _TICK: Final = 0.25
 _STOP_SECONDS: Final = 2.0
 _PEEK_PAUSE: Final = 0.01
@@ -41,18 +35,10 @@ class StreamFace:
         self.node = node
         self._context = node.access.server_context()
         self._loop = asyncio.get_running_loop()
-        self._threads: set[threading.Thread] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._newcomers = Newcomers()
         self._listeners: list[socket.socket] = []
-        self._samples: deque[Sample] = deque(maxlen=10_000)
-        self._bulk = BulkServer(
-            node.store.tiering.arena,
-            self._grants_of,
-            node.config.lease_seconds,
-            self._samples,
-            lambda reason, why: self._post(node.refused, reason, "data connection", why),
-        )
+        self._bulk = BulkServer(node, self._newcomers, self._context)
 
     async def start(self) -> None:
         """Begin to listen.
@@ -79,9 +65,8 @@ class StreamFace:
         for session in self._sessions():
             session.grants.close()
             session.close()
-        loop = asyncio.get_running_loop()
-        until = loop.time() + _STOP_SECONDS
-        while self._threads and loop.time() < until:
+        until = self._loop.time() + _STOP_SECONDS
+        while self._bulk.threads and self._loop.time() < until:
             await asyncio.sleep(_PEEK_PAUSE)
 
     @property
@@ -119,7 +104,7 @@ class StreamFace:
             async with asyncio.timeout(HELLO_SECONDS):
                 carries_blocks = await _begins_with_mark(connection)
             if carries_blocks:
-                self._start_thread(connection, number)
+                self._bulk.start(connection, number)
             else:
                 await self._greet(connection, number)
         except BaseException as e:
@@ -169,63 +154,14 @@ class StreamFace:
                     lease.owner.expire(lease.id)
             late = time.monotonic() - self.node.config.lease_seconds
             for session in self._sessions():
-                session.grants.cut_leaving()
                 if session.waiting is not None and session.waiting < late:
                     why = "the rest of a request did not come, or an answer was not read"
                     self.node.refused("slow", "session over TCP", f"{session.peer.address}: {why}")
                     session.abort()
-            for _ in range(len(self._samples)):
-                direction, nbytes, seconds = self._samples.popleft()
+            for _ in range(len(self._bulk.samples)):
+                direction, nbytes, seconds = self._bulk.samples.popleft()
                 store.histograms.observe(f"bytes.tcp_{direction}", nbytes)
                 store.histograms.observe(f"seconds.tcp_{direction}", seconds)
-
-    # -- threads ----------------------------------------------------------------------------------
-
-    def _start_thread(self, connection: socket.socket, number: int) -> None:
-        if len(self._threads) >= _MAX_THREADS:
-            self.node.refused("streams", "data connection", f"{_MAX_THREADS} are open")
-            self._newcomers.known(number)
-            connection.close()
-            return
-        thread = threading.Thread(
-            target=self._serve, args=(connection, number), name="kvstore-stream", daemon=True
-        )
-        self._threads.add(thread)
-        thread.start()
-
-    def _serve(self, connection: socket.socket, number: int) -> None:
-        """A data connection, from TLS to its end."""
-        try:
-            self._newcomers.put(number, partial(shut, connection))
-            connection.settimeout(HELLO_SECONDS)
-            connection.recv(len(STREAM_MARK), socket.MSG_WAITALL)
-            if self._context is None:
-                wire = Wire(connection)
-            else:
-                secured = self._context.wrap_socket(
-                    connection, server_side=True, do_handshake_on_connect=False
-                )
-                self._newcomers.put(number, partial(shut, secured))
-                connection = secured
-                secured.do_handshake()
-                wire = TlsWire(secured)
-            self._bulk.serve(wire, partial(self._newcomers.known, number))
-        except OSError as e:
-            self._post(self.node.ended, "data connection", e)
-        finally:
-            self._newcomers.known(number)
-            connection.close()
-            self._threads.discard(threading.current_thread())
-
-    def _post(self, what: Callable[..., None], *arguments: object) -> None:
-        """Do it on the loop, from any thread."""
-        with contextlib.suppress(RuntimeError):  # The loop is closed: nothing is left to tell.
-            self._loop.call_soon_threadsafe(what, *arguments)
-
-    def _grants_of(self, session: int) -> Grants | None:
-        """Called by threads; a dictionary is safe to look into."""
-        found = self.node.sessions.get(session)
-        return found.grants if isinstance(found, StreamSession) else None
 
 
 async def _begins_with_mark(connection: socket.socket) -> bool:
