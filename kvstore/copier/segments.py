@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -57,6 +57,36 @@ class Segments:
         """The rows of layers `first` to `last`."""
         each = len(self.rows) // self.layers
         return self.rows[first * each : last * each]
+
+
+class Loop(NamedTuple):
+    """A dimension of a row: how many times, and how many bytes apart in pages and in slots."""
+
+    times: int
+    apart: tuple[int, int]
+
+
+def loops_of(row: list[int], page_tokens: int, sizes: tuple[int, int]) -> list[Loop]:
+    """A row as few and long loops, its run of numbers first, the others by how far they go.
+
+    `sizes` are those of numbers in the pages and in the slots.
+    """
+    counts = (page_tokens, *row[9:])  # and heads and channels
+    loops = [
+        Loop(times, (in_pages, in_slot))
+        for times, in_pages, in_slot in zip(counts, row[2:5], row[6:9], strict=True)
+        if times > 1
+    ]
+    # Loops that go on where another ends, on both sides, are one with it.
+    joined = [Loop(1, sizes)]
+    for loop in sorted(loops, key=lambda loop: abs(loop.apart[0])):
+        for i, inner in enumerate(joined):
+            if loop.apart == (inner.times * inner.apart[0], inner.times * inner.apart[1]):
+                joined[i] = Loop(inner.times * loop.times, inner.apart)
+                break
+        else:
+            joined.append(loop)
+    return joined
 
 
 @lru_cache(maxsize=256)

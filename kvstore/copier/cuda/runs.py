@@ -15,7 +15,7 @@ import numpy as np
 from kvstore.blocks.spec import Part
 from kvstore.copier.base import PagedMemory
 from kvstore.copier.cuda.tiles import Cast
-from kvstore.copier.segments import Segments, segments_of
+from kvstore.copier.segments import Segments, loops_of, segments_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,8 +29,7 @@ class Copies(NamedTuple):
     nbytes: NDArray[np.uint64]
 
 
-@dataclass(frozen=True, slots=True)
-class _Template:
+class _Template(NamedTuple):
     """The runs of page 0 as the first page of a slot at 0, and how they move on; each (R,)."""
 
     page: NDArray[np.int64]
@@ -39,44 +38,26 @@ class _Template:
     page_stride: NDArray[np.int64]  # to the next page, in the memory
     slot_stride: NDArray[np.int64]  # to the next page, in the slot
 
-    def __getitem__(self, which: slice | NDArray[np.bool_] | NDArray[np.intp]) -> _Template:
-        return _Template(*(column[which] for column in self._columns()))
+    def part(self, which: slice) -> _Template:
+        """Some of them, in the order of the slot, joined where they can be."""
+        order = np.argsort(self.slot[which], kind="stable")
+        return _Template(*_joined(*(column[which][order] for column in self)))
 
-    def _columns(self) -> tuple[NDArray[np.int64], ...]:
-        return self.page, self.slot, self.nbytes, self.page_stride, self.slot_stride
 
-    def joined(self) -> _Template:
-        """Runs that follow each other on both sides as one, in the order of the slot."""
-        t = self[np.argsort(self.slot, kind="stable")]
-        apart = np.ones(len(t.page), dtype=np.bool_)
-        apart[1:] = (
-            (t.page[1:] != t.page[:-1] + t.nbytes[:-1])
-            | (t.slot[1:] != t.slot[:-1] + t.nbytes[:-1])
-            | (t.page_stride[1:] != t.page_stride[:-1])
-            | (t.slot_stride[1:] != t.slot_stride[:-1])
-        )
-        nbytes = np.add.reduceat(t.nbytes, np.flatnonzero(apart))
-        page, slot, _, page_stride, slot_stride = (column[apart] for column in t._columns())
-        return _Template(page, slot, nbytes, page_stride, slot_stride)
-
-    def copies(
-        self,
-        pages: NDArray[np.int64],
-        places: NDArray[np.int64],
-        slots: NDArray[np.int64],
-        lengths: NDArray[np.int64] | None,
-    ) -> Copies:
-        """The runs of `pages` at `places` in `slots`, each `lengths` pages long; all (M,)."""
-        page = pages[:, None] * self.page_stride
-        page += self.page
-        slot = places[:, None] * self.slot_stride
-        slot += self.slot
-        slot += slots[:, None]
-        if lengths is None:
-            nbytes = np.tile(self.nbytes, len(page))
-        else:
-            nbytes = (lengths[:, None] * self.nbytes).reshape(-1)
-        return Copies(*(a.reshape(-1).view(np.uint64) for a in (page, slot, nbytes)))
+def _joined(
+    page: NDArray[np.int64],
+    slot: NDArray[np.int64],
+    nbytes: NDArray[np.int64],
+    *others: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], ...]:
+    """Runs that follow each other on both sides as one, where they agree in `others`."""
+    begins = np.ones(len(page), dtype=np.bool_)
+    begins[1:] = (page[1:] != page[:-1] + nbytes[:-1]) | (slot[1:] != slot[:-1] + nbytes[:-1])
+    for column in others:
+        begins[1:] |= column[1:] != column[:-1]
+    heads = np.flatnonzero(begins)
+    nbytes = np.add.reduceat(nbytes, heads)
+    return page[heads], slot[heads], nbytes, *(column[heads] for column in others)
 
 
 class Runs:
@@ -90,7 +71,7 @@ class Runs:
         self._template = _Template(*(np.concatenate(c) for c in zip(*parts, strict=True)))
         ends = list(itertools.accumulate(len(part[0]) for part in parts))
         self._starts = [0, *ends[each - 1 :: each]]
-        self._whole = self._template.joined()
+        self._whole = self._template.part(slice(None))
         self.nbytes: Final = int(self._template.nbytes.sum()) * pages_per_block
         """Bytes of an object."""
         self.per_block: Final = len(self._whole.page) * pages_per_block
@@ -134,51 +115,31 @@ class Runs:
         last = self.layers if last is None else last
         template = self._whole
         if (first, last) != (0, self.layers):
-            template = self._template[self._starts[first] : self._starts[last]].joined()
+            template = self._template.part(slice(self._starts[first], self._starts[last]))
         blocks, places = np.nonzero(page_ids >= 0)
-        pages, at = page_ids[blocks, places], slots.view(np.int64)[blocks]
-        # Runs that fill pages on both sides go on into the next page if that is the next one in
-        # the memory, too.
-        whole = (template.page_stride == template.nbytes) & (
-            template.slot_stride == template.nbytes
-        )
-        if not whole.any():
-            return template.copies(pages, places, at, None)
-        begins = np.ones(len(pages), dtype=np.bool_)
-        begins[1:] = (
-            (pages[1:] != pages[:-1] + 1)
-            | (places[1:] != places[:-1] + 1)
-            | (blocks[1:] != blocks[:-1])
-        )
-        heads = np.flatnonzero(begins)
-        lengths = np.diff(heads, append=len(pages))
-        joined = template[whole].copies(pages[heads], places[heads], at[heads], lengths)
-        if whole.all():
-            return joined
-        others = template[~whole].copies(pages, places, at, None)
-        return Copies(*(np.concatenate(pair) for pair in zip(joined, others, strict=True)))
+        # Run by run, and each page by page: one that fills its pages on both sides goes on into the
+        # next page, if that is the next one in the memory, too.
+        page = page_ids[blocks, places] * template.page_stride[:, None]
+        page += template.page[:, None]
+        slot = places * template.slot_stride[:, None]
+        slot += template.slot[:, None]
+        slot += slots.view(np.int64)[blocks]
+        nbytes = template.nbytes.repeat(len(places))
+        of_block = np.tile(blocks, len(template.page))
+        joined = _joined(page.reshape(-1), slot.reshape(-1), nbytes, of_block)
+        return Copies(*(column.view(np.uint64) for column in joined[:3]))
 
 
 def _row_runs(row: list[int], segments: Segments, pages: int) -> tuple[NDArray[np.int64], ...]:
     """The runs of one row in one page: the columns of a `_Template`."""
-    address, page, token, head, channel, offset, s_token, s_head, s_channel, heads, channels = row
-    dimensions = [
-        (segments.page_tokens, token, s_token),
-        (heads, head, s_head),
-        (channels, channel, s_channel),
-    ]
-    loops = [loop for loop in dimensions if loop[0] > 1]
-    run = segments.elem_size
-    # The dimension that continues the run on both sides becomes part of it, as long as one does.
-    while fits := [loop for loop in loops if loop[1] == run == loop[2]]:
-        loops.remove(fits[0])
-        run *= fits[0][0]
-    at_page, at_slot = np.array([address]), np.array([offset])
-    for count, page_stride, slot_stride in sorted(loops, key=lambda loop: -loop[2]):
-        steps = np.arange(count)
-        at_page = (at_page[:, None] + steps * page_stride).reshape(-1)
-        at_slot = (at_slot[:, None] + steps * slot_stride).reshape(-1)
-    each = (run, page, segments.page_tokens * s_token if pages > 1 else 0)
+    elem = segments.elem_size
+    run, *loops = loops_of(row, segments.page_tokens, (elem, elem))
+    at_page, at_slot = np.array([row[0]]), np.array([row[5]])
+    for times, (in_pages, in_slot) in sorted(loops, key=lambda loop: -loop.apart[1]):
+        steps = np.arange(times)
+        at_page = (at_page[:, None] + steps * in_pages).reshape(-1)
+        at_slot = (at_slot[:, None] + steps * in_slot).reshape(-1)
+    each = (run.times * elem, row[1], segments.page_tokens * row[6] if pages > 1 else 0)
     return at_page, at_slot, *(np.full(len(at_page), value) for value in each)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from kvstore.copier.segments import Segments
+from kvstore.copier.segments import Loop, Segments, loops_of
 from kvstore.errors import SpecError
 
 if TYPE_CHECKING:
@@ -36,14 +36,7 @@ PAGES: Final = 0
 SLOTS: Final = 1
 
 
-class _Loop(NamedTuple):
-    """A dimension of a row: how many times, and how many bytes apart in pages and in slots."""
-
-    times: int
-    apart: tuple[int, int]
-
-
-_ONCE: Final = _Loop(1, (0, 0))
+_ONCE: Final = Loop(1, (0, 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +47,7 @@ class _Walk:
     """
 
     starts: tuple[tuple[int, int], tuple[int, int]]
-    loops: tuple[_Loop, _Loop, _Loop]
+    loops: tuple[Loop, Loop, Loop]
 
     def line(self, side: int, word: int) -> str:
         """The loop whose words are neighbours: "c", "b" or ""."""
@@ -72,28 +65,13 @@ class _Walk:
     def widened(self, word: int, wide: int) -> _Walk:
         """The same with runs `c` of larger words."""
         a, b, c = self.loops
-        return _Walk(self.starts, (a, b, _Loop(c.times * word // wide, (wide, wide))))
+        return _Walk(self.starts, (a, b, Loop(c.times * word // wide, (wide, wide))))
 
 
 def _walk(row: list[int], page_tokens: int, words: tuple[int, int]) -> _Walk:
     """The row in few and long loops."""
-    counts = (page_tokens, *row[9:])  # and heads and channels
-    loops = [
-        _Loop(times, (in_pages, in_slot))
-        for times, in_pages, in_slot in zip(counts, row[2:5], row[6:9], strict=True)
-        if times > 1
-    ]
-    # Loops that go on where another ends, on both sides, are one with it.
-    run = _Loop(1, words)
-    loops.sort(key=lambda loop: abs(loop.apart[PAGES]))
-    joined: list[_Loop] = []
-    for loop in (run, *loops):
-        for i, inner in enumerate(joined):
-            if loop.apart == (inner.times * inner.apart[0], inner.times * inner.apart[1]):
-                joined[i] = _Loop(inner.times * loop.times, inner.apart)
-                break
-        else:
-            joined.append(loop)
+    run = Loop(1, words)
+    joined = loops_of(row, page_tokens, words)
     if len(joined) > 1 and joined[0] == run:
         del joined[0]
     c = joined.pop(0)
