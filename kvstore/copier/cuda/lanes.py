@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from queue import Empty, LifoQueue
 from typing import Final
 
 from kvstore.copier.cuda.device import CudaEvent, Device
@@ -88,9 +89,9 @@ class Lanes:
     def __init__(self, device: Device, *, low_priority: bool) -> None:
         self._device = device
         self._low_priority = low_priority
-        self._made = 0
-        self._free: list[Lane] = []
-        self._changed = threading.Condition()
+        self._free: LifoQueue[Lane | None] = LifoQueue()  # None: one that may yet be made
+        for _ in range(MOST):
+            self._free.put(None)
 
     @contextmanager
     def taken(self, deadline: float) -> Iterator[Lane]:
@@ -100,17 +101,14 @@ class Lanes:
             StoreUnavailable: none came free by `deadline` (monotonic seconds).
         """
         patience = min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._free or self._made < MOST, patience):
-                raise StoreUnavailable(f"none of {MOST} lanes to the device came free in time")
-            if self._free:
-                lane = self._free.pop()
-            else:
-                lane = Lane(self._device, self._low_priority)
-                self._made += 1
         try:
+            lane = self._free.get(timeout=patience)
+        except Empty:
+            raise StoreUnavailable(
+                f"none of {MOST} lanes to the device came free in time"
+            ) from None
+        try:
+            lane = lane or Lane(self._device, self._low_priority)
             yield lane
         finally:
-            with self._changed:
-                self._free.append(lane)
-                self._changed.notify()
+            self._free.put(lane)

@@ -28,22 +28,31 @@ _log = logging.getLogger("kvstore.copier")
 
 @dataclass(slots=True)
 class _Attached:
-    nbytes: int
     count: int
     pieces: list[tuple[int, int, int]]  # address, bytes, address for the device
 
 
 @dataclass(frozen=True, slots=True)
-class _Pieces:
-    """All pieces that are pinned, by address; each (K,)."""
+class _Ranges:
+    """Pinned memory, by address; each (K,)."""
 
     begin: NDArray[np.uint64]
     end: NDArray[np.uint64]
     shift: NDArray[np.uint64]  # from the address for the host to that for the device, modulo 2**64
 
-    def find(self, addresses: NDArray[np.uint64]) -> NDArray[np.intp]:
-        """The last piece that begins at or before each address; -1: none."""
-        return np.searchsorted(self.begin, addresses, side="right") - 1
+    def find(self, addresses: NDArray[np.uint64], nbytes: int) -> NDArray[np.intp] | None:
+        """In which of them `nbytes` bytes at each address lie; None: not all lie in one."""
+        at = np.searchsorted(self.begin, addresses, side="right") - 1
+        if not len(self.begin) or (at < 0).any():
+            return None
+        return at if (addresses + np.uint64(nbytes) <= self.end[at]).all() else None
+
+    def joined(self) -> _Ranges:
+        """Those between which nothing lies, and which the device sees alike, as one."""
+        apart = (self.begin[1:] != self.end[:-1]) | (self.shift[1:] != self.shift[:-1])
+        edge = np.ones(1, dtype=np.bool_)[: len(self.begin)]
+        first, last = np.concatenate((edge, apart)), np.concatenate((apart, edge))
+        return _Ranges(self.begin[first], self.end[last], self.shift[first])
 
 
 class PinnedMemory:
@@ -53,7 +62,7 @@ class PinnedMemory:
         self._device = device
         self._attached: dict[int, _Attached] = {}
         self._lock = threading.RLock()  # A session that is collected meanwhile detaches.
-        self._pieces = self._arranged()
+        self._arrange()
 
     def attach(self, address: int, nbytes: int) -> None:
         """Pin a range; more often the same is only counted. If that fails, a warning says so."""
@@ -61,7 +70,7 @@ class PinnedMemory:
             if attached := self._attached.get(address):
                 attached.count += 1
                 return
-            attached = self._attached[address] = _Attached(nbytes, 1, [])
+            attached = self._attached[address] = _Attached(1, [])
             try:
                 self._pin(address, nbytes, attached.pieces)
             except DeviceUnavailable as error:
@@ -72,7 +81,7 @@ class PinnedMemory:
                     nbytes / 2**30,
                     error,
                 )
-            self._pieces = self._arranged()
+            self._arrange()
 
     def _pin(self, address: int, nbytes: int, pieces: list[tuple[int, int, int]]) -> None:
         begin = reported = time.monotonic()
@@ -97,14 +106,14 @@ class PinnedMemory:
             attached.count -= 1
             if not attached.count:
                 del self._attached[address]
-                self._pieces = self._arranged()
+                self._arrange()
                 self._unpin(attached)
 
     def close(self) -> None:
         """Unpin everything."""
         with self._lock:
             gone, self._attached = self._attached, {}
-            self._pieces = self._arranged()
+            self._arrange()
             for attached in gone.values():
                 self._unpin(attached)
 
@@ -113,40 +122,21 @@ class PinnedMemory:
             address, nbytes, _ = attached.pieces.pop()
             self._device.driver.unregister(address, nbytes)
 
-    def _arranged(self) -> _Pieces:
+    def _arrange(self) -> None:
         pieces = sorted(p for attached in self._attached.values() for p in attached.pieces)
-        table = np.array(pieces, dtype=np.uint64).reshape(-1, 3)
-        begin, size, seen = table.T
-        return _Pieces(begin, begin + size, seen - begin)
+        begin, size, seen = np.array(pieces, dtype=np.uint64).reshape(-1, 3).T
+        self._pieces = _Ranges(begin, begin + size, seen - begin)
+        self._seen = self._pieces.joined()
 
     def mapped(self, addresses: NDArray[np.uint64], nbytes: int) -> NDArray[np.uint64] | None:
         """Where the device sees ranges of `nbytes` bytes at `addresses` (B,); None: not all."""
-        pieces = self._pieces
-        first, last = pieces.find(addresses), pieces.find(addresses + np.uint64(nbytes - 1))
-        if not len(pieces.begin) or (first < 0).any():
-            return None
-        # Only a range that reaches from one piece into the next, where nothing lies between and
-        # the device sees both alike, may touch two.
-        inside = (addresses + np.uint64(nbytes) <= pieces.end[last]) & (
-            (first == last)
-            | (
-                (last == first + 1)
-                & (pieces.end[first] == pieces.begin[last])
-                & (pieces.shift[first] == pieces.shift[last])
-            )
-        )
-        if not inside.all():
-            return None
-        return addresses + pieces.shift[first]
+        seen = self._seen
+        at = seen.find(addresses, nbytes)
+        return None if at is None else addresses + seen.shift[at]
 
     def in_one_piece(self, addresses: NDArray[np.uint64], nbytes: int) -> bool:
         """Whether each of the ranges at `addresses` (B,) lies in one pinned piece."""
-        pieces = self._pieces
-        if not len(pieces.begin):
-            return False
-        at = pieces.find(addresses)
-        inside = (at >= 0) & (addresses + np.uint64(nbytes) <= pieces.end[at])
-        return bool(inside.all())
+        return self._pieces.find(addresses, nbytes) is not None
 
     def copy(self, to_slots: bool, copies: Copies, stream: int, *, whole: bool) -> None:
         """Enqueue copies between the device and the host on one of our streams.
@@ -191,5 +181,5 @@ class PinnedMemory:
             left = now < nbytes
             device, host, nbytes = (device + now)[left], (host + now)[left], (nbytes - now)[left]
         cut = Copies(*(np.concatenate(column) for column in zip(*done, strict=True)))
-        at = pieces.find(cut.slots)
+        at = np.searchsorted(pieces.begin, cut.slots, side="right") - 1
         return cut, (at >= 0) & (cut.slots < pieces.end[at])
