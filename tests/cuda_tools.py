@@ -26,7 +26,7 @@ from kvstore.copier.cpu import CpuCopier
 from kvstore.copier.cuda.copier import CudaCopier
 from kvstore.copier.cuda.device import Device
 from kvstore.copier.cuda.driver import Driver
-from kvstore.copier.cuda.kernels import KernelCopy
+from kvstore.copier.cuda.tiles import KernelCopy
 
 SOURCE = Path(__file__).with_name("fake_cuda.cpp")
 DEVICE_MEMORY, PINNED_MEMORY = 1, 2

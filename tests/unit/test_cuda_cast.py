@@ -13,7 +13,7 @@ from msgspec import structs
 
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Part
 from kvstore.client.session import Session
-from kvstore.copier.cuda.kernels import KernelCopy
+from kvstore.copier.cuda.tiles import KernelCopy
 from kvstore.copier.gate import LayerGate
 from kvstore.errors import SpecError, StoreUnavailable
 from tests import cuda_tools

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.copier.cuda.ring import Ring
+from kvstore.copier.cuda.triton import Ring
 
 
 class Event:

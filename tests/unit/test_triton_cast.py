@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kvstore import _native
 from kvstore.blocks.spec import Described, Group, Part
-from kvstore.copier.cuda.kernels import KernelCopy
+from kvstore.copier.cuda.tiles import KernelCopy
 from kvstore.copier.segments import Segments, segments_of
 from tests.triton_tools import GUARD, Memory, Slots, interpreted
 

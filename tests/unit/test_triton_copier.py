@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from kvstore import _native
 from kvstore.blocks.spec import AXES, Described, Group, Opaque, Part
 from kvstore.copier.base import PagedMemory, PlaneMemory
-from kvstore.copier.cuda.kernels import KernelCopy
-from kvstore.copier.cuda.tiles import tile
+from kvstore.copier.cuda.tiles import KernelCopy, tile
 from kvstore.copier.segments import Segments, segments_of
 from kvstore.errors import SpecError, StoreUnavailable
 from tests.triton_tools import GUARD, Memory, Slots, fresh, interpreted

@@ -12,14 +12,13 @@ import numpy as np
 
 from kvstore import _native
 from kvstore.copier.base import Copier, Copy
-from kvstore.copier.cuda.calibration import calibrate
 from kvstore.copier.cuda.device import CudaEvent, Device
 from kvstore.copier.cuda.driver import Driver
-from kvstore.copier.cuda.kernels import KernelCopy, Kernels
 from kvstore.copier.cuda.lanes import Budget, Lane, Lanes
-from kvstore.copier.cuda.pathcost import PathCosts, Way
+from kvstore.copier.cuda.pathcost import PathCosts, Way, calibrate
 from kvstore.copier.cuda.pinning import PinnedMemory
 from kvstore.copier.cuda.runs import Copies, CopyPlan, Runs, copy_plan
+from kvstore.copier.cuda.tiles import KernelCopy, Kernels
 from kvstore.copier.gate import Event
 from kvstore.copier.segments import Plans
 from kvstore.errors import SpecError, StoreUnavailable

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
-from kvstore.copier.cuda.kernels import KernelCopy
-from kvstore.copier.cuda.ring import Ring
-from kvstore.copier.cuda.tiles import NUMBERS, PAGES, SLOTS, Cast, Tiling, tile
+from kvstore.copier.cuda.tiles import NUMBERS, PAGES, SLOTS, Cast, KernelCopy, Tiling, tile
 from kvstore.copier.segments import Segments
 from kvstore.errors import SpecError, StoreUnavailable
 
@@ -208,6 +206,44 @@ def constants_of(tiling: Tiling, to_slots: bool, cast: Cast | None) -> dict[str,
         "TO_EXPONENT": target[0],
         "TO_MANTISSA": target[1],
     }
+
+
+class Ring:
+    """What may be written of a buffer of `words` words that the device reads. Not thread-safe.
+
+    `new_event` makes what marks a point in the work of the device: a `torch.cuda.Event`, say.
+    """
+
+    def __init__(self, words: int, new_event: Callable[[], Any]) -> None:
+        self.words = words
+        self._new_event = new_event
+        self._next = 0
+        self._busy: deque[tuple[int, int, Any]] = deque()
+
+    def take(self, words: int) -> int:
+        """Where `words`, at most all, may be written; waits until the device has read them."""
+        while self._busy and self._busy[0][2].query():
+            self._end_first()
+        at = self._next if self._next + words <= self.words else 0
+        while any(start < at + words and at < end for start, end, _ in self._busy):
+            self._end_first()
+        self._next = at + words
+        return at
+
+    def hold(self, at: int, words: int, stream: Any) -> None:
+        """Keep `words` at `at` until what was enqueued on `stream` so far has ended."""
+        event = self._new_event()
+        event.record(stream)
+        self._busy.append((at, at + words, event))
+
+    def drain(self) -> None:
+        """Wait until the device reads nothing any more."""
+        while self._busy:
+            self._end_first()
+
+    def _end_first(self) -> None:
+        self._busy[0][2].synchronize()
+        self._busy.popleft()
 
 
 class TritonKernels:
