@@ -20,15 +20,12 @@ from kvstore.config import Config, ServerConfig
 from kvstore.errors import KVStoreError
 from kvstore.memory.arena import Arena
 from kvstore.server.access.access import Access
-from kvstore.server.listeners import bind, clear, make_folder
-from kvstore.server.lock import take_lock
+from kvstore.server.listeners import bind, clear, make_folder, take_lock
+from kvstore.server.loop import Steps, hear_threads, run
 from kvstore.server.node import Face, Node
-from kvstore.server.notify import notify
 from kvstore.server.opening import make_arena, open_store
-from kvstore.server.process import end_after, exit_code, heed_signals
+from kvstore.server.process import end_after, exit_code, heed_signals, notify
 from kvstore.server.sessions.local import LocalFace
-from kvstore.server.steps import Steps
-from kvstore.server.tasks import hear_threads, run
 from kvstore.store.store import Store
 from kvstore.telemetry import LineFormatter
 from kvstore.values import format_size

@@ -19,9 +19,9 @@ from kvstore.config import Config
 from kvstore.errors import ConfigError, ProtocolError
 from kvstore.server.access.access import Access
 from kvstore.server.access.grants import LOCAL, Denied, Grant
+from kvstore.server.loop import Steps
 from kvstore.server.owners import Owner
 from kvstore.server.recent import Recent
-from kvstore.server.steps import Steps
 from kvstore.store.leases import Lease
 from kvstore.store.store import Store
 from kvstore.telemetry import QuietLog

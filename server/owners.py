@@ -9,7 +9,7 @@ import asyncio
 import time
 from typing import Protocol
 
-from kvstore.server.pacing import SLICE_SECONDS
+from kvstore.server.loop import SLICE_SECONDS
 from kvstore.store.leases import Payer
 from kvstore.transport.sockets import Wire
 

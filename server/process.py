@@ -1,15 +1,18 @@
-"""The daemon as a process: the signals that it heeds, and an end that comes in time."""
+"""The daemon as a process: the signals that it heeds, what systemd is told, an end in time."""
 
 from __future__ import annotations
 
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from kvstore.errors import NotNow
+
+_log = logging.getLogger("kvstore.daemon")
 
 
 def heed_signals(stop: Callable[[], None], reload: Callable[[], None]) -> None:
@@ -37,6 +40,20 @@ def heed_signals(stop: Callable[[], None], reload: Callable[[], None]) -> None:
 
 def _has_terminal() -> bool:
     return Path("/proc/self/stat").read_text().rpartition(")")[2].split()[4] != "0"
+
+
+def notify(state: str) -> None:
+    """Tell systemd (`Type=notify`) e.g. `READY=1`, if `$NOTIFY_SOCKET` is its socket."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):  # systemd's way to write an abstract address.
+        address = "\0" + address[1:]
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            sender.sendto(state.encode(), address)
+    except OSError as e:
+        _log.warning("NOTIFY_SOCKET could not be told %s: %s", state, e)
 
 
 def end_after(seconds: float, last_words: Callable[[], None]) -> None:

@@ -104,7 +104,16 @@ class Access:
         Raises:
             ConfigError: names the key and what to set.
         """
-        if self._config.insecure or _is_loopback(name, address):
+        if self._config.insecure:
+            return
+        host, port = split_host_port(address)
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError as e:
+            raise ConfigError(
+                f"server.{name}: {host!r} is no address of this machine ({e}); write an IP address"
+            ) from e
+        if all(is_loopback(str(item[4][0])) for item in found):
             return
         missing = []
         if self._config.tls_cert is None:
@@ -177,15 +186,13 @@ class Access:
         )
 
 
-def _is_loopback(name: str, address: str) -> bool:
-    host, port = split_host_port(address)
+def is_loopback(host: str) -> bool:
+    """Whether it is an address of loopback, also IPv4 by way of a listener at [::]."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as e:
-        raise ConfigError(
-            f"server.{name}: {host!r} is no address of this machine ({e}); write an IP address"
-        ) from e
-    return all(ipaddress.ip_address(str(item[4][0]).split("%")[0]).is_loopback for item in found)
+        address = ipaddress.ip_address(host.partition("%")[0])
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+    except ValueError:
+        return False
 
 
 def _version(path: Path) -> tuple[int, ...]:

@@ -26,8 +26,8 @@ from kvstore.server.control.rules import RuleVerbs
 from kvstore.server.control.state import StateVerbs
 from kvstore.server.control.write import WriteVerbs
 from kvstore.server.listeners import bind, clear
+from kvstore.server.loop import run
 from kvstore.server.node import Node
-from kvstore.server.tasks import run
 from kvstore.store.pins import Pins
 from kvstore.values import split_host_port
 

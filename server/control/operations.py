@@ -17,7 +17,7 @@ from kvstore.api.convert import timestamp
 from kvstore.errors import KVStoreError
 from kvstore.server.access.grants import Grant, Role
 from kvstore.server.control.errors import Refused
-from kvstore.server.pacing import Pace
+from kvstore.server.loop import Pace
 from kvstore.store.index import Entry
 
 _MAX_AT_A_TIME: Final = 4

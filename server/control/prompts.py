@@ -12,7 +12,7 @@ from kvstore.api.convert import duration, namespace_message, timestamp
 from kvstore.blocks.keys import block_keys
 from kvstore.blocks.spec import Namespace
 from kvstore.server.control.requests import Answers, Prompt, engine_extras, numbered, slices
-from kvstore.server.pacing import paced
+from kvstore.server.loop import paced
 from kvstore.store.explain import BlockReason, explain, surveying
 from kvstore.transport.protocol import TIER_NAMES
 

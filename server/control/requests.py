@@ -15,8 +15,8 @@ from kvstore.errors import SpecError
 from kvstore.server.access.grants import Grant
 from kvstore.server.control.errors import Refused, bad_field
 from kvstore.server.control.operations import Operations
+from kvstore.server.loop import Pace
 from kvstore.server.node import Node
-from kvstore.server.pacing import Pace
 from kvstore.store.index import Entry
 from kvstore.store.pins import Pins
 from kvstore.store.selection import Selection, candidates

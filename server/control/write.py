@@ -14,7 +14,7 @@ from kvstore.server.access.grants import Role
 from kvstore.server.control.errors import Refused, bad_field
 from kvstore.server.control.operations import Done, Operation, each
 from kvstore.server.control.requests import Answers, name, tier, ttl
-from kvstore.server.pacing import paced
+from kvstore.server.loop import paced
 from kvstore.store.explain import surveying
 from kvstore.store.index import Entry
 from kvstore.store.relocation import copy_to, move_to, reencode, remove

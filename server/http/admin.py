@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
-import json
 import logging
 import socket
 import time
@@ -20,20 +18,21 @@ from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
+import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from kvstore import __version__
 from kvstore.config import Config
-from kvstore.server.access.access import Access
+from kvstore.server.access.access import Access, is_loopback
 from kvstore.server.access.grants import Denied, Grant, Role
 from kvstore.server.http.metrics import Exposition
 from kvstore.server.http.samples import Samples
 from kvstore.server.http.status import status
 from kvstore.server.listeners import bind, show
+from kvstore.server.loop import run
 from kvstore.server.node import Node
-from kvstore.server.tasks import run
 
 _REQUEST_SECONDS: Final = 10.0
 _HANDSHAKE_SECONDS: Final = 5.0
@@ -70,7 +69,13 @@ _requests_log.addFilter(
 class _Refused(Exception):
     """An answer other than 200: what is wrong, and what to do."""
 
-    def __init__(self, status: HTTPStatus, text: str, reason: str = "", **headers: str) -> None:
+    def __init__(
+        self,
+        text: str,
+        status: HTTPStatus = HTTPStatus.BAD_REQUEST,
+        reason: str = "",
+        **headers: str,
+    ) -> None:
         super().__init__(text)
         self.status = status
         self.reason = reason  # for the counters
@@ -140,8 +145,7 @@ class AdminFace:
         app.on_response_prepare.append(_forbid)
         app.add_routes(
             [
-                web.get("/healthz", self._healthz),
-                web.get("/readyz", self._readyz),
+                *(web.get(path, self._health) for path in _OPEN),
                 web.get("/metrics", self._metrics),
                 web.get("/status", self._status),
                 web.get("/config", self._show_config),
@@ -210,11 +214,12 @@ class AdminFace:
             if request.path not in (*_OPEN, *self._pages):
                 request["grant"] = self._grant(request)
             response = await handler(request)
-        except _Refused as e:
-            if e.reason and self._node is not None:
-                self._node.store.counters.add("refused", e.reason)
-            response = _json({"error": str(e)}, e.status)
-            response.headers.update(e.headers)
+        except (_Refused, Denied) as e:
+            refused = _denied(e) if isinstance(e, Denied) else e
+            if refused.reason and self._node is not None:
+                self._node.store.counters.add("refused", refused.reason)
+            response = _json({"error": str(refused)}, refused.status)
+            response.headers.update(refused.headers)
         response.force_close()
         return response
 
@@ -222,49 +227,39 @@ class AdminFace:
         if isinstance(error, web.HTTPMethodNotAllowed):
             methods = ", ".join(sorted(error.allowed_methods, key=_METHODS.find))
             text = f"{request.method} is not for {request.path}; use {methods}"
-            return _Refused(HTTPStatus.METHOD_NOT_ALLOWED, text, Allow=methods)
+            return _Refused(text, HTTPStatus.METHOD_NOT_ALLOWED, Allow=methods)
         paths = (resource.canonical for resource in self._app.app.router.resources())
         known = ", ".join(path for path in paths if path not in self._pages)
-        return _Refused(HTTPStatus.NOT_FOUND, f"there is nothing here; there are {known} and /")
+        return _Refused(f"there is nothing here; there are {known} and /", HTTPStatus.NOT_FOUND)
 
     def _check_host(self, request: web.Request) -> None:
         """Keep web sites that let their name point here from reading along in a browser."""
-        if self._access.has_tokens or not _is_loopback(request.transport):
+        if self._access.has_tokens or not _on_loopback(request.transport):
             return
         host = request.host.rpartition(":")[0] if request.host[-1:] != "]" else request.host
         host = (host or request.host).strip("[]")
-        if host != "localhost" and not _is_loopback_address(host):
+        if host != "localhost" and not is_loopback(host):
             raise _Refused(
-                HTTPStatus.MISDIRECTED_REQUEST,
                 f"{host!r} is no name of this machine's loopback; ask for http://127.0.0.1 or "
                 "http://localhost, or set server.tokens",
+                HTTPStatus.MISDIRECTED_REQUEST,
                 "host",
             )
 
     def _grant(self, request: web.Request) -> Grant:
-        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-        try:
-            grant = self._access.grant(token.strip() if scheme.lower() == "bearer" else None)
-        except Denied as e:
-            text, status = str(e), HTTPStatus.UNAUTHORIZED
-            raise _Refused(status, text, e.reason, WWW_Authenticate="Bearer") from e
-        _check_role(grant, Role.READ, request.path)
+        grant = self._access.bearer(request.headers.get("Authorization"))
+        grant.check(Role.READ, request.path)
         return grant
 
     # -- answers ----------------------------------------------------------------------------------
 
-    async def _healthz(self, request: web.Request) -> web.Response:
-        return self._health(ok=("ready", "draining"))
-
-    async def _readyz(self, request: web.Request) -> web.Response:
-        return self._health(ok=("ready",))
-
-    def _health(self, ok: tuple[str, ...]) -> web.Response:
+    async def _health(self, request: web.Request) -> web.Response:
         if self._node is None:
             answer = {"status": "starting", "memory_touched": round(self.touched, 3)}
         else:
             answer = dict(self._node.health())
-        well = answer["status"] in ok
+        good = ("ready",) if request.path == "/readyz" else ("ready", "draining")
+        well = answer["status"] in good
         return _json(answer, HTTPStatus.OK if well else HTTPStatus.SERVICE_UNAVAILABLE)
 
     async def _metrics(self, request: web.Request) -> web.Response:
@@ -273,16 +268,11 @@ class AdminFace:
 
     async def _status(self, request: web.Request) -> web.Response:
         if self._node is None:
-            raise _Refused(
-                HTTPStatus.SERVICE_UNAVAILABLE,
-                f"the daemon is starting, {self.touched:.0%} of its memory is touched; ask again",
-                Retry_After="1",
-            )
+            text = f"the daemon is starting, {self.touched:.0%} of its memory is touched; ask again"
+            raise _Refused(text, HTTPStatus.SERVICE_UNAVAILABLE, Retry_After="1")
         after = request.query.get("after", "0")
         if not after.isdecimal() or len(after) > 15:
-            raise _Refused(
-                HTTPStatus.BAD_REQUEST, f"after={after!r} is no number of a sample; leave it out"
-            )
+            raise _Refused(f"after={after!r} is no number of a sample; leave it out")
         return _json(status(self._node, request["grant"], self._samples, int(after)))
 
     async def _show_config(self, request: web.Request) -> web.Response:
@@ -299,27 +289,23 @@ class AdminFace:
 
     async def _set_loglevel(self, request: web.Request) -> web.Response:
         grant: Grant = request["grant"]
-        _check_role(grant, Role.ADMIN, "changing a log level")
+        grant.check(Role.ADMIN, "changing a log level")
         if grant.tenants is not None:
             text = f"log levels concern all tenants, {grant.name!r} only some; use another token"
-            raise _Refused(HTTPStatus.FORBIDDEN, text, "tenant")
+            raise Denied("tenant", text)
         origin = f"{request.scheme}://{request.host}"
         if not grant.digest and request.headers.get("Origin") != origin:
             text = f"without a token send the header Origin: {origin}, as our own page would"
-            raise _Refused(HTTPStatus.FORBIDDEN, text, "origin")
+            raise _Refused(text, HTTPStatus.FORBIDDEN, "origin")
         if request.content_type != "application/json":  # What another site's form cannot send.
-            raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send Content-Type: application/json")
+            raise _Refused("send Content-Type: application/json", HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
         wanted = await _body(request)
         level, name = wanted.get("level"), wanted.get("logger", "kvstore")
         if level not in _LEVELS:
-            raise _Refused(
-                HTTPStatus.BAD_REQUEST, f"level is {level!r}; use one of {', '.join(_LEVELS)}"
-            )
+            raise _Refused(f"level is {level!r}; use one of {', '.join(_LEVELS)}")
         known = ("root", "kvstore", *_own_levels())
         if name not in known:
-            raise _Refused(
-                HTTPStatus.BAD_REQUEST, f"logger is {name!r}; use one of {', '.join(known)}"
-            )
+            raise _Refused(f"logger is {name!r}; use one of {', '.join(known)}")
         logging.getLogger(None if name == "root" else name).setLevel(level.upper())
         _log.warning("log level of %s is %s now, says %r", name, level, grant.name)
         return await self._loglevel(request)
@@ -334,11 +320,11 @@ async def _forbid(request: web.Request, response: web.StreamResponse) -> None:
     response.headers.update(_HEADERS)
 
 
-def _check_role(grant: Grant, role: Role, what: str) -> None:
-    try:
-        grant.check(role, what)
-    except Denied as e:
-        raise _Refused(HTTPStatus.FORBIDDEN, str(e), e.reason) from e
+def _denied(error: Denied) -> _Refused:
+    if error.reason.startswith("token_"):
+        status, header = HTTPStatus.UNAUTHORIZED, {"WWW_Authenticate": "Bearer"}
+        return _Refused(str(error), status, error.reason, **header)
+    return _Refused(str(error), HTTPStatus.FORBIDDEN, error.reason)
 
 
 def _json(value: object, status: HTTPStatus = HTTPStatus.OK) -> web.Response:
@@ -352,31 +338,19 @@ async def _body(request: web.Request) -> dict[str, Any]:
         while len(data) <= _MAX_BODY and (piece := await request.content.readany()):
             data += piece
     if len(data) > _MAX_BODY:
-        raise _Refused(
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body is too large; send up to {_MAX_BODY} B"
-        )
+        text = f"the body is too large; send up to {_MAX_BODY} B"
+        raise _Refused(text, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
     try:
-        value = json.loads(data)
+        return msgspec.json.decode(data, type=dict[str, Any])
     except (ValueError, RecursionError) as e:
-        raise _Refused(HTTPStatus.BAD_REQUEST, f"the body is no JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise _Refused(HTTPStatus.BAD_REQUEST, 'send an object such as {"level": "debug"}')
-    return value
+        text = 'send an object such as {"level": "debug"}'
+        raise _Refused(f"the body is no JSON object ({e}); {text}") from e
 
 
-def _is_loopback(transport: asyncio.Transport | None) -> bool:
+def _on_loopback(transport: asyncio.Transport | None) -> bool:
     """Whether the connection came in on a loopback address."""
     name = None if transport is None else transport.get_extra_info("sockname")
-    return name is not None and _is_loopback_address(name[0])
-
-
-def _is_loopback_address(text: str) -> bool:
-    try:
-        address = ipaddress.ip_address(text)
-        # IPv4 by way of a listener at [::].
-        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
-    except ValueError:
-        return False
+    return name is not None and is_loopback(name[0])
 
 
 def _level_of(logger: logging.Logger) -> str:

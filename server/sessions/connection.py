@@ -11,8 +11,8 @@ from typing import Final
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.errors import KVStoreError, ProtocolError
 from kvstore.server.access.grants import Grant
+from kvstore.server.loop import run
 from kvstore.server.node import Node, Peer
-from kvstore.server.tasks import run
 from kvstore.slices import Work
 from kvstore.store.leases import MAX_OWED
 from kvstore.transport import protocol

@@ -18,8 +18,8 @@ from kvstore.blocks.keys import KEY_BYTES
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.errors import KVStoreError, ProtocolError
 from kvstore.server.access.grants import Denied, Grant, Role
+from kvstore.server.loop import paced
 from kvstore.server.node import Node, Peer
-from kvstore.server.pacing import paced
 from kvstore.server.recent import by_tier
 from kvstore.server.sessions.connection import Connection
 from kvstore.slices import Work

@@ -14,11 +14,11 @@ from functools import partial
 from typing import Final
 
 from kvstore.server.listeners import bind, show
+from kvstore.server.loop import run
 from kvstore.server.node import Node, Peer
 from kvstore.server.sessions.bulk import BulkServer
 from kvstore.server.sessions.greeting import HELLO_SECONDS, Greeting, Newcomers, admit, welcome
 from kvstore.server.sessions.stream_session import StreamSession
-from kvstore.server.tasks import run
 from kvstore.transport import protocol
 from kvstore.transport.protocol import STREAM_MARK, Hello
 from kvstore.transport.sockets import tune

@@ -21,7 +21,7 @@ from kvstore.config import Config, load_config
 from kvstore.errors import ConfigError
 from kvstore.server.access.access import Access
 from kvstore.server.cli.main import app
-from kvstore.server.notify import notify
+from kvstore.server.process import notify
 from kvstore.values import parse_size
 
 DEPLOY: Final = Path(__file__).parents[2] / "deploy"

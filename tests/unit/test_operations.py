@@ -16,8 +16,8 @@ from kvstore.server.access.grants import LOCAL, Grant, Role
 from kvstore.server.control.errors import Refused
 from kvstore.server.control.operations import Done, Operation, Operations, each
 from kvstore.server.control.rules import RuleVerbs
+from kvstore.server.loop import Steps
 from kvstore.server.node import Node
-from kvstore.server.steps import Steps
 from kvstore.store.index import Entry
 from kvstore.store.pins import Pins
 from kvstore.tiers.base import ObjectName

@@ -1,17 +1,18 @@
-"""What runs beside the requests, when it dies of an error."""
+"""The daemon's loop: what runs beside the requests when it dies of an error; its longest steps."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from kvstore.server import tasks
-from kvstore.server.tasks import hear_threads, run
+from kvstore.server import loop
+from kvstore.server.loop import Steps, hear_threads, run
 from kvstore.telemetry import Counters
 from tests.store_tools import Bench, keys
 
@@ -19,7 +20,7 @@ from tests.store_tools import Bench, keys
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No pauses, and the way in which threads die as it was."""
-    monkeypatch.setattr(tasks, "_PAUSE", 0.0)
+    monkeypatch.setattr(loop, "_PAUSE", 0.0)
     before = threading.excepthook
     yield
     threading.excepthook = before
@@ -100,3 +101,36 @@ def test_a_disk_that_cannot_be_opened_for_an_error_of_ours_is_tried_again(
     bench.save(keys(1))
     bench.drain()
     bench.close()
+
+
+def test_the_longest_step_is_that_of_the_loop_and_is_forgotten_after_a_while() -> None:
+    now = 0.0
+    steps = Steps(lambda: now)
+    for work in (0.1, 3.0, 0.2):
+        now += work
+        steps.select(0)
+    assert steps.longest == 3.0
+    now += 60.0
+    steps._began = now  # waited all the time
+    steps.select(0)
+    assert steps.longest == 3.0
+    now += 61.0
+    steps._began = now
+    steps.select(0)
+    assert steps.longest == 0.0
+    steps.close()
+
+
+def test_what_a_task_does_without_a_pause_is_a_step_and_what_it_waits_for_is_none() -> None:
+    steps = Steps()
+
+    async def work() -> None:
+        await asyncio.sleep(0.1)
+        until = time.perf_counter() + 0.05
+        while time.perf_counter() < until:
+            pass
+        await asyncio.sleep(0)
+
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(steps)) as runner:
+        runner.run(work())
+        assert 0.05 <= steps.longest < 0.1
