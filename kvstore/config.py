@@ -77,11 +77,9 @@ def _folder(path: Path | None) -> Path | None:
 
 
 def _listener(value: object) -> object:
-    return None if isinstance(value, str) and value.lower() in ("off", "") else _none(value)
-
-
-def _check_listener(value: str | None) -> str | None:
-    if value is not None:
+    if isinstance(value, str):
+        if value.lower() in ("off", "", "none", "null"):
+            return None
         split_host_port(value)
     return value
 
@@ -93,7 +91,7 @@ Size = Annotated[int, BeforeValidator(parse_size)]
 Limit = Annotated[Size | None, BeforeValidator(_none)]
 Folder = Annotated[Path, BeforeValidator(_path), AfterValidator(_folder)]
 MaybeFolder = Annotated[Path | None, BeforeValidator(_path), AfterValidator(_folder)]
-Listener = Annotated[str | None, BeforeValidator(_listener), AfterValidator(_check_listener)]
+Listener = Annotated[str | None, BeforeValidator(_listener)]
 Name = Annotated[str, AfterValidator(checked_text), Field(min_length=1, max_length=256)]
 User = Annotated[
     Name | None, BeforeValidator(lambda v: str(v) if type(v) is int else _none(v))  # YAML has both

@@ -10,25 +10,19 @@ from collections.abc import Callable
 from typing import Any, Final
 
 
-class Counters:
+class Counters(Counter[str]):
     """What happened, how often, and why. Not thread-safe; one per owner.
 
     Names read `event` or `event.reason`, e.g. `save.dropped.no_room`.
     """
 
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-
     def add(self, event: str, reason: str = "", by: int = 1) -> None:
         """Count `event` (for `reason`) `by` times."""
-        self._counts[f"{event}.{reason}" if reason else event] += by
-
-    def __getitem__(self, name: str) -> int:
-        return self._counts[name]
+        self[f"{event}.{reason}" if reason else event] += by
 
     def snapshot(self) -> dict[str, int]:
         """All counts, sorted by name."""
-        return dict(sorted(self._counts.items()))
+        return dict(sorted(self.items()))
 
 
 class Average:

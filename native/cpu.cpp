@@ -1,7 +1,7 @@
 #include "cpu.hpp"
 
+#include <algorithm>
 #include <cstdlib>
-#include <string>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -10,40 +10,37 @@
 namespace kvstore {
 namespace {
 
-CpuFeatures detect() {
-  CpuFeatures found;
+std::vector<std::string> detect() {
+  std::vector<std::string> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  found.avx2 = __builtin_cpu_supports("avx2");
-  found.avx512 = __builtin_cpu_supports("avx512f");
+  if (__builtin_cpu_supports("avx2")) found.push_back("avx2");
+  if (__builtin_cpu_supports("avx512f")) found.push_back("avx512");
   // Compilers older than GCC 14 do not know the name "sha" here, so ask cpuid.
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) {
-    found.sha = ((ebx >> 29) & 1) != 0 && __builtin_cpu_supports("sse4.1");
-  }
+  const bool sha = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && ((ebx >> 29) & 1) != 0;
+  if (sha && __builtin_cpu_supports("sse4.1")) found.push_back("sha");
 #endif
-  return found;
-}
-
-bool listed(const std::string& list, const std::string& name) {
-  return ("," + list + ",").find("," + name + ",") != std::string::npos;
-}
-
-CpuFeatures detect_limited() {
-  CpuFeatures features = detect();
   if (const char* list = std::getenv("KVSTORE_CPU"); list != nullptr && *list != '\0') {
-    features.avx2 = features.avx2 && listed(list, "avx2");
-    features.avx512 = features.avx512 && listed(list, "avx512");
-    features.sha = features.sha && listed(list, "sha");
+    const std::string listed = "," + std::string(list) + ",";
+    const auto missing = [&](const std::string& name) {
+      return listed.find("," + name + ",") == std::string::npos;
+    };
+    found.erase(std::remove_if(found.begin(), found.end(), missing), found.end());
   }
-  return features;
+  return found;
 }
 
 }  // namespace
 
-const CpuFeatures& cpu_features() {
-  static const CpuFeatures features = detect_limited();
+const std::vector<std::string>& cpu_features() {
+  static const std::vector<std::string> features = detect();
   return features;
+}
+
+bool cpu_has(const char* feature) {
+  const auto& all = cpu_features();
+  return std::find(all.begin(), all.end(), feature) != all.end();
 }
 
 }  // namespace kvstore

@@ -112,8 +112,8 @@ KVSTORE_KERNEL(avx512, __attribute__((target("avx512f"))), copy_avx512, XXH3_acc
 
 LineKernels choose() {
 #if defined(__x86_64__)
-  if (cpu_features().avx512) return KVSTORE_KERNELS(avx512);
-  if (cpu_features().avx2) return KVSTORE_KERNELS(avx2);
+  if (cpu_has("avx512")) return KVSTORE_KERNELS(avx512);
+  if (cpu_has("avx2")) return KVSTORE_KERNELS(avx2);
 #endif
   return KVSTORE_KERNELS(portable);
 }

@@ -114,15 +114,6 @@ const T* checked_array(const char* name, const Array& array, std::size_t ndim, c
   return static_cast<const T*>(array.data());
 }
 
-std::vector<std::string> cpu_feature_names() {
-  const CpuFeatures& features = cpu_features();
-  std::vector<std::string> names;
-  if (features.avx2) names.emplace_back("avx2");
-  if (features.avx512) names.emplace_back("avx512");
-  if (features.sha) names.emplace_back("sha");
-  return names;
-}
-
 std::uint64_t hash_range(std::int64_t address, std::int64_t nbytes) {
   const Range range = checked_range("address", address, nbytes);
   const Unlocked unlocked;
@@ -305,7 +296,7 @@ NB_MODULE(_native, m) {
   nb::module_::import_("atexit").attr("register")(nb::cpp_function(&Unlocked::finish));
   pthread_atfork(nullptr, nullptr, &Unlocked::forget);
 
-  m.def("cpu_features", &cpu_feature_names);
+  m.def("cpu_features", &cpu_features);
   m.def("xxh3_64", &hash_range, "address"_a, "nbytes"_a);
   m.def("copy", &copy_range, "dst"_a, "src"_a, "nbytes"_a, "threads"_a = 1);
   m.def("copy_blocks", &copy_blocks_checked, "to_slots"_a, "segments"_a.noconvert(),

@@ -113,7 +113,7 @@ using Compress = void (*)(std::uint32_t*, const std::uint8_t*, std::size_t);
 
 Compress choose() {
 #if defined(__x86_64__)
-  if (cpu_features().sha) return compress_sha;
+  if (cpu_has("sha")) return compress_sha;
 #endif
   return compress_portable;
 }

@@ -235,11 +235,7 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         """
         if isinstance(self.layout, Opaque):
             page = self.layout.page_tokens
-            if block_tokens % page:
-                raise SpecError(
-                    f"block_tokens is {block_tokens}, no multiple of the page size {page}; "
-                    f"use {math.ceil(block_tokens / page) * page}"
-                )
+            check_block_tokens(block_tokens, page)
             size = self.group.layers * (block_tokens // page) * self.layout.page_bytes
         else:
             size = self.group.nbytes(block_tokens)

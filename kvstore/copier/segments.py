@@ -40,7 +40,7 @@ class Plans(Generic[T]):
         return plan
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Segments:
     """Rows for `_native.copy_blocks`, as many for each layer, in the order of layers.
 

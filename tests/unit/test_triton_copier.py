@@ -251,14 +251,16 @@ def test_two_threads(triton_module: ModuleType) -> None:
     assert failures == []
 
 
-def test_tables_that_go(triton_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_module, "_PLANS", 2)
+def test_tables_go_with_their_segments(triton_module: ModuleType) -> None:
     kernels = triton_module.TritonKernels(None)
     for pages in (2, 3, 4, 2):
         memory = Memory(LATENT, "BNHC", pages, 1, joined=False)
         segments = segments_of(memory.paged, Part(LATENT), 1)
         check(kernels, segments, memory.bytes, Slots(10, 1), [[1]], to_slots=True)
-    assert len(kernels._plans) == 2
+        assert segments in kernels._plans
+    assert len(kernels._plans) == 1
+    del segments
+    assert not kernels._plans
 
 
 COMPILE = """

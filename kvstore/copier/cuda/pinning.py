@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -26,10 +27,8 @@ _REPORT_SECONDS: Final = 5.0
 _log = logging.getLogger("kvstore.copier")
 
 
-@dataclass(slots=True)
-class _Attached:
-    count: int
-    pieces: list[tuple[int, int, int]]  # address, bytes, address for the device
+_Piece = tuple[int, int, int]
+"""Address, bytes, address for the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,30 +59,28 @@ class PinnedMemory:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._attached: dict[int, _Attached] = {}
+        self._attached: dict[int, list[list[_Piece]]] = {}
         self._lock = threading.RLock()  # A session that is collected meanwhile detaches.
         self._arrange()
 
     def attach(self, address: int, nbytes: int) -> None:
-        """Pin a range; more often the same is only counted. If that fails, a warning says so."""
+        """Pin a range; the driver counts how often. If that fails, a warning says so."""
+        pieces: list[_Piece] = []
         with self._lock:
-            if attached := self._attached.get(address):
-                attached.count += 1
-                return
-            attached = self._attached[address] = _Attached(1, [])
             try:
-                self._pin(address, nbytes, attached.pieces)
+                self._pin(address, nbytes, pieces)
             except DeviceUnavailable as error:
-                self._unpin(attached)
+                self._unpin(pieces)
                 _log.warning(
                     "%.1f GiB of shared memory cannot be pinned, so copies to and from the device "
                     "are slower: %s; is the limit of locked memory (ulimit -l) too low?",
                     nbytes / 2**30,
                     error,
                 )
+            self._attached.setdefault(address, []).append(pieces)
             self._arrange()
 
-    def _pin(self, address: int, nbytes: int, pieces: list[tuple[int, int, int]]) -> None:
+    def _pin(self, address: int, nbytes: int, pieces: list[_Piece]) -> None:
         begin = reported = time.monotonic()
         for at in range(address, address + nbytes, PIECE):
             size = min(PIECE, address + nbytes - at)
@@ -100,30 +97,26 @@ class PinnedMemory:
     def detach(self, address: int) -> None:
         """Undo one `attach`; the last one unpins the range. An unknown address is none."""
         with self._lock:
-            attached = self._attached.get(address)
-            if attached is None:
-                return
-            attached.count -= 1
-            if not attached.count:
-                del self._attached[address]
+            if attached := self._attached.get(address):
+                pieces = attached.pop()
                 self._arrange()
-                self._unpin(attached)
+                self._unpin(pieces)
 
     def close(self) -> None:
         """Unpin everything."""
         with self._lock:
             gone, self._attached = self._attached, {}
             self._arrange()
-            for attached in gone.values():
-                self._unpin(attached)
+            for pieces in chain(*gone.values()):
+                self._unpin(pieces)
 
-    def _unpin(self, attached: _Attached) -> None:
-        while attached.pieces:
-            address, nbytes, _ = attached.pieces.pop()
+    def _unpin(self, pieces: list[_Piece]) -> None:
+        while pieces:
+            address, nbytes, _ = pieces.pop()
             self._device.driver.unregister(address, nbytes)
 
     def _arrange(self) -> None:
-        pieces = sorted(p for attached in self._attached.values() for p in attached.pieces)
+        pieces = sorted({piece for each in self._attached.values() for piece in chain(*each)})
         begin, size, seen = np.array(pieces, dtype=np.uint64).reshape(-1, 3).T
         self._pieces = _Ranges(begin, begin + size, seen - begin)
         self._seen = self._pieces.joined()

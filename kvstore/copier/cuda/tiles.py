@@ -70,7 +70,7 @@ class Kernels(Protocol):
     def copy(self, copy: KernelCopy, stream: int) -> None:
         """Enqueue a copy on `stream` (its handle).
 
-        `copy.segments` must not change afterwards; `page_ids` and `slots` may. Pages and slots must
+        `page_ids` and `slots` may change afterwards. What lies there, and `copy.segments`, must
         stay until the stream has passed the copy.
 
         Raises:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _WARPS: Final = 4
-_PLANS: Final = 64
 _RING_WORDS: Final = 1 << 17
 _WORDS: Final[dict[int, Any]] = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 
@@ -175,9 +175,6 @@ def copy_rows(
 class _Plan(NamedTuple):
     """A table on the device, and what else a launch needs."""
 
-    segments: Segments
-    """Held, so that its id is not given to another while it is a key."""
-
     table: Any
     tiles: tuple[int, int, int]
     constants: dict[str, Any]
@@ -251,9 +248,9 @@ class TritonKernels:
 
     `device` is the number of a CUDA device; None runs the kernels on the CPU in Triton's
     interpreter, to check them, and needs `TRITON_INTERPRET=1` before this module is imported.
-    On the device stay the tables of the last 64 kinds of copy, and `ring_words` words of 8 bytes
-    for page ids and slots, with as many in pinned memory. The first copy of a new kind compiles its
-    kernel, which takes about a second.
+    On the device stay a table for each kind of copy, as long as its `Segments`, and `ring_words`
+    words of 8 bytes for page ids and slots, with as many in pinned memory. The first copy of a new
+    kind compiles its kernel, which takes about a second.
 
     Raises:
         StoreUnavailable: no such device, or no interpreter.
@@ -269,8 +266,8 @@ class TritonKernels:
             )
         self._device = device
         self._lock = threading.Lock() if device is not None else _interpreter
-        self._plans: OrderedDict[tuple[int, bool, Cast | None, int], _Plan]
-        self._plans = OrderedDict()
+        self._plans: WeakKeyDictionary[Segments, dict[tuple[bool, Cast | None, int], _Plan]]
+        self._plans = WeakKeyDictionary()
         with _device_errors():
             self._ring = Ring(ring_words, torch.cuda.Event)
             self._pinned = torch.empty(ring_words, dtype=torch.int64, pin_memory=device is not None)
@@ -315,22 +312,16 @@ class TritonKernels:
     def _plan(
         self, segments: Segments, to_slots: bool, cast: Cast | None, slot_align: int
     ) -> _Plan:
-        key = (id(segments), to_slots, cast, slot_align)
-        plan = self._plans.get(key)
-        if plan is None:
+        plans, key = self._plans.setdefault(segments, {}), (to_slots, cast, slot_align)
+        if key not in plans:
             tiling = tile(segments, cast, slot_align)
             table = torch.from_numpy(tiling.table)
             if self._device is not None:
                 with torch.cuda.stream(self._uploads):
                     table = table.to(self._on_device.device)
                 self._uploads.synchronize()
-            if len(self._plans) == _PLANS:
-                self._ring.drain()  # kernels may still read the table that goes
-                self._plans.popitem(last=False)
-            plan = _Plan(segments, table, tiling.tiles, constants_of(tiling, to_slots, cast))
-            self._plans[key] = plan
-        self._plans.move_to_end(key)
-        return plan
+            plans[key] = _Plan(table, tiling.tiles, constants_of(tiling, to_slots, cast))
+        return plans[key]
 
     def _launch(
         self,
