@@ -22,6 +22,7 @@ from kvstore.forks import in_child
 from kvstore.transport import protocol, shared
 from kvstore.transport.carrier import Connection
 from kvstore.transport.protocol import Failure, Message, Release, Reply
+from kvstore.transport.sockets import Frames
 
 FORKED: Final = "this process was forked from the one that connected"
 _NOTIFY_SECONDS: Final = 0.5
@@ -42,7 +43,7 @@ class Channel:
         self._send_lock = threading.Lock()
         self._state = threading.Condition()
         self._reading = False
-        self._frames = protocol.Frames()
+        self._frames = Frames()
         self._replies: dict[int, Reply | None] = {}
         """By the id of those requests that wait for one."""
 

@@ -4,49 +4,39 @@ A frame is ``u32 length ‖ u64 request id ‖ MessagePack``, all little-endian;
 MessagePack alone. Request id 0 asks for no reply. A message is a map tagged by ``type``, decoded
 into the structs below and nothing else: nothing executes from the wire, and every size is bounded
 before anything is allocated. Unknown fields are passed over, but for those that name what is stored
-(namespaces and parts). docs/protocol.md tells the same in prose.
+(namespaces and parts). docs/protocol.md tells what fields mean that do not say so themselves.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Generator
 from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
-from kvstore.blocks.keys import KEY_BYTES, split_keys
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.errors import ProtocolError
 from kvstore.telemetry import shown
 
 VERSION: Final = 1
 FEATURES: Final = ("tiers", "close", "holes")
-"""What this release knows beyond the first of its version; each side does without what the other
-has not named. `tiers`: the welcome has a table of tiers, and answers to lookups their costs;
-`close`: the request of that name; `holes`: that field of lookups and acquires."""
+"""What this release knows beyond the first of its version: tables and costs of tiers, the request
+`close`, `holes` of lookups and acquires. Each side does without what the other has not named."""
 
 HEADER: Final = struct.Struct("<IQ")
 MAX_FRAME: Final = 8 << 20
 MAX_KEYS: Final = 1 << 16
 MAX_PARTS: Final = 256
-_MOST_SAID: Final = 1000
-"""Characters of a failure that are believed to be worth reading."""
-
-MAX_OBJECTS: Final = 1 << 18
-"""In one request: keys × parts."""
-
+_MOST_SAID: Final = 1000  # characters of a failure
 MAX_OPEN: Final = 1024
-MAX_WAIT: Final = 600.0
-"""Seconds that a request may ask the daemon to wait."""
+MAX_WAIT: Final = 600.0  # seconds that a request may ask the daemon to wait
 
 # Data connections of sessions over TCP.
 STREAM_MARK: Final = b"KVSTREAM"
 """What a data connection begins with, before TLS if there is any: no frame and no TLS does."""
 TICKET_BYTES: Final = 16
 MAX_STREAMS: Final = 16
-MAX_BATCH: Final = 4096
-"""Objects in one `put` or `get`."""
+MAX_BATCH: Final = 4096  # objects in one `put` or `get`
 MAX_STREAM_FRAME: Final = 1 << 17
 
 # Answers to a reserve that are no slot.
@@ -59,8 +49,8 @@ MEMORY: Final = 1
 DISK: Final = 2
 TIER_NAMES: Final = {MEMORY: "memory", DISK: "disk"}
 NOWHERE: Final = ("miss", "pending")
+"""In place of the name of a tier, and its number: the block is missing, or on its way."""
 NOWHERE_NUMBERS: Final = (b"\0", b"\xff")
-"""In place of the name and number of a tier: the block is missing, or on its way."""
 
 _T = TypeVar("_T")
 
@@ -85,9 +75,8 @@ class Cost(NamedTuple):
 
 def tier_names(tiers: tuple[TierInfo, ...]) -> tuple[str, ...]:
     """The name of each of 256 numbers, given a daemon's table; without, that of the first ones."""
-    known = {tier.number: tier.name for tier in tiers} or TIER_NAMES
-    nowhere = {number[0]: name for number, name in zip(NOWHERE_NUMBERS, NOWHERE, strict=True)}
-    known = {**known, **nowhere}
+    known = {tier.number: tier.name for tier in tiers} or dict(TIER_NAMES)
+    known |= {number[0]: name for number, name in zip(NOWHERE_NUMBERS, NOWHERE, strict=True)}
     return tuple(known.get(number, "unknown") for number in range(256))
 
 
@@ -106,12 +95,8 @@ class Hello(Message, tag="hello"):
 
 
 class Welcome(Message, tag="welcome"):
-    """Answer to `Hello`; on a unix socket the arena's descriptor travels with it.
-
-    `session` numbers the session, for operators. `arena_path` names the arena's file, where it has
-    a name, for clients that descriptors do not reach; `arena_inode` tells that it is the right one.
-    Over TCP no arena is handed out, and `ticket` admits data connections to the session.
-    `tiers` and `features` are for those who have named the feature `tiers`, or any.
+    """Answer to `Hello`. On a unix socket the arena's descriptor travels with it, over TCP `ticket`
+    admits data connections.
     """
 
     version: int
@@ -147,11 +132,8 @@ class Close(Message, tag="close"):
 
 
 class Lookup(Message, tag="lookup"):
-    """How long is the usable prefix of `keys` (32 bytes each, joined)?
-
-    `again`: asked for the same request before, so it does not count as one. `holes`: where does
-    each block lie, also those behind one that is missing? The answer then waits up to `wait`
-    seconds for blocks that are on their way.
+    """How long is the usable prefix of `keys` (32 bytes each, joined)? With `holes`: where does
+    each block lie? Then up to `wait` seconds are waited for blocks that are on their way.
     """
 
     handle: int
@@ -162,13 +144,9 @@ class Lookup(Message, tag="lookup"):
 
 
 class Found(Message, tag="found"):
-    """One byte per block found: the number of its tier. `reason` says why the prefix ends.
-
-    With `holes` there is one for every block: 0 where it is missing, 255 where it is on its way.
-
-    `costs` are those of the tiers below memory, by number, for clients with the feature `tiers`.
-    For others, and only until the next minor version: a read from disk takes
-    `disk_seconds_per_byte` once the disk begins with it, after `disk_wait`.
+    """One byte per block found: the number of its tier, or of `NOWHERE`. `reason` says why the
+    prefix ends; `costs` are those of tiers below memory, by number. The others, for clients without
+    the feature `tiers`, go with the next minor version.
     """
 
     tiers: bytes
@@ -186,11 +164,8 @@ class Found(Message, tag="found"):
 
 
 class Reserve(Message, tag="reserve"):
-    """Slots for blocks to be saved, under a new lease numbered by the client.
-
-    `parent` is the key before the first one; `tokens`, for watchers of events, the blocks' token
-    ids as u32 little-endian; `ttl` seconds after they are committed the blocks expire. All three
-    may be left out.
+    """Slots for blocks to be saved, under a new lease numbered by the client; `parent` is the key
+    before the first one, `tokens` are the blocks' token ids as u32 little-endian.
     """
 
     handle: int
@@ -227,10 +202,8 @@ class Committed(Message, tag="committed"):
 
 
 class Acquire(Message, tag="acquire"):
-    """Bring blocks to memory and hold them under a new lease.
-
-    Answered when all have come, or the first `enough` of them, or after `wait` seconds. `holes`:
-    what is missing, or does not come in time, does not keep those behind it from being held.
+    """Bring blocks to memory and hold them under a new lease. Answered when all have come, or the
+    first `enough` of them, or after `wait` seconds.
     """
 
     handle: int
@@ -242,11 +215,9 @@ class Acquire(Message, tag="acquire"):
 
 
 class Held(Message, tag="held"):
-    """i64 offsets per block and part, of the blocks that have come.
-
-    `tiers` has a byte for every block found, come or not; with `holes` one for every block, 0 for
-    those that are not held. `other` gives the layouts that are not
-    the session's own, by position in `slots`.
+    """i64 offsets per block and part, of the blocks that have come. `tiers` has a byte for every
+    block found, come or not; with `holes` one for every block. `other` gives the layouts that are
+    not the session's own, by position in `slots`.
     """
 
     slots: bytes
@@ -257,9 +228,8 @@ class Held(Message, tag="held"):
 
 
 class Release(Message, tag="release"):
-    """Ends a lease, whatever it was for. Sent without wanting a reply.
-
-    `damaged` lists blocks, by position in the acquire, whose checksum was wrong: they are removed.
+    """Ends a lease, whatever it was for. Sent without wanting a reply. `damaged` lists blocks, by
+    position in the acquire, whose checksum was wrong: they are removed.
     """
 
     lease: int
@@ -295,10 +265,8 @@ class Flush(Message, tag="flush"):
 
 
 class Flushed(Message, tag="flushed"):
-    """Objects that are not on disk, of those saved before.
-
-    -1: none, but nothing would survive (there is no disk tier, or it is not to be used), or the
-    disk did not say in time that it keeps them.
+    """Objects that are not on disk, of those saved before; -1: none, but nothing would survive, or
+    the disk did not say in time that it keeps them.
     """
 
     unwritten: int
@@ -332,9 +300,8 @@ class Attached(Message, tag="attached"):
 
 
 class Put(Message, tag="put"):
-    """Objects for slots under a write lease; their bytes follow the frame, in order.
-
-    `slots` as in `Reserved`, `checksums` u64 little-endian: the XXH3 of each object.
+    """Objects for slots under a write lease; their bytes follow the frame, in order. `slots` as in
+    `Reserved`, `checksums` u64 little-endian: the XXH3 of each object.
     """
 
     lease: int
@@ -388,7 +355,7 @@ Reply = (
     | Controlled | Failure | Attached | Taken | Sending
 )  # fmt: skip
 
-_encoder = msgspec.msgpack.Encoder()
+_encoder: Final = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
@@ -403,56 +370,6 @@ def encode(request_id: int, message: Message) -> bytes:
     if len(body) > MAX_FRAME:
         raise ProtocolError(f"message of {len(body)} bytes; a frame holds {MAX_FRAME}")
     return HEADER.pack(len(body), request_id) + body
-
-
-def frame_size(header: bytes | bytearray | memoryview, limit: int = MAX_FRAME) -> tuple[int, int]:
-    """Body length and request id of a frame's first 12 bytes.
-
-    Raises:
-        ProtocolError: the frame is over the limit.
-    """
-    length, request_id = HEADER.unpack_from(header)
-    if length > limit:
-        raise ProtocolError(f"frame of {length} bytes announced; at most {limit} are allowed")
-    return length, request_id
-
-
-class Frames:
-    """Cuts what comes into frames of at most `limit` bytes."""
-
-    def __init__(self, limit: int = MAX_FRAME) -> None:
-        self.limit = limit
-        self._buffer = bytearray()
-
-    def __len__(self) -> int:
-        """Bytes that wait."""
-        return len(self._buffer)
-
-    def add(self, data: bytes) -> None:
-        """What came last."""
-        self._buffer += data
-
-    def next(self) -> tuple[int, bytes] | None:
-        """Request id and body of the next frame, if it is there.
-
-        Raises:
-            ProtocolError: it is over the limit.
-        """
-        if len(self._buffer) < HEADER.size:
-            return None
-        length, request_id = frame_size(self._buffer, self.limit)
-        end = HEADER.size + length
-        if len(self._buffer) < end:
-            return None
-        body = bytes(memoryview(self._buffer)[HEADER.size : end])
-        del self._buffer[:end]
-        return request_id, body
-
-    def rest(self) -> bytes:
-        """All that waits, which is given away."""
-        rest = bytes(self._buffer)
-        self._buffer.clear()
-        return rest
 
 
 def decode_request(body: bytes | bytearray) -> Request:
@@ -481,25 +398,3 @@ def _decode(decoder: msgspec.msgpack.Decoder[_T], body: bytes | bytearray, what:
         return decoder.decode(body)
     except (msgspec.MsgspecError, ValueError, RecursionError) as e:
         raise ProtocolError(f"not {what} of protocol {VERSION}: {e}") from e
-
-
-_PIECE: Final = 4096 * KEY_BYTES
-
-
-def keys_of(joined: bytes, parts: int = 1) -> Generator[None, None, list[bytes]]:
-    """The keys in a request about so many parts of each block; stops now and then.
-
-    Raises:
-        ProtocolError: no whole number of keys, or too many.
-    """
-    count, rest = divmod(len(joined), KEY_BYTES)
-    most = min(MAX_KEYS, MAX_OBJECTS // parts)
-    if rest or count > most:
-        raise ProtocolError(
-            f"keys take {len(joined)} bytes; send up to {most} keys of {KEY_BYTES} bytes"
-        )
-    keys = split_keys(joined[:_PIECE])
-    for first in range(_PIECE, len(joined), _PIECE):
-        yield
-        keys += split_keys(joined[first : first + _PIECE])
-    return keys

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from kvstore.errors import ProtocolError
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Message
 
@@ -190,6 +191,58 @@ class TlsWire(Wire):
             return False
 
 
+def frame_size(
+    header: bytes | bytearray | memoryview, limit: int = protocol.MAX_FRAME
+) -> tuple[int, int]:
+    """Body length and request id of a frame's first 12 bytes.
+
+    Raises:
+        ProtocolError: the frame is over the limit.
+    """
+    length, request_id = protocol.HEADER.unpack_from(header)
+    if length > limit:
+        raise ProtocolError(f"frame of {length} bytes announced; at most {limit} are allowed")
+    return length, request_id
+
+
+class Frames:
+    """Cuts what comes into frames of at most `limit` bytes."""
+
+    def __init__(self, limit: int = protocol.MAX_FRAME) -> None:
+        self.limit = limit
+        self._buffer = bytearray()
+
+    def __len__(self) -> int:
+        """Bytes that wait."""
+        return len(self._buffer)
+
+    def add(self, data: bytes) -> None:
+        """What came last."""
+        self._buffer += data
+
+    def next(self) -> tuple[int, bytes] | None:
+        """Request id and body of the next frame, if it is there.
+
+        Raises:
+            ProtocolError: it is over the limit.
+        """
+        if len(self._buffer) < protocol.HEADER.size:
+            return None
+        length, request_id = frame_size(self._buffer, self.limit)
+        end = protocol.HEADER.size + length
+        if len(self._buffer) < end:
+            return None
+        body = bytes(memoryview(self._buffer)[protocol.HEADER.size : end])
+        del self._buffer[:end]
+        return request_id, body
+
+    def rest(self) -> bytes:
+        """All that waits, which is given away."""
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        return rest
+
+
 def receive_frame(
     wire: Wire, seconds: float, limit: int = protocol.MAX_STREAM_FRAME
 ) -> bytes | bytearray:
@@ -202,7 +255,7 @@ def receive_frame(
     end = time.monotonic() + seconds
     header = bytearray(protocol.HEADER.size)
     wire.receive(memoryview(header), seconds)
-    body = bytearray(protocol.frame_size(header, limit)[0])
+    body = bytearray(frame_size(header, limit)[0])
     wire.receive(memoryview(body), end - time.monotonic())
     return body
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Final
 
+from kvstore.blocks.keys import KEY_BYTES, split_keys
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.errors import KVStoreError, ProtocolError
 from kvstore.server.access.grants import Grant
@@ -16,13 +17,20 @@ from kvstore.server.node import Node, Peer
 from kvstore.slices import Work
 from kvstore.store.leases import MAX_OWED
 from kvstore.transport import protocol
-from kvstore.transport.protocol import Failure, Frames, Message
+from kvstore.transport.protocol import Failure, Message
+from kvstore.transport.sockets import Frames
 
 _MAX_DESCRIBED: Final = 1 << 14
 """Bytes of an `open` with a token."""
 
 _OPENED_WEIGHT: Final = 24
 """Bytes that it takes to remember a byte of an `open`."""
+
+_MAX_OBJECTS: Final = 1 << 18
+"""In one request: keys × parts."""
+
+_PIECE: Final = 4096 * KEY_BYTES
+"""Of keys that are cut without a stop."""
 
 
 class Connection(asyncio.Protocol):
@@ -222,3 +230,22 @@ class Connection(asyncio.Protocol):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def keys_of(joined: bytes, parts: int = 1) -> Work[list[bytes]]:
+    """The keys in a request about so many parts of each block; stops now and then.
+
+    Raises:
+        ProtocolError: no whole number of keys, or too many.
+    """
+    count, rest = divmod(len(joined), KEY_BYTES)
+    most = min(protocol.MAX_KEYS, _MAX_OBJECTS // parts)
+    if rest or count > most:
+        raise ProtocolError(
+            f"keys take {len(joined)} bytes; send up to {most} keys of {KEY_BYTES} bytes"
+        )
+    keys = split_keys(joined[:_PIECE])
+    for first in range(_PIECE, len(joined), _PIECE):
+        yield
+        keys += split_keys(joined[first : first + _PIECE])
+    return keys

@@ -15,7 +15,8 @@ from kvstore.server.access.grants import Denied, Grant
 from kvstore.server.node import Node
 from kvstore.server.sessions.session import SessionConnection
 from kvstore.transport import protocol
-from kvstore.transport.protocol import Failure, Frames, Hello, Stats, StatsReply, TierInfo, Welcome
+from kvstore.transport.protocol import Failure, Hello, Stats, StatsReply, TierInfo, Welcome
+from kvstore.transport.sockets import Frames
 
 HELLO_SECONDS: Final = 5.0
 _MAX_HELLO: Final = 4096

@@ -21,7 +21,7 @@ from kvstore.server.access.grants import Denied, Grant, Role
 from kvstore.server.loop import paced
 from kvstore.server.node import Node, Peer
 from kvstore.server.recent import by_tier
-from kvstore.server.sessions.connection import Connection
+from kvstore.server.sessions.connection import Connection, keys_of
 from kvstore.slices import Work
 from kvstore.store.index import Entry
 from kvstore.store.leases import LeaseKind, Saving
@@ -135,7 +135,7 @@ class SessionConnection(Connection):
     ) -> Work[tuple[Namespace, tuple[Part, ...], list[bytes]]]:  # fmt: skip
         """What a request is about: of what namespace, which parts of which blocks."""
         namespace, parts = self._handle_of(request.handle)
-        keys = yield from protocol.keys_of(request.keys, len(parts))
+        keys = yield from keys_of(request.keys, len(parts))
         return namespace, parts, keys
 
     def _lookup(self, request_id: int, request: protocol.Lookup) -> Work[Message | None]:

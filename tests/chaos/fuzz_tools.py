@@ -14,6 +14,7 @@ import msgspec
 
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Hello, Message, Open
+from kvstore.transport.sockets import frame_size
 from tests.session_tools import PART, namespace, wide
 
 Connect = Callable[[], socket.socket]
@@ -98,7 +99,7 @@ class DataDoor:
     def _ask(self, message: Message) -> protocol.Reply:
         assert self._session is not None
         self._session.sendall(protocol.encode(1, message))
-        length, _ = protocol.frame_size(_exactly(self._session, protocol.HEADER.size))
+        length, _ = frame_size(_exactly(self._session, protocol.HEADER.size))
         return protocol.decode_reply(_exactly(self._session, length))
 
 

@@ -21,6 +21,7 @@ from kvstore.config import load_config
 from kvstore.store.leases import MAX_LEASES
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Failure, Hello, Open, Welcome
+from kvstore.transport.sockets import frame_size
 from kvstore.values import split_host_port
 from tests.certificates import Authority
 from tests.chaos.fuzz_tools import (
@@ -226,7 +227,7 @@ def greet(target: Target) -> tuple[socket.socket, protocol.Reply]:
     connection = unix(str(target.served.socket))()
     connection.sendall(protocol.encode(1, Hello(protocol.VERSION, "test", 1)))
     header = connection.recv(protocol.HEADER.size, socket.MSG_WAITALL)
-    body = connection.recv(protocol.frame_size(header)[0], socket.MSG_WAITALL)
+    body = connection.recv(frame_size(header)[0], socket.MSG_WAITALL)
     return connection, protocol.decode_reply(body)
 
 

@@ -23,6 +23,7 @@ from kvstore.errors import StoreUnavailable
 from kvstore.server.listeners import make_folder
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Failure, Hello, Message, Open, Opened, Reply, Welcome
+from kvstore.transport.sockets import frame_size
 from tests.session_tools import (
     PART,
     PATIENCE,
@@ -68,7 +69,7 @@ class Wire:
 
     def hear(self) -> Reply:
         """What the daemon says next."""
-        length, _ = protocol.frame_size(self._receive(protocol.HEADER.size))
+        length, _ = frame_size(self._receive(protocol.HEADER.size))
         return protocol.decode_reply(self._receive(length))
 
     def refused(self, message: Message) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.transport import protocol
+from kvstore.transport.sockets import Frames
 from tests import first_protocol as first
 from tests.session_tools import BIG, PATIENCE, SMALL, Served, Stores, load, namespace, prompt, save
 from tests.tcp_tools import TCP, Proxy, tcp_session
@@ -29,7 +30,7 @@ class FirstProtocol(Proxy):
 
     def _understand(self, source: socket.socket, target: socket.socket, damaging: bool) -> None:
         decoder = first.REQUESTS if damaging else first.REPLIES
-        frames = protocol.Frames()
+        frames = Frames()
         while data := source.recv(1 << 16):
             if data.startswith(protocol.STREAM_MARK):
                 self._raw |= {source, target}
@@ -83,7 +84,7 @@ def test_who_knows_no_features_is_told_none(stores: Stores) -> None:
         def ask(message: msgspec.Struct) -> first.Message:
             body = msgspec.msgpack.encode(message)
             client.sendall(protocol.HEADER.pack(len(body), 1) + body)
-            frames = protocol.Frames()
+            frames = Frames()
             while (frame := frames.next()) is None:
                 frames.add(client.recv(1 << 16))
             reply: first.Message = first.REPLIES.decode(frame[1])
@@ -106,7 +107,7 @@ def test_features_of_the_future_are_passed_over(stores: Stores, features: tuple[
         hello = {"type": "hello", "version": 1, "software": "kvstore 9", "pid": 1}
         body = msgspec.msgpack.encode(hello | {"features": features, "planet": "Mars"})
         client.sendall(protocol.HEADER.pack(len(body), 1) + body)
-        frames = protocol.Frames()
+        frames = Frames()
         while (frame := frames.next()) is None:
             frames.add(client.recv(1 << 16))
         welcome = protocol.decode_reply(frame[1])

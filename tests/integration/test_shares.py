@@ -20,6 +20,7 @@ from kvstore.blocks.spec import Described, Group, Layout, Namespace, Opaque, Par
 from kvstore.server.control.calls import SPARE_CALLS
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Failure, Hello, Message, Reserved
+from kvstore.transport.sockets import frame_size
 from tests.control_tools import SERVICE, Api, refusal, secret, write_tokens
 from tests.http_tools import ON, address, ask
 from tests.session_tools import (
@@ -82,7 +83,7 @@ class Raw:
         return self.hear()
 
     def hear(self) -> Any:
-        length, _ = protocol.frame_size(self._receive(protocol.HEADER.size))
+        length, _ = frame_size(self._receive(protocol.HEADER.size))
         return protocol.decode_reply(self._receive(length))
 
     def waiting(self) -> int:

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part, Shard
 from kvstore.errors import ProtocolError
+from kvstore.server.sessions.connection import keys_of
 from kvstore.slices import finish
 from kvstore.transport import protocol
+from kvstore.transport.sockets import frame_size
 
 TAGS = st.sampled_from([t.__struct_config__.tag for t in protocol.Message.__subclasses__()])
 TEXT = st.text("aé\0", max_size=8)
@@ -82,7 +84,7 @@ def test_damaged_messages(part: Part, tenant: str, data: st.DataObject) -> None:
 @given(st.binary(min_size=12, max_size=12))
 def test_random_headers(raw: bytes) -> None:
     try:
-        length, request_id = protocol.frame_size(raw)
+        length, request_id = frame_size(raw)
     except ProtocolError:
         assert int.from_bytes(raw[:4], "little") > protocol.MAX_FRAME
         return
@@ -93,7 +95,7 @@ def test_random_headers(raw: bytes) -> None:
 @given(st.binary(max_size=200))
 def test_random_keys(joined: bytes) -> None:
     try:
-        keys = finish(protocol.keys_of(joined))
+        keys = finish(keys_of(joined))
     except ProtocolError:
         assert len(joined) % 32
         return

@@ -10,9 +10,11 @@ import pytest
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part, Shard
 from kvstore.client.arrivals import Incoming
 from kvstore.errors import ProtocolError
+from kvstore.server.sessions.connection import keys_of
 from kvstore.slices import finish
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Message
+from kvstore.transport.sockets import Frames, frame_size
 
 NAMESPACE = Namespace(ModelIdentity("m", "r", "d", "a", (("x", "y"),)), "tenant", 32)
 PART = Part(Group(layers=2, heads=3, channels=(4, 6), dtype="float16"), Described("LNHPC"))
@@ -64,7 +66,7 @@ REPLIES: list[Message] = [
 
 
 def body(frame: bytes, request_id: int) -> bytes:
-    length, found = protocol.frame_size(frame[: protocol.HEADER.size])
+    length, found = frame_size(frame[: protocol.HEADER.size])
     assert found == request_id
     assert length == len(frame) - protocol.HEADER.size
     return frame[protocol.HEADER.size :]
@@ -126,20 +128,20 @@ def test_an_answer_whose_layouts_do_not_fit_is_none(other: dict[int, Part]) -> N
 
 def test_frames_have_a_largest_size() -> None:
     largest = protocol.HEADER.pack(protocol.MAX_FRAME, 1)
-    assert protocol.frame_size(largest) == (protocol.MAX_FRAME, 1)
+    assert frame_size(largest) == (protocol.MAX_FRAME, 1)
     with pytest.raises(ProtocolError, match="frame of 8388609 bytes announced; at most 8388608"):
-        protocol.frame_size(protocol.HEADER.pack(protocol.MAX_FRAME + 1, 1))
+        frame_size(protocol.HEADER.pack(protocol.MAX_FRAME + 1, 1))
     with pytest.raises(ProtocolError, match="a frame holds 8388608"):
         protocol.encode(1, protocol.StatsReply("x" * protocol.MAX_FRAME))
 
 
 def test_keys_are_counted() -> None:
-    assert finish(protocol.keys_of(b"")) == []
-    assert finish(protocol.keys_of(KEYS)) == [KEYS[:32], KEYS[32:]]
-    assert len(finish(protocol.keys_of(bytes(32 * protocol.MAX_KEYS)))) == protocol.MAX_KEYS
+    assert finish(keys_of(b"")) == []
+    assert finish(keys_of(KEYS)) == [KEYS[:32], KEYS[32:]]
+    assert len(finish(keys_of(bytes(32 * protocol.MAX_KEYS)))) == protocol.MAX_KEYS
     for joined in (KEYS[:-1], KEYS[:1], bytes(32 * (protocol.MAX_KEYS + 1))):
         with pytest.raises(ProtocolError, match="send up to 65536 keys of 32 bytes"):
-            finish(protocol.keys_of(joined))
+            finish(keys_of(joined))
 
 
 def test_as_many_keys_as_allowed_fit_into_a_frame() -> None:
@@ -164,13 +166,13 @@ def test_as_many_keys_as_allowed_fit_into_a_frame() -> None:
 
 def test_the_mark_begins_no_frame_and_no_tls() -> None:
     with pytest.raises(ProtocolError):
-        protocol.frame_size(protocol.STREAM_MARK + bytes(4))
+        frame_size(protocol.STREAM_MARK + bytes(4))
     assert protocol.STREAM_MARK[0] != 0x16  # a TLS handshake record
 
 
 @pytest.mark.parametrize("piece", [1, 11, 13, 1 << 20])
 def test_frames_are_cut_however_they_come(piece: int) -> None:
-    frames = protocol.Frames(200)
+    frames = Frames(200)
     sent = [protocol.encode(number, message) for number, message in enumerate(REQUESTS[3:9])]
     stream, got = b"".join(sent) + b"rest", []
     for at in range(0, len(stream), piece):
