@@ -25,7 +25,7 @@ demo: setup ## three processes share a document's KV through a store
 	@$(BIN)/python examples/demo.py
 
 demo-vllm: $(VLLM)/.built $(VENV)/.model ## the same with vLLM engines
-	@$(BIN)/python examples/demo_vllm.py --python $(VLLM)/bin/python
+	@$(BIN)/python examples/demo.py --engine vllm --python $(VLLM)/bin/python
 
 test: setup ## tests; ARGS="-k name" picks some
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

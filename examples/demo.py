@@ -1,11 +1,12 @@
 """Three processes and a restart: what one of them has read, the next ones need not compute.
 
-Each reader is a process of its own with SmolLM2-135M-Instruct under Hugging Face transformers. The
-first reads a long document and saves its KV to a store; the second finds it in memory; then the
-store is restarted, and the third is served from disk.
+Each reader is a process of its own with SmolLM2-135M-Instruct, under Hugging Face transformers or
+vLLM. The first reads a long document and saves its KV to a store; the second finds it in memory;
+then the store is restarted, and the third is served from disk.
 
     python examples/demo.py           a table for people
     python examples/demo.py --json    the same facts as one JSON object
+    python examples/demo.py --engine vllm --python .venv-vllm/bin/python    with vLLM engines
 
 Exit code 1: an answer is not the one given without the store, or nothing was loaded.
 """
@@ -35,6 +36,7 @@ from rich.table import Table
 
 HERE: Final = Path(__file__).resolve().parent
 DOCUMENT: Final = HERE.parent / "LICENSE"
+READERS: Final = {"transformers": "demo_reader.py", "vllm": "demo_vllm_reader.py"}
 # Threads that spin while another program has their core would make every time meaningless.
 READER_ENVIRONMENT: Final = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 START_SECONDS: Final = 60.0
@@ -253,16 +255,17 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
         console.print(f"  {result['answer']}", markup=False, highlight=False)
 
 
-def main(reader: str = "demo_reader.py") -> int:
-    """Prepare the model, run the demo with a reader from this folder, print what came out."""
+def main() -> int:
+    """Prepare the model, run the demo, print what came out."""
     parser = argparse.ArgumentParser(description="Three processes share a document's KV.")
     parser.add_argument("--json", action="store_true", help="print the facts as one JSON object")
+    parser.add_argument("--engine", choices=READERS, default="transformers")
     parser.add_argument("--new-tokens", type=int, default=32, help="length of each answer")
     parser.add_argument(
         "--python", default=sys.executable, help="interpreter of the readers' environment"
     )
     given = parser.parse_args()
-    program = [given.python, str(HERE / reader)]
+    program = [given.python, str(HERE / READERS[given.engine])]
     console = Console(stderr=given.json)
     try:
         results = run(program, prepare(console), given.new_tokens, console)

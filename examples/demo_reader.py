@@ -1,17 +1,13 @@
-"""One process of the demo: read a document, answer a question with and without the store.
-
-Prints one JSON object per line: `{"step": …}` when a step begins, at last `{"result": …}`.
-"""
+"""One process of the demo: read a document, answer a question with and without the store."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from reading import say, told
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -35,11 +31,6 @@ class FirstToken:
 
     def end(self) -> None:
         """Called after the last token."""
-
-
-def say(**event: Any) -> None:
-    """Print one event for the demo."""
-    print(json.dumps(event), flush=True)
 
 
 def read(model_dir: Path, address: str, document: str, question: str, limit: int) -> dict[str, Any]:
@@ -89,20 +80,9 @@ def read(model_dir: Path, address: str, document: str, question: str, limit: int
     }
 
 
-def main() -> None:
-    """Read the arguments and do it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--address", required=True)
-    parser.add_argument("--document", type=Path, required=True)
-    parser.add_argument("--question", required=True)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    given = parser.parse_args()
+if __name__ == "__main__":
+    given = told()
     logging.disable_progress_bar()
     torch.set_num_threads(2)
     document = given.document.read_text()
     say(result=read(given.model, given.address, document, given.question, given.new_tokens))
-
-
-if __name__ == "__main__":
-    main()

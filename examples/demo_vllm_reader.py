@@ -1,22 +1,13 @@
-"""One vLLM engine of the demo: read a document, answer a question with and without the store.
-
-Prints one JSON object per line: `{"step": …}` when a step begins, at last `{"result": …}`.
-"""
+"""One vLLM engine of the demo: read a document, answer a question with and without the store."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
-from pathlib import Path
 from typing import IO, Any
 
-
-def say(out: IO[str], **event: Any) -> None:
-    """Print one event for the demo."""
-    out.write(json.dumps(event) + "\n")
-    out.flush()
+from reading import say, told
 
 
 def counted(name: str) -> dict[str, int]:
@@ -62,9 +53,8 @@ def read(given: argparse.Namespace, out: IO[str]) -> dict[str, Any]:
         return llm.generate({"prompt_token_ids": tokens}, params, use_tqdm=False)[0]
 
     apart = {"skip_load": True, "skip_save": True}
-    answer(
-        prompt[-100:], **apart
-    )  # The first steps of a process are slow, with a store or without.
+    # The first steps of a process are slow, with a store or without.
+    answer(prompt[-100:], **apart)
     say(out, step=f"answering with the store ({len(prompt)} tokens)")
     stored = answer(prompt)
     llm.reset_prefix_cache()  # Else vLLM would remember the prompt itself.
@@ -88,21 +78,9 @@ def read(given: argparse.Namespace, out: IO[str]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Read the arguments and do it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--address", required=True)
-    parser.add_argument("--document", type=Path, required=True)
-    parser.add_argument("--question", required=True)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    given = parser.parse_args()
+if __name__ == "__main__":
     # What vLLM prints goes to standard error; only events go to the demo.
-    out = os.fdopen(os.dup(1), "w")
+    events = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    say(out, result=read(given, out))
-
-
-if __name__ == "__main__":
-    main()
+    say(events, result=read(told(), events))
