@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
@@ -87,25 +86,21 @@ def _measure_shape(
     addresses = [slots.address + i * shape.block_bytes for i in range(blocks)]
     copier = CpuCopier(threads)
     copied: tuple[Any, ...] = (memory, ids, addresses, shape.block_tokens)
-    cases: dict[str, tuple[str, str, bool]] = {}
-    runs = {"limit": Run(partial(_native.copy, slots.address, pages.address, nbytes, threads))}
-
-    def add(action: str, layout: str, checksum: bool, call: Callable[[], object]) -> None:
-        name = f"{action} {layout} {checksum}"
-        cases[name] = (f"{action} {shape.name}", layout, checksum)
-        runs[name] = Run(call)
-
-    for checksum in (False, True):
-        add("save", shape.layout, checksum, partial(copier.save, *copied, checksum=checksum))
-        add("load", shape.layout, checksum, partial(copier.load, *copied, checksum=checksum))
+    cases = [
+        (action, shape.layout, checksum, partial(copy, *copied, checksum=checksum))
+        for checksum in (False, True)
+        for action, copy in (("save", copier.save), ("load", copier.load))
+    ]
     for axes in others:
         stored = Part(shape.group, Described(axes))
         converting = f"{axes}→{shape.layout}"
-        add("load", converting, False, partial(copier.load, *copied, stored=stored))
+        cases.append(("load", converting, False, partial(copier.load, *copied, stored=stored)))
+    runs = {"limit": Run(partial(_native.copy, slots.address, pages.address, nbytes, threads))}
+    runs |= {str(number): Run(copy) for number, (_, _, _, copy) in enumerate(cases)}
     taken = report.race(f"{shape.name} {shape.layout}, {threads} threads", runs)
-    for name, (figure, layout, checksum) in cases.items():
+    for number, (action, layout, checksum, _) in enumerate(cases):
         how = _how(shape, layout, threads, checksum, nbytes)
-        report.rate(figure, nbytes, taken[name], taken["limit"], **how)
+        report.rate(f"{action} {shape.name}", nbytes, taken[str(number)], taken["limit"], **how)
 
 
 def _measure_torch(

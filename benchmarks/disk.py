@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
-from kvstore.benchmarks.barefile import PIECE, BareFile, bare_file
+from kvstore.benchmarks.barefile import PIECE, bare_file
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run
 from kvstore.blocks.keys import block_keys
 from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part
@@ -51,10 +51,27 @@ def run(report: Report, *, folder: Path, size: int, threads: int) -> None:
             return
         chunk = max(choose_chunk(half), objects[-1])
         with _opened(Path(place) / "tier", half, chunk, threads) as (tier, arena):
+            flush = partial(tier.flush, _SECONDS)
             for nbytes in objects:
                 room = (tier.state.capacity or 0) // chunk * (chunk // nbytes)
                 jobs = _Jobs(tier, arena, nbytes, min(bare.nbytes // nbytes, room))
-                _measure(report, jobs, tier, arena, bare, nbytes, threads)
+                report.measure(
+                    f"objects of {format_size(nbytes)}",
+                    {
+                        "bare write": Run(partial(bare.write, nbytes, jobs.count), flush),
+                        "write": Run(jobs.write, flush),
+                        "bare read": Run(partial(bare.read, nbytes, jobs.count), flush),
+                        "read": Run(jobs.read, flush),
+                    },
+                    {f"disk tier {name}": (name, f"bare {name}") for name in ("write", "read")},
+                    nbytes * jobs.count,
+                    object_bytes=nbytes,
+                    threads=threads,
+                    bytes=nbytes * jobs.count,
+                    arena="on huge pages" if arena.huge else "on 4 KiB pages",
+                    against=f"O_DIRECT on huge pages, {min(nbytes, PIECE) >> 20} MiB pieces",
+                )
+                jobs.free()
 
 
 @contextmanager
@@ -63,8 +80,8 @@ def _opened(
 ) -> Iterator[tuple[SlabTier, Arena]]:
     """A disk tier and an arena as a daemon with this machine's configuration has them."""
     config = load_config()
-    arena = Arena.create(max(_ARENA_BYTES, chunk), huge_dir=config.memory.huge_dir)
-    try:
+    memory = Arena.create(max(_ARENA_BYTES, chunk), huge_dir=config.memory.huge_dir)
+    with closing(memory) as arena:
         tier = SlabTier(
             "disk",
             _Host(),
@@ -76,12 +93,8 @@ def _opened(
             retry_seconds=config.disk.retry_seconds,
             direct_to_arena=arena.huge,
         )
-        try:
+        with closing(tier):
             yield tier, arena
-        finally:
-            tier.close()
-    finally:
-        arena.close()
 
 
 class _Host:
@@ -146,33 +159,3 @@ class _Jobs:
                 raise BenchmarkError(f"the disk tier took more than {_SECONDS:.0f} s for an object")
         if errors:
             raise BenchmarkError(f"the disk tier failed: {errors[0]}; {self._tier.state.problem}")
-
-
-def _measure(
-    report: Report,
-    jobs: _Jobs,
-    tier: SlabTier,
-    arena: Arena,
-    bare: BareFile,
-    nbytes: int,
-    threads: int,
-) -> None:
-    count = jobs.count
-    flush = partial(tier.flush, _SECONDS)
-    report.measure(
-        f"objects of {format_size(nbytes)}",
-        {
-            "bare write": Run(partial(bare.write, nbytes, count), flush),
-            "write": Run(jobs.write, flush),
-            "bare read": Run(partial(bare.read, nbytes, count), flush),
-            "read": Run(jobs.read, flush),
-        },
-        {f"disk tier {name}": (name, f"bare {name}") for name in ("write", "read")},
-        nbytes * count,
-        object_bytes=nbytes,
-        threads=threads,
-        bytes=nbytes * count,
-        arena="on huge pages" if arena.huge else "on 4 KiB pages",
-        against=f"O_DIRECT on huge pages, {min(nbytes, PIECE) >> 20} MiB pieces",
-    )
-    jobs.free()

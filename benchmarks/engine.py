@@ -16,10 +16,14 @@ from kvstore.memory.arena import Arena
 from kvstore.memory.bounce import Bounce
 
 
-class Pages:
-    """Pages for `blocks` blocks to save from, and as many to load into."""
+class Engine:
+    """Pages for `blocks` blocks to save from, as many to load into, and copies of them alone.
 
-    def __init__(self, shape: Shape, blocks: int) -> None:
+    Those go into memory of the same kind as the daemon's, mapped by this process alone. A context
+    manager, with a session of its own.
+    """
+
+    def __init__(self, shape: Shape, blocks: int, config: Config) -> None:
         self.shape = shape
         self.blocks = blocks
         self.nbytes = blocks * shape.block_bytes
@@ -29,20 +33,37 @@ class Pages:
         self.target = shape.memory(self._target.address, blocks)
         content = np.frombuffer(self._source.view, np.uint64)
         content[:] = np.arange(len(content))
+        self.session = Session.open(shape.namespace, [shape.part], config)
+        self._copier = CpuCopier(config.session.copy_threads)
+        self._arena = Arena.create(self.nbytes, huge_dir=config.memory.huge_dir)
+        self.huge = self._arena.huge
+        self._slots = [self._arena.address + i * shape.block_bytes for i in range(blocks)]
 
-    def save(self, session: Session, keys: list[bytes], step: int) -> None:
-        """All blocks through a session, none of them known, `step` at a time."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.session.close()
+        self._arena.close()
+
+    def prompt(self, seed: int) -> list[bytes]:
+        """Keys of a random prompt that fills the pages."""
+        tokens = self.blocks * self.shape.block_tokens
+        return self.session.keys(np.random.default_rng(seed).integers(0, 128_000, tokens))
+
+    def save(self, keys: list[bytes], step: int) -> None:
+        """All blocks through the session, none of them known, `step` at a time."""
         for rows in self.rows(step):
-            saved = session.save(keys[rows], [self.source], [self.ids[rows]])
+            saved = self.session.save(keys[rows], [self.source], [self.ids[rows]])
             if saved.stored != len(keys[rows]):
                 raise BenchmarkError(
                     f"{saved.stored} of {len(keys[rows])} blocks were stored: {saved.reason}"
                 )
 
-    def load(self, session: Session, keys: list[bytes], step: int) -> None:
-        """All blocks through a session, `step` at a time."""
+    def load(self, keys: list[bytes], step: int) -> None:
+        """All blocks through the session, `step` at a time."""
         for rows in self.rows(step):
-            loaded = session.load(keys[rows], [self.target], [self.ids[rows]])
+            loaded = self.session.load(keys[rows], [self.target], [self.ids[rows]])
             if loaded.blocks != len(keys[rows]):
                 raise BenchmarkError(
                     f"{loaded.blocks} of {len(keys[rows])} blocks were loaded: {loaded.reason}"
@@ -64,24 +85,6 @@ class Pages:
         """All blocks, `step` at a time."""
         return (slice(i, i + step) for i in range(0, self.blocks, step))
 
-
-class Engine(Pages):
-    """Pages, and the copies of them alone: into memory like a daemon's. A context manager."""
-
-    def __init__(self, shape: Shape, blocks: int, config: Config) -> None:
-        super().__init__(shape, blocks)
-        self._copier = CpuCopier(config.session.copy_threads)
-        # Memory of the same kind as the daemon's, mapped by this process alone.
-        self._arena = Arena.create(self.nbytes, huge_dir=config.memory.huge_dir)
-        self.huge = self._arena.huge
-        self._slots = [self._arena.address + i * shape.block_bytes for i in range(blocks)]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._arena.close()
-
     def copy_out(self, step: int) -> None:
         """All pages into slots, `step` blocks at a time."""
         for rows in self.rows(step):
@@ -95,9 +98,3 @@ class Engine(Pages):
             self._copier.load(
                 self.target, self.ids[rows], self._slots[rows], self.shape.block_tokens
             )
-
-
-def prompt_keys(session: Session, blocks: int, seed: int) -> list[bytes]:
-    """Keys of a random prompt of `blocks` blocks."""
-    tokens = np.random.default_rng(seed).integers(0, 128_000, blocks * session.block_tokens)
-    return session.keys(tokens)

@@ -131,14 +131,11 @@ class Report:
         """Tell people why something is missing."""
         self._stderr.print(text, markup=False, highlight=False)
 
-    def race(
-        self, title: str, runs: Mapping[str, Run], *, times: int = 1, repeat: int = 1
-    ) -> dict[str, Samples]:
-        """`take_turns` with progress: `times` as many samples as were asked for."""
-        samples = self.samples * times
-        task = self._progress.add_task(title, total=(samples + 1) * len(runs))
+    def race(self, title: str, runs: Mapping[str, Run], *, repeat: int = 1) -> dict[str, Samples]:
+        """`take_turns` with progress."""
+        task = self._progress.add_task(title, total=(self.samples + 1) * len(runs))
         try:
-            return take_turns(runs, samples, repeat=repeat, tick=lambda: self._tick(task))
+            return take_turns(runs, self.samples, repeat=repeat, tick=lambda: self._tick(task))
         finally:
             self._progress.remove_task(task)
 

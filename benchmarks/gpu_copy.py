@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from kvstore.benchmarks.shapes import Shape
 from kvstore.config import load_config
 from kvstore.copier.base import Copier
 from kvstore.memory.arena import HUGE_PAGE, Arena
+from kvstore.memory.room import room
 from kvstore.values import format_size
 
 if TYPE_CHECKING:
@@ -123,8 +124,10 @@ def run(report: Report, *, quick: bool) -> None:
     if not plan:
         raise BenchmarkError("there is not enough memory for any of the benchmark's sizes")
     size = max(_nbytes(shape, counts[-1]) for shape, counts in plan.items())
+    whole = -(-size // HUGE_PAGE) * HUGE_PAGE
+    made = Arena.create(whole, huge_dir=load_config().memory.huge_dir)
     params: dict[str, Param] = {"device": device_name(), "driver": _driver_version()}
-    with _arena(size) as arena, pinned(size) as host, _ways(report, arena) as ways:
+    with closing(made) as arena, pinned(size) as host, _ways(report, arena) as ways:
         matmuls = Matmuls(_DEVICE)
         for shape, counts in plan.items():
             pages = DevicePages(shape, counts[-1], f"cuda:{_DEVICE}")
@@ -171,22 +174,22 @@ def measure(
 
     `host` is a uint8 tensor on the CPU, pinned where the pages are on a GPU.
     """
-    from kvstore.benchmarks.gpu_peers import IndexSelect, large_copy, page_loop
+    from kvstore.benchmarks.gpu_peers import index_select, large_copy, page_loop
 
     shape = pages.shape
     blocks = count // shape.pages_per_block
     nbytes = _nbytes(shape, count)
     peers: dict[str, Rival] = {
-        "index_select and copy": IndexSelect(pages, blocks, host),
+        "index_select and copy": index_select(pages, blocks, host),
         "loop of copy_": page_loop(pages, blocks, host),
     }
     limit = large_copy(pages, blocks, host)
     for action in _ACTIONS:
-        runs = {"limit": Run(limit.save if action == "save" else limit.load)}
+        runs = {"limit": Run(getattr(limit, action))}
         for way in ways:
             runs[way.name] = Run(_copy(action, pages, blocks, way))
         for name, peer in peers.items():
-            runs[name] = Run(peer.save if action == "save" else peer.load)
+            runs[name] = Run(getattr(peer, action))
         repeat = max(1, _SAMPLE_BYTES // nbytes)
         taken = report.race(f"{action} {shape.name}, {count} pages", runs, repeat=repeat)
         for name in runs:
@@ -289,29 +292,12 @@ def _fitting(report: Report, shape: Shape, counts: tuple[int, ...]) -> tuple[int
     import torch
 
     free, _ = torch.cuda.mem_get_info(_DEVICE)
-    most = int(min(free / 3, _available_memory() / 2) * _HOST_SHARE)
+    most = int(min(free / 3, room().free / 2) * _HOST_SHARE)
     fitting = tuple(count for count in counts if _nbytes(shape, count) <= most)
     for count in counts[len(fitting) :]:
         size = format_size(_nbytes(shape, count))
         report.note(f"{shape.name}, {count} pages ({size}): left out, not enough memory")
     return fitting
-
-
-def _available_memory() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    raise BenchmarkError("/proc/meminfo does not say how much memory is available")
-
-
-@contextmanager
-def _arena(size: int) -> Iterator[Arena]:
-    whole = -(-size // HUGE_PAGE) * HUGE_PAGE
-    arena = Arena.create(whole, huge_dir=load_config().memory.huge_dir)
-    try:
-        yield arena
-    finally:
-        arena.close()
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -15,84 +16,70 @@ from kvstore.memory.bounce import Bounce
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-class Rival(Protocol):
+@dataclass(frozen=True, slots=True)
+class Rival:
     """Moves the bytes of the first blocks of pages into host memory and back, and waits."""
 
-    def save(self) -> None:
-        """From the device."""
-
-    def load(self) -> None:
-        """To the device."""
+    save: Callable[[], None]
+    load: Callable[[], None]
 
 
-class Copies:
+def _copies(saves: Pairs, loads: Pairs) -> Rival:
     """One asynchronous `copy_` for each pair of a target and a source."""
 
-    def __init__(self, saves: Pairs, loads: Pairs) -> None:
-        self._saves, self._loads = saves, loads
+    def copy(pairs: Pairs) -> None:
+        for target, source in pairs:
+            target.copy_(source, non_blocking=True)
+        for memory in pairs[0]:
+            settle(memory)
 
-    def save(self) -> None:
-        """See `Rival.save`."""
-        _copy(self._saves)
-
-    def load(self) -> None:
-        """See `Rival.load`."""
-        _copy(self._loads)
+    return Rival(partial(copy, saves), partial(copy, loads))
 
 
-def _copy(pairs: Pairs) -> None:
-    for target, source in pairs:
-        target.copy_(source, non_blocking=True)
-    for memory in pairs[0]:
-        settle(memory)
-
-
-def large_copy(pages: DevicePages, blocks: int, host: torch.Tensor) -> Copies:
+def large_copy(pages: DevicePages, blocks: int, host: torch.Tensor) -> Rival:
     """The limit: as many bytes as the blocks have, side by side, in one copy."""
     source, target, host = (
         memory[: blocks * pages.shape.block_bytes] for memory in (pages.source, pages.target, host)
     )
-    return Copies([(host, source)], [(target, host)])
+    return _copies([(host, source)], [(target, host)])
 
 
-def page_loop(pages: DevicePages, blocks: int, host: torch.Tensor) -> Copies:
+def page_loop(pages: DevicePages, blocks: int, host: torch.Tensor) -> Rival:
     """A copy for each layer of each page; views are made beforehand, as an engine could."""
-    source, target = pages.pieces(pages.source), pages.pieces(pages.target)
+    source, target, packed = _views(pages, blocks, host)
     ids = pages.rows(blocks).reshape(-1).tolist()
-    outer, _, width = source.shape
-    packed = host[: blocks * pages.shape.block_bytes].view(torch.int64)
-    packed = packed.view(outer, len(ids), width)
-    places = [(i, n, page) for i in range(outer) for n, page in enumerate(ids)]
-    return Copies(
+    places = [(i, n, page) for i in range(len(source)) for n, page in enumerate(ids)]
+    return _copies(
         [(packed[i, n], source[i, page]) for i, n, page in places],
         [(target[i, page], packed[i, n]) for i, n, page in places],
     )
 
 
-class IndexSelect:
+def index_select(pages: DevicePages, blocks: int, host: torch.Tensor) -> Rival:
     """Gathered on the device by `index_select` (scattered by `index_copy_`), then one copy."""
+    source, target, there = _views(pages, blocks, host)
+    ids = torch.from_numpy(pages.rows(blocks).reshape(-1)).to(source.device)
+    packed = torch.empty_like(there, device=source.device)
 
-    def __init__(self, pages: DevicePages, blocks: int, host: torch.Tensor) -> None:
-        self._source, self._target = pages.pieces(pages.source), pages.pieces(pages.target)
-        ids = torch.from_numpy(pages.rows(blocks).reshape(-1))
-        self._ids = ids.to(pages.source.device)
-        outer, _, width = self._source.shape
-        self._packed = self._source.new_empty((outer, len(ids), width))
-        self._host = (
-            host[: blocks * pages.shape.block_bytes].view(torch.int64).view_as(self._packed)
-        )
+    def save() -> None:
+        torch.index_select(source, 1, ids, out=packed)
+        there.copy_(packed, non_blocking=True)
+        settle(source)
 
-    def save(self) -> None:
-        """See `Rival.save`."""
-        torch.index_select(self._source, 1, self._ids, out=self._packed)
-        self._host.copy_(self._packed, non_blocking=True)
-        settle(self._source)
+    def load() -> None:
+        packed.copy_(there, non_blocking=True)
+        target.index_copy_(1, ids, packed)
+        settle(target)
 
-    def load(self) -> None:
-        """See `Rival.load`."""
-        self._packed.copy_(self._host, non_blocking=True)
-        self._target.index_copy_(1, self._ids, self._packed)
-        settle(self._target)
+    return Rival(save, load)
+
+
+def _views(pages: DevicePages, blocks: int, host: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Pieces of the pages to save from and to load into, and of the blocks on the host."""
+    source, target = pages.pieces(pages.source), pages.pieces(pages.target)
+    outer, _, width = source.shape
+    packed = host[: blocks * pages.shape.block_bytes].view(torch.int64)
+    return source, target, packed.view(outer, -1, width)
 
 
 @contextmanager

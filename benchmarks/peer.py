@@ -10,11 +10,10 @@ from functools import partial
 from typing import Final
 
 from kvstore.benchmarks.barestream import BareStream
-from kvstore.benchmarks.engine import Engine, prompt_keys
+from kvstore.benchmarks.engine import Engine
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run, Samples
 from kvstore.benchmarks.served import served
 from kvstore.benchmarks.shapes import LLAMA_NHD
-from kvstore.client.session import Session
 
 SHAPE: Final = LLAMA_NHD
 _SECONDS: Final = 60.0
@@ -29,19 +28,14 @@ def run(report: Report, *, size: int, streams: int) -> None:
     faces = {"tcp": "127.0.0.1:0", "grpc": None, "http": None}
     with served(memory=memory, server=faces, session={"streams": streams}) as daemon:
         config = daemon.config.model_copy(update={"address": f"tcp://{daemon.faces['tcp']}"})
-        with (
-            Session.open(SHAPE.namespace, [SHAPE.part], config) as session,
-            BareStream(blocks * SHAPE.block_bytes, streams) as bare,
-            Engine(SHAPE, blocks, config) as engine,
-        ):
-            _measure(report, session, bare, engine, streams)
+        nbytes = blocks * SHAPE.block_bytes
+        with BareStream(nbytes, streams) as bare, Engine(SHAPE, blocks, config) as engine:
+            _measure(report, bare, engine, streams)
 
 
-def _measure(
-    report: Report, session: Session, bare: BareStream, engine: Engine, streams: int
-) -> None:
-    keys = prompt_keys(session, engine.blocks, seed=0)
-    load = partial(engine.load, session, keys, engine.blocks)
+def _measure(report: Report, bare: BareStream, engine: Engine, streams: int) -> None:
+    keys = engine.prompt(0)
+    load = partial(engine.load, keys, engine.blocks)
 
     def copy_and_send() -> None:
         engine.copy_out(engine.blocks)
@@ -57,8 +51,8 @@ def _measure(
             "bare save": Run(bare.save),
             "bare save, copy": Run(copy_and_send),
             "save": Run(
-                partial(engine.save, session, keys, engine.blocks),
-                partial(session.clear, timeout=_SECONDS),
+                partial(engine.save, keys, engine.blocks),
+                partial(engine.session.clear, timeout=_SECONDS),
             ),
             "bare load": Run(bare.load),
             "bare load, copy": Run(receive_and_copy),
@@ -67,10 +61,8 @@ def _measure(
     )
     engine.check(load)
     against = {
-        "a bare socket": {name: taken[f"bare {name}"] for name in ("save", "load")},
-        "a bare socket, and the copy": {
-            name: taken[f"bare {name}, copy"] for name in ("save", "load")
-        },
+        f"a bare socket{and_copy}": {n: taken[f"bare {n}{run}"] for n in ("save", "load")}
+        for and_copy, run in (("", ""), (", and the copy", ", copy"))
     }
     one_stream = _iperf3(engine.nbytes, report.samples)
     if one_stream is None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -21,12 +22,12 @@ from kvstore import _native
 from kvstore.benchmarks.figures import BenchmarkError, Report, Samples
 from kvstore.benchmarks.served import served
 from kvstore.benchmarks.serving_load import Chat, Documents, Load, Size, Unseen
+from kvstore.benchmarks.vllm_child import Said
 from kvstore.benchmarks.vllm_engine import (
     KVSTORE,
     PLAIN,
     UNCACHED,
     Contender,
-    Said,
     VllmEngine,
     connector,
 )
@@ -255,12 +256,26 @@ def _tell_documents(
     names: Sequence[str],
     how: str,
 ) -> None:
-    def tell(
-        figure: str, contender: str, did: Samples, limit: Samples | float, against: str
-    ) -> None:
+    did = {
+        kind: {name: done.samples(attrgetter(kind)) for name, done in taken.items()}
+        for kind in ("miss", "own", "outside", "copies")
+    }
+    own, outside, own_name = did["own"][PLAIN.name], "hit from outside", f"{PLAIN.name}, own hit"
+    uncached = taken[UNCACHED.name].samples(lambda d: d.miss + d.own)
+    rows: list[tuple[str, str, Samples, Samples | float, str]] = []
+    if KVSTORE in names:
+        owed = _OWED * did["own"][KVSTORE].quantile() + did["copies"][KVSTORE].quantile()
+        what = f"{_OWED} × own hit, and the copy"
+        rows += [(outside, n, did["outside"][n], owed, what) for n in (KVSTORE, FRESH)]
+    rows += [("own hit", n, did["own"][n], own, own_name) for n in (PLAIN.name, *names)]
+    connected = [name for name in (*names, FRESH) if name in taken]
+    rows += [(outside, n, did["outside"][n], own, own_name) for n in connected]
+    rows += [("everything computed", UNCACHED.name, uncached, own, own_name)]
+    rows += [("miss", n, did["miss"][n], uncached, UNCACHED.name) for n in (PLAIN.name, *names)]
+    for figure, contender, seconds, limit, against in rows:
         report.duration(
             f"first token, {figure}",
-            did,
+            seconds,
             limit,
             unit="ms",
             contender=contender,
@@ -270,35 +285,6 @@ def _tell_documents(
             device=said.device,
             against=f"{against}; {how}",
         )
-
-    own_plain = taken[PLAIN.name].samples(lambda d: d.own)
-    uncached = taken[UNCACHED.name].samples(lambda d: d.miss + d.own)
-    if KVSTORE in names:
-        own = taken[KVSTORE].samples(lambda d: d.own)
-        copies = taken[KVSTORE].samples(lambda d: d.copies)
-        owed = _OWED * own.quantile() + copies.quantile()
-        for contender in (KVSTORE, FRESH):
-            outside = taken[contender].samples(lambda d: d.outside)
-            tell("hit from outside", contender, outside, owed, f"{_OWED} × own hit, and the copy")
-    own_name = f"{PLAIN.name}, own hit"
-    tell("own hit", PLAIN.name, own_plain, own_plain, own_name)
-    for contender in names:
-        own = taken[contender].samples(lambda d: d.own)
-        tell("own hit", contender, own, own_plain, own_name)
-        outside = taken[contender].samples(lambda d: d.outside)
-        tell("hit from outside", contender, outside, own_plain, own_name)
-    if FRESH in taken:
-        tell(
-            "hit from outside",
-            FRESH,
-            taken[FRESH].samples(lambda d: d.outside),
-            own_plain,
-            own_name,
-        )
-    tell("everything computed", UNCACHED.name, uncached, own_plain, own_name)
-    for contender in (PLAIN.name, *names):
-        miss = taken[contender].samples(lambda d: d.miss)
-        tell("miss", contender, miss, uncached, UNCACHED.name)
 
 
 def _throughput(taken: Taken) -> float:

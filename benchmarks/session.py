@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 
 from kvstore.benchmarks.crew import Crew, Jobs, Taken
-from kvstore.benchmarks.engine import Engine, prompt_keys
+from kvstore.benchmarks.engine import Engine
 from kvstore.benchmarks.figures import BenchmarkError, Report
 from kvstore.benchmarks.pingpong import PingPong
 from kvstore.benchmarks.served import served
@@ -56,13 +56,12 @@ def _copies(
     config: Config, number: int, stack: ExitStack, blocks: int, step: int
 ) -> tuple[Jobs, bool]:
     """A member saves and loads a prompt of its own; whether it has huge pages."""
-    session = stack.enter_context(Session.open(SHAPE.namespace, [SHAPE.part], config))
     engine = stack.enter_context(Engine(SHAPE, blocks, config))
-    keys = prompt_keys(session, blocks, seed=number)
-    load = partial(engine.load, session, keys, step)
+    keys = engine.prompt(number)
+    load = partial(engine.load, keys, step)
     return {
         "copy save": partial(engine.copy_out, step),
-        "save": partial(engine.save, session, keys, step),
+        "save": partial(engine.save, keys, step),
         "copy load": partial(engine.copy_in, step),
         "load": load,
         "check": partial(engine.check, load),

@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from struct import Struct
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from kvstore.benchmarks.figures import BenchmarkError, Param, Report
+from kvstore.benchmarks.figures import BenchmarkError, Report
 from kvstore.benchmarks.served import served
 from kvstore.benchmarks.soak_clients import SHAPE, Clients, Did
 from kvstore.client.session import Session
@@ -196,39 +197,29 @@ _HEAD: Final = (
 def _line(samples: Sequence[Sample]) -> str:
     """The latest sample, as people want to see it; rates since the one before it."""
     now = samples[-1]
-    before = samples[-2] if len(samples) > 1 else None
-    rates = _rates([before, now] if before else [now])
+    requests, saved, loaded, hits = _rates(samples[-2:]).values()
     return (
-        f"{now.seconds:6.1f}s {rates.requests:4.0f} {rates.hits:5.0%} {rates.saved / 1e9:5.2f} "
-        f"{rates.loaded / 1e9:5.2f} {now.memory_used >> 20:6} {now.disk_used >> 20:5} "
+        f"{now.seconds:6.1f}s {requests:4.0f} {hits:5.0%} {saved:5.2f} "
+        f"{loaded:5.2f} {now.memory_used >> 20:6} {now.disk_used >> 20:5} "
         f"{now.leases:6} {now.private / (1 << 20):7.1f} {now.rss >> 20:4} {now.fds:3} "
         f"{now.threads:3} {now.did.unavailable}/{now.did.dropped}/{now.did.wrong}"
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Rates:
-    """Per second; bytes saved and loaded, and the part of all blocks asked for that was loaded."""
-
-    requests: float
-    hits: float
-    saved: float
-    loaded: float
-
-
-def _rates(samples: Sequence[Sample]) -> _Rates:
-    """Between the first and the last; from the beginning if there is only one."""
+def _rates(samples: Sequence[Sample]) -> dict[tuple[str, str], float]:
+    """By name and unit, between the first and the last; from the beginning if there is only one."""
     last = samples[-1]
     start, since = (samples[0].did, samples[0].seconds) if len(samples) > 1 else (Did(), 0.0)
     seconds = last.seconds - since
     asked = last.did.asked - start.asked
     loaded = last.did.loaded - start.loaded
-    return _Rates(
-        (last.did.requests - start.requests) / seconds,
-        loaded / asked if asked else 0.0,
-        (last.did.saved - start.saved) * SHAPE.block_bytes / seconds,
-        loaded * SHAPE.block_bytes / seconds,
-    )
+    block = SHAPE.block_bytes / 1e9
+    return {
+        ("requests", "1/s"): (last.did.requests - start.requests) / seconds,
+        ("blocks saved", "GB/s"): (last.did.saved - start.saved) * block / seconds,
+        ("blocks loaded", "GB/s"): loaded * block / seconds,
+        ("hit rate", ""): loaded / asked if asked else 0.0,
+    }
 
 
 def _ends(samples: Sequence[Sample]) -> tuple[Sequence[Sample], Sequence[Sample]]:
@@ -260,27 +251,22 @@ def _problems(outcome: Outcome, did: Did, failed: int) -> Iterator[str]:
 def figures(report: Report, outcome: Outcome) -> None:
     """The end beside the time after warm-up; 1 and more is good."""
     first, last = _ends(outcome.samples)
-    params: dict[str, Param] = {
-        "against": "the same after warm-up",
-        "clients_killed": outcome.killed,
-    }
-    for name, unit, value in _USED:
-        now, then = (statistics.median(value(s) for s in part) for part in (last, first))
-        if then:
-            report.level(
-                name, now, then, unit=unit, less_is_better=True, samples=len(last), **params
-            )
-    now_rates, then_rates = _rates(last), _rates(first)
-    for name, unit, rate in _DONE:
-        report.level(
-            name,
-            rate(now_rates),
-            rate(then_rates),
-            unit=unit,
-            less_is_better=False,
-            samples=len(last),
-            **params,
-        )
+    used = [
+        {(name, unit): statistics.median(of(s) for s in part) for name, unit, of in _USED}
+        for part in (last, first)
+    ]
+    tell = partial(report.level, against="the same after warm-up", clients_killed=outcome.killed)
+    for (now, then), is_less_better in ((used, True), ((_rates(last), _rates(first)), False)):
+        for (name, unit), value in now.items():
+            if then[name, unit] or not is_less_better:
+                tell(
+                    name,
+                    value,
+                    then[name, unit],
+                    unit=unit,
+                    less_is_better=is_less_better,
+                    samples=len(last),
+                )
     report.level(
         "leases left", outcome.leases_left, 0, less_is_better=True, samples=1, against="none"
     )
@@ -291,10 +277,4 @@ _USED: Final[tuple[tuple[str, str, Callable[[Sample], float]], ...]] = (
     ("daemon, RSS", "MiB", lambda s: s.rss / (1 << 20)),
     ("daemon, file descriptors", "", lambda s: s.fds),
     ("daemon, threads", "", lambda s: s.threads),
-)
-_DONE: Final[tuple[tuple[str, str, Callable[[_Rates], float]], ...]] = (
-    ("requests", "1/s", lambda r: r.requests),
-    ("blocks saved", "GB/s", lambda r: r.saved / 1e9),
-    ("blocks loaded", "GB/s", lambda r: r.loaded / 1e9),
-    ("hit rate", "", lambda r: r.hits),
 )

@@ -10,11 +10,10 @@ from typing import Final
 from kvstore.benchmarks import starts
 from kvstore.benchmarks.barefile import BareFile, bare_file
 from kvstore.benchmarks.disk import NO_DIRECT
-from kvstore.benchmarks.engine import Engine, prompt_keys
+from kvstore.benchmarks.engine import Engine
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run
 from kvstore.benchmarks.served import served
 from kvstore.benchmarks.shapes import LLAMA_NHD
-from kvstore.client.session import Session
 
 SHAPE: Final = LLAMA_NHD
 _START_ARENA: Final = 256 << 20
@@ -45,19 +44,14 @@ def _measure_disk(report: Report, folder: Path, blocks: int, threads: int) -> No
             if bare is None:
                 report.note(NO_DIRECT.format(folder))
                 return
-            with (
-                Session.open(SHAPE.namespace, [SHAPE.part], daemon.config) as session,
-                Engine(SHAPE, blocks, daemon.config) as engine,
-            ):
-                _measure_evicted(report, session, engine, bare, threads)
+            with Engine(SHAPE, blocks, daemon.config) as engine:
+                _measure_evicted(report, engine, bare, threads)
 
 
-def _measure_evicted(
-    report: Report, session: Session, engine: Engine, bare: BareFile, threads: int
-) -> None:
-    prompts = [prompt_keys(session, engine.blocks, seed) for seed in range(_SETS)]
+def _measure_evicted(report: Report, engine: Engine, bare: BareFile, threads: int) -> None:
+    session, prompts = engine.session, [engine.prompt(seed) for seed in range(_SETS)]
     for prompt in prompts:
-        engine.save(session, prompt, engine.blocks)
+        engine.save(prompt, engine.blocks)
         if session.flush(_FLUSH_SECONDS) != 0:
             raise BenchmarkError(f"blocks did not reach the disk: {session.stats()}")
     turn = itertools.cycle(prompts)
@@ -74,7 +68,7 @@ def _measure_evicted(
         engine.copy_in(engine.blocks)
 
     def load() -> None:
-        engine.load(session, keys, engine.blocks)
+        engine.load(keys, engine.blocks)
 
     next_prompt()
     engine.check(load)

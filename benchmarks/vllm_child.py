@@ -1,16 +1,15 @@
-"""A vLLM engine for benchmarks: it answers one order after the other, until they end.
-
-Standard input takes one JSON object a line, standard output answers with one each; what vLLM prints
-goes to standard error. The first argument is JSON: what `LLM` is made with.
-"""
+"""A vLLM engine for benchmarks: it answers one order after the other, until they end."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any, Final
+
+from kvstore.benchmarks.figures import BenchmarkError
 
 _CPU_PAGE: Final = 128
 _GPU_PAGE: Final = 16
@@ -20,7 +19,32 @@ _FORGET_SECONDS: Final = 60.0
 _ELEMENT_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-def _make(settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What an engine says of itself once it has started."""
+
+    start_seconds: float
+    device: str
+    dtype: str
+    vocabulary: int
+    token_bytes: int
+    """Bytes of the KV of one token, in all layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What became of prompts that were given together; lists have one item per prompt."""
+
+    seconds: float
+    first: list[float]
+    """Seconds from a request's arrival to its first token, waiting included."""
+    cached: list[int]
+    """Tokens of the prompt that were not computed."""
+    answers: list[list[int]]
+    finished: list[bool]
+
+
+def _make(settings: dict[str, Any]) -> tuple[Any, Said]:
     """The engine, and what it says of itself; what is left open is chosen by the platform."""
     from vllm import LLM
     from vllm.platforms import current_platform
@@ -43,59 +67,55 @@ def _make(settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     dtype = str(config.dtype).removeprefix("torch.")
     heads = 1 if config.use_mla else 2 * config.get_total_num_kv_heads()
     layers = config.hf_text_config.num_hidden_layers
-    return llm, {
-        "start_seconds": time.perf_counter() - started,
-        "device": "CPU" if on_cpu else current_platform.get_device_name(),
-        "dtype": dtype,
-        "vocabulary": config.get_vocab_size(),
-        "token_bytes": layers * heads * config.get_head_size() * _ELEMENT_BYTES[dtype],
-    }
+    return llm, Said(
+        time.perf_counter() - started,
+        "CPU" if on_cpu else current_platform.get_device_name(),
+        dtype,
+        config.get_vocab_size(),
+        layers * heads * config.get_head_size() * _ELEMENT_BYTES[dtype],
+    )
 
 
-def _generate(llm: Any, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+def generate(llm: Any, prompts: list[list[int]], tokens: int) -> Answered:
+    """Greedy answers of so many tokens to `prompts`, all given at once."""
     from vllm import SamplingParams
 
     greedy = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
     batch = [{"prompt_token_ids": ids} for ids in prompts]
     started = time.perf_counter()
     outputs = llm.generate(batch, greedy, use_tqdm=False)
-    return {
-        "seconds": time.perf_counter() - started,
-        "first": [output.metrics.first_token_latency for output in outputs],
-        "cached": [output.num_cached_tokens or 0 for output in outputs],
-        "answers": [list(output.outputs[0].token_ids) for output in outputs],
-        "finished": [output.outputs[0].finish_reason == "length" for output in outputs],
-    }
+    return Answered(
+        time.perf_counter() - started,
+        [output.metrics.first_token_latency for output in outputs],
+        [output.num_cached_tokens or 0 for output in outputs],
+        [list(output.outputs[0].token_ids) for output in outputs],
+        [output.outputs[0].finish_reason == "length" for output in outputs],
+    )
 
 
-def _forget(llm: Any) -> dict[str, Any]:
+def forget(llm: Any) -> None:
     """Empty vLLM's own prefix cache, once the last saves have given back their pages."""
     until = time.monotonic() + _FORGET_SECONDS
     while not llm.reset_prefix_cache():
         if time.monotonic() > until:
-            return {"error": f"vLLM's prefix cache was still in use after {_FORGET_SECONDS:g} s"}
+            raise BenchmarkError(f"its prefix cache was still in use after {_FORGET_SECONDS:g} s")
         # News of saves that have ended come with the steps of the engine.
-        _generate(llm, [[1, 2, 3]], 2)
-    return {}
+        generate(llm, [[1, 2, 3]], 2)
 
 
-def main() -> None:
-    """Make the engine, say so, and answer until standard input ends."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    llm, said = _make(json.loads(sys.argv[1]))
-    answers.write(json.dumps(said) + "\n")
-    for line in sys.stdin:
-        order = json.loads(line)
-        match order["do"]:
-            case "generate":
-                answer = _generate(llm, order["prompts"], order["tokens"])
-            case "forget":
-                answer = _forget(llm)
-            case other:
-                answer = {"error": f"unknown order {other!r}"}
-        answers.write(json.dumps(answer) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def serve(
+    orders: Connection, settings: dict[str, Any], environment: dict[str, str], log: str
+) -> None:
+    """Make the engine, say so, and answer until the orders end; what it prints goes to `log`."""
+    os.setsid()  # so that its workers can be ended with it
+    words = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(words, 1)
+    os.dup2(words, 2)
+    os.environ |= environment
+    llm, said = _make(settings)
+    orders.send(said)
+    with suppress(EOFError):
+        while True:
+            do, *given = orders.recv()
+            orders.send(do(llm, *given))
+    llm.llm_engine.engine_core.shutdown()

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
-import msgspec
-
+from kvstore.benchmarks.crew import start
 from kvstore.benchmarks.figures import BenchmarkError
+from kvstore.benchmarks.vllm_child import Answered, Said, forget, generate, serve
 
-_CHILD: Final = "kvstore.benchmarks.vllm_child"
 _START_SECONDS: Final = 900.0
 _ANSWER_SECONDS: Final = 900.0
 _END_SECONDS: Final = 60.0
@@ -90,29 +86,6 @@ def connector(name: str, *, address: str, memory: int, folder: Path) -> Contende
     return Contender(name, {"kv_transfer_config": whole}, environment)
 
 
-class Said(msgspec.Struct):
-    """What an engine says of itself once it has started."""
-
-    start_seconds: float
-    device: str
-    dtype: str
-    vocabulary: int
-    token_bytes: int
-    """Bytes of the KV of one token, in all layers."""
-
-
-class Answered(msgspec.Struct):
-    """What became of prompts that were given together; lists have one item per prompt."""
-
-    seconds: float
-    first: list[float]
-    """Seconds from a request's arrival to its first token, waiting included."""
-    cached: list[int]
-    """Tokens of the prompt that were not computed."""
-    answers: list[list[int]]
-    finished: list[bool]
-
-
 class VllmEngine:
     """A vLLM engine that takes one order at a time; a context manager.
 
@@ -130,18 +103,10 @@ class VllmEngine:
         # A file, not a pipe: worker processes keep it open, and nobody reads it as it fills.
         self._log = tempfile.NamedTemporaryFile("w+", prefix="vllm-", suffix=".log")  # noqa: SIM115
         self._name = contender.name
-        made_with = msgspec.json.encode(settings | contender.settings).decode()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", _CHILD, made_with],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            cwd="/",
-            env=variables,
-            start_new_session=True,  # so that its workers can be ended with it
-        )
+        made_with = settings | contender.settings
+        self._process, self._orders = start(serve, made_with, variables, self._log.name)
         try:
-            self.said = msgspec.json.decode(self._line(_START_SECONDS), type=Said)
+            self.said: Said = self._answer(_START_SECONDS)
         except BaseException:
             self.close()
             raise
@@ -154,54 +119,37 @@ class VllmEngine:
 
     def generate(self, prompts: Sequence[list[int]], tokens: int) -> Answered:
         """Greedy answers of so many tokens to `prompts`, all given at once."""
-        answered = msgspec.json.decode(
-            self._ask(do="generate", prompts=prompts, tokens=tokens), type=Answered
-        )
+        answered: Answered = self._ask(generate, prompts, tokens)
         if not all(answered.finished):
             raise BenchmarkError(f"{self._name}: a request did not end as it should")
         return answered
 
     def forget(self) -> None:
         """Empty vLLM's own prefix cache; saves that are under way have ended then."""
-        said = msgspec.json.decode(self._ask(do="forget"), type=dict[str, str])
-        if "error" in said:
-            raise BenchmarkError(f"{self._name}: {said['error']}")
+        self._ask(forget)
 
     def close(self) -> None:
         """End it in good order, workers included."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with suppress(BrokenPipeError):  # It has ended already.
-            self._process.stdin.close()
-        try:
-            self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._orders.close()
+        self._process.join(_END_SECONDS)
+        self._process.kill()
+        self._process.join()
+        assert self._process.pid is not None
         with suppress(ProcessLookupError):  # Workers that outlived it.
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.stdout.close()
         self._log.close()
 
-    def _ask(self, **order: Any) -> bytes:
-        assert self._process.stdin is not None
+    def _ask(self, *order: Any) -> Any:
+        with suppress(BrokenPipeError):  # Its answer, or what comes instead, tells why.
+            self._orders.send(order)
+        return self._answer(_ANSWER_SECONDS)
+
+    def _answer(self, seconds: float) -> Any:
         try:
-            self._process.stdin.write(msgspec.json.encode(order) + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._failure("ended") from None
-        return self._line(_ANSWER_SECONDS)
-
-    def _line(self, seconds: float) -> bytes:
-        assert self._process.stdout is not None
-        readable, _, _ = select.select([self._process.stdout], [], [], seconds)
-        if not readable:
-            raise self._failure(f"said nothing within {seconds:g} s")
-        line = self._process.stdout.readline()
-        if not line:
-            raise self._failure("ended")
-        return line
-
-    def _failure(self, what: str) -> BenchmarkError:
+            if self._orders.poll(seconds):
+                return self._orders.recv()
+            what = f"said nothing within {seconds:g} s"
+        except (EOFError, ConnectionResetError):
+            what = "ended"
         words = Path(self._log.name).read_text(errors="replace")[-_LAST_WORDS:]
-        return BenchmarkError(f"{self._name}: the engine {what}; its last words:\n{words}")
+        raise BenchmarkError(f"{self._name}: the engine {what}; its last words:\n{words}")

@@ -29,7 +29,7 @@ torch = pytest.importorskip("torch")
 
 from kvstore.benchmarks.gpu_load import Meanwhile  # noqa: E402
 from kvstore.benchmarks.gpu_pages import DevicePages, Lane  # noqa: E402
-from kvstore.benchmarks.gpu_peers import IndexSelect, large_copy, page_loop  # noqa: E402
+from kvstore.benchmarks.gpu_peers import index_select, large_copy, page_loop  # noqa: E402
 
 _SMALL = Group(layers=3, heads=2, channels=(8, 8), dtype="bfloat16")
 _LATENT = Group(layers=3, heads=1, channels=(24,), dtype="bfloat16", kind="mla")
@@ -182,7 +182,7 @@ def test_an_arena_that_is_not_pinned_is_not_measured(arena: Arena) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.name}-{shape.order}")
-@pytest.mark.parametrize("kind", [IndexSelect, page_loop])
+@pytest.mark.parametrize("kind", [index_select, page_loop])
 def test_peers_bring_every_page_back(kind: Any, shape: Shape) -> None:
     pages = DevicePages(shape, PAGES, "cpu")
     blocks = pages.blocks // 2

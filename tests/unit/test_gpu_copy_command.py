@@ -176,12 +176,12 @@ def test_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_all_benchmarks_leave_it_out_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
-    for name in ("copy", "disk", "session", "store", "peer", "gpu_copy"):
+    for name in ("copy", "disk", "session", "store", "weights", "peer", "gpu_copy"):
         monkeypatch.setattr(bench_cli, name, lambda *_, name=name, **__: ran.append(name))
     monkeypatch.setattr(gpu_copy, "missing_gpu", lambda: "gpu-copy needs an NVIDIA GPU")
     done = CliRunner().invoke(bench_cli.bench_app, ["--quick"])
     assert done.exit_code == 0
-    assert ran == ["copy", "disk", "session", "store", "peer"]
+    assert ran == ["copy", "disk", "session", "store", "weights", "peer"]
     assert "left out: gpu-copy needs an NVIDIA GPU" in done.stderr
     monkeypatch.setattr(gpu_copy, "missing_gpu", lambda: None)
     assert CliRunner().invoke(bench_cli.bench_app, ["--quick"]).exit_code == 0
