@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from enum import Enum
@@ -37,6 +38,7 @@ _ALIKE: Final = frozenset(
 _ROPES: Final = frozenset({"default", "linear", "llama3"})
 """Architectures and kinds of RoPE of which every engine caches the same keys and values, which a
 test compares. Others may lie in another order or be scaled in an engine's own way."""
+_BY_LENGTH: Final = re.compile("dynamic|longrope|^su$")
 
 
 def identity(
@@ -65,10 +67,22 @@ def identity(
 
 
 def _is_alike(architecture: str, config: Any) -> bool:
+    return architecture in _ALIKE and _ropes(config) <= _ROPES
+
+
+def _ropes(config: Any) -> set[str]:
+    """Kinds of RoPE, in new or old words; `several` and each if layers have their own."""
     ropes = [getattr(config, key, None) or {} for key in ("rope_parameters", "rope_scaling")]
-    kinds = {rope.get("rope_type", rope.get("type", "default")) for rope in ropes}
-    plain = not any(isinstance(value, Mapping) for rope in ropes for value in rope.values())
-    return architecture in _ALIKE and plain and kinds <= _ROPES
+    inner = [value for rope in ropes for value in rope.values() if isinstance(value, Mapping)]
+    kinds = {str(rope.get("rope_type", rope.get("type", "default"))) for rope in ropes + inner}
+    return kinds | ({"several"} if inner else set())
+
+
+def depends_on_length(config: Any, *others: str) -> bool:
+    """Whether a RoPE of this configuration, or another, scales keys by the longest sequence."""
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    own = bool(getattr(text, "use_dynamic_ntk", False))
+    return own or any(_BY_LENGTH.search(kind) for kind in (*_ropes(text), *others))
 
 
 def _called(place: str) -> str:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.client.session import Session
@@ -74,15 +74,12 @@ class Sessions:
         """
         return self._tenant(tenant).session.result()
 
-    def get(self, tenant: str) -> Session | None:
-        """The session of `tenant`; None while it is being opened, or if it was refused."""
+    def get(self, tenant: str) -> Session | Literal["opening", "refused"]:
+        """The session of `tenant`, or why there is none now."""
         future = self._tenant(tenant).session
-        return future.result() if future.done() and not future.exception() else None
-
-    def refused(self, tenant: str) -> bool:
-        """Whether there is no session for `tenant` to be had now."""
-        future = self._tenant(tenant).session
-        return future.done() and future.exception() is not None
+        if not future.done():
+            return "opening"
+        return "refused" if future.exception() else future.result()
 
     def keep(self, tenant: str, seconds: float) -> None:
         """Leave the session of `tenant` open that long, for the sake of what it holds."""

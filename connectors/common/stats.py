@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Final
@@ -28,81 +29,76 @@ HISTOGRAMS: Final = {
 }
 BUCKETS: Final = tuple(base * 10.0**power for power in range(-4, 2) for base in (1, 2.5, 5))
 
+Data = dict[str, dict[str, Any]]
+"""Counts and times of one interval, which cross processes: `counts` is name or `name.label` →
+number, `times` name → list of seconds."""
+
 
 class Stats:
-    """Counts and times of one interval, in `data`: plain dictionaries that cross processes.
+    """Counts what happens until it is taken; thread-safe."""
 
-    `data["counts"]` is name → label → number, `data["times"]` name → list of seconds.
-    """
-
-    def __init__(self, data: dict[str, Any] | None = None) -> None:
-        self.data = data or {"counts": {}, "times": {}}
-
-    def _add(self, name: str, by: float, label: str = "") -> None:
-        if by:
-            labels = self.data["counts"].setdefault(name, {})
-            labels[label] = labels.get(label, 0) + by
-
-    def _time(self, name: str, *seconds: float) -> None:
-        self.data["times"].setdefault(name, []).extend(seconds)
+    def __init__(self, block_tokens: int) -> None:
+        self._block_tokens = block_tokens
+        self._lock = threading.Lock()
+        self._data = nothing()
 
     def lookup(self, seconds: float) -> None:
         """A lookup took so long."""
-        self._time("kvstore_lookup_seconds", seconds)
+        self._note({}, lookup=seconds)
 
-    def loaded(
-        self,
-        loaded: Loaded,
-        arrived: int,
-        wanted: int,
-        block_tokens: int,
-        prefetched: Mapping[str, int],
-    ) -> None:
-        """A load brought `arrived` of `wanted` blocks; `prefetched` ones came from other tiers."""
+    def loaded(self, loaded: Loaded, wanted: int, prefetched: Mapping[str, int]) -> None:
+        """A load of `wanted` blocks has ended; `prefetched` ones came from other tiers."""
         tiers = Counter(loaded.tiers)
         for tier, blocks in prefetched.items():  # They only waited in memory.
             moved = min(blocks, tiers[MEMORY])
             tiers.update({MEMORY: -moved, tier: moved})
-        for tier, blocks in tiers.items():
-            self._add("kvstore_loaded_tokens", blocks * block_tokens, tier)
-        self._add("kvstore_loaded_bytes", loaded.nbytes)
-        missed = (wanted - arrived) * block_tokens
-        self._add("kvstore_missed_tokens", missed, loaded.reason or "failed")
-        self._time("kvstore_load_seconds", loaded.seconds)
+        size, missed = self._block_tokens, wanted - loaded.blocks
+        counts = {f"kvstore_loaded_tokens.{tier}": n * size for tier, n in tiers.items()}
+        counts["kvstore_loaded_bytes"] = loaded.nbytes
+        counts[f"kvstore_missed_tokens.{loaded.reason or 'failed'}"] = missed * size
+        self._note(counts, load=loaded.seconds)
 
-    def saved(self, saved: Saved, block_tokens: int) -> None:
+    def saved(self, saved: Saved) -> None:
         """A save has ended."""
-        self._add("kvstore_saved_tokens", saved.stored * block_tokens)
-        self._add("kvstore_saved_bytes", saved.nbytes)
-        self.dropped(saved.dropped * block_tokens, saved.reason or "failed")
-        self._time("kvstore_save_seconds", saved.seconds)
+        tokens = saved.stored * self._block_tokens
+        counts = {"kvstore_saved_tokens": tokens, "kvstore_saved_bytes": saved.nbytes}
+        self._note(counts, save=saved.seconds)
+        self.dropped(saved.dropped, saved.reason or "failed")
 
     def skipped(self, reason: str) -> None:
         """A request goes without the store."""
-        self._add("kvstore_skipped_requests", 1, reason)
+        self._note({f"kvstore_skipped_requests.{reason}": 1})
 
-    def dropped(self, tokens: int, reason: str) -> None:
-        """So many tokens were not stored."""
-        self._add("kvstore_dropped_tokens", tokens, reason)
+    def dropped(self, blocks: int, reason: str) -> None:
+        """So many blocks were not stored."""
+        self._note({f"kvstore_dropped_tokens.{reason}": blocks * self._block_tokens})
 
-    def is_empty(self) -> bool:
-        """Whether nothing happened."""
-        return not self.data["counts"] and not self.data["times"]
+    def take(self) -> Data | None:
+        """What was counted since the last call; None: nothing."""
+        with self._lock:
+            data, self._data = self._data, nothing()
+        return data if any(data.values()) else None
 
-    def take_in(self, data: Mapping[str, Any]) -> None:
-        """Add those of another process or interval."""
-        for name, labels in data["counts"].items():
-            for label, count in labels.items():
-                self._add(name, count, label)
-        for name, times in data["times"].items():
-            self._time(name, *times)
+    def _note(self, counts: Mapping[str, int], **seconds: float) -> None:
+        times = {f"kvstore_{what}_seconds": [taken] for what, taken in seconds.items()}
+        with self._lock:
+            add(self._data, {"counts": {k: n for k, n in counts.items() if n}, "times": times})
 
-    def summary(self) -> dict[str, int | float]:
-        """A line for a log."""
-        line: dict[str, int | float] = {}
-        for name, labels in sorted(self.data["counts"].items()):
-            for label, count in sorted(labels.items()):
-                line[f"{name}.{label}" if label else name] = count
-        for name, times in sorted(self.data["times"].items()):
-            line[f"{name}.mean"] = round(sum(times) / len(times), 6)
-        return line
+
+def nothing() -> Data:
+    """Of an interval in which nothing happened."""
+    return {"counts": {}, "times": {}}
+
+
+def add(data: Data, other: Data) -> None:
+    """Add to `data` what was counted in another process or interval."""
+    for name, count in other["counts"].items():
+        data["counts"][name] = data["counts"].get(name, 0) + count
+    for name, times in other["times"].items():
+        data["times"][name] = data["times"].get(name, []) + times
+
+
+def summary(data: Data) -> dict[str, int | float]:
+    """A line for a log."""
+    means = {f"{k}.mean": round(sum(s) / len(s), 6) for k, s in sorted(data["times"].items())}
+    return dict(sorted(data["counts"].items())) | means

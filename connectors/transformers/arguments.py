@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
+from kvstore.errors import SpecError
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -64,6 +66,27 @@ def attended(model: Any, arguments: Mapping[str, Any], tokens: NDArray[np.int64]
     else:
         left_out = (mask[0] != 1).cpu().numpy()
     return int(left_out.argmax()) if left_out.any() else len(tokens)
+
+
+def tokens_of(input_ids: Any, attention_mask: Any = None) -> NDArray[np.int64]:
+    """`input_ids` [1, tokens] as a flat array.
+
+    Raises:
+        SpecError: a batch, no tokens, or a mask that does not fit.
+    """
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
+        raise SpecError("input_ids is no tensor of token ids, which block keys are made of")
+    shape = tuple(input_ids.shape)
+    if len(shape) != 2 or shape[0] != 1 or not shape[1]:
+        raise SpecError(
+            f"input_ids has shape {shape}; one sequence, [1, tokens], is supported: call once per "
+            "sequence"
+        )
+    masked = getattr(attention_mask, "shape", None)
+    if attention_mask is not None and masked != shape:
+        raise SpecError(f"attention_mask has shape {masked}, input_ids {shape}; they must be equal")
+    tokens: NDArray[np.int64] = input_ids[0].to("cpu", torch.int64).numpy()
+    return tokens
 
 
 def _option(model: Any, arguments: Mapping[str, Any], name: str) -> Any:

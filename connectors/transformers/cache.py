@@ -31,7 +31,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.client.session import Session
 from kvstore.client.transfer import Saved
-from kvstore.connectors.transformers.arguments import attended, refused
+from kvstore.connectors.transformers.arguments import attended, refused, tokens_of
 from kvstore.connectors.transformers.contents import Contents
 from kvstore.connectors.transformers.model import (
     FilledCache,
@@ -47,8 +47,6 @@ from kvstore.telemetry import QuietLog
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from numpy.typing import NDArray
 
     from kvstore.client.planner import LoadPlan
     from kvstore.config import Config
@@ -220,7 +218,7 @@ class KVStoreCache:
     ) -> str:
         """Fill `past`, unless there is a `problem`; returns why it is not to be saved later."""
         start = time.perf_counter()
-        tokens = _tokens(input_ids, attention_mask)
+        tokens = tokens_of(input_ids, attention_mask)
         problem = self._left_alone() or problem
         limit = attended(self.model, options, tokens, attention_mask)
         size, end = self.session.block_tokens, min(limit, len(tokens) - 1)
@@ -255,7 +253,7 @@ class KVStoreCache:
         group = cache_group(past)
         if group != self._part.group:
             raise SpecError(f"past holds {group}; the model of this cache has {self._part.group}")
-        tokens = _tokens(sequences)
+        tokens = tokens_of(sequences)
         held = past.get_seq_length()
         if held > len(tokens):
             raise SpecError(
@@ -417,20 +415,3 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """
     memory = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(memory).view(dtype).view(shape)
-
-
-def _tokens(input_ids: Any, attention_mask: Any = None) -> NDArray[np.int64]:
-    """`input_ids` [1, tokens] as a flat array; refuses batches, and masks that do not fit."""
-    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
-        raise SpecError("input_ids is no tensor of token ids, which block keys are made of")
-    shape = tuple(input_ids.shape)
-    if len(shape) != 2 or shape[0] != 1 or not shape[1]:
-        raise SpecError(
-            f"input_ids has shape {shape}; one sequence, [1, tokens], is supported: call once per "
-            "sequence"
-        )
-    masked = getattr(attention_mask, "shape", None)
-    if attention_mask is not None and masked != shape:
-        raise SpecError(f"attention_mask has shape {masked}, input_ids {shape}; they must be equal")
-    tokens: NDArray[np.int64] = input_ids[0].to("cpu", torch.int64).numpy()
-    return tokens

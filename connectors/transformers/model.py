@@ -8,7 +8,6 @@ plain full attention is refused with a reason, never stored in part.
 from __future__ import annotations
 
 import inspect
-import re
 from typing import Any, Final
 
 import torch
@@ -16,7 +15,12 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Part
-from kvstore.connectors.common.identity import config_digest, identity, type_name
+from kvstore.connectors.common.identity import (
+    config_digest,
+    depends_on_length,
+    identity,
+    type_name,
+)
 from kvstore.connectors.transformers.state import adapter_identity, moded, precision
 from kvstore.connectors.transformers.weights import Weights
 from kvstore.errors import SpecError
@@ -118,10 +122,8 @@ def _check_model(model: PreTrainedModel) -> None:
         usual = getattr(GenerationMixin, method, None)
         if getattr(type(plain), method, usual) is not usual:
             raise SpecError(f"{name} has masks or positions that keys do not cover ({method})")
-    # As the configuration says, in new or old words, and as the modules were made.
-    ropes = [getattr(text, key, None) for key in ("rope_parameters", "rope_scaling")]
-    ropes += [getattr(module, "rope_type", None) for module in model.modules()]
-    if getattr(text, "use_dynamic_ntk", False) or re.search("dynamic|longrope|'su'", str(ropes)):
+    # As the configuration says, and as the modules were made.
+    if depends_on_length(config, *(str(getattr(m, "rope_type", "")) for m in model.modules())):
         raise SpecError(
             f"{name} uses a RoPE by which a prefix's keys depend on the length of the whole "
             "sequence; its blocks cannot be shared between sequences"

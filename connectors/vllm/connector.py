@@ -10,8 +10,9 @@ store is computed from where that ends: across requests, engines, processes and 
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
@@ -26,7 +27,6 @@ from kvstore.connectors.common.settings import PREFIX, Settings, settings_of
 from kvstore.connectors.vllm.identity import identity_of
 from kvstore.connectors.vllm.inputs import Inputs
 from kvstore.connectors.vllm.layout import pages_of
-from kvstore.connectors.vllm.messages import Step
 from kvstore.connectors.vllm.scheduler import SchedulerSide
 from kvstore.connectors.vllm.stats import KVStoreMetrics, KVStoreStats
 from kvstore.connectors.vllm.weights import WeightsWatch, engine_core
@@ -36,15 +36,22 @@ from kvstore.errors import ConfigError, SpecError
 if TYPE_CHECKING:
     import torch
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
-    from vllm.v1.metrics.cache_hit_source import CacheHitSource
-
-    from kvstore.connectors.vllm.messages import Report
 
 __all__ = ["KVStoreConnector"]
 
 # A child of vLLM's logger: vLLM prints no others.
 _log = init_logger("vllm.kvstore")
 PLACE: Final = "kv_connector_extra_config"
+
+
+def _of(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A call of vLLM's that the side of this process answers; names of arguments are vLLM's own."""
+
+    @functools.wraps(method)
+    def call(self: KVStoreConnector, *given: Any, **named: Any) -> Any:
+        return method(self._side, *given, *named.values())
+
+    return call
 
 
 class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
@@ -78,8 +85,7 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
         except SpecError as e:
             raise ConfigError(f"{PLACE}: {PREFIX}vllm.{e}") from e
         _check_layerwise(settings, vllm_config)
-        self._scheduler: SchedulerSide | None = None
-        self._worker: WorkerSide | None = None
+        self._side: Any
         dtype = pages.parts[0].group.dtype
         worker = role != KVConnectorRole.SCHEDULER
         identity, core, named = ModelIdentity("unnamed"), engine_core(), True
@@ -98,11 +104,11 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
             )
         namespace = Namespace(identity, settings.tenant, size)
         if worker:
-            self._worker = WorkerSide(settings, namespace, pages, _rank())
+            self._side = WorkerSide(settings, namespace, pages, _rank())
             return
         tokens = kv_cache_config.num_blocks * pages.page_tokens
         inputs = Inputs(tokens, encoded_elsewhere=vllm_config.ec_transfer_config is not None)
-        self._scheduler = SchedulerSide(
+        self._side = SchedulerSide(
             settings,
             namespace,
             pages,
@@ -129,45 +135,26 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     # -- worker -----------------------------------------------------------------------------------
 
-    @property
-    def _on_worker(self) -> WorkerSide:
-        assert self._worker is not None
-        return self._worker
-
-    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Take the engine's pages."""
-        (group,) = self._kv_cache_config.kv_cache_groups
-        self._on_worker.register(group.layer_names, kv_caches)
-
-    def handle_preemptions(self, kv_connector_metadata: Any) -> None:
-        """Let go of pages that are about to be written by others."""
-        self._on_worker.preempt(kv_connector_metadata)
+    register_kv_caches = _of(WorkerSide.register)
+    handle_preemptions = _of(WorkerSide.preempt)
+    wait_for_layer_load = _of(WorkerSide.layer_needed)
+    wait_for_save = _of(WorkerSide.computed)
+    get_block_ids_with_load_errors = _of(WorkerSide.take_invalid)
+    build_connector_worker_meta = _of(WorkerSide.take_report)
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         """Start a step, and its loads: they need not wait for the model to compute."""
         super().bind_connector_metadata(connector_metadata)
-        self._on_worker.begin(connector_metadata)
+        self._side.begin(connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Nothing: loads have been started."""
-
-    def wait_for_layer_load(self, layer_name: str) -> None:
-        """Before a layer is computed: what is loaded of it must be there."""
-        self._on_worker.layer_needed(layer_name)
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
     ) -> None:
         """After a layer was computed: what this step has filled of it may be saved."""
-        self._on_worker.layer_computed(layer_name)
-
-    def wait_for_save(self) -> None:
-        """All of the step is computed."""
-        self._on_worker.computed()
-
-    def get_block_ids_with_load_errors(self) -> set[int]:
-        """Pages that a step computed with, though they had not been loaded."""
-        return self._on_worker.take_invalid()
+        self._side.layer_computed(layer_name)
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
@@ -176,82 +163,41 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Requests whose transfers have ended."""
-        return self._on_worker.results()
-
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """The same, as older callers ask for it."""
-        results = self._on_worker.results()
-        return results.finished_sending or None, results.finished_recving or None
-
-    def build_connector_worker_meta(self) -> Report | None:
-        """What the scheduler side has to know."""
-        return self._on_worker.take_report()
+        return self._side.results()
 
     # -- scheduler --------------------------------------------------------------------------------
-
-    @property
-    def _on_scheduler(self) -> SchedulerSide:
-        assert self._scheduler is not None
-        return self._scheduler
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         """Take the scheduler's cache manager."""
         super().bind_kv_cache_manager(kv_cache_manager)
-        self._on_scheduler.bind(kv_cache_manager)
+        self._side.bind(kv_cache_manager)
 
-    def on_new_request(self, request: Any) -> None:
-        """Take note of a request."""
-        self._on_scheduler.arrived(request)
-
-    def get_num_new_matched_tokens(
-        self, request: Any, num_computed_tokens: int
-    ) -> tuple[int | None, bool]:
-        """Tokens that the store has beyond those that vLLM has itself."""
-        return self._on_scheduler.match(request, num_computed_tokens)
-
-    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """Note where the tokens promised are to go."""
-        self._on_scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
-
-    def get_external_cache_hit_sources(
-        self, request: Any, num_external_tokens: int
-    ) -> dict[CacheHitSource, int]:
-        """The tiers they come from."""
-        return self._on_scheduler.sources(request, num_external_tokens)
-
-    def build_connector_meta(self, scheduler_output: Any) -> Step:
-        """What workers have to do along with this step."""
-        return self._on_scheduler.step(scheduler_output)
-
-    def update_connector_output(self, connector_output: Any) -> None:
-        """Take in what workers report."""
-        self._on_scheduler.done(connector_output)
+    on_new_request = _of(SchedulerSide.arrived)
+    get_num_new_matched_tokens = _of(SchedulerSide.match)
+    update_state_after_alloc = _of(SchedulerSide.allocated)
+    get_external_cache_hit_sources = _of(SchedulerSide.sources)
+    build_connector_meta = _of(SchedulerSide.step)
+    update_connector_output = _of(SchedulerSide.done)
+    has_pending_block_frees = _of(SchedulerSide.frees_pages_soon)
+    take_events = _of(SchedulerSide.take_events)
+    reset_cache = _of(SchedulerSide.clear)
 
     def request_finished(
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Forget a request; its pages stay while they are being saved."""
-        return self._on_scheduler.finished(request, block_ids), None
-
-    def has_pending_block_frees(self) -> bool:
-        """Whether waiting is better than preempting."""
-        return self._on_scheduler.frees_pages_soon
-
-    def take_events(self) -> Iterable[Any]:
-        """KV events since the last call."""
-        return self._on_scheduler.take_events()
-
-    def reset_cache(self) -> bool | None:
-        """Remove this model's blocks from the store."""
-        return self._on_scheduler.clear()
+        return self._side.finished(request, block_ids), None
 
     # -- both -------------------------------------------------------------------------------------
 
     def get_kv_connector_stats(self) -> KVStoreStats | None:
         """Statistics since the last call."""
-        side = self._scheduler or self._worker
-        assert side is not None
-        return side.take_stats()
+        data = self._side.stats.take()
+        return data and KVStoreStats(data)
+
+    def shutdown(self) -> None:
+        """Let the last saves end, and close."""
+        self._side.close()
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVStoreStats:
@@ -268,12 +214,6 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
     ) -> KVStoreMetrics:
         """Metrics beside vLLM's own."""
         return KVStoreMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-
-    def shutdown(self) -> None:
-        """Let the last saves end, and close."""
-        for side in (self._scheduler, self._worker):
-            if side is not None:
-                side.close()
 
 
 def _print_ours() -> None:

@@ -21,7 +21,13 @@ from vllm.model_executor.models.registry import ModelRegistry
 
 from kvstore.blocks.spec import ModelIdentity
 from kvstore.blocks.weights import code_digest, weights_digest
-from kvstore.connectors.common.identity import config_digest, folder_of, identity, type_name
+from kvstore.connectors.common.identity import (
+    config_digest,
+    depends_on_length,
+    folder_of,
+    identity,
+    type_name,
+)
 from kvstore.errors import SpecError
 
 # Fields of vLLM's configuration that change no value of the KV cache, or that other entries cover
@@ -97,7 +103,7 @@ def identity_of(
         flags=_told(lambda: _flags(vllm_config), worker or revision),
         stored=stored,
         precision="tf32" if on_gpu and envs.VLLM_FLOAT32_MATMUL_PRECISION != "highest" else "",
-        max_model_len=str(model.max_model_len) if _depends_on_length(model.hf_config) else "",
+        max_model_len=str(model.max_model_len) if depends_on_length(model.hf_config) else "",
         code="" if revision else _code(vllm_config),
         implementation=_implementation(model.architecture, named=bool(revision)),
     )
@@ -165,15 +171,6 @@ def _environment() -> dict[str, str]:
     """What is set of vLLM's environment, but for what is known not to count."""
     counting = envs.compile_factors().keys() & envs.environment_variables.keys() & os.environ.keys()
     return {name: os.environ[name] for name in counting if not _NEUTRAL_ENVIRONMENT.fullmatch(name)}
-
-
-def _depends_on_length(config: Any) -> bool:
-    """Whether RoPE's scaling is chosen by the longest sequence that the engine may see."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    entries = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    kinds = {entry.get("rope_type", entry.get("type")) for entry in entries}
-    return bool(kinds & {"longrope", "su", "dynamic"})
 
 
 def _weights(vllm_config: Any) -> str:

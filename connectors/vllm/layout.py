@@ -50,6 +50,8 @@ class Pages:
     replicas: int
     stored: tuple[Part, ...]
     """The same as the store has them: of another type of number, if so configured."""
+    layer_names: Sequence[str] = ()
+    """Of this process, in vLLM's words."""
 
     def stored_as(self, dtype: str) -> Pages:
         """These pages, with numbers that are rounded to `dtype` in the store.
@@ -118,7 +120,8 @@ def pages_of(vllm_config: Any, kv_cache_config: Any) -> Pages:
     for start, end in _stages(vllm_config, len(group.layer_names)):
         shape = Group(end - start, spec.num_heads, channels, dtype, kind=kind, first_layer=start)
         parts += [Part(shape, layout, Shard(index, shards)) for index in range(shards)]
-    return Pages(tuple(parts), spec.block_size, ranks // shards, tuple(parts))
+    held = tuple(parts)
+    return Pages(held, spec.block_size, ranks // shards, held, group.layer_names)
 
 
 def _stages(vllm_config: Any, layers: int) -> list[tuple[int, int]]:

@@ -11,37 +11,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import numpy as np
-    from numpy.typing import NDArray
-
     from kvstore.blocks.spec import Namespace
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Job:
-    """Blocks of one request to load into, or to save out of, the engine's pages.
-
-    `pages` has shape (blocks, pages per block); -1 leaves a page out. `number` counts all jobs,
-    `priority` orders those that wait (lower first). `parent` is the key before the first, `tokens`
-    the blocks' token ids where the store is to publish them. `prefetched` counts the blocks to load
-    that were in other tiers than memory when the request came. A load that is `layered` takes part
-    in the step it comes with: each layer is computed once it has arrived.
-    """
-
-    number: int
-    request: str
-    tenant: str
-    keys: list[bytes]
-    pages: NDArray[np.int64]
-    priority: int = 0
-    timeout: float | None = None
-    ttl: float | None = None
-    parent: bytes = b""
-    tokens: list[int] | None = None
-    prefetched: Mapping[str, int] = field(default_factory=dict)
-    layered: bool = False
+    from kvstore.connectors.common.transfers import Job
 
 
 @dataclass(slots=True)
@@ -83,24 +54,16 @@ class Report(KVConnectorWorkerMetadata):  # type: ignore[misc]
     failures: int = 0
     broken: bool = False
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to tell."""
-        said = self.loaded or self.saved or self.computed or self.copied or self.failures
-        return not said
-
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Both as one."""
         assert isinstance(other, Report)
-        loaded = dict(self.loaded)
-        for number, blocks in other.loaded.items():
-            loaded[number] = min(blocks, loaded.get(number, blocks))
+        least = {n: min(b, self.loaded.get(n, b)) for n, b in other.loaded.items()}
         saved = dict(self.saved)
         for number, (ranks, blocks) in other.saved.items():
             before = saved.get(number, (0, blocks))
             saved[number] = (ranks + before[0], min(blocks, before[1]))
         return Report(
-            loaded,
+            self.loaded | least,
             saved,
             self.computed or other.computed,
             self.copied or other.copied,

@@ -2,42 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
-from kvstore.blocks.keys import block_keys, prompt_extras
-from kvstore.blocks.spec import Namespace
-from kvstore.client.planner import MEMORY
-from kvstore.connectors.common.settings import Wishes
-from kvstore.connectors.vllm.messages import Job
+from vllm.distributed.kv_events import BlockStored
+from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
+from kvstore.connectors.common.requests import Asked
+from kvstore.connectors.common.transfers import Job
 
-@dataclass(slots=True)
-class Found:
-    """What the store has beyond `start` tokens: blocks from `first` on, in these tiers.
-
-    `at` is when it was asked. `prefetched` counts the blocks that are brought up into memory, by
-    the tier they were in; until `deadline` that is waited for.
-    """
-
-    start: int
-    first: int
-    tiers: tuple[str, ...]
-    at: float
-    seconds: float = 0.0
-    prefetched: Mapping[str, int] = field(default_factory=dict)
-    deadline: float = 0.0
-
-    @property
-    def below(self) -> Counter[str]:
-        """How many blocks lie in tiers below memory."""
-        return Counter(tier for tier in self.tiers if tier != MEMORY)
-
-    def is_on_the_way(self, now: float) -> bool:
-        """Whether blocks are still being brought up, and to be waited for."""
-        return bool(self.prefetched and self.below) and now < self.deadline
+MEDIUM: Final = "KVSTORE"
 
 
 @dataclass(slots=True)
@@ -51,45 +25,22 @@ class Promise:
     arrived: int | None = None
 
 
-@dataclass(slots=True)
-class Tracked:
+@dataclass(slots=True, kw_only=True)
+class Tracked(Asked):
     """A request between its arrival and its end."""
 
     request: Any
-    namespace: Namespace
-    wishes: Wishes
-    extras: Mapping[str, Any] = field(default_factory=dict)
-    """What its keys cover beside tokens, as `prompt_extras` takes it."""
-    keys: list[bytes] = field(default_factory=list)
-    found: Found | None = None
     promise: Promise | None = None
     asked: int = 0
     """Blocks that workers were asked to save."""
     saving: set[int] = field(default_factory=set)
     """Numbers of the jobs among those that are not done."""
     failures: int = 0
-    patience: float = 0.0
-    """Until when its tenant's session may take to open (monotonic)."""
-    skipped: bool = False
-    """Counted as one that goes without the store."""
-    answered: bool = False
-    """The store was asked and has answered, so it has counted the request."""
     sure: bool = False
     """The adapter that is named in its keys is the one that it was computed with."""
     tainted: bool = False
     """Computed beside a layered load that failed, or while weights or names changed: what its pages
     hold is not saved."""
-
-    def extend_keys(self) -> list[bytes]:
-        """The keys of all whole blocks whose tokens are known."""
-        size, have = self.namespace.block_tokens, len(self.keys)
-        count = self.request.num_tokens // size
-        if count > have:
-            extras = prompt_extras(size, range(have, count), **self.extras)
-            tokens = self.request.all_token_ids[have * size : count * size]
-            parent = self.keys[-1] if have else None
-            self.keys += block_keys(self.namespace, tokens, extras=extras, parent=parent)
-        return self.keys
 
     def computed_blocks(self, computed: int) -> int:
         """Whole blocks that hold right values once `computed` tokens are computed.
@@ -97,8 +48,7 @@ class Tracked:
         Drafts and tokens that are still on their way back are computed before they are known; a
         block that has some is not whole yet.
         """
-        known: int = self.request.num_tokens
-        return min(computed, known) // self.namespace.block_tokens
+        return min(computed, len(self.tokens)) // self.namespace.block_tokens
 
 
 @dataclass(slots=True)
@@ -109,3 +59,31 @@ class Saving:
     first: int
     blocks: int
     ranks: int
+
+
+def stored_event(
+    request: Any, first: int, last: int, block_tokens: int, page_tokens: int
+) -> list[BlockStored]:
+    """The event of blocks `first` to `last`, named by vLLM's own hashes of their pages.
+
+    Those are what routers know these pages by when they lie in the engine; empty if vLLM has made
+    no hashes of that size.
+    """
+    begin, end = first * block_tokens, last * block_tokens
+    pages = slice(begin // page_tokens, end // page_tokens)
+    hashes = request.block_hashes[pages]
+    if len(hashes) != pages.stop - pages.start:
+        return []
+    parent = request.block_hashes[pages.start - 1] if pages.start else None
+    lora = request.lora_request
+    return [
+        BlockStored(
+            block_hashes=[maybe_convert_block_hash(one) for one in hashes],
+            parent_block_hash=None if parent is None else maybe_convert_block_hash(parent),
+            token_ids=list(request.all_token_ids[begin:end]),
+            block_size=page_tokens,
+            lora_id=lora.lora_int_id if lora else None,
+            medium=MEDIUM,
+            lora_name=lora.lora_name if lora else None,
+        )
+    ]

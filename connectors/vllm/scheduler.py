@@ -10,7 +10,6 @@ the request under the policy "fail".
 from __future__ import annotations
 
 import itertools
-import time
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Final
@@ -20,15 +19,15 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import RequestStatus
 
 from kvstore.blocks.spec import Namespace
-from kvstore.connectors.common.pages import page_rows
+from kvstore.connectors.common.requests import Found, Lookups
 from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.settings import Settings, is_tenant, wishes_of
-from kvstore.connectors.vllm.events import stored_event
+from kvstore.connectors.common.stats import Stats
+from kvstore.connectors.common.transfers import Job, page_rows
 from kvstore.connectors.vllm.inputs import Inputs, Unkeyed
 from kvstore.connectors.vllm.layout import Pages
-from kvstore.connectors.vllm.messages import Job, Report, Step
-from kvstore.connectors.vllm.requests import Found, Promise, Saving, Tracked
-from kvstore.connectors.vllm.stats import KVStoreStats
+from kvstore.connectors.vllm.messages import Report, Step
+from kvstore.connectors.vllm.requests import Promise, Saving, Tracked, stored_event
 from kvstore.connectors.vllm.weights import WeightsWatch
 from kvstore.errors import SpecError
 from kvstore.telemetry import QuietLog
@@ -37,16 +36,6 @@ _log = init_logger("vllm.kvstore.scheduler")
 
 _SOURCES: Final = {"disk": CacheHitSource.DISK, "peer": CacheHitSource.P2P}
 """vLLM's words for tiers below memory, where it has one."""
-_FRESH: Final = 0.25
-"""Seconds that an answer of the store is good for a request that waits in the queue."""
-_POLL: Final = 0.01
-"""Seconds between two questions while blocks come up into memory."""
-_WORTH_WAITING: Final = 0.03
-"""Seconds a load must take for its request to wait in the queue, without pages, meanwhile."""
-_REST: Final = 1.0
-"""Seconds not to ask a store that did not answer."""
-_OPENING: Final = 1.0
-"""Seconds that a request waits for the session of its tenant."""
 _PATIENCE: Final = 2.0
 """Seconds that a load may take beyond four times what is expected."""
 _STEP_PATIENCE: Final = 0.5
@@ -81,8 +70,10 @@ class SchedulerSide:
         self._events: list[Any] | None = [] if events else None
         self._sessions = Sessions(settings.config, namespace, pages.stored)
         self._session = self._sessions.open(settings.tenant)
+        self.stats = Stats(namespace.block_tokens)
+        self._lookups = Lookups(self._sessions, self.stats)
         self._tracked: dict[str, Tracked] = {}
-        self._ended: dict[str, Tracked] = {}
+        self._ended: set[str] = set()
         """Finished requests of which jobs or pages are left."""
         self._jobs: dict[int, Saving] = {}
         self._numbers = itertools.count(1)
@@ -93,13 +84,10 @@ class SchedulerSide:
         self._looked = False
         """Whether the weights were looked at since others than the engine could change them."""
         self._waiting = False
-        self._late = False
         self._failures = 0
         """Layered loads that failed."""
-        self._rest_until = 0.0
         self._kv_cache_manager: Any = None
         self._quiet = QuietLog(_log)
-        self._stats = KVStoreStats()
 
     # -- before a request runs --------------------------------------------------------------------
 
@@ -114,12 +102,12 @@ class SchedulerSide:
         try:
             self._inputs.of(request)
         except Unkeyed as e:
-            self._stats.skipped(e.reason)
+            self.stats.skipped(e.reason)
             for tracked in self._tracked.values():
                 tracked.tainted |= self._inputs.shared(tracked.request, request)
         else:
             if self._weights_now() is None:
-                self._stats.skipped("weights")
+                self.stats.skipped("weights")
             self._looked = False
 
     def _weights_now(self) -> str | None:
@@ -148,12 +136,12 @@ class SchedulerSide:
         first = computed // size
         if first >= usable or tracked.failures >= _FAILURES:
             return 0, False
-        found = self._find(tracked, computed, first, usable)
+        found = self._lookups.find(tracked, computed, usable)
         if found is None:
             self._waiting = True
             return None, False
-        tokens = (first + len(found.tiers)) * size - computed
-        return (tokens, not self._layered(found)) if tokens > 0 else (0, False)
+        more = (first + len(found.tiers)) * size - computed
+        return (more, not self._layered(found)) if more > 0 else (0, False)
 
     def _layered(self, found: Found) -> bool:
         """Whether the step that computes the rest takes the layers as they arrive."""
@@ -183,56 +171,11 @@ class SchedulerSide:
         except SpecError as e:
             self._quiet.warning("unkeyed", "a request goes without the store: %s", e)
             return None
-        tracked = Tracked(request, namespace, wishes, extras)
+        tracked = Tracked(namespace, wishes, request.all_token_ids, extras, request=request)
         self._tracked[request.request_id] = tracked
         return tracked
 
-    def _find(self, tracked: Tracked, start: int, first: int, usable: int) -> Found | None:
-        """What the store has beyond `start`, asked anew if that is long ago; None: not yet."""
-        now = time.monotonic()
-        found = tracked.found
-        if found is not None and found.start == start:
-            on_the_way = found.is_on_the_way(now)
-            if now - found.at < (_POLL if on_the_way else _FRESH):
-                return None if on_the_way else found
-        else:
-            found = None
-        tenant = tracked.namespace.tenant
-        session = None if now < self._rest_until else self._sessions.get(tenant)
-        if session is None:
-            reason = "resting"
-            if now >= self._rest_until:
-                reason = "refused" if self._sessions.refused(tenant) else "opening"
-            tracked.patience = tracked.patience or now + _OPENING
-            if reason == "opening" and now < tracked.patience:
-                return None
-            if not tracked.skipped:
-                tracked.skipped = True
-                self._stats.skipped(reason)
-            return Found(start, first, (), now)
-        keys = tracked.extend_keys()[first:usable]
-        plan = session.plan(keys, again=tracked.answered)
-        self._stats.lookup(time.monotonic() - now)
-        late = not plan.found and plan.reason.endswith("unavailable")
-        tracked.answered |= not late
-        self._judge(late)
-        answer = Found(start, first, plan.tiers[: plan.blocks], now, plan.load_seconds)
-        if found is not None and found.prefetched:
-            answer.prefetched, answer.deadline = found.prefetched, found.deadline
-        elif answer.below and answer.seconds >= _WORTH_WAITING:
-            session.prefetch(keys[: len(answer.tiers)])
-            answer.prefetched = answer.below
-            answer.deadline = now + 1.0 + 4 * answer.seconds
-        tracked.found = answer
-        return None if answer.is_on_the_way(now) else answer
-
-    def _judge(self, late: bool) -> None:
-        """Leave a store alone that has not answered twice in a row."""
-        if late and self._late:
-            self._rest_until = time.monotonic() + _REST
-        self._late = late
-
-    def allocated(self, request: Any, page_ids: list[int], external: int) -> None:
+    def allocated(self, request: Any, blocks: Any, external: int) -> None:
         """Pages are there; `external` tokens are to be loaded into some of them."""
         tracked = self._tracked.get(request.request_id)
         if external <= 0 or tracked is None or tracked.found is None:
@@ -240,7 +183,8 @@ class SchedulerSide:
         found, size = tracked.found, self._block_tokens
         start, end = found.start, found.start + external
         first, last = found.first, -(-end // size)
-        rows = page_rows(page_ids[: end // self._page_tokens], self._page_tokens, size, first, last)
+        page_ids = blocks.get_block_ids()[0][: end // self._page_tokens]
+        rows = page_rows(page_ids, self._page_tokens, size, first, last)
         # Pages that vLLM has itself are shared with other requests: they are left alone.
         rows.reshape(-1)[: start // self._page_tokens - first * rows.shape[1]] = -1
         layered = self._layered(found)
@@ -363,7 +307,7 @@ class SchedulerSide:
                 promise, before = tracked.promise, tracked.promise.arrived
                 promise.arrived = blocks if before is None else min(blocks, before)
                 if promise.job.layered:
-                    self._took_part(tracked)
+                    self._arrived(tracked)
             if report.computed is not None:
                 self._session.report_prefill(*report.computed)
             if report.copied is not None:
@@ -377,8 +321,7 @@ class SchedulerSide:
         for name in output.finished_recving or ():
             if name in self._tracked:
                 self._arrived(self._tracked[name])
-        for name in output.finished_sending or ():
-            self._ended.pop(name, None)
+        self._ended.difference_update(output.finished_sending or ())
 
     def _saved(self, number: int, ranks: int, blocks: int) -> None:
         saving = self._jobs.get(number)
@@ -396,58 +339,45 @@ class SchedulerSide:
             self._events += stored_event(
                 tracked.request, saving.first, last, self._block_tokens, self._page_tokens
             )
-        if tracked.wishes.pin is not None and not tracked.saving:
+        if not tracked.saving:
             self._pin(tracked)
 
     def _pin(self, tracked: Tracked) -> None:
-        session = self._sessions.get(tracked.namespace.tenant)
-        assert tracked.wishes.pin is not None
-        if session is not None and tracked.asked:
+        session, seconds = self._sessions.get(tracked.namespace.tenant), tracked.wishes.pin
+        if not isinstance(session, str) and seconds is not None and tracked.asked:
             # Of the session, so it outlives this object; its time ends it.
-            self._sessions.keep(tracked.namespace.tenant, tracked.wishes.pin)
-            session.pin(tracked.keys[: tracked.asked], ttl=tracked.wishes.pin)
+            self._sessions.keep(tracked.namespace.tenant, seconds)
+            session.pin(tracked.keys[: tracked.asked], ttl=seconds)
 
-    def _took_part(self, tracked: Tracked) -> None:
-        """A layered load has ended, and with it the step that it was part of.
+    def _arrived(self, tracked: Tracked) -> None:
+        """A load has ended: hold the promise, or take back what did not come.
 
-        Of what did not come vLLM was told by the worker, and computes it anew. Until it has, no
-        other request may take those pages, or what was computed on top of them, for whole.
+        Of a layered load, vLLM was told by the worker, and computes anew what its step computed on
+        top of it. Until it has, no other request may take those pages for whole.
         """
         promise, tracked.promise, tracked.found = tracked.promise, None, None
-        assert promise is not None
-        if (promise.arrived or 0) == len(promise.job.keys):
+        if promise is None:
+            return
+        request, layered = tracked.request, promise.job.layered
+        arrived = (promise.first + (promise.arrived or 0)) * self._block_tokens
+        if arrived >= promise.end:
             return
         tracked.failures += 1
-        pages = self._kv_cache_manager.get_block_ids(tracked.request.request_id)[0]
-        self._kv_cache_manager.evict_blocks(set(pages[promise.start // self._page_tokens :]))
-        self._came_short(promise, promise.start)
-
-    def _came_short(self, promise: Promise, kept: int) -> None:
+        kept = promise.start if layered else max(promise.start, arrived)
         self._quiet.warning(
             "short",
             "%d of %d tokens did not come from the store; they are computed instead",
             promise.end - kept,
             promise.end - promise.start,
         )
-
-    def _arrived(self, tracked: Tracked) -> None:
-        """A load has ended: hold the promise, or take back what did not come."""
-        promise, tracked.promise, tracked.found = tracked.promise, None, None
-        if promise is None:
-            return
-        request = tracked.request
-        arrived = (promise.first + (promise.arrived or 0)) * self._block_tokens
-        if arrived >= promise.end:
-            return
-        tracked.failures += 1
-        kept = max(promise.start, arrived)
-        self._came_short(promise, kept)
-        if request.status != RequestStatus.WAITING_FOR_REMOTE_KVS:
-            return
-        request.num_computed_tokens = kept
-        if not kept:
-            # Scheduled from the start, it is given pages anew.
-            self._kv_cache_manager.free(request)
+        if layered:
+            pages = self._kv_cache_manager.get_block_ids(request.request_id)[0]
+            self._kv_cache_manager.evict_blocks(set(pages[kept // self._page_tokens :]))
+        elif request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
+            request.num_computed_tokens = kept
+            if not kept:
+                # Scheduled from the start, it is given pages anew.
+                self._kv_cache_manager.free(request)
 
     # -- the end ----------------------------------------------------------------------------------
 
@@ -463,10 +393,9 @@ class SchedulerSide:
         if not tracked.saving:
             return False
         self._held.add(request.request_id)
-        self._ended[request.request_id] = tracked
+        self._ended.add(request.request_id)
         return True
 
-    @property
     def frees_pages_soon(self) -> bool:
         """Whether pages of finished requests come free without a preemption."""
         return bool(self._ended)
@@ -477,11 +406,6 @@ class SchedulerSide:
             return ()
         events, self._events = self._events, []
         return events
-
-    def take_stats(self) -> KVStoreStats | None:
-        """Statistics since the last call."""
-        stats, self._stats = self._stats, KVStoreStats()
-        return None if stats.is_empty() else stats
 
     def clear(self) -> bool:
         """Remove this model's blocks from the store; whether that worked."""

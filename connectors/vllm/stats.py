@@ -11,24 +11,39 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 from vllm.v1.metrics.utils import create_metric_per_engine
 
-from kvstore.connectors.common.stats import BUCKETS, COUNTERS, HISTOGRAMS, Stats
+from kvstore.connectors.common.stats import (
+    BUCKETS,
+    COUNTERS,
+    HISTOGRAMS,
+    Data,
+    add,
+    nothing,
+    summary,
+)
 
 
-class KVStoreStats(Stats, KVConnectorStats):  # type: ignore[misc]
+class KVStoreStats(KVConnectorStats):  # type: ignore[misc]
     """The counts of one interval, as vLLM hands them on."""
+
+    def __init__(self, data: Data | None = None) -> None:
+        super().__init__(data or nothing())
 
     def reset(self) -> None:
         """Start over."""
-        self.data.update(counts={}, times={})
+        self.data.update(nothing())
 
     def aggregate(self, other: KVConnectorStats) -> KVStoreStats:
         """Take in those of another process or interval."""
-        self.take_in(other.data)
+        add(self.data, other.data)
         return self
 
     def reduce(self) -> dict[str, int | float]:
         """A line for vLLM's log."""
-        return self.summary()
+        return summary(self.data)
+
+    def is_empty(self) -> bool:
+        """Whether nothing happened."""
+        return not any(self.data.values())
 
 
 class KVStoreMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
@@ -63,11 +78,10 @@ class KVStoreMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Take in an interval."""
         engine = self.per_engine_labelvalues[engine_idx]
-        for name, labels in transfer_stats_data["counts"].items():
-            own = COUNTERS[name][1]
-            for label, count in labels.items():
-                values = [*engine, label] if own else engine
-                self._counters[name].labels(*values).inc(count)
+        for counted, count in transfer_stats_data["counts"].items():
+            name, _, label = counted.partition(".")
+            values = [*engine, label] if label else engine
+            self._counters[name].labels(*values).inc(count)
         for name, times in transfer_stats_data["times"].items():
             for seconds in times:
                 self._histograms[name][engine_idx].observe(seconds)

@@ -1,7 +1,6 @@
 """The vLLM connector in a worker: copies blocks between the engine's pages and the store.
 
-Threads for loads and for saves make one call of the session per job; that call lets go of the GIL
-while it copies, so it goes on while the model computes. Pages are safe meanwhile: a load's belong
+Threads load and save while the model computes. Pages are safe meanwhile: a load's belong
 to a request that is not in the batch, a save's are full and not written again, and vLLM does not
 give them away before this worker has reported the job (a request that ends), or has waited for it
 (one that is preempted). On a GPU, events keep copies and the engine's stream in order: no page is
@@ -17,9 +16,9 @@ from __future__ import annotations
 import math
 import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -28,21 +27,19 @@ from vllm.logger import init_logger
 
 from kvstore.client.arrivals import Gates
 from kvstore.client.planner import MEMORY
-from kvstore.client.session import Loaded, Session
+from kvstore.client.session import Loaded
 from kvstore.connectors.common.device import Device, StepTimes
-from kvstore.connectors.common.lanes import Lane
-from kvstore.connectors.common.pages import page_pieces
-from kvstore.connectors.common.sessions import REFUSED, Sessions
+from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.settings import Settings
+from kvstore.connectors.common.stats import Stats
+from kvstore.connectors.common.transfers import Job, Transfers
 from kvstore.connectors.vllm.layout import Pages, memory_of
-from kvstore.connectors.vllm.messages import Job, Report, Step
-from kvstore.connectors.vllm.stats import KVStoreStats
+from kvstore.connectors.vllm.messages import Report, Step
 from kvstore.copier.gate import LayerGate
 from kvstore.errors import SpecError, StoreUnavailable
 
 if TYPE_CHECKING:
     from kvstore.blocks.spec import Namespace
-    from kvstore.copier.base import PagedMemory
 
 _log = init_logger("vllm.kvstore.worker")
 
@@ -50,12 +47,6 @@ _IDLE: Final = 0.01
 """Seconds that a step with nothing to compute waits for a transfer to end."""
 _POLL: Final = 0.002
 """The same while a request waits for the store in the queue."""
-_COMES_BACK: Final = 0.5
-"""Seconds that a load waits for a connection that was lost."""
-_LAST_SAVES: Final = 5.0
-"""Seconds that saves may go on when the engine ends."""
-_REST: Final = 1.0
-"""Seconds in which nothing is saved after the store did not answer."""
 _SAVE_PIECES: Final = 4
 """Pieces, of a quarter of the layers each, in which a step's blocks are saved while it goes on."""
 _WORTH_PIECES: Final = 4
@@ -67,16 +58,14 @@ class WorkerSide:
 
     def __init__(self, settings: Settings, namespace: Namespace, pages: Pages, rank: int) -> None:
         self._settings = settings
-        self._load_timeout = settings.config.session.load_timeout
         self._namespace = namespace
         self._pages = pages
-        self._part = pages.part(rank)
-        self._stored = pages.stored_part(rank)
-        self._saves_here = pages.saves(rank)
-        self._sessions: Sessions | None = None
-        self._device = Device()
-        self._memory: PagedMemory | None = None
-        self._cut = 1
+        self._rank = rank
+        self.stats = Stats(namespace.block_tokens)
+        self._closing = ExitStack()
+        self._device: Device
+        self._transfers: Transfers
+        self._times: StepTimes
         self._layers: dict[str, int] = {}
         self._layered: list[tuple[Job, LayerGate]] = []
         """Loads that this step waits for, layer by layer."""
@@ -90,9 +79,6 @@ class WorkerSide:
         """Layered loads that failed."""
         self._invalid: set[int] = set()
         self._changed = threading.Condition()
-        self._loading = Lane("kvstore-load", self._load)
-        self._joining = Lane("kvstore-layers", self._load)
-        self._saving = Lane("kvstore-save", self._save)
         # All below belongs to `_changed`.
         self._report = Report()
         self._pending: Counter[str] = Counter()
@@ -103,44 +89,47 @@ class WorkerSide:
         self._arrived: dict[int, int] = {}
         """Blocks that layered loads brought, by job."""
         self._held: set[str] = set()
-        self._stats = KVStoreStats()
-        self._save_from = 0.0
         self._step: Step | None = None
-        self._times = StepTimes(self._device)
 
-    def register(self, layer_names: Sequence[str], caches: Mapping[str, torch.Tensor]) -> None:
+    def register(self, caches: Mapping[str, torch.Tensor]) -> None:
         """Take the engine's KV cache, and open the session.
 
         Raises:
             SpecError: its layout is not the one expected, or copies cannot reach it.
             KVStoreError: the store refused the session.
         """
-        self._device = Device.of(caches.values(), self._settings.config.session)
-        self._times = StepTimes(self._device)
-        self._memory, self._cut = memory_of(
-            self._part, self._pages.page_tokens, layer_names, caches
-        )
-        self._layers = {name: number for number, name in enumerate(layer_names)}
-        if self._stored != self._part and not self._device.casts:
+        config, pages, names = self._settings.config, self._pages, self._pages.layer_names
+        part, stored = pages.part(self._rank), pages.stored_part(self._rank)
+        self._device = device = Device.of(caches.values(), config.session)
+        self._closing.callback(device.close)
+        self._times = StepTimes(device)
+        memory, cut = memory_of(part, pages.page_tokens, names, caches)
+        self._layers = {name: number for number, name in enumerate(names)}
+        if stored != part and not device.casts:
             raise SpecError(
                 "kvstore.vllm.store_dtype needs an NVIDIA GPU and triton, which turn the numbers; "
                 "leave it out"
             )
-        self._sessions = self._made_sessions()
-        self._sessions.open(self._settings.tenant)
-
-    def _made_sessions(self) -> Sessions:
-        config = self._settings.config
-        return Sessions(config, self._namespace, [self._stored], self._device.copier)
+        sessions = Sessions(config, self._namespace, [stored], device.copier)
+        self._transfers = Transfers(
+            sessions,
+            config.session.load_timeout,
+            device,
+            memory,
+            cut,
+            self.stats,
+            loaded=self._loaded,
+            saved=self._saved,
+        )
+        self._closing.callback(self._transfers.close)
+        sessions.open(self._settings.tenant)
 
     # -- the course of a step ---------------------------------------------------------------------
 
     def preempt(self, step: Step) -> None:
         """Before pages of preempted requests are written: drop their saves, or wait for them."""
         if step.preempted:
-            for job in self._saving.drop(step.preempted):
-                self._saved(job, 0)
-            self._saving.wait(step.preempted)
+            self._transfers.drop_saves(step.preempted)
 
     def begin(self, step: Step) -> None:
         """Before the model computes: start loads, take note of what is to be saved."""
@@ -159,14 +148,13 @@ class WorkerSide:
         else:
             after = None
         for job in step.loads:
-            if job.layered:
-                gate = LayerGate(layers)
-                self._layered.append((job, gate))
-                self._joining.put(job, Gates(after, gate))
-            else:
-                self._loading.put(job, Gates(after))
+            then = LayerGate(layers) if job.layered else None
+            if then is not None:
+                self._layered.append((job, then))
+            self._transfers.load(job, Gates(after, then))
         self._unsaved, self._computed = step.saves, None
-        if step.failures == self._failures and _blocks(step.saves) >= _WORTH_PIECES:
+        blocks = sum(len(job.keys) for job in step.saves)
+        if step.failures == self._failures and blocks >= _WORTH_PIECES:
             self._start_saves()
 
     def _follow(self, namespace: Namespace) -> None:
@@ -175,11 +163,14 @@ class WorkerSide:
         The rest may read differently here, since some models write to their configuration.
         """
         own, self._namespace = self._namespace.model, namespace
-        if self._sessions is not None:
-            self._sessions.close()
-            self._sessions = None
+        before, self._transfers.sessions = self._transfers.sessions, None
+        if before is not None:
+            before.close()
         if own.revision == namespace.model.revision:
-            self._sessions = self._made_sessions()
+            stored = self._pages.stored_part(self._rank)
+            self._transfers.sessions = Sessions(
+                self._settings.config, namespace, [stored], self._device.copier
+            )
             _log.info("the configuration reads differently in this worker; the scheduler's counts")
         else:
             words = "this worker has weights %r, the scheduler %r: nothing is loaded or saved here"
@@ -234,7 +225,7 @@ class WorkerSide:
             if self._computed is not None:
                 self._computed.fail("the step failed, or had not loaded what it should have")
             for job in self._unsaved:
-                self._dropped(job, "step_failed" if broken else "load_failed")
+                self.stats.dropped(len(job.keys), "step_failed" if broken else "load_failed")
                 self._saved(job, 0)
         self._times.end(counts=sound and step.prompt_tokens >= self._namespace.block_tokens)
         with self._changed:
@@ -243,11 +234,11 @@ class WorkerSide:
     def _start_saves(self) -> None:
         """Start those of this step that have not been; they follow `_computed`."""
         jobs, self._unsaved = self._unsaved, []
-        if jobs and self._saves_here:
+        if jobs and self._pages.saves(self._rank):
             self._computed = LayerGate(len(self._layers))
         for job in jobs:
             if self._computed is not None:
-                self._saving.put(job, Gates(self._computed))
+                self._transfers.save(job, Gates(self._computed))
             else:
                 self._saved(job, len(job.keys))
 
@@ -300,132 +291,28 @@ class WorkerSide:
         """What the scheduler has to know; None: nothing new."""
         with self._changed:
             report, self._report = self._report, Report()
-        return None if report.is_empty else report
-
-    def take_stats(self) -> KVStoreStats | None:
-        """Statistics since the last step."""
-        with self._changed:
-            stats, self._stats = self._stats, KVStoreStats()
-        return None if stats.is_empty() else stats
+        return None if report == Report() else report
 
     def close(self) -> None:
         """Let the last saves end, then the sessions."""
-        self._loading.close(0.0)
-        self._joining.close(0.0)
-        self._saving.close(_LAST_SAVES)
-        if self._sessions is not None:
-            self._sessions.close()
-        self._device.close()
+        self._closing.close()
 
-    # -- in the threads ---------------------------------------------------------------------------
+    # -- in the threads of transfers --------------------------------------------------------------
 
-    def _session(self, tenant: str) -> Session | None:
-        """The session of a tenant; None if the store refuses it."""
-        assert self._sessions is not None
-        try:
-            return self._sessions.open(tenant)
-        except REFUSED:
-            return None  # Logged there, and counted by who wanted it.
-
-    def _load(self, job: Job, gates: Gates) -> None:
-        arrived, loaded = 0, Loaded()
-        try:
-            if self._sessions is None:
-                return
-            session = self._session(job.tenant)
-            if session is None:
-                loaded.reason = "refused"
-                return
-            wait = self._load_timeout if job.timeout is None else job.timeout
-            until = time.monotonic() + wait
-            memory, pages = self._memory, page_pieces(job.pages, self._cut)
-            assert memory is not None
-            after, then = gates.after, gates.then
-            if after is not None:
-                # Not within the load, whose time tells the planner what loading costs.
-                self._device.wait(after.wait(0, until))
-            loaded = session.load(
-                job.keys, [memory], [pages], timeout=job.timeout, after=after, then=then
-            )
-            arrived = loaded.blocks
-            if arrived < len(job.keys) and not job.layered and _is_back(session, until):
-                # Once more: the connection may have been lost, or a block was just being moved.
-                left = until - time.monotonic()
-                rest = session.load(
-                    job.keys[arrived:], [memory], [pages[arrived:]], timeout=left, after=after
-                )
-                arrived += rest.blocks
-        finally:
-            gates.end(arrived == len(job.keys), "failed")
-            with self._changed:
-                if job.layered:
-                    self._arrived[job.number] = arrived
-                else:
-                    self._report.loaded[job.number] = arrived
-                    self._received.add(job.request)
-                if arrived and loaded.tiers.get(MEMORY) == arrived:
-                    self._report.copied = (arrived, loaded.seconds)
-                self._in_flight -= 1
-                self._stats.loaded(
-                    loaded,
-                    arrived,
-                    len(job.keys),
-                    self._namespace.block_tokens,
-                    job.prefetched,
-                )
-                self._changed.notify_all()
-
-    def _save(self, job: Job, gates: Gates) -> None:
-        stored = 0
-        try:
-            if self._sessions is None or time.monotonic() < self._save_from:
-                self._dropped(job, "resting" if self._sessions else "unnamed")
-                return
-            session = self._session(job.tenant)
-            if session is None:
-                self._dropped(job, "refused")
-                return
-            memory = self._memory
-            assert memory is not None
-            started = time.monotonic()
-            saved = session.save(
-                job.keys,
-                [memory],
-                [page_pieces(job.pages, self._cut)],
-                ttl=job.ttl,
-                parent=job.parent,
-                tokens=job.tokens,
-                after=gates.after,
-            )
-            stored = saved.stored + saved.had
-            computed = gates.after is None or gates.after.failed is None
-            if saved.reason == "unavailable" and computed:
-                self._save_from = time.monotonic() + _REST
-            if gates.after is not None:
-                saved.seconds = time.monotonic() - max(started, gates.after.opened_at)
-            with self._changed:
-                self._stats.saved(saved, self._namespace.block_tokens)
-        finally:
-            self._saved(job, stored if stored == len(job.keys) else 0)
-
-    def _dropped(self, job: Job, reason: str) -> None:
+    def _loaded(self, job: Job, loaded: Loaded) -> None:
         with self._changed:
-            self._stats.dropped(len(job.keys) * self._namespace.block_tokens, reason)
+            if job.layered:
+                self._arrived[job.number] = loaded.blocks
+            else:
+                self._report.loaded[job.number] = loaded.blocks
+                self._received.add(job.request)
+            if loaded.blocks and loaded.tiers.get(MEMORY) == loaded.blocks:
+                self._report.copied = (loaded.blocks, loaded.seconds)
+            self._in_flight -= 1
+            self._changed.notify_all()
 
     def _saved(self, job: Job, blocks: int) -> None:
         with self._changed:
             self._report.saved[job.number] = (1, blocks)
             self._pending[job.request] -= 1
             self._changed.notify_all()
-
-
-def _blocks(jobs: Sequence[Job]) -> int:
-    return sum(len(job.keys) for job in jobs)
-
-
-def _is_back(session: Session, until: float) -> bool:
-    """Whether the store can be asked once more before `until`, after a moment to come back."""
-    soon = min(until, time.monotonic() + _COMES_BACK)
-    while session.problem is not None and time.monotonic() < soon:
-        time.sleep(0.02)
-    return session.problem is None and time.monotonic() < until

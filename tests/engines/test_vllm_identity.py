@@ -29,8 +29,8 @@ from vllm.v1.request import Request
 
 from kvstore.blocks.keys import block_keys
 from kvstore.blocks.spec import ModelIdentity, Namespace
-from kvstore.connectors.common.pages import page_pieces, page_rows
 from kvstore.connectors.common.settings import Wishes, settings_of, wishes_of
+from kvstore.connectors.common.transfers import page_pieces, page_rows
 from kvstore.connectors.transformers.model import cache_part, model_identity
 from kvstore.connectors.vllm import identity as vllm_identity
 from kvstore.connectors.vllm.identity import identity_of
@@ -55,7 +55,7 @@ def inputs() -> Inputs:
 
 def keys(one: Request) -> list[bytes]:
     extras = inputs().of(one) | {"salt": one.cache_salt or ""}
-    return Tracked(one, NAMESPACE, Wishes(), extras).extend_keys()
+    return Tracked(NAMESPACE, Wishes(), one.all_token_ids, extras, request=one).extend_keys()
 
 
 def image(
@@ -83,7 +83,7 @@ def test_plain_keys_are_those_of_every_engine() -> None:
 
 def test_keys_grow_with_the_answer() -> None:
     one = request(13)
-    tracked = Tracked(one, NAMESPACE, Wishes())
+    tracked = Tracked(NAMESPACE, Wishes(), one.all_token_ids, request=one)
     for token in range(13, 40):
         assert len(tracked.extend_keys()) == one.num_tokens // 8
         one.append_output_token_ids(token)
@@ -112,7 +112,7 @@ def test_an_image_changes_keys_from_its_first_block_on() -> None:
 
 def test_an_image_in_later_blocks_counts_when_those_are_reached() -> None:
     one = request(13, mm_features=[image("one", offset=17, length=4)])
-    tracked = Tracked(one, NAMESPACE, Wishes(), inputs().of(one))
+    tracked = Tracked(NAMESPACE, Wishes(), one.all_token_ids, inputs().of(one), request=one)
     tracked.extend_keys()
     for token in range(13, 40):
         one.append_output_token_ids(token)

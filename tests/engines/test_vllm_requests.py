@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from kvstore.client.arrivals import Gates
-from kvstore.connectors.common.lanes import Lane
-from kvstore.connectors.vllm.messages import Job
+from kvstore.connectors.common.transfers import Job, Lane
 from tests.engines.vllm_tools import Engine, document, transfer
 from tests.session_tools import Served, Stores, eventually
 

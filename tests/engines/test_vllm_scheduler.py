@@ -17,13 +17,13 @@ from vllm.v1.request import RequestStatus
 from kvstore.blocks.keys import block_keys, prompt_extras
 from kvstore.client.session import Loaded
 from kvstore.connectors.common import sessions as vllm_sessions
+from kvstore.connectors.common.requests import Found
 from kvstore.connectors.common.settings import settings_of
+from kvstore.connectors.common.stats import Stats, nothing
 from kvstore.connectors.vllm.inputs import Inputs
 from kvstore.connectors.vllm.layout import Pages
 from kvstore.connectors.vllm.messages import Report
-from kvstore.connectors.vllm.requests import Found
 from kvstore.connectors.vllm.scheduler import SchedulerSide
-from kvstore.connectors.vllm.stats import KVStoreStats
 from kvstore.connectors.vllm.weights import WeightsWatch
 from tests.control_tools import secret, write_tokens
 from tests.session_tools import (
@@ -86,11 +86,9 @@ def scheduler(served: Served, **more: Any) -> SchedulerSide:
 
 def skipped(side: SchedulerSide) -> dict[str, int]:
     """Requests that went without the store since the last call, by reason."""
-    stats = side.take_stats()
-    found: dict[str, int] = (
-        stats.data["counts"].get("kvstore_skipped_requests", {}) if stats else {}
-    )
-    return found
+    counts = (side.stats.take() or nothing())["counts"]
+    prefix = "kvstore_skipped_requests."
+    return {k.removeprefix(prefix): n for k, n in counts.items() if k.startswith(prefix)}
 
 
 def request(name: str, tokens: list[int], salt: str = "", **wishes: Any) -> SimpleNamespace:
@@ -305,7 +303,7 @@ def test_adapters_replaced_while_a_request_waits_are_not_saved_for_those_that_we
         num_scheduled_tokens={asked.request_id: len(asked.all_token_ids)},
     )  # fmt: skip
     assert not side.step(step).saves, "nobody knows yet what vLLM has loaded"
-    asked.all_token_ids = [*asked.all_token_ids, 5]
+    asked.all_token_ids.append(5)
     asked.num_computed_tokens, asked.num_tokens = asked.num_tokens, len(asked.all_token_ids)
     assert bool(side.step(step).saves) is (replaced == "never")
 
@@ -345,9 +343,13 @@ def test_tokens_are_counted_by_the_tiers_that_they_came_from(side: SchedulerSide
         side._tracked["tiers"].found = Found(0, 0, tiers, 0.0, prefetched=prefetched)
         told = side.sources(asked, tokens * size)
         assert told == {source: blocks * size for source, blocks in sources.items()}
-    stats = KVStoreStats()
+    stats = Stats(size)
     loaded = Loaded(blocks=5, tiers={"memory": 4, "nvme": 1})
-    stats.loaded(loaded, 5, 6, size, {"nvme": 1, "disk": 2})
-    counts = stats.data["counts"]
-    assert counts["kvstore_loaded_tokens"] == {"memory": size, "nvme": 2 * size, "disk": 2 * size}
-    assert counts["kvstore_missed_tokens"] == {"failed": size}
+    stats.loaded(loaded, 6, {"nvme": 1, "disk": 2})
+    counts = (stats.take() or nothing())["counts"]
+    assert counts == {
+        "kvstore_loaded_tokens.memory": size,
+        "kvstore_loaded_tokens.nvme": 2 * size,
+        "kvstore_loaded_tokens.disk": 2 * size,
+        "kvstore_missed_tokens.failed": size,
+    }

@@ -21,9 +21,10 @@ from kvstore.blocks.keys import block_keys
 from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.connectors.common import device as vllm_device
 from kvstore.connectors.common.settings import Settings
+from kvstore.connectors.common.transfers import Job
 from kvstore.connectors.vllm import worker as vllm_worker
 from kvstore.connectors.vllm.layout import memory_of, pages_of
-from kvstore.connectors.vllm.messages import Job, Step
+from kvstore.connectors.vllm.messages import Step
 from kvstore.connectors.vllm.worker import WorkerSide
 from tests import cuda_tools
 from tests.cuda_tools import FakeCuda
@@ -147,7 +148,7 @@ def model(
     pages = replace(pages, replicas=2)
     worker = WorkerSide(Settings(config=served.config()), NAMESPACE, pages, rank)
     one = Model(cuda, worker, stream)
-    worker.register(NAMES, {name: one.pages[n] for n, name in enumerate(NAMES)})
+    worker.register({name: one.pages[n] for n, name in enumerate(NAMES)})
     with engine.current():
         yield one
         engine.halt(stream)
@@ -226,7 +227,7 @@ def test_a_layered_load_that_comes_short_spoils_nothing(model: Model) -> None:
     model.step(step(saves=[job(6, SAVED[:4], more)]), writes=SAVED[:4].ravel())
     report = reports(model, lambda report: 6 in report.saved)
     assert report.saved[6] == (1, 0)
-    assert model._worker._session("").lookup(more).blocks == 0
+    assert model._worker._transfers.sessions.open("").lookup(more).blocks == 0
     model.step(step(saves=[job(7, SAVED[:4], more)], failures=1), writes=SAVED[:4].ravel())
     report = reports(model, lambda report: 7 in report.saved)
     assert report.saved[7] == (1, 4)
@@ -251,7 +252,7 @@ def test_a_step_that_fails_is_not_saved_nor_the_next_one(model: Model, blocks: i
     }
     assert sum(report.failures for report in said) == 1
     assert any(report.broken for report in said)
-    assert model._worker._session("").lookup(keys).blocks == 0
+    assert model._worker._transfers.sessions.open("").lookup(keys).blocks == 0
     model.finish()
 
 

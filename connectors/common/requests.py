@@ -1,0 +1,135 @@
+"""What a store has for the requests of an engine's scheduler, which must not wait for it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from kvstore.blocks.keys import block_keys, prompt_extras
+from kvstore.blocks.spec import Namespace
+from kvstore.client.planner import MEMORY
+from kvstore.connectors.common.sessions import Sessions
+from kvstore.connectors.common.settings import Wishes
+from kvstore.connectors.common.stats import Stats
+
+_FRESH: Final = 0.25
+"""Seconds that an answer of the store is good for a request that waits in the queue."""
+_POLL: Final = 0.01
+"""Seconds between two questions while blocks come up into memory."""
+_WORTH_WAITING: Final = 0.03
+"""Seconds a load must take for its request to wait in the queue, without pages, meanwhile."""
+_REST: Final = 1.0
+"""Seconds not to ask a store that did not answer."""
+_OPENING: Final = 1.0
+"""Seconds that a request waits for the session of its tenant."""
+
+
+@dataclass(slots=True)
+class Found:
+    """What the store has beyond `start` tokens: blocks from `first` on, in these tiers.
+
+    `at` is when it was asked. `prefetched` counts the blocks that are brought up into memory, by
+    the tier they were in; until `deadline` that is waited for.
+    """
+
+    start: int
+    first: int
+    tiers: tuple[str, ...]
+    at: float
+    seconds: float = 0.0
+    prefetched: Mapping[str, int] = field(default_factory=dict)
+    deadline: float = 0.0
+
+    @property
+    def below(self) -> Counter[str]:
+        """How many blocks lie in tiers below memory."""
+        return Counter(tier for tier in self.tiers if tier != MEMORY)
+
+    def is_on_the_way(self, now: float) -> bool:
+        """Whether blocks are still being brought up, and to be waited for."""
+        return bool(self.prefetched and self.below) and now < self.deadline
+
+
+@dataclass(slots=True)
+class Asked:
+    """A request as the store sees it; `tokens` grow as they come to be known."""
+
+    namespace: Namespace
+    wishes: Wishes
+    tokens: Sequence[int]
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    """What its keys cover beside tokens, as `prompt_extras` takes it."""
+    keys: list[bytes] = field(default_factory=list)
+    found: Found | None = None
+    patience: float = 0.0
+    """Until when its tenant's session may take to open (monotonic)."""
+    skipped: bool = False
+    """Counted as one that goes without the store."""
+    answered: bool = False
+    """The store was asked and has answered, so it has counted the request."""
+
+    def extend_keys(self) -> list[bytes]:
+        """The keys of all whole blocks whose tokens are known."""
+        size, have = self.namespace.block_tokens, len(self.keys)
+        count = len(self.tokens) // size
+        if count > have:
+            extras = prompt_extras(size, range(have, count), **self.extras)
+            tokens = self.tokens[have * size : count * size]
+            parent = self.keys[-1] if have else None
+            self.keys += block_keys(self.namespace, tokens, extras=extras, parent=parent)
+        return self.keys
+
+
+class Lookups:
+    """Asks the store, and has it bring blocks up into memory. Used by one thread."""
+
+    def __init__(self, sessions: Sessions, stats: Stats) -> None:
+        self._sessions = sessions
+        self._stats = stats
+        self._late = False
+        self._rest_until = 0.0
+
+    def find(self, asked: Asked, start: int, usable: int) -> Found | None:
+        """What there is beyond token `start`, up to block `usable`; None: ask again in a moment.
+
+        The store is asked anew if that is long ago.
+        """
+        now = time.monotonic()
+        first = start // asked.namespace.block_tokens
+        found = asked.found
+        if found is not None and found.start == start:
+            on_the_way = found.is_on_the_way(now)
+            if now - found.at < (_POLL if on_the_way else _FRESH):
+                return None if on_the_way else found
+        else:
+            found = None
+        resting = now < self._rest_until
+        session = "resting" if resting else self._sessions.get(asked.namespace.tenant)
+        if isinstance(session, str):
+            asked.patience = asked.patience or now + _OPENING
+            if session == "opening" and now < asked.patience:
+                return None
+            if not asked.skipped:
+                asked.skipped = True
+                self._stats.skipped(session)
+            return Found(start, first, (), now)
+        keys = asked.extend_keys()[first:usable]
+        plan = session.plan(keys, again=asked.answered)
+        self._stats.lookup(time.monotonic() - now)
+        late = not plan.found and plan.reason.endswith("unavailable")
+        asked.answered |= not late
+        if late and self._late:  # Twice in a row: it is left alone for a while.
+            self._rest_until = time.monotonic() + _REST
+        self._late = late
+        answer = Found(start, first, plan.tiers[: plan.blocks], now, plan.load_seconds)
+        if found is not None and found.prefetched:
+            answer.prefetched, answer.deadline = found.prefetched, found.deadline
+        elif answer.below and answer.seconds >= _WORTH_WAITING:
+            session.prefetch(keys[: len(answer.tiers)])
+            answer.prefetched = answer.below
+            answer.deadline = now + 1.0 + 4 * answer.seconds
+        asked.found = answer
+        return None if answer.is_on_the_way(now) else answer

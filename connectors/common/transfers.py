@@ -1,0 +1,269 @@
+"""Copies between an engine's pages and the store: jobs in threads, the most urgent first."""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from kvstore.client.arrivals import Gates
+from kvstore.client.session import Loaded, Session
+from kvstore.connectors.common.sessions import REFUSED, Sessions
+from kvstore.connectors.common.stats import Stats
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from kvstore.connectors.common.device import Device
+    from kvstore.copier.base import PagedMemory
+
+_log = logging.getLogger("kvstore.transfers")
+
+_COMES_BACK: Final = 0.5
+"""Seconds that a load waits for a connection that was lost."""
+_LAST_SAVES: Final = 5.0
+"""Seconds that saves may go on when the engine ends."""
+_REST: Final = 1.0
+"""Seconds in which nothing is saved after the store did not answer."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """Blocks of one request to load into, or to save out of, the engine's pages.
+
+    `pages` has shape (blocks, pages per block); -1 leaves a page out. `number` counts all jobs,
+    `priority` orders those that wait (lower first). `parent` is the key before the first, `tokens`
+    the blocks' token ids where the store is to publish them. `prefetched` counts the blocks to load
+    that were in other tiers than memory when the request came. A load that is `layered` takes part
+    in the step it comes with: each layer is computed once it has arrived.
+    """
+
+    number: int
+    request: str
+    tenant: str
+    keys: list[bytes]
+    pages: NDArray[np.int64]
+    priority: int = 0
+    timeout: float | None = None
+    ttl: float | None = None
+    parent: bytes = b""
+    tokens: list[int] | None = None
+    prefetched: Mapping[str, int] = field(default_factory=dict)
+    layered: bool = False
+
+
+class Lane:
+    """Runs jobs one at a time, by priority and then in order; thread-safe."""
+
+    def __init__(self, name: str, run: Callable[[Job, Gates], None]) -> None:
+        self._run = run
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._changed = threading.Condition()
+        self._waiting: list[tuple[int, int, Job, Gates]] = []
+        self._running: str | None = None
+
+    def put(self, job: Job, gates: Gates) -> None:
+        """Have `job` run."""
+        with self._changed:
+            heapq.heappush(self._waiting, (job.priority, job.number, job, gates))
+        self._thread.submit(self._next)
+
+    def _next(self) -> None:
+        with self._changed:
+            if not self._waiting:
+                return  # It was dropped.
+            _, _, job, gates = heapq.heappop(self._waiting)
+            self._running = job.request
+        try:
+            self._run(job, gates)
+        except Exception:  # noqa: BLE001 - its own report is made by then
+            _log.exception("a transfer failed")
+        finally:
+            with self._changed:
+                self._running = None
+                self._changed.notify_all()
+
+    def drop(self, requests: Collection[str]) -> list[Job]:
+        """Take back what waits of these requests."""
+        with self._changed:
+            dropped = [entry[2] for entry in self._waiting if entry[2].request in requests]
+            self._waiting = [e for e in self._waiting if e[2].request not in requests]
+            heapq.heapify(self._waiting)
+        return dropped
+
+    def wait(self, requests: Collection[str]) -> None:
+        """Wait until nothing of these requests is running."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._running not in requests)
+
+    def close(self, timeout: float) -> None:
+        """Run what waits, for up to `timeout` seconds, and end."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting and not self._running, timeout)
+            self._waiting.clear()
+        self._thread.shutdown(wait=True)
+
+
+class Transfers:
+    """Loads and saves of one process of an engine; thread-safe.
+
+    Threads make one call of a tenant's session per job, which lets go of the GIL while it copies.
+    `loaded` and `saved` are called from them when a job has ended, whatever came of it: with what
+    arrived, and with how many of its blocks the store has now, all or none.
+    """
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        load_timeout: float,
+        device: Device,
+        memory: PagedMemory,
+        cut: int,
+        stats: Stats,
+        *,
+        loaded: Callable[[Job, Loaded], None],
+        saved: Callable[[Job, int], None],
+    ) -> None:
+        """The engine's pages are in `memory`, each cut into `cut` for its kernels."""
+        self.sessions: Sessions | None = sessions
+        """None: the model has no name, and nothing is loaded or saved."""
+        self._load_timeout = load_timeout
+        self._device = device
+        self._memory = memory
+        self._cut = cut
+        self._stats = stats
+        self._loaded, self._saved = loaded, saved
+        self._rest_until = 0.0
+        self._loading = Lane("kvstore-load", self._load)
+        self._joining = Lane("kvstore-layers", self._load)
+        self._saving = Lane("kvstore-save", self._save)
+
+    def load(self, job: Job, gates: Gates) -> None:
+        """Have a job load; one that is layered waits for layered ones only."""
+        (self._joining if job.layered else self._loading).put(job, gates)
+
+    def save(self, job: Job, gates: Gates) -> None:
+        """Have a job save."""
+        self._saving.put(job, gates)
+
+    def drop_saves(self, requests: Collection[str]) -> None:
+        """Save no more of these requests: what waits is dropped, what runs has ended then."""
+        for job in self._saving.drop(requests):
+            self._saved(job, 0)
+        self._saving.wait(requests)
+
+    def close(self) -> None:
+        """Let the last saves end, then the sessions."""
+        self._loading.close(0.0)
+        self._joining.close(0.0)
+        self._saving.close(_LAST_SAVES)
+        if self.sessions is not None:
+            self.sessions.close()
+
+    def _session(self, tenant: str) -> tuple[Session | None, str]:
+        """The session of a tenant, or why there is none."""
+        if self.sessions is None:
+            return None, "unnamed"
+        try:
+            return self.sessions.open(tenant), ""
+        except REFUSED:
+            return None, "refused"
+
+    def _load(self, job: Job, gates: Gates) -> None:
+        loaded = Loaded()
+        try:
+            loaded = self._bring(job, gates)
+        finally:
+            gates.end(loaded.blocks == len(job.keys), "failed")
+            self._stats.loaded(loaded, len(job.keys), job.prefetched)
+            self._loaded(job, loaded)
+
+    def _bring(self, job: Job, gates: Gates) -> Loaded:
+        session, reason = self._session(job.tenant)
+        if session is None:
+            return Loaded(reason=reason)
+        until = time.monotonic() + (self._load_timeout if job.timeout is None else job.timeout)
+        memory, pages, after = [self._memory], page_pieces(job.pages, self._cut), gates.after
+        if after is not None:
+            # Not within the load, whose time tells the planner what loading costs.
+            self._device.wait(after.wait(0, until))
+        loaded = session.load(
+            job.keys, memory, [pages], timeout=job.timeout, after=after, then=gates.then
+        )
+        have = loaded.blocks
+        if have < len(job.keys) and not job.layered and _is_back(session, until):
+            # Once more: the connection may have been lost, or a block was just being moved.
+            left = until - time.monotonic()
+            rest = session.load(job.keys[have:], memory, [pages[have:]], timeout=left, after=after)
+            loaded = Loaded(
+                have + rest.blocks,
+                Counter(loaded.tiers) + Counter(rest.tiers),
+                loaded.nbytes + rest.nbytes,
+                loaded.seconds + rest.seconds,
+                rest.reason,
+            )
+        return loaded
+
+    def _save(self, job: Job, gates: Gates) -> None:
+        stored, after = 0, gates.after
+        try:
+            if time.monotonic() < self._rest_until:
+                session, reason = None, "resting"
+            else:
+                session, reason = self._session(job.tenant)
+            if session is None:
+                self._stats.dropped(len(job.keys), reason)
+                return
+            started = time.monotonic()
+            saved = session.save(
+                job.keys,
+                [self._memory],
+                [page_pieces(job.pages, self._cut)],
+                ttl=job.ttl,
+                parent=job.parent,
+                tokens=job.tokens,
+                after=after,
+            )
+            stored = saved.stored + saved.had
+            if saved.reason == "unavailable" and (after is None or after.failed is None):
+                self._rest_until = time.monotonic() + _REST
+            if after is not None:
+                saved.seconds = time.monotonic() - max(started, after.opened_at)
+            self._stats.saved(saved)
+        finally:
+            self._saved(job, stored if stored == len(job.keys) else 0)
+
+
+def _is_back(session: Session, until: float) -> bool:
+    """Whether the store can be asked once more before `until`, after a moment to come back."""
+    soon = min(until, time.monotonic() + _COMES_BACK)
+    while session.problem is not None and time.monotonic() < soon:
+        time.sleep(0.02)
+    return session.problem is None and time.monotonic() < until
+
+
+def page_rows(
+    page_ids: Sequence[int], page_tokens: int, block_tokens: int, first: int, last: int
+) -> NDArray[np.int64]:
+    """The pages of blocks `first` to `last`, a row each; those beyond `page_ids` are -1."""
+    per_block = block_tokens // page_tokens
+    rows = np.full((last - first) * per_block, -1, dtype=np.int64)
+    chosen = page_ids[first * per_block : last * per_block]
+    rows[: len(chosen)] = chosen
+    return rows.reshape(-1, per_block)
+
+
+def page_pieces(pages: NDArray[np.int64], cut: int) -> NDArray[np.int64]:
+    """The same once an engine has cut each page into so many for its kernels; -1 stays so."""
+    if cut == 1:
+        return pages
+    pieces = pages[:, :, None] * cut + np.arange(cut)
+    return np.where(pages[:, :, None] < 0, -1, pieces).reshape(len(pages), -1)
