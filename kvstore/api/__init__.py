@@ -4,7 +4,10 @@ Needs protobuf, and the clients gRPC; `import kvstore` loads neither.
 """
 
 import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from kvstore.api.errors import OperationFailed, OperationUnfinished, RequestRefused
 
 # Before gRPC is loaded: what it does at forks crashes children that never call it. We do not call
 # it in children (`connection.inherited`).
@@ -13,9 +16,6 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 if TYPE_CHECKING:
     from kvstore.api.client import AsyncOrchestrator as AsyncOrchestrator
     from kvstore.api.client import Orchestrator as Orchestrator
-    from kvstore.api.errors import OperationFailed as OperationFailed
-    from kvstore.api.errors import OperationUnfinished as OperationUnfinished
-    from kvstore.api.errors import RequestRefused as RequestRefused
 
 __all__ = [
     "AsyncOrchestrator",
@@ -28,8 +28,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """gRPC is loaded with the first client; messages do without."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from kvstore.api import client
-
-    return getattr(client, name)
+    if name in ("AsyncOrchestrator", "Orchestrator"):
+        return getattr(import_module("kvstore.api.client"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

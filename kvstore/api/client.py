@@ -12,28 +12,8 @@ wrong, something is not there), and ConfigError. Needs gRPC, so it is not loaded
 
 from __future__ import annotations
 
-from kvstore.api.errors import OperationFailed, OperationUnfinished, RequestRefused
-from kvstore.api.running import (
-    AsyncCaller,
-    AsyncOperation,
-    AsyncStream,
-    Caller,
-    Operation,
-    Stream,
-)
+from kvstore.api.running import AsyncCaller, Caller
 from kvstore.api.verbs import Verbs
-
-__all__ = [
-    "AsyncOperation",
-    "AsyncOrchestrator",
-    "AsyncStream",
-    "Operation",
-    "OperationFailed",
-    "OperationUnfinished",
-    "Orchestrator",
-    "RequestRefused",
-    "Stream",
-]
 
 
 class Orchestrator(Verbs, Caller):

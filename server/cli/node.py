@@ -232,7 +232,7 @@ def _verb(operation: v1.Operation) -> str:
 
 def watch(operation: _Id, link: Link) -> None:
     """Wait for an operation, and print how it ended."""
-    from kvstore.api.client import Operation
+    from kvstore.api.running import Operation
 
     known = Operation(link.api, link.api.check_finish(operation))
     finish(link, known, wait=True, done="changed")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from kvstore.api import v1
-    from kvstore.api.client import Operation
+    from kvstore.api.running import Operation
 
 _DIGEST: Final = re.compile("[0-9a-f]{64}")
 _FOLDED: Final = 16

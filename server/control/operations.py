@@ -221,31 +221,23 @@ async def each(
 
     When cancelled, waits for the steps that were taken: the count is right at the end.
     """
-    flying = 0
-    landed = asyncio.Event()
+    slots = asyncio.Semaphore(_MAX_FLYING)
 
     def ended(nbytes: int, reason: str | None) -> None:
-        nonlocal flying
-        flying -= 1
-        landed.set()
+        slots.release()
         operation.count(nbytes, reason)
-
-    async def until_fewer_than(limit: int) -> None:
-        while flying >= limit:
-            landed.clear()
-            await landed.wait()
 
     try:
         async for entry in Pace().over(entries):
-            await until_fewer_than(_MAX_FLYING)
+            await slots.acquire()
             if entry.gone:
-                operation.count(0, "gone")
-            else:
-                flying += 1
-                try:
-                    step(entry, partial(ended, entry.nbytes))
-                except Exception:
-                    flying -= 1
-                    raise
+                ended(0, "gone")
+                continue
+            try:
+                step(entry, partial(ended, entry.nbytes))
+            except Exception:
+                slots.release()
+                raise
     finally:
-        await until_fewer_than(1)
+        for _ in range(_MAX_FLYING):
+            await slots.acquire()

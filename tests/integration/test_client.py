@@ -11,13 +11,13 @@ import time
 
 import pytest
 
-from kvstore.api import v1
-from kvstore.api.client import (
+from kvstore.api import (
     AsyncOrchestrator,
     OperationFailed,
     OperationUnfinished,
     Orchestrator,
     RequestRefused,
+    v1,
 )
 from kvstore.config import load_config
 from kvstore.errors import AccessDenied, KVStoreError, StoreUnavailable
