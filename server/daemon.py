@@ -94,16 +94,24 @@ class Daemon:
         Raises:
             ConfigError: another daemon serves there, or the configuration cannot be had.
         """
-        access = Access.load(self._config.server)
-        make_folder(self.path.parent, self._config.server.group)
-        lock = await take_lock(self.path, _PREDECESSOR_SECONDS if self._embedded else 0.0)
-        http = self._http = self._http_face(access)
-        try:
+        server = self._config.server
+        access = Access.load(server)
+        make_folder(self.path.parent, server.group)
+        async with contextlib.AsyncExitStack() as last:
+            lock = await take_lock(self.path, _PREDECESSOR_SECONDS if self._embedded else 0.0)
+            last.callback(os.close, lock)
+            last.callback(self._unlink)
+            if server.http is not None:
+                from kvstore.server.http.admin import AdminFace
+
+                self._http = AdminFace(self._config, access)
+                # Until all else has ended: probes and metrics see the draining.
+                last.push_async_callback(self._http.stop)
             self._probe_places()
-            local = self._local = LocalFace(self.path, self._config.server.group, self._left)
-            try:
-                if http is not None:  # Before all else: it tells those who probe that we warm up.
-                    await http.start()
+            local = self._local = LocalFace(self.path, server.group, self._left)
+            with contextlib.closing(local):
+                if self._http is not None:  # Before all else: those who probe see the warm-up.
+                    await self._http.start()
                 # In threads, so that a signal is heard: much memory takes long to touch, and a
                 # disk to read.
                 arena = self._arena = await asyncio.to_thread(
@@ -118,10 +126,8 @@ class Daemon:
                     run("following the tokens", node.follow_tokens, store.counters, again=True),
                 ]
                 await self._serve(node, arena, local, ready)
-            finally:
-                local.close()
             assert self._until is not None
-            spare = _CLOSING_PART * self._config.server.stop_timeout
+            spare = _CLOSING_PART * server.stop_timeout
             await node.drain(self._until - time.monotonic() - spare)
             self._say_what_is_lost()
             for task in upkeep:
@@ -130,12 +136,6 @@ class Daemon:
                 session.close()
             await asyncio.to_thread(node.store.close)
             _log.info("stopped in order")
-        finally:
-            if http is not None:  # Last of all: probes and metrics see the draining.
-                await http.stop()
-            if self._arena is not None:
-                self._arena.unlink()
-            os.close(lock)
 
     async def _serve(self, node: Node, arena: Arena, local: LocalFace, ready: Ready) -> None:
         """Serve until told to stop."""
@@ -145,9 +145,12 @@ class Daemon:
         try:
             if not self._embedded:
                 await node.open_control()
-            for face in self._faces(node):
-                await face.start()
-                faces.append(face)
+            if self._config.server.tcp is not None:
+                from kvstore.server.sessions.streams import StreamFace
+
+                streams = StreamFace(node)
+                await streams.start()
+                faces.append(streams)
             self._steps.forget()
             gc.freeze()  # What is loaded stays, and need not be walked through again and again.
             gc.set_threshold(*_COLLECT)
@@ -165,10 +168,9 @@ class Daemon:
         finally:
             node.ready = False
             local.close()
-            for face in reversed(faces):
-                await face.stop()
-            if node.control is not None:
-                await node.control.stop()
+            for face in (*faces, node.control):
+                if face is not None:
+                    await face.stop()
 
     def stop(self) -> None:
         """Ask `run` to end, and see that the process does within `server.stop_timeout`.
@@ -189,35 +191,22 @@ class Daemon:
         if self._node is None or not self._node.store.tiering.unwritten:
             return
         tiering = self._node.store.tiering
-        why = tiering.problem
         _log.warning(
             "%d objects (%s) did not reach the disk before the stop: %s",
             tiering.unwritten,
             format_size(tiering.writes.nbytes),
-            why or f"server.stop_timeout is {self._config.server.stop_timeout:g} s",
+            tiering.problem or f"server.stop_timeout is {self._config.server.stop_timeout:g} s",
         )
 
     def _give_up(self) -> None:
         """The end did not come in time, because of a disk that hangs most likely."""
-        if self._arena is not None:
-            self._arena.unlink()
+        self._unlink()
         _log.warning("server.stop_timeout has passed: the process ends as it is")
         self._say_what_is_lost()
 
-    def _faces(self, node: Node) -> list[Face]:
-        """The ways in besides the sockets."""
-        if self._config.server.tcp is None:
-            return []
-        from kvstore.server.sessions.streams import StreamFace
-
-        return [StreamFace(node)]
-
-    def _http_face(self, access: Access) -> AdminFace | None:
-        if self._config.server.http is None:
-            return None
-        from kvstore.server.http.admin import AdminFace
-
-        return AdminFace(self._config, access)
+    def _unlink(self) -> None:
+        if self._arena is not None:
+            self._arena.unlink()
 
     def _touched(self, done: int, total: int) -> None:
         if self._stop.is_set():
@@ -243,9 +232,7 @@ class Daemon:
             self._loop.call_later(self._config.linger_seconds, self._stop_if_alone)
 
     def _stop_if_alone(self) -> None:
-        if self._node is None or self._local is None:
-            return
-        if not self._node.sessions and not self._local.greeting:
+        if self._node and self._local and not (self._node.sessions or self._local.greeting):
             self.stop()
 
     async def _tick(self, store: Store) -> None:

@@ -1,5 +1,5 @@
-"""Where the daemon listens: ports and sockets, bound before anything costly is begun, and the lock
-that keeps others from there.
+"""Where the daemon listens: ports and sockets, bound before anything costly is begun, the lock
+that keeps others from there, and the group whose members may come.
 """
 
 from __future__ import annotations
@@ -7,17 +7,20 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
+import grp
 import os
 import socket
+from array import array
 from pathlib import Path
 from typing import Final
 
 from kvstore.errors import ConfigError, NotNow
 from kvstore.files import make_way, open_own
-from kvstore.server.access.group import group_id, share
 from kvstore.values import split_host_port
 
 _MAX_PATH: Final = 107
+_SO_PEERGROUPS: Final = 59
+_GROUPS: Final = 1024  # bytes, as much as Python allows: 256 groups
 _POLL: Final = 0.05
 
 
@@ -140,3 +143,43 @@ def _answers(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
         probe.setblocking(False)
         return probe.connect_ex(str(path)) == 0
+
+
+def group_id(name: str) -> int:
+    """Number of the group that `server.group` names. Raises ConfigError: there is none."""
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise ConfigError(
+            f"server.group: there is no group {name!r}; make it (groupadd {name}) or name another"
+        ) from None
+
+
+def share(path: Path, gid: int, mode: int = 0o660) -> None:
+    """Let members of the group `gid` connect to the socket at `path`, or pass a folder by `mode`.
+
+    Raises:
+        ConfigError: we may not give it to that group.
+    """
+    try:
+        os.chown(path, -1, gid)
+        os.chmod(path, mode)
+    except OSError as e:
+        raise ConfigError(
+            f"server.group: {path} cannot be given to group {gid}: {e.strerror}; make the daemon's "
+            "user a member of it"
+        ) from e
+
+
+def is_member(connection: socket.socket, gid: int, own_group: int) -> bool:
+    """Whether the process at the other end was in the group `gid` when it connected.
+
+    `own_group` is its main group, from SO_PEERCRED.
+    """
+    if own_group == gid:
+        return True
+    try:
+        groups = array("I", connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS))
+    except OSError:  # More than fit, or a kernel before 4.13.
+        return False
+    return gid in groups

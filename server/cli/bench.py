@@ -39,7 +39,6 @@ def _finite(value: float | None) -> float | None:
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per figure.")]
-QuickOption = Annotated[bool, typer.Option("--quick", help="Less data, fewer samples.")]
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class How:
     """How figures are taken and printed."""
 
     as_json: JsonOption = False
-    quick: QuickOption = False
+    quick: Annotated[bool, typer.Option("--quick", help="Less data, fewer samples.")] = False
     samples: Annotated[
         int | None,
         typer.Option("--samples", min=1, max=1000, help="Runs of which to take the median."),
@@ -91,16 +90,11 @@ FolderOption = Annotated[
 
 
 @bench_app.callback()
-def everything(
-    context: typer.Context,
-    folder: FolderOption = Path(),
-    as_json: JsonOption = False,
-    quick: QuickOption = False,
-) -> None:
+@grouped
+def everything(context: typer.Context, much: Much, folder: FolderOption = Path()) -> None:
     """Without a command: all benchmarks."""
     if context.invoked_subcommand is not None:
         return
-    much = Much(as_json, quick)
     copy(much)
     disk(much, folder)
     session(much)

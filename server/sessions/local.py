@@ -17,8 +17,7 @@ from kvstore.files import make_way
 from kvstore.memory.arena import Arena
 from kvstore.server.access.access import Access
 from kvstore.server.access.grants import LOCAL, Denied, Grant, Role
-from kvstore.server.access.group import group_id, is_member, share
-from kvstore.server.listeners import clear
+from kvstore.server.listeners import clear, group_id, is_member, share
 from kvstore.server.node import Node, Peer
 from kvstore.server.sessions.greeting import Greeting, Newcomers, admit, welcome
 from kvstore.server.sessions.session import SessionConnection

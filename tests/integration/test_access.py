@@ -341,7 +341,7 @@ def test_a_group_that_is_unknown_is_named(stores: Stores) -> None:
 @needs_root
 def test_a_group_that_we_are_not_in_is_refused(stores: Stores, group: grp.struct_group) -> None:
     from kvstore.errors import ConfigError
-    from kvstore.server.access.group import share
+    from kvstore.server.listeners import share
 
     path = stores.folder / "file"
     path.touch()
