@@ -15,6 +15,7 @@ from kvstore.transport.protocol import Held
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from kvstore.client.channel import Channel
     from kvstore.copier.gate import LayerGate
 
 
@@ -60,6 +61,16 @@ class Gates:
             self.then.open(self.then.layers)
         else:
             self.then.fail(reason)
+
+
+class Load(NamedTuple):
+    """A load that was begun: where from and to, until when (monotonic seconds)."""
+
+    channel: Channel
+    handle: int
+    pages: Pages
+    deadline: float
+    gates: Gates
 
 
 class Incoming:
@@ -113,8 +124,7 @@ class Incoming:
     @property
     def good(self) -> int:
         """Blocks from the start that are whole and right."""
-        wrong = np.flatnonzero(~self.right)
-        return int(wrong[0]) if len(wrong) else len(self.slots)
+        return len(self.slots) if self._right.all() else int(np.argmin(self.right))
 
     @property
     def right(self) -> NDArray[np.bool_]:

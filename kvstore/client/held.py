@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from kvstore.client.arrivals import Gates, Incoming, Loaded, Pages
+from kvstore.client.arrivals import Gates, Incoming, Load, Loaded
 from kvstore.client.channel import Channel
 from kvstore.client.client import Link
 from kvstore.client.transfer import Transfer
@@ -74,17 +74,14 @@ class Held:
         gates = Gates(after, then)
         return self._transfer.loading(self._keys, memory, page_ids, timeout, gates, self._load)
 
-    def _load(
-        self, link: Link, pages: Pages, deadline: float, gates: Gates, result: Loaded
-    ) -> None:
-        channel, _ = link
+    def _load(self, job: Load, result: Loaded) -> None:
         result.reason = self.reason
-        if channel is not self._channel:
+        if job.channel is not self._channel:
             result.reason = "unavailable"
             return
         for incoming in self._incoming:
             incoming.again()
-            self._transfer.copy(channel, incoming, pages, deadline, gates)
+            self._transfer.copy(incoming, job)
             result.arrived += tuple(incoming.rows[incoming.right].tolist())
             result.reason = result.reason or incoming.reason
         result.nbytes = len(result.arrived) * self._transfer.block_bytes

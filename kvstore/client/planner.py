@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Final, Literal
 
@@ -135,18 +135,11 @@ class Planner:
         `again`: the request was planned before. With `holes` blocks may be missing, and any of the
         others be loaded: all of a tier, or none, the cheapest tiers first.
         """
+        places = list(range(len(tiers)))
         if holes:
-            places = [n for n, tier in enumerate(tiers) if tier not in NOWHERE]
+            places = [n for n in places if tiers[n] not in NOWHERE]
             places.sort(key=lambda n: (tiers[n] != MEMORY, costs.get(tiers[n], _NO_COST), tiers[n]))
-            plan = self.plan(
-                [tiers[n] for n in places],
-                costs,
-                block_tokens=block_tokens,
-                block_bytes=block_bytes,
-                again=again,
-                nothing=nothing,
-            )
-            return replace(plan, tiers=tuple(tiers), chosen=tuple(sorted(places[: plan.blocks])))
+        given, tiers = tuple(tiers), [tiers[n] for n in places]
         found = len(tiers)
         counts = Counter(tiers)
         counts[MEMORY] = found
@@ -175,4 +168,5 @@ class Planner:
                     self._doubts[tier].judge(n, shunned=shunned)
         blocks, seconds = chosen if chosen[0] else (0, times[-1][1])
         compute = None if per_token is None else per_token * block_tokens * (blocks or found)
-        return LoadPlan(blocks, found, tuple(tiers), seconds, compute, reason)
+        picked = tuple(sorted(places[:blocks])) if holes else ()
+        return LoadPlan(blocks, found, given, seconds, compute, reason, picked)

@@ -284,15 +284,15 @@ class Session:
                 raise SpecError(
                     f"{len(ids)} tokens given for {len(keys)} blocks of {self.block_tokens}"
                 )
-        about = About(ttl, parent, ids, after)
-        started = time.monotonic()
         wait = seconds(timeout, self._config.session.save_timeout)
+        about = About(wait, ttl, parent, ids, after)
+        started = time.monotonic()
         result = Saved()
         with self._client.using(self._view) as link:
             if link is None:
                 result.dropped, result.reason = len(keys), "unavailable"
             else:
-                self._view.save(link, keys, pages, wait, about, result)
+                self._view.save(link, keys, pages, about, result)
         result.seconds = time.monotonic() - started
         self.counters.add("save.stored", by=result.stored)
         if result.dropped:

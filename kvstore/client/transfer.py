@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import numpy as np
 
 from kvstore.blocks.keys import join_keys
 from kvstore.blocks.spec import Namespace, Part
-from kvstore.client.arrivals import Gates, Incoming, Loaded, Pages
+from kvstore.client.arrivals import Gates, Incoming, Load, Loaded, Pages
 from kvstore.client.channel import Channel
 from kvstore.client.client import Client, Link, View, seconds
 from kvstore.copier.base import Copier, PagedMemory
@@ -42,9 +43,10 @@ class About:
     """What a save says of its blocks: seconds they live, the key before them, their token ids.
 
     `tokens` has as many ids as the blocks have tokens, or none. `after` says from when on pages may
-    be read.
+    be read. Each step is waited for `wait` seconds.
     """
 
+    wait: float
     ttl: float | None = None
     parent: bytes = b""
     tokens: NDArray[np.uint32] | None = None
@@ -81,9 +83,9 @@ class Transfer(View):
         page_ids: Sequence[NDArray[np.int64]],
         timeout: float | None,
         gates: Gates,
-        move: Callable[[Link, Pages, float, Gates, Loaded], None],
+        move: Callable[[Load, Loaded], None],
     ) -> Loaded:
-        """What a load brings that is done by `move`, before a deadline in monotonic seconds.
+        """What a load brings that is done by `move`.
 
         Raises:
             SpecError: as `pages`.
@@ -97,7 +99,7 @@ class Transfer(View):
                 if link is None:
                     result.reason = "unavailable"
                     return result
-                move(link, pages, deadline, gates, result)
+                move(Load(*link, pages, deadline, gates), result)
         finally:
             gates.end(result.blocks == len(keys), result.reason or "failed")
         result.seconds = time.monotonic() - started
@@ -105,26 +107,18 @@ class Transfer(View):
         return result
 
     def acquire(
-        self,
-        link: Link,
-        keys: Sequence[bytes],
-        first: int,
-        deadline: float,
-        enough: int,
-        *,
-        holes: bool = False,
-    ) -> Incoming | None:
+        self, link: Link, keys: Sequence[bytes], first: int, deadline: float, enough: int,
+        *, holes: bool = False,
+    ) -> Incoming | None:  # fmt: skip
         """Hold some of `keys` from the `first` on, under one lease; None if that failed.
 
         Answered when the first `enough` of them have come, or at the deadline.
         """
         channel, handle = link
         asked = keys[first : first + self.step(channel)]
-        lease = next(self.client.leases)
+        lease, enough = next(self.client.leases), min(enough, len(asked))
         wait = min(max(0.0, deadline - time.monotonic()), protocol.MAX_WAIT)
-        request = protocol.Acquire(
-            handle, lease, b"".join(asked), wait, min(enough, len(asked)), holes
-        )
+        request = protocol.Acquire(handle, lease, b"".join(asked), wait, enough, holes)
         # The daemon answers at the deadline with what it has; give that time to arrive.
         reply = self.client.call(channel, request, wait + _LATE_SECONDS, lease=lease)
         if not isinstance(reply, Held):
@@ -137,107 +131,86 @@ class Transfer(View):
             return None
         return incoming
 
-    def load(
-        self,
-        keys: Sequence[bytes],
-        link: Link,
-        pages: Pages,
-        deadline: float,
-        gates: Gates,
-        result: Loaded,
-    ) -> None:
+    def load(self, keys: Sequence[bytes], job: Load, result: Loaded) -> None:
         """Copy blocks into pages as they arrive.
 
         One acquire does when all lies in memory. Otherwise it is answered when the first window
         has come up from disk, and the rest comes up while that is copied.
         """
-        channel, _ = link
+        channel = job.channel
         enough = max(1, _WINDOW_BYTES // self.block_bytes)
         found = bytearray()  # where each block lay before this load moved it
         while result.blocks < len(keys):
             first = result.blocks
-            incoming = self.acquire(link, keys, first, deadline, enough)
+            incoming = self.acquire((channel, job.handle), keys, first, job.deadline, enough)
             if incoming is None:
                 result.reason = "unavailable"
                 break
             reply = incoming.reply
             found += reply.tiers[len(found) - first :]
             try:
-                self.copy(channel, incoming, pages, deadline, gates)
+                good = self.copy(incoming, job)
             finally:
                 self.release(channel, incoming.lease, incoming.damaged)
-            good = incoming.good
             result.blocks += good
             result.nbytes += good * self.block_bytes
             ended = reply.reason and good == len(reply.tiers)  # nothing more was found
             if incoming.reason or not good or ended:
                 result.reason = incoming.reason or reply.reason or "absent"
                 break
-        for tier in channel.tiers(bytes(found[: result.blocks])):
-            result.tiers[tier] = result.tiers.get(tier, 0) + 1
+        result.tiers = dict(Counter(channel.tiers(bytes(found[: result.blocks]))))
 
-    def copy(
-        self, channel: Channel, incoming: Incoming, pages: Pages, deadline: float, gates: Gates
-    ) -> None:
-        """Copy what an acquire brought to its `pages`, as far as it comes before the deadline."""
+    def copy(self, incoming: Incoming, job: Load) -> int:
+        """Copy what an acquire brought to its pages, as far as it comes before the deadline.
+
+        Returns how many blocks from the start are whole and right.
+        """
         started = time.monotonic()
         # Layers can be given away one by one only if this is all there is to come.
-        if len(incoming.rows) < len(pages.ids[0]):
-            gates = replace(gates, then=None)
-        pages = pages.of(incoming.rows)
+        whole = len(incoming.rows) == len(job.pages.ids[0])
+        gates = job.gates if whole else replace(job.gates, then=None)
+        job = job._replace(pages=job.pages.of(incoming.rows), gates=gates)
         try:
             for column in range(len(self.parts)):
-                self._load_part(channel, incoming, column, pages, deadline, gates)
+                self._load_part(incoming, column, job)
         except StoreUnavailable as e:
             incoming.reason = incoming.reason or _reason_of(e)
             self.client.quiet.warning("load", "blocks did not come: %s", e)
         if incoming.reason == "checksum":
             self.client.quiet.warning("checksum", "a block was damaged on its way; not used")
-        self.client.planner.loaded(incoming.good * self.block_bytes, time.monotonic() - started)
+        good = incoming.good
+        self.client.planner.loaded(good * self.block_bytes, time.monotonic() - started)
+        return good
 
-    def _load_part(
-        self,
-        channel: Channel,
-        incoming: Incoming,
-        column: int,
-        pages: Pages,
-        deadline: float,
-        gates: Gates,
-    ) -> None:
+    def _load_part(self, incoming: Incoming, column: int, job: Load) -> None:
         """Copy one part's objects."""
+        carrier, gates = job.channel.carrier, job.gates
         verify = self._verify and incoming.has_checksums
         layouts = incoming.by_layout(column)
         # One call of the copier brings all, and nothing is left to verify after it.
-        once = len(self.parts) == len(layouts) == 1 and channel.carrier.whole and not verify
+        once = len(self.parts) == len(layouts) == 1 and carrier.whole and not verify
         for stored, numbers in layouts.items():
 
             def scatter(first: int, addresses: Sequence[int], sent: Sequence[int] | None) -> None:
                 chosen = numbers[first : first + len(addresses)]  # noqa: B023 - used in the turn
                 have = self.copier.load(
-                    pages.memory[column],
-                    pages.ids[column][chosen],
+                    job.pages.memory[column],
+                    job.pages.ids[column][chosen],
                     addresses,
                     self.namespace.block_tokens,
                     stored=stored,  # noqa: B023
                     checksum=verify or sent is not None,
                     after=gates.after,
                     then=gates.then if once else None,
-                    deadline=deadline,
+                    deadline=job.deadline,
                 )
                 incoming.take(column, chosen, have, sent)
 
-            slots = incoming.slots[numbers, column]
-            nbytes = self._part_bytes[column]
-            channel.carrier.read(incoming.lease, slots, nbytes, scatter, deadline)
+            slots, nbytes = incoming.slots[numbers, column], self._part_bytes[column]
+            carrier.read(incoming.lease, slots, nbytes, scatter, job.deadline)
 
     def save(
-        self,
-        link: Link,
-        keys: Sequence[bytes],
-        pages: Pages,
-        wait: float,
-        about: About,
-        result: Saved,
+        self, link: Link, keys: Sequence[bytes], pages: Pages, about: About, result: Saved
     ) -> None:
         """Copy the blocks that the store lacks into slots, and commit them."""
         channel, handle = link
@@ -252,8 +225,8 @@ class Transfer(View):
             if about.tokens is not None:
                 ids = about.tokens[first * size : (first + step) * size]
                 request.tokens = ids.astype("<u4").tobytes()
-            ours = pages.of(slice(first, first + step))
-            self._save_window(channel, request, ours, wait, about.after, result)
+            window = pages.of(slice(first, first + step))
+            self._save_window(channel, request, window, about, result)
             if result.reason == "unavailable":  # Do not wait for each of the others too.
                 result.dropped += len(keys[first + step :])
                 break
@@ -263,12 +236,11 @@ class Transfer(View):
         channel: Channel,
         request: protocol.Reserve,
         pages: Pages,
-        wait: float,
-        after: LayerGate | None,
+        about: About,
         result: Saved,
     ) -> None:
         lease, blocks, parts = request.lease, len(pages.ids[0]), len(self.parts)
-        reply = self.client.call(channel, request, wait, lease=lease)
+        reply = self.client.call(channel, request, about.wait, lease=lease)
         if not isinstance(reply, protocol.Reserved) or len(reply.slots) != 8 * blocks * parts:
             result.dropped += blocks
             result.reason = "unavailable"
@@ -278,9 +250,10 @@ class Transfer(View):
         full = (answers == NO_ROOM).any(axis=1)
         wanted = (answers >= 0).any(axis=1) & ~full
         count, without = int(wanted.sum()), int(full.sum())
-        result.had += int(((answers == HAVE) | (answers == BUSY)).all(axis=1).sum())
+        if count < blocks:
+            result.had += int(((answers == HAVE) | (answers == BUSY)).all(axis=1).sum())
         try:
-            sums = self._save_parts(channel, lease, answers, wanted, pages, wait, after)
+            sums = self._save_parts(channel, lease, answers, wanted, pages, about)
         except BaseException as e:
             self.release(channel, lease)
             if not isinstance(e, StoreUnavailable):
@@ -294,7 +267,7 @@ class Transfer(View):
         if not count:  # There is nothing to wait for.
             channel.notify(commit)
         elif isinstance(
-            done := self.client.call(channel, commit, wait, lease=lease), protocol.Committed
+            done := self.client.call(channel, commit, about.wait, lease=lease), protocol.Committed
         ):
             stored, problem = max(0, min(done.blocks, count)), done.reason or "lease"
         result.stored += stored
@@ -312,37 +285,37 @@ class Transfer(View):
         answers: NDArray[np.int64],
         wanted: NDArray[np.bool_],
         pages: Pages,
-        wait: float,
-        after: LayerGate | None,
+        about: About,
     ) -> tuple[int, ...] | None:
         """Copy out what was granted; returns a checksum per granted slot, in order, if wanted."""
-        checksum = self._verify or channel.carrier.checksums
+        carrier = channel.carrier
+        checksum = self._verify or carrier.checksums
         deadline = time.monotonic() + _COMPUTE_SECONDS
         sums = np.zeros(answers.shape, dtype=np.uint64)
         for column, nbytes in enumerate(self._part_bytes):
             rows = np.flatnonzero((answers[:, column] >= 0) & wanted)
             if not len(rows):
                 continue
-            ids = pages.ids[column][rows]
 
             def gather(first: int, addresses: Sequence[int]) -> list[int] | None:
+                chosen = rows[first : first + len(addresses)]  # noqa: B023 - used in the turn
                 return self.copier.save(
-                    pages.memory[column],  # noqa: B023 - used within the turn
-                    ids[first : first + len(addresses)],  # noqa: B023
+                    pages.memory[column],  # noqa: B023
+                    pages.ids[column][chosen],  # noqa: B023
                     addresses,
                     self.namespace.block_tokens,
                     stored=self.parts[column],  # noqa: B023
                     checksum=checksum,
-                    after=after,
+                    after=about.after,
                     deadline=deadline,
                 )
 
-            made = channel.carrier.write(lease, answers[rows, column], nbytes, gather, wait)
+            made = carrier.write(lease, answers[rows, column], nbytes, gather, about.wait)
             if made is not None:
                 sums[rows, column] = made
-        if not self._verify or channel.carrier.checksums:
+        if not self._verify or carrier.checksums:
             return None
-        return tuple(int(s) for s in sums[answers >= 0])
+        return tuple(sums[answers >= 0].tolist())
 
     def step(self, channel: Channel) -> int:
         """Blocks to ask for under one lease."""

@@ -12,7 +12,6 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
@@ -103,7 +102,7 @@ class StreamCarrier:
         self._streams = streams
         self._lease_seconds = lease_seconds
         self._idle: list[_Stream] = []
-        self._open = 0
+        self._busy = 0
         self._waiting = 0
         self._changed = threading.Condition()
 
@@ -168,10 +167,8 @@ class StreamCarrier:
 
     def close(self) -> None:
         """See `Carrier.close`."""
-        with self._changed:
-            idle, self._idle = self._idle, []
-        for stream in idle:
-            stream.wire.close()
+        while self._idle:
+            self._idle.pop().wire.close()
 
     def _share(
         self,
@@ -181,27 +178,32 @@ class StreamCarrier:
         until: Callable[[], float],
     ) -> None:
         """Let this thread and helpers carry all batches, as many at a time as connections."""
-        todo = deque(batches)
+        todo, errors = deque(batches), list[BaseException]()
 
         def work() -> None:
             try:
                 while todo:
                     with self._stream(until()) as stream:
                         self._carry(stream, todo, begin, finish)
-            except BaseException:
+            except BaseException as e:  # noqa: BLE001 - raised below
                 todo.clear()  # It failed as a whole; others need not go on.
-                raise
+                errors.append(e)
 
-        helpers: list[Future[None]] = []
+        helpers = list[threading.Thread]()
         with suppress(RuntimeError):  # no more threads
-            helpers += [_started(work) for _ in range(min(self._streams, len(todo)) - 1)]
+            for _ in range(min(self._streams, len(todo)) - 1):
+                # The end of the process waits for no store that hangs.
+                helper = threading.Thread(target=work, name="kvstore-stream", daemon=True)
+                helper.start()
+                helpers.append(helper)
         try:
             work()
         finally:
             # Nobody may touch the caller's pages after this; each helper ends at its deadline.
-            wait(helpers)
-        for helper in helpers:
-            helper.result()
+            for helper in helpers:
+                helper.join()
+        if errors:
+            raise errors[0]
 
     def _carry(
         self,
@@ -228,68 +230,43 @@ class StreamCarrier:
     @contextmanager
     def _stream(self, deadline: float) -> Iterator[_Stream]:
         """A connection for the caller alone; after an error it is given up."""
-        stream = self._take(deadline)
-        try:
-            yield stream
-        except BaseException as e:
-            stream.wire.close()
-            self._gone()
-            if isinstance(e, (OSError, ProtocolError)) and not isinstance(e, StoreUnavailable):
-                raise StoreUnavailable(f"data connection: {e}") from e
-            raise
-        with self._changed:
-            self._idle.append(stream)
-            self._changed.notify()
-
-    def _take(self, deadline: float) -> _Stream:
         with self._changed:
             self._waiting += 1
             try:
-                while not (stream := self._usable()) and self._open == self._streams:
-                    left = deadline - time.monotonic()
-                    if left <= 0 or not self._changed.wait(left):
-                        raise StoreUnavailable("no data connection is free") from TimeoutError()
+                left = max(0.0, deadline - time.monotonic())
+                free = self._changed.wait_for(lambda: self._busy < self._streams, left)
             finally:
                 self._waiting -= 1
-            if stream is not None:
-                return stream
-            self._open += 1
+            if not free:
+                raise StoreUnavailable("no data connection is free") from TimeoutError()
+            self._busy += 1
+        stream: _Stream | None = None
         try:
-            return _Stream(self._dial(deadline))
-        except BaseException:
-            self._gone()
+            stream = self._usable() or _Stream(self._dial(deadline))
+            yield stream
+        except BaseException as e:
+            if stream is not None:
+                stream.wire.close()
+                stream = None
+            if isinstance(e, (OSError, ProtocolError)) and not isinstance(e, StoreUnavailable):
+                raise StoreUnavailable(f"data connection: {e}") from e
             raise
+        finally:
+            with self._changed:
+                self._busy -= 1
+                if stream is not None:
+                    self._idle.append(stream)
+                self._changed.notify()
 
     def _usable(self) -> _Stream | None:
         """An idle connection that the daemon has not ended."""
-        while self._idle:
-            stream = self._idle.pop()
-            if stream.wire.idle():
-                return stream
-            stream.wire.close()
-            self._open -= 1
+        with suppress(IndexError):  # There is none, or another thread was faster.
+            while True:
+                stream = self._idle.pop()
+                if stream.wire.idle():
+                    return stream
+                stream.wire.close()
         return None
-
-    def _gone(self) -> None:
-        with self._changed:
-            self._open -= 1
-            self._changed.notify()
-
-
-def _started(work: Callable[[], None]) -> Future[None]:
-    """Do `work` in a daemon thread: the end of the process waits for no store that hangs."""
-    future: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as e:  # noqa: BLE001 - raised where it is waited for
-            future.set_exception(e)
-        else:
-            future.set_result(None)
-
-    threading.Thread(target=run, name="kvstore-stream", daemon=True).start()
-    return future
 
 
 def _batches(count: int, nbytes: int, streams: int) -> list[_Span]:
