@@ -194,7 +194,7 @@ def test_files_of_format_1_are_carried_over(tmp_path: Path) -> None:
 def test_a_record_of_an_unknown_codec_is_dropped(tmp_path: Path) -> None:
     with MiniStore(tmp_path) as store, pytest.MonkeyPatch.context() as patched:
         store.put(object_name(1))
-        patched.setattr("kvstore.tiers.slab.format.RAW", 7)
+        patched.setattr("kvstore.tiers.slab.table._RAW", 7)
         store.put(object_name(2))
     with MiniStore(tmp_path) as store:
         assert list(store.objects) == [object_name(1)]

@@ -153,30 +153,22 @@ class SlabFile:
 
     def _create(self, capacity: int, chunk: int) -> None:
         """Make the files that are not there; each appears whole or not at all."""
-        has_slab, has_table = self.path.exists(), self._table_path.exists()
-        if has_slab and has_table:
-            return
-        if has_slab or has_table:
-            kept, lost = self.path, self._table_path
-            if has_table:
-                kept, lost = lost, kept
-            header = read_header(kept)
-            _logger.warning("%s is missing: the cache starts empty, in %s", lost, kept)
-        else:
+        missing = [path for path in (self._table_path, self.path) if not path.exists()]
+        if len(missing) == 2:
             header = Header.plan(capacity, chunk or choose_chunk(capacity))
-        page = header.pack()
-        if not has_table:
-            in_use = header.chunks_within(capacity) * header.slots_per_chunk
-            self._create_file(
-                self._table_path,
-                page + new_dictionary(header),
-                reserve=header.record_offset(in_use),
-                nbytes=header.table_bytes,
-            )
-        if not has_slab:
-            self._create_file(self.path, page, reserve=0, nbytes=header.data_offset)
+        elif missing:
+            kept = self.path if missing == [self._table_path] else self._table_path
+            header = read_header(kept)
+            _logger.warning("%s is missing: the cache starts empty, in %s", missing[0], kept)
+        for path in missing:
+            start, reserve, nbytes = header.pack(), 0, header.data_offset
+            if path == self._table_path:
+                start, nbytes = start + new_dictionary(header), header.table_bytes
+                in_use = header.chunks_within(capacity) * header.slots_per_chunk
+                reserve = header.record_offset(in_use)
+            self._create_file(path, start, reserve, nbytes)
 
-    def _create_file(self, path: Path, start: bytes, *, reserve: int, nbytes: int) -> None:
+    def _create_file(self, path: Path, start: bytes, reserve: int, nbytes: int) -> None:
         draft = path.with_name(path.name + ".new")
         fd = open_own(draft, os.O_RDWR | os.O_TRUNC)
         try:

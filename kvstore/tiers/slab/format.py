@@ -1,4 +1,4 @@
-"""The format of a slab and its table: header and records. No I/O here.
+"""The format of a slab and its table: the header, and where everything lies. No I/O here.
 
 `docs/formats.md` describes every field. Integers are little-endian. Nothing read from the file is
 used before its checksum and its bounds are checked, and nothing in it can execute.
@@ -14,13 +14,10 @@ from typing import Final
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from kvstore._native import xxh3_64
-from kvstore.blocks.spec import Namespace, Part
 from kvstore.errors import ConfigError, FormatError
 from kvstore.memory.slots import ALIGNMENT, align
-from kvstore.tiers.base import Held
 
 MAGIC: Final = b"KVSLAB\r\n"
 VERSION: Final = 2
@@ -203,65 +200,3 @@ class Header(msgspec.Struct, frozen=True):
             and 1 <= self.table_chunks < 1 << 40
             and self.data_offset == HEADER_BYTES
         )
-
-
-# --- Records --------------------------------------------------------------------------------------
-
-RECORD: Final = np.dtype(
-    [
-        ("magic", "<u4"),
-        ("state", "<u4"),
-        ("key", "V32"),
-        ("namespace", "<u4"),
-        ("part", "<u4"),
-        ("slot_bytes", "<u8"),
-        ("nbytes", "<u8"),
-        ("checksum", "<u8"),
-        ("sequence", "<u8"),
-        ("created", "<u8"),
-        ("expires", "<u8"),
-        ("codec", "<u4"),
-        ("reserved", "V4"),
-        ("stored", "<u8"),
-        ("stored_checksum", "<u8"),
-        ("record_checksum", "<u8"),
-    ]
-)
-RECORD_MAGIC: Final = 0x5253564B  # "KVSR"
-COMMITTED: Final = 1
-EMPTY_RECORD: Final = bytes(RECORD_BYTES)
-
-BODY_BYTES: Final = RECORD_BYTES - _U64.size
-RAW: Final = 0
-"""The codec that leaves the bytes as they are; the only one yet."""
-
-_BODY: Final = struct.Struct("<II32sII6QI4x2Q")
-# What a record's checksum covers beyond its own body: the slab and the place it belongs to, and
-# what the two numbers in it stand for. A record that was copied from elsewhere, or whose numbers
-# mean something else by now, is not valid.
-_SEED: Final = struct.Struct(f"<{BODY_BYTES}s{_STORE_ID_BYTES}sQ32s16s")
-
-Rows = npt.NDArray[np.void]
-
-
-def pack_record(
-    header: Header,
-    index: int,
-    held: Held,
-    ids: tuple[int, int],
-    slot_bytes: int,
-    sequence: int,
-) -> bytes:
-    """The record of a whole object; `ids` are the dictionary's numbers of namespace and part."""
-    name, nbytes, data_checksum, created, expires = held
-    sizes = slot_bytes, nbytes, data_checksum, sequence, created, expires
-    stored = RAW, nbytes, data_checksum
-    body = _BODY.pack(RECORD_MAGIC, COMMITTED, name.key, *ids, *sizes, *stored)
-    return body + _U64.pack(record_checksum(header, index, body, name.namespace, name.part))
-
-
-def record_checksum(
-    header: Header, index: int, body: bytes, namespace: Namespace, part: Part
-) -> int:
-    """What the last field of a record must be; `body` are those before."""
-    return checksum(_SEED.pack(body, header.store_id, index, namespace.digest, part.variant))

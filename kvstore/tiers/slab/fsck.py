@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
@@ -29,14 +28,7 @@ from kvstore.tiers.slab.direct import (
     write_full,
 )
 from kvstore.tiers.slab.file import SLAB_NAME, TABLE_NAME, read_header, read_headers
-from kvstore.tiers.slab.format import (
-    EMPTY_RECORD,
-    HEADER_BYTES,
-    MAGIC,
-    RECORD_BYTES,
-    Header,
-    version_of,
-)
+from kvstore.tiers.slab.format import HEADER_BYTES, MAGIC, Header, version_of
 from kvstore.tiers.slab.table import Checked, Table
 
 
@@ -128,21 +120,60 @@ def fsck(
         TierUnavailable: there is no slab, it cannot be read, or `repair` finds it in use.
         FormatError: no slab of this version; or the headers of both files are damaged.
     """
-    with _opened(folder, write=repair) as slab:
-        if repair and slab.in_use_by is not None:
+    path = folder / SLAB_NAME
+    with _opened(folder, write=repair) as (table_fd, data_fd, in_use_by):
+        if repair and in_use_by is not None:
             raise TierUnavailable(
-                f"{slab.path} is in use by process {slab.in_use_by or '(unknown)'}; stop it, then "
-                "repair"
+                f"{path} is in use by process {in_use_by or '(unknown)'}; stop it, then repair"
             )
         problems: list[str] = []
-        table = Table(slab.table_fd, _header(folder, repair, problems))
+        table = Table(table_fd, _header(folder, repair, problems))
         if table.dictionary.damaged_bytes:
             problems.append(
                 f"the dictionary in {folder / TABLE_NAME} has about "
                 f"{table.dictionary.damaged_bytes} damaged bytes; the next start rewrites it with "
                 "what is left"
             )
-        return _check(slab, table, repair, problems, progress)
+        objects = nbytes = done = repaired = 0
+        damaged: Counter[str] = Counter()
+        total = sum(int(rows["nbytes"][live].sum()) for _, rows, live, _ in _scan(table, data_fd))
+        for index, raw, size, reason in _verified(table, data_fd):
+            if reason is None:
+                objects += 1
+                nbytes += size
+            elif table.raw(index) == raw:  # or the object was replaced meanwhile
+                damaged[reason] += 1
+                if repair:
+                    table.erase(index)
+                    repaired += 1
+            done += size
+            if progress is not None:
+                progress(done, max(total, done))
+        if repaired:
+            os.fdatasync(table_fd)
+    return FsckReport(str(path), objects, nbytes, dict(damaged), repaired, problems, in_use_by)
+
+
+def _scan(table: Table, data_fd: int) -> Iterator[Checked]:
+    return table.scan(table.header.table_chunks, os.fstat(data_fd).st_size)
+
+
+def _verified(table: Table, data_fd: int) -> Iterator[tuple[int, bytes, int, str | None]]:
+    """Of each record number and bytes, the size of its object, and what is wrong with them."""
+    header, mover = table.header, Mover(table.header.chunk)
+    for first, rows, live, bad in _scan(table, data_fd):
+        for position, reason in bad.items():
+            yield first + position, rows[position].tobytes(), 0, reason
+        sizes = rows[["slot_bytes", "nbytes", "checksum"]][live].tolist()
+        for position, (slot_bytes, nbytes, known) in zip(live, sizes, strict=True):
+            index, wrong = first + position, None
+            offset = header.data_offset + header.slot_offset(index, slot_bytes)
+            try:
+                if mover.load(data_fd, offset, None, nbytes) != known:
+                    wrong = "data_checksum"
+            except OSError:
+                wrong = "read_error"
+            yield index, rows[position].tobytes(), nbytes, wrong
 
 
 def inspect(folder: Path) -> SlabSummary:
@@ -152,16 +183,16 @@ def inspect(folder: Path) -> SlabSummary:
         TierUnavailable: there is no slab, or it cannot be read.
         FormatError: it is of another version, damaged, or not ours.
     """
-    with _opened(folder, write=False) as slab:
+    with _opened(folder, write=False) as (table_fd, data_fd, in_use_by):
         header = read_headers(folder)
-        table = Table(slab.table_fd, header)
-        stats = [os.fstat(slab.data_fd), os.fstat(slab.table_fd)]
+        table = Table(table_fd, header)
+        stats = [os.fstat(data_fd), os.fstat(table_fd)]
         now = time.time()
         dropped: Counter[str] = Counter()
         classes: dict[int, ClassUse] = {}
         spaces: dict[int, NamespaceUse] = {}
         parts: set[int] = set()
-        for _, rows, whole, bad in table.scan(header.table_chunks, stats[0].st_size):
+        for _, rows, whole, bad in _scan(table, data_fd):
             dropped.update(bad.values())
             live = rows[whole]
             for size in live["slot_bytes"][:1].tolist():
@@ -178,8 +209,8 @@ def inspect(folder: Path) -> SlabSummary:
                 use.newest_age = min(use.newest_age, age)
                 use.oldest_age = max(use.oldest_age, age)
         return SlabSummary(
-            path=str(slab.path),
-            version=version_of(os.pread(slab.table_fd, HEADER_BYTES, 0)),
+            path=str(folder / SLAB_NAME),
+            version=version_of(os.pread(table_fd, HEADER_BYTES, 0)),
             store_id=header.store_id.hex(),
             created=header.created,
             capacity=header.capacity,
@@ -194,22 +225,16 @@ def inspect(folder: Path) -> SlabSummary:
             parts=[table.dictionary.parts[number] for number in sorted(parts)],
             classes=[classes[size] for size in sorted(classes)],
             dropped=dict(dropped),
-            in_use_by=slab.in_use_by,
+            in_use_by=in_use_by,
         )
 
 
-class _Slab(NamedTuple):
-    path: Path
-    table_fd: int
-    data_fd: int  # past the page cache
-    in_use_by: int | None  # 0: unknown
-
-
 @contextlib.contextmanager
-def _opened(folder: Path, *, write: bool) -> Iterator[_Slab]:
-    """The files in `folder`, the table for writing if `write`; errors come with a remedy.
+def _opened(folder: Path, *, write: bool) -> Iterator[tuple[int, int, int | None]]:
+    """Descriptors of table and data, and the process that has them open (0: unknown).
 
-    With `write` the folder's lock is held meanwhile, unless another process has it.
+    With `write` the table is for writing, and the folder's lock is held meanwhile, unless another
+    process has it. Errors come with a remedy.
     """
     path, table = folder / SLAB_NAME, folder / TABLE_NAME
     for file in (path, table):
@@ -232,7 +257,7 @@ def _opened(folder: Path, *, write: bool) -> Iterator[_Slab]:
                 in_use_by = holder(folder) or 0
             for fd in () if write else fds:  # only looking: do not keep the store from starting
                 fcntl.flock(fd, fcntl.LOCK_UN)
-            yield _Slab(path, fds[0], opened(open_direct(path, os.O_RDONLY)[0]), in_use_by)
+            yield fds[0], opened(open_direct(path, os.O_RDONLY)[0]), in_use_by
         except TierUnavailable:
             raise
         except OSError as e:
@@ -265,50 +290,3 @@ def _restore(path: Path, header: Header, damage: FormatError) -> None:
             raise damage
         write_full(file.fileno(), memoryview(header.pack()), 0)
         os.fdatasync(file.fileno())
-
-
-def _check(
-    slab: _Slab,
-    table: Table,
-    repair: bool,
-    problems: list[str],
-    progress: Callable[[int, int], None] | None,
-) -> FsckReport:
-    """Check records and their data chunk by chunk, so that the memory in use is bounded."""
-    header, damaged = table.header, Counter[str]()
-    objects = nbytes = repaired = 0
-
-    def scan() -> Iterator[Checked]:
-        return table.scan(header.table_chunks, os.fstat(slab.data_fd).st_size)
-
-    total = sum(int(rows["nbytes"][whole].sum()) for _, rows, whole, _ in scan())
-    mover = Mover(header.chunk)
-    done = 0
-    for first, rows, whole, bad in scan():
-        for position in whole:
-            size, known, slot_bytes = rows[["nbytes", "checksum", "slot_bytes"]][position].tolist()
-            offset = header.data_offset + header.slot_offset(first + position, slot_bytes)
-            try:
-                found = mover.load(slab.data_fd, offset, None, size)
-                if found == known:
-                    objects += 1
-                    nbytes += size
-                else:
-                    bad[position] = "data_checksum"
-            except OSError:
-                bad[position] = "read_error"
-            done += size
-            if progress is not None:
-                progress(done, max(total, done))
-        for position, reason in bad.items():
-            at = header.record_offset(first + position)
-            if os.pread(slab.table_fd, RECORD_BYTES, at) != rows[position].tobytes():
-                continue  # the process that has the slab open replaced the object meanwhile
-            damaged[reason] += 1
-            if repair:
-                write_full(slab.table_fd, memoryview(EMPTY_RECORD), at)
-                repaired += 1
-    if repaired:
-        os.fdatasync(slab.table_fd)
-    path = str(slab.path)
-    return FsckReport(path, objects, nbytes, dict(damaged), repaired, problems, slab.in_use_by)

@@ -6,6 +6,7 @@ Thread-safe, and never waits for the disk.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -58,9 +59,7 @@ class Health:
         self._beats: list[Beat] = []
         self._notices: dict[str, str] = {}
         self._fault: str | None = None
-        self._text = ""
-        self._failed_at = 0.0
-        self._retry_at = 0.0
+        self._failed_at = -math.inf
         self._read_errors = 0
         self._no_reads_until = 0.0
         self._reading = Busy(time.monotonic, _GUESSED_SECONDS_PER_BYTE)
@@ -106,8 +105,8 @@ class Health:
             return "stalled"
         if self.gone:
             return "io_error"
-        with self._lock:
-            return self._fault if time.monotonic() < self._retry_at else None
+        paused = time.monotonic() < self._failed_at + self._retry_seconds
+        return self._fault if paused else None
 
     @property
     def problem(self) -> str | None:
@@ -125,7 +124,7 @@ class Health:
             )
         else:
             with self._lock:
-                text = self._text if self._fault else next(iter(self._notices.values()), None)
+                text = self._notices.get("fault") or next(iter(self._notices.values()), None)
         return text and f"{self._what}: {text}"
 
     def lost(self) -> None:
@@ -135,44 +134,35 @@ class Health:
             _logger.error("%s", self.problem)
 
     def notice(self, topic: str, text: str | None) -> None:
-        """Something is short, but writing goes on; None: no more."""
+        """Something is short, or has failed; None: not any more. Logged when that is news."""
         with self._lock:
-            if text is None:
-                self._notices.pop(topic, None)
-                return
-            news = topic not in self._notices
-            self._notices[topic] = text
-        if news:
+            before = self._notices.pop(topic, None)
+            if text is not None:
+                self._notices[topic] = text
+        if text is None and before is not None:
+            _logger.info("%s: this is over: %s", self._what, before)
+        elif text != before:
             _logger.warning("%s: %s", self._what, text)
 
     def write_failed(self, error: OSError) -> str:
-        """Pause writing; the reason. Logged when that is news."""
+        """Pause writing; the reason."""
         # TierUnavailable: another process took a folder that was read-only for us.
         reason = "read_only" if isinstance(error, TierUnavailable) else reason_of(error)
         with self._lock:
-            is_news = self._fault != reason
-            self._fault, self._text = reason, f"{error.strerror or error}; {_ADVICE[reason]}"
-            self._failed_at = time.monotonic()
-            self._retry_at = self._failed_at + self._retry_seconds
-        if is_news:
-            _logger.warning(
-                "%s: writing pauses (%s): %s; next attempt in %g s",
-                self._what,
-                reason,
-                self._text,
-                self._retry_seconds,
-            )
+            self._fault, self._failed_at = reason, time.monotonic()
+        why = f"{error.strerror or error}; {_ADVICE[reason]}"
+        self.notice(
+            "fault", f"writing pauses ({reason}), {self._retry_seconds:g} s each time: {why}"
+        )
         return reason
 
     def write_worked(self, started: float) -> None:
         """End the fault, if there is one and the write began after it."""
         with self._lock:
-            if started < self._failed_at:
+            if self._fault is None or started < self._failed_at:
                 return
-            fault, self._fault = self._fault, None
-            self._retry_at = 0.0
-        if fault is not None:
-            _logger.info("%s: writing works again (was: %s)", self._what, fault)
+            self._fault = None
+        self.notice("fault", None)
 
     def read_begins(self, nbytes: int) -> None:
         """Somebody waits for so many bytes; `read_ended` follows."""

@@ -4,34 +4,55 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from kvstore.blocks.spec import Namespace, Part
 from kvstore.errors import SpecError
 from kvstore.memory.slots import align
 from kvstore.tiers.base import Held, ObjectName
 from kvstore.tiers.slab.dictionary import Dictionary, DictionaryFull
 from kvstore.tiers.slab.direct import write_full
-from kvstore.tiers.slab.format import (
-    BODY_BYTES,
-    COMMITTED,
-    EMPTY_RECORD,
-    RAW,
-    RECORD,
-    RECORD_BYTES,
-    RECORD_MAGIC,
-    Header,
-    Rows,
-    pack_record,
-    record_checksum,
-)
+from kvstore.tiers.slab.format import RECORD_BYTES, Header, checksum
 
-_BATCH: Final = 256
-"""Records that are read back at a time."""
+RECORD: Final = np.dtype(
+    [
+        ("magic", "<u4"),
+        ("state", "<u4"),
+        ("key", "V32"),
+        ("namespace", "<u4"),
+        ("part", "<u4"),
+        ("slot_bytes", "<u8"),
+        ("nbytes", "<u8"),
+        ("checksum", "<u8"),
+        ("sequence", "<u8"),
+        ("created", "<u8"),
+        ("expires", "<u8"),
+        ("codec", "<u4"),
+        ("reserved", "V4"),
+        ("stored", "<u8"),
+        ("stored_checksum", "<u8"),
+        ("record_checksum", "<u8"),
+    ]
+)
+_MAGIC: Final = 0x5253564B  # "KVSR"
+_COMMITTED: Final = 1
+_RAW: Final = 0
+"""The codec that leaves the bytes as they are; the only one yet."""
+
+_BODY: Final = struct.Struct("<II32sII6QI4x2Q")
+# What a record's checksum covers beyond its own body: the slab and the place it belongs to, and
+# what the two numbers in it stand for. A record that was copied from elsewhere, or whose numbers
+# mean something else by now, is not valid.
+_SEED: Final = struct.Struct(f"<{_BODY.size}s16sQ32s16s")
+_U64: Final = struct.Struct("<Q")
+
 _NAME: Final = np.dtype(
     {"names": ["name"], "formats": ["S40"], "offsets": [8], "itemsize": RECORD_BYTES}
 )
@@ -46,6 +67,10 @@ _HELD: Final = [
     "created",
     "expires",
 ]
+_BATCH: Final = 256
+"""Records that are read back at a time."""
+
+Rows = npt.NDArray[np.void]
 
 
 class Place(NamedTuple):
@@ -119,15 +144,15 @@ class Table:
         header = self.header
         magic, state, _, space_id, part_id, slot_bytes, nbytes, whole, *rest = row.item()
         _, _, _, codec, _, stored, stored_checksum, known = rest
-        if magic != RECORD_MAGIC or state != COMMITTED:
+        if magic != _MAGIC or state != _COMMITTED:
             return "record_checksum"
         space = self.dictionary.namespaces.get(space_id)
         part = self.dictionary.parts.get(part_id)
         if space is None or part is None:
             return "unknown_name"
-        if record_checksum(header, index, row.tobytes()[:BODY_BYTES], space, part) != known:
+        if self._checksum(index, row.tobytes()[: _BODY.size], space, part) != known:
             return "record_checksum"
-        if codec != RAW:
+        if codec != _RAW:
             return "unknown_codec"
         try:
             expected = part.nbytes(space.block_tokens)
@@ -182,7 +207,7 @@ class Table:
         self.dropped[reason] += 1
         if not self.read_only:
             with contextlib.suppress(OSError):  # it will be dropped again next time
-                self._write(index, EMPTY_RECORD)
+                self.erase(index)
 
     @staticmethod
     def _names_in(rows: Rows) -> set[int]:
@@ -237,7 +262,7 @@ class Table:
                 index, (place, held) = self._late.popitem()
                 try:
                     if held is None:
-                        self._write(index, EMPTY_RECORD)
+                        self.erase(index)
                     else:
                         self.put(place, held)
                 except DictionaryFull:  # It lost its entries to damage; what expires is not known.
@@ -258,7 +283,7 @@ class Table:
             self._numbers(name)  # before any work, should there be no room for the name
             index = self.header.index(*place)
             self._late.pop(index, None)
-            self._write(index, EMPTY_RECORD)
+            self.erase(index)
 
     def put(self, place: Place, held: Held) -> None:
         """Make the object in a place findable; its data must be there.
@@ -266,17 +291,37 @@ class Table:
         Raises:
             DictionaryFull, OSError: there is no valid record then.
         """
-        header, index = self.header, self.header.index(*place)
+        index = self.header.index(*place)
+        name, nbytes, whole, created, expires = held
         # One lock for numbers and record: compaction must not drop a number in between.
         with self.lock:
-            ids = self._numbers(held.name)
-            record = pack_record(header, index, held, ids, place.nbytes, self.next_sequence)
-            self._write(index, record)
+            ids, sequence = self._numbers(name), self.next_sequence
+            sizes = place.nbytes, nbytes, whole, sequence, created, expires
+            body = _BODY.pack(_MAGIC, _COMMITTED, name.key, *ids, *sizes, _RAW, nbytes, whole)
+            known = self._checksum(index, body, name.namespace, name.part)
+            self._write(index, body + _U64.pack(known))
             self.next_sequence += 1
 
     def compact(self) -> None:
         """A full dictionary is worth another look: some of its names have lost all objects."""
         self._names_full = False
+
+    def _checksum(self, index: int, body: bytes, namespace: Namespace, part: Part) -> int:
+        """What must stand at the end of a record."""
+        store = self.header.store_id
+        return checksum(_SEED.pack(body, store, index, namespace.digest, part.variant))
+
+    def raw(self, index: int) -> bytes:
+        """A record as it is now."""
+        return os.pread(self.fd, RECORD_BYTES, self.header.record_offset(index))
+
+    def erase(self, index: int) -> None:
+        """There is nothing in this slot.
+
+        Raises:
+            OSError: there may be a record still.
+        """
+        self._write(index, bytes(RECORD_BYTES))
 
     def _write(self, index: int, record: bytes) -> None:
         self.changed = True

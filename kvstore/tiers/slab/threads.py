@@ -193,7 +193,24 @@ class Threads:
                 if self._closing:
                     return
                 task = (self._reads or self._writes).popleft()
-            self._ended(task, (self._put if task.is_put else self._get)(task, mover, beat))
+            self._ended(task, self._run(task, mover, beat))
+
+    def _run(self, task: Task, mover: Mover, beat: Beat) -> str | None:
+        try:
+            return (self._put if task.is_put else self._get)(task, mover, beat)
+        except DictionaryFull:
+            return NAMES_FULL
+        except ChunkRefused:
+            return CHUNK_REFUSED
+        except OSError as e:
+            if task.is_put:
+                return self._health.write_failed(e)
+            _logger.warning("%s: a read failed: %s", self._slab.path, e)
+        except SpecError as e:
+            _logger.warning("%s: %s", self._slab.path, e)
+        except Exception:
+            _logger.exception("%s: moving an object failed unexpectedly", self._slab.path)
+        return "refused" if task.is_put else "io_error"
 
     def _put(self, task: Task, mover: Mover, beat: Beat) -> str | None:
         job, slab, health = task.job, self._slab, self._health
@@ -201,31 +218,18 @@ class Threads:
         if error is not None:
             return error
         started = time.monotonic()
-        try:
-            with beat:
-                if slab.make_ready(task.place, job.name):
-                    health.notice("room", None)
-            at = slab.header.data_offset + task.place.offset
-            checksum = mover.store(slab.data_fd, at, job.address, job.nbytes)
-            if job.checksum not in (None, checksum):
-                health.count("corrupt_writes")
-                return "corrupt"
-            created = job.created or int(time.time())
-            with beat:
-                held = Held(job.name, job.nbytes, checksum, created, job.expires)
-                slab.table.put(task.place, held)
-        except DictionaryFull:
-            return NAMES_FULL
-        except ChunkRefused:
-            return CHUNK_REFUSED
-        except OSError as e:
-            return health.write_failed(e)
-        except SpecError as e:
-            _logger.warning("%s: %s", slab.path, e)
-            return "refused"
-        except Exception:
-            _logger.exception("a write to disk failed unexpectedly")
-            return "refused"
+        with beat:
+            if slab.make_ready(task.place, job.name):
+                health.notice("room", None)
+        at = slab.header.data_offset + task.place.offset
+        checksum = mover.store(slab.data_fd, at, job.address, job.nbytes)
+        if job.checksum not in (None, checksum):
+            health.count("corrupt_writes")
+            return "corrupt"
+        created = job.created or int(time.time())
+        with beat:
+            held = Held(job.name, job.nbytes, checksum, created, job.expires)
+            slab.table.put(task.place, held)
         job.checksum = checksum
         health.count("bytes_written", job.nbytes)
         health.write_worked(started)
@@ -237,17 +241,10 @@ class Threads:
         if error is not None:
             return error
         at = slab.header.data_offset + task.place.offset
-        try:
-            if mover.load(slab.data_fd, at, job.address, job.nbytes) != job.checksum:
-                health.count("corrupt_reads")
-                _logger.warning("%s: the object at %d is not what was written", slab.path, at)
-                return "corrupt"
-        except OSError as e:
-            _logger.warning("%s: reading at %d failed: %s", slab.path, at, e)
-            return "io_error"
-        except Exception:
-            _logger.exception("a read from disk failed unexpectedly")
-            return "io_error"
+        if mover.load(slab.data_fd, at, job.address, job.nbytes) != job.checksum:
+            health.count("corrupt_reads")
+            _logger.warning("%s: the object at %d is not what was written", slab.path, at)
+            return "corrupt"
         return None
 
     # --- Making it last ---------------------------------------------------------------------------
