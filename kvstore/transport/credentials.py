@@ -154,29 +154,39 @@ def client_context(config: Config) -> ssl.SSLContext:
     import ssl
 
     session = config.session
-    if (session.tls_cert is None) != (session.tls_key is None):
-        have, lack = (
-            ("tls_key", "tls_cert") if session.tls_cert is None else ("tls_cert", "tls_key")
-        )
-        raise ConfigError(f"session.{have} is set but session.{lack} is not; mutual TLS needs both")
     try:
         context = ssl.create_default_context(cafile=session.tls_ca)
     except OSError as e:
-        raise ConfigError(_unusable("tls_ca", session.tls_ca, e, "PEM certificates")) from e
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if session.tls_cert is not None:
-        try:
-            # Without the password argument an encrypted key would ask the terminal.
-            context.load_cert_chain(session.tls_cert, session.tls_key, password=lambda: "")
-        except OSError as e:
-            what = f"a PEM chain and, in session.tls_key {session.tls_key}, its key"
-            raise ConfigError(_unusable("tls_cert", session.tls_cert, e, what)) from e
+        text = f"session.tls_ca {session.tls_ca}: {tls_problem(e)}; give PEM certificates"
+        raise ConfigError(text) from e
+    certify(context, "session", session.tls_cert, session.tls_key)
     return context
 
 
-def _unusable(name: str, path: Path | None, error: OSError, wanted: str) -> str:
-    return f"session.{name} {path}: {_reason(error)}; give {wanted}"
+def certify(context: ssl.SSLContext, section: str, cert: Path | None, key: Path | None) -> None:
+    """Have a context show a certificate, if there is one, and speak TLS of 1.2 at least.
+
+    Raises:
+        ConfigError: a file is missing or unusable; names it, of that `section`.
+    """
+    import ssl
+
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if (cert is None) != (key is None):
+        have, lack = ("tls_key", "tls_cert") if cert is None else ("tls_cert", "tls_key")
+        raise ConfigError(f"{section}.{have} is set but {section}.{lack} is not; TLS needs both")
+    if cert is not None:
+        try:
+            # Without the password argument an encrypted key would ask the terminal.
+            context.load_cert_chain(cert, key, password=lambda: "")
+        except OSError as e:
+            raise ConfigError(
+                f"{section}.tls_cert {cert} with {section}.tls_key {key}: {tls_problem(e)}; give a "
+                "PEM chain and the key it belongs to, without a password"
+            ) from e
 
 
-def _reason(error: Exception) -> str:
-    return (isinstance(error, OSError) and error.strerror) or str(error)
+def tls_problem(error: OSError) -> str:
+    """What is wrong with a file of TLS."""
+    reason: str | None = getattr(error, "reason", None)  # of OpenSSL
+    return reason.replace("_", " ").lower() if reason else error.strerror or str(error)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 from kvstore.errors import ConfigError
 from kvstore.server.access.grants import LOCAL, Denied, Grant
 from kvstore.server.access.tokens import check_secret, digest_of, read_tokens
+from kvstore.transport.credentials import certify, tls_problem
 from kvstore.values import split_host_port
 
 if TYPE_CHECKING:
@@ -134,34 +135,22 @@ class Access:
             ConfigError: a certificate or key is missing or unusable; names the file.
         """
         config = self._config
-        if config.tls_cert is None or config.tls_key is None:
-            for name in ("tls_cert", "tls_key", "tls_client_ca"):
-                if getattr(config, name) is not None:
-                    missing = "tls_cert" if config.tls_cert is None else "tls_key"
-                    raise ConfigError(
-                        f"server.{name} is set but server.{missing} is not; TLS needs both "
-                        "server.tls_cert and server.tls_key"
-                    )
+        authority = config.tls_client_ca
+        if authority is not None and config.tls_cert is None:
+            text = "server.tls_client_ca is set but server.tls_cert is not"
+            raise ConfigError(f"{text}; TLS needs server.tls_cert and server.tls_key")
+        if config.tls_cert is None and config.tls_key is None:
             return None
-        check_secret("server.tls_key", config.tls_key)
+        if config.tls_key is not None:
+            check_secret("server.tls_key", config.tls_key)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        try:
-            # Without the password argument an encrypted key would ask the terminal.
-            context.load_cert_chain(config.tls_cert, config.tls_key, password=lambda: "")
-        except OSError as e:
-            raise ConfigError(
-                f"server.tls_cert {config.tls_cert} with server.tls_key {config.tls_key}: "
-                f"{_reason(e)}; give a PEM chain and the key it belongs to, without a password"
-            ) from e
-        if config.tls_client_ca is not None:
+        certify(context, "server", config.tls_cert, config.tls_key)
+        if authority is not None:
             try:
-                context.load_verify_locations(config.tls_client_ca)
+                context.load_verify_locations(authority)
             except OSError as e:
-                raise ConfigError(
-                    f"server.tls_client_ca {config.tls_client_ca}: {_reason(e)}; give PEM "
-                    "certificates"
-                ) from e
+                text = f"server.tls_client_ca {authority}: {tls_problem(e)}"
+                raise ConfigError(f"{text}; give PEM certificates") from e
             context.verify_mode = ssl.CERT_REQUIRED
         return context
 
@@ -202,9 +191,3 @@ def _version(path: Path) -> tuple[int, ...]:
     except OSError:
         return ()
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-def _reason(error: OSError) -> str:
-    if isinstance(error, ssl.SSLError):
-        return (error.reason or str(error)).replace("_", " ").lower()
-    return error.strerror or str(error)
