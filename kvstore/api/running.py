@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Generator
+from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Generic, NamedTuple, Self, TypeVar
 
 from kvstore.api import v1  # before gRPC
@@ -20,6 +21,7 @@ from kvstore.config import Config
 from kvstore.errors import StoreUnavailable
 
 M = TypeVar("M", bound=Message)
+C = TypeVar("C")
 
 _NOW: Final = 0.001
 _LONGEST: Final = 1e9
@@ -147,14 +149,14 @@ class AsyncCaller(_Caller):
         return AsyncOperation(self, await self.send(call))
 
 
+@dataclass(eq=False)
 class _Stream(Generic[M]):
     """What a streaming call brings. The call begins at once."""
 
-    def __init__(self, running: Any, to: Target, timeout: float | None) -> None:
-        self._running = running
-        self._target = to
-        self._timeout = timeout
-        self._closed = False
+    _running: Any
+    _target: Target
+    _timeout: float | None
+    _closed: bool = False
 
     def close(self) -> None:
         """End the call; the iterator ends."""
@@ -215,11 +217,12 @@ class AsyncStream(_Stream[M]):
         return found
 
 
-class _Started:
+@dataclass(eq=False)
+class _Started(Generic[C]):
     """A long operation that was started. `state` is what was last heard of it."""
 
-    def __init__(self, state: v1.Operation) -> None:
-        self.state = state
+    _caller: C
+    state: v1.Operation
 
     @property
     def id(self) -> str:
@@ -245,12 +248,8 @@ class _Started:
             raise OperationUnfinished(text) from None
 
 
-class Operation(_Started):
+class Operation(_Started[Caller]):
     """A long operation that was started. `state` is what was last heard of it."""
-
-    def __init__(self, caller: Caller, state: v1.Operation) -> None:
-        super().__init__(state)
-        self._caller = caller
 
     def watch(self, timeout: float | None = None) -> Generator[v1.Operation]:
         """Its states, until it has ended, be it done or cancelled.
@@ -282,12 +281,8 @@ class Operation(_Started):
         return self.state
 
 
-class AsyncOperation(_Started):
+class AsyncOperation(_Started[AsyncCaller]):
     """`Operation` for asyncio."""
-
-    def __init__(self, caller: AsyncCaller, state: v1.Operation) -> None:
-        super().__init__(state)
-        self._caller = caller
 
     async def watch(self, timeout: float | None = None) -> AsyncGenerator[v1.Operation]:
         """Its states, until it has ended. Raises KVStoreError: see `Operation.watch`."""

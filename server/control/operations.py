@@ -9,6 +9,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
@@ -36,6 +37,7 @@ Work = Callable[["Operation"], Awaitable[str]]
 """What an operation does; returns its closing message."""
 
 
+@dataclass(eq=False)
 class Operation:
     """One long operation. Belongs to the daemon's loop.
 
@@ -43,20 +45,13 @@ class Operation:
     one that may cancel it.
     """
 
-    def __init__(
-        self,
-        state: v1.Operation,
-        caller: Grant,
-        tenants: frozenset[str] | None,
-        role: Role,
-    ) -> None:
-        self.state = state
-        self.caller = caller
-        self.tenants = tenants
-        self.role = role
-        self.task: asyncio.Task[str] | None = None
-        self._cancelling = False
-        self._news = asyncio.Event()
+    state: v1.Operation
+    caller: Grant
+    tenants: frozenset[str] | None
+    role: Role
+    task: asyncio.Task[str] | None = None
+    _cancelling: bool = False
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def running(self) -> bool:
