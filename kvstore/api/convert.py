@@ -1,16 +1,23 @@
-"""Between the API's messages and the library's own types; used by daemon and client."""
+"""Between the API's messages and the library's own types; used by daemon and client. What requests
+are made of: blocks, selections, tiers, times.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import TYPE_CHECKING, Final, Literal, TypedDict
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from kvstore.api import v1
+from kvstore.api.errors import RequestRefused
 from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.errors import SpecError
+
+if TYPE_CHECKING:
+    from kvstore.blocks.keys import Media
 
 DOMAIN: Final = "kvstore"
 """Of the google.rpc.ErrorInfo in errors."""
@@ -21,6 +28,39 @@ MAX_MESSAGE: Final = 8 << 20
 
 MAX_REPLY: Final = 64 << 20
 """Bytes of an answer that a client takes; the longest tells about 65,536 blocks."""
+
+TierName = Literal["memory", "disk"]
+Extras = Mapping[int, Sequence[bytes]]
+
+
+class Blocks(TypedDict, total=False):
+    """Blocks of a prompt: its tokens or their keys.
+
+    With tokens, as engines name blocks: `salt` the request's cache salt, `adapter` the digest of
+    its LoRA adapter's files, `media` in place of tokens; and `extras`, as sessions do.
+    """
+
+    tokens: Sequence[int]
+    keys: Sequence[bytes]
+    extras: Extras
+    salt: str
+    adapter: str
+    media: Sequence[Media]
+
+
+class Where(Blocks, total=False):
+    """Chooses stored blocks; conditions add up, and none at all needs `everything`.
+
+    `tier`: that have a copy there. `older_than`: stored at least so many seconds ago. `unused_for`:
+    neither saved, found nor loaded for so many seconds.
+    """
+
+    namespace: str | Namespace
+    tenant: str
+    tier: TierName
+    older_than: float
+    unused_for: float
+    everything: bool
 
 
 def namespace_message(namespace: Namespace) -> v1.Namespace:
@@ -64,3 +104,76 @@ def timestamp(unix: float) -> Timestamp:
     message = Timestamp()
     message.FromDatetime(datetime.fromtimestamp(unix, UTC))
     return message
+
+
+def duration_of(name: str, seconds: float) -> Duration:
+    """A duration; `name` is the argument it comes from."""
+    try:
+        return duration(seconds)
+    except (OverflowError, ValueError) as e:
+        raise RequestRefused(f"{name} is {seconds} seconds; give a time") from e
+
+
+def tier_of(name: TierName) -> v1.Tier:
+    """The number of a tier."""
+    tiers = {"memory": v1.TIER_MEMORY, "disk": v1.TIER_DISK}
+    if name not in tiers:
+        raise RequestRefused(f"{name!r} is no tier; use memory or disk")
+    return tiers[name]
+
+
+def not_empty(namespace: str) -> str:
+    """A namespace that is given."""
+    if not namespace:  # On the wire that is none, and none means all.
+        raise RequestRefused("the namespace is empty; give an id, or leave it out")
+    return namespace
+
+
+def prefix_of(namespace: str | Namespace, blocks: Blocks) -> v1.Prefix:
+    """The beginning of a prompt, in a namespace."""
+    prefix = v1.Prefix()
+    if isinstance(namespace, str):
+        prefix.namespace_id = namespace
+    else:
+        prefix.namespace.CopyFrom(namespace_message(namespace))
+    tokens, keys = blocks.get("tokens"), blocks.get("keys")
+    if (tokens is None) == (keys is None):
+        raise RequestRefused("give either tokens or keys")
+    try:
+        if keys is not None:
+            if beside := blocks.keys() - {"keys"} & Blocks.__annotations__.keys():
+                raise RequestRefused(f"keys cover {', '.join(sorted(beside))}; give tokens for it")
+            prefix.keys.SetInParent()
+            prefix.keys.keys.extend(keys)
+            return prefix
+        prefix.tokens.SetInParent()
+        prefix.tokens.ids.extend(tokens or ())
+        for block, values in (blocks.get("extras") or {}).items():
+            prefix.tokens.extras.append(v1.BlockExtras(block=block, values=values))
+        prefix.tokens.salt = blocks.get("salt", "")
+        prefix.tokens.adapter = blocks.get("adapter", "")
+        prefix.tokens.media.extend(v1.Media(**item._asdict()) for item in blocks.get("media", ()))
+    except (TypeError, ValueError) as e:
+        raise RequestRefused(f"tokens are whole numbers of 32 bits, keys are bytes: {e}") from e
+    return prefix
+
+
+def selection_of(where: Where) -> v1.Selection:
+    """Chosen blocks."""
+    selection = v1.Selection(tenant=where.get("tenant"), everything=where.get("everything", False))
+    namespace = where.get("namespace")
+    if Blocks.__annotations__.keys() & where.keys():
+        if namespace is None:
+            raise RequestRefused("blocks are chosen in a namespace; give it, too")
+        selection.prefix.CopyFrom(prefix_of(namespace, where))
+    elif isinstance(namespace, str):
+        selection.namespace_id = not_empty(namespace)
+    elif namespace is not None:
+        selection.namespace_id = namespace.digest.hex()
+    if "tier" in where:
+        selection.tier = tier_of(where["tier"])
+    if "older_than" in where:
+        selection.older_than.CopyFrom(duration_of("older_than", where["older_than"]))
+    if "unused_for" in where:
+        selection.unused_for.CopyFrom(duration_of("unused_for", where["unused_for"]))
+    return selection

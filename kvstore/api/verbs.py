@@ -25,9 +25,9 @@ from typing import (
 
 from google.protobuf.message import Message
 
-from kvstore.api import convert, v1
-from kvstore.api.errors import RequestRefused
-from kvstore.api.requests import (
+from kvstore.api import v1
+from kvstore.api.convert import (
+    MAX_MESSAGE,
     Blocks,
     TierName,
     Where,
@@ -37,6 +37,7 @@ from kvstore.api.requests import (
     selection_of,
     tier_of,
 )
+from kvstore.api.errors import RequestRefused
 from kvstore.api.running import (
     AsyncCaller,
     AsyncOperation,
@@ -96,9 +97,9 @@ class Verb(Generic[P, S, A]):
             raise
         except ValueError as e:  # Of protobuf: numbers out of range, strings that are no text.
             raise RequestRefused(f"a value does not fit: {e}") from e
-        if (size := request.ByteSize()) > convert.MAX_MESSAGE:
+        if (size := request.ByteSize()) > MAX_MESSAGE:
             raise RequestRefused(
-                f"a request of {size} bytes; {convert.MAX_MESSAGE} are allowed, some two million "
+                f"a request of {size} bytes; {MAX_MESSAGE} are allowed, some two million "
                 "tokens: ask for the beginning of the prompt",
                 "TOO_LARGE",
             )

@@ -28,7 +28,7 @@ from kvstore.values import parse_size
 
 if TYPE_CHECKING:
     from kvstore.api.client import Orchestrator
-    from kvstore.api.requests import Blocks, Where
+    from kvstore.api.convert import Blocks, Where
     from kvstore.blocks.keys import Media
 
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
