@@ -1,6 +1,7 @@
 #include "plan.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -23,7 +24,15 @@ constexpr std::int64_t kStrip = 8192;
 
 [[noreturn]] void reject(const std::string& message) { throw std::invalid_argument(message); }
 
-void check_segment(const Segment& s, const Shape& shape) {
+// The loops over the tokens of a page, heads and channels.
+std::array<Loop, 3> loops_of(const Segment& s, const Shape& shape) {
+  return {{{shape.page_tokens, s.token_stride, s.slot_token_stride},
+           {s.heads, s.head_stride, s.slot_head_stride},
+           {s.channels, s.channel_stride, s.slot_channel_stride}}};
+}
+
+// The byte after the last one of the segment in the slot.
+std::uint64_t checked_end(const Segment& s, const Shape& shape) {
   if (s.heads < 1 || s.channels < 1 || s.heads > kMaxCount || s.channels > kMaxCount) {
     reject("segments: heads and channels must be between 1 and 2**31");
   }
@@ -36,30 +45,21 @@ void check_segment(const Segment& s, const Shape& shape) {
     reject("segments: page_stride overflows");
   }
 
-  // The lowest and the highest address of an element, relative to the page.
-  Wide low = 0, high = 0;
-  const auto span = [&](std::int64_t count, std::int64_t stride) {
-    const Wide last = Wide{count - 1} * stride;
-    (last < 0 ? low : high) += last;
-  };
-  span(shape.page_tokens, s.token_stride);
-  span(s.heads, s.head_stride);
-  span(s.channels, s.channel_stride);
+  // The lowest and the highest address of an element.
   const Wide page_a = Wide{shape.min_page} * s.page_stride;
   const Wide page_b = Wide{shape.max_page} * s.page_stride;
-  low += s.mem_address + std::min(page_a, page_b);
-  high += s.mem_address + std::max(page_a, page_b) + shape.elem_size;
+  Wide low = s.mem_address + std::min(page_a, page_b);
+  Wide high = s.mem_address + std::max(page_a, page_b) + shape.elem_size;
+  Wide slot_end = Wide{s.slot_offset} + shape.elem_size +
+                  Wide{shape.pages - 1} * shape.page_tokens * s.slot_token_stride;
+  for (const Loop& loop : loops_of(s, shape)) {
+    const Wide last = Wide{loop.count - 1} * loop.mem;
+    (last < 0 ? low : high) += last;
+    slot_end += Wide{loop.count - 1} * loop.slot;
+  }
   if (low < 1 || high > kMaxAddress) reject("segments: mem_address and strides overflow");
-}
-
-// The byte after the last one of the segment in the slot.
-std::uint64_t slot_end(const Segment& s, const Shape& shape) {
-  const Wide end = Wide{s.slot_offset} +
-                   (Wide{shape.pages} * shape.page_tokens - 1) * s.slot_token_stride +
-                   Wide{s.heads - 1} * s.slot_head_stride +
-                   Wide{s.channels - 1} * s.slot_channel_stride + shape.elem_size;
-  if (end > kMaxAddress) reject("segments: slot_offset and slot strides overflow");
-  return static_cast<std::uint64_t>(end);
+  if (slot_end > kMaxAddress) reject("segments: slot_offset and slot strides overflow");
+  return static_cast<std::uint64_t>(slot_end);
 }
 
 std::uint64_t segment_bytes(const Segment& s, const Shape& shape) {
@@ -71,14 +71,13 @@ std::uint64_t segment_bytes(const Segment& s, const Shape& shape) {
 
 // Makes `run` as long as the contiguous dimensions allow and removes them from `loops`.
 void coalesce_run(std::vector<Loop>& loops, std::int64_t& run) {
-  for (bool grown = true; grown;) {
-    grown = false;
-    for (std::size_t i = 0; i < loops.size() && !grown; ++i) {
-      if (loops[i].mem == run && loops[i].slot == run) {
-        run *= loops[i].count;
-        loops.erase(loops.begin() + static_cast<std::ptrdiff_t>(i));
-        grown = true;
-      }
+  for (auto loop = loops.begin(); loop != loops.end();) {
+    if (loop->mem == run && loop->slot == run) {
+      run *= loop->count;
+      loops.erase(loop);
+      loop = loops.begin();
+    } else {
+      ++loop;
     }
   }
 }
@@ -161,12 +160,10 @@ Loop planes_from(const std::vector<Segment>& segments, std::size_t first) {
 }
 
 SegmentPlan plan_segment(const Segment& s, const Loop& planes, const Shape& shape) {
-  std::vector<Loop> loops;
-  for (const Loop& loop : {planes, Loop{shape.page_tokens, s.token_stride, s.slot_token_stride},
-                           Loop{s.heads, s.head_stride, s.slot_head_stride},
-                           Loop{s.channels, s.channel_stride, s.slot_channel_stride}}) {
-    if (loop.count > 1) loops.push_back(loop);
-  }
+  std::vector<Loop> loops{planes};
+  for (const Loop& loop : loops_of(s, shape)) loops.push_back(loop);
+  const auto once = [](const Loop& loop) { return loop.count == 1; };
+  loops.erase(std::remove_if(loops.begin(), loops.end(), once), loops.end());
   SegmentPlan plan;
   plan.mem_address = static_cast<std::uint64_t>(s.mem_address);
   plan.slot_offset = static_cast<std::uint64_t>(s.slot_offset);
@@ -251,8 +248,7 @@ Plan make_plan(const Segment* segments, std::size_t count, const Shape& shape) {
     return a.slot_offset < b.slot_offset;
   });
   for (const Segment& s : ordered) {
-    check_segment(s, shape);
-    plan.object_bytes = std::max(plan.object_bytes, slot_end(s, shape));
+    plan.object_bytes = std::max(plan.object_bytes, checked_end(s, shape));
     plan.block_bytes += segment_bytes(s, shape);
     if (plan.block_bytes > static_cast<std::uint64_t>(kMaxAddress)) {
       reject("segments: sizes overflow");

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -17,14 +17,14 @@ from kvstore.copier.cuda.driver import Driver
 from kvstore.copier.cuda.lanes import Budget, Lane, Lanes
 from kvstore.copier.cuda.pathcost import PathCosts, Way, calibrate
 from kvstore.copier.cuda.pinning import PinnedMemory
-from kvstore.copier.cuda.runs import Copies, CopyPlan, Runs, copy_plan
+from kvstore.copier.cuda.runs import Copies, Runs, copy_plan
 from kvstore.copier.cuda.tiles import KernelCopy, Kernels
 from kvstore.copier.gate import Event
 from kvstore.copier.segments import Plans
 from kvstore.errors import SpecError, StoreUnavailable
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    pass
 
 _RUNS_AT_ONCE: Final = 32768
 """Runs that are put together and handed over before the next; the device works meanwhile."""
@@ -39,18 +39,9 @@ class _Job:
 
     copy: Copy
     way: Way
-    plan: CopyPlan
+    runs: Runs
     in_one_piece: bool  # each slot lies in one piece of pinned memory
-    mapped: NDArray[np.uint64] | None  # where the device sees the slots
-
-    def by_kernel(
-        self, first: int, last: int, page_ids: NDArray[np.int64], slots: NDArray[np.uint64]
-    ) -> KernelCopy:
-        """The same for some layers and blocks."""
-        plan = self.plan
-        return KernelCopy(
-            self.copy.to_slots, plan.segments, first, last, page_ids, slots, plan.cast
-        )
+    by_kernel: KernelCopy  # all of it, if the device sees the slots
 
 
 class CudaCopier(Copier):
@@ -67,7 +58,7 @@ class CudaCopier(Copier):
         kernels: Kernels | None = None,
         driver: Driver | None = None,
         staging_bytes: int = 64 << 20,
-        path: Literal["auto"] | Way = "auto",
+        path: Way | Literal["auto"] = "auto",
         costs: PathCosts | None = None,
     ) -> None:
         """Copy to and from CUDA device number `device`.
@@ -146,7 +137,7 @@ class CudaCopier(Copier):
                 self._pinned.close()
             self._device.close()
 
-    def _copy(self, copy: Copy, way: Literal["auto"] | Way) -> None:
+    def _copy(self, copy: Copy, way: Way | Literal["auto"]) -> None:
         lanes = self._saving if copy.to_slots else self._loading
         with (
             self._device.current(),
@@ -157,7 +148,7 @@ class CudaCopier(Copier):
             # The stream that touches the pages, which is what gates are about.
             stream = lane.dma if job.way == "dma" else lane.kernels
             # A buffer holds whole objects, or whole layers of them.
-            whole = job.way == "staged" and job.plan.runs.layer_bytes is None
+            whole = job.way == "staged" and job.runs.layer_bytes is None
             for first, last, events in copy.turns(whole=whole):
                 for event in events:
                     self._device.wait(stream, event)
@@ -175,36 +166,32 @@ class CudaCopier(Copier):
             self._device.halt(lane.dma, lane.kernels)
             raise
 
-    def _job(self, copy: Copy, wanted: Literal["auto"] | Way, lane: Lane) -> _Job:
-        plan = self._plans.of(copy)
-        mapped, runs = None, plan.runs
+    def _job(self, copy: Copy, wanted: Way | Literal["auto"], lane: Lane) -> _Job:
+        plan, blocks, layers = self._plans.of(copy), len(copy.slots), copy.memory.part.group.layers
+        runs = plan.runs
+        in_one_piece = self._pinned.in_one_piece(copy.slots, runs.nbytes)
+        mapped = self._pinned.mapped(copy.slots, runs.nbytes)
+        slots = copy.slots if mapped is None else mapped
+        by_kernel = KernelCopy(
+            copy.to_slots, plan.segments, 0, layers, copy.page_ids, slots, plan.cast
+        )
         ways: list[Way] = ["dma"] if plan.cast is None else []
         if self._kernels is not None and wanted != "dma":
-            mapped = self._pinned.mapped(copy.slots, runs.nbytes)
             if mapped is not None:
                 ways.append("kernel")
             # An object must fit into half a buffer, whole or by its layers.
             if min(runs.nbytes, runs.layer_bytes or runs.nbytes) <= self._budget.half_bytes:
                 ways.append("staged")
-        while (way := self._choose(copy, wanted, ways, runs)) == "staged":
-            if self._budget.equip(lane):
-                break
+        way = wanted
+        while ways:
+            if way == "auto" or way not in ways:
+                runs_of_all, nbytes = runs.per_block * blocks, runs.nbytes * blocks
+                way = self._costs.choose(copy.to_slots, runs_of_all, nbytes, ways)
+            if way != "staged" or self._budget.equip(lane):
+                return _Job(copy, way, runs, in_one_piece, by_kernel)
             ways.remove("staged")
-        whole = self._pinned.in_one_piece(copy.slots, runs.nbytes)
-        return _Job(copy, way, plan, whole, mapped)
-
-    def _choose(
-        self, copy: Copy, wanted: Literal["auto"] | Way, ways: list[Way], runs: Runs
-    ) -> Way:
-        if not ways:
-            raise StoreUnavailable(
-                "numbers of another type need pinned slots, or room for a buffer on the device"
-            )
-        if wanted != "auto" and wanted in ways:
-            return wanted
-        blocks = len(copy.slots)
-        return self._costs.choose(
-            copy.to_slots, runs.per_block * blocks, runs.nbytes * blocks, ways
+        raise StoreUnavailable(
+            "numbers of another type need pinned slots, or room for a buffer on the device"
         )
 
     def _issue(self, job: _Job, lane: Lane, first: int, last: int) -> None:
@@ -213,14 +200,12 @@ class CudaCopier(Copier):
             self._issue_staged(job, lane, first, last)
         elif job.way == "kernel":
             assert self._kernels is not None
-            assert job.mapped is not None
-            self._kernels.copy(job.by_kernel(first, last, copy.page_ids, job.mapped), lane.kernels)
+            self._kernels.copy(replace(job.by_kernel, first=first, last=last), lane.kernels)
         else:
-            runs = job.plan.runs
-            blocks = max(1, _RUNS_AT_ONCE // runs.per_block)
+            blocks = max(1, _RUNS_AT_ONCE // job.runs.per_block)
             for b in range(0, len(copy.slots), blocks):
                 chosen = slice(b, b + blocks)
-                copies = runs.copies(copy.page_ids[chosen], copy.slots[chosen], first, last)
+                copies = job.runs.copies(copy.page_ids[chosen], copy.slots[chosen], first, last)
                 self._pinned.copy(copy.to_slots, copies, lane.dma, whole=job.in_one_piece)
 
     def _issue_staged(self, job: _Job, lane: Lane, first: int, last: int) -> None:
@@ -228,11 +213,11 @@ class CudaCopier(Copier):
         copy, device, staging, kernels = job.copy, self._device, lane.staging, self._kernels
         assert staging is not None
         assert kernels is not None
-        room, layer_bytes = self._budget.half_bytes, job.plan.runs.layer_bytes
+        room, layer_bytes = self._budget.half_bytes, job.runs.layer_bytes
         step = last - first if layer_bytes is None else max(1, room // layer_bytes)
         for low in range(first, last, step):
             high = min(low + step, last)
-            span = job.plan.runs.span(low, high)
+            span = job.runs.span(low, high)
             assert span is not None
             offset, nbytes = span
             pitch = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
@@ -250,7 +235,8 @@ class CudaCopier(Copier):
                     copy.to_slots, Copies(staged, slots + np.uint64(offset), sizes), lane.dma,
                     whole=job.in_one_piece,
                 )  # fmt: skip
-                some = job.by_kernel(low, high, ids, staged - np.uint64(offset))
+                seen = staged - np.uint64(offset)
+                some = replace(job.by_kernel, first=low, last=high, page_ids=ids, slots=seen)
                 by_kernel = partial(kernels.copy, some, lane.kernels)
                 fill, empty = (by_kernel, by_dma) if copy.to_slots else (by_dma, by_kernel)
                 fill()
