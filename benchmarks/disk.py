@@ -91,7 +91,7 @@ def _opened(
             threads=threads,
             sync_seconds=config.disk.sync_seconds,
             retry_seconds=config.disk.retry_seconds,
-            direct_to_arena=arena.huge,
+            direct=arena.huge,
         )
         with closing(tier):
             yield tier, arena

@@ -33,7 +33,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     @initialize(chunk=st.sampled_from([0, 256 << 10, MIB]), direct=st.booleans())
     def start(self, chunk: int, direct: bool) -> None:
-        self.options = {"chunk": chunk, "direct_to_arena": direct}
+        self.options = {"chunk": chunk, "direct": direct}
         self.store = MiniStore(self.folder, self.capacity, **self.options)
 
     @rule(number=NUMBERS, nbytes=SIZES, tenant=TENANTS, count=st.integers(1, 12))

@@ -29,11 +29,11 @@ from tests.disk_tools import (
 # --- Round trips ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("direct_to_arena", [False, True])
+@pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("nbytes", [16, 4096, 4112, 300_000])
-def test_round_trip(tmp_path: Path, nbytes: int, direct_to_arena: bool) -> None:
+def test_round_trip(tmp_path: Path, nbytes: int, direct: bool) -> None:
     name = object_name(1, nbytes)
-    with MiniStore(tmp_path, direct_to_arena=direct_to_arena) as store:
+    with MiniStore(tmp_path, direct=direct) as store:
         assert store.put(name) is None
         assert store.get(name) == content(name)
         counters = store.tier.counters

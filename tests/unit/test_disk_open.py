@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import queue
 import struct
 import subprocess
 import sys
@@ -17,7 +19,8 @@ import pytest
 
 from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.errors import ConfigError, FormatError, SpecError, TierUnavailable
-from kvstore.tiers.base import ObjectName
+from kvstore.slices import FEW
+from kvstore.tiers.base import Held, ObjectName
 from kvstore.tiers.slab.dictionary import Dictionary, new_dictionary
 from kvstore.tiers.slab.direct import lock_folder
 from kvstore.tiers.slab.file import SLAB_NAME, TABLE_NAME, SlabFile
@@ -257,6 +260,29 @@ def test_a_full_dictionary_is_recycled(tmp_path: Path) -> None:
         assert set(store.objects) == held
         for name in held:
             assert store.get(name) == content(name)
+
+
+def test_names_are_given_up_bit_by_bit(tmp_path: Path) -> None:
+    """A namespace may have any number of objects; the loop has other things to do meanwhile."""
+    most = 0
+    with MiniStore(tmp_path, 32 * MIB, chunk=2 * MIB) as store:
+        for i in range(300):
+            assert store.put(object_name(i)) is None
+        for i in range(200):
+            name = object_name(i, tenant=f"{i:04}" + "x" * 2000)
+            outcome = store.start(name)
+            while not (outcome.ended.is_set() and store.posted.empty()):
+                with contextlib.suppress(queue.Empty):
+                    task, before = store.posted.get(timeout=0.001), len(store.objects)
+                    task()
+                    most = max(most, before - len(store.objects))
+            assert outcome.job is not None
+            store.tier.settled(outcome.job, outcome.error)
+            store.objects[name] = Held(name, 4096, outcome.job.checksum, 0, 0)
+        assert outcome.error is None
+        assert store.tier.counters["names_given_up"]
+        assert object_name(0) not in store.objects
+        assert most <= 8 * FEW
 
 
 def test_names_without_objects_make_room_first(tmp_path: Path) -> None:

@@ -152,20 +152,16 @@ class Mover:
 
 def open_direct(path: Path, flags: int) -> tuple[int, bool]:
     """Open for I/O past the page cache: descriptor, and whether the file system can do that."""
+    fd = -1
     try:
         fd = os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC)
+        os.preadv(fd, [memoryview(mmap.mmap(-1, ALIGNMENT))], 0)
+        return fd, True
     except OSError as e:
+        if fd >= 0:
+            os.close(fd)
         if e.errno != errno.EINVAL:
             raise
-    else:
-        probe = memoryview(mmap.mmap(-1, ALIGNMENT))
-        try:
-            os.preadv(fd, [probe], 0)
-            return fd, True
-        except OSError as e:
-            os.close(fd)
-            if e.errno != errno.EINVAL:
-                raise
     return os.open(path, flags | os.O_CLOEXEC), False
 
 

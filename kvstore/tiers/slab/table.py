@@ -214,11 +214,6 @@ class Table:
         """The numbers of namespaces and parts that records name."""
         return {n for field in ("namespace", "part") for n in np.unique(rows[field]).tolist()}
 
-    @property
-    def found_count(self) -> int:
-        """Objects that `load` has found."""
-        return len(self._rows)
-
     def found(self, *, by_place: bool = False) -> Iterator[tuple[int, Place, Held]]:
         """What `load` has found: number, place and object, oldest first and each name once.
 

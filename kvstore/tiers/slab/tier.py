@@ -13,12 +13,12 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, Final
 
 from kvstore.memory.slots import Slot, SlotPool, slot_policy
-from kvstore.slices import Background, Work, tables
+from kvstore.slices import FEW, Background, Work, tables
 from kvstore.tiers.base import Held, Host, Job, JobDone, ObjectName, State
 from kvstore.tiers.slab.file import SlabFile
 from kvstore.tiers.slab.health import Health
@@ -51,8 +51,8 @@ class SlabTier:
         self,
         name: str,
         host: Host,
-        folder: Path,
-        capacity: int,
+        path: Path,
+        size: int,
         *,
         chunk: int = 0,
         policy: str = "lru",
@@ -60,22 +60,22 @@ class SlabTier:
         sync_seconds: float = 5.0,
         retry_seconds: float = 5.0,
         stall_seconds: float = 10.0,
-        direct_to_arena: bool = False,
+        direct: bool = False,
     ) -> None:
-        """Open the slab in `folder`, or make folder and slab.
+        """Open the slab in the folder `path`, or make folder and slab.
 
         Args:
             name: of the tier.
             host: the store.
-            folder: for this tier alone.
-            capacity: bytes on disk that nothing of ours ever exceeds.
+            path: a folder for this tier alone.
+            size: bytes on disk that nothing of ours ever exceeds.
             chunk: bytes of a chunk of a new slab; 0 chooses. A slab keeps what it was made with.
             policy: of eviction, `lru` or `s3fifo`.
             threads: transfers on the disk at a time.
             sync_seconds: longest time that a finished write may be lost to a power loss.
             retry_seconds: time between attempts while the disk is full, read-only or broken.
             stall_seconds: I/O that takes longer makes the tier unhealthy.
-            direct_to_arena: the arena lies on huge pages and its slots are padded to 4 KiB, so
+            direct: the arena lies on huge pages and its slots are padded to 4 KiB, so
                 the disk may read and write it without a buffer between.
 
         Raises:
@@ -91,7 +91,7 @@ class SlabTier:
         self._places: list[dict[ObjectName, _Slot]] = tables()
         self._background = Background(host.post)
         self._nameless: list[Task] = []  # puts that wait for room in the dictionary
-        self._slab = slab = SlabFile(folder, capacity, chunk)
+        self._slab = slab = SlabFile(path, size, chunk)
         self._health = Health(str(slab.path), retry_seconds, stall_seconds)
         try:
             self._pool: SlotPool[ObjectName] = SlotPool(
@@ -112,7 +112,7 @@ class SlabTier:
                 self._health,
                 transfers=threads,
                 sync_seconds=sync_seconds,
-                in_place=direct_to_arena,
+                in_place=direct,
                 ended=self._ended,
             )
         except BaseException:
@@ -182,15 +182,12 @@ class SlabTier:
         for job in jobs:
             task = Task(job, done, Place(0, 0), is_put=True)
             error = "closed" if self._closed else self._health.unwritable
-            if error is None and not (
-                0 < job.nbytes <= self._pool.chunk and len(job.name.key) == 32
-            ):
-                error = "refused"
-            if error is None:
+            possible = 0 < job.nbytes <= self._pool.chunk and len(job.name.key) == 32
+            if possible and error is None:
                 self._drop(job.name)
                 self._place(task)
             else:
-                self._threads.finish(task, error)
+                self._threads.finish(task, error or "refused")
 
     def _place(self, task: Task) -> None:
         """Give a put a place, and run it."""
@@ -314,24 +311,21 @@ class SlabTier:
         self._health.notice("names", _NAMES)
         self._background.once(self._give_up_names)
 
-    def _pieces(self) -> Iterator[list[_Slot]]:
-        return takewhile(lambda _: not self._closed, self._pool.pieces())
-
     def _give_up_names(self) -> Work[None]:
         """Evict the objects of the namespaces that were not used for longest."""
         used: dict[bytes, int] = {}
-        for slots in self._pieces():
-            for slot in slots:
-                digest = slot.owner.namespace.digest
-                used[digest] = max(used.get(digest, 0), slot.used)
-            yield
+        for number, slot in enumerate(self._slots()):
+            digest = slot.owner.namespace.digest
+            used[digest] = max(used.get(digest, 0), slot.used)
+            if number % FEW == 0:
+                yield
         cold = set(sorted(used, key=used.__getitem__)[: -(-len(used) // _NAMES_SHARE)])
-        for slots in self._pieces():
-            for slot in slots:
-                name = slot.owner
-                if name.namespace.digest in cold and slot.admitted and not self._host.busy(name):
-                    self._give_up(slot)
-            yield
+        for number, slot in enumerate(self._slots()):
+            name = slot.owner
+            if name.namespace.digest in cold and slot.admitted and not self._host.busy(name):
+                self._give_up(slot)
+            if number % FEW == 0:
+                yield
         self._health.count("names_given_up", len(cold))
         self._health.notice("names", None)
         self._slab.table.compact()
@@ -339,15 +333,11 @@ class SlabTier:
         for task in tasks:
             self._threads.submit(task)
 
+    def _slots(self) -> Iterator[_Slot]:
+        """The slots in use, each chunk's as they are when its turn comes; none after the end."""
+        return takewhile(lambda _: not self._closed, chain.from_iterable(self._pool.pieces()))
+
 
 def open_slab(name: str, host: Host, options: Mapping[str, Any]) -> SlabTier:
-    """Open a slab by the settings of `disk`, as `OpenTier` says."""
-    kept = ("chunk", "policy", "threads", "sync_seconds", "retry_seconds", "stall_seconds")
-    return SlabTier(
-        name,
-        host,
-        options["path"],
-        options["size"],
-        direct_to_arena=options["direct"],
-        **{key: options[key] for key in kept},
-    )
+    """Open a slab by its settings, as `OpenTier` says; `queue` is the store's."""
+    return SlabTier(name, host, **{k: v for k, v in options.items() if k != "queue"})
