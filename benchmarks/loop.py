@@ -95,7 +95,7 @@ class _Load:
         """Half of the blocks have to go."""
         half = self._objects // 2
         self._api.set_quota(_TENANT, memory_bytes=half * INDEX_ONLY.block_bytes)
-        while self._session.stats()["memory"]["used"] > half * _SLOT:
+        while self._session.stats()["tiers"]["memory"]["used"] > half * _SLOT:
             time.sleep(_PAUSE)
         self._api.set_quota(_TENANT)
 

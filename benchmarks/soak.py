@@ -171,8 +171,8 @@ def _sample(watch: Session, clients: Clients, pid: int | None, seconds: float) -
         status.get("Threads", 0),
         stats["leases"],
         stats["objects"],
-        stats["memory"]["used"],
-        (stats["disk"] or {"used": 0})["used"],
+        stats["tiers"]["memory"]["used"],
+        stats["tiers"].get("disk", {"used": 0})["used"],
         clients.did(),
     )
 

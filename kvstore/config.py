@@ -38,10 +38,12 @@ from kvstore.values import checked_text, format_size, parse_size, split_host_por
 _NOT_CONFIG: Final = frozenset({"KVSTORE_CONFIG", "KVSTORE_CPU", "KVSTORE_TOKEN"})
 """Variables of ours that are no configuration values; the token is a secret."""
 
-_QUOTA: Final = re.compile(r"KVSTORE_QUOTAS__(.*)__(MEMORY|DISK)", re.I | re.S)
+_QUOTA: Final = re.compile(r"KVSTORE_QUOTAS__(.*)__([a-z][a-z0-9-]*)", re.I | re.S)
 _INJECTED: Final = re.compile(r"_SERVICE_HOST\Z|_PORT(_\w+)?\Z")
 """How names end that Kubernetes makes of Services, and Docker of links."""
 
+MAX_BELOW: Final = 6
+"""Tiers below memory."""
 _MAX_TIER: Final = 1 << 50
 _MAX_CHUNKS: Final = 1 << 22
 _MAX_YAML: Final = 1 << 20
@@ -98,6 +100,8 @@ User = Annotated[
 ]
 Tenant = Annotated[str, AfterValidator(checked_text), Field(max_length=4096)]
 PolicyName = Literal["lru", "s3fifo"]
+TierName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+WriteRule = Literal["all", "reused", "none"]
 
 
 def default_run_dir() -> Path:
@@ -142,25 +146,56 @@ class MemoryConfig(_Space):
     max_pinned: Part = Field(0.5, description="part of the arena that pins may hold")
 
 
-class DiskConfig(_Space):
-    """The disk tier: a slab of objects and its table, in a folder of their own."""
+class SlabConfig(_Space):
+    """A slab of objects and its table, in a folder of their own."""
 
     path: MaybeFolder = Field(None, description="folder for the slab; none: no disk tier")
     size: Size = Field(10 * 2**30, description="bytes on disk, of all", ge=2**22, le=_MAX_TIER)
     threads: Count = Field(2, description="I/O threads", ge=1, le=64)
-    queue: Size = Field(256 * 2**20, description="bytes on their way to disk at a time", ge=1)
     sync_seconds: Seconds = Field(5.0, description="longest time a finished write stays unsynced")
-    retry_seconds: Seconds = Field(5.0, description="between attempts while the disk is broken")
-    stall_seconds: Seconds = Field(10.0, description="I/O that takes longer: the disk is broken")
 
 
-class TierConfig(_Section):
+class _Below(_Section):
+    """How the store works with a tier below memory."""
+
+    queue: Size = Field(256 * 2**20, description="bytes on their way to it at a time", ge=1)
+    retry_seconds: Seconds = Field(5.0, description="between attempts while it is broken")
+    stall_seconds: Seconds = Field(10.0, description="I/O that takes longer: it is broken")
+
+
+class DiskConfig(_Below, SlabConfig):
+    """The disk tier: short for a slab named `disk`, first of the tiers below memory."""
+
+
+class TierConfig(_Below):
     """A tier below memory."""
 
     kind: Name = Field(description="slab, or a kind that an installed package offers")
+    name: TierName = Field("", description="in metrics, quotas and rules; the kind's if left out")
     options: dict[str, Any] = Field(
         default_factory=dict, description="as the kind has them; a slab those of disk"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "kind" in values and "name" not in values:
+            return values | {"name": "disk" if values["kind"] == "slab" else values["kind"]}
+        return values
+
+    @field_validator("options")
+    @classmethod
+    def _check_slab(cls, options: dict[str, Any], others: ValidationInfo) -> dict[str, Any]:
+        if others.data.get("kind") != "slab":
+            return options
+        try:
+            slab = SlabConfig.model_validate(options)
+        except ValidationError as e:
+            known = tuple(SlabConfig.model_fields)
+            raise ValueError(str(explain(e, "a slab", "", known))) from None
+        if slab.path is None:
+            raise ValueError("a slab needs a path: the folder to lie in")
+        return slab.model_dump()
 
 
 class SessionConfig(_Section):
@@ -221,20 +256,38 @@ class ServerConfig(_Section):
 
 
 class QuotaConfig(_Section):
-    """What one tenant may hold."""
+    """What one tenant may hold, by the name of the tier."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Limit]
 
     memory: Limit = Field(None, description="bytes in memory; none: no limit")
-    disk: Limit = Field(None, description="bytes on disk; none: no limit")
+    disk: Limit = Field(None, description="bytes on disk, and so on by tiers' names")
+
+    @property
+    def limits(self) -> dict[str, int | None]:
+        """Bytes by the name of the tier."""
+        return {"memory": self.memory, "disk": self.disk} | self.__pydantic_extra__
 
 
 class AdmissionConfig(_Section):
-    """What is let in; the API changes it at run time."""
+    """What is let in, by the name of the tier; the API changes it at run time."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, WriteRule]
 
     memory: Literal["all", "none"] = Field("all", description="saves: all or none")
-    disk: Literal["all", "reused", "none"] = Field(
-        "all", description="write-behind: all, reused (what a second request asks for) or none"
+    disk: WriteRule = Field(
+        "all",
+        description="write-behind: all, reused (what a second request asks for) or none; so for "
+        "others, by their names",
     )
     denied_tenants: frozenset[Tenant] = Field(frozenset(), description="whose saves are dropped")
+
+    @property
+    def below(self) -> dict[str, str]:
+        """The rules of tiers below memory, by their names."""
+        return {"disk": self.disk, **self.__pydantic_extra__}
 
 
 class PlannerConfig(_Section):
@@ -263,7 +316,7 @@ class Config(_Section):
     memory: MemoryConfig = Field(default_factory=MemoryConfig)
     disk: DiskConfig = Field(default_factory=DiskConfig)
     tiers: tuple[TierConfig, ...] = Field(
-        (), description="below memory, in order; one yet. A slab alone may be given as disk"
+        (), description="below memory and disk, in the order in which they are read from"
     )
     session: SessionConfig = Field(default_factory=SessionConfig)
     planner: PlannerConfig = Field(default_factory=PlannerConfig)
@@ -271,36 +324,32 @@ class Config(_Section):
     admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
     quotas: dict[Tenant, QuotaConfig] = Field(default_factory=dict, description="by tenant")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _slab_of_tiers(cls, values: Any) -> Any:
-        """A slab among `tiers` is checked, and known from here on, as `disk`."""
-        match values:
-            case {"tiers": [{"kind": "slab", **rest}]} if set(rest) <= {"options"}:
-                options = rest.get("options", {})
-                disk = values.get("disk", {})
-                if isinstance(options, dict) and isinstance(disk, dict) and not disk.get("path"):
-                    return {**values, "tiers": (), "disk": disk | options}
-        return values
-
-    @field_validator("tiers")
-    @classmethod
-    def _check_tiers(cls, tiers: tuple[TierConfig, ...], others: ValidationInfo) -> Any:
-        disk = others.data.get("disk")
-        if tiers and disk is not None and disk.path is not None:
-            raise ValueError("disk.path names a tier, too; give all of them here, or disk alone")
-        if len(tiers) > 1:
-            raise ValueError(f"{len(tiers)} tiers; this release has one below memory: leave one")
-        if tiers and tiers[0].kind == "slab":
-            raise ValueError("the options of a slab are a table, as under disk")
-        return tiers
-
     @property
-    def below(self) -> TierConfig | None:
-        """The tier below memory; None if there is none."""
-        if self.disk.path is not None:
-            return TierConfig(kind="slab", options=self.disk.model_dump())
-        return next(iter(self.tiers), None)
+    def below(self) -> tuple[TierConfig, ...]:
+        """The tiers below memory, in their order; `disk` is the first."""
+        if self.disk.path is None:
+            return self.tiers
+        disk = self.disk.model_dump()
+        waits = {key: disk.pop(key) for key in _Below.model_fields}
+        return (TierConfig(kind="slab", name="disk", options=disk, **waits), *self.tiers)
+
+    @model_validator(mode="after")
+    def _check_tiers(self) -> Config:
+        names = [tier.name for tier in self.below]
+        if len(names) > MAX_BELOW:
+            raise ValueError(f"tiers: {len(names)} below memory; give {MAX_BELOW} at most")
+        taken = ["memory", *names]
+        for number, name in enumerate(names):
+            if name in taken[: number + 1]:
+                raise ValueError(f"tiers: {name!r} is there twice; give one of them another name")
+        rules = {f"admission.{name}": name for name in self.admission.__pydantic_extra__}
+        for tenant, quota in self.quotas.items():
+            rules |= {f"quotas.{tenant}.{name}": name for name in quota.__pydantic_extra__}
+        for where, name in rules.items():
+            if name not in names:
+                known = ", ".join(dict.fromkeys(("memory", "disk", *names)))
+                raise ValueError(f"{where}: there is no tier {name!r}; known: {known}")
+        return self
 
     @field_validator("address")
     @classmethod
@@ -397,7 +446,7 @@ def explain(
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
             lines.append(f"{where}: unknown key; {hint}")
         else:
-            lines.append(f"{where}: {plainly(item)}")
+            lines.append(f"{where}: {plainly(item)}" if item["loc"] else plainly(item))
     return ConfigError(f"{source}: " + "; ".join(lines))
 
 

@@ -11,7 +11,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -43,7 +43,7 @@ _CLOSING_PART: Final = 0.1
 
 _log = logging.getLogger("kvstore.daemon")
 
-Ready = Callable[[list[str], str | None], None]
+Ready = Callable[[list[str], Mapping[str, str]], None]
 
 
 class _StoppedEarly(Exception):
@@ -159,7 +159,7 @@ class Daemon:
                 self._http.attach(node)
             listening = [face for face in (self._http, node.control, *faces) if face is not None]
             addresses = [address for face in listening for address in face.addresses]
-            ready(addresses, node.store.tiering.disk_problem)
+            ready(addresses, node.store.movement.away)
             if not self._embedded:  # What we inherited would be the engine's.
                 notify("READY=1")
             await self._stop.wait()
@@ -188,14 +188,16 @@ class Daemon:
             _post(self._loop, self._node.access.forget)
 
     def _say_what_is_lost(self) -> None:
-        if self._node is None or not self._node.store.tiering.unwritten:
+        if self._node is None or not self._node.store.movement.unwritten:
             return
-        tiering = self._node.store.tiering
+        movement = self._node.store.movement
+        lowers = movement.lowers.values()
+        problems = [f"{lower.name}: {why}" for lower in lowers if (why := lower.state.problem)]
         _log.warning(
-            "%d objects (%s) did not reach the disk before the stop: %s",
-            tiering.unwritten,
-            format_size(tiering.writes.nbytes),
-            tiering.problem or f"server.stop_timeout is {self._config.server.stop_timeout:g} s",
+            "%d objects (%s) were not written before the stop: %s",
+            movement.unwritten,
+            format_size(movement.catalogue.writes.nbytes),
+            "; ".join(problems) or f"server.stop_timeout is {self._config.server.stop_timeout:g} s",
         )
 
     def _give_up(self) -> None:
@@ -280,14 +282,18 @@ def serve(
         runner.run(main())
 
 
-def describe(config: Config, problem: str | None) -> str:
-    """One line on what a daemon of this configuration offers. `problem`: why it has no disk."""
-    disk = "no disk tier" if problem is None else f"no disk tier: {problem}"
-    if config.disk.path is not None and problem is None:
-        disk = f"disk {format_size(config.disk.size)} in {config.disk.path}"
-    elif config.below is not None and problem is None:
-        disk = f"{config.below.kind} below it"
-    return f"memory {format_size(config.memory.size)}, {disk}"
+def describe(config: Config, away: Mapping[str, str]) -> str:
+    """One line on what a daemon of this configuration offers. `away`: tiers it has not, and why."""
+    told = [f"memory {format_size(config.memory.size)}"]
+    for tier in config.below:
+        if tier.name in away:
+            told.append(f"no {tier.name} tier: {away[tier.name]}")
+        elif tier.kind == "slab":
+            size, path = tier.options["size"], tier.options["path"]
+            told.append(f"{tier.name} {format_size(size)} in {path}")
+        else:
+            told.append(tier.name if tier.name == tier.kind else f"{tier.name} ({tier.kind})")
+    return ", ".join(told if config.below else (*told, "no disk tier"))
 
 
 def start_logging(level: str) -> None:

@@ -25,7 +25,7 @@ from kvstore.server.recent import Recent
 from kvstore.store.leases import Lease
 from kvstore.store.store import Store
 from kvstore.telemetry import QuietLog
-from kvstore.transport.protocol import MEMORY, TIER_NAMES
+from kvstore.transport.protocol import MEMORY
 
 _DRAIN_POLL: Final = 0.02
 _COLLECT_SECONDS: Final = 15.0
@@ -153,28 +153,31 @@ class Node:
     def stats(self, grant: Grant) -> dict[str, Any]:
         """`Store.stats`; for callers limited to tenants, what these hold, and nothing of others.
 
-        `tiers` lists them by number and name, from memory on.
+        `tiers` are by their names, memory first.
         """
-        stats = self.store.stats()
         if grant.tenants is None:
-            return stats | {
-                "longest_step": self.steps.longest,
-                "busiest_step": self.steps.busiest,
-                "tiers": _tiers(stats),
-            }
+            steps = {"longest_step": self.steps.longest, "busiest_step": self.steps.busiest}
+            return self.store.stats() | steps
         held = [t for name, t in self.store.usage.tenants.items() if grant.sees(name)]
-        disk = {"used": sum(tenant.disk_bytes for tenant in held)}
-        seen: dict[str, Any] = {
+        places = self.store.catalogue.places
+        pinned = sum(tenant.pinned_bytes for tenant in held)
+        used = {number: sum(tenant.bytes_in(number) for tenant in held) for number in places}
+        return {
             "objects": sum(tenant.objects for tenant in held),
-            "memory": {"used": sum(tenant.memory_bytes for tenant in held)},
-            "disk": None if stats["disk"] is None else disk,
-            "disk_problem": None,
-            "pinned_bytes": sum(tenant.pinned_bytes for tenant in held),
+            "tiers": {
+                place.name: {
+                    "number": number,
+                    "used": used[number],
+                    "pinned": pinned if number == MEMORY else 0,
+                    "problem": None,
+                }
+                for number, place in places.items()
+            },
+            "pinned_bytes": pinned,
             "leases": len(self.leases(grant)),
             "counters": {},
             "histograms": {},
         }
-        return seen | {"tiers": _tiers(seen)}
 
     def leases(self, grant: Grant) -> list[Lease]:
         """Leases on blocks of tenants that the caller sees."""
@@ -253,30 +256,27 @@ class Node:
         return self.config.control_socket
 
     async def drain(self, timeout: float) -> int:
-        """Take no more saves and sessions, and wait until all is on disk, as long as it gets on.
+        """Take no more saves and sessions, and wait until all is written, as long as it gets on.
 
-        Returns how many objects did not reach the disk.
+        Returns how many objects did not reach the tiers that they were to be written to.
         """
         self.store.draining = True
-        tiering = self.store.tiering
+        movement = self.store.movement
         until = time.monotonic() + timeout
-        while tiering.unwritten and time.monotonic() < until:
-            if tiering.disk is None or not tiering.disk.state.writable:
+        while movement.unwritten and time.monotonic() < until:
+            if not any(lower.state.writable for lower in movement.lowers.values()):
                 break
             await asyncio.sleep(_DRAIN_POLL)
-        return tiering.unwritten
+        return movement.unwritten
 
-    def health(self) -> dict[str, str]:
-        """In two words how it is doing, for those who probe: `status` and `disk`."""
-        tiering = self.store.tiering
-        if self.config.below is None:
-            disk = "none"
-        elif tiering.disk is None:
-            disk = "missing"
-        else:
-            disk = "failing" if tiering.problem else "ready"
+    def health(self) -> dict[str, Any]:
+        """In a word each how it is doing, and its `tiers` below memory, for those who probe."""
         status = "draining" if self.draining else "ready"
-        return {"status": status if self.ready else "stopping", "disk": disk}
+        tiers = {}
+        for lower in self.store.movement.lowers.values():
+            word = "failing" if lower.state.problem else "ready"
+            tiers[lower.name] = "missing" if lower.tier is None else word
+        return {"status": status if self.ready else "stopping", "tiers": tiers}
 
     def collect_garbage(self) -> None:
         """Look for old garbage in circles if it is time; call now and then.
@@ -298,20 +298,6 @@ class Node:
     def name(self) -> str:
         """Of this node, in answers and metrics."""
         return self.config.server.name
-
-
-def _tiers(stats: dict[str, Any]) -> list[dict[str, Any]]:
-    found = []
-    for number, name in TIER_NAMES.items():
-        held = stats[name]
-        if held is None and stats["disk_problem"]:  # It is away.
-            held = {"problem": stats["disk_problem"]}
-        if held is not None:
-            pinned = stats["pinned_bytes"] if number == MEMORY else 0
-            found.append(
-                {"number": number, "name": name, "pinned": pinned, "problem": None, **held}
-            )
-    return found
 
 
 def _sees(grant: Grant, session: Session) -> bool:

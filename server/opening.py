@@ -6,12 +6,11 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-from kvstore.config import Config
+from kvstore.config import Config, TierConfig
 from kvstore.memory.arena import Arena
 from kvstore.store.admission import Admission
-from kvstore.store.opening import OpenDisk
+from kvstore.store.opening import Below, OpenTier
 from kvstore.store.store import Store
-from kvstore.store.usage import Quota
 from kvstore.tiers.factory import find
 
 _ROOM_SECONDS: Final = 5.0
@@ -43,35 +42,43 @@ def make_arena(config: Config, progress: Callable[[int, int], None], *, private:
 
 
 def open_store(config: Config, arena: Arena, post: Callable[[Callable[[], None]], None]) -> Store:
-    """The store, with what its disk holds. Takes long; `post` has a task done on the loop."""
-    memory, disk = config.memory, config.disk
+    """The store, with what its tiers hold. Takes long; `post` has a task done on the loop.
+
+    Raises:
+        ConfigError: a kind of tier is not known.
+    """
+    memory = config.memory
     store = Store(
         arena,
         post,
         chunk=min(memory.chunk, arena.size),  # A private arena may be smaller than configured.
         policy=memory.policy,
         lease_seconds=config.lease_seconds,
-        open_disk=disk_opener(config, direct=arena.huge),
-        write_queue=disk.queue,
-        retry_seconds=disk.retry_seconds,
-        stall_seconds=disk.stall_seconds,
+        below=tiers_below(config, direct=arena.huge),
         max_pinned=memory.max_pinned,
     )
-    store.admission = Admission(**config.admission.model_dump())
+    rules = config.admission
+    store.admission = Admission(rules.memory, rules.below, rules.denied_tenants)
     for tenant, quota in config.quotas.items():
-        store.set_quota(tenant, Quota(quota.memory, quota.disk))
+        limits = {number: quota.limits.get(p.name) for number, p in store.catalogue.places.items()}
+        store.set_quota(tenant, {n: limit for n, limit in limits.items() if limit is not None})
     return store
 
 
-def disk_opener(config: Config, *, direct: bool) -> OpenDisk | None:
-    """What opens the configured tier below memory; None when there is none.
+def tiers_below(config: Config, *, direct: bool) -> list[Below]:
+    """The configured tiers below memory.
 
     Raises:
-        ConfigError: its kind is not known.
+        ConfigError: a kind is not known.
     """
-    below = config.below
-    if below is None:
-        return None
-    open_tier = find(below.kind)
-    options = below.options | {"direct": direct}
-    return lambda host: open_tier("disk", host, options)
+    return [
+        Below(tier.name, _opener(tier, direct), tier.queue, tier.retry_seconds, tier.stall_seconds)
+        for tier in config.below
+    ]
+
+
+def _opener(tier: TierConfig, direct: bool) -> OpenTier:
+    open_tier = find(tier.kind)
+    waits = {"retry_seconds": tier.retry_seconds, "stall_seconds": tier.stall_seconds}
+    options = tier.options | waits | {"direct": direct}
+    return lambda host: open_tier(tier.name, host, options)

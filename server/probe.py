@@ -28,7 +28,7 @@ def main() -> None:
             said = connection.makefile("rb").read()
     except OSError as e:
         sys.exit(f"no daemon answers at {path}: {e.strerror or e}")
-    text = said[said.rfind(b"{") :].decode(errors="replace")  # Of the reply, the JSON.
+    text = said[said.find(b'{"status"') :].decode(errors="replace")  # Of the reply, the JSON.
     print(text)
     sys.exit(0 if any(f'"status": "{state}"' in text for state in wanted) else 1)
 

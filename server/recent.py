@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from kvstore.blocks.spec import Namespace
-from kvstore.transport.protocol import DISK, MEMORY
+from kvstore.tiers.base import MISS, PENDING
+from kvstore.transport.protocol import MEMORY
 
 _LIMIT: Final = 200
 
@@ -22,16 +23,16 @@ class Request(NamedTuple):
     what: str  # lookup, load or save
     asked: int  # blocks
     memory: int  # blocks found in memory; of a save: blocks stored
-    disk: int
+    below: int
     reason: str  # why not all; empty: all
     seconds: float
 
 
 def by_tier(tiers: bytes) -> tuple[int, int]:
-    """Blocks in memory and on disk, given a byte per block: its tier."""
-    # Most prompts have nothing on disk, and to see that is much cheaper than to count.
-    disk = tiers.count(DISK) if DISK in tiers else 0
-    return tiers.count(MEMORY), disk
+    """Blocks in memory and in tiers below, given a byte per block: its tier."""
+    in_memory = tiers.count(MEMORY)
+    nowhere = len(tiers) - in_memory and tiers.count(MISS) + tiers.count(PENDING)
+    return in_memory, len(tiers) - in_memory - nowhere
 
 
 class Recent:
@@ -47,14 +48,14 @@ class Recent:
         what: str,
         asked: int,
         memory: int,
-        disk: int,
+        below: int,
         reason: str,
         started: float,
     ) -> None:
         """Take in a request that was just answered; `started` by `time.monotonic`."""
         seconds = time.monotonic() - started
         self._requests.append(
-            Request(time.time(), session, namespace, what, asked, memory, disk, reason, seconds)
+            Request(time.time(), session, namespace, what, asked, memory, below, reason, seconds)
         )
 
     def __iter__(self) -> Iterator[Request]:

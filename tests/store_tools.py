@@ -6,18 +6,23 @@ import hashlib
 import queue
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from examples.memory_tier import MemoryTier
 from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part
 from kvstore.clock import Clock
 from kvstore.config import Config
 from kvstore.memory.arena import Arena
-from kvstore.server.opening import disk_opener
-from kvstore.store.index import Entry
+from kvstore.server.opening import tiers_below
+from kvstore.store.entry import Entry
 from kvstore.store.leases import Saving
+from kvstore.store.opening import Below
 from kvstore.store.pins import Pins
 from kvstore.store.selection import Selection, candidates
 from kvstore.store.store import Acquired, Store
+from kvstore.transport.protocol import DISK
 
 NAMESPACE = Namespace(ModelIdentity("model"), "", 16)
 GROUP = Group(layers=2, heads=4, channels=(32, 32), dtype="float32")
@@ -46,6 +51,7 @@ class Bench:
         policy: str = "lru",
         wall: float = 1e9,
         stall_seconds: float = 10.0,
+        far: dict[str, Any] | None = None,
     ) -> None:
         self.posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.now = 0.0
@@ -53,18 +59,20 @@ class Bench:
         """Unix time when `now` is 0; change it to set the wall clock."""
         self.arena = Arena.create(slots * NBYTES)
         disk: dict[str, object] = {"size": disk_size, "path": folder, "policy": policy}
-        disk["retry_seconds"] = 0.2
+        disk |= {"retry_seconds": 0.2, "stall_seconds": stall_seconds}
+        below = tiers_below(Config.model_validate({"disk": disk}), direct=False)
+        if far is not None:
+            below.append(Below("far", lambda host: MemoryTier("far", host, far)))
         self.store = Store(
             self.arena,
             self.posted.put,
             chunk=CHUNK,
             policy=policy,
             lease_seconds=10,
-            open_disk=disk_opener(Config.model_validate({"disk": disk}), direct=False),
-            retry_seconds=1.0,
-            stall_seconds=stall_seconds,
+            below=[replace(one, retry_seconds=1.0) for one in below],
             clock=Clock(lambda: self.now, lambda: self.wall + self.now),
         )
+        self.disk = self.store.movement.lowers.get(DISK)
         self.pins = Pins(self.store)
         self.lease = 0
 
@@ -102,7 +110,7 @@ class Bench:
 
     def drain(self) -> None:
         until = time.monotonic() + 20
-        while self.store.tiering.unwritten and time.monotonic() < until:
+        while self.store.movement.unwritten and time.monotonic() < until:
             self.posted.get(timeout=20)()
         while not self.posted.empty():
             self.posted.get()()

@@ -196,5 +196,5 @@ class Proxy:
 
 def used(served: Served) -> int:
     """Bytes of slots in use."""
-    number: int = served.stats()["memory"]["used"]
+    number: int = served.stats()["tiers"]["memory"]["used"]
     return number

@@ -1,37 +1,41 @@
-"""What is let into memory and onto disk."""
+"""What is let into memory and into the tiers below."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
-MEMORY_RULES: Final = ("all", "none")
-DISK_RULES: Final = ("all", "reused", "none")
+SAVE_RULES: Final = ("all", "none")
+WRITE_RULES: Final = ("all", "reused", "none")
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
     """The rules in force.
 
-    `memory` is about saves: `all`, or `none`. `disk` is about write-behind: `all`; `reused`, which
-    writes a block once a second request asks for it, be it here or not, and so spares flash from
-    blocks nobody asks for again; or `none`. Saves of `denied_tenants` are dropped.
+    `memory` is about saves: `all`, or `none`. `below` is about write-behind, by the name of the
+    tier: `all`, which is meant where nothing is said; `reused`, which writes a block once a second
+    request asks for it, be it here or not, and so spares flash from blocks nobody asks for again;
+    or `none`. Saves of `denied_tenants` are dropped.
 
     Raises:
         ValueError: an unknown rule, with those there are.
     """
 
     memory: str = "all"
-    disk: str = "all"
+    below: Mapping[str, str] = field(default_factory=dict)
     denied_tenants: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        for name, rule, known in (
-            ("memory", self.memory, MEMORY_RULES),
-            ("disk", self.disk, DISK_RULES),
-        ):
+        below = ((name, rule, WRITE_RULES) for name, rule in self.below.items())
+        for name, rule, known in (("memory", self.memory, SAVE_RULES), *below):
             if rule not in known:
                 raise ValueError(f"admission.{name} is {rule!r}; use one of {', '.join(known)}")
+
+    def rule(self, tier: str) -> str:
+        """What is written to a tier below memory."""
+        return self.below.get(tier, "all")
 
     def refuses(self, tenant: str) -> bool:
         """Whether saves of this tenant are dropped."""

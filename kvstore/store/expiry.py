@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from kvstore.memory.eviction import Ring
-from kvstore.store.index import Entry
+from kvstore.store.entry import Entry
 
 _PAUSE: Final = 5
 """Seconds until an object that was due, but is still there, is looked at again."""

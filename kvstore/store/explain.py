@@ -5,15 +5,15 @@ Belongs to the store's loop; nothing is thread-safe.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from kvstore.blocks.spec import Namespace
 from kvstore.slices import FEW, Work, finish
-from kvstore.store.index import Entry
+from kvstore.store.entry import Entry
 from kvstore.store.store import Store
-from kvstore.transport.protocol import DISK, MEMORY
 
 _SHOWN: Final = 8
 """Parts of a block that are named."""
@@ -21,8 +21,8 @@ _SHOWN: Final = 8
 
 @dataclass(slots=True)
 class Survey:
-    """The longest complete prefix: tier and objects per block, and why it ends there; `below` are
-    the bytes that do not lie in memory.
+    """The longest complete prefix: tier and objects per block, and why it ends there; `nbytes` are
+    its bytes by the tier that they would be loaded from.
 
     A block is complete when everything that was ever stored of its namespace, by as many ranks, is
     stored of it: all groups of layers, all shards. It lies in the slowest tier of its objects.
@@ -30,7 +30,7 @@ class Survey:
 
     tiers: list[int] = field(default_factory=list)
     entries: list[tuple[Entry, ...]] = field(default_factory=list)
-    below: int = 0
+    nbytes: Counter[int] = field(default_factory=Counter)
     reason: str = ""
 
 
@@ -56,7 +56,7 @@ _MEANING: Final = {
     "held": "its save was dropped: its tenant held as much under leases as it may",
     "draining": "its save was dropped: the daemon was draining",
     "uncommitted": "its save was begun but never finished",
-    "corrupt": "its copy on disk was damaged, so it was dropped",
+    "corrupt": "its copy below memory was damaged, so it was dropped",
     "damaged": "its bytes had changed in memory, so it was dropped",
 }
 
@@ -73,9 +73,10 @@ def surveying(store: Store, namespace: Namespace, keys: Sequence[bytes]) -> Work
         if not block:
             result.reason = _why_not(store, namespace, key).reason
             break
-        result.tiers.append(max(MEMORY if entry.in_memory else DISK for entry in block))
+        result.tiers.append(max(entry.tier for entry in block))
         result.entries.append(block)
-        result.below += sum(entry.nbytes for entry in block if not entry.in_memory)
+        for entry in block:
+            result.nbytes[entry.tier] += entry.nbytes
     return result
 
 
@@ -99,7 +100,7 @@ def explain(store: Store, namespace: Namespace, keys: Sequence[bytes]) -> list[B
             whole = False
             reasons.append(_why_not(store, namespace, key))
             continue
-        tier = max(MEMORY if entry.in_memory else DISK for entry in block)
+        tier = max(entry.tier for entry in block)
         detail = "" if whole else "not usable: a block before it is missing"
         at = store.clock.unix(min(entry.created for entry in block))
         reasons.append(BlockReason(key, whole, tier, "stored", detail, at))
@@ -118,7 +119,7 @@ def _families(store: Store, namespace: Namespace) -> dict[int, set[bytes]]:
 def _own(store: Store, namespace: Namespace, key: bytes) -> list[Entry]:
     """The objects of a block, without those that others saved under the same key."""
     digest = namespace.digest
-    return [e for e in store.tiering.index.of(key) if e.name.namespace.digest == digest]
+    return [e for e in store.index.of(key) if e.name.namespace.digest == digest]
 
 
 def _complete(

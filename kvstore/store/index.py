@@ -1,92 +1,15 @@
-"""Which objects there are, where they lie, and who holds rights to them.
-
-Everything here belongs to the store's loop; nothing is thread-safe.
-"""
+"""Objects by block key and part. Belongs to the store's loop; nothing is thread-safe."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
 
 from kvstore.blocks.spec import Part
-from kvstore.memory.eviction import Node
-from kvstore.memory.slots import Slot
 from kvstore.slices import tables
-from kvstore.store.usage import Copy, NamespaceUsage
-from kvstore.tiers.base import MISS, PENDING, ObjectName
-from kvstore.transport.protocol import DISK, MEMORY
-
-
-class Entry(Node, gc=False, eq=False):
-    """One object and its copies.
-
-    `slot` is its place in the arena, `placed`: it has one on disk. `in_memory` and `on_disk` say
-    whether the bytes there are whole; between reserving or promoting and that moment the slot is
-    set but the flag is not. Bytes that are whole never change. `created`, `used` and `expires`
-    (inf: never) are in monotonic seconds; `recorded` is what the disk was told of `expires`. `due`
-    and the links belong to `Expiry`. `account` is set once the entry is indexed. `beside` is for
-    the index, `memory_copy` and `disk_copy` are for accounts.
-
-    There may be millions, so the garbage collector does not know them: whoever takes one out of
-    sight unties it from its slots.
-    """
-
-    codec: ClassVar[str] = "raw"
-
-    name: ObjectName
-    nbytes: int
-    created: float = 0.0
-    used: float = 0.0
-    expires: float = math.inf
-    recorded: float = math.inf
-    due: int | None = None
-    variant: bytes = b""
-    account: NamespaceUsage = None  # type: ignore[assignment]
-    beside: Entry | None = None
-    memory_copy: Copy | None = None
-    disk_copy: Copy | None = None
-    checksum: int | None = None
-    slot: Slot[Entry] | None = None
-    placed: bool = False
-    in_memory: bool = False
-    on_disk: bool = False
-    gone: bool = False
-    writer: Any = None  # the lease under which it is being saved
-    readers: int = 0
-    pins: int = 0
-    disk_io: int = 0
-    write: Any = None  # of `WriteBehind`
-    waiting: list[Callable[[str | None], None]] | None = None  # for the running promotion
-
-    def __post_init__(self) -> None:
-        self.used = self.created
-        self.variant = self.name.part.variant
-
-    @property
-    def ghost(self) -> int:
-        """Names the object for policies that remember those that are gone."""
-        return hash((self.name.key, self.variant))
-
-    @property
-    def stored(self) -> bool:
-        """Whether some tier holds the whole object."""
-        return self.in_memory or self.on_disk
-
-    @property
-    def idle(self) -> bool:
-        """Whether nobody reads, writes or moves it."""
-        return not (self.readers or self.disk_io or self.writer or self.waiting)
-
-    def lies_in(self, tier: int) -> bool:
-        """Whether a tier holds the whole object."""
-        return self.in_memory if tier == MEMORY else self.on_disk
-
-    def may_leave(self, tier: int) -> bool:
-        """Whether its copy in a tier may be given up now."""
-        if tier == MEMORY:
-            return self.in_memory and self.idle and not self.pins
-        return self.on_disk and not (self.disk_io or self.pins or self.waiting)
+from kvstore.store.entry import IN_MEMORY, Entry
+from kvstore.store.usage import NamespaceUsage
+from kvstore.tiers.base import MISS, PENDING
+from kvstore.transport.protocol import MEMORY
 
 
 class Index:
@@ -125,7 +48,7 @@ class Index:
         second = None
         variant = part.variant
         for entry in self.of(key):
-            if not (entry.in_memory or entry.on_disk):
+            if not entry.tiers:
                 continue
             if within is not None and entry.account is not within:
                 continue
@@ -150,7 +73,7 @@ class Index:
             if entry is None:
                 break
             if (
-                not entry.in_memory
+                not entry.tiers & IN_MEMORY
                 or entry.variant != variant
                 or (within is not None and entry.account is not within)
             ):
@@ -158,7 +81,7 @@ class Index:
                 if usable is None:
                     break
                 entry = usable
-            tiers.append(MEMORY if entry.in_memory else DISK)
+            tiers.append(MEMORY if entry.tiers & IN_MEMORY else entry.tier)
         return tiers
 
     def states(
@@ -169,7 +92,7 @@ class Index:
         for key in keys:
             entry = self.usable(key, part, within)
             if entry is not None:
-                states.append(MEMORY if entry.in_memory else DISK)
+                states.append(entry.tier)
             else:
                 writing = self.why_not(key, part, within) == "writing"
                 states.append(PENDING if writing else MISS)
@@ -181,7 +104,7 @@ class Index:
         for entry in self.of(key):
             if entry.name.part.content != part.content or within not in (None, entry.account):
                 continue
-            if not entry.stored and entry.name.part.converts_to(part):
+            if not entry.tiers and entry.name.part.converts_to(part):
                 return "writing"
             reason = "layout"
         return reason

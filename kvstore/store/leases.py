@@ -12,8 +12,8 @@ from typing import Final
 
 from kvstore.blocks.spec import ModelIdentity, Namespace, Part
 from kvstore.slices import FEW, Work, at_once
-from kvstore.store.index import Entry
-from kvstore.store.tiering import Tiering
+from kvstore.store.entry import Entry
+from kvstore.store.movement import Movement
 from kvstore.store.usage import NamespaceUsage, TenantUsage
 
 MAX_LEASES: Final = 4096
@@ -98,18 +98,20 @@ class Lease:
 
 
 class Leases:
-    """All leases on the objects of `tiering`.
+    """All leases on the objects that `movement` carries.
 
     `seconds` is the life of read and write leases; pins may hold `max_pinned_bytes`.
     """
 
-    def __init__(self, tiering: Tiering, seconds: float, max_pinned_bytes: int) -> None:
-        self.tiering = tiering
-        self.usage = tiering.usage
-        self.counters = tiering.counters
-        self.background = tiering.background
+    def __init__(self, movement: Movement, seconds: float, max_pinned_bytes: int) -> None:
+        self.movement = movement
+        self.catalogue = catalogue = movement.catalogue
+        self.index = catalogue.index
+        self.usage = catalogue.usage
+        self.counters = catalogue.counters
+        self.background = movement.background
         self.max_pinned_bytes = max_pinned_bytes
-        self._clock = tiering.clock.monotonic
+        self._clock = catalogue.clock.monotonic
         self._lease_seconds = seconds
         self._leases: dict[Hashable, dict[int, Lease]] = {}
         self._payers: dict[Hashable, Payer] = {}
@@ -150,7 +152,7 @@ class Leases:
                 yield
                 self.counters.add("load.failed", "damaged")
                 for entry in block:
-                    self.tiering.discard(entry, "damaged")
+                    self.catalogue.discard(entry, "damaged")
         yield from self._ending(lease)
         return True
 
@@ -197,8 +199,8 @@ class Leases:
         self, key: bytes, parts: Sequence[Part], within: NamespaceUsage | None
     ) -> tuple[Entry, ...]:
         """The objects of a block that readers of `parts` can use; fewer if some are missing."""
-        index = self.tiering.index
-        return tuple(entry for part in parts if (entry := index.usable(key, part, within)))
+        usable = self.index.usable
+        return tuple(entry for part in parts if (entry := usable(key, part, within)))
 
     def pinning_blocks(
         self,
@@ -300,13 +302,13 @@ class Leases:
                 entry.pins -= 1
                 if not entry.pins:
                     self.usage.pinned(entry, -1)
-                self.tiering.settle(entry)
+                self.catalogue.settle(entry)
             elif lease.kind is LeaseKind.READ:
                 self._end_reading(entry)
             elif entry.writer is lease:
                 self._end_writing(entry)
                 self.counters.add("save.dropped", "uncommitted")
-                self.tiering.discard(entry, "uncommitted")
+                self.catalogue.discard(entry, "uncommitted")
 
     def _end_writing(self, entry: Entry) -> None:
         entry.writer = None
@@ -317,7 +319,7 @@ class Leases:
         entry.readers -= 1
         if not (entry.readers or entry.writer):
             self.usage.held(entry, -1)
-        self.tiering.settle(entry)
+        self.catalogue.settle(entry)
 
 
 def lease_weight(blocks: int, parts: int) -> int:

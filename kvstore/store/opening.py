@@ -1,4 +1,4 @@
-"""The disk tier comes and goes: opened beside the loop, tried again, closed once it is lost."""
+"""A tier below memory comes and goes: opened beside the loop, tried again, closed when lost."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 from kvstore.clock import Clock
 from kvstore.errors import ConfigError, FormatError
@@ -13,49 +14,59 @@ from kvstore.tiers.base import Host, Tier
 
 _log = logging.getLogger("kvstore.store")
 
-OpenDisk = Callable[[Host], Tier]
-"""Opens the disk tier of a store."""
+OpenTier = Callable[[Host], Tier]
+"""Opens a tier for a store; may raise OSError, FormatError and ConfigError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Below:
+    """A tier below memory, as configured.
+
+    `open` opens it. Where that fails or takes longer than `stall_seconds`, the store runs without
+    and tries again every `retry_seconds`. `queue` bytes are on their way to it at most; what is
+    committed beyond waits in memory.
+    """
+
+    name: str
+    open: OpenTier
+    queue: int = 256 << 20
+    retry_seconds: float = 5.0
+    stall_seconds: float = 10.0
 
 
 class Opening:
     """Opens a tier again and again until there is one.
 
     Args:
-        open_disk: opens it for `host`; may raise OSError, FormatError and ConfigError.
+        below: the tier.
+        host: it is opened for.
         attach: is given the tier, on the loop.
         clock: what time it is.
-        retry_seconds: between two attempts.
     """
 
     def __init__(
-        self,
-        open_disk: OpenDisk,
-        host: Host,
-        attach: Callable[[Tier], None],
-        clock: Clock,
-        retry_seconds: float,
+        self, below: Below, host: Host, attach: Callable[[Tier], None], clock: Clock
     ) -> None:
         self.problem: str | None = None
         """Why there is none."""
 
-        self._open_disk = open_disk
+        self._below = below
         self._host = host
         self._attach = attach
         self._clock = clock
-        self._retry_seconds = retry_seconds
         self._next = 0.0
         self._busy = False
         self._closed = False
 
-    def within(self, seconds: float) -> Tier | None:
-        """Open it at the start, and go on without, should it not answer. Blocks."""
-        opened = self._open()
+    def at_start(self) -> Tier | None:
+        """Open it, and go on without, should it not answer. Blocks."""
+        opened, seconds = self._open(), self._below.stall_seconds
         try:
             return self._outcome(*opened.result(seconds))
         except TimeoutError:
             self._busy = True
             self.problem = f"it cannot be opened: it has not answered for {seconds:g} s"
-            _log.warning("no disk tier: %s; going on without", self.problem)
+            _log.warning("no tier %s: %s; going on without", self._below.name, self.problem)
             opened.add_done_callback(self._opened)
             return None
 
@@ -65,17 +76,17 @@ class Opening:
             self._busy = True
             self._open().add_done_callback(self._opened)
 
-    def lose(self, disk: Tier, lost: Callable[[], None]) -> None:
+    def lose(self, tier: Tier, lost: Callable[[], None]) -> None:
         """Its medium is gone: close it, and call `lost` on the loop.
 
         Nothing is opened before `found`.
         """
         self._busy = True
-        self.problem = disk.state.problem
+        self.problem = tier.state.problem
         self._next = self._clock.monotonic()
 
         def close() -> None:
-            disk.close()
+            tier.close()
             self._host.post(lost)
 
         threading.Thread(target=close, name="kvstore-close", daemon=True).start()
@@ -94,7 +105,7 @@ class Opening:
 
         def work() -> None:
             try:
-                opened.set_result((self._open_disk(self._host), None))
+                opened.set_result((self._below.open(self._host), None))
             except (OSError, FormatError) as e:
                 opened.set_result((None, str(e)))
             except Exception as e:
@@ -108,25 +119,26 @@ class Opening:
     def _opened(self, opened: Future[tuple[Tier | None, str | None]]) -> None:
         error = opened.exception()
         if error is None:
-            disk, problem = opened.result()
+            tier, problem = opened.result()
         else:
             ours = "an error of ours; the log tells more"
-            disk, problem = None, str(error) if isinstance(error, ConfigError) else ours
+            tier, problem = None, str(error) if isinstance(error, ConfigError) else ours
 
         def on_loop() -> None:
-            found = self._outcome(disk, problem)
+            found = self._outcome(tier, problem)
             if found is not None:
                 self._attach(found)
 
         self._host.post(on_loop)
 
-    def _outcome(self, disk: Tier | None, problem: str | None) -> Tier | None:
+    def _outcome(self, tier: Tier | None, problem: str | None) -> Tier | None:
         self._busy = False
-        self._next = self._clock.monotonic() + self._retry_seconds
-        if disk is not None and self._closed:
-            disk.close()
+        self._next = self._clock.monotonic() + self._below.retry_seconds
+        if tier is not None and self._closed:
+            tier.close()
             return None
-        if disk is None and problem != self.problem:
-            _log.warning("no disk tier: %s; going on without, trying again", problem)
+        if tier is None and problem != self.problem:
+            text = "no tier %s: %s; going on without, trying again"
+            _log.warning(text, self._below.name, problem)
         self.problem = problem
-        return disk
+        return tier

@@ -1,8 +1,8 @@
 """What operators do to single objects: copy and move between tiers, re-encode, remove.
 
 Belongs to the store's loop; nothing is thread-safe. Reasons why an object was left alone: `already`
-(it is as wanted), `gone`, `writing` (not committed yet), `pinned`, `in_use`, `no_disk`, or why a
-read or write failed.
+(it is as wanted), `gone`, `writing` (not committed yet), `pinned`, `in_use`, `no_tier` (the tier is
+away), or why a read or write failed.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvstore.codecs import CODECS
-from kvstore.store.index import Entry
-from kvstore.store.tiering import Tiering
-from kvstore.transport.protocol import DISK, MEMORY
+from kvstore.store.catalogue import Catalogue
+from kvstore.store.entry import Entry, members
+from kvstore.store.movement import Movement
+from kvstore.transport.protocol import MEMORY
 
 Done = Callable[[str | None], None]
 """Told what came of it: None, or the reason why the object was left alone."""
 
 
-def copy_to(tiering: Tiering, entry: Entry, tier: int, done: Done) -> None:
+def copy_to(movement: Movement, entry: Entry, tier: int, done: Done) -> None:
     """Bring an object into a tier; it stays where it is, too. `done` may be called at once."""
     if entry.gone:
         done("gone")
@@ -27,37 +28,41 @@ def copy_to(tiering: Tiering, entry: Entry, tier: int, done: Done) -> None:
     elif entry.lies_in(tier):
         done("already")
     elif tier == MEMORY:
-        tiering.promote(entry, done)
-    elif tiering.disk is None:
-        done("no_disk")
-    else:
-        tiering.writes.add(entry, done)
-        tiering.pump()
-
-
-def move_to(tiering: Tiering, entry: Entry, tier: int, done: Done) -> None:
-    """Bring an object into a tier and let it leave the other one."""
-
-    def copied(reason: str | None) -> None:
-        done(
-            _leave(tiering, entry, DISK if tier == MEMORY else MEMORY)
-            if reason in (None, "already")
-            else reason
+        movement.promote(entry, done)
+    elif tier not in movement.lowers or movement.lowers[tier].tier is None:
+        done("no_tier")
+    elif entry.in_memory:
+        movement.catalogue.writes.add(entry, tier, done)
+        movement.pump()
+    else:  # Everything goes by way of memory.
+        movement.promote(
+            entry, lambda error: done(error) if error else copy_to(movement, entry, tier, done)
         )
 
-    copy_to(tiering, entry, tier, copied)
+
+def move_to(movement: Movement, entry: Entry, tier: int, done: Done) -> None:
+    """Bring an object into a tier and let it leave all others."""
+
+    def copied(reason: str | None) -> None:
+        if reason in (None, "already"):
+            reason = _leave_others(movement.catalogue, entry, tier)
+        done(reason)
+
+    copy_to(movement, entry, tier, copied)
 
 
-def _leave(tiering: Tiering, entry: Entry, tier: int) -> str | None:
-    if not entry.lies_in(tier):
+def _leave_others(catalogue: Catalogue, entry: Entry, tier: int) -> str | None:
+    others = entry.tiers & ~(1 << tier)
+    if not others:
         return "already"
-    if not entry.may_leave(tier):
+    if not all(entry.may_leave(other) for other in members(others)):
         return "pinned" if entry.pins else "in_use"
-    tiering.leave(entry, tier, "moved")
+    for other in members(others):
+        catalogue.leave(entry, other, "moved")
     return None
 
 
-def remove(tiering: Tiering, entry: Entry) -> str | None:
+def remove(catalogue: Catalogue, entry: Entry) -> str | None:
     """Remove an object that nobody holds; else says why not."""
     if entry.gone:
         return "gone"
@@ -65,7 +70,7 @@ def remove(tiering: Tiering, entry: Entry) -> str | None:
         return "pinned"
     if entry.writer is not None:
         return "writing"
-    tiering.discard(entry, "cleared")
+    catalogue.discard(entry, "cleared")
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kvstore.store.index import Entry
+from kvstore.store.entry import Entry
 from kvstore.store.store import Store
 
 
@@ -46,7 +46,7 @@ def candidates(store: Store, selection: Selection) -> Iterator[Entry]:
     Those of `keys` come last block first, so that a prompt that is removed or moved in part keeps
     its beginning.
     """
-    index = store.tiering.index
+    index = store.index
     if selection.keys is None:
         yield from index
     else:

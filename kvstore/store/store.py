@@ -1,14 +1,14 @@
 """The tier engine: reserve → commit → write-behind → evict → promote.
 
 One loop owns a `Store`: every method must be called from it, none blocks. Bulk bytes never pass
-through here; sessions copy them in and out of the arena, and the disk's threads bring results back
+through here; sessions copy them in and out of the arena, and the tiers' threads bring results back
 through `post`, which must run a function on the loop.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -18,13 +18,12 @@ from kvstore.memory.arena import Arena
 from kvstore.memory.slots import Slot
 from kvstore.slices import FEW, Work, at_once
 from kvstore.store.admission import Admission
-from kvstore.store.index import Entry
+from kvstore.store.entry import Entry
 from kvstore.store.leases import Lease, LeaseKind, Leases, Payer, Saving, lease_weight
-from kvstore.store.opening import OpenDisk
-from kvstore.store.tiering import Tiering
-from kvstore.store.usage import Quota
+from kvstore.store.movement import Movement
+from kvstore.store.opening import Below
 from kvstore.tiers.base import MISS, ObjectName
-from kvstore.transport.protocol import BUSY, DISK, HAVE, MEMORY, NO_ROOM, TIER_NAMES
+from kvstore.transport.protocol import BUSY, HAVE, MEMORY, NO_ROOM
 from kvstore.values import format_size
 
 
@@ -84,7 +83,7 @@ _REFUSALS: Final = 64
 
 
 class Store(Leases):
-    """Memory tier over an arena, and an optional disk tier below it.
+    """A memory tier over an arena, and tiers below it.
 
     Args:
         arena: where objects live in memory.
@@ -92,10 +91,7 @@ class Store(Leases):
         chunk: bytes per chunk of the arena (0: chosen).
         policy: eviction policy of the memory tier.
         lease_seconds: life of read and write leases.
-        open_disk: opens the disk tier; None for none. Where it raises TierUnavailable or takes
-            longer than `stall_seconds`, the store runs without and tries again every
-            `retry_seconds`.
-        write_queue: bytes on their way to disk at most; committed objects beyond wait in memory.
+        below: the tiers below memory, in the order in which they are read from.
         max_pinned: part of the arena's bytes that pins may hold.
         clock: what time it is.
     """
@@ -108,32 +104,20 @@ class Store(Leases):
         chunk: int = 0,
         policy: str = "lru",
         lease_seconds: float = 30.0,
-        open_disk: OpenDisk | None = None,
-        write_queue: int = 256 << 20,
-        retry_seconds: float = 5.0,
-        stall_seconds: float = 10.0,
+        below: Sequence[Below] = (),
         max_pinned: float = 1.0,
         clock: Clock = SYSTEM,
     ) -> None:
-        self.tiering = Tiering(
-            arena,
-            post,
-            clock,
-            chunk=chunk,
-            policy=policy,
-            open_disk=open_disk,
-            write_queue=write_queue,
-            retry_seconds=retry_seconds,
-            stall_seconds=stall_seconds,
-        )
-        super().__init__(self.tiering, lease_seconds, int(max_pinned * arena.size))
+        movement = Movement(arena, post, clock, chunk=chunk, policy=policy, below=below)
+        super().__init__(movement, lease_seconds, int(max_pinned * arena.size))
+        self.memory = movement.memory
         self.clock = clock
         self._prefetches = itertools.count(1)
         self._acquiring = 0
         self.draining = False
-        self.history = self.tiering.history
-        self.events = self.tiering.events
-        self.histograms = self.tiering.histograms
+        self.history = self.catalogue.history
+        self.events = self.catalogue.events
+        self.histograms = self.catalogue.histograms
 
     # -- saving ---------------------------------------------------------------------------------
 
@@ -167,9 +151,9 @@ class Store(Leases):
         refusal = ""
         if self.draining:
             refusal = "draining"
-        elif self.tiering.admission.refuses(namespace.tenant):
+        elif self.admission.refuses(namespace.tenant):
             refusal = "admission"
-        index = self.tiering.index
+        index = self.index
         within = self._within(namespace)
         known: list[Entry | None] = []
         for number, key in enumerate(keys):
@@ -213,7 +197,7 @@ class Store(Leases):
                 answers.append(answer)
             lease.blocks.append(tuple(block))
         if refusal:
-            self.tiering.quiet.warning(f"save.{refusal}", "saves dropped: %s", _DROPPED[refusal])
+            self.catalogue.quiet.warning(f"save.{refusal}", "saves dropped: %s", _DROPPED[refusal])
         return answers, refusal
 
     reserve = at_once(reserving)
@@ -221,14 +205,14 @@ class Store(Leases):
     def _touching(self, entries: Sequence[Entry]) -> Work[None]:
         """Of these, in the order of their blocks, the first one is the last to go."""
         for end in range(len(entries), 0, -FEW):
-            self.tiering.touch(entries[max(0, end - FEW) : end])
+            self.movement.touch(entries[max(0, end - FEW) : end])
             yield
 
     def _reserve(self, entry: Entry, payer: Payer) -> str:
         name = entry.name
         takes = self.usage.in_memory(entry.nbytes)
         refusal = self._too_much(payer, name.namespace, takes, name.part)
-        refusal = refusal or self.tiering.reserve(entry) or ""
+        refusal = refusal or self.memory.reserve(entry, new=True)
         if not refusal:
             self.usage.held(entry, 1)
         return refusal
@@ -259,9 +243,9 @@ class Store(Leases):
         saved: list[Entry] = []
         try:
             stored = yield from self._making_visible(lease, without, checksums, saved)
-            yield from self.tiering.writing(saved)
+            yield from self.movement.writing(saved)
         except GeneratorExit:  # The owner has gone; what is visible goes its way.
-            self.background.add(self.tiering.writing(saved))
+            self.background.add(self.movement.writing(saved))
             raise
         yield from self.releasing(owner, lease_id)
         return stored, "dropped" if without else ""
@@ -289,12 +273,12 @@ class Store(Leases):
                 for entry in block:
                     self._end_writing(entry)
                     if saving.ttl is not None:  # Before its way to disk begins.
-                        self.tiering.set_ttl(entry, saving.ttl)
+                        self.catalogue.set_ttl(entry, saving.ttl)
                 ready += block
                 numbers.append(number)
             if ready:
                 self.counters.add("save.bytes", by=sum(entry.nbytes for entry in ready))
-                self.tiering.committed(ready, colder)
+                self.movement.committed(ready, colder)
                 self._committed(saving, numbers, ready[0].name.namespace)
                 ready[0].account.last_used = self._clock()
             stored += len(numbers)
@@ -355,16 +339,16 @@ class Store(Leases):
                 break
         if not again:
             block_tokens = 0 if namespace is None else namespace.block_tokens
-            in_memory, below = tiers.count(MEMORY), tiers.count(DISK)
             counters = self.counters
             counters.add("lookup.requests")
-            counters.add("lookup.hit_blocks", by=in_memory + below)
             counters.add("lookup.tokens", by=len(keys) * block_tokens)
-            counters.add("hit.tokens", "memory", by=in_memory * block_tokens)
-            counters.add("hit.tokens", "disk", by=below * block_tokens)
+            for number, place in self.catalogue.places.items():
+                blocks = tiers.count(number)
+                counters.add("lookup.hit_blocks", by=blocks)
+                counters.add("hit.tokens", place.name, by=blocks * block_tokens)
             if reason:
                 counters.add("lookup.miss", reason)
-            self.tiering.asked(keys)
+            self.movement.asked(keys)
         self.histograms.observe("seconds.lookup", self._clock() - started)
         return tiers, reason
 
@@ -373,7 +357,7 @@ class Store(Leases):
     def _find(
         self, keys: Sequence[bytes], parts: Sequence[Part], namespace: Namespace | None
     ) -> tuple[list[int], str]:
-        index = self.tiering.index
+        index = self.index
         within = self._within(namespace)
         tiers = index.tiers(keys, parts[0], within)
         for part in parts[1:]:
@@ -389,7 +373,7 @@ class Store(Leases):
         self, keys: Sequence[bytes], parts: Sequence[Part], namespace: Namespace | None
     ) -> list[int]:
         within = self._within(namespace)
-        of_parts = [self.tiering.index.states(keys, part, within) for part in parts]
+        of_parts = [self.index.states(keys, part, within) for part in parts]
         return [max(block) if min(block) != MISS else MISS for block in zip(*of_parts, strict=True)]
 
     def acquiring(
@@ -466,13 +450,12 @@ class Store(Leases):
                 running.reason = "held"
                 break
             lease.blocks.append(block)
-            in_memory = all(entry.in_memory for entry in block)
-            running.tiers.append((MEMORY if in_memory else DISK) if block else MISS)
+            running.tiers.append(max((entry.tier for entry in block), default=MISS))
             self.hold(block)
             for entry in block:
                 if not entry.in_memory:
                     running.promoting += 1
-                    self.tiering.promote(entry, self._promotion_ended(running, entry))
+                    self.movement.promote(entry, self._promotion_ended(running, entry))
             if running.failed and not running.holes:
                 break
         running.started_all = True
@@ -519,14 +502,14 @@ class Store(Leases):
             if lease.released:
                 break
             if running.reads:
-                self.tiering.asked(blocks[i][0].name.key for i in some if blocks[i])
+                self.movement.asked(blocks[i][0].name.key for i in some if blocks[i])
                 for i in some:
                     if not blocks[i]:
                         continue
-                    tier = TIER_NAMES[running.tiers[i]]
+                    tier = self.catalogue.places[running.tiers[i]].name
                     self.counters.add("load.blocks", tier)
                     self.counters.add("load.bytes", tier, by=sum(e.nbytes for e in blocks[i]))
-            self.tiering.touch([entry for i in some for entry in blocks[i]])
+            self.movement.touch([entry for i in some for entry in blocks[i]])
             yield
         if lease.released:
             running.done(Acquired([], [], "released"))
@@ -595,14 +578,14 @@ class Store(Leases):
         """Remove every object (of `namespace`) that is not pinned or being written."""
         removed = 0
         of: set[Namespace] = set()
-        for number, entry in enumerate(self.tiering.index):
+        for number, entry in enumerate(self.index):
             if number % FEW == 0:
                 yield
             if entry.gone or entry.pins or entry.writer is not None:
                 continue
             if namespace is None or namespace == entry.name.namespace:
                 of.add(entry.name.namespace)
-                self.tiering.discard(entry, "cleared")
+                self.catalogue.discard(entry, "cleared")
                 removed += 1
         for cleared in of:
             self.events.cleared(cleared)
@@ -615,21 +598,24 @@ class Store(Leases):
     @property
     def admission(self) -> Admission:
         """What is let in; may be replaced at any time."""
-        return self.tiering.admission
+        return self.movement.admission
 
     @admission.setter
     def admission(self, rules: Admission) -> None:
-        self.tiering.admission = rules
+        self.movement.admission = rules
 
-    def set_quota(self, tenant: str, quota: Quota | None) -> None:
-        """Limit what a tenant may hold; what it holds beyond goes now and with the next ticks."""
-        self.usage.set_quota(tenant, quota)
-        self.tiering.enforce_quotas()
+    def set_quota(self, tenant: str, limits: Mapping[int, int]) -> None:
+        """Limit what a tenant may hold, in bytes by the number of the tier; nothing: no limit.
+
+        What it holds beyond goes now and with the next ticks.
+        """
+        self.usage.set_quota(tenant, limits)
+        self.background.once(self.catalogue.enforcing)
 
     # -- upkeep ---------------------------------------------------------------------------------
 
     def tick(self) -> None:
-        """Expire leases and look after the disk; call about once a second."""
+        """Expire leases and look after the tiers below; call about once a second."""
         now = self._clock()
         for lease in self.leases():
             if now < lease.expires or lease.withdrawn:
@@ -639,32 +625,25 @@ class Store(Leases):
                 self.background.add(self.releasing(lease.owner, lease.id))
             else:
                 lease.withdrawn = True
-        self.background.once(self._expire)
-        self.tiering.enforce_quotas()
-        self.tiering.look_after_disk()
-
-    def _expire(self) -> Work[None]:
-        """Remove what has outlived its time; what is held now goes when nobody holds it."""
-        for number, entry in enumerate(self.tiering.expiry.due()):
-            if number % FEW == FEW - 1:
-                yield
-            if not (entry.gone or entry.pins or entry.writer is not None):
-                self.counters.add("expired")
-                self.tiering.discard(entry, "expired")
+        self.background.once(self.catalogue.expiring)
+        self.background.once(self.catalogue.enforcing)
+        for lower in self.movement.lowers.values():
+            lower.look_after()
 
     def close(self) -> None:
-        """Let go of the disk; objects in memory are gone with the arena. May block."""
-        self.tiering.close()
+        """Let go of the tiers below; objects in memory are gone with the arena. May block."""
+        self.movement.close()
 
     def stats(self) -> dict[str, Any]:
         """Usage, leases and counters, for people and metrics."""
-        return self.tiering.stats() | {
+        stats = self.movement.stats()
+        return stats | {
             "leases": len(self.leases()),
             "counters": self.counters.snapshot(),
             "histograms": self.histograms.snapshot(),
             "queues": {
-                "write_bytes": self.tiering.bytes_under_way,
-                "write_objects": self.tiering.unwritten,
+                "write_bytes": stats["writing_bytes"],
+                "write_objects": self.movement.unwritten,
                 "acquiring": self._acquiring,
             },
         }
@@ -672,10 +651,10 @@ class Store(Leases):
     def check_object(self, part: Part, block_tokens: int) -> str | None:
         """Why an object of this part can never be stored here; None if it can."""
         nbytes = part.nbytes(block_tokens)
-        if self.tiering.memory.slot_bytes(nbytes) > self.tiering.memory.chunk:
+        if self.memory.pool.slot_bytes(nbytes) > self.memory.pool.chunk:
             return (
                 f"an object of group {part.group.name!r} takes {format_size(nbytes)}, a chunk of "
-                f"the arena holds {format_size(self.tiering.memory.chunk)}: raise memory.chunk (or "
+                f"the arena holds {format_size(self.memory.pool.chunk)}: raise memory.chunk (or "
                 "memory.size), or use fewer block_tokens"
             )
         return None

@@ -5,7 +5,8 @@ Belongs to the store's loop; nothing is thread-safe.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -18,18 +19,15 @@ from kvstore.transport.protocol import MEMORY
 _EMPTIED: Final = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Quota:
-    """What a tenant may hold, in bytes; None: no limit."""
-
-    memory: int | None = None
-    disk: int | None = None
-
-
 class Copy(Node, gc=False, eq=False):
-    """An object in a tier, in the order in which those of its tenant were used there."""
+    """An object in a tier, in the order in which those of its tenant were used there.
+
+    `beside` is its copy in another tier.
+    """
 
     owner: Any
+    tier: int
+    beside: Copy | None = None
 
 
 class Counted(Protocol):
@@ -38,23 +36,21 @@ class Counted(Protocol):
     name: ObjectName
     nbytes: int
     account: NamespaceUsage
-    memory_copy: Copy | None
-    disk_copy: Copy | None
+    copies: Copy | None
 
 
 class TierShare:
-    """What a tenant holds in one tier, coldest first.
+    """What a tenant holds in one tier, coldest first; at most `limit` bytes, None: no limit.
 
-    If it is over its quota, its own blocks have to go, not the coldest of all. `copy` names the
-    field of entries that is for the tier.
+    If it is over its quota, its own blocks have to go, not the coldest of all.
     """
 
-    __slots__ = ("_copy", "_order", "limit", "nbytes")
+    __slots__ = ("_order", "_tier", "limit", "nbytes")
 
-    def __init__(self, copy: str) -> None:
+    def __init__(self, tier: int) -> None:
         self.nbytes = 0
         self.limit: int | None = None
-        self._copy = copy
+        self._tier = tier
         self._order: Ring[Copy] = Ring()
 
     def over(self, more: int = 0) -> int:
@@ -64,8 +60,7 @@ class TierShare:
     def took(self, entry: Counted, nbytes: int) -> None:
         """The entry has a place of `nbytes` in this tier now."""
         self.nbytes += nbytes
-        copy = Copy(entry)
-        setattr(entry, self._copy, copy)
+        entry.copies = copy = Copy(entry, self._tier, entry.copies)
         self._order.add(copy)
 
     def coldest(self, tries: int) -> Iterator[Any]:
@@ -79,59 +74,72 @@ class TierShare:
 
     def touched(self, entry: Counted, older_than: Counted | None = None) -> None:
         """The entry was used, so it is the last to go, or goes just before another."""
-        copy = getattr(entry, self._copy)
-        if copy is not None and older_than is not entry:
+        if older_than is not entry:
+            copy = self._copy(entry)
             self._order.remove(copy)
-            self._order.add(copy, None if older_than is None else getattr(older_than, self._copy))
+            self._order.add(copy, None if older_than is None else self._copy(older_than))
 
     def gave(self, entry: Counted, nbytes: int) -> None:
         """The entry has lost its place in this tier."""
         self.nbytes -= nbytes
-        self._order.remove(getattr(entry, self._copy))
-        setattr(entry, self._copy, None)
+        copy = self._copy(entry)
+        self._order.remove(copy)
+        before = entry.copies
+        if before is copy:
+            entry.copies = copy.beside
+        else:
+            while before is not None and before.beside is not copy:
+                before = before.beside
+            assert before is not None
+            before.beside = copy.beside
+        copy.beside = None
+
+    def _copy(self, entry: Counted) -> Copy:
+        copy = entry.copies
+        while copy is not None and copy.tier != self._tier:
+            copy = copy.beside
+        assert copy is not None
+        return copy
 
 
 class TenantUsage:
-    """What a tenant holds."""
+    """What a tenant holds, half-written objects included."""
 
     __slots__ = (
-        "disk", "held_bytes", "memory", "namespaces", "objects", "parts", "pinned_bytes",
-        "unwritten",
+        "held_bytes", "namespaces", "objects", "parts", "pinned_bytes", "shares", "unwritten",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.namespaces = self.objects = 0
         self.parts = 0  # of all its namespaces
-        self.memory = TierShare("memory_copy")
-        self.disk = TierShare("disk_copy")
+        self.shares: dict[int, TierShare] = {}  # by the number of the tier
         self.held_bytes = 0  # being saved or read, so that they cannot leave memory
         self.pinned_bytes = 0
-        self.unwritten = 0  # objects that are on their way to disk
+        self.unwritten = 0  # copies that are on their way to tiers below memory
 
     def share(self, tier: int) -> TierShare:
         """What it holds in a tier."""
-        return self.memory if tier == MEMORY else self.disk
+        share = self.shares.get(tier)
+        if share is None:
+            share = self.shares[tier] = TierShare(tier)
+        return share
 
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes in memory, half-written ones included."""
-        return self.memory.nbytes
-
-    @property
-    def disk_bytes(self) -> int:
-        """Bytes on disk, half-written ones included."""
-        return self.disk.nbytes
+    def bytes_in(self, tier: int) -> int:
+        """Bytes that it holds in a tier, by the room that its objects take."""
+        return self.shares[tier].nbytes if tier in self.shares else 0
 
 
 @dataclass(slots=True, eq=False)
 class NamespaceUsage:
-    """What is stored of one namespace. `last_used` by the clock; `parts` counts objects."""
+    """What is stored of one namespace, half-written objects included.
+
+    `nbytes` are by the number of the tier; `last_used` by the clock; `parts` counts objects.
+    """
 
     namespace: Namespace
     tenant: TenantUsage
     objects: int = 0
-    memory_bytes: int = 0
-    disk_bytes: int = 0
+    nbytes: Counter[int] = field(default_factory=Counter)
     last_used: float = 0.0
     parts: dict[Part, int] = field(default_factory=dict)
 
@@ -139,19 +147,19 @@ class NamespaceUsage:
 class Usage:
     """Accounts of all namespaces and tenants; `clock` gives monotonic seconds.
 
-    Namespaces are charged the bytes of their objects, tenants the room that those take:
-    `in_memory` and `on_disk` say how much that is for an object of so many bytes.
+    Namespaces are charged the bytes of their objects, tenants the room that those take: `in_memory`
+    says how much that is for an object of so many bytes.
     """
 
     def __init__(self, clock: Callable[[], float], in_memory: Callable[[int], int]) -> None:
         self._clock = clock
         self.in_memory = in_memory
-        self.on_disk = align
         self.namespaces: dict[bytes, NamespaceUsage] = {}
         self.emptied: dict[bytes, Namespace] = {}
         """The last ones that held something, and do not any more."""
         self.tenants: dict[str, TenantUsage] = {}
-        self.quotas: dict[str, Quota] = {}
+        self.quotas: dict[str, Mapping[int, int]] = {}
+        """What tenants may hold, in bytes by the number of the tier."""
 
     @property
     def pinned_bytes(self) -> int:
@@ -193,27 +201,22 @@ class Usage:
             account.tenant.parts -= 1
         self.close_if_empty(account)
 
-    def took_memory(self, entry: Counted) -> None:
-        """An indexed object was given a slot."""
-        entry.account.memory_bytes += entry.nbytes
-        entry.account.tenant.memory.took(entry, self.in_memory(entry.nbytes))
+    def room(self, tier: int, nbytes: int) -> int:
+        """What an object takes in a tier."""
+        return self.in_memory(nbytes) if tier == MEMORY else align(nbytes)
 
-    def gave_memory(self, entry: Counted) -> None:
-        """An object's slot was freed."""
-        entry.account.memory_bytes -= entry.nbytes
-        entry.account.tenant.memory.gave(entry, self.in_memory(entry.nbytes))
-        self.close_if_empty(entry.account)
+    def took(self, entry: Counted, tier: int) -> None:
+        """An indexed object was given a place in a tier."""
+        account = entry.account
+        account.nbytes[tier] += entry.nbytes
+        account.tenant.share(tier).took(entry, self.room(tier, entry.nbytes))
 
-    def took_disk(self, entry: Counted) -> None:
-        """An indexed object was given a place on disk."""
-        entry.account.disk_bytes += entry.nbytes
-        entry.account.tenant.disk.took(entry, self.on_disk(entry.nbytes))
-
-    def gave_disk(self, entry: Counted) -> None:
-        """An object's place on disk was freed."""
-        entry.account.disk_bytes -= entry.nbytes
-        entry.account.tenant.disk.gave(entry, self.on_disk(entry.nbytes))
-        self.close_if_empty(entry.account)
+    def gave(self, entry: Counted, tier: int) -> None:
+        """An object's place in a tier was freed."""
+        account = entry.account
+        account.nbytes[tier] -= entry.nbytes
+        account.tenant.share(tier).gave(entry, self.room(tier, entry.nbytes))
+        self.close_if_empty(account)
 
     def held(self, entry: Counted, by: int) -> None:
         """Somebody saves or reads the entry now (1), or nobody does any more (-1)."""
@@ -223,15 +226,15 @@ class Usage:
         """The entry's first pin came (1) or its last one ended (-1)."""
         entry.account.tenant.pinned_bytes += by * self.in_memory(entry.nbytes)
 
-    def set_quota(self, tenant: str, quota: Quota | None) -> None:
-        """Limit what a tenant may hold; None ends the limit."""
-        quota = quota or Quota()
-        if quota == Quota():
-            self.quotas.pop(tenant, None)
+    def set_quota(self, tenant: str, limits: Mapping[int, int]) -> None:
+        """Limit what a tenant may hold, in bytes by the number of the tier; nothing: no limit."""
+        if limits:
+            self.quotas[tenant] = limits
         else:
-            self.quotas[tenant] = quota
+            self.quotas.pop(tenant, None)
         account = self.tenant(tenant)
-        account.memory.limit, account.disk.limit = quota.memory, quota.disk
+        for tier in {*account.shares, *limits}:
+            account.share(tier).limit = limits.get(tier)
         self.close_tenant_if_empty(tenant)
 
     def close_tenant_if_empty(self, name: str) -> None:
@@ -242,7 +245,7 @@ class Usage:
 
     def close_if_empty(self, account: NamespaceUsage) -> None:
         """Forget a namespace that holds nothing."""
-        if account.objects or account.memory_bytes or account.disk_bytes:
+        if account.objects or any(account.nbytes.values()):
             return
         namespace = account.namespace
         if self.namespaces.pop(namespace.digest, None) is None:

@@ -1,35 +1,42 @@
-"""Write-behind: which objects are on their way from memory to the tier below, in their order.
+"""Write-behind: which objects are on their way from memory to tiers below, in their order.
 
 Belongs to the store's loop; nothing is thread-safe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 
 from kvstore.memory.eviction import Node, Ring
 from kvstore.slices import FEW
-from kvstore.store.index import Entry
+from kvstore.store.entry import Entry
 
 Written = Callable[[str | None], None]
 """Told that an object is there: None, or the reason why it will not be."""
 
 
 class Batch:
-    """Blocks of a prompt, in their order, of which `left` are not written yet."""
+    """Blocks of a prompt, in their order, of which `left` are not written to a tier yet."""
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
+    def __init__(self, tier: int, entries: Sequence[Entry]) -> None:
+        self.tier = tier
         self.entries = entries
         self.left = len(entries)
 
 
 class Write(Node, gc=False, eq=False):
-    """An object that is to be written; marked while it waits for its turn."""
+    """An object that is to be written to a tier; marked while it waits for its turn.
+
+    `beside` is that of another tier.
+    """
 
     entry: Entry
+    tier: int
     number: int
     batch: Batch | None = None
     done: list[Written] | None = None
+    beside: Write | None = None
 
 
 class Watch:
@@ -45,27 +52,27 @@ class WriteBehind:
     """Objects that are to be written, and those that are being written.
 
     `whole` is told of every batch that has been written, or of which nothing is left to write.
+    `copies` and `nbytes` are what is on its way.
     """
 
     def __init__(self, whole: Callable[[Batch], None]) -> None:
         self._whole = whole
-        self._waiting: Ring[Write] = Ring()
+        self._waiting: dict[int, Ring[Write]] = defaultdict(Ring)
         self._watches: set[Watch] = set()
         self._last = 0
         self._stopped = False
-        self.objects = self.nbytes = 0
+        self.copies = self.nbytes = 0
 
-    def __contains__(self, entry: Entry) -> bool:
-        return entry.write is not None
-
-    def add(self, entry: Entry, done: Written | None = None, batch: Batch | None = None) -> None:
-        """Write an object that is in memory and not below; `done` is told what came of it."""
-        write: Write | None = entry.write
+    def add(
+        self, entry: Entry, tier: int, done: Written | None = None, batch: Batch | None = None
+    ) -> None:
+        """Write an object in memory to a tier where it is not; `done` is told what came of it."""
+        write = _of(entry, tier)
         if write is None:
             self._last += 1
-            write = entry.write = Write(entry, self._last)
+            write = entry.writes = Write(entry, tier, self._last, beside=entry.writes)
             self._wait(write)
-            self.objects += 1
+            self.copies += 1
             self.nbytes += entry.nbytes
             entry.account.tenant.unwritten += 1
         if done is not None:
@@ -81,47 +88,53 @@ class WriteBehind:
         if not batch.left:
             self._whole(batch)
 
-    def take(self, held_up: Callable[[Entry], bool]) -> Entry | None:
-        """The next one to write; those that are held up wait on."""
-        for _ in range(0 if self._stopped else min(FEW, len(self._waiting))):
-            write = self._waiting.oldest
-            self._waiting.remove(write)
+    def take(self, tier: int, held_up: Callable[[Entry], bool]) -> Entry | None:
+        """The next one to write to a tier; those that are held up wait on."""
+        waiting = self._waiting[tier]
+        for _ in range(0 if self._stopped else min(FEW, len(waiting))):
+            write = waiting.oldest
+            waiting.remove(write)
             if not held_up(write.entry):
                 write.mark = False
                 return write.entry
-            self._waiting.add(write)
+            waiting.add(write)
         return None
 
-    def again(self, entry: Entry, error: str) -> None:
+    def again(self, entry: Entry, tier: int, error: str) -> None:
         """It failed, and is to be tried again; who waits for it may have waited long enough."""
-        write: Write | None = entry.write
+        write = _of(entry, tier)
         if write is not None:
             self._wait(write)
             self._tell(write, error)
 
-    def end(self, entry: Entry, error: str | None) -> None:
-        """It is written, or need not be written any more."""
-        write: Write | None = entry.write
-        if write is None:
-            return
-        entry.write = None
-        if write.mark:
-            self._waiting.remove(write)
-        self.objects -= 1
-        self.nbytes -= entry.nbytes
-        entry.account.tenant.unwritten -= 1
-        for watch in self._watches:
-            watch.left -= write.number <= watch.last and watch.sees(entry.name.namespace.tenant)
-        self._tell(write, error)
-        if write.batch is not None:
-            self.leave(write.batch)
+    def end(self, entry: Entry, error: str | None, tier: int | None = None) -> None:
+        """It is written to a tier (None: to all), or need not be any more."""
+        kept, ended = None, []
+        for write in _all(entry):
+            if tier in (None, write.tier):
+                ended.append(write)
+            else:
+                write.beside, kept = kept, write
+        entry.writes = kept
+        for write in ended:
+            write.beside = None
+            if write.mark:
+                self._waiting[write.tier].remove(write)
+            self.copies -= 1
+            self.nbytes -= entry.nbytes
+            entry.account.tenant.unwritten -= 1
+            for watch in self._watches:
+                watch.left -= write.number <= watch.last and watch.sees(entry.name.namespace.tenant)
+            self._tell(write, error)
+            if write.batch is not None:
+                self.leave(write.batch)
 
     def stop(self) -> None:
         """Begin no more writes."""
         self._stopped = True
 
     def watch(self, sees: Callable[[str], bool], unwritten: int) -> Watch:
-        """A count of what tenants that one sees wait for, `unwritten` objects; end it."""
+        """A count of what tenants that one sees wait for, `unwritten` copies; end it."""
         watch = Watch(sees, self._last, unwritten)
         self._watches.add(watch)
         return watch
@@ -132,9 +145,21 @@ class WriteBehind:
 
     def _wait(self, write: Write) -> None:
         write.mark = True
-        self._waiting.add(write)
+        self._waiting[write.tier].add(write)
 
     def _tell(self, write: Write, error: str | None) -> None:
         waiting, write.done = write.done or (), None
         for done in waiting:
             done(error)
+
+
+def _all(entry: Entry) -> Iterator[Write]:
+    write: Write | None = entry.writes
+    while write is not None:
+        after = write.beside
+        yield write
+        write = after
+
+
+def _of(entry: Entry, tier: int) -> Write | None:
+    return next((write for write in _all(entry) if write.tier == tier), None)

@@ -16,8 +16,9 @@ GROUP: Final = "kvstore.tiers"
 OpenTier = Callable[[str, Host, Mapping[str, Any]], Tier]
 """Opens a tier, given its name, the store, and the options of its entry in the configuration.
 
-Of these `direct` is the daemon's: the arena lies on huge pages, see `SlabTier`. It may block,
-and raise ConfigError, TierUnavailable or FormatError, each saying what to do.
+Of these `direct` (the arena lies on huge pages, see `SlabTier`), `retry_seconds` and
+`stall_seconds` are the daemon's. It may block, and raise ConfigError, TierUnavailable or
+FormatError, each saying what to do.
 """
 
 _BUILT_IN: Final = {"slab": "kvstore.tiers.slab.tier:open_slab"}

@@ -72,6 +72,10 @@ class Cost(NamedTuple):
     backlog: int = 0
     fixed_seconds: float = 0.0
 
+    def seconds(self, nbytes: int) -> float:
+        """What bringing up so many bytes takes."""
+        return self.fixed_seconds + (nbytes + self.backlog) * self.seconds_per_byte
+
 
 def tier_names(tiers: tuple[TierInfo, ...]) -> tuple[str, ...]:
     """The name of each of 256 numbers, given a daemon's table; without, that of the first ones."""

@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -139,8 +139,8 @@ def serve(
         prepare_run_dir(settings)
     with _byte_progress("touching memory") as progress:
 
-        def ready(addresses: list[str], problem: str | None) -> None:
-            head = f"ready: unix://{path} ({describe(settings, problem)}, pid {os.getpid()})"
+        def ready(addresses: list[str], away: Mapping[str, str]) -> None:
+            head = f"ready: unix://{path} ({describe(settings, away)}, pid {os.getpid()})"
             # All at once: who waits for the first line may not read on.
             typer.echo("\n  ".join([head, *addresses]))
             sys.stdout.flush()

@@ -13,7 +13,6 @@ from kvstore.blocks.spec import Namespace
 from kvstore.server.control.requests import Answers, numbered
 from kvstore.store.events import Event, Missed
 from kvstore.store.usage import NamespaceUsage
-from kvstore.transport.protocol import DISK, MEMORY
 
 _PIECE: Final = 4096
 """Keys in one event of a snapshot, more or less."""
@@ -106,11 +105,10 @@ class EventVerbs(Answers):
 
     async def _stored(self, wanted: Callable[[Namespace], bool]) -> AsyncIterator[v1.Event.Stored]:
         """What the tiers hold; what comes or goes meanwhile may be missing or still be named."""
-        tiering = self._store.tiering
-        for medium in (MEMORY, DISK) if tiering.disk is not None else (MEMORY,):
+        for medium in self._store.catalogue.places:
             found: dict[NamespaceUsage, dict[bytes, None]] = {}
             count = 0
-            async for entry in self._pace.over(itertools.chain(tiering.index, (None,))):
+            async for entry in self._pace.over(itertools.chain(self._store.index, (None,))):
                 if entry is not None and entry.lies_in(medium):
                     found.setdefault(entry.account, {})[entry.name.key] = None
                     count += 1

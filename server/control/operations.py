@@ -19,7 +19,7 @@ from kvstore.errors import KVStoreError
 from kvstore.server.access.grants import Grant, Role
 from kvstore.server.control.errors import Refused
 from kvstore.server.loop import Pace
-from kvstore.store.index import Entry
+from kvstore.store.entry import Entry
 
 _MAX_AT_A_TIME: Final = 4
 _MAX_UNFINISHED: Final = 64

@@ -14,7 +14,6 @@ from kvstore.blocks.spec import Namespace
 from kvstore.server.control.requests import Answers, Prompt, engine_extras, numbered, slices
 from kvstore.server.loop import paced
 from kvstore.store.explain import BlockReason, explain, surveying
-from kvstore.transport.protocol import TIER_NAMES
 
 _SLICE: Final = 64
 """Blocks looked at before others have their turn."""
@@ -29,11 +28,10 @@ class PromptVerbs(Answers):
     async def lookup(self, request: v1.LookupRequest) -> v1.LookupResponse:
         asked = await self._prompt(request.prefix)
         found = await paced(surveying(self._store, asked.namespace, asked.keys))
-        tiers, below = found.tiers, found.below
+        tiers, lowers = found.tiers, self._store.movement.lowers
         reason = ""
         if len(tiers) < len(asked.keys):
             reason = self._explained(asked, [asked.keys[len(tiers)]])[0].reason
-        reading = self._store.tiering.reading
         runs = []
         for tier, run in groupby(enumerate(tiers), key=lambda item: item[1]):
             first, *rest = (number for number, _ in run)
@@ -46,7 +44,9 @@ class PromptVerbs(Answers):
             asked_blocks=len(asked.keys),
             runs=runs,
             reason=reason,
-            estimate=duration(below and reading.wait + below * reading.each),
+            estimate=duration(
+                sum(lowers[n].cost.seconds(b) for n, b in found.nbytes.items() if n in lowers)
+            ),
             namespace_id=asked.namespace.digest.hex(),
         )
 
@@ -82,9 +82,13 @@ class PromptVerbs(Answers):
         head = v1.ExplainResponse(
             namespace_id=asked.namespace.digest.hex(),
             hit_blocks=hits.total(),
-            summary=_summary(len(asked.keys), hits, ended),
+            summary=_summary(len(asked.keys), self._by_name(hits), ended),
         )
         return b"".join([head.SerializeToString(), *pieces])
+
+    def _by_name(self, hits: Counter[int]) -> Counter[str]:
+        places = self._store.catalogue.places
+        return Counter({places[tier].name: hits[tier] for tier in sorted(hits)})
 
     def _explained(self, asked: Prompt, keys: Sequence[bytes]) -> list[BlockReason]:
         reasons = explain(self._store, asked.namespace, keys)
@@ -98,7 +102,7 @@ class PromptVerbs(Answers):
             reason = "never_stored"
             detail = "not here; what became of it is told to those who give tokens"
             if self._caller.tenants is None:
-                known = self._store.tiering.index.of(found.key)
+                known = self._store.index.of(found.key)
                 if not known:
                     continue
                 reason = "other_namespace"
@@ -117,7 +121,7 @@ class PromptVerbs(Answers):
                 continue
             extras = engine_extras(tokens, size, range(1))
             (key,) = block_keys(other, tokens.ids[:size], extras=extras)
-            if self._store.tiering.index.of(key):
+            if self._store.index.of(key):
                 detail = f"the same tokens are stored in {other.digest.hex()[:12]}, which differs"
                 differing = ", ".join(_differences(asked.namespace, other))
                 return found._replace(reason="other_namespace", detail=f"{detail} in {differing}")
@@ -130,10 +134,10 @@ def _differences(one: Namespace, other: Namespace) -> list[str]:
     return [name for name in names if getattr(left, name) != getattr(right, name)]
 
 
-def _summary(asked: int, hits: Counter[int], ended: BlockReason | None) -> str:
+def _summary(asked: int, hits: Counter[str], ended: BlockReason | None) -> str:
     if not asked:
         return "The prompt has no whole block."
-    where = ", ".join(f"{hits[tier]} in {TIER_NAMES[tier]}" for tier in sorted(hits))
+    where = ", ".join(f"{blocks} in {tier}" for tier, blocks in hits.items())
     text = f"{hits.total()} of {asked} blocks can be loaded" + (f" ({where})" if where else "")
     if ended is None:
         return f"{text}."

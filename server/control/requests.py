@@ -17,7 +17,7 @@ from kvstore.server.control.errors import Refused, bad_field
 from kvstore.server.control.operations import Operations
 from kvstore.server.loop import Pace
 from kvstore.server.node import Node
-from kvstore.store.index import Entry
+from kvstore.store.entry import Entry
 from kvstore.store.pins import Pins
 from kvstore.store.selection import Selection, candidates
 from kvstore.transport.protocol import MAX_KEYS, TIER_NAMES
@@ -66,16 +66,6 @@ def numbered(tier: int) -> v1.Tier:
     return cast("v1.Tier", tier)
 
 
-def tier(value: v1.Tier, field: str, *, default: int | None = None) -> int:
-    """A tier's number. Raises Refused: it is no tier, or not given though it must be."""
-    if value == v1.TIER_UNSPECIFIED and default is not None:
-        return default
-    if value not in TIER_NAMES:
-        known = ", ".join(f"{number} ({name})" for number, name in TIER_NAMES.items())
-        raise bad_field(field, f"is {int(value)}; give {known}")
-    return int(value)
-
-
 def name(value: str, field: str, *, longest: int = _MAX_NAME) -> str:
     """A name that must be given. Raises Refused: it is empty or too long."""
     if not value:
@@ -95,6 +85,22 @@ class Answers:
         self._pins = pins
         self._caller = caller
         self._pace = Pace()
+
+    def _tier(self, value: v1.Tier, field: str, *, default: int | None = None) -> int:
+        """A tier's number. Raises Refused: it is none, or not given, or not here."""
+        if value == v1.TIER_UNSPECIFIED and default is not None:
+            return default
+        places = self._store.catalogue.places
+        if value not in places and value in TIER_NAMES:
+            raise Refused(
+                "NO_TIER",
+                f"this daemon has no tier {TIER_NAMES[value]!r}",
+                remedy="start it with disk.path (`kvstore serve --disk FOLDER`)",
+            )
+        if value not in places:
+            known = ", ".join(f"{number} ({place.name})" for number, place in places.items())
+            raise bad_field(field, f"is {int(value)}; give {known}")
+        return int(value)
 
     def _tenant(self, request: Any) -> str | None:
         """The tenant that a request or selection is about; None: any. Raises Denied."""
@@ -243,7 +249,7 @@ class Answers:
             tenant=self._tenant(message),
             tenants=self._caller.tenants,
             keys=keys,
-            tier=None if not message.tier else tier(message.tier, f"{field}.tier"),
+            tier=None if not message.tier else self._tier(message.tier, f"{field}.tier"),
             **ages,
         )
 

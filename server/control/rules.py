@@ -14,13 +14,14 @@ from kvstore.server.control.errors import bad_field
 from kvstore.server.control.operations import Operation
 from kvstore.server.control.requests import Answers, name, seconds
 from kvstore.store.admission import Admission
-from kvstore.store.usage import Quota
+from kvstore.transport.protocol import DISK, MEMORY
 
 _DRAIN_SECONDS: Final = 30.0
 _MAX_DRAIN_SECONDS: Final = 24 * 3600.0
 _MAX_TENANT: Final = 4096
 _MAX_DENIED: Final = 1024
 _MAX_BYTES: Final = 1 << 62
+_FIELDS: Final = {MEMORY: "memory_bytes", DISK: "disk_bytes"}
 _PROGRESS_SECONDS: Final = 0.1
 _STOP_SECONDS: Final = 0.5
 """After the end of a drain, so that who asked for it can hear of it."""
@@ -55,13 +56,13 @@ class RuleVerbs(Answers):
 
     async def set_quota(self, request: v1.SetQuotaRequest) -> v1.Quota:
         tenant = self._named(request.tenant)
-        limits: dict[str, int | None] = {}
-        for field in ("memory_bytes", "disk_bytes"):
-            limits[field] = getattr(request, field) if request.HasField(field) else None
-            if (limits[field] or 0) > _MAX_BYTES:
-                raise bad_field(field, f"is {limits[field]}; leave it out for no limit")
-        quota = Quota(limits["memory_bytes"], limits["disk_bytes"])
-        self._store.set_quota(tenant, quota)
+        limits: dict[int, int] = {}
+        for tier, field in _FIELDS.items():
+            if request.HasField(field):
+                limits[tier] = getattr(request, field)
+                if limits[tier] > _MAX_BYTES:
+                    raise bad_field(field, f"is {limits[tier]}; leave it out for no limit")
+        self._store.set_quota(tenant, limits)
         return self._quota(tenant)
 
     async def get_quota(self, request: v1.GetQuotaRequest) -> v1.GetQuotaResponse:
@@ -84,14 +85,11 @@ class RuleVerbs(Answers):
         message = v1.Quota(tenant=tenant)
         usage = self._store.usage.tenants.get(tenant)
         if usage is not None:
-            message.used_memory_bytes = usage.memory_bytes
-            message.used_disk_bytes = usage.disk_bytes
+            message.used_memory_bytes = usage.bytes_in(MEMORY)
+            message.used_disk_bytes = usage.bytes_in(DISK)
             message.pinned_bytes = usage.pinned_bytes
-        quota = self._store.usage.quotas.get(tenant, Quota())
-        if quota.memory is not None:
-            message.memory_bytes = quota.memory
-        if quota.disk is not None:
-            message.disk_bytes = quota.disk
+        for tier, limit in self._store.usage.quotas.get(tenant, {}).items():
+            setattr(message, _FIELDS[tier], limit)
         return message
 
     # -- the daemon -------------------------------------------------------------------------------
@@ -99,7 +97,7 @@ class RuleVerbs(Answers):
     async def get_admission(self, request: v1.GetAdmissionRequest) -> v1.AdmissionPolicy:
         rules = self._store.admission
         seen = sorted(tenant for tenant in rules.denied_tenants if self._caller.sees(tenant))
-        return v1.AdmissionPolicy(memory=rules.memory, disk=rules.disk, denied_tenants=seen)
+        return v1.AdmissionPolicy(memory=rules.memory, disk=rules.rule("disk"), denied_tenants=seen)
 
     async def set_admission(self, request: v1.SetAdmissionRequest) -> v1.AdmissionPolicy:
         self._check_unlimited("the admission policy")
@@ -137,11 +135,11 @@ class RuleVerbs(Answers):
         ).state
 
     async def _drain(self, operation: Operation, timeout: float, *, stop: bool) -> str:
-        unwritten = operation.state.total = self._store.tiering.unwritten
+        unwritten = operation.state.total = self._store.movement.unwritten
         draining = asyncio.create_task(self._node.drain(timeout))
         try:
             while not (await asyncio.wait({draining}, timeout=_PROGRESS_SECONDS))[0]:
-                operation.progress(max(0, unwritten - self._store.tiering.unwritten))
+                operation.progress(max(0, unwritten - self._store.movement.unwritten))
         finally:
             draining.cancel()
         left = draining.result()
@@ -164,6 +162,6 @@ def _with_rule(rules: Admission, field: str, rule: str) -> Admission:
     try:
         if field == "memory":
             return dataclasses.replace(rules, memory=rule)
-        return dataclasses.replace(rules, disk=rule)
+        return dataclasses.replace(rules, below={**rules.below, field: rule})
     except ValueError as e:
         raise bad_field(field, str(e)) from e

@@ -13,6 +13,7 @@ from kvstore.server.control.requests import Answers, numbered
 from kvstore.server.sessions.session import SessionConnection
 from kvstore.store.leases import Lease
 from kvstore.store.pins import PinOwner
+from kvstore.transport.protocol import DISK, MEMORY
 
 
 class StateVerbs(Answers):
@@ -31,7 +32,7 @@ class StateVerbs(Answers):
             leases=stats["leases"],
             sessions=len(node.seen_sessions(self._caller)),
             counters=stats["counters"],
-            tiers=map(_tier_stats, stats["tiers"]),
+            tiers=[_tier_stats(name, held) for name, held in stats["tiers"].items()],
         )
 
     async def list_namespaces(self, request: v1.ListNamespacesRequest) -> v1.ListNamespacesResponse:
@@ -51,7 +52,7 @@ class StateVerbs(Answers):
             if usage is not None:
                 info.objects = usage.objects
                 info.blocks = _blocks(usage.parts)
-                info.memory_bytes, info.disk_bytes = usage.memory_bytes, usage.disk_bytes
+                info.memory_bytes, info.disk_bytes = usage.nbytes[MEMORY], usage.nbytes[DISK]
                 info.last_used.CopyFrom(timestamp(self._store.clock.unix(usage.last_used)))
                 info.parts.extend(sorted(_described(part) for part in usage.parts))
         return reply
@@ -106,13 +107,10 @@ def _session_of(lease: Lease) -> int:
     return lease.owner.peer.session if isinstance(lease.owner, SessionConnection) else 0
 
 
-def _tier_stats(held: dict[str, Any]) -> v1.TierStats:
-    sizes = ("capacity", "used", "free", "fragmented", "pinned")
-    message = v1.TierStats(
-        tier=numbered(held["number"]), name=held["name"], problem=held["problem"] or ""
-    )
-    for size in sizes:
-        setattr(message, f"{size}_bytes", held.get(size, 0))
+def _tier_stats(name: str, held: dict[str, Any]) -> v1.TierStats:
+    message = v1.TierStats(tier=numbered(held["number"]), name=name, problem=held["problem"] or "")
+    for size in ("capacity", "used", "free", "fragmented", "pinned"):
+        setattr(message, f"{size}_bytes", held.get(size) or 0)
     return message
 
 

@@ -13,19 +13,19 @@ from kvstore.codecs import CODECS
 from kvstore.server.access.grants import Role
 from kvstore.server.control.errors import Refused, bad_field
 from kvstore.server.control.operations import Done, Operation, each
-from kvstore.server.control.requests import Answers, name, tier, ttl
+from kvstore.server.control.requests import Answers, name, ttl
 from kvstore.server.loop import paced
+from kvstore.store.entry import Entry
 from kvstore.store.explain import surveying
-from kvstore.store.index import Entry
+from kvstore.store.movement import Movement
 from kvstore.store.relocation import copy_to, move_to, reencode, remove
 from kvstore.store.selection import Selection
-from kvstore.store.tiering import Tiering
-from kvstore.transport.protocol import DISK, MEMORY
+from kvstore.transport.protocol import MEMORY
 
 _RAW: Final = "raw"
 
 _Step = Callable[[Entry, Done], None]
-_Carry = Callable[[Tiering, Entry, int, Done], None]
+_Carry = Callable[[Movement, Entry, int, Done], None]
 
 
 class WriteVerbs(Answers):
@@ -74,16 +74,15 @@ class WriteVerbs(Answers):
         objects = 0
         async for entry in self._pace.over(await self._chosen(selected)):
             if not entry.gone:
-                self._store.tiering.set_ttl(entry, life)
+                self._store.catalogue.set_ttl(entry, life)
                 objects += 1
         return v1.SetTtlResponse(objects=objects)
 
     # -- long -------------------------------------------------------------------------------------
 
     async def prefetch(self, request: v1.PrefetchRequest) -> v1.Operation:
-        target = tier(request.tier, "tier", default=MEMORY)
+        target = self._tier(request.tier, "tier", default=MEMORY)
         asked = await self._prompt(request.prefix)
-        self._need_disk(target)
 
         async def work(operation: Operation) -> str:
             found = await paced(surveying(self._store, asked.namespace, asked.keys))
@@ -104,9 +103,8 @@ class WriteVerbs(Answers):
     async def _carry(
         self, verb: str, request: v1.MoveRequest | v1.CopyRequest, how: _Carry
     ) -> v1.Operation:
-        target = tier(request.to, "to")
+        target = self._tier(request.to, "to")
         selected = await self._selection(request.selection)
-        self._need_disk(target)
         return self._start(verb, selected, self._carried(how, target))
 
     async def compress(self, request: v1.CompressRequest) -> v1.Operation:
@@ -131,7 +129,7 @@ class WriteVerbs(Answers):
 
         def step(entry: Entry, done: Done) -> None:
             if not request.dry_run:
-                done(remove(self._store.tiering, entry))
+                done(remove(self._store.catalogue, entry))
             else:
                 done("pinned" if entry.pins else "writing" if entry.writer is not None else None)
 
@@ -174,13 +172,5 @@ class WriteVerbs(Answers):
             verb, self._caller, work, tenants=tenants, role=role, dry_run=dry_run
         ).state
 
-    def _need_disk(self, target: int) -> None:
-        if target == DISK and self._node.config.below is None:
-            raise Refused(
-                "NO_DISK_TIER",
-                "this daemon has no disk tier",
-                remedy="start it with disk.path (`kvstore serve --disk FOLDER`)",
-            )
-
     def _carried(self, how: _Carry, target: int) -> _Step:
-        return lambda entry, done: how(self._store.tiering, entry, target, done)
+        return lambda entry, done: how(self._store.movement, entry, target, done)

@@ -19,9 +19,7 @@ from prometheus_client.registry import Collector
 from kvstore import __version__
 from kvstore.server.access.grants import Grant
 from kvstore.server.node import Node
-from kvstore.transport.protocol import TIER_NAMES
 
-_TIERS: Final = tuple(TIER_NAMES.values())
 _LEASES: Final = ("read", "write", "pin")
 
 
@@ -44,16 +42,16 @@ COUNTERS: Final[Mapping[str, Counted]] = {
     "lookup.tokens": Counted("lookup_tokens", "Tokens that these requests asked for."),
     "hit.tokens": Counted("hit_tokens",
         "Tokens found when a request was first looked up, by the tier they lay in.",
-        "tier", _TIERS),
+        "tier"),
     "lookup.hit_blocks": Counted("lookup_hit_blocks",
         "Blocks found when a request was first looked up."),
     "lookup.miss": Counted("lookup_misses",
         "Requests of which not all was found at first, by reason.", "reason"),
     "load.blocks": Counted("load_blocks",
         "Blocks handed to readers, by the tier they lay in before; prefetches are none.",
-        "tier", _TIERS),
+        "tier"),
     "load.bytes": Counted("load_bytes", "Bytes handed to readers, by the tier they lay in before.",
-        "tier", _TIERS),
+        "tier"),
     "load.failed": Counted("load_failures",
         "Objects that could not be brought to memory, or were damaged there, by reason.",
         "reason", ("corrupt", "damaged", "no_room")),
@@ -71,20 +69,21 @@ COUNTERS: Final[Mapping[str, Counted]] = {
     "lease.expired": Counted("leases_expired", "Leases that ran out before they were released.",
         "kind", _LEASES),
     "expired": Counted("expirations", "Objects removed at the end of their time to live."),
-    "evict": Counted("evictions", "Objects evicted, by tier.", "tier", _TIERS),
+    "evict": Counted("evictions", "Objects evicted, by tier.", "tier"),
     "evict.lost": Counted("evictions_lost", "Evicted objects that no other tier held, by reason.",
         "reason"),
-    "promote.bytes": Counted("disk_read_bytes", "Bytes brought from disk to memory."),
-    "write.bytes": Counted("disk_written_bytes", "Bytes written to disk."),
-    "write.dropped": Counted("disk_write_drops",
-        "Objects that were not written to disk, by reason.", "reason"),
-    "write.failed": Counted("disk_write_failures", "Writes to disk that failed, by reason.",
-        "reason"),
-    "write.again": Counted("disk_write_retries", "Writes to disk that are tried again, by reason.",
-        "reason"),
-    "recover.objects": Counted("recovered_objects", "Objects found on disk at start."),
+    "promote.bytes": Counted("tier_read_bytes", "Bytes brought to memory, by tier.", "tier"),
+    "write.bytes": Counted("tier_written_bytes", "Bytes written from memory, by tier.",
+        "tier"),
+    "write.dropped": Counted("tier_write_drops",
+        "Objects that were not written to a tier below memory, by reason.", "reason"),
+    "write.failed": Counted("tier_write_failures",
+        "Writes to tiers below memory that failed, by reason.", "reason"),
+    "write.again": Counted("tier_write_retries",
+        "Writes to tiers below memory that are tried again, by reason.", "reason"),
+    "recover.objects": Counted("recovered_objects", "Objects found in tiers at start."),
     "recover.dropped": Counted("recovery_drops",
-        "Objects found on disk that could not be used, by reason.", "reason"),
+        "Objects found in tiers that could not be used, by reason.", "reason"),
     "task.died": Counted("task_deaths",
         "Tasks and threads of the daemon that died of an error of ours.", "task"),
 }
@@ -156,30 +155,29 @@ class Exposition(Collector):
             stats = node.stats(self._grant)
             yield from _of_tiers(node, stats)
             yield from _of_work(node, stats)
-            yield from _of_counters(stats["counters"])
+            yield from _of_counters(stats["counters"], stats["tiers"])
             yield from _of_histograms(stats["histograms"])
         yield from _process.collect()
 
 
 def _of_tiers(node: Node, stats: Mapping[str, Any]) -> Iterator[Metric]:
-    there = [tier for tier in stats["tiers"] if "capacity" in tier]
+    there = {name: tier for name, tier in stats["tiers"].items() if "capacity" in tier}
     for key, text in _TIER_GAUGES.items():
-        of_tier = [((tier["name"],), tier[key]) for tier in there]
+        known = {name: tier[key] for name, tier in there.items() if tier[key] is not None}
+        of_tier = [((name,), nbytes) for name, nbytes in known.items()]
         yield _labelled(f"tier_{key}_bytes", text, ("tier",), of_tier)
-    tiering = node.store.tiering
-    slots = [(("memory",), tiering.memory.used_slots)]
-    if tiering.disk is not None:
-        slots.append((("disk",), tiering.disk.state.objects or 0))
+    slots = [((name,), tier["slots"] or 0) for name, tier in there.items()]
     yield _labelled("tier_slots", "Slots that hold an object, by tier.", ("tier",), slots)
-    if node.config.below is not None:
-        disk = stats["disk"]
-        healthy = disk is not None and not disk["problem"] and not stats["disk_problem"]
-        yield _gauge("disk_healthy", "0 while the disk tier is away, full or broken.", int(healthy))
-        yield _gauge(
-            "disk_read_seconds_per_byte",
-            "Measured time from disk to memory while the disk is at work; fades while it rests.",
-            tiering.reading.each,
-        )
+    lowers = node.store.movement.lowers.values()
+    healthy = [((lower.name,), int(not lower.state.problem)) for lower in lowers]
+    text = "0 while a tier below memory is away, full or broken."
+    yield _labelled("tier_healthy", text, ("tier",), healthy)
+    yield _labelled(
+        "tier_read_seconds_per_byte",
+        "Measured time from a tier to memory while it is at work; fades while it rests.",
+        ("tier",),
+        [((lower.name,), lower.cost.seconds_per_byte) for lower in lowers],
+    )
 
 
 def _of_work(node: Node, stats: Mapping[str, Any]) -> Iterator[Metric]:
@@ -203,18 +201,21 @@ def _of_work(node: Node, stats: Mapping[str, Any]) -> Iterator[Metric]:
         sum(lease.withdrawn for lease in leases),
     )
     queues = stats["queues"]
-    yield _gauge("unwritten_objects", "Objects not on disk yet.", stats["unwritten"])
-    yield _gauge("write_queue_objects", "Objects in the queue to disk.", queues["write_objects"])
-    yield _gauge("write_queue_bytes", "Bytes in the queue to disk.", queues["write_bytes"])
+    yield _gauge("unwritten_objects", "Writes to tiers to come.", stats["unwritten"])
+    yield _gauge("write_queue_objects", "Writes in queues to tiers.", queues["write_objects"])
+    yield _gauge("write_queue_bytes", "Bytes on their way to tiers.", queues["write_bytes"])
     yield _gauge(
-        "write_queue_limit_bytes", "Bytes the queue to disk may hold.", node.config.disk.queue
+        "write_queue_limit_bytes",
+        "Bytes that may be on their way to tiers.",
+        sum(lower.queue for lower in node.store.movement.lowers.values()),
     )
-    yield _gauge("acquires_waiting", "Acquires that wait for the disk.", queues["acquiring"])
+    yield _gauge("acquires_waiting", "Acquires that wait for tiers.", queues["acquiring"])
 
 
-def _of_counters(counters: Mapping[str, int]) -> Iterator[Metric]:
+def _of_counters(counters: Mapping[str, int], tiers: Iterable[str]) -> Iterator[Metric]:
+    words = {"": ("",), "tier": tuple(tiers)}
     grouped: dict[str, dict[str, int]] = {
-        event: dict.fromkeys(known.values if known.label else ("",), 0)
+        event: dict.fromkeys(words.get(known.label, known.values), 0)
         for event, known in COUNTERS.items()
     }
     other: list[tuple[tuple[str, ...], float]] = []
@@ -260,15 +261,15 @@ def _buckets(histogram: Mapping[str, Any]) -> tuple[list[tuple[str, float]], flo
 
 
 def _of_tenants(node: Node, grant: Grant) -> Iterator[Metric]:
-    usage = node.store.usage
+    usage, places = node.store.usage, node.store.catalogue.places
     seen = [(name, held) for name, held in usage.tenants.items() if grant.sees(name)]
-    seen.sort(key=lambda item: item[1].memory_bytes + item[1].disk_bytes, reverse=True)
+    seen.sort(key=lambda item: sum(map(item[1].bytes_in, places)), reverse=True)
     most = node.config.server.max_labels  # What the others hold is one sum.
     named, rest = seen[:most], seen[most:]
     held = [
-        ((name, tier), nbytes)
+        ((name, place.name), tenant.bytes_in(number))
         for name, tenant in named
-        for tier, nbytes in (("memory", tenant.memory_bytes), ("disk", tenant.disk_bytes))
+        for number, place in places.items()
     ]
     yield _gauge("tenants", "Tenants with objects or a quota.", len(seen))
     yield _labelled(
@@ -282,8 +283,8 @@ def _of_tenants(node: Node, grant: Grant) -> Iterator[Metric]:
         f"Bytes of all tenants but the {most} largest, by tier.",
         ("tier",),
         [
-            (("memory",), sum(tenant.memory_bytes for _, tenant in rest)),
-            (("disk",), sum(tenant.disk_bytes for _, tenant in rest)),
+            ((place.name,), sum(tenant.bytes_in(number) for _, tenant in rest))
+            for number, place in places.items()
         ],
     )
     yield _labelled(
@@ -293,11 +294,9 @@ def _of_tenants(node: Node, grant: Grant) -> Iterator[Metric]:
         [((name,), tenant.pinned_bytes) for name, tenant in named],
     )
     quotas = [
-        ((name, tier), limit)
+        ((name, places[number].name), limit)
         for name, _ in named
-        if (quota := usage.quotas.get(name)) is not None
-        for tier, limit in (("memory", quota.memory), ("disk", quota.disk))
-        if limit is not None
+        for number, limit in usage.quotas.get(name, {}).items()
     ]
     yield _labelled(
         "tenant_quota_bytes", "Bytes a tenant may hold, by tier.", ("tenant", "tier"), quotas

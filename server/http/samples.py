@@ -12,14 +12,13 @@ _LIMIT: Final = 300
 _COUNTED: Final = {
     "asked": "lookup.tokens",
     "memory": "hit.tokens.memory",
-    "disk": "hit.tokens.disk",
+    "hits": "hit.tokens.",
     "save": "save.bytes",
-    "load_memory": "load.bytes.memory",
-    "load_disk": "load.bytes.disk",
-    "disk_read": "promote.bytes",
-    "disk_write": "write.bytes",
+    "load": "load.bytes.",
+    "read": "promote.bytes.",
+    "write": "write.bytes.",
 }
-"""Sums in a sample: tokens of lookups, bytes of everything else."""
+"""Sums in a sample: tokens of lookups, bytes of everything else. With a dot: of all tiers."""
 
 
 class Samples:
@@ -33,7 +32,8 @@ class Samples:
     def take(self, at: float, stats: Mapping[str, Any]) -> None:
         """Look at `Store.stats()` at Unix time `at`."""
         counters = stats["counters"]
-        sums = {name: counters.get(counter, 0) for name, counter in _COUNTED.items()}
+        sums = {name: _sum(counters, counter) for name, counter in _COUNTED.items()}
+        sums["below"] = sums.pop("hits") - sums["memory"]
         histogram = stats["histograms"].get("seconds.lookup", {"bounds": [], "counts": []})
         last, self._last = self._last, (at, sums, histogram["counts"])
         if last is None or at <= last[0]:
@@ -59,6 +59,12 @@ class Samples:
         # A number we never gave out: the caller knows another daemon, and starts anew.
         skip = len(self._kept) - new if 0 <= new <= len(self._kept) else 0
         return list(islice(self._kept, skip, None))
+
+
+def _sum(counters: Mapping[str, int], name: str) -> int:
+    if name.endswith("."):
+        return sum(n for counter, n in counters.items() if counter.startswith(name))
+    return counters.get(name, 0)
 
 
 def quantile(bounds: Sequence[float], counts: Sequence[int], part: float) -> float | None:

@@ -11,6 +11,7 @@ from kvstore.server.access.grants import Grant
 from kvstore.server.http.samples import Samples
 from kvstore.server.node import Node
 from kvstore.server.recent import Request
+from kvstore.transport.protocol import MEMORY
 
 _MOST: Final = 50
 """Namespaces and requests in one answer."""
@@ -52,8 +53,8 @@ def status(node: Node, grant: Grant, samples: Samples, after: int) -> dict[str, 
                 "objects": n.objects,
                 # Every whole block has an object of each part.
                 "blocks": max(n.parts.values(), default=0),
-                "memory": n.memory_bytes,
-                "disk": n.disk_bytes,
+                "memory": n.nbytes[MEMORY],
+                "below": n.nbytes.total() - n.nbytes[MEMORY],
                 "last_used": round(store.clock.unix(n.last_used), 3),
             }
             for n in namespaces[:_MOST]
@@ -79,7 +80,7 @@ def _request(request: Request) -> dict[str, Any]:
         "what": request.what,
         "asked": request.asked,
         "memory": request.memory,
-        "disk": request.disk,
+        "below": request.below,
         "reason": request.reason,
         "seconds": round(request.seconds, 6),
     }

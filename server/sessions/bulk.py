@@ -76,7 +76,7 @@ class BulkServer:
         self._newcomers = newcomers
         self._context = context
         self._loop = asyncio.get_running_loop()
-        self._arena = node.store.tiering.arena
+        self._arena = node.store.movement.arena
         self._patience = node.config.lease_seconds
         """Seconds in which something must move once a request has begun."""
 

@@ -17,7 +17,7 @@ from typing import Final
 from kvstore.errors import ProtocolError
 from kvstore.server.access.grants import Denied
 from kvstore.slices import FEW, Work
-from kvstore.store.index import Entry
+from kvstore.store.entry import Entry
 from kvstore.store.leases import Lease, LeaseKind
 from kvstore.store.store import Store
 from kvstore.transport import protocol

@@ -135,13 +135,13 @@ def admit(node: Node, hello: Hello, trusted: Grant | None, *, here: bool) -> Gra
 
 def welcome(node: Node, hello: Hello, session: int) -> Welcome:
     """The answer to `hello`; how its slots are reached is to be filled in."""
-    arena = node.store.tiering.arena
+    arena = node.store.movement.arena
     seconds = node.config.lease_seconds
     software = f"kvstore {__version__}"
     reply = Welcome(protocol.VERSION, software, session, arena.size, arena.pages, seconds)
     if hello.features:
         reply.features = protocol.FEATURES
     if "tiers" in hello.features:
-        below = [TierInfo(protocol.DISK, "disk")] if node.config.below is not None else []
-        reply.tiers = (TierInfo(protocol.MEMORY, "memory"), *below)
+        places = node.store.catalogue.places
+        reply.tiers = tuple(TierInfo(number, place.name) for number, place in places.items())
     return reply

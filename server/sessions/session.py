@@ -23,7 +23,7 @@ from kvstore.server.node import Node, Peer
 from kvstore.server.recent import by_tier
 from kvstore.server.sessions.connection import Connection, keys_of
 from kvstore.slices import Work
-from kvstore.store.index import Entry
+from kvstore.store.entry import Entry
 from kvstore.store.leases import LeaseKind, Saving
 from kvstore.store.store import Acquired
 from kvstore.tiers.base import PENDING
@@ -161,11 +161,11 @@ class SessionConnection(Connection):
         return self._found(codes, reason)
 
     def _found(self, codes: bytes, reason: str) -> protocol.Found:
-        disk = self._store.tiering.reading
-        reply = protocol.Found(codes, reason, disk.each, disk.wait)
+        costs = {number: lower.cost for number, lower in self._store.movement.lowers.items()}
         if "tiers" in self.peer.features:
-            reply.costs = {protocol.DISK: Cost(disk.each, fixed_seconds=disk.wait)}
-        return reply
+            return protocol.Found(codes, reason, 0.0, costs=costs)
+        disk = costs.get(protocol.DISK, Cost(0.0))
+        return protocol.Found(codes, reason, disk.seconds_per_byte, disk.seconds(0))
 
     async def _look_again(
         self, look: Callable[[], Work[tuple[list[int], str]]], until: float
@@ -235,7 +235,7 @@ class SessionConnection(Connection):
         damaged = set[int]()
         if not self.owner.rechecks:
             self.owner.rechecks = True
-            arena = self._store.tiering.arena
+            arena = self._store.movement.arena
             entries = [entry for block in blocks.values() for entry in block]
             objects = [
                 (number, arena.address + entry.slot.offset, entry.nbytes, entry.checksum)
@@ -333,20 +333,18 @@ class SessionConnection(Connection):
         async def wait() -> Message:
             loop = asyncio.get_running_loop()
             until = loop.time() + min(max(request.wait, 0.0), protocol.MAX_WAIT)
-            tiering = self._store.tiering
+            movement = self._store.movement
             # What is saved from here on is not waited for.
-            watch = tiering.watch_writes(self.grant.sees)
+            watch = movement.watch_writes(self.grant.sees)
+            synced = False
             try:
                 while watch.left and loop.time() < until:
                     await asyncio.sleep(_FLUSH_POLL)
-                disk = tiering.disk
-                synced = False  # Without a disk nothing would survive.
-                if disk is not None and self._store.admission.disk != "none":
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout_at(until):
-                            synced = await asyncio.to_thread(disk.flush, until - loop.time())
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(until):
+                        synced = await asyncio.to_thread(movement.flush, until - loop.time())
             finally:
-                tiering.writes.end_watch(watch)
+                self._store.catalogue.writes.end_watch(watch)
             left = watch.left
             return protocol.Flushed(left if synced or left else -1)
 

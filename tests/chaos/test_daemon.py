@@ -333,9 +333,13 @@ def check_what_is_left(served: Served, clients: int) -> None:
         assert found > 0, "nothing survived"
         eventually(lambda: no_leases(served))
         stats = served.stats()
-        assert stats["memory"]["used"] + stats["disk"]["used"] >= stats["objects"] * (8 << 10) > 0
-        assert stats["memory"]["used"] <= stats["objects"] * (16 << 10)
-        assert stats["disk"]["used"] <= stats["objects"] * (16 << 10)
+        assert (
+            stats["tiers"]["memory"]["used"] + stats["tiers"]["disk"]["used"]
+            >= stats["objects"] * (8 << 10)
+            > 0
+        )
+        assert stats["tiers"]["memory"]["used"] <= stats["objects"] * (16 << 10)
+        assert stats["tiers"]["disk"]["used"] <= stats["objects"] * (16 << 10)
         assert stats["pinned_bytes"] == stats["writing_bytes"] == stats["unwritten"] == 0
         assert "recover.dropped.overlap" not in stats["counters"]
         for session in sessions:
@@ -349,5 +353,10 @@ def check_what_is_left(served: Served, clients: int) -> None:
 
 def all_gone(served: Served) -> bool:
     stats = served.stats()
-    used = (stats["objects"], stats["memory"]["used"], stats["disk"]["used"], stats["leases"])
+    used = (
+        stats["objects"],
+        stats["tiers"]["memory"]["used"],
+        stats["tiers"]["disk"]["used"],
+        stats["leases"],
+    )
     return used == (0, 0, 0, 0)

@@ -125,8 +125,8 @@ def test_a_disk_that_is_full(serving: Serving) -> None:
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
         serving.check(serving.ask())
-        eventually(lambda: serving.served.stats()["disk"]["problem"])
+        eventually(lambda: serving.served.stats()["tiers"]["disk"]["problem"])
         eventually(serving.hits, 120)  # From memory.
     finally:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
-    eventually(lambda: not serving.served.stats()["disk"]["problem"], 60)
+    eventually(lambda: not serving.served.stats()["tiers"]["disk"]["problem"], 60)

@@ -155,7 +155,7 @@ def test_clear_empties_memory_and_disk(stores: Stores) -> None:
         assert (result.returncode, result.stdout) == (0, "removed 3 objects (12 KiB)\n")
         assert session.lookup(keys).blocks == 0
         stats = session.stats()
-        assert stats["memory"]["used"] == stats["disk"]["used"] == 0
+        assert stats["tiers"]["memory"]["used"] == stats["tiers"]["disk"]["used"] == 0
         assert save(session, keys).stored == 3
         assert load(session, keys).blocks == 3
 

@@ -64,7 +64,7 @@ config = Config.model_validate_json(sys.argv[2])
 session = Session.open(namespace(), [BIG], config)
 keys = session.keys(prompt(1, 8))
 save(session, keys)
-print(session.stats()["memory"]["capacity"], load(session, keys).blocks, flush=True)
+print(session.stats()["tiers"]["memory"]["capacity"], load(session, keys).blocks, flush=True)
 daemon, grown = psutil.Process(int(input())), []
 counts = [Path(sys.argv[1], name) for name in ("memory.oom_control", "memory.events")]
 counts = next(path for path in counts if path.exists())

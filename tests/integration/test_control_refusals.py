@@ -181,7 +181,7 @@ def test_a_daemon_without_a_disk_says_so(stores: Stores) -> None:
     with Api(stores.serve("2MiB")) as api:
         for method in ("Move", "Copy"):
             told = api.refused(method, selection={"everything": True}, to=v1.TIER_DISK)
-            assert told[:2] == ("FAILED_PRECONDITION", "NO_DISK_TIER")
+            assert told[:2] == ("FAILED_PRECONDITION", "NO_TIER")
             assert "--disk" in told.remedy
         assert [tier.tier for tier in api.call("Stats").tiers] == [v1.TIER_MEMORY]
 

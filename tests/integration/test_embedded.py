@@ -228,7 +228,10 @@ def test_other_settings_of_the_daemon_are_another_daemon(stores: Stores) -> None
         assert second.lookup(keys).blocks == 2
         assert third.lookup(keys).blocks == 0
         assert len(stores.embedded_pids()) == 2
-        assert third.stats()["memory"]["capacity"] < first.stats()["memory"]["capacity"]
+        assert (
+            third.stats()["tiers"]["memory"]["capacity"]
+            < first.stats()["tiers"]["memory"]["capacity"]
+        )
 
 
 def test_what_the_daemon_said_before_it_failed_is_told(stores: Stores) -> None:

@@ -94,14 +94,14 @@ def test_a_daemon_says_that_it_warms_up_until_it_is_ready(stores: Stores) -> Non
 
 def test_a_draining_node_is_alive_but_not_ready(served: Served) -> None:
     where = address(served)
-    assert ask(where, "/readyz").json == {"status": "ready", "disk": "none"}
+    assert ask(where, "/readyz").json == {"status": "ready", "tiers": {}}
     assert ask(where, "/status").json["draining"] is False
     drain = [sys.executable, "-m", "kvstore.server.cli", "drain", "--address"]
     drain += [f"unix://{served.socket}"]
     subprocess.run(drain, check=True, timeout=60, stdout=subprocess.DEVNULL)
     ready, health = ask(where, "/readyz"), ask(where, "/healthz")
-    assert (ready.status, ready.json) == (503, {"status": "draining", "disk": "none"})
-    assert (health.status, health.json) == (200, {"status": "draining", "disk": "none"})
+    assert (ready.status, ready.json) == (503, {"status": "draining", "tiers": {}})
+    assert (health.status, health.json) == (200, {"status": "draining", "tiers": {}})
     assert ask(where, "/status").json["draining"] is True
     assert b"\nkvstore_draining 1.0\n" in ask(where, "/metrics").body
 
@@ -148,7 +148,7 @@ def test_the_status_follows_the_traffic(served: Served) -> None:
         ("test/model", "team", 4, 4 * 4096)
     ]
     recent = eventually(lambda: len(r := ask(where, "/status").json["recent"]) >= 5 and r)
-    told = [(r["what"], r["asked"], r["memory"], r["disk"], r["reason"]) for r in reversed(recent)]
+    told = [(r["what"], r["asked"], r["memory"], r["below"], r["reason"]) for r in reversed(recent)]
     assert told == [
         ("lookup", 6, 0, 0, "absent"),
         ("save", 4, 4, 0, ""),

@@ -107,7 +107,6 @@ def test_the_values_are_those_of_the_store(stores: Stores) -> None:
             ("kvstore_lookup_hit_blocks_total", "lookup.hit_blocks"),
             ("kvstore_save_blocks_total", "save.blocks"),
             ("kvstore_save_bytes_total", "save.bytes"),
-            ("kvstore_disk_written_bytes_total", "write.bytes"),
         ):
             assert value(served, name) == counters[counter] > 0, name
         for tier in ("memory", "disk"):
@@ -117,7 +116,9 @@ def test_the_values_are_those_of_the_store(stores: Stores) -> None:
             assert loaded == counters.get(f"load.bytes.{tier}", 0)
             for kind in ("capacity", "used", "free", "fragmented"):
                 have = value(served, f"kvstore_tier_{kind}_bytes", tier=tier)
-                assert have == stats[tier][kind], (tier, kind)
+                assert have == stats["tiers"][tier][kind], (tier, kind)
+        written = value(served, "kvstore_tier_written_bytes_total", tier="disk")
+        assert written == counters["write.bytes.disk"] > 0
         assert value(served, "kvstore_lookup_misses_total", reason="absent") == 4
         assert value(served, "kvstore_evictions_total", tier="memory") == counters["evict.memory"]
         assert value(served, "kvstore_objects") == stats["objects"]
@@ -132,7 +133,7 @@ def test_gauges_come_and_go(stores: Stores) -> None:
     served = stores.serve(server=ON)
     assert value(served, "kvstore_ready") == 1
     assert value(served, "kvstore_draining") == 0
-    assert "kvstore_disk_healthy" not in scrape(served)  # There is no disk tier.
+    assert "kvstore_tier_healthy{" not in scrape(served)  # There is no disk tier.
     with served.session() as session:
         keys = traffic(session, 1, 3)
         pin = session.pin(keys)
@@ -170,5 +171,5 @@ def test_tenants_have_labels_but_not_without_end(stores: Stores) -> None:
 def test_a_lost_disk_shows(stores: Stores) -> None:
     missing = {"path": "/proc/no/such/place", "size": "16MiB"}
     served = stores.serve(disk=missing, server=ON)
-    assert value(served, "kvstore_disk_healthy") == 0
+    assert value(served, "kvstore_tier_healthy", tier="disk") == 0
     assert "kvstore_tier_capacity_bytes" in scrape(served)

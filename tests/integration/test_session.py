@@ -196,7 +196,7 @@ def test_arguments_that_do_not_fit_are_refused(stores: Stores) -> None:
         with pytest.raises(SpecError, match="page id 99 is outside"):
             session.save(keys, [pages.memory], [np.full((2, 4), 99)])
         assert session.stats()["leases"] == 0, "the refused save gave its slots back"
-        assert session.stats()["memory"]["used"] == 0
+        assert session.stats()["tiers"]["memory"]["used"] == 0
 
 
 # --- Room -----------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def test_one_save_larger_than_the_arena_keeps_its_beginning(stores: Stores) -> N
         saved = save(session, keys)
         assert (saved.stored, saved.dropped, saved.reason) == (8, 12, "no_room")
         assert load(session, keys).blocks == 8
-        assert served.stats()["memory"]["used"] == 2 * MIB
+        assert served.stats()["tiers"]["memory"]["used"] == 2 * MIB
 
 
 def test_a_load_larger_than_the_arena_brings_a_prefix(stores: Stores) -> None:
@@ -255,7 +255,7 @@ def test_caps_hold_whatever_is_saved(stores: Stores) -> None:
         session.close()
     stats = served.stats()
     for tier, cap in (("memory", 4 * MIB), ("disk", 8 * MIB)):
-        assert 0 < stats[tier]["used"] <= stats[tier]["capacity"] <= cap
+        assert 0 < stats["tiers"][tier]["used"] <= stats["tiers"][tier]["capacity"] <= cap
     files = (served.folder / "disk").iterdir()
     assert sum(file.stat().st_blocks * 512 for file in files) <= 8 * MIB
 

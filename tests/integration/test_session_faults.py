@@ -315,12 +315,12 @@ def test_without_a_usable_disk_memory_serves_until_it_comes(stores: Stores, obst
         assert save(session, keys).stored == 4
         assert load(session, keys).blocks == 4
         stats = session.stats()
-        assert stats["disk"] is None
-        assert str(folder) in stats["disk_problem"]
+        assert "used" not in stats["tiers"]["disk"], "it is away"
+        assert str(folder) in stats["tiers"]["disk"]["problem"]
         assert session.flush(0.2) == 4
 
         (folder if obstacle == "file in its place" else parent).unlink()
-        eventually(lambda: session.stats()["disk_problem"] is None)
+        eventually(lambda: session.stats()["tiers"]["disk"]["problem"] is None)
         assert session.flush() == 0, "what was saved meanwhile is written now"
         served.kill()
         served.restart()
@@ -336,13 +336,13 @@ def test_a_disk_folder_serves_one_daemon(stores: Stores) -> None:
         keys = one.keys(prompt(1, 3))
         save(one, keys)
         assert one.flush() == 0
-        problem = two.stats()["disk_problem"]
+        problem = two.stats()["tiers"]["disk"]["problem"]
         assert problem is not None
         assert "another" in problem or "in use" in problem
         assert two.lookup(keys).blocks == 0
         assert save(two, two.keys(prompt(2, 3))).stored == 3
         first.stop()
-        eventually(lambda: two.stats()["disk_problem"] is None)
+        eventually(lambda: two.stats()["tiers"]["disk"]["problem"] is None)
         assert load(two, keys).tiers == {"disk": 3}, "it took over the disk"
 
 
@@ -368,7 +368,7 @@ def test_a_full_disk_is_recycled_and_heals(stores: Stores, tiny_disk: Path) -> N
         eventually(lambda: "recycles" in (disk_trouble(session) or ""))
         assert session.flush() == 0
         assert load(session, keys).blocks == 30
-        used = session.stats()["disk"]["used"]
+        used = session.stats()["tiers"]["disk"]["used"]
         assert used > 0
 
         (tiny_disk / "ballast").unlink()
@@ -376,8 +376,10 @@ def test_a_full_disk_is_recycled_and_heals(stores: Stores, tiny_disk: Path) -> N
         assert save(session, session.keys(prompt(2, 30))).stored == 30
         assert session.flush() == 0
         assert disk_trouble(session) is None
-        assert session.stats()["disk"]["used"] > used
-        assert session.stats()["disk"]["used"] > 4 * MIB, "more than there was room for before"
+        assert session.stats()["tiers"]["disk"]["used"] > used
+        assert session.stats()["tiers"]["disk"]["used"] > 4 * MIB, (
+            "more than there was room for before"
+        )
 
 
 def test_files_removed_under_a_daemon_are_made_anew(stores: Stores) -> None:
@@ -402,6 +404,6 @@ def test_files_removed_under_a_daemon_are_made_anew(stores: Stores) -> None:
 
 def disk_trouble(session: Session) -> str | None:
     stats = session.stats()
-    trouble = stats["disk_problem"] or (stats["disk"] or {}).get("problem")
+    trouble = stats["tiers"]["disk"]["problem"]
     assert trouble is None or isinstance(trouble, str)
     return trouble

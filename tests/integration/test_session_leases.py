@@ -46,7 +46,7 @@ def test_a_killed_client_leaves_no_lease(stores: Stores, kind: str) -> None:
     with served.session() as session:
         keys = session.keys(prompt(1, 4))
         save(session, keys)
-    used = served.stats()["memory"]["used"]
+    used = served.stats()["tiers"]["memory"]["used"]
     requests = {
         "reserve": "protocol.Reserve(0, 1, bytes(range(32)))",
         "acquire": f"protocol.Acquire(0, 1, {b''.join(keys)!r}, 1.0, 4)",
@@ -64,7 +64,7 @@ def test_a_killed_client_leaves_no_lease(stores: Stores, kind: str) -> None:
         assert served.stats()["leases"] == 1
         child.kill()
     eventually(lambda: no_leases(served))
-    assert served.stats()["memory"]["used"] == used
+    assert served.stats()["tiers"]["memory"]["used"] == used
 
 
 def test_a_lookup_waits_for_what_is_being_saved_but_not_for_ever(stores: Stores) -> None:
@@ -107,7 +107,7 @@ def test_an_expired_lease_commits_nothing_and_keeps_its_slots_until_released(
     with served.session(BIG) as session:
         for number in range(6):  # more than the arena holds
             save(session, session.keys(prompt(number, 3)))
-        assert session.stats()["memory"]["used"] == 2 * MIB
+        assert session.stats()["tiers"]["memory"]["used"] == 2 * MIB
         assert session.lookup([key]).reason == "writing"
         again = channel.call(protocol.Reserve(opened.handle, 8, b"\x01" * 32), PATIENCE)
         assert isinstance(again, protocol.Reserved)

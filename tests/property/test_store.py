@@ -12,6 +12,7 @@ import queue
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,20 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from examples.memory_tier import MemoryTier
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Part, Shard
 from kvstore.clock import Clock
 from kvstore.config import Config
 from kvstore.memory.arena import Arena
 from kvstore.memory.slots import SlotPool
-from kvstore.server.opening import disk_opener
-from kvstore.store.admission import DISK_RULES, Admission
+from kvstore.server.opening import tiers_below
+from kvstore.store.admission import WRITE_RULES, Admission
+from kvstore.store.entry import Entry
 from kvstore.store.explain import explain, survey
-from kvstore.store.index import Entry
+from kvstore.store.opening import Below
 from kvstore.store.relocation import copy_to, move_to, remove
 from kvstore.store.selection import Selection
 from kvstore.store.store import Acquired, Store
-from kvstore.store.usage import Quota
 from kvstore.tiers.slab.tier import SlabTier
 from kvstore.transport.protocol import DISK as DISK_TIER
 from kvstore.transport.protocol import MEMORY
@@ -47,6 +49,8 @@ PARTS: dict[str, tuple[Part, ...]] = {"small": (SMALL,), "large": (LARGE,), "sha
 SPACES = {"small": NAMESPACE, "large": NAMESPACE, "shards": OTHER}
 ARENA = 1 << 20
 DISK = 4 << 20
+FAR = 1 << 21
+FAR_TIER = DISK_TIER + 1
 
 keys = st.lists(st.integers(0, 11), min_size=1, max_size=12, unique=True)
 kinds = st.sampled_from(sorted(PARTS))
@@ -64,6 +68,7 @@ class Machine(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp(prefix="kvstore-test-"))
         self.policy = policy
         self.with_disk = with_disk
+        self.far: dict[str, Any] = {"capacity": FAR, "medium": {}}
         self.now = 1000.0
         self.version = 0
         self.lease = 0
@@ -83,8 +88,10 @@ class Machine(RuleBasedStateMachine):
             chunk=1 << 18,
             policy=self.policy,
             lease_seconds=10.0,
-            open_disk=disk_opener(config, direct=False),
-            write_queue=1 << 18,
+            below=[
+                *(replace(one, queue=1 << 18) for one in tiers_below(config, direct=False)),
+                Below("far", lambda host: MemoryTier("far", host, self.far), queue=1 << 17),
+            ],
             clock=Clock(lambda: self.now),
         )
         self.held: dict[tuple[str, int], list[tuple[Entry, bytes]]] = {}
@@ -92,8 +99,8 @@ class Machine(RuleBasedStateMachine):
         self.reserved: dict[tuple[str, int], None] = {}
 
     def drain(self) -> None:
-        while self.store.tiering.stats()["writing_bytes"] or any(
-            e.disk_io for e in self.store.tiering.index
+        while self.store.movement.stats()["writing_bytes"] or any(
+            e.moving for e in self.store.index
         ):
             self.posted.get(timeout=20)()
         while not self.posted.empty():
@@ -201,7 +208,7 @@ class Machine(RuleBasedStateMachine):
         entries = []
         for key in chain[:count]:
             for part in PARTS[kind]:
-                entry = self.store.tiering.index.get(key, part)
+                entry = self.store.index.get(key, part)
                 assert entry is not None
                 entries.append(entry)
         self.pinned["a", self.lease] = (self.now + ttl, entries)
@@ -237,7 +244,7 @@ class Machine(RuleBasedStateMachine):
         self.drain()
         kept = {e.name.key for _, entries in self.pinned.values() for e in entries}
         for key, part in self.committed:
-            if key not in kept and self.store.tiering.index.usable(key, part) is not None:
+            if key not in kept and self.store.index.usable(key, part) is not None:
                 raise AssertionError("cleared, and still there")
         self.committed = {k: v for k, v in self.committed.items() if k[0] in kept}
 
@@ -249,25 +256,27 @@ class Machine(RuleBasedStateMachine):
         tenant=st.sampled_from(["", "other"]),
         memory=st.one_of(st.none(), st.integers(0, ARENA)),
         disk=st.one_of(st.none(), st.integers(0, DISK)),
+        far=st.one_of(st.none(), st.integers(0, FAR)),
     )
-    def set_quota(self, tenant: str, memory: int | None, disk: int | None) -> None:
-        self.store.set_quota(tenant, Quota(memory, disk))
+    def set_quota(self, tenant: str, memory: int | None, disk: int | None, far: int | None) -> None:
+        limits = zip(self.store.catalogue.places, (memory, disk, far), strict=False)
+        self.store.set_quota(tenant, {n: limit for n, limit in limits if limit is not None})
 
-    @rule(disk=st.sampled_from(DISK_RULES))
-    def set_admission(self, disk: str) -> None:
-        self.store.admission = Admission(disk=disk)
+    @rule(disk=st.sampled_from(WRITE_RULES), far=st.sampled_from(WRITE_RULES))
+    def set_admission(self, disk: str, far: str) -> None:
+        self.store.admission = Admission(below={"disk": disk, "far": far})
 
     @rule(
         tenant=st.sampled_from(["", "other"]),
-        tier=st.sampled_from([MEMORY, DISK_TIER]),
+        tier=st.sampled_from([MEMORY, DISK_TIER, FAR_TIER]),
         move=st.booleans(),
     )
     def relocate(self, tenant: str, tier: int, move: bool) -> None:
-        tiering = self.store.tiering
+        movement = self.store.movement
         reasons: list[str | None] = []
         entries = select(self.store, Selection(tenant=tenant))
         for entry in entries:
-            (move_to if move else copy_to)(tiering, entry, tier, reasons.append)
+            (move_to if move else copy_to)(movement, entry, tier, reasons.append)
         while len(reasons) < len(entries):
             self.posted.get(timeout=20)()
 
@@ -275,17 +284,18 @@ class Machine(RuleBasedStateMachine):
     def let_expire(self, tenant: str, seconds: float | None) -> None:
         entries = select(self.store, Selection(tenant=tenant))
         for entry in entries:
-            self.store.tiering.set_ttl(entry, seconds)
+            self.store.catalogue.set_ttl(entry, seconds)
         self.store.tick()
         if seconds == -1.0:
+            self.drain()
             assert all(entry.gone or entry.pins for entry in entries)
 
     @rule(number=st.integers(0, 11), kind=kinds)
     def remove(self, number: int, kind: str) -> None:
         key = key_of(number, kind)
         for entry in select(self.store, Selection(keys=[key])):
-            if remove(self.store.tiering, entry) is None:
-                assert self.store.tiering.index.get(key, entry.name.part) is None
+            if remove(self.store.catalogue, entry) is None:
+                assert self.store.index.get(key, entry.name.part) is None
 
     @rule(numbers=keys, kind=kinds)
     def explain(self, numbers: list[int], kind: str) -> None:
@@ -298,8 +308,9 @@ class Machine(RuleBasedStateMachine):
 
     @rule(flip=st.one_of(st.none(), st.integers(0, DISK * 8 - 1)))
     def crash_and_reopen(self, flip: int | None) -> None:
-        if self.store.tiering.disk is not None:
-            self.store.tiering.disk.close()
+        for lower in self.store.movement.lowers.values():
+            if lower.tier is not None:
+                lower.tier.close()
         self.arena.close()
         slab = self.folder / "kvstore.slab"
         if flip is not None and slab.exists() and flip // 8 < slab.stat().st_size:
@@ -317,47 +328,53 @@ class Machine(RuleBasedStateMachine):
     def caps_hold(self) -> None:
         if not hasattr(self, "store"):
             return
-        tiering = self.store.tiering
-        pools: list[SlotPool[Any]] = [tiering.memory]
-        if isinstance(tiering.disk, SlabTier):
-            pools.append(tiering.disk._pool)
+        pools: list[SlotPool[Any]] = [self.store.memory.pool]
+        pools += [tier._pool for tier in self.tiers() if isinstance(tier, SlabTier)]
         for pool in pools:
             assert pool.used_bytes + pool.free_bytes + pool.fragmented_bytes == pool.capacity
             assert pool.used_bytes == sum(slot.nbytes for slot in chain(*pool.pieces()))
         assert sum(f.stat().st_size for f in self.folder.iterdir()) <= DISK
+        assert sum(held.nbytes for held, _ in self.far["medium"].values()) <= FAR
+
+    def tiers(self) -> list[Any]:
+        return [lower.tier for lower in self.store.movement.lowers.values()]
 
     @invariant()
     def accounts_add_up(self) -> None:
         if not hasattr(self, "store"):
             return
-        tiering = self.store.tiering
-        memory = [slot.owner for slot in chain(*tiering.memory.pieces())]
-        disk = [e for e in (*tiering.index, *tiering._leaving.values()) if e.placed]
-        if isinstance(tiering.disk, SlabTier):
-            assert {e.name for e in disk if e.on_disk} <= set().union(*tiering.disk._places)
+        store, catalogue = self.store, self.store.catalogue
+        there = [*store.index, *catalogue._leaving.values()]
+        placed = {
+            number: [e for e in there if e.places >> number & 1] for number in catalogue.places
+        }
+        placed[MEMORY] = [slot.owner for slot in chain(*store.memory.pool.pieces())]
+        for number, tier in zip(store.movement.lowers, self.tiers(), strict=True):
+            known = set().union(*tier._places) if isinstance(tier, SlabTier) else tier._objects
+            assert {e.name for e in placed[number] if e.lies_in(number)} <= set(known)
         leases = self.store.leases()
         in_use = {e for lease in leases for e in lease.entries() if e.readers or e.writer}
         for space in (NAMESPACE, OTHER):
-            account = tiering.usage.namespaces.get(space.digest)
-            of_memory = [e for e in memory if e.name.namespace == space]
-            of_disk = [e for e in disk if e.name.namespace == space]
+            account = catalogue.usage.namespaces.get(space.digest)
+            of_tiers = {
+                number: [e for e in entries if e.name.namespace == space]
+                for number, entries in placed.items()
+            }
             if account is None:
-                assert not of_memory
-                assert not of_disk
+                assert not any(of_tiers.values())
                 continue
-            assert account.memory_bytes == sum(e.nbytes for e in of_memory)
-            assert account.disk_bytes == sum(e.nbytes for e in of_disk)
-            indexed = [e for e in tiering.index if e.name.namespace == space]
+            indexed = [e for e in store.index if e.name.namespace == space]
             assert account.objects == len(indexed) == sum(account.parts.values())
-            tenant = tiering.usage.tenants[space.tenant]
+            tenant = catalogue.usage.tenants[space.tenant]
             assert account.tenant is tenant
-            assert tenant.memory_bytes == account.memory_bytes
-            assert tenant.disk_bytes == account.disk_bytes
             assert tenant.pinned_bytes == sum(e.nbytes for e in indexed if e.pins)
             held_here = [e for e in in_use if e.name.namespace == space]
             assert tenant.held_bytes == sum(e.nbytes for e in held_here)
-            for share, held in ((tenant.memory, of_memory), (tenant.disk, of_disk)):
-                assert sorted(id(c.owner) for c in share._order) == sorted(map(id, held))
+            for number, held in of_tiers.items():
+                assert account.nbytes[number] == sum(e.nbytes for e in held)
+                assert tenant.bytes_in(number) == account.nbytes[number]
+                order = tenant.share(number)._order
+                assert sorted(id(c.owner) for c in order) == sorted(map(id, held))
 
     @invariant()
     def held_bytes_stay(self) -> None:
@@ -377,12 +394,12 @@ class Machine(RuleBasedStateMachine):
             self.store.release_owner(owner)
         self.drain()
         assert not self.store.leases()
-        for entry in self.store.tiering.index:
+        for entry in self.store.index:
             assert entry.idle, "a right outlived its lease"
             assert not entry.pins
             assert entry.stored
-        owned = {id(slot.owner) for slot in chain(*self.store.tiering.memory.pieces())}
-        assert owned <= {id(entry) for entry in self.store.tiering.index}, "a slot leaked"
+        owned = {id(slot.owner) for slot in chain(*self.store.memory.pool.pieces())}
+        assert owned <= {id(entry) for entry in self.store.index}, "a slot leaked"
         self.store.close()
         self.arena.close()
         shutil.rmtree(self.folder)

@@ -379,7 +379,7 @@ WRONG: dict[str, list[Any]] = {
         [{"options": {}}],
         [{"kind": "x", "options": 5}],
         [{"kind": "x", "else": 5}],
-        [{"kind": "x"}, {"kind": "y"}],
+        [{"kind": "x"}, {"kind": "x"}],
         [{"kind": "slab"}, {"kind": "slab"}],
         [{"kind": "slab", "options": 5}],
     ],

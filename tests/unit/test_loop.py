@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -83,21 +84,22 @@ def test_a_disk_that_cannot_be_opened_for_an_error_of_ours_is_tried_again(
 ) -> None:
     (tmp_path / "disk").write_text("in its place")
     bench = Bench(tmp_path / "disk")
-    tiering = bench.store.tiering
-    assert tiering.disk is None
+    disk = bench.disk
+    assert disk is not None
+    assert disk.tier is None
     (tmp_path / "disk").unlink()
     threading.excepthook = lambda _: None  # It dies of it, and that is heard.
     with monkeypatch.context() as odd:
-        odd.setattr(tiering._opening, "_open_disk", lambda _: 1 // 0)
+        odd.setattr(disk._opening, "_below", replace(disk._opening._below, open=lambda _: 1 // 0))
         bench.now = 10.0
         bench.store.tick()
         bench.posted.get(timeout=5)()
-    assert tiering.disk is None
-    assert "error of ours" in str(tiering.disk_problem)
+    assert disk.tier is None
+    assert "error of ours" in str(disk.state.problem)
     bench.now = 20.0
     bench.store.tick()
     bench.posted.get(timeout=5)()
-    assert tiering.disk is not None
+    assert disk.tier is not None
     bench.save(keys(1))
     bench.drain()
     bench.close()

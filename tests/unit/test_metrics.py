@@ -117,11 +117,15 @@ def test_samples_are_differences() -> None:
     samples = Samples()
     samples.take(100.0, _stats([]))
     assert samples.after(0) == []
-    samples.take(101.0, _stats([0, 4, 0, 0], lookup__tokens=100, hit__tokens__disk=40))
-    samples.take(103.0, _stats([0, 4, 0, 0], lookup__tokens=100, hit__tokens__disk=40))
+    samples.take(
+        101.0, _stats([0, 4, 0, 0], lookup__tokens=100, hit__tokens__disk=30, hit__tokens__far=10)
+    )
+    samples.take(
+        103.0, _stats([0, 4, 0, 0], lookup__tokens=100, hit__tokens__disk=30, hit__tokens__far=10)
+    )
     samples.take(103.0, _stats([9, 9, 9, 9], lookup__tokens=999))  # A clock that stands still.
     first, second = samples.after(0)
-    assert (first["number"], first["asked"], first["memory"], first["disk"]) == (1, 100, 0, 40)
+    assert (first["number"], first["asked"], first["memory"], first["below"]) == (1, 100, 0, 40)
     assert (first["lookups"], first["p50"], first["seconds"]) == (4, 1.5, 1.0)
     assert (second["asked"], second["lookups"], second["p99"]) == (0, 0, None)
     assert second["seconds"] == 2.0
@@ -156,6 +160,7 @@ def test_recent_requests_are_the_last_ones() -> None:
         recent.note(number, namespace, "lookup", 8, *by_tier(bytes([1, 1, 2])), "absent", 0.0)
     assert [r.session for r in recent] == [4, 3, 2]
     newest = next(iter(recent))
-    assert (newest.asked, newest.memory, newest.disk, newest.reason) == (8, 2, 1, "absent")
+    assert (newest.asked, newest.memory, newest.below, newest.reason) == (8, 2, 1, "absent")
     assert newest.seconds > 0
     assert by_tier(b"") == (0, 0)
+    assert by_tier(bytes([1, 3, 2, 0, 255])) == (1, 2)

@@ -18,7 +18,7 @@ from kvstore.server.control.operations import Done, Operation, Operations, each
 from kvstore.server.control.rules import RuleVerbs
 from kvstore.server.loop import Steps
 from kvstore.server.node import Node
-from kvstore.store.index import Entry
+from kvstore.store.entry import Entry
 from kvstore.store.pins import Pins
 from kvstore.tiers.base import ObjectName
 from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, keys

@@ -12,7 +12,7 @@ import pytest
 from kvstore.blocks.spec import Namespace
 from kvstore.slices import FEW, Background, Inbox, Work, finish, tables
 from kvstore.store.store import Acquired
-from kvstore.store.usage import Quota
+from kvstore.transport.protocol import MEMORY
 from tests.disk_tools import MiniStore, object_name
 from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, keys
 
@@ -67,7 +67,7 @@ def test_what_a_dead_client_held_goes_bit_by_bit(bench: Bench) -> None:
 
 def test_a_quota_is_enforced_bit_by_bit(bench: Bench) -> None:
     save(bench)
-    bench.store.set_quota("", Quota(memory=NBYTES))
+    bench.store.set_quota("", {MEMORY: NBYTES})
     assert 1 < bench.store.stats()["objects"] < COUNT
     bench.drain()
     assert bench.store.stats()["objects"] == 1

@@ -6,7 +6,6 @@ import errno
 import os
 import threading
 import time
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import pytest
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part
 from kvstore.store.leases import Payer
 from kvstore.store.store import Acquired
-from kvstore.tiers.base import Tier
 from kvstore.transport.protocol import BUSY, HAVE, NO_ROOM
 from tests.store_tools import GROUP, NAMESPACE, NBYTES, PART, Bench, content, keys
 
@@ -35,7 +33,7 @@ def test_a_dead_writer_leaves_nothing_behind(memory: Bench) -> None:
     memory.store.reserve("a", 1, NAMESPACE, keys(1, 2, 3), [PART])
     memory.store.release_owner("a")
     assert memory.store.lookup(keys(1), [PART]) == ([], "absent")
-    assert memory.store.tiering.memory.used_bytes == 0
+    assert memory.store.memory.pool.used_bytes == 0
     assert memory.store.commit("a", 1) == (0, "lease")
 
 
@@ -79,10 +77,10 @@ def test_an_expired_lease_commits_nothing_but_keeps_its_slots(memory: Bench) -> 
     memory.store.reserve("slow", 1, NAMESPACE, keys(1), [PART])
     memory.now = 11
     memory.store.tick()
-    used = memory.store.tiering.memory.used_bytes
-    assert used == memory.store.tiering.memory.slot_bytes(NBYTES), "it may be copying still"
+    used = memory.store.memory.pool.used_bytes
+    assert used == memory.store.memory.pool.slot_bytes(NBYTES), "it may be copying still"
     assert memory.store.commit("slow", 1) == (0, "lease")
-    assert memory.store.tiering.memory.used_bytes == 0
+    assert memory.store.memory.pool.used_bytes == 0
     assert memory.store.counters["commit.refused.expired"] == 1
 
 
@@ -109,65 +107,15 @@ def test_a_convertible_layout_is_found_and_an_opaque_one_only_by_its_equal(memor
 def test_write_behind_eviction_and_promotion(disk: Bench) -> None:
     disk.save(keys(*range(8)))
     disk.drain()
-    assert disk.store.counters["write.bytes"] == 8 * NBYTES
+    assert disk.store.counters["write.bytes.disk"] == 8 * NBYTES
     disk.save(keys(*range(100, 108)))
     disk.drain()
     assert disk.store.lookup(keys(*range(8)), [PART])[0] == [2] * 8
     acquired = disk.load(keys(*range(8)))
     assert acquired.tiers == [2] * 8
     assert disk.store.lookup(keys(*range(8)), [PART])[0] == [1] * 8
-    assert disk.store.tiering.reading.each > 0
-
-
-class Serial:
-    """A disk that takes a second of the store's time for one read after the other."""
-
-    def __init__(self, bench: Bench, disk: Tier) -> None:
-        self._bench = bench
-        self._disk = disk
-        self.asked: deque[tuple[Any, ...]] = deque()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._disk, name)
-
-    def get(self, *job: Any) -> None:
-        self.asked.append(job)
-
-    def serve(self) -> None:
-        self._bench.now += 1.0
-        self._disk.get(*self.asked.popleft())
-        self._bench.posted.get(timeout=20)()
-
-
-def test_a_queue_of_readers_does_not_make_the_disk_slow(disk: Bench) -> None:
-    """What is measured is the disk's own time; who waits for others is told how long."""
-    chains = [keys(*range(first, first + 2)) for first in range(0, 8, 2)]
-    for chain in chains:
-        disk.save(chain)
-    disk.drain()
-    disk.save(keys(*range(100, 108)))
-    disk.drain()
-    tiering = disk.store.tiering
-    assert tiering.disk is not None
-    tiering.disk = serial = Serial(disk, tiering.disk)  # type: ignore[assignment]
-    for owner, chain in enumerate(chains):
-        disk.store.acquire(owner, 1, chain, [PART], lambda _: None)
-    left = len(serial.asked)
-    assert left == 8
-    while serial.asked:
-        serial.serve()
-        left -= 1
-        assert tiering.reading.each == pytest.approx(1.0 / NBYTES)
-        assert tiering.reading.wait == pytest.approx(left)
-        disk.store.release_owner(3 - left // 2)
-    disk.store.prefetch(keys(100), [PART])
-    assert len(serial.asked) == 1
-    disk.now += 50  # hung
-    assert tiering.reading.wait == pytest.approx(51.0)
-    serial.serve()
-    disk.now += 600
-    assert tiering.reading.each == pytest.approx(1e-9), "idle, it is trusted again"
-    assert tiering.reading.wait < 1e-3
+    assert disk.disk is not None
+    assert disk.disk.cost.seconds_per_byte > 0
 
 
 def test_a_request_counts_once_however_often_it_asks(memory: Bench) -> None:
@@ -216,7 +164,7 @@ def test_two_readers_share_one_promotion(disk: Bench) -> None:
     while len(results) < 2:
         disk.posted.get(timeout=20)()
     assert [len(r.blocks) for r in results] == [2, 2]
-    assert disk.store.counters["promote.bytes"] == 2 * NBYTES
+    assert disk.store.counters["promote.bytes.disk"] == 2 * NBYTES
 
 
 def test_a_prefetch_brings_blocks_up_and_holds_no_lease(disk: Bench) -> None:
@@ -262,18 +210,19 @@ def test_without_its_disk_the_store_goes_on_and_takes_it_up_again(tmp_path: Path
     folder = tmp_path / "disk"
     folder.write_text("in the way")
     bench = Bench(folder)
-    assert bench.store.tiering.disk is None
-    assert str(folder) in (bench.store.tiering.disk_problem or "")
+    assert bench.disk is not None
+    assert bench.disk.tier is None
+    assert str(folder) in (bench.disk.state.problem or "")
     bench.save(keys(1, 2))
     assert bench.load(keys(1, 2)).tiers == [1, 1]
     folder.unlink()
     bench.now = 100
     bench.store.tick()
     bench.posted.get(timeout=20)()
-    assert bench.store.tiering.disk_problem is None
+    assert bench.disk.state.problem is None
     bench.drain()
-    assert bench.store.tiering.unwritten == 0
-    assert bench.store.counters["write.bytes"] == 2 * NBYTES
+    assert bench.store.movement.unwritten == 0
+    assert bench.store.counters["write.bytes.disk"] == 2 * NBYTES
     bench.close()
 
 
@@ -292,14 +241,15 @@ def test_a_disk_that_hangs_at_the_start_is_taken_up_later(
     began = time.monotonic()
     bench = Bench(tmp_path / "disk", stall_seconds=0.1)
     assert time.monotonic() - began < 5
-    assert bench.store.tiering.disk is None
-    assert "has not answered for 0.1 s" in str(bench.store.tiering.disk_problem)
+    assert bench.disk is not None
+    assert bench.disk.tier is None
+    assert "has not answered for 0.1 s" in str(bench.disk.state.problem)
     bench.save(keys(1))
     goes_on.set()
     bench.posted.get(timeout=20)()
     bench.drain()
-    assert bench.store.tiering.disk_problem is None
-    assert bench.store.counters["write.bytes"] == NBYTES
+    assert bench.disk.state.problem is None
+    assert bench.store.counters["write.bytes.disk"] == NBYTES
     bench.close()
 
 
@@ -315,14 +265,15 @@ def test_writes_that_are_tried_again_have_not_failed(
         until = time.monotonic() + 10
         while not disk.store.counters["write.again.io_error"] and time.monotonic() < until:
             disk.posted.get(timeout=20)()
-    disk_tier = disk.store.tiering.disk
+    assert disk.disk is not None
+    disk_tier = disk.disk.tier
     assert disk_tier is not None
     assert not disk_tier.state.writable
     while not disk_tier.state.writable:
         time.sleep(0.05)
     disk.store.tick()
     disk.drain()
-    assert disk.store.counters["write.bytes"] == NBYTES
+    assert disk.store.counters["write.bytes.disk"] == NBYTES
     assert not disk.store.counters["write.failed.io_error"]
 
 
@@ -454,16 +405,16 @@ def test_what_does_not_come_in_time_leaves_a_hole(disk: Bench) -> None:
 
 def test_a_flush_waits_for_what_was_saved_before_it_alone(disk: Bench) -> None:
     disk.save(keys(1, 2))
-    watch = disk.store.tiering.watch_writes(lambda tenant: not tenant)
-    theirs = disk.store.tiering.watch_writes(lambda tenant: tenant == "other")
+    watch = disk.store.movement.watch_writes(lambda tenant: not tenant)
+    theirs = disk.store.movement.watch_writes(lambda tenant: tenant == "other")
     assert (watch.left, theirs.left) == (2, 0)
     for number in range(100, 200):  # Somebody goes on saving.
         disk.save(keys(number))
         if watch.left:
             disk.posted.get(timeout=20)()
     assert watch.left == 0
-    assert disk.store.tiering.unwritten > 0
-    disk.store.tiering.writes.end_watch(watch)
+    assert disk.store.movement.unwritten > 0
+    disk.store.catalogue.writes.end_watch(watch)
     disk.drain()
-    again = disk.store.tiering.watch_writes(lambda _: True)
+    again = disk.store.movement.watch_writes(lambda _: True)
     assert (again.left, theirs.left, watch.left) == (0, 0, 0)

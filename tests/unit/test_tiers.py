@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
@@ -104,14 +104,14 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_daemon_with_a_tier_of_a_package(package: Path, stores: Stores) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", f"{package}:{Path(__file__).parents[2]}")
-        tiers = [{"kind": "kept", "options": {"capacity": 8 * MIB}}]
+        tiers = [{"kind": "kept", "name": "far", "options": {"capacity": 8 * MIB}}]
         served = stores.serve("1MiB", tiers=tiers)
     with served.session() as session:
         first, others = session.keys(prompt(1, 4)), session.keys(prompt(2, 400))
         assert save(session, first).stored == 4
         assert session.flush() == 0
         save(session, others)
-        assert load(session, first).tiers == {"disk": 4}
+        assert load(session, first).tiers == {"far": 4}
 
 
 def test_kinds_that_cannot_be_had_are_named(package: Path) -> None:
@@ -122,12 +122,37 @@ def test_kinds_that_cannot_be_had_are_named(package: Path) -> None:
     assert find("kept") is MemoryTier
 
 
+SLAB: Final = {"path": "/somewhere", "size": "1GiB"}
+
+
 def test_a_slab_may_be_given_among_tiers() -> None:
-    options = {"path": "/somewhere", "size": "1GiB"}
-    listed = load_config(overrides={"tiers": [{"kind": "slab", "options": options}]})
-    assert listed == load_config(overrides={"disk": options})
-    with pytest.raises(ConfigError, match=r"disk\.size"):
-        load_config(overrides={"tiers": [{"kind": "slab", "options": {"size": "much"}}]})
-    both = {"tiers": [{"kind": "slab", "options": options}], "disk": {"path": "/elsewhere"}}
-    with pytest.raises(ConfigError, match=r"tiers: .*disk alone"):
-        load_config(overrides=both)
+    listed = load_config(overrides={"tiers": [{"kind": "slab", "options": SLAB}]})
+    assert listed.below == load_config(overrides={"disk": SLAB}).below
+
+
+def test_tiers_are_named_and_in_order() -> None:
+    tiers = [{"kind": "slab", "name": "far", "options": SLAB}, {"kind": "kept"}]
+    rules = {"admission": {"far": "reused"}, "quotas": {"alice": {"kept": "1MiB", "disk": 5}}}
+    both = load_config(overrides={"disk": {"path": "/elsewhere"}, "tiers": tiers, **rules})
+    assert [tier.name for tier in both.below] == ["disk", "far", "kept"]
+    assert both.admission.below == {"disk": "all", "far": "reused"}
+    assert both.quotas["alice"].limits == {"memory": None, "disk": 5, "kept": MIB}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"tiers": [{"kind": "slab", "options": {"size": "much"}}]}, "options: a slab: size"),
+        ({"tiers": [{"kind": "slab", "options": {"size": "1GiB"}}]}, "a slab needs a path"),
+        ({"tiers": [{"kind": "kept"}, {"kind": "kept"}]}, "'kept' is there twice"),
+        ({"tiers": [{"kind": "kept", "name": "memory"}]}, "'memory' is there twice"),
+        ({"tiers": [{"kind": "kept", "name": "A.b"}]}, "name"),
+        ({"tiers": [{"kind": f"k{n}"} for n in range(7)]}, "7 below memory; give 6"),
+        ({"admission": {"far": "none"}}, "admission.far: there is no tier 'far'; known: memory"),
+        ({"quotas": {"bob": {"far": 1}}}, "quotas.bob.far: there is no tier 'far'"),
+        ({"tiers": [{"kind": "kept"}], "admission": {"kept": "some"}}, "admission.kept"),
+    ],
+)
+def test_tiers_that_make_no_sense_are_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        load_config(overrides=settings)

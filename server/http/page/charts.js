@@ -6,7 +6,7 @@ import { clock, duration, percent, rate } from "./words.js";
 export const WINDOW = 300; // seconds in a chart
 const BIN = 3; // seconds in a point of a chart
 const SUMS = [
-  "seconds", "asked", "memory", "disk", "save", "load_memory", "load_disk", "disk_read", "disk_write", "lookups",
+  "seconds", "asked", "memory", "below", "save", "load", "read", "write", "lookups",
 ];
 
 // Single seconds jitter: a point stands for a few of them.
@@ -35,18 +35,18 @@ export const charts = [
     scale: () => linear(1),
     series: [
       { name: "memory", style: "s-memory", of: (s) => s.asked ? s.memory / s.asked : null },
-      { name: "disk", style: "s-disk", of: (s) => s.asked ? s.disk / s.asked : null },
-      { name: "together", of: (s) => s.asked ? (s.memory + s.disk) / s.asked : null },
+      { name: "below", style: "s-disk", of: (s) => s.asked ? s.below / s.asked : null },
+      { name: "together", of: (s) => s.asked ? (s.memory + s.below) / s.asked : null },
     ],
   },
   {
     id: "chart-bytes", title: "Throughput", note: "bytes a second", format: rate,
     scale: (highest) => linear(round(Math.max(highest, 1000))),
     series: [
-      { name: "load", style: "s-memory", of: (s) => (s.load_memory + s.load_disk) / s.seconds },
+      { name: "load", style: "s-memory", of: (s) => s.load / s.seconds },
       { name: "save", style: "s-save", of: (s) => s.save / s.seconds },
-      { name: "disk read", style: "s-disk", of: (s) => s.disk_read / s.seconds },
-      { name: "disk write", style: "s-write", of: (s) => s.disk_write / s.seconds },
+      { name: "from below", style: "s-disk", of: (s) => s.read / s.seconds },
+      { name: "to below", style: "s-write", of: (s) => s.write / s.seconds },
     ],
   },
   {

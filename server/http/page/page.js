@@ -28,22 +28,22 @@ function tier(name, held, pinned) {
     bar.append(segment);
   }
   const legend = make("div", "legend", ...parts.map(([part, bytes]) => make("span", part, `${part} ${size(bytes)}`)));
-  return make("div", `tier ${name}`, head, bar, legend);
+  return make("div", `tier ${name === "memory" ? name : "disk"}`, head, bar, legend);
 }
 
 function showTiers(status) {
-  // Pins hold what lies in memory there; only a block pinned while on disk alone is no part of it.
-  const shown = status.tiers.map((held) => held.used === undefined
-    ? make("div", `tier ${held.name}`, make("b", "", held.name), " ", make("span", "bad", held.problem))
-    : tier(held.name, held, Math.min(held.pinned, held.used)));
-  if (shown.length < 2) shown.push(make("p", "tier muted", "No disk tier is configured."));
+  // Pins hold what lies in memory there; only a block pinned while below memory alone is no part of it.
+  const shown = Object.entries(status.tiers).map(([name, held]) => held.used === undefined
+    ? make("div", "tier disk", make("b", "", name), " ", make("span", "bad", held.problem))
+    : tier(name, held, Math.min(held.pinned ?? 0, held.used)));
+  if (shown.length < 2) shown.push(make("p", "tier muted", "No tier below memory is configured."));
   byId("tiers").replaceChildren(...shown);
 }
 
 // Who is limited to tenants is shown what these hold, and no sums of the node.
 function showNow(status) {
   const { leases, queues, counters } = status;
-  const loaded = (counters["load.bytes.memory"] ?? 0) + (counters["load.bytes.disk"] ?? 0);
+  const loaded = Object.keys(status.tiers).reduce((sum, name) => sum + (counters[`load.bytes.${name}`] ?? 0), 0);
   const tiles = [
     ["sessions", "sessions", count(status.sessions), ""],
     ["namespaces", "namespaces", count(status.namespaces), ""],
@@ -52,8 +52,8 @@ function showNow(status) {
     ["leases", "leases", count(leases.read + leases.write), leases.withdrawn ? ` ${leases.withdrawn} withdrawn` : ""],
     ["pins", "pins", count(leases.pin), leases.pin ? ` ${size(status.pinned_bytes)}` : ""],
     ["loaded", "loaded in all", queues && size(loaded), ""],
-    ["waiting", "waiting for disk", queues && count(queues.acquiring), ""],
-    ["unwritten", "not on disk yet", queues && count(status.unwritten), status.writing_bytes ? ` ${size(status.writing_bytes)}` : ""],
+    ["waiting", "waiting for tiers", queues && count(queues.acquiring), ""],
+    ["unwritten", "not written yet", queues && count(status.unwritten), status.writing_bytes ? ` ${size(status.writing_bytes)}` : ""],
   ];
   byId("now").replaceChildren(...tiles.filter(([, , value]) => value !== undefined).map(([id, name, value, more]) => {
     const shown = make("dd", "", value, make("small", "", more));
@@ -86,13 +86,13 @@ function showRecent(status) {
   fill("recent", status.recent.map((request) => {
     const save = request.what === "save";
     const bar = make("span", "found");
-    for (const [part, blocks] of [[save ? "save" : "memory", request.memory], ["disk", request.disk]]) {
+    for (const [part, blocks] of [[save ? "save" : "memory", request.memory], ["disk", request.below]]) {
       const piece = make("i", part);
       piece.style.width = `${(blocks / Math.max(1, request.asked)) * 100}%`;
       bar.append(piece);
     }
-    const blocks = make("td", "", bar, `${count(request.memory + request.disk)} / ${count(request.asked)}`);
-    blocks.title = save ? `${request.memory} new` : `${request.memory} in memory, ${request.disk} on disk`;
+    const blocks = make("td", "", bar, `${count(request.memory + request.below)} / ${count(request.asked)}`);
+    blocks.title = save ? `${request.memory} new` : `${request.memory} in memory, ${request.below} below`;
     return make("tr", "", cell(clock(request.at), "muted"), cell(String(request.session), "n"),
       make("td", "", make("span", "kind", request.what)), modelCell(request.model), tenantCell(request.tenant), blocks,
       cell(request.reason, "muted"), cell(duration(request.seconds), "n"));
@@ -104,13 +104,13 @@ function showNamespaces(status) {
   const held = status.latest_namespaces.toSorted((a, b) => a.model.localeCompare(b.model) || a.tenant.localeCompare(b.tenant));
   fill("namespaces", held.map((held) =>
     make("tr", "", modelCell(held.model), tenantCell(held.tenant), cell(short(held.blocks), "n"),
-      cell(size(held.memory), "n"), cell(size(held.disk), "n"))));
+      cell(size(held.memory), "n"), cell(size(held.below), "n"))));
 }
 
 const REASONS = {
   "lookup.miss": "lookup missed", "save.dropped": "save dropped", "load.failed": "load failed",
-  "commit.refused": "commit refused", "write.dropped": "not written to disk",
-  "write.failed": "write to disk failed", "evict.lost": "evicted for good",
+  "commit.refused": "commit refused", "write.dropped": "not written",
+  "write.failed": "write failed", "evict.lost": "evicted for good",
   "recover.dropped": "not recovered", "lease.expired": "lease expired",
 };
 

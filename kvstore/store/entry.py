@@ -1,0 +1,114 @@
+"""An object of the store: what it is, in which tiers it lies, and who holds rights to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Final
+
+from kvstore.memory.eviction import Node
+from kvstore.memory.slots import Slot
+from kvstore.store.usage import Copy, NamespaceUsage
+from kvstore.tiers.base import MISS, ObjectName
+from kvstore.transport.protocol import MEMORY
+
+IN_MEMORY: Final = 1 << MEMORY
+"""Sets of tiers are numbers: that of a tier is a bit."""
+BELOW: Final = ~IN_MEMORY
+
+
+def members(tiers: int) -> Iterator[int]:
+    """The numbers of a set of tiers, in their order."""
+    while tiers:
+        lowest = tiers & -tiers
+        yield lowest.bit_length() - 1
+        tiers ^= lowest
+
+
+class Entry(Node, gc=False, eq=False):
+    """One object and its copies. Only the catalogue changes where it lies.
+
+    `places` are the tiers that keep room for it, `tiers` those of them whose bytes are whole, as
+    they are once it was committed, promoted or written there; `reading` is the one that it is being
+    promoted from (MISS: none), `slot` its place in the arena. Bytes that are whole never change.
+    `created`, `used` and `expires` (inf: never) are in monotonic seconds; `recorded` is what the
+    tiers below were told of `expires`. `due` and the links belong to `Expiry`, `beside` to the
+    index, `copies` to accounts, `writes` to `WriteBehind`; `account` is set once it is indexed.
+
+    There may be millions, so the garbage collector does not know them: whoever takes one out of
+    sight unties it from its slots.
+    """
+
+    codec: ClassVar[str] = "raw"
+
+    name: ObjectName
+    nbytes: int
+    created: float = 0.0
+    used: float = 0.0
+    expires: float = math.inf
+    recorded: float = math.inf
+    due: int | None = None
+    variant: bytes = b""
+    account: NamespaceUsage = None  # type: ignore[assignment]
+    beside: Entry | None = None
+    copies: Copy | None = None
+    checksum: int | None = None
+    slot: Slot[Entry] | None = None
+    tiers: int = 0
+    places: int = 0
+    reading: int = MISS
+    gone: bool = False
+    writer: Any = None  # the lease under which it is being saved
+    readers: int = 0
+    pins: int = 0
+    writes: Any = None
+    waiting: list[Callable[[str | None], None]] | None = None  # for the running promotion
+
+    def __post_init__(self) -> None:
+        self.used = self.created
+        self.variant = self.name.part.variant
+
+    @property
+    def ghost(self) -> int:
+        """Names the object for policies that remember those that are gone."""
+        return hash((self.name.key, self.variant))
+
+    @property
+    def stored(self) -> bool:
+        """Whether some tier holds the whole object."""
+        return self.tiers != 0
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether memory holds the whole object."""
+        return self.tiers & IN_MEMORY != 0
+
+    @property
+    def tier(self) -> int:
+        """The first tier that holds the whole object; MISS: none does."""
+        return (self.tiers & -self.tiers).bit_length() - 1 if self.tiers else MISS
+
+    @property
+    def writing(self) -> int:
+        """The tiers below memory that it is being written to."""
+        return self.places & ~self.tiers & BELOW
+
+    @property
+    def moving(self) -> bool:
+        """Whether a tier below memory is at work on it."""
+        return self.reading != MISS or self.writing != 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody reads, writes or moves it."""
+        return not (self.readers or self.writer or self.waiting or self.writing)
+
+    def lies_in(self, tier: int) -> bool:
+        """Whether a tier holds the whole object."""
+        return self.tiers >> tier & 1 != 0
+
+    def may_leave(self, tier: int) -> bool:
+        """Whether its copy in a tier may be given up now."""
+        if not self.lies_in(tier) or self.pins:
+            return False
+        return self.idle if tier == MEMORY else not self.waiting

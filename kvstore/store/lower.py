@@ -1,0 +1,350 @@
+"""A tier below memory, as the store works with it: it comes and goes, is written to and read from.
+
+Belongs to the store's loop, but for `post`. Bulk work is done by the tier's threads, whose results
+come back through `post`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Final
+
+from kvstore.slices import FEW, Background, Work, finish
+from kvstore.store.catalogue import Catalogue
+from kvstore.store.entry import IN_MEMORY, Entry
+from kvstore.store.memory import Memory
+from kvstore.store.opening import Below, Opening
+from kvstore.store.writebehind import Batch
+from kvstore.tiers.base import PASSING, Held, Job, ObjectName, State, Tier
+from kvstore.transport.protocol import Cost
+
+_WRITES: Final = 16
+"""Writes without a stop."""
+_MOST_WRITES: Final = 256
+"""Under way: what is being written cannot make room, and who looks for a victim looks at 1,024."""
+
+
+class Lower:
+    """What the store does with one tier below memory: a `Place`, and the tier's `Host`.
+
+    Args:
+        number: of the tier.
+        below: how it was configured.
+        memory: what is written comes from there, and what is read goes there.
+        catalogue: the objects.
+        background: work that nobody waits for.
+        post: runs a function on the loop; called from any thread.
+        moved: called when something has been read or written.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        below: Below,
+        memory: Memory,
+        catalogue: Catalogue,
+        background: Background,
+        post: Callable[[Callable[[], None]], None],
+        moved: Callable[[], None],
+    ) -> None:
+        self.number = number
+        self.name = below.name
+        self.queue = below.queue
+        self.post = post
+        self.tier: Tier | None = None
+        """None while it is away."""
+        self.bytes_under_way = self._writing = 0
+        self._memory = memory
+        self._catalogue = catalogue
+        self._background = background
+        self._moved = moved
+        catalogue.places[number] = self
+        self._opening = Opening(below, self, self._attach, catalogue.clock)
+        self.tier = self._opening.at_start()
+        if self.tier is not None:
+            finish(self._take_in(self.tier))
+
+    # -- what it is like --------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """How the tier is doing; while it is away, why."""
+        return State(False, False, self._opening.problem) if self.tier is None else self.tier.state
+
+    @property
+    def cost(self) -> Cost:
+        """What it takes to bring bytes to memory."""
+        state = self.state
+        return Cost(state.seconds_per_byte, state.backlog, state.fixed_seconds)
+
+    def stats(self) -> dict[str, Any]:
+        """Sizes in bytes, None where the tier does not tell; only `problem` while it is away."""
+        state = self.state
+        if self.tier is None:
+            return {"problem": state.problem}
+        free = None
+        if state.capacity is not None:
+            free = state.capacity - (state.used or 0) - state.fragmented
+        return {
+            "capacity": state.capacity,
+            "used": state.used,
+            "free": free,
+            "fragmented": state.fragmented,
+            "slots": state.objects,
+            "problem": state.problem,
+        }
+
+    # -- what the tier may ask, see `Host` --------------------------------------------------------
+
+    def busy(self, name: ObjectName) -> bool:
+        """Whether an object must stay where it is."""
+        entry = self._catalogue.find(name)
+        return self._catalogue.leaving(name) or (
+            entry is not None and not entry.may_leave(self.number)
+        )
+
+    def lost(self, name: ObjectName, reason: str) -> None:
+        """The tier has given up an object."""
+        entry = self._catalogue.find(name)
+        if entry is not None and entry.lies_in(self.number):
+            self._catalogue.left(entry, self.number, reason)
+            self._catalogue.given_up(entry, self.number, reason)
+
+    # -- what the catalogue asks, see `Place` -----------------------------------------------------
+
+    def free(self, entry: Entry, *, evicted: bool) -> None:
+        """See `Place`."""
+        if self.tier is not None:
+            self.tier.delete([entry.name])
+
+    def touch(self, entry: Entry) -> None:
+        """See `Place`."""
+        if self.tier is not None:
+            self.tier.touch([entry.name])
+
+    def stamp(self, entry: Entry) -> None:
+        """See `Place`."""
+        if self.tier is not None:
+            times = self._times(entry)
+            self.tier.expire([Held(entry.name, entry.nbytes, entry.checksum, *times)])
+
+    def _times(self, entry: Entry) -> tuple[int, int]:
+        """When an object was made and expires, as tiers are told."""
+        unix, ends = self._catalogue.clock.unix, entry.expires < math.inf
+        return int(unix(entry.created)), math.ceil(unix(entry.expires)) if ends else 0
+
+    # -- to memory --------------------------------------------------------------------------------
+
+    def may_read(self, entry: Entry) -> bool:
+        """Whether an object can be brought from here to memory now."""
+        tier = self.tier
+        here = entry.lies_in(self.number) and entry.checksum is not None
+        return here and tier is not None and tier.state.readable
+
+    def read(self, entry: Entry, done: Callable[[str | None], None]) -> None:
+        """Bring an object, which `may_read`, into its slot; `done` on the loop."""
+        assert self.tier is not None
+        entry.reading = self.number
+        clock, histograms = self._catalogue.clock, self._catalogue.histograms
+        started = clock.monotonic()
+
+        def read(_: Job, error: str | None) -> None:
+            seconds = clock.monotonic() - started
+
+            def on_loop() -> None:
+                entry.reading = 0
+                if error is None:
+                    self._catalogue.counters.add("promote.bytes", self.name, by=entry.nbytes)
+                    histograms.observe(f"seconds.{self.name}_read", seconds)
+                    histograms.observe(f"bytes.{self.name}_read", entry.nbytes)
+                else:
+                    self._catalogue.counters.add("load.failed", error)
+                done(error)
+
+            self.post(on_loop)
+
+        address = self._memory.address(entry)
+        self.tier.get([Job(entry.name, address, entry.nbytes, entry.checksum)], read)
+
+    # -- from memory ------------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """Send objects that are to be written, as many bytes at a time as the queue allows."""
+        if self.tier is not None:
+            self._background.once(self._pump)
+
+    def _pump(self) -> Work[None]:
+        number = 0
+        while (
+            (tier := self.tier) is not None
+            and self.bytes_under_way < self.queue
+            and self._writing < _MOST_WRITES
+        ):
+            entry = None
+            if tier.state.writable:
+                entry = self._catalogue.writes.take(self.number, self._held_up)
+            if entry is None:
+                break
+            self._write(tier, entry)
+            number += 1
+            if number % _WRITES == 0:
+                yield
+
+    def _held_up(self, entry: Entry) -> bool:
+        """Another object of this name is not gone yet."""
+        return self._catalogue.leaving(entry.name)
+
+    def _write(self, tier: Tier, entry: Entry) -> None:
+        catalogue = self._catalogue
+        if not catalogue.make_room(entry.name.namespace, self.number, entry.nbytes):
+            catalogue.counters.add("write.dropped", "quota")
+            catalogue.writes.end(entry, "quota", self.number)
+            return
+        started = catalogue.clock.monotonic()
+
+        def done(job: Job, error: str | None) -> None:
+            seconds = catalogue.clock.monotonic() - started
+            self.post(lambda: self._written(tier, job, entry, error, seconds))
+
+        self._writing += 1
+        self.bytes_under_way += entry.nbytes
+        if entry.places == IN_MEMORY:  # Else another tier may have been told otherwise.
+            entry.recorded = entry.expires
+        catalogue.took(entry, self.number)
+        address, times = self._memory.address(entry), self._times(entry)
+        tier.put([Job(entry.name, address, entry.nbytes, entry.checksum, *times)], done)
+
+    def _written(
+        self, tier: Tier, job: Job, entry: Entry, error: str | None, seconds: float
+    ) -> None:
+        catalogue = self._catalogue
+        tier.settled(job, error)
+        self._writing -= 1
+        self.bytes_under_way -= entry.nbytes
+        if error is None and self.tier is not tier:
+            error = "io_error"  # Another one comes.
+        if error is None:
+            entry.checksum = job.checksum
+            catalogue.whole(entry, self.number)
+            catalogue.counters.add("write.bytes", self.name, by=entry.nbytes)
+            catalogue.histograms.observe(f"seconds.{self.name}_write", seconds)
+            catalogue.histograms.observe(f"bytes.{self.name}_write", entry.nbytes)
+            catalogue.writes.end(entry, None, self.number)
+        else:
+            catalogue.leave(entry, self.number)
+            self._write_failed(entry, error)
+        catalogue.settle(entry)
+        self._moved()
+
+    def _write_failed(self, entry: Entry, error: str) -> None:
+        catalogue = self._catalogue
+        if error in PASSING and not entry.gone:
+            catalogue.counters.add("write.again", error)
+            problem = self.state.problem or error
+            catalogue.quiet.warning(self.name, "writes to %s pause: %s", self.name, problem)
+            catalogue.writes.again(entry, self.number, error)
+            return
+        if error == "no_room":
+            catalogue.counters.add("write.dropped", error)
+        else:
+            catalogue.counters.add("write.failed", error)
+        if error == "corrupt":
+            catalogue.quiet.warning("memory", "a block changed while in memory; it is dropped")
+            catalogue.discard(entry, "damaged")
+        else:
+            catalogue.writes.end(entry, error, self.number)
+
+    def written_whole(self, batch: Batch) -> Work[None]:
+        """All blocks of a prompt have been written: its first is to be the last to go."""
+        for number, entry in enumerate(reversed(batch.entries)):
+            if number % FEW == 0:
+                yield
+            if entry.lies_in(self.number) and self.tier is not None:
+                self.tier.touch([entry.name], used=False)
+                entry.account.tenant.share(self.number).touched(entry)
+
+    # -- it comes and goes ------------------------------------------------------------------------
+
+    def look_after(self) -> None:
+        """Open it again if it is time; call now and then."""
+        if self.tier is not None and self.tier.state.gone:
+            # Forget what it held, and write what is still in memory to a new one.
+            lost, self.tier = self.tier, None
+            self._opening.lose(lost, lambda: self._background.add(self._forget()))
+        elif self.tier is None:
+            self._opening.retry()
+        self.pump()
+
+    def _attach(self, tier: Tier) -> None:
+        self.tier = tier
+        self._background.add(self._take_in(tier))
+
+    def _forget(self) -> Work[None]:
+        for number, entry in enumerate(self._catalogue.index):
+            if number % FEW == 0:
+                yield
+            if entry.lies_in(self.number):
+                self._catalogue.left(entry, self.number, "lost")
+                if entry.in_memory:
+                    self._catalogue.writes.add(entry, self.number)
+                elif not entry.stored:
+                    self._catalogue.discard(entry, "lost")
+        self._opening.found()
+
+    def _take_in(self, tier: Tier) -> Work[None]:
+        """Index what was there when it was opened."""
+        for number, held in enumerate(tier.recover(), 1):
+            self._take(tier, held)
+            if number % FEW == 0:
+                yield
+        self._background.once(self._catalogue.enforcing)
+        self._moved()
+
+    def _take(self, tier: Tier, found: Held) -> None:
+        """Index an object that was there when the tier was opened.
+
+        Only the wall clock knows how long it has lain there. Where that was set back meanwhile, an
+        object is taken for new: it never lives longer than it was given once.
+        """
+        catalogue = self._catalogue
+        age = max(0.0, catalogue.clock.wall() - found.created)
+        left = found.expires - found.created - age if found.expires else math.inf
+        now = catalogue.clock.monotonic()
+        known = catalogue.find(found.name)
+        if left <= 0:
+            tier.delete([found.name])
+            catalogue.history.record(found.name.key, found.name.namespace, "expired")
+            catalogue.counters.add("recover.dropped", "expired")
+        elif catalogue.leaving(found.name):
+            tier.delete([found.name])
+            catalogue.counters.add("recover.dropped", "twice")
+        elif known is None:
+            entry = Entry(found.name, found.nbytes, now)
+            entry.checksum = found.checksum
+            entry.created, entry.recorded = now - age, now + left
+            catalogue.add(entry)
+            catalogue.took(entry, self.number)
+            catalogue.whole(entry, self.number)
+            catalogue.expiry.watch(entry, now + left)
+            catalogue.counters.add("recover.objects")
+        elif known.stored and not known.places >> self.number & 1 and _same(known, found):
+            # In another tier, too, or saved anew while this one was away.
+            catalogue.writes.end(known, None, self.number)
+            catalogue.took(known, self.number)
+            catalogue.whole(known, self.number)
+            self.stamp(known)
+            catalogue.counters.add("recover.objects")
+        else:
+            tier.delete([found.name])
+            catalogue.counters.add("recover.dropped", "twice")
+
+    def close(self) -> None:
+        """Let go of it. May block."""
+        self._opening.close()
+        if self.tier is not None:
+            self.tier.close()
+
+
+def _same(entry: Entry, held: Held) -> bool:
+    return entry.checksum is not None and entry.checksum == held.checksum

@@ -1,0 +1,260 @@
+"""How objects move: into memory, from there to the tiers below, and back.
+
+Belongs to the store's loop, but for `post` of what it is given.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import Any, Final
+
+from kvstore.clock import Clock
+from kvstore.memory.arena import Arena
+from kvstore.memory.slots import Slot
+from kvstore.slices import FEW, Background, Inbox, Work
+from kvstore.store.admission import Admission
+from kvstore.store.catalogue import Catalogue
+from kvstore.store.entry import BELOW, Entry
+from kvstore.store.history import Uses
+from kvstore.store.lower import Lower
+from kvstore.store.memory import Memory
+from kvstore.store.opening import Below
+from kvstore.store.writebehind import Batch, Watch
+from kvstore.transport.protocol import MEMORY
+
+_BYTES_PER_MEMORY: Final = 1 << 16
+"""Of the arena, for every block whose end is remembered: some 0.3 % of it go into that."""
+_BYTES_PER_USE: Final = 1 << 11
+"""Of the arena, for every key that is known to have been asked for: 0.4 % of it go into that."""
+
+Done = Callable[[str | None], None]
+"""Told that a move ended: None, or the reason why it did not happen."""
+
+
+class Movement:
+    """Carries the objects of a store between its tiers.
+
+    Args:
+        arena: memory of the first tier.
+        post: runs a function on the loop; called from any thread.
+        clock: what time it is.
+        chunk: bytes per chunk of the arena (0: chosen).
+        policy: eviction policy of the memory tier.
+        below: the tiers below memory, in their order.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        post: Callable[[Callable[[], None]], None],
+        clock: Clock,
+        *,
+        chunk: int,
+        policy: str,
+        below: Sequence[Below],
+    ) -> None:
+        self.arena = arena
+        self.admission = Admission()
+        self.background = Background(post)
+        self.memory = Memory(arena, chunk, policy)
+        self.catalogue = Catalogue(
+            clock,
+            min(1 << 18, max(1024, arena.size // _BYTES_PER_MEMORY)),
+            self.memory.pool.slot_bytes,
+            self._written_whole,
+        )
+        self.memory.join(self.catalogue)
+        self.lowers: dict[int, Lower] = {}
+        """The tiers below memory, by their numbers."""
+        inbox = Inbox(post).put
+        for number, one in enumerate(below, MEMORY + 1):
+            self.lowers[number] = Lower(
+                number, one, self.memory, self.catalogue, self.background, inbox, self.pump
+            )
+
+    # -- in memory --------------------------------------------------------------------------------
+
+    def committed(self, entries: Iterable[Entry], colder: dict[int, Slot[Entry]]) -> None:
+        """The slots of these entries, in the order of their blocks, are whole now.
+
+        Of a prompt the first block is given up last: without it the rest is useless. `colder` has
+        the latest block before these, by the size of its slot.
+        """
+        for entry in entries:
+            assert entry.slot is not None
+            self.catalogue.whole(entry, MEMORY, tell=False)
+            before = colder.get(entry.slot.nbytes)
+            self.memory.admit(entry, before)
+            share = entry.account.tenant.share(MEMORY)
+            share.touched(entry, None if before is None else before.owner)
+            colder[entry.slot.nbytes] = entry.slot
+            self.catalogue.history.forget(entry.name.key, entry.name.namespace)
+
+    def touch(self, entries: Sequence[Entry]) -> None:
+        """These entries, in the order of their blocks, were used."""
+        judging = self._judging
+        for entry in reversed(entries):
+            self.catalogue.touch(entry)
+            if judging and entry.in_memory and not entry.gone:
+                missing = [lower.number for lower in judging if not entry.lies_in(lower.number)]
+                if missing and self.uses.again(entry.name.key):
+                    for tier in missing:
+                        self.catalogue.writes.add(entry, tier)
+        if judging:
+            self.pump()
+
+    # -- to memory --------------------------------------------------------------------------------
+
+    def promote(self, entry: Entry, ended: Done) -> None:
+        """Bring one object from the first tier that has it to a slot; joins a running promotion."""
+        if entry.waiting:
+            entry.waiting.append(ended)
+            return
+        source = self._source(entry, 0)
+        if source is None:
+            reason = "no_tier"
+        else:
+            entry.waiting = [ended]  # Before allocating: from here on the entry is not idle.
+            reason = self.memory.reserve(entry)
+        if source is not None and not reason:
+            self._read(entry, source, 0)
+            return
+        entry.waiting = None
+        self.catalogue.counters.add("load.failed", reason)
+        ended(reason)
+
+    def _source(self, entry: Entry, tried: int) -> Lower | None:
+        """The first tier below, but for those that were tried, that an object can be read from."""
+        if not entry.tiers & BELOW & ~tried:
+            return None
+        others = (lower for number, lower in self.lowers.items() if not tried >> number & 1)
+        return next((lower for lower in others if lower.may_read(entry)), None)
+
+    def _read(self, entry: Entry, source: Lower, tried: int) -> None:
+        source.read(entry, lambda error: self._came(entry, source, tried, error))
+
+    def _came(self, entry: Entry, source: Lower, tried: int, error: str | None) -> None:
+        catalogue = self.catalogue
+        if error is None:
+            catalogue.whole(entry, MEMORY)
+            self.memory.admit(entry)
+        else:
+            if error == "corrupt":
+                name = source.name
+                catalogue.quiet.warning("corrupt", "a block in %s was damaged; it is dropped", name)
+                if not entry.gone:
+                    catalogue.leave(entry, source.number, "corrupt")
+            tried |= 1 << source.number
+            another = None if entry.gone else self._source(entry, tried)
+            if another is not None:
+                self._read(entry, another, tried)
+                return
+            catalogue.leave(entry, MEMORY)
+            if not entry.stored:
+                catalogue.discard(entry, error)
+        waiting, entry.waiting = entry.waiting or [], None
+        for tell in waiting:
+            tell(error)
+        catalogue.settle(entry)
+        self.pump()
+
+    # -- to the tiers below -----------------------------------------------------------------------
+
+    def writing(self, entries: Sequence[Entry]) -> Work[None]:
+        """The way down begins, for those of one prompt that may go there."""
+        judging = self._judging
+        again: list[Entry] = []
+        for first in range(0, len(entries) if judging else 0, FEW):
+            some = entries[first : first + FEW]
+            self.uses.note((entry.name.key for entry in some), saved=True)
+            again += [entry for entry in some if self.uses.again(entry.name.key)]
+            yield
+        for lower in self.lowers.values():
+            rule = self.admission.rule(lower.name)
+            if rule != "none":
+                yield from self._writing_in_order(lower, entries if rule == "all" else again)
+        self.pump()
+
+    def _writing_in_order(self, lower: Lower, entries: Sequence[Entry]) -> Work[None]:
+        """Write blocks of a prompt from the first on; once there, the first is given up last."""
+        batch = Batch(lower.number, entries)
+        for number, entry in enumerate(entries):
+            if number % FEW == 0:
+                yield
+            if entry.gone or not entry.in_memory or entry.lies_in(lower.number):
+                self.catalogue.writes.leave(batch)
+            else:
+                self.catalogue.writes.add(entry, lower.number, batch=batch)
+
+    def _written_whole(self, batch: Batch) -> None:
+        self.background.add(self.lowers[batch.tier].written_whole(batch))
+
+    @cached_property
+    def uses(self) -> Uses:
+        """What was asked for, as far as the rules of admission want to know."""
+        return Uses(min(1 << 24, max(1 << 18, self.arena.size // _BYTES_PER_USE)))
+
+    @property
+    def _judging(self) -> list[Lower]:
+        """The tiers for what was asked for more than once."""
+        rule = self.admission.rule
+        return [lower for lower in self.lowers.values() if rule(lower.name) == "reused"]
+
+    def asked(self, keys: Iterable[bytes]) -> None:
+        """A request asks for these blocks, be they here or not."""
+        if self._judging:
+            self.uses.note(keys)
+
+    def pump(self) -> None:
+        """Send objects down that are to be written, as far as queues allow."""
+        for lower in self.lowers.values():
+            lower.pump()
+
+    def watch_writes(self, sees: Callable[[str], bool]) -> Watch:
+        """Counts down what tenants that one sees wait for now; end it with `writes.end_watch`."""
+        tenants = self.catalogue.usage.tenants
+        seen = (tenant for name, tenant in tenants.items() if sees(name))
+        return self.catalogue.writes.watch(sees, sum(tenant.unwritten for tenant in seen))
+
+    def flush(self, seconds: float) -> bool:
+        """Wait until what was written would survive a loss of power. Blocks, and is for any thread.
+
+        False if that takes longer, or without a tier that is written to.
+        """
+        until = time.monotonic() + seconds
+        lowers = [one for one in self.lowers.values() if self.admission.rule(one.name) != "none"]
+        tiers = [lower.tier for lower in lowers]
+        flushed = [tier is not None and tier.flush(until - time.monotonic()) for tier in tiers]
+        return bool(flushed) and all(flushed)
+
+    @property
+    def unwritten(self) -> int:
+        """Copies of committed objects that are on their way to tiers below, or wait for them."""
+        return self.catalogue.writes.copies
+
+    @property
+    def away(self) -> dict[str, str]:
+        """The tiers below that are not there, by name, and why."""
+        lowers = self.lowers.values()
+        return {lower.name: lower.state.problem or "" for lower in lowers if lower.tier is None}
+
+    def close(self) -> None:
+        """Let go of the tiers below; objects in memory are gone with the arena. May block."""
+        self.catalogue.writes.stop()
+        for lower in self.lowers.values():
+            lower.close()
+
+    def stats(self) -> dict[str, Any]:
+        """Usage per tier, by its name, for people and metrics."""
+        usage = self.catalogue.usage
+        places: list[Memory | Lower] = [self.memory, *self.lowers.values()]
+        tiers = {p.name: {"number": p.number} | p.stats() for p in places}
+        return {
+            "objects": len(self.catalogue.index),
+            "tiers": tiers,
+            "unwritten": self.unwritten,
+            "writing_bytes": sum(lower.bytes_under_way for lower in self.lowers.values()),
+            "pinned_bytes": usage.pinned_bytes,
+        }

@@ -1,0 +1,154 @@
+"""A store with two tiers below memory: the slab, and the reference tier as `far`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from kvstore.store.admission import Admission
+from kvstore.store.entry import Entry
+from kvstore.store.relocation import copy_to, move_to
+from kvstore.store.selection import Selection
+from kvstore.transport.protocol import DISK, MEMORY
+from tests.store_tools import NBYTES, PART, Bench, content, keys, select
+
+FAR: Final = DISK + 1
+
+
+@pytest.fixture
+def far() -> dict[str, Any]:
+    return {"capacity": 64 * NBYTES, "medium": {}}
+
+
+@pytest.fixture
+def bench(tmp_path: Path, far: dict[str, Any]) -> Iterator[Bench]:
+    made = Bench(tmp_path, far=far)
+    yield made
+    made.close()
+
+
+def entry_of(bench: Bench, number: int) -> Entry:
+    (entry,) = select(bench.store, Selection(keys=keys(number)))
+    return entry
+
+
+def tiers(bench: Bench, *numbers: int) -> list[list[int]]:
+    held = [entry_of(bench, number) for number in numbers]
+    return [[n for n in (MEMORY, DISK, FAR) if entry.lies_in(n)] for entry in held]
+
+
+def told(bench: Bench, carry: Any, number: int, tier: int) -> str | None:
+    heard: list[str | None] = []
+    carry(bench.store.movement, entry_of(bench, number), tier, heard.append)
+    while not heard:
+        bench.posted.get(timeout=20)()
+    return heard[0]
+
+
+def test_what_is_saved_goes_to_every_tier_and_comes_from_the_first(bench: Bench) -> None:
+    bench.save(keys(*range(8)))
+    bench.drain()
+    assert tiers(bench, 0, 7) == [[MEMORY, DISK, FAR]] * 2
+    counters = bench.store.counters
+    assert counters["write.bytes.disk"] == counters["write.bytes.far"] == 8 * NBYTES
+    bench.save(keys(*range(10, 18)))
+    bench.drain()
+    assert bench.store.lookup(keys(*range(8)), [PART])[0] == [DISK] * 8
+    assert bench.load(keys(0, 1)).tiers == [DISK] * 2
+    assert counters["promote.bytes.far"] == 0
+
+
+def test_what_is_damaged_in_one_tier_comes_from_the_next(bench: Bench, tmp_path: Path) -> None:
+    bench.save(keys(*range(8)))
+    bench.drain()
+    bench.save(keys(*range(10, 18)))
+    bench.drain()
+    slab = tmp_path / "kvstore.slab"
+    data = bytearray(slab.read_bytes())
+    for key in keys(*range(4)):
+        data[data.find(content(key)) + 100] ^= 1
+    slab.write_bytes(data)
+    assert bench.load(keys(*range(4))).reason == ""  # The bytes are compared.
+    assert tiers(bench, *range(4)) == [[MEMORY, FAR]] * 4
+    counters = bench.store.counters
+    assert counters["load.failed.corrupt"] == 4
+    assert counters["promote.bytes.far"] == 4 * NBYTES
+
+
+def test_a_restart_finds_the_copies_of_both_tiers(tmp_path: Path, far: dict[str, Any]) -> None:
+    first = Bench(tmp_path, far=far)
+    first.save(keys(1, 2, 3))
+    first.drain()
+    assert told(first, move_to, 2, FAR) is None
+    first.close()
+    second = Bench(tmp_path, far=far)
+    assert tiers(second, 1, 2, 3) == [[DISK, FAR], [FAR], [DISK, FAR]]
+    assert len(second.load(keys(1, 2, 3)).blocks) == 3
+    assert second.store.counters["recover.dropped.twice"] == 0
+    second.close()
+
+
+def test_a_time_to_live_reaches_all_tiers(tmp_path: Path, far: dict[str, Any]) -> None:
+    first = Bench(tmp_path, far=far)
+    first.save(keys(1))
+    first.drain()
+    first.store.catalogue.set_ttl(entry_of(first, 1), 5)
+    first.close()
+    second = Bench(tmp_path, far=far, wall=1e9 + 6)
+    assert second.store.lookup(keys(1), [PART]) == ([], "absent")
+    assert second.store.counters["recover.dropped.expired"] == 2
+    assert not far["medium"]
+    second.close()
+
+
+def test_rules_are_those_of_a_tier(bench: Bench) -> None:
+    bench.store.admission = Admission(below={"disk": "none", "far": "reused"})
+    bench.save(keys(1, 2))
+    bench.drain()
+    assert tiers(bench, 1, 2) == [[MEMORY]] * 2
+    bench.store.lookup(keys(1), [PART])
+    bench.load(keys(1))
+    bench.drain()
+    assert tiers(bench, 1, 2) == [[MEMORY, FAR], [MEMORY]]
+
+
+def test_quotas_are_those_of_a_tier(bench: Bench) -> None:
+    bench.store.set_quota("", {FAR: 2 * NBYTES})
+    bench.save(keys(1, 2, 3))
+    bench.drain()
+    assert sum(FAR in held for held in tiers(bench, 1, 2, 3)) == 2
+    assert all(DISK in held for held in tiers(bench, 1, 2, 3))
+    usage = bench.store.usage.tenants[""]
+    assert (usage.bytes_in(DISK), usage.bytes_in(FAR)) == (3 * NBYTES, 2 * NBYTES)
+
+
+def test_blocks_move_between_tiers_by_way_of_memory(bench: Bench) -> None:
+    bench.store.admission = Admission(below={"far": "none"})
+    bench.save(keys(1, 2))
+    bench.drain()
+    assert told(bench, move_to, 1, DISK) is None
+    assert tiers(bench, 1) == [[DISK]]
+    assert told(bench, copy_to, 1, FAR) is None
+    assert tiers(bench, 1) == [[MEMORY, DISK, FAR]]
+    assert told(bench, move_to, 1, FAR) is None
+    assert tiers(bench, 1) == [[FAR]]
+    assert bench.load(keys(1)).tiers == [FAR]
+    assert told(bench, copy_to, 2, FAR + 1) == "no_tier"
+
+
+def test_what_leaves_memory_first_is_not_written_and_counted(bench: Bench) -> None:
+    far = bench.store.movement.lowers[FAR]
+    away, far.tier = far.tier, None
+    bench.save(keys(*range(8)))
+    while bench.store.movement.unwritten > 8:
+        bench.posted.get(timeout=20)()
+    bench.save(keys(*range(10, 18)))  # They are on disk, so they may go.
+    far.tier = away
+    bench.store.movement.pump()
+    bench.drain()
+    assert tiers(bench, 0, 10) == [[DISK], [MEMORY, DISK, FAR]]
+    assert bench.store.counters["write.dropped.evicted"] == 8
+    assert bench.store.counters["evict.lost.not_written_yet"] == 0
