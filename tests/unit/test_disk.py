@@ -49,15 +49,6 @@ def test_objects_larger_than_a_piece(tmp_path: Path) -> None:
         assert store.get(name) == content(name)
 
 
-def test_bytes_after_the_object_stay_untouched(tmp_path: Path) -> None:
-    name = object_name(1, 4112)
-    with MiniStore(tmp_path) as store:
-        assert store.put(name) is None
-        store.memory.array[:] = 0xEE
-        assert store.get(name) == content(name)
-        assert (store.memory.array[4112:] == 0xEE).all()
-
-
 def test_checksum_given_by_the_caller(tmp_path: Path) -> None:
     name = object_name(1)
     known = checksum(content(name))

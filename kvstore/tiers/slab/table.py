@@ -57,16 +57,7 @@ _NAME: Final = np.dtype(
     {"names": ["name"], "formats": ["S40"], "offsets": [8], "itemsize": RECORD_BYTES}
 )
 """Of a record key, namespace and part, as one."""
-_HELD: Final = [
-    "key",
-    "namespace",
-    "part",
-    "slot_bytes",
-    "nbytes",
-    "checksum",
-    "created",
-    "expires",
-]
+_HELD: Final = ["key", "namespace", "part", "slot_bytes", *Held._fields[1:]]
 _BATCH: Final = 256
 """Records that are read back at a time."""
 
@@ -93,7 +84,8 @@ class Table:
     """An open table, through the page cache. Thread-safe; only `later` never waits for the disk.
 
     `dropped` counts, by reason, the records that `load` found unusable. `lock` is held while it is
-    written; who holds it may write, too. `changed`: something was written.
+    written; who holds it may write, too. `changed`: something was written. `names_full`: even what
+    has objects fills the dictionary; to be reset once some have gone.
     """
 
     def __init__(self, fd: int, header: Header, *, read_only: bool = True) -> None:
@@ -106,7 +98,7 @@ class Table:
         self.changed = False
         self.next_sequence = 1
         self._chunks = 0
-        self._names_full = False
+        self.names_full = False
         self._late: dict[int, tuple[Place, Held | None]] = {}
         self.forget_found()
 
@@ -199,7 +191,7 @@ class Table:
         if used != self.dictionary.entries or self.dictionary.damaged_bytes:
             self.dictionary.compact(used)
 
-    def _keep(self, order: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+    def _keep(self, order: npt.NDArray[np.int64]) -> None:
         self._rows, self._indexes = self._rows[order], self._indexes[order]
 
     def _drop(self, index: int, reason: str) -> None:
@@ -297,10 +289,6 @@ class Table:
             self._write(index, body + _U64.pack(known))
             self.next_sequence += 1
 
-    def compact(self) -> None:
-        """A full dictionary is worth another look: some of its names have lost all objects."""
-        self._names_full = False
-
     def _checksum(self, index: int, body: bytes, namespace: Namespace, part: Part) -> int:
         """What must stand at the end of a record."""
         store = self.header.store_id
@@ -328,12 +316,12 @@ class Table:
         try:
             return number(name.namespace), number(name.part)
         except DictionaryFull:
-            if self._names_full:
+            if self.names_full:
                 raise  # A look costs a scan of the table.
-            self._names_full = True
+            self.names_full = True
             self.catch_up()
             used = (self._names_in(self.rows(number)) for number in range(self._chunks))
             self.dictionary.compact(set().union(*used))
             numbers = number(name.namespace), number(name.part)
-            self._names_full = False
+            self.names_full = False
             return numbers

@@ -106,13 +106,12 @@ class Threads:
     def submit(self, task: Task) -> None:
         """Run a task, or run it again at another place."""
         with self._work:
-            closing = self._closing
-            if not closing:
+            if not self._closing:
                 self._open[task] = None
                 (self._writes if task.is_put else self._reads).append(task)
                 self._work.notify()
-        if closing:
-            self.finish(task, "closed")
+                return
+        self.finish(task, "closed")
 
     def finish(self, task: Task, error: str | None) -> None:
         """Tell of the end of a task, once. One that was never submitted may end, too."""

@@ -328,7 +328,7 @@ class SlabTier:
                 yield
         self._health.count("names_given_up", len(cold))
         self._health.notice("names", None)
-        self._slab.table.compact()
+        self._slab.table.names_full = False
         tasks, self._nameless = self._nameless, []
         for task in tasks:
             self._threads.submit(task)
