@@ -106,10 +106,10 @@ def timestamp(unix: float) -> Timestamp:
     return message
 
 
-def duration_of(name: str, seconds: float) -> Duration:
-    """A duration; `name` is the argument it comes from."""
+def duration_of(name: str, seconds: float | None) -> Duration | None:
+    """A duration, if it is given; `name` is the argument it comes from."""
     try:
-        return duration(seconds)
+        return None if seconds is None else duration(seconds)
     except (OverflowError, ValueError) as e:
         raise RequestRefused(f"{name} is {seconds} seconds; give a time") from e
 
@@ -139,20 +139,22 @@ def prefix_of(namespace: str | Namespace, blocks: Blocks) -> v1.Prefix:
     tokens, keys = blocks.get("tokens"), blocks.get("keys")
     if (tokens is None) == (keys is None):
         raise RequestRefused("give either tokens or keys")
+    beside = blocks.keys() - {"keys"} & Blocks.__annotations__.keys()
+    if keys is not None and beside:
+        raise RequestRefused(f"keys cover {', '.join(sorted(beside))}; give tokens for it")
+    extras = (blocks.get("extras") or {}).items()
     try:
         if keys is not None:
-            if beside := blocks.keys() - {"keys"} & Blocks.__annotations__.keys():
-                raise RequestRefused(f"keys cover {', '.join(sorted(beside))}; give tokens for it")
-            prefix.keys.SetInParent()
-            prefix.keys.keys.extend(keys)
-            return prefix
-        prefix.tokens.SetInParent()
-        prefix.tokens.ids.extend(tokens or ())
-        for block, values in (blocks.get("extras") or {}).items():
-            prefix.tokens.extras.append(v1.BlockExtras(block=block, values=values))
-        prefix.tokens.salt = blocks.get("salt", "")
-        prefix.tokens.adapter = blocks.get("adapter", "")
-        prefix.tokens.media.extend(v1.Media(**item._asdict()) for item in blocks.get("media", ()))
+            prefix.keys.CopyFrom(v1.Keys(keys=keys))
+        else:
+            given = v1.Tokens(
+                ids=tokens,
+                extras=[v1.BlockExtras(block=block, values=values) for block, values in extras],
+                salt=blocks.get("salt"),
+                adapter=blocks.get("adapter"),
+                media=[v1.Media(**item._asdict()) for item in blocks.get("media", ())],
+            )
+            prefix.tokens.CopyFrom(given)
     except (TypeError, ValueError) as e:
         raise RequestRefused(f"tokens are whole numbers of 32 bits, keys are bytes: {e}") from e
     return prefix
@@ -160,20 +162,19 @@ def prefix_of(namespace: str | Namespace, blocks: Blocks) -> v1.Prefix:
 
 def selection_of(where: Where) -> v1.Selection:
     """Chosen blocks."""
-    selection = v1.Selection(tenant=where.get("tenant"), everything=where.get("everything", False))
+    selection = v1.Selection(
+        tenant=where.get("tenant"),
+        tier=tier_of(where["tier"]) if "tier" in where else None,
+        older_than=duration_of("older_than", where.get("older_than")),
+        unused_for=duration_of("unused_for", where.get("unused_for")),
+        everything=where.get("everything", False),
+    )
     namespace = where.get("namespace")
     if Blocks.__annotations__.keys() & where.keys():
         if namespace is None:
             raise RequestRefused("blocks are chosen in a namespace; give it, too")
         selection.prefix.CopyFrom(prefix_of(namespace, where))
-    elif isinstance(namespace, str):
-        selection.namespace_id = not_empty(namespace)
     elif namespace is not None:
-        selection.namespace_id = namespace.digest.hex()
-    if "tier" in where:
-        selection.tier = tier_of(where["tier"])
-    if "older_than" in where:
-        selection.older_than.CopyFrom(duration_of("older_than", where["older_than"]))
-    if "unused_for" in where:
-        selection.unused_for.CopyFrom(duration_of("unused_for", where["unused_for"]))
+        given = not_empty(namespace) if isinstance(namespace, str) else namespace.digest.hex()
+        selection.namespace_id = given
     return selection

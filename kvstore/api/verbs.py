@@ -206,10 +206,7 @@ class Verbs:
     @asks(v1.SetTtlResponse, "write")
     def set_ttl(self, ttl: float | None, **where: Unpack[Where]) -> v1.SetTtlRequest:
         """Let blocks expire `ttl` seconds from now, or (None) not any more."""
-        request = v1.SetTtlRequest(selection=selection_of(where))
-        if ttl is not None:
-            request.ttl.CopyFrom(duration_of("ttl", ttl))
-        return request
+        return v1.SetTtlRequest(selection=selection_of(where), ttl=duration_of("ttl", ttl))
 
     @starts()
     def prefetch(
@@ -298,10 +295,7 @@ class Verbs:
     @starts("admin")
     def drain(self, *, stop: bool = False, timeout: float | None = None) -> v1.DrainRequest:
         """Take no more saves and sessions, write out what is not on disk, then `stop`."""
-        request = v1.DrainRequest(stop=stop)
-        if timeout is not None:
-            request.timeout.CopyFrom(duration_of("timeout", timeout))
-        return request
+        return v1.DrainRequest(stop=stop, timeout=duration_of("timeout", timeout))
 
 
 VERBS: Final[tuple[Verb[Any, Any, Any], ...]] = tuple(
