@@ -66,16 +66,15 @@ class PromptVerbs(Answers):
                     if number == 0:
                         found = await self._elsewhere(asked, found)
                     ended = found
-                block = reply.blocks.add(
+                reply.blocks.add(
                     block=number,
                     key=found.key,
                     usable=usable,
                     tier=numbered(found.tier),
                     reason=found.reason,
                     detail=found.detail or ("" if usable else "a block before it is missing"),
+                    at=None if found.at is None else timestamp(found.at),
                 )
-                if found.at is not None:
-                    block.at.CopyFrom(timestamp(found.at))
                 number += 1
             # In pieces, which joined make one message: a long answer takes long to encode.
             pieces.append(reply.SerializeToString())

@@ -37,20 +37,16 @@ class WriteVerbs(Answers):
         asked = await self._prompt(request.prefix)
         if not request.HasField("ttl"):
             raise bad_field("ttl", "is missing; say how long, up to 30 days")
-        pinning = self._pins.pinning(
-            name(request.owner, "owner"),
-            asked.namespace,
-            asked.keys,
-            ttl(request.ttl),
-            self._node.owner(self._caller),
+        owner, life = name(request.owner, "owner"), ttl(request.ttl)
+        payer = self._node.owner(self._caller)
+        pinned = await paced(self._pins.pinning(owner, asked.namespace, asked.keys, life, payer))
+        return v1.PinResponse(
+            id=pinned.id,
+            blocks=pinned.blocks,
+            bytes=pinned.nbytes,
+            reason=pinned.reason,
+            expires=timestamp(pinned.expires) if pinned.id else None,
         )
-        pinned = await paced(pinning)
-        reply = v1.PinResponse(
-            id=pinned.id, blocks=pinned.blocks, bytes=pinned.nbytes, reason=pinned.reason
-        )
-        if pinned.id:
-            reply.expires.CopyFrom(timestamp(pinned.expires))
-        return reply
 
     async def unpin(self, request: v1.UnpinRequest) -> v1.UnpinResponse:
         pins = self._pins
