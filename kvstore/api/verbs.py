@@ -11,17 +11,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from functools import update_wrapper
 from inspect import signature
-from typing import (
-    Any,
-    Concatenate,
-    Final,
-    Generic,
-    Literal,
-    ParamSpec,
-    TypeVar,
-    Unpack,
-    overload,
-)
+from typing import Any, Concatenate, Final, Generic, Literal, ParamSpec, TypeVar, Unpack, overload
 
 from google.protobuf.message import Message
 

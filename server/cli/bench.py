@@ -191,8 +191,7 @@ def engine(
     how: How,
     name: Annotated[Literal["vllm"], typer.Option("--engine", help="The engine.")] = "vllm",
     model: Annotated[
-        str | None,
-        typer.Option("--model", help="Folder or name of a model (default: the demo's)."),
+        str | None, typer.Option("--model", help="Folder or name of a model (default: the demo's).")
     ] = None,
     dtype: Annotated[
         str | None,
@@ -206,8 +205,7 @@ def engine(
         int | None, typer.Option("--requests", min=1, max=1024, help="Conversations at once.")
     ] = None,
     tokens: Annotated[
-        int | None,
-        typer.Option("--tokens", min=128, max=1 << 20, help="Tokens of a document."),
+        int | None, typer.Option("--tokens", min=128, max=1 << 20, help="Tokens of a document.")
     ] = None,
     processes: Annotated[
         Literal["default", "one"], typer.Option(help="As vLLM runs them, or all in one.")

@@ -207,9 +207,7 @@ def fsck(
 
 
 @app.command()
-def inspect(
-    folder: Annotated[Path, typer.Argument(help="Folder of a disk tier.")],
-) -> None:
+def inspect(folder: Annotated[Path, typer.Argument(help="Folder of a disk tier.")]) -> None:
     """Show what a disk tier holds, without reading the data."""
     from kvstore.tiers.slab import fsck as slabcheck
 

@@ -5,19 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
-from kvstore.server.cli.options import (
-    Link,
-    Misuse,
-    Yes,
-    agreed,
-    grouped,
-    limit_option,
-    time_option,
-)
+from kvstore.server.cli.options import Link, Misuse, Yes, agreed, grouped, limit_option, time_option
 from kvstore.server.cli.output import answer, finish, many, show, tier_name, told, when
 from kvstore.values import format_size, lasting
 
@@ -127,25 +119,23 @@ def events(
 
 
 def _event_words(event: v1.Event) -> Iterator[str]:
-    yield when(event.at)
     kind = event.WhichOneof("what") or ""
-    yield kind
-    if kind == "missed":
-        yield f"{event.missed.events or 'unknown'} events"
-        return
-    if kind == "snapshot":
-        begins = f"begins of incarnation {event.incarnation}"
-        yield f"complete at {event.sequence}" if event.snapshot.complete else begins
-        return
-    what = getattr(event, kind)
-    yield what.namespace_id[:8]
-    if kind == "cleared":
-        return
-    keys = [key.hex()[:8] for key in what.block_hashes]
-    yield f"{many(len(keys), 'block')} in {tier_name(what.medium)}"
-    yield " ".join([*keys[:1], *["…"][: len(keys) - 1]])
-    if kind == "removed":
-        yield f"({event.removed.reason})"
+    what: Any = getattr(event, kind, None)
+    yield from (when(event.at), kind)
+    match kind:
+        case "missed":
+            yield f"{event.missed.events or 'unknown'} events"
+        case "snapshot":
+            begins = f"begins of incarnation {event.incarnation}"
+            yield f"complete at {event.sequence}" if event.snapshot.complete else begins
+        case "cleared":
+            yield event.cleared.namespace_id[:8]
+        case "stored" | "removed":
+            keys = [key.hex()[:8] for key in what.block_hashes]
+            where = f"{many(len(keys), 'block')} in {tier_name(what.medium)}"
+            yield from (what.namespace_id[:8], where, *keys[:1], *["…"][: len(keys) - 1])
+            if kind == "removed":
+                yield f"({what.reason})"
 
 
 def quota(

@@ -147,8 +147,7 @@ class Link(Printing):
         Path | None, typer.Option("--config", "-c", help="YAML file (default: $KVSTORE_CONFIG).")
     ] = None
     address: Annotated[
-        str | None,
-        typer.Option(help="unix:///path of the daemon, or host:port of its gRPC API."),
+        str | None, typer.Option(help="unix:///path of the daemon, or host:port of its gRPC API.")
     ] = None
     token_file: Annotated[
         Path | None, typer.Option(help="File with the token (default: $KVSTORE_TOKEN).")

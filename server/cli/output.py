@@ -51,21 +51,18 @@ def plain(message: Message) -> dict[str, Any]:
 
     All fields are there, except those that may be missing and are.
     """
-    found: dict[str, Any] = {}
-    for field in message.DESCRIPTOR.fields:
-        if field.has_presence and not message.HasField(field.name):
-            continue
-        value = getattr(message, field.name)
-        if isinstance(value, MutableMapping):
-            found[field.name] = dict(sorted(value.items()))
-        elif isinstance(value, MutableSequence):
-            found[field.name] = [_plain_value(field, item) for item in value]
-        else:
-            found[field.name] = _plain_value(field, value)
-    return found
+    return {
+        field.name: _plain_value(field, getattr(message, field.name))
+        for field in message.DESCRIPTOR.fields
+        if not field.has_presence or message.HasField(field.name)
+    }
 
 
 def _plain_value(field: Any, value: Any) -> Any:
+    if isinstance(value, MutableMapping):
+        return dict(sorted(value.items()))
+    if isinstance(value, MutableSequence):
+        return [_plain_value(field, item) for item in value]
     if isinstance(value, bytes):
         return value.hex()
     if field.enum_type is not None:
@@ -245,8 +242,6 @@ def _wait(operation: Operation) -> None:
 
 def told(state: v1.Operation, done: str) -> str:
     """One line on an operation."""
-    from kvstore.api import v1
-
     objects = many(state.changed, "object")
     text = f"{done} {objects}"
     if state.dry_run:
@@ -256,8 +251,8 @@ def told(state: v1.Operation, done: str) -> str:
     left = sorted(state.skipped.items())
     if left:
         text += "; left alone: " + ", ".join(f"{count} {reason}" for reason, count in left)
-    if state.state != v1.Operation.STATE_DONE:
-        text += f"; {short(v1.Operation.State.Name(state.state))}"
+    if (now := _field("state", state)) != "done":
+        text += f"; {now}"
     if state.message:
         text += f"; {state.message}"
     return text
