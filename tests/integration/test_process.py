@@ -297,7 +297,7 @@ def test_a_disk_that_is_none_is_told_in_the_ready_line(stores: Stores) -> None:
     file.write_text("precious")
     disk = {"path": str(file), "size": "8MiB", "retry_seconds": 0.2}
     served = stores.serve(disk=disk, server=ON)
-    assert f"no disk tier: disk.path {file}: File exists; name a folder" in served.head
+    assert f"no disk tier: path {file}: File exists; name a folder" in served.head
     for path in ("/healthz", "/readyz"):
         found = ask(address(served), path)
         assert (found.status, found.json) == (

@@ -147,7 +147,7 @@ def test_the_cap_is_a_cap(tmp_path: Path, capacity: int) -> None:
 
 
 def test_too_small_a_capacity_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"raise disk\.size"):
+    with pytest.raises(ConfigError, match=r"raise size"):
         MiniStore(tmp_path, MIB, chunk=MIB)
     assert not (tmp_path / SLAB_NAME).exists()
 

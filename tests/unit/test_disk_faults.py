@@ -350,7 +350,7 @@ def test_a_disk_that_hangs(tmp_path: Path, hangs: Hangs, call: str) -> None:
             state = store.tier.state
             assert not state.writable
             assert "has not answered" in str(state.problem)
-            assert "disk.stall_seconds" in str(state.problem)
+            assert "stall_seconds" in str(state.problem)
             assert store.start(other).error == "stalled"
             wait_until(lambda: sum(not o.ended.is_set() for o in (*running, *got)) <= 5)
         flush.join()

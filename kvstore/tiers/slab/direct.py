@@ -190,7 +190,7 @@ def sync_folder(folder: Path) -> None:
 
 def remedy(folder: Path, error: OSError) -> str:
     """What went wrong with the folder, and what to do."""
-    what = f"disk.path {folder}: {error.strerror or error}"
+    what = f"path {folder}: {error.strerror or error}"
     if isinstance(error, (NotADirectoryError, FileExistsError)):
         return f"{what}; name a folder, not a file"
     if reason_of(error) == "full":
@@ -212,7 +212,7 @@ def hold(fd: int, folder: Path) -> None:
         if e.errno == errno.EWOULDBLOCK:
             raise TierUnavailable(
                 f"{folder} is in use by process {holder(folder) or '(unknown)'}; end that one, or "
-                "set disk.path to another folder"
+                "set path to another folder"
             ) from None
         if e.errno != errno.EBADF:  # NFS locks only what may be written
             raise

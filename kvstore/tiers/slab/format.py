@@ -111,8 +111,8 @@ class Header(msgspec.Struct, frozen=True):
         if chunks < 1:
             least = self.table_bytes + self.data_offset + self.chunk + RESERVE
             raise ConfigError(
-                f"disk.size is {capacity} bytes; with chunks of {self.chunk} bytes the slab needs "
-                f"at least {least}: raise disk.size, or lower disk.chunk and start a new slab"
+                f"size is {capacity} bytes; with chunks of {self.chunk} bytes the slab needs "
+                f"at least {least}: raise size, or lower chunk and start a new slab"
             )
         return min(chunks, self.table_chunks)
 
@@ -165,7 +165,7 @@ class Header(msgspec.Struct, frozen=True):
         if raw[: len(MAGIC)] != MAGIC:
             raise FormatError(
                 f"{path} is no slab of kvstore, or its first bytes are damaged; nothing was "
-                "changed. Run `kvstore fsck`, move the file away, or set disk.path to another "
+                "changed. Run `kvstore fsck`, move the file away, or set path to another "
                 "folder"
             )
         damaged = FormatError(

@@ -23,7 +23,7 @@ _MAX_READ_ERRORS: Final = 8
 _GUESSED_SECONDS_PER_BYTE: Final = 1 / 1e9
 
 _ADVICE: Final = {
-    "full": "free space on its file system or lower disk.size",
+    "full": "free space on its file system or lower size",
     "read_only": "make it writable for this user",
     "io_error": "check the disk and the kernel log",
 }
@@ -118,7 +118,7 @@ class Health:
             )
         elif self.stalled:
             text = (
-                f"the disk has not answered for {self._longest_wait():.0f} s (disk.stall_seconds "
+                f"the disk has not answered for {self._longest_wait():.0f} s (stall_seconds "
                 f"is {self.stall_seconds:g}); nothing is read or written until it does: check "
                 "the disk, its connection and the kernel log"
             )

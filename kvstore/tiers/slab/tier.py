@@ -339,5 +339,5 @@ class SlabTier:
 
 
 def open_slab(name: str, host: Host, options: Mapping[str, Any]) -> SlabTier:
-    """Open a slab by its settings, as `OpenTier` says; `queue` is the store's."""
-    return SlabTier(name, host, **{k: v for k, v in options.items() if k != "queue"})
+    """Open a slab by its settings, as `OpenTier` says."""
+    return SlabTier(name, host, **options)
