@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from functools import cached_property
-from typing import Final, Literal
+from functools import cached_property, lru_cache
+from itertools import product
+from typing import Final, Literal, NamedTuple
 
 import msgspec
 
@@ -62,11 +63,6 @@ def _check_pairs(field: str, pairs: tuple[tuple[str, str], ...]) -> None:
 def _check_range(field: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise SpecError(f"{field} is {value}; it must lie between {low} and {high}")
-
-
-def _check_planes(widths: tuple[int, ...], axes: str) -> None:
-    if axes.index("C") < axes.index("P"):
-        raise SpecError(f"planes of {widths} channels cannot lie inside the channel axis ({axes})")
 
 
 class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -215,7 +211,11 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     def __post_init__(self) -> None:
         widths, layout = self.group.channels, self.layout
         if isinstance(layout, Described) and len(set(widths)) > 1:
-            _check_planes(widths, layout.axes)
+            axes = layout.axes
+            if axes.index("C") < axes.index("P"):
+                raise SpecError(
+                    f"planes of {widths} channels cannot lie inside the channel axis ({axes})"
+                )
 
     @cached_property
     def content(self) -> bytes:
@@ -264,8 +264,8 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         return Part(group, self.layout, self.shard).converts_to(other)
 
 
-class PlaneStrides(msgspec.Struct, frozen=True):
-    """Where plane `p` of layer `l` lies in a described object: byte offset and strides."""
+class PlaneStrides(NamedTuple):
+    """Where a plane of a layer lies in a described object: byte offset and strides."""
 
     offset: int
     token: int
@@ -273,35 +273,33 @@ class PlaneStrides(msgspec.Struct, frozen=True):
     channel: int
 
 
-def plane_strides(group: Group, axes: str, tokens: int, layer: int, plane: int) -> PlaneStrides:
-    """Byte offset and strides of one (layer, plane) inside a dense object of `tokens` tokens.
+@lru_cache(maxsize=256)
+def plane_strides(part: Part, tokens: int) -> tuple[PlaneStrides, ...]:
+    """Those of all planes of all layers, layer by layer, in an object of `tokens` tokens.
 
-    Planes may differ in width, so a stride inside the plane axis depends on the plane.
-
-    Raises:
-        SpecError: the planes differ in width and the channel axis lies outside the plane axis.
+    `part` has a described layout. Planes may differ in width, so a stride inside the plane axis
+    depends on the plane.
     """
+    group, layout = part.group, part.layout
+    assert isinstance(layout, Described)
     widths = group.channels
-    if len(set(widths)) > 1:
-        _check_planes(widths, axes)
-    size = {"L": group.layers, "N": tokens, "H": group.heads, "C": widths[plane]}
-    stride: dict[str, int] = {}
-    inner = group.elem_size
-    for axis in reversed(axes):
-        if axis == "P":
-            # Before this point `inner` counts this plane's bytes; from here on, all planes'.
-            sizes = widths if "C" in stride else (1,) * len(widths)
-            each = inner // sizes[plane]
-            plane_offset, inner = each * sum(sizes[:plane]), each * sum(sizes)
-            continue
-        stride[axis] = inner
-        inner *= size[axis]
-    return PlaneStrides(
-        offset=stride["L"] * layer + plane_offset,
-        token=stride["N"],
-        head=stride["H"],
-        channel=stride["C"],
-    )
+    found = []
+    for layer, plane in product(range(group.layers), range(len(widths))):
+        size = {"L": group.layers, "N": tokens, "H": group.heads, "C": widths[plane]}
+        stride: dict[str, int] = {}
+        inner = group.elem_size
+        for axis in reversed(layout.axes):
+            if axis == "P":
+                # Before this point `inner` counts this plane's bytes; from here on, all planes'.
+                sizes = widths if "C" in stride else (1,) * len(widths)
+                each = inner // sizes[plane]
+                plane_offset, inner = each * sum(sizes[:plane]), each * sum(sizes)
+                continue
+            stride[axis] = inner
+            inner *= size[axis]
+        offset = stride["L"] * layer + plane_offset
+        found.append(PlaneStrides(offset, stride["N"], stride["H"], stride["C"]))
+    return tuple(found)
 
 
 def block_tokens_for(page_tokens: int, *, at_least: int = 64) -> int:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from kvstore.blocks.spec import Described, Opaque, Part, PlaneStrides, plane_strides
+from kvstore.blocks.spec import Group, Opaque, Part, plane_strides
 from kvstore.copier.base import Copy, PagedMemory
 
 if TYPE_CHECKING:
@@ -89,18 +88,6 @@ def loops_of(row: list[int], page_tokens: int, sizes: tuple[int, int]) -> list[L
     return joined
 
 
-@lru_cache(maxsize=256)
-def _slot_strides(stored: Part, block_tokens: int) -> tuple[PlaneStrides, ...]:
-    """Strides of every (layer, plane) of an object, layer by layer."""
-    group, layout = stored.group, stored.layout
-    assert isinstance(layout, Described)
-    return tuple(
-        plane_strides(group, layout.axes, block_tokens, layer, plane)
-        for layer in range(group.layers)
-        for plane in range(len(group.channels))
-    )
-
-
 def segments_of(memory: PagedMemory, stored: Part, block_tokens: int) -> Segments:
     """How pages of `memory` lie in objects of `stored`, in whichever layout and type of number.
 
@@ -117,42 +104,27 @@ def segments_of(memory: PagedMemory, stored: Part, block_tokens: int) -> Segment
         ]
         return Segments(np.array(rows, dtype=np.int64), 1, 1, group.layers)
     widths = group.channels * group.layers
-    strides = _slot_strides(stored, block_tokens)
     rows = [
-        (
-            p.address, p.page, p.token, p.head, p.channel,
-            s.offset, s.token, s.head, s.channel,
-            group.heads, width,
+        (p.address, p.page, p.token, p.head, p.channel, *strides, group.heads, width)
+        for p, strides, width in zip(
+            memory.planes, plane_strides(stored, block_tokens), widths, strict=True
         )
-        for p, s, width in zip(memory.planes, strides, widths, strict=True)
-    ]  # fmt: skip
-    if stored.group.elem_size == group.elem_size:
-        rows = _join_planes(rows, len(group.channels), group.elem_size)
+    ]
     table = np.array(rows, dtype=np.int64)
+    if stored.group.elem_size == group.elem_size:
+        table = _join_planes(table, group)
     return Segments(table, memory.page_tokens, group.elem_size, group.layers)
 
 
-Row = tuple[int, int, int, int, int, int, int, int, int, int, int]
-
-
-def _join_planes(rows: list[Row], planes: int, elem: int) -> list[Row]:
-    """Join planes that lie side by side on both sides (K‖V) into one of twice the channels."""
-    if planes == 1:
-        return rows
-    joined: list[Row] = []
-    for i in range(0, len(rows), planes):
-        group = rows[i : i + planes]
-        first, width = group[0], 0
-        for row in group:
-            beside = (
-                row[0] == first[0] + width * elem
-                and row[5] == first[5] + width * elem
-                and row[1:5] == first[1:5]
-                and row[6:10] == first[6:10]
-                and first[4] == first[8] == elem
-            )
-            if not beside:
-                return rows
-            width += row[10]
-        joined.append((*first[:10], width))
+def _join_planes(table: NDArray[np.int64], group: Group) -> NDArray[np.int64]:
+    """Planes that lie side by side on both sides (K‖V) in all layers as one of all channels."""
+    rows = table.reshape(group.layers, len(group.channels), -1)
+    first, channels = rows[:, :1], rows[..., 10:]
+    beside = first.copy().repeat(len(group.channels), axis=1)
+    beside[..., (0, 5)] += (np.cumsum(channels, axis=1) - channels) * group.elem_size
+    beside[..., 10:] = channels
+    if not np.array_equal(rows, beside) or (first[..., (4, 8)] != group.elem_size).any():
+        return table
+    joined = first[:, 0].copy()
+    joined[:, 10] = sum(group.channels)
     return joined

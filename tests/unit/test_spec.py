@@ -168,17 +168,18 @@ def test_strides_cover_every_byte_of_an_object_once() -> None:
         order = "".join(axes)
         if len(set(channels)) > 1 and order.index("C") < order.index("P"):
             with pytest.raises(SpecError, match="cannot lie inside the channel axis"):
-                plane_strides(group(channels=channels), order, tokens, 0, 0)
+                Part(group(channels=channels), Described(order))
             continue
         spec = group(channels=channels)
         seen: set[int] = set()
-        for layer in range(spec.layers):
-            for plane, width in enumerate(channels):
-                s = plane_strides(spec, order, tokens, layer, plane)
-                seen |= {
-                    s.offset + n * s.token + h * s.head + c * s.channel
-                    for n, h, c in itertools.product(range(tokens), range(spec.heads), range(width))
-                }
+        widths = channels * spec.layers
+        for s, width in zip(
+            plane_strides(Part(spec, Described(order)), tokens), widths, strict=True
+        ):
+            seen |= {
+                s.offset + n * s.token + h * s.head + c * s.channel
+                for n, h, c in itertools.product(range(tokens), range(spec.heads), range(width))
+            }
         assert sorted(seen) == list(range(0, spec.nbytes(tokens), spec.elem_size)), order
 
 

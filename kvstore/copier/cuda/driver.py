@@ -60,31 +60,15 @@ _FUNCTIONS: Final[dict[str, tuple[Any, ...]]] = {
 """Names without version, which cuGetProcAddress adds, and arguments."""
 
 
-class MemLocation(ctypes.Structure):
-    """``CUmemLocation``."""
-
-    _fields_ = (("type", c_int), ("id", c_int))
-
-
-class MemcpyAttributes(ctypes.Structure):
-    """``CUmemcpyAttributes``. The hints are for managed memory only and stay empty."""
-
-    _fields_ = (
-        ("srcAccessOrder", c_int),
-        ("srcLocHint", MemLocation),
-        ("dstLocHint", MemLocation),
-        ("flags", c_uint),
-    )
-
-
-assert ctypes.sizeof(MemcpyAttributes) == 24
+_Attributes = c_int * 6
+"""``CUmemcpyAttributes``: a `SourceOrder`, and hints for managed memory, which stay empty."""
 
 _BATCH_ARGUMENTS: Final = (
     c_void_p,  # destinations
     c_void_p,  # sources
     c_void_p,  # sizes
     c_size_t,
-    POINTER(MemcpyAttributes),
+    POINTER(_Attributes),
     POINTER(c_size_t),  # which copy each attribute begins with
     c_size_t,
     POINTER(c_size_t),  # out: the copy that was refused
@@ -236,7 +220,7 @@ class Driver:
         `dst`, `src` (addresses) and `sizes` (bytes) have shape (N,) and are contiguous. `stream`
         is one of ours: the legacy default stream is refused by the driver.
         """
-        attributes = MemcpyAttributes(srcAccessOrder=order)
+        attributes = _Attributes(order)
         first, refused = c_size_t(0), c_size_t(0)
         if not all(a.flags.c_contiguous and len(a) == len(dst) for a in (dst, src, sizes)):
             raise ValueError("dst, src and sizes must be contiguous and of the same length")
