@@ -28,8 +28,7 @@ from kvstore.config import Config
 from kvstore.server.access.access import Access, is_loopback
 from kvstore.server.access.grants import Denied, Grant, Role
 from kvstore.server.http.metrics import Exposition
-from kvstore.server.http.samples import Samples
-from kvstore.server.http.status import status
+from kvstore.server.http.status import Samples, status
 from kvstore.server.listeners import bind, show
 from kvstore.server.loop import run
 from kvstore.server.node import Node

@@ -106,13 +106,10 @@ _HISTOGRAMS: Final = {
         "acquire_seconds",
         "Time until blocks were in memory and held for a reader.",
     ),
-}
-"""Those that are no hop; the others are `kvstore_hop_seconds` and `kvstore_hop_bytes`."""
-
-_HOPS: Final = {
     "seconds": ("hop_seconds", "Time one transfer took, by hop (disk_read, tcp_out …)."),
     "bytes": ("hop_bytes", "Bytes of one transfer, by hop (disk_read, tcp_out …)."),
 }
+"""By their names, the others by their units."""
 
 _process: Final = ProcessCollector(namespace="kvstore", registry=None)
 
@@ -142,7 +139,7 @@ class Exposition(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Metric families, as Prometheus' client wants them."""
-        yield _labelled("build_info", "Release of the daemon.", ("version",), [((__version__,), 1)])
+        yield _family("build_info", "Release of the daemon.", {__version__: 1}, "version")
         node = self._node
         ready = node is not None and node.ready
         yield _gauge("ready", "1 once warm-up is done, until the daemon stops.", int(ready))
@@ -164,51 +161,38 @@ def _of_tiers(node: Node, stats: Mapping[str, Any]) -> Iterator[Metric]:
     there = {name: tier for name, tier in stats["tiers"].items() if "capacity" in tier}
     for key, text in _TIER_GAUGES.items():
         known = {name: tier[key] for name, tier in there.items() if tier[key] is not None}
-        of_tier = [((name,), nbytes) for name, nbytes in known.items()]
-        yield _labelled(f"tier_{key}_bytes", text, ("tier",), of_tier)
-    slots = [((name,), tier["slots"] or 0) for name, tier in there.items()]
-    yield _labelled("tier_slots", "Slots that hold an object, by tier.", ("tier",), slots)
+        yield _family(f"tier_{key}_bytes", text, known, "tier")
+    slots = {name: tier["slots"] or 0 for name, tier in there.items()}
+    yield _family("tier_slots", "Slots that hold an object, by tier.", slots, "tier")
     lowers = node.store.movement.lowers.values()
-    healthy = [((lower.name,), int(not lower.state.problem)) for lower in lowers]
+    healthy = {lower.name: int(not lower.state.problem) for lower in lowers}
     text = "0 while a tier below memory is away, full or broken."
-    yield _labelled("tier_healthy", text, ("tier",), healthy)
-    yield _labelled(
-        "tier_read_seconds_per_byte",
-        "Measured time from a tier to memory while it is at work; fades while it rests.",
-        ("tier",),
-        [((lower.name,), lower.cost.seconds_per_byte) for lower in lowers],
-    )
+    yield _family("tier_healthy", text, healthy, "tier")
+    each = {lower.name: lower.cost.seconds_per_byte for lower in lowers}
+    text = "Measured time from a tier to memory while it is at work; fades while it rests."
+    yield _family("tier_read_seconds_per_byte", text, each, "tier")
 
 
 def _of_work(node: Node, stats: Mapping[str, Any]) -> Iterator[Metric]:
     yield _gauge("objects", "Objects stored, in any tier.", stats["objects"])
     yield _gauge("pinned_bytes", "Bytes of objects that are pinned.", stats["pinned_bytes"])
     yield _gauge("namespaces", "Namespaces with objects.", len(node.store.usage.namespaces))
-    yield _gauge(
-        "loop_longest_step_seconds",
-        "Longest time of the last minute or two in which the daemon's loop answered nobody.",
-        node.steps.longest,
-    )
+    text = "Longest time of the last minute or two in which the daemon's loop answered nobody."
+    yield _gauge("loop_longest_step_seconds", text, node.steps.longest)
     yield _gauge("sessions", "Open sessions.", len(node.sessions))
     leases = node.store.leases()
-    kinds = Counter(lease.kind.value for lease in leases)
-    yield _labelled(
-        "leases", "Leases held, by kind.", ("kind",), [((kind,), kinds[kind]) for kind in _LEASES]
-    )
-    yield _gauge(
-        "leases_withdrawn",
-        "Expired leases whose slots wait for a client that may still be copying.",
-        sum(lease.withdrawn for lease in leases),
-    )
+    kinds = Counter(dict.fromkeys(_LEASES, 0))
+    kinds.update(lease.kind.value for lease in leases)
+    yield _family("leases", "Leases held, by kind.", kinds, "kind")
+    withdrawn = sum(lease.withdrawn for lease in leases)
+    text = "Expired leases whose slots wait for a client that may still be copying."
+    yield _gauge("leases_withdrawn", text, withdrawn)
     queues = stats["queues"]
     yield _gauge("unwritten_objects", "Writes to tiers to come.", stats["unwritten"])
     yield _gauge("write_queue_objects", "Writes in queues to tiers.", queues["write_objects"])
     yield _gauge("write_queue_bytes", "Bytes on their way to tiers.", queues["write_bytes"])
-    yield _gauge(
-        "write_queue_limit_bytes",
-        "Bytes that may be on their way to tiers.",
-        sum(lower.queue for lower in node.store.movement.lowers.values()),
-    )
+    limit = sum(lower.queue for lower in node.store.movement.lowers.values())
+    yield _gauge("write_queue_limit_bytes", "Bytes that may be on their way to tiers.", limit)
     yield _gauge("acquires_waiting", "Acquires that wait for tiers.", queues["acquiring"])
 
 
@@ -218,46 +202,36 @@ def _of_counters(counters: Mapping[str, int], tiers: Iterable[str]) -> Iterator[
         event: dict.fromkeys(words.get(known.label, known.values), 0)
         for event, known in COUNTERS.items()
     }
-    other: list[tuple[tuple[str, ...], float]] = []
+    other: dict[str, int] = {}
     for name, value in counters.items():
         event, word = counted(name)
         if event in grouped:
             grouped[event][word] = value
         else:
-            other.append(((event,), value))
+            other[event] = value
     for event, values in grouped.items():
         known = COUNTERS[event]
-        family = CounterMetricFamily(
-            f"kvstore_{known.name}", known.help, labels=[known.label] if known.label else []
+        labels = [known.label] if known.label else []
+        told: Mapping[Any, int] = values if labels else {(): values[""]}
+        yield _family(known.name, known.help, told, *labels, kind=CounterMetricFamily)
+    text = "What was counted and has no metric of its own."
+    yield _family("events", text, other, "event", kind=CounterMetricFamily)
+
+
+def _of_histograms(histograms: Mapping[str, Mapping[str, Any]]) -> Iterable[Metric]:
+    families = {
+        name: HistogramMetricFamily(
+            f"kvstore_{metric}", text, labels=[] if "." in name else ["hop"]
         )
-        for word, value in values.items():
-            family.add_metric([word] if known.label else [], value)
-        yield family
-    yield _labelled(
-        "events", "What was counted and has no metric of its own.", ("event",), other, total=True
-    )
-
-
-def _of_histograms(histograms: Mapping[str, Mapping[str, Any]]) -> Iterator[Metric]:
-    hops = {
-        unit: HistogramMetricFamily(f"kvstore_{name}", text, labels=["hop"])
-        for unit, (name, text) in _HOPS.items()
+        for name, (metric, text) in _HISTOGRAMS.items()
     }
-    for name, (metric, text) in _HISTOGRAMS.items():
-        family = HistogramMetricFamily(f"kvstore_{metric}", text, labels=[])
-        if name in histograms:
-            family.add_metric([], *_buckets(histograms[name]))
-        yield family
     for name, histogram in histograms.items():
         unit, _, hop = name.partition(".")
-        if name not in _HISTOGRAMS:
-            hops[unit].add_metric([hop], *_buckets(histogram))
-    yield from hops.values()
-
-
-def _buckets(histogram: Mapping[str, Any]) -> tuple[list[tuple[str, float]], float]:
-    bounds = [f"{bound:g}" for bound in histogram["bounds"]] + ["+Inf"]
-    return list(zip(bounds, accumulate(histogram["counts"]), strict=True)), histogram["sum"]
+        bounds = [f"{bound:g}" for bound in histogram["bounds"]] + ["+Inf"]
+        buckets = list(zip(bounds, accumulate(histogram["counts"]), strict=True))
+        where, labels = (name, []) if name in families else (unit, [hop])
+        families[where].add_metric(labels, buckets, histogram["sum"])
+    return families.values()
 
 
 def _of_tenants(node: Node, grant: Grant) -> Iterator[Metric]:
@@ -266,57 +240,45 @@ def _of_tenants(node: Node, grant: Grant) -> Iterator[Metric]:
     seen.sort(key=lambda item: sum(map(item[1].bytes_in, places)), reverse=True)
     most = node.config.server.max_labels  # What the others hold is one sum.
     named, rest = seen[:most], seen[most:]
-    held = [
-        ((name, place.name), tenant.bytes_in(number))
+    yield _gauge("tenants", "Tenants with objects or a quota.", len(seen))
+    held = {
+        (name, place.name): tenant.bytes_in(number)
         for name, tenant in named
         for number, place in places.items()
-    ]
-    yield _gauge("tenants", "Tenants with objects or a quota.", len(seen))
-    yield _labelled(
-        "tenant_bytes",
-        f"Bytes of the {most} largest tenants, by tier.",
-        ("tenant", "tier"),
-        held,
-    )
-    yield _labelled(
-        "tenants_other_bytes",
-        f"Bytes of all tenants but the {most} largest, by tier.",
-        ("tier",),
-        [
-            ((place.name,), sum(tenant.bytes_in(number) for _, tenant in rest))
-            for number, place in places.items()
-        ],
-    )
-    yield _labelled(
-        "tenant_pinned_bytes",
-        f"Pinned bytes of the {most} largest tenants.",
-        ("tenant",),
-        [((name,), tenant.pinned_bytes) for name, tenant in named],
-    )
-    quotas = [
-        ((name, places[number].name), limit)
+    }
+    text = f"Bytes of the {most} largest tenants, by tier."
+    yield _family("tenant_bytes", text, held, "tenant", "tier")
+    others = {
+        place.name: sum(tenant.bytes_in(number) for _, tenant in rest)
+        for number, place in places.items()
+    }
+    text = f"Bytes of all tenants but the {most} largest, by tier."
+    yield _family("tenants_other_bytes", text, others, "tier")
+    pinned = {name: tenant.pinned_bytes for name, tenant in named}
+    text = f"Pinned bytes of the {most} largest tenants."
+    yield _family("tenant_pinned_bytes", text, pinned, "tenant")
+    quotas = {
+        (name, places[number].name): limit
         for name, _ in named
         for number, limit in usage.quotas.get(name, {}).items()
-    ]
-    yield _labelled(
-        "tenant_quota_bytes", "Bytes a tenant may hold, by tier.", ("tenant", "tier"), quotas
-    )
+    }
+    text = "Bytes a tenant may hold, by tier."
+    yield _family("tenant_quota_bytes", text, quotas, "tenant", "tier")
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:
-    return GaugeMetricFamily(f"kvstore_{name}", text, value=value)
+    return _family(name, text, {(): value})
 
 
-def _labelled(
+def _family(
     name: str,
     text: str,
-    labels: Iterable[str],
-    samples: Iterable[tuple[tuple[str, ...], float]],
-    *,
-    total: bool = False,
+    values: Mapping[Any, float],
+    *labels: str,
+    kind: type[GaugeMetricFamily | CounterMetricFamily] = GaugeMetricFamily,
 ) -> Metric:
-    kind = CounterMetricFamily if total else GaugeMetricFamily
-    family = kind(f"kvstore_{name}", text, labels=list(labels))
-    for values, value in samples:
-        family.add_metric(list(values), value)
+    """Values by their label, or by a tuple of as many as there are labels."""
+    family = kind(f"kvstore_{name}", text, labels=labels)
+    for words, value in values.items():
+        family.add_metric((words,) if isinstance(words, str) else words, value)
     return family

@@ -14,7 +14,7 @@ import yaml
 
 from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.server.http.metrics import COUNTERS, counted
-from kvstore.server.http.samples import Samples, quantile
+from kvstore.server.http.status import Samples, quantile
 from kvstore.server.recent import Recent, by_tier
 
 ROOT: Final = Path(__file__).parents[2]
