@@ -11,8 +11,8 @@ import itertools
 import select
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 from weakref import WeakMethod, WeakValueDictionary, ref
@@ -32,8 +32,8 @@ _GONE: Final = select.EPOLLRDHUP | select.EPOLLONESHOT
 class Channel:
     """A connection to a daemon and the way to its slots; thread-safe.
 
-    The connection ends all leases with it, so it stays open until the last user has left: `enter`
-    and `leave` count them, and `retire` closes once nobody is inside. A copy that is still running
+    The connection ends all leases with it, so it stays open until the last user has left: `use`
+    counts them, and `retire` closes once nobody is inside. A copy that is still running
     when a daemon is given up so never writes into a slot that belongs to somebody else by now.
     """
 
@@ -79,17 +79,12 @@ class Channel:
 
     def look(self) -> None:
         """The daemon may have ended the connection; find out. Called by the watch."""
-        if not self.enter():
-            return
-        try:
-            more = True
+        with self.use() as more:
             while more and self._broken is None:  # Up to the end, if that is there.
                 with self._state:
                     more = not self._reading  # Whoever is reads on.
                     self._reading = True
                 more = more and self._read(0.0)
-        finally:
-            self.leave()
         if self._lost is not None and self._broken is not None and (lost := self._lost()):
             lost(self, self._broken)
 
@@ -137,21 +132,20 @@ class Channel:
         except StoreUnavailable as e:
             self._break(str(e))
 
-    def enter(self) -> bool:
-        """Begin to use the arena; False when the channel was retired meanwhile."""
+    @contextmanager
+    def use(self) -> Iterator[bool]:
+        """Use the arena meanwhile; False when the channel was retired before."""
         with self._state:
-            if self._retired:
-                return False
-            self._users += 1
-            return True
-
-    def leave(self) -> None:
-        """End what `enter` began."""
-        with self._state:
-            self._users -= 1
-            last = self._retired and self._users == 0
-        if last:
-            self._close()
+            inside = not self._retired
+            self._users += inside
+        try:
+            yield inside
+        finally:
+            with self._state:
+                self._users -= inside
+                last = inside and self._retired and not self._users
+            if last:
+                self._close()
 
     def retire(self) -> None:
         """Close as soon as nobody uses the arena any more."""

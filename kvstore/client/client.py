@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from numbers import Real
 from typing import Final
 from weakref import WeakSet, WeakValueDictionary, ref
@@ -135,11 +135,10 @@ class Client:
             try:
                 if channel is None:
                     self._connect(stop)
-                elif channel.broken is None and channel.enter():
-                    try:
-                        self._prepare(channel, view, self.config.session.connect_timeout)
-                    finally:
-                        channel.leave()
+                elif channel.broken is None:
+                    with channel.use() as live:
+                        if live:
+                            self._prepare(channel, view, self.config.session.connect_timeout)
             except StoreUnavailable as e:
                 if channel is not None:
                     self.quiet.warning("open", "a session begins without the store: %s", str(e))
@@ -172,14 +171,11 @@ class Client:
     def _end(self, view: View) -> None:
         """Give back what a closed session had, which nobody uses any more."""
         channel, view.channel = view.channel, None
-        if channel is None or not channel.enter():
-            return
-        try:
-            for lease in list(view.leases):
-                view.release(channel, lease)
-            self._tidy(channel)
-        finally:
-            channel.leave()
+        with channel.use() if channel else nullcontext(False) as live:
+            if channel and live:
+                for lease in list(view.leases):
+                    view.release(channel, lease)
+                self._tidy(channel)
 
     def _tidy(self, channel: Channel) -> None:
         """Let go of what sessions had on a channel that were closed, or dropped without."""
@@ -199,9 +195,7 @@ class Client:
         if view.closed:
             return "closed"
         channel = self._channel
-        if channel is None or channel.broken is not None:
-            return self._problem if channel is None else channel.broken
-        return view.refused or None
+        return (channel.broken if channel else self._problem) or view.refused or None
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -210,23 +204,22 @@ class Client:
         """The live channel and the handle on it, held open while used; None without a daemon."""
         with self._lock:
             channel, closed = self._channel, view.closed
-            live = channel if channel and not channel.broken and channel.enter() else None
             view.users += 1
         try:
-            link: Link | None = None
-            if live and not closed and (view.channel is live or self._again(live, view)):
-                link = live, view.handle
-            elif not live and not closed and (channel or not self._reconnecting):
-                self._lost(channel, (channel.broken or "closed") if channel else self._problem)
-            yield link
+            with channel.use() if channel and not channel.broken else nullcontext(False) as live:
+                link: Link | None = None
+                if channel and live and not closed:
+                    if view.channel is channel or self._again(channel, view):
+                        link = channel, view.handle
+                elif not closed and (channel or not self._reconnecting):
+                    self._lost(channel, (channel.broken or "closed") if channel else self._problem)
+                yield link
         finally:
             with self._lock:
                 view.users -= 1
                 ends = view.closed and not view.users
             if ends:
                 self._end(view)
-            if live:
-                live.leave()
 
     def call(
         self, channel: Channel, message: Message, timeout: float, *, lease: int | None = None

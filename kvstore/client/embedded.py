@@ -114,7 +114,7 @@ def join_or_start(config: Config) -> Channel:
     deadline = time.monotonic() + config.session.start_timeout
     lock = os.fdopen(_open(path.with_suffix(".start"), os.O_RDWR), "rb+", buffering=0)
     in_child(lock, FileIO.close)
-    try:
+    with lock:  # Whose end gives way to others.
         while True:
             try:
                 return _join(config, path)
@@ -130,21 +130,15 @@ def join_or_start(config: Config) -> Channel:
             except BlockingIOError:  # Somebody else is starting it.
                 time.sleep(_POLL)
                 continue
-            try:
+            with suppress(StoreUnavailable):
                 return _join(config, path)
+            try:
+                _start(config, path, deadline, reason)
             except StoreUnavailable:
-                try:
-                    _start(config, path, deadline, reason)
-                except StoreUnavailable as e:
-                    # Maybe it gave way to the daemon of a starter that was killed half-way.
-                    try:
-                        return _join(config, path)
-                    except StoreUnavailable:
-                        raise e from None
-            finally:
-                fcntl.flock(lock, fcntl.LOCK_UN)
-    finally:
-        lock.close()
+                # Maybe it gave way to the daemon of a starter that was killed half-way.
+                with suppress(StoreUnavailable):
+                    return _join(config, path)
+                raise
 
 
 def _join(config: Config, path: Path) -> Channel:

@@ -378,11 +378,11 @@ def test_a_refused_client_keeps_its_slots_until_it_has_closed(stores: Stores) ->
         assert isinstance(opened, protocol.Opened)
         reserve = protocol.Reserve(opened.handle, 1, b"".join(keys))
         assert isinstance(channel.call(reserve, 5.0), protocol.Reserved)
-        assert channel.enter()
-        with pytest.raises(StoreUnavailable, match="handle 99"):
-            channel.call(protocol.Lookup(99, keys[0]), 5.0)
-        channel.retire()
-        time.sleep(0.2)
-        assert served.stats()["leases"] == 1, "somebody is inside still"
-        channel.leave()
+        with channel.use() as inside:
+            assert inside
+            with pytest.raises(StoreUnavailable, match="handle 99"):
+                channel.call(protocol.Lookup(99, keys[0]), 5.0)
+            channel.retire()
+            time.sleep(0.2)
+            assert served.stats()["leases"] == 1, "somebody is inside still"
         eventually(lambda: no_leases(served))
