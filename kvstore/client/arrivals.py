@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from kvstore.blocks.keys import KEY_BYTES
 from kvstore.blocks.spec import Part
 from kvstore.copier.base import PagedMemory
-from kvstore.transport.protocol import Held
+from kvstore.transport import protocol
+from kvstore.transport.protocol import Acquire
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,7 +27,7 @@ class Pages(NamedTuple):
     memory: Sequence[PagedMemory]
     ids: Sequence[NDArray[np.int64]]
 
-    def of(self, blocks: slice | NDArray[np.int64]) -> Pages:
+    def of(self, blocks: slice) -> Pages:
         """Those of some of the blocks."""
         return Pages(self.memory, [ids[blocks] for ids in self.ids])
 
@@ -74,8 +76,8 @@ class Load(NamedTuple):
 
 
 class Incoming:
-    """What an acquire under `lease` brought of the blocks from `first` on, and which of it has
-    reached the pages and is right.
+    """What an acquire brought of the blocks from `first` on, and which of it has reached the pages
+    and is right.
 
     `rows` has the positions of the blocks that have come, in an answer with `holes` not one after
     the other; `damaged` those, within the acquire, of blocks that have ever come damaged. Several
@@ -83,33 +85,29 @@ class Incoming:
     """
 
     def __init__(
-        self,
-        reply: Held,
-        parts: Sequence[Part],
-        lease: int = 0,
-        first: int = 0,
-        *,
-        holes: bool = False,
+        self, request: Acquire, reply: protocol.Held, parts: Sequence[Part], first: int = 0
     ) -> None:
         self.reply = reply
-        self.lease = lease
+        self.lease = request.lease
         self.reason: str | None = None
         self.damaged: set[int] = set()
         self._parts = parts
+        self._asked = len(request.keys) // KEY_BYTES
         count = len(parts)
         whole = len(reply.slots) // (8 * count)
         self.slots = np.frombuffer(reply.slots, "<i8", whole * count).reshape(whole, count)
         came = np.frombuffer(reply.tiers, np.uint8)
-        self._places = np.flatnonzero(came) if holes else np.arange(whole)
+        self._places = np.flatnonzero(came) if request.holes else np.arange(whole)
         self.rows = first + self._places
         self._right = np.zeros(self.slots.shape, dtype=np.bool_)
 
-    def fits(self, asked: int) -> bool:
-        """Whether the answer makes sense for that many blocks."""
+    @property
+    def fits(self) -> bool:
+        """Whether the answer makes sense for what was asked."""
         blocks, parts = len(self.slots), self._parts
         return (
             self.slots.nbytes == len(self.reply.slots)
-            and len(self.rows) == blocks <= len(self.reply.tiers) <= asked
+            and len(self.rows) == blocks <= len(self.reply.tiers) <= self._asked
             and all(
                 0 <= number < self.slots.size and stored.converts_to(parts[number % len(parts)])
                 for number, stored in self.reply.other.items()

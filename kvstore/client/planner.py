@@ -10,7 +10,7 @@ ever, whatever was measured.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -47,27 +47,6 @@ class LoadPlan:
     chosen: tuple[int, ...] = ()
 
 
-class _Doubt:
-    """In what a tier is said to cost, by the size of requests: a small one that is loaded tells
-    little about those that are shunned for being large."""
-
-    def __init__(self) -> None:
-        self._shunned: Counter[int] = Counter()
-
-    def factor(self, blocks: int) -> float:
-        """What part of the cost of so many blocks is to be believed."""
-        shunned = self._shunned[blocks.bit_length()]
-        return _FADE**shunned if shunned < _MOST else 0.0
-
-    def judge(self, blocks: int, *, shunned: bool) -> None:
-        """A plan shunned some of so many, or loads them, and so they will be measured."""
-        if shunned:
-            self._shunned[blocks.bit_length()] += 1
-            return
-        for size in range(blocks.bit_length() + 1):
-            self._shunned.pop(size, None)
-
-
 class Planner:
     """Keeps the measurements and decides. Threads that meet here may spoil a sample, no more."""
 
@@ -75,8 +54,11 @@ class Planner:
         self._mode = mode
         self._copy = Average()  # of bytes, slots to pages
         self._token = Average()  # of tokens computed
-        self._doubts = defaultdict[str, _Doubt](_Doubt)
-        """In a tier's cost; in that of memory, which is the copy's: all blocks go by way of it."""
+        self._shunned = Counter[tuple[str, int]]()
+        """Plans in a row that shunned a tier, by the size of requests: a small one that is loaded
+        tells little about those that are shunned for being large. Memory's cost is the copy's: all
+        blocks go by way of it.
+        """
 
     def loaded(self, nbytes: int, seconds: float) -> None:
         """A copy of `nbytes` out of memory took `seconds`."""
@@ -85,6 +67,11 @@ class Planner:
     def computed(self, tokens: int, seconds: float) -> None:
         """The engine computed `tokens` prompt tokens in `seconds`."""
         self._token.add(tokens, seconds)
+
+    def _belief(self, tier: str, blocks: int) -> float:
+        """What part of a tier's cost for so many blocks is to be believed."""
+        shunned = self._shunned[tier, blocks.bit_length()]
+        return _FADE**shunned if shunned < _MOST else 0.0
 
     def load_seconds(
         self, tiers: Sequence[str], costs: Mapping[str, Cost], block_bytes: int
@@ -143,7 +130,7 @@ class Planner:
         found = len(tiers)
         counts = Counter(tiers)
         counts[MEMORY] = found
-        belief = {tier: self._doubts[tier].factor(n) for tier, n in counts.items()}
+        belief = {tier: self._belief(tier, n) for tier, n in counts.items()}
         times = self._times(tiers, costs, block_bytes, belief)
         chosen = times[-1]
         per_token = self._token.value
@@ -164,8 +151,11 @@ class Planner:
                 # All that is loaded is copied; and if some is, what is left begins below.
                 loads = Counter(tiers[: chosen[0]])
                 for tier, n in counts.items():
-                    shunned = not chosen[0] if tier == MEMORY else loads[tier] < n
-                    self._doubts[tier].judge(n, shunned=shunned)
+                    if not chosen[0] if tier == MEMORY else loads[tier] < n:
+                        self._shunned[tier, n.bit_length()] += 1
+                        continue
+                    for size in range(n.bit_length() + 1):  # They will be measured.
+                        self._shunned.pop((tier, size), None)
         blocks, seconds = chosen if chosen[0] else (0, times[-1][1])
         compute = None if per_token is None else per_token * block_tokens * (blocks or found)
         picked = tuple(sorted(places[:blocks])) if holes else ()

@@ -124,8 +124,8 @@ class Transfer(View):
         if not isinstance(reply, Held):
             return None
         self.leases.add(lease)
-        incoming = Incoming(reply, self.parts, lease, first, holes=holes)
-        if not incoming.fits(len(asked)):
+        incoming = Incoming(request, reply, self.parts, first)
+        if not incoming.fits:
             self.client.quiet.warning("load", "the daemon's answer does not fit the request")
             self.release(channel, lease)
             return None
@@ -169,10 +169,9 @@ class Transfer(View):
         # Layers can be given away one by one only if this is all there is to come.
         whole = len(incoming.rows) == len(job.pages.ids[0])
         gates = job.gates if whole else replace(job.gates, then=None)
-        job = job._replace(pages=job.pages.of(incoming.rows), gates=gates)
         try:
             for column in range(len(self.parts)):
-                self._load_part(incoming, column, job)
+                self._load_part(incoming, column, job._replace(gates=gates))
         except StoreUnavailable as e:
             incoming.reason = incoming.reason or _reason_of(e)
             self.client.quiet.warning("load", "blocks did not come: %s", e)
@@ -195,7 +194,7 @@ class Transfer(View):
                 chosen = numbers[first : first + len(addresses)]  # noqa: B023 - used in the turn
                 have = self.copier.load(
                     job.pages.memory[column],
-                    job.pages.ids[column][chosen],
+                    job.pages.ids[column][incoming.rows[chosen]],
                     addresses,
                     self.namespace.block_tokens,
                     stored=stored,  # noqa: B023

@@ -74,21 +74,17 @@ class _Receiving(Wire):
         super().__init__(connection)
         self.fds: list[int] = []
 
-    def receive(self, view: memoryview, seconds: float) -> None:
-        """See `Wire.receive`."""
-        end = time.monotonic() + seconds
+    def _receive(self, view: memoryview, end: float) -> int:
         self._limit(socket.SO_RCVTIMEO, end)
         try:
-            begin, fds, _, _ = socket.recv_fds(self._socket, len(view), 4)
+            some, fds, _, _ = socket.recv_fds(self._socket, len(view), 4)
         except BlockingIOError:
             raise TimeoutError("the daemon was too slow") from None
         self.fds += fds
         for fd in fds:
             os.set_inheritable(fd, False)  # `recv_fds` has no way to ask for it.
-        if not begin:
-            raise ConnectionResetError("closed by the daemon")
-        view[: len(begin)] = begin
-        super().receive(view[len(begin) :], end - time.monotonic())
+        view[: len(some)] = some
+        return len(some)
 
 
 def _open_arena(socket_path: Path, welcome: Welcome, user: str | None) -> int:

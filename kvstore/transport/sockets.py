@@ -78,14 +78,18 @@ class Wire:
         """Fill `view`."""
         end = time.monotonic() + seconds
         while view:
-            self._limit(socket.SO_RCVTIMEO, end)
-            try:
-                got = self._socket.recv_into(view, 0, socket.MSG_WAITALL)
-            except BlockingIOError:
-                raise TimeoutError(_SLOW) from None
+            got = self._receive(view, end)
             if not got:
                 raise ConnectionResetError("closed by the other side")
             view = view[got:]
+
+    def _receive(self, view: memoryview, end: float) -> int:
+        """Some of it at least, before that time."""
+        self._limit(socket.SO_RCVTIMEO, end)
+        try:
+            return self._socket.recv_into(view, 0, socket.MSG_WAITALL)
+        except BlockingIOError:
+            raise TimeoutError(_SLOW) from None
 
     def take(self, seconds: float) -> bytes | None:
         """What has come, empty at the end of all; None if nothing did in time."""
@@ -148,14 +152,8 @@ class TlsWire(Wire):
             while rest:
                 rest = rest[_in_time(self._until(end, self._socket.send, rest)) :]
 
-    def receive(self, view: memoryview, seconds: float) -> None:
-        """See `Wire.receive`."""
-        end = time.monotonic() + seconds
-        while view:
-            got = _in_time(self._until(end, self._socket.recv_into, view))
-            if not got:
-                raise ConnectionResetError("closed by the other side")
-            view = view[got:]
+    def _receive(self, view: memoryview, end: float) -> int:
+        return _in_time(self._until(end, self._socket.recv_into, view))
 
     def take(self, seconds: float) -> bytes | None:
         """See `Wire.take`."""

@@ -25,9 +25,15 @@ from kvstore.errors import ProtocolError
 from kvstore.memory.bounce import Bounce
 from kvstore.server.access.grants import Denied
 from kvstore.server.node import Node
-from kvstore.server.sessions.grants import MAX_OWNED, NO_TICKET, Granted, Grants, LeaseGone
+from kvstore.server.sessions.grants import (
+    MAX_OWNED,
+    NO_TICKET,
+    Granted,
+    Grants,
+    LeaseGone,
+    StreamSession,
+)
 from kvstore.server.sessions.greeting import HELLO_SECONDS, Newcomers
-from kvstore.server.sessions.stream_session import StreamSession
 from kvstore.transport import protocol
 from kvstore.transport.protocol import (
     STREAM_MARK,

@@ -10,17 +10,20 @@ from __future__ import annotations
 import asyncio
 import hmac
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from kvstore.errors import ProtocolError
-from kvstore.server.access.grants import Denied
+from kvstore.server.access.grants import Denied, Grant
+from kvstore.server.node import Node, Peer
+from kvstore.server.sessions.session import SessionConnection
 from kvstore.slices import FEW, Work
 from kvstore.store.entry import Entry
 from kvstore.store.leases import Lease, LeaseKind
 from kvstore.store.store import Store
 from kvstore.transport import protocol
+from kvstore.transport.protocol import Message
 from kvstore.transport.sockets import Wire
 
 MAX_OWNED: Final = 256
@@ -61,22 +64,16 @@ class LeaseGone(Exception):
 class Grants:
     """All grants of one session, and its data connections.
 
-    Grants are made and ended on the loop; `post` runs a function there. For as long as a grant
-    lives and somebody uses it, its objects are held in `store`, so no slot is given to others.
+    Grants are made and ended on the loop, which also makes this. For as long as a grant lives and
+    somebody uses it, its objects are held in `store`, so no slot is given to others.
     `owned` has the data connections of all sessions of the same token.
     """
 
-    def __init__(
-        self,
-        ticket: bytes,
-        store: Store,
-        post: Callable[[Callable[[], None]], None],
-        owned: set[Wire],
-    ) -> None:
+    def __init__(self, ticket: bytes, store: Store, owned: set[Wire]) -> None:
         self._ticket = ticket
         self._owned = owned
         self._store = store
-        self._post = post
+        self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         self._leases: dict[int, Granted] = {}
         self._wires: set[Wire] = set()
@@ -110,7 +107,7 @@ class Grants:
             granted.ended = True
             used = bool(granted.users)
         if used:
-            asyncio.get_running_loop().call_later(grace, self._cut, granted)
+            self._loop.call_later(grace, self._cut, granted)
         else:
             self._let_go(granted)
         return granted
@@ -193,7 +190,8 @@ class Grants:
                 granted.filling.difference_update(slots if fill else ())
                 last = granted.ended and not granted.users
             if last:
-                self._post(lambda: self._let_go(granted))
+                with suppress(RuntimeError):  # The loop is closed: nothing is left to do.
+                    self._loop.call_soon_threadsafe(self._let_go, granted)
 
 
 def _check(granted: Granted, slots: Sequence[int], fill: bool) -> None:
@@ -208,3 +206,65 @@ def _check(granted: Granted, slots: Sequence[int], fill: bool) -> None:
         or any(granted.checksums[slot] is not None for slot in slots)
     ):
         raise ProtocolError("a slot is filled twice; every object is put once")
+
+
+class StreamSession(SessionConnection):
+    """See `SessionConnection`; the bytes come and go over data connections (`Grants`)."""
+
+    shares_memory = False
+
+    def __init__(
+        self,
+        node: Node,
+        peer: Peer,
+        grant: Grant,
+        ticket: bytes,
+    ) -> None:
+        super().__init__(node, peer, grant)
+        self.grants = Grants(ticket, node.store, self.owner.wires)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.grants.close()
+        super().connection_lost(exc)
+
+    def expire(self, lease: int) -> None:
+        """A lease has run out: whoever is still using it is cut off, and its slots come back."""
+        self.grants.end(lease, grace=0.0)
+        self._store.background.add(self._store.releasing(self, lease))
+        self._saved(lease, 0, "expired")
+
+    def _name_slots(self, lease: int, slots: list[int]) -> Work[list[int]]:
+        """Numbers, in order, in place of offsets."""
+        held = self._store.lease(self, lease)
+        if held is not None:
+            yield from self.grants.granting(held)
+        numbers = iter(range(len(slots)))
+        return [next(numbers) if slot >= 0 else slot for slot in slots]
+
+    def _commit(self, request: protocol.Commit) -> Work[Message]:
+        """Commits what has come and was right; the client is not asked which blocks these are."""
+        granted = self.grants.end(request.lease)
+        held = self._store.lease(self, request.lease)
+        if granted is None or held is None:
+            return (yield from super()._commit(request))
+        dropped = set(request.dropped)
+        slot, damaged = 0, 0
+        for number, block in enumerate(held.blocks):
+            if number % FEW == 0:
+                yield
+            slots = range(slot, slot + len(block))
+            slot += len(block)
+            if any(granted.checksums[i] is None for i in slots):
+                damaged += not granted.damaged.isdisjoint(slots)
+                dropped.add(number)
+        sums = tuple(checksum or 0 for checksum in granted.checksums)
+        reply = yield from super()._commit(protocol.Commit(request.lease, tuple(dropped), sums))
+        if damaged:
+            self._store.counters.add("save.dropped", "corrupt", by=damaged)
+            if isinstance(reply, protocol.Committed):
+                return protocol.Committed(reply.blocks, "corrupt")
+        return reply
+
+    def _end(self, lease: int, damaged: tuple[int, ...] = ()) -> Work[None]:
+        self.grants.end(lease)
+        yield from super()._end(lease, damaged)

@@ -12,7 +12,7 @@ from typing import Final, cast
 from kvstore import __version__
 from kvstore.errors import ProtocolError
 from kvstore.server.access.grants import Denied, Grant
-from kvstore.server.node import Node
+from kvstore.server.node import Node, Peer
 from kvstore.server.sessions.session import SessionConnection
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Failure, Hello, Stats, StatsReply, TierInfo, Welcome
@@ -114,8 +114,10 @@ class Greeting(asyncio.Protocol):
             session.data_received(rest)
 
 
-def admit(node: Node, hello: Hello, trusted: Grant | None, *, here: bool) -> Grant:
-    """What a session that said `hello` may do.
+def welcome(
+    node: Node, hello: Hello, address: str, pid: int, trusted: Grant | None, *, here: bool
+) -> tuple[Peer, Grant, Welcome]:
+    """Who said `hello`, what it may do, and the answer; how slots are reached is to be filled in.
 
     `trusted`: what it may do without a token; `here`: it comes from this machine's socket.
 
@@ -130,18 +132,14 @@ def admit(node: Node, hello: Hello, trusted: Grant | None, *, here: bool) -> Gra
         )
     grant = node.access.grant(hello.token) if hello.token or trusted is None else trusted
     node.welcome(grant, here=here)
-    return grant
-
-
-def welcome(node: Node, hello: Hello, session: int) -> Welcome:
-    """The answer to `hello`; how its slots are reached is to be filled in."""
+    number = next(node.numbers)
     arena = node.store.movement.arena
     seconds = node.config.lease_seconds
     software = f"kvstore {__version__}"
-    reply = Welcome(protocol.VERSION, software, session, arena.size, arena.pages, seconds)
+    reply = Welcome(protocol.VERSION, software, number, arena.size, arena.pages, seconds)
     if hello.features:
         reply.features = protocol.FEATURES
     if "tiers" in hello.features:
         places = node.store.catalogue.places
-        reply.tiers = tuple(TierInfo(number, place.name) for number, place in places.items())
-    return reply
+        reply.tiers = tuple(TierInfo(tier, place.name) for tier, place in places.items())
+    return Peer(number, address, pid, hello.software, hello.features), grant, reply

@@ -18,8 +18,8 @@ from kvstore.memory.arena import Arena
 from kvstore.server.access.access import Access
 from kvstore.server.access.grants import LOCAL, Denied, Grant, Role
 from kvstore.server.listeners import clear, group_id, is_member, share
-from kvstore.server.node import Node, Peer
-from kvstore.server.sessions.greeting import Greeting, Newcomers, admit, welcome
+from kvstore.server.node import Node
+from kvstore.server.sessions.greeting import Greeting, Newcomers, welcome
 from kvstore.server.sessions.session import SessionConnection
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Hello
@@ -91,13 +91,11 @@ class LocalFace:
             peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
             pid, uid, gid = _PEER.unpack(peer)
             member = self._group is not None and is_member(connection, self._group, gid)
-            grant = admit(node, hello, _trusted(node.access, uid, member), here=True)
-            number = next(node.numbers)
-            reply = welcome(node, hello, number)
+            trusted = _trusted(node.access, uid, member)
+            client, grant, reply = welcome(node, hello, "unix", pid, trusted, here=True)
             reply.arena_path = "" if arena.path is None else str(arena.path)
             reply.arena_inode = arena.inode
             socket.send_fds(connection, [protocol.encode(request_id, reply)], [arena.fd])
-        client = Peer(number, "unix", pid, hello.software, hello.features)
         return SessionConnection(node, client, grant, self._left)
 
 

@@ -15,10 +15,10 @@ from typing import Final
 
 from kvstore.server.listeners import bind, show
 from kvstore.server.loop import run
-from kvstore.server.node import Node, Peer
+from kvstore.server.node import Node
 from kvstore.server.sessions.bulk import BulkServer
-from kvstore.server.sessions.greeting import HELLO_SECONDS, Greeting, Newcomers, admit, welcome
-from kvstore.server.sessions.stream_session import StreamSession
+from kvstore.server.sessions.grants import StreamSession
+from kvstore.server.sessions.greeting import HELLO_SECONDS, Greeting, Newcomers, welcome
 from kvstore.transport import protocol
 from kvstore.transport.protocol import STREAM_MARK, Hello
 from kvstore.transport.sockets import tune
@@ -131,15 +131,10 @@ class StreamFace:
     ) -> StreamSession:
         """Serve whoever said `hello`; a `Welcomer`."""
         node = self.node
-        grant = admit(node, hello, None, here=False)
-        number = next(node.numbers)
-        ticket = os.urandom(protocol.TICKET_BYTES)
-        peer = Peer(number, address, hello.pid, hello.software, hello.features)
-        session = StreamSession(node, peer, grant, ticket)
-        reply = welcome(node, hello, number)
-        reply.ticket = ticket
+        peer, grant, reply = welcome(node, hello, address, hello.pid, None, here=False)
+        reply.ticket = os.urandom(protocol.TICKET_BYTES)
         transport.write(protocol.encode(request_id, reply))
-        return session
+        return StreamSession(node, peer, grant, reply.ticket)
 
     def _sessions(self) -> list[StreamSession]:
         return [s for s in self.node.sessions.values() if isinstance(s, StreamSession)]

@@ -61,6 +61,7 @@ def test_both_sides_get_on_with_the_first_version(stores: Stores) -> None:
         assert session.flush() == 0
         for number in range(2, 5):
             save(session, session.keys(prompt(number, 7)))
+        assert session.flush() == 0, "what is being written keeps its room"
         found = session.lookup(keys)
         assert set(found.tiers) == {"disk"}
         assert found.costs["disk"].seconds_per_byte > 0

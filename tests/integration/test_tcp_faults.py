@@ -457,3 +457,29 @@ def test_a_daemon_stops_in_order_with_clients_in_the_middle_of_something(stores:
     served.restart()
     with tcp_session(served, BIG) as session:
         assert load(session, keys).tiers == {"disk": 6}
+
+
+def test_helpers_that_have_started_are_waited_for(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever saves may free its pages afterwards, also where no more threads can be had."""
+    served = stores.serve("16MiB", **TCP)
+    helpers: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def one_at_most(thread: threading.Thread) -> None:
+        if thread.name == "kvstore-stream":
+            if helpers:
+                raise RuntimeError("can't start new thread")
+            run = thread.run
+            thread.run = lambda: (run(), time.sleep(0.3))  # type: ignore[method-assign]
+            helpers.append(thread)
+        start(thread)
+
+    with tcp_session(served, BIG, streams=4) as session:
+        keys = session.keys(prompt(1, 32))
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", one_at_most)
+            assert save(session, keys).stored == 32
+        assert [helper.is_alive() for helper in helpers] == [False]
+        assert load(session, keys).blocks == 32

@@ -117,13 +117,15 @@ def test_what_a_daemon_says_forges_no_line_of_a_log() -> None:
     {0: Part(PART.group, Opaque("o", 1, 4096))},
 ])  # fmt: skip
 def test_an_answer_whose_layouts_do_not_fit_is_none(other: dict[int, Part]) -> None:
-    def answer(other: dict[int, Part]) -> Incoming:
-        return Incoming(protocol.Held(bytes(16), b"\1\1", "", other), [PART])
+    def fits(other: dict[int, Part], nbytes: int = 16) -> bool:
+        held = protocol.Held(bytes(nbytes), b"\1\1", "", other)
+        return Incoming(protocol.Acquire(0, 1, KEYS, 0.0, 2), held, [PART]).fits
 
-    assert answer({}).fits(2)
-    assert answer({1: Part(PART.group, Described("LPHNC"))}).fits(2)
-    assert not answer(other).fits(2)
-    assert not Incoming(protocol.Held(bytes(15), b"\1\1", ""), [PART]).fits(2)
+    assert fits({})
+    assert fits({1: Part(PART.group, Described("LPHNC"))})
+    assert not fits(other)
+    assert not fits({}, 15)
+    assert not fits({}, 24), "more than was asked for"
 
 
 def test_frames_have_a_largest_size() -> None:
