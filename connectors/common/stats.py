@@ -10,15 +10,15 @@ from typing import Any, Final
 from kvstore.client.planner import MEMORY
 from kvstore.client.session import Loaded, Saved
 
-COUNTERS: Final = {
+COUNTERS: Final[dict[str, tuple[str, ...]]] = {
     "kvstore_loaded_tokens": ("Tokens whose KV was loaded from the store, by tier.", "tier"),
-    "kvstore_loaded_bytes": ("Bytes loaded from the store.", None),
+    "kvstore_loaded_bytes": ("Bytes loaded from the store.",),
     "kvstore_missed_tokens": (
         "Tokens promised by the store that did not come, by reason.",
         "reason",
     ),
-    "kvstore_saved_tokens": ("Tokens whose KV was newly stored.", None),
-    "kvstore_saved_bytes": ("Bytes newly stored.", None),
+    "kvstore_saved_tokens": ("Tokens whose KV was newly stored.",),
+    "kvstore_saved_bytes": ("Bytes newly stored.",),
     "kvstore_dropped_tokens": ("Tokens whose KV was not stored, by reason.", "reason"),
     "kvstore_skipped_requests": ("Requests that went without the store, by reason.", "reason"),
 }

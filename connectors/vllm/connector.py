@@ -106,6 +106,7 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
         if worker:
             self._side = WorkerSide(settings, namespace, pages, _rank())
             return
+        events = vllm_config.kv_events_config
         tokens = kv_cache_config.num_blocks * pages.page_tokens
         inputs = Inputs(tokens, encoded_elsewhere=vllm_config.ec_transfer_config is not None)
         self._side = SchedulerSide(
@@ -117,7 +118,7 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
             saves=named and transfer.is_kv_producer,
             inputs=inputs,
             watch=WeightsWatch(core, inputs.loaded),
-            events=_publishes_events(vllm_config),
+            events=bool(events and events.enable_kv_cache_events),
         )
         _log.info(
             "KVStore: model %s, %s of revision %.12s, blocks of %d tokens, store %s",
@@ -199,21 +200,8 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Let the last saves end, and close."""
         self._side.close()
 
-    @classmethod
-    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVStoreStats:
-        """Statistics as they were in another process."""
-        return KVStoreStats(data)
-
-    @classmethod
-    def build_prom_metrics(
-        cls,
-        vllm_config: Any,
-        metric_types: Any,
-        labelnames: list[str],
-        per_engine_labelvalues: dict[int, list[object]],
-    ) -> KVStoreMetrics:
-        """Metrics beside vLLM's own."""
-        return KVStoreMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+    build_kv_connector_stats = KVStoreStats
+    build_prom_metrics = KVStoreMetrics
 
 
 def _print_ours() -> None:
@@ -251,11 +239,6 @@ def _rank() -> int:
 
     tensor = get_tp_group()
     return int(get_pp_group().rank_in_group * tensor.world_size + tensor.rank_in_group)
-
-
-def _publishes_events(vllm_config: Any) -> bool:
-    events = vllm_config.kv_events_config
-    return events is not None and bool(events.enable_kv_cache_events)
 
 
 # MultiConnector looks its children up by name when it puts their statistics together.

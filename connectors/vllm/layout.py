@@ -72,17 +72,10 @@ class Pages:
             )
         return replace(self, stored=stored)
 
-    def stored_part(self, rank: int) -> Part:
-        """What the store has of `rank`."""
-        return self.stored[rank // self.replicas]
-
-    def part(self, rank: int) -> Part:
-        """What `rank` holds."""
-        return self.parts[rank // self.replicas]
-
-    def saves(self, rank: int) -> bool:
-        """Whether it falls to `rank` to store that."""
-        return rank % self.replicas == 0
+    def of(self, rank: int) -> tuple[Part, Part, bool]:
+        """What `rank` holds, what the store has of it, and whether that rank stores it."""
+        held, copy = divmod(rank, self.replicas)
+        return self.parts[held], self.stored[held], copy == 0
 
 
 def pages_of(vllm_config: Any, kv_cache_config: Any) -> Pages:

@@ -42,14 +42,6 @@ class Tracked(Asked):
     """Computed beside a layered load that failed, or while weights or names changed: what its pages
     hold is not saved."""
 
-    def computed_blocks(self, computed: int) -> int:
-        """Whole blocks that hold right values once `computed` tokens are computed.
-
-        Drafts and tokens that are still on their way back are computed before they are known; a
-        block that has some is not whole yet.
-        """
-        return min(computed, len(self.tokens)) // self.namespace.block_tokens
-
 
 @dataclass(slots=True)
 class Saving:

@@ -253,8 +253,12 @@ class SchedulerSide:
     def _save(
         self, tracked: Tracked, computed: int, state: Any, page_ids: list[int] | None
     ) -> None:
-        """Have workers save the blocks that are whole after `computed` tokens."""
-        first, last = tracked.asked, tracked.computed_blocks(computed)
+        """Have workers save the blocks that are whole after `computed` tokens.
+
+        Drafts and tokens that are still on their way back are computed before they are known; a
+        block that has some is not whole yet.
+        """
+        first, last = tracked.asked, min(computed, len(tracked.tokens)) // self._block_tokens
         if last <= first or tracked.wishes.skip_save or not self._may_save:
             return
         if tracked.tainted or not self._is_sure(tracked):

@@ -9,7 +9,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
     KVConnectorStats,
 )
-from vllm.v1.metrics.utils import create_metric_per_engine
 
 from kvstore.connectors.common.stats import (
     BUCKETS,
@@ -50,38 +49,26 @@ class KVStoreMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
     """The same as Prometheus metrics beside vLLM's own."""
 
     def __init__(
-        self,
-        vllm_config: Any,
-        metric_types: Any,
-        labelnames: list[str],
-        per_engine_labelvalues: dict[int, list[object]],
+        self, vllm_config: Any, kinds: Any, names: list[str], engines: dict[int, list[object]]
     ) -> None:
-        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        self._counters = {
-            name: metric_types[Counter](
-                name=name,
-                documentation=words,
-                labelnames=[*labelnames, *([label] if label else [])],
-            )
-            for name, (words, label) in COUNTERS.items()
+        super().__init__(vllm_config, kinds, names, engines)
+        counter, histogram = kinds[Counter], kinds[Histogram]
+        self._metrics = {
+            name: counter(name=name, documentation=words, labelnames=names + label)
+            for name, (words, *label) in COUNTERS.items()
         }
-        self._histograms = {
-            name: create_metric_per_engine(
-                metric_types[Histogram](
-                    name=name, documentation=words, labelnames=labelnames, buckets=BUCKETS
-                ),
-                per_engine_labelvalues,
-            )
-            for name, words in HISTOGRAMS.items()
-        }
+        for name, words in HISTOGRAMS.items():
+            made = histogram(name=name, documentation=words, labelnames=names, buckets=BUCKETS)
+            self._metrics[name] = made
+            for labels in engines.values():
+                made.labels(*labels)  # It is there from the beginning.
 
-    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+    def observe(self, transfer_stats_data: Data, engine_idx: int = 0) -> None:
         """Take in an interval."""
         engine = self.per_engine_labelvalues[engine_idx]
         for counted, count in transfer_stats_data["counts"].items():
-            name, _, label = counted.partition(".")
-            values = [*engine, label] if label else engine
-            self._counters[name].labels(*values).inc(count)
+            name, *label = counted.split(".", 1)
+            self._metrics[name].labels(*engine, *label).inc(count)
         for name, times in transfer_stats_data["times"].items():
             for seconds in times:
-                self._histograms[name][engine_idx].observe(seconds)
+                self._metrics[name].labels(*engine).observe(seconds)

@@ -60,7 +60,7 @@ class WorkerSide:
         self._settings = settings
         self._namespace = namespace
         self._pages = pages
-        self._rank = rank
+        self._part, self._stored, self._saves_here = pages.of(rank)
         self.stats = Stats(namespace.block_tokens)
         self._closing = ExitStack()
         self._device: Device
@@ -99,18 +99,17 @@ class WorkerSide:
             KVStoreError: the store refused the session.
         """
         config, pages, names = self._settings.config, self._pages, self._pages.layer_names
-        part, stored = pages.part(self._rank), pages.stored_part(self._rank)
         self._device = device = Device.of(caches.values(), config.session)
         self._closing.callback(device.close)
         self._times = StepTimes(device)
-        memory, cut = memory_of(part, pages.page_tokens, names, caches)
+        memory, cut = memory_of(self._part, pages.page_tokens, names, caches)
         self._layers = {name: number for number, name in enumerate(names)}
-        if stored != part and not device.casts:
+        if self._stored != self._part and not device.casts:
             raise SpecError(
                 "kvstore.vllm.store_dtype needs an NVIDIA GPU and triton, which turn the numbers; "
                 "leave it out"
             )
-        sessions = Sessions(config, self._namespace, [stored], device.copier)
+        sessions = Sessions(config, self._namespace, [self._stored], device.copier)
         self._transfers = Transfers(
             sessions,
             config.session.load_timeout,
@@ -167,9 +166,8 @@ class WorkerSide:
         if before is not None:
             before.close()
         if own.revision == namespace.model.revision:
-            stored = self._pages.stored_part(self._rank)
             self._transfers.sessions = Sessions(
-                self._settings.config, namespace, [stored], self._device.copier
+                self._settings.config, namespace, [self._stored], self._device.copier
             )
             _log.info("the configuration reads differently in this worker; the scheduler's counts")
         else:
@@ -234,7 +232,7 @@ class WorkerSide:
     def _start_saves(self) -> None:
         """Start those of this step that have not been; they follow `_computed`."""
         jobs, self._unsaved = self._unsaved, []
-        if jobs and self._pages.saves(self._rank):
+        if jobs and self._saves_here:
             self._computed = LayerGate(len(self._layers))
         for job in jobs:
             if self._computed is not None:

@@ -88,13 +88,13 @@ def test_pages_of_one_layout_load_into_another(served: Served, stored: str, want
     pages = pages_of(engine(), config(full(), stored))
     have = caches(stored, HEADS, 2 * WIDTH)
     with Session.open(namespace, pages.parts, served.config()) as session:
-        memory, _ = memory_of(pages.part(0), PAGE, list(have), have)
+        memory, _ = memory_of(pages.of(0)[0], PAGE, list(have), have)
         assert session.save(keys, [memory], [source]).stored == 3
     pages = pages_of(engine(), config(full(), wanted))
     got = caches(wanted, HEADS, 2 * WIDTH)
     before = {name: cache.clone() for name, cache in got.items()}
     with Session.open(namespace, pages.parts, served.config()) as session:
-        memory, _ = memory_of(pages.part(0), PAGE, list(got), got)
+        memory, _ = memory_of(pages.of(0)[0], PAGE, list(got), got)
         assert session.load(keys, [memory], [target]).blocks == 3
     untouched = [page for page in range(PAGES) if page not in target]
     for name in have:
@@ -115,10 +115,10 @@ def test_pages_cut_for_kernels_are_found(served: Served) -> None:
     whole = caches("LBHNC", HEADS, 2 * WIDTH)
     pieces = caches("LBHNC", HEADS, 2 * WIDTH, pieces=2)
     with Session.open(namespace, pages.parts, served.config()) as session:
-        memory, cut = memory_of(pages.part(0), PAGE, list(whole), whole)
+        memory, cut = memory_of(pages.of(0)[0], PAGE, list(whole), whole)
         assert cut == 1
         session.save(keys, [memory], [np.array([[3, 5]])])
-        memory, cut = memory_of(pages.part(0), PAGE, list(pieces), pieces)
+        memory, cut = memory_of(pages.of(0)[0], PAGE, list(pieces), pieces)
         assert cut == 2
         assert session.load(keys, [memory], [np.array([[4, 5, 20, 21]])]).blocks == 1
     for name in whole:
@@ -132,7 +132,7 @@ def test_mla_is_one_plane_stored_once() -> None:
     (part,) = pages.parts
     assert part.group.kind == "mla"
     assert (part.group.heads, part.group.channels) == (1, (20,))
-    assert [pages.saves(rank) for rank in range(4)] == [True, False, False, False]
+    assert [pages.of(rank)[2] for rank in range(4)] == [True, False, False, False]
     memory, _ = memory_of(part, PAGE, *named(caches("LBHNC", 1, 20)))
     assert len(memory.planes) == LAYERS
 
@@ -144,14 +144,14 @@ def named(tensors: dict[str, torch.Tensor]) -> tuple[list[str], dict[str, torch.
 def test_ranks_store_their_heads() -> None:
     pages = pages_of(engine(ranks=2, heads=4), config(full()))
     assert [(p.shard.index, p.shard.count) for p in pages.parts] == [(0, 2), (1, 2)]
-    assert pages.saves(0)
+    assert pages.of(0)[2]
     assert pages.saves(1)
 
 
 def test_copies_of_heads_are_stored_once() -> None:
     pages = pages_of(engine(ranks=4, heads=2), config(full(heads=1)))
     assert [pages.part(rank).shard.index for rank in range(4)] == [0, 0, 1, 1]
-    assert [pages.saves(rank) for rank in range(4)] == [True, False, True, False]
+    assert [pages.of(rank)[2] for rank in range(4)] == [True, False, True, False]
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -185,7 +185,7 @@ def test_ranks_of_stages_follow_one_another() -> None:
     held = [pages.part(rank) for rank in range(8)]
     assert [part.group.first_layer for part in held] == [0] * 4 + [3] * 4
     assert [part.shard.index for part in held] == [0, 0, 1, 1] * 2
-    assert [pages.saves(rank) for rank in range(8)] == [True, False] * 4
+    assert [pages.of(rank)[2] for rank in range(8)] == [True, False] * 4
     assert len(set(pages.parts)) == 4
 
 
@@ -195,7 +195,7 @@ def test_stages_are_split_as_vllm_splits_them(monkeypatch: pytest.MonkeyPatch) -
     assert [part.group.layers for part in pages.parts] == [1, 4]
     # What a stage really has is compared with that.
     with pytest.raises(SpecError, match="3 layers, 1 were expected"):
-        memory_of(pages.part(0), PAGE, *named(caches("LBHNC", HEADS, 2 * WIDTH)))
+        memory_of(pages.of(0)[0], PAGE, *named(caches("LBHNC", HEADS, 2 * WIDTH)))
 
 
 def test_a_cpu_layout_names_all_it_depends_on() -> None:
