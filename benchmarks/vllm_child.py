@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -44,7 +45,7 @@ class Answered:
     finished: list[bool]
 
 
-def _make(settings: dict[str, Any]) -> tuple[Any, Said]:
+def make(settings: dict[str, Any]) -> tuple[Any, Said]:
     """The engine, and what it says of itself; what is left open is chosen by the platform."""
     from vllm import LLM
     from vllm.platforms import current_platform
@@ -104,15 +105,22 @@ def forget(llm: Any) -> None:
 
 
 def serve(
-    orders: Connection, settings: dict[str, Any], environment: dict[str, str], log: str
+    orders: Connection,
+    make: Callable[[dict[str, Any]], tuple[Any, Any]],
+    settings: dict[str, Any],
+    environment: dict[str, str],
+    log: str,
 ) -> None:
-    """Make the engine, say so, and answer until the orders end; what it prints goes to `log`."""
+    """Make an engine and say something of it, then call functions with it until orders end.
+
+    What it prints goes to `log`.
+    """
     os.setsid()  # so that its workers can be ended with it
     words = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(words, 1)
     os.dup2(words, 2)
     os.environ |= environment
-    llm, said = _make(settings)
+    llm, said = make(settings)
     orders.send(said)
     with suppress(EOFError):
         while True:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 
 from kvstore.benchmarks.crew import start
 from kvstore.benchmarks.figures import BenchmarkError
-from kvstore.benchmarks.vllm_child import Answered, Said, forget, generate, serve
+from kvstore.benchmarks.vllm_child import Answered, Said, forget, generate, make, serve
 
 _START_SECONDS: Final = 900.0
 _ANSWER_SECONDS: Final = 900.0
@@ -86,7 +86,7 @@ def connector(name: str, *, address: str, memory: int, folder: Path) -> Contende
     return Contender(name, {"kv_transfer_config": whole}, environment)
 
 
-class VllmEngine:
+class EngineProcess:
     """A vLLM engine that takes one order at a time; a context manager.
 
     Raises:
@@ -94,19 +94,20 @@ class VllmEngine:
     """
 
     def __init__(
-        self, contender: Contender, *, in_process: bool, local: bool, **settings: Any
+        self,
+        name: str,
+        make: Callable[[dict[str, Any]], tuple[Any, Any]],
+        settings: dict[str, Any],
+        environment: dict[str, str],
     ) -> None:
-        variables = _ENVIRONMENT | os.environ | contender.environment
-        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
-        if local:
-            variables["HF_HUB_OFFLINE"] = "1"
+        """`make` gives the engine and what it `said` of itself, in the other process."""
+        self._name = name
         # A file, not a pipe: worker processes keep it open, and nobody reads it as it fills.
         self._log = tempfile.NamedTemporaryFile("w+", prefix="vllm-", suffix=".log")  # noqa: SIM115
-        self._name = contender.name
-        made_with = settings | contender.settings
-        self._process, self._orders = start(serve, made_with, variables, self._log.name)
+        variables = _ENVIRONMENT | os.environ | environment
+        self._process, self._orders = start(serve, make, settings, variables, self._log.name)
         try:
-            self.said: Said = self._answer(_START_SECONDS)
+            self.said = self.answer(_START_SECONDS)
         except BaseException:
             self.close()
             raise
@@ -117,16 +118,26 @@ class VllmEngine:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def generate(self, prompts: Sequence[list[int]], tokens: int) -> Answered:
-        """Greedy answers of so many tokens to `prompts`, all given at once."""
-        answered: Answered = self._ask(generate, prompts, tokens)
-        if not all(answered.finished):
-            raise BenchmarkError(f"{self._name}: a request did not end as it should")
-        return answered
+    @property
+    def log(self) -> str:
+        """What it has printed."""
+        return Path(self._log.name).read_text(errors="replace")
 
-    def forget(self) -> None:
-        """Empty vLLM's own prefix cache; saves that are under way have ended then."""
-        self._ask(forget)
+    def tell(self, call: Callable[..., Any], *given: Any) -> None:
+        """Have it call a function with the engine and what is given."""
+        with suppress(BrokenPipeError):  # Its answer, or what comes instead, tells why.
+            self._orders.send((call, *given))
+
+    def answer(self, seconds: float = _ANSWER_SECONDS) -> Any:
+        """What that returned."""
+        try:
+            if self._orders.poll(seconds):
+                return self._orders.recv()
+            what = f"said nothing within {seconds:g} s"
+        except (EOFError, ConnectionResetError):
+            what = "ended"
+        words = self.log[-_LAST_WORDS:]
+        raise BenchmarkError(f"{self._name}: the engine {what}; its last words:\n{words}")
 
     def close(self) -> None:
         """End it in good order, workers included."""
@@ -139,17 +150,30 @@ class VllmEngine:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._log.close()
 
-    def _ask(self, *order: Any) -> Any:
-        with suppress(BrokenPipeError):  # Its answer, or what comes instead, tells why.
-            self._orders.send(order)
-        return self._answer(_ANSWER_SECONDS)
 
-    def _answer(self, seconds: float) -> Any:
-        try:
-            if self._orders.poll(seconds):
-                return self._orders.recv()
-            what = f"said nothing within {seconds:g} s"
-        except (EOFError, ConnectionResetError):
-            what = "ended"
-        words = Path(self._log.name).read_text(errors="replace")[-_LAST_WORDS:]
-        raise BenchmarkError(f"{self._name}: the engine {what}; its last words:\n{words}")
+class VllmEngine(EngineProcess):
+    """The engine of a contender."""
+
+    said: Said
+
+    def __init__(
+        self, contender: Contender, *, in_process: bool, local: bool, **settings: Any
+    ) -> None:
+        variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1"}
+        if local:
+            variables["HF_HUB_OFFLINE"] = "1"
+        settings |= contender.settings
+        super().__init__(contender.name, make, settings, contender.environment | variables)
+
+    def generate(self, prompts: Sequence[list[int]], tokens: int) -> Answered:
+        """Greedy answers of so many tokens to `prompts`, all given at once."""
+        self.tell(generate, prompts, tokens)
+        answered: Answered = self.answer()
+        if not all(answered.finished):
+            raise BenchmarkError(f"{self._name}: a request did not end as it should")
+        return answered
+
+    def forget(self) -> None:
+        """Empty vLLM's own prefix cache; saves that are under way have ended then."""
+        self.tell(forget)
+        self.answer()

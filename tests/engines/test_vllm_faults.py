@@ -70,7 +70,7 @@ def serving(stores: Stores) -> Iterator[Serving]:
 def test_a_store_that_is_killed_and_restarted(serving: Serving) -> None:
     eventually(serving.hits, 120)
     serving.engine.forget()
-    serving.engine.tell(do="generate", prompts=serving.prompts, max_tokens=TOKENS)
+    serving.engine.order(do="generate", prompts=serving.prompts, max_tokens=TOKENS)
     time.sleep(0.3)  # Somewhere in the middle.
     serving.served.kill()
     serving.check(serving.engine.answer())
@@ -82,7 +82,7 @@ def test_a_store_that_is_killed_and_restarted(serving: Serving) -> None:
 def test_a_store_that_stands_still(serving: Serving) -> None:
     eventually(serving.hits, 120)
     serving.engine.forget()
-    serving.engine.tell(do="generate", prompts=serving.prompts, max_tokens=TOKENS)
+    serving.engine.order(do="generate", prompts=serving.prompts, max_tokens=TOKENS)
     time.sleep(0.2)
     serving.served.signal(signal.SIGSTOP)
     try:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.benchmarks.figures import BenchmarkError
 from tests.engines.vllm_tools import Engine, document, model, transfer
 from tests.session_tools import Stores, eventually
 
@@ -81,7 +82,7 @@ def test_windows_beside_full_attention_give_the_answers_of_plain_vllm(
 
 def test_recurrent_layers_are_refused_at_start(tmp_path: Path) -> None:
     folder = recurrent_model(tmp_path / "model")
-    with pytest.raises(RuntimeError, match="KV cache of kind MambaSpec is not supported"):
+    with pytest.raises(BenchmarkError, match="KV cache of kind MambaSpec is not supported"):
         Engine(
             transfer(run_dir=str(tmp_path / "run")),
             model=str(folder),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from kvstore.benchmarks.figures import BenchmarkError
 from kvstore.client.channel import Channel
 from tests.engines.vllm_tools import Engine, document, transfer
 from tests.session_tools import PATIENCE, Served, Stores, eventually
@@ -59,7 +60,7 @@ def damage(served: Served, every: int) -> None:
 
 
 def test_the_policy_must_let_vllm_mend_a_step() -> None:
-    with pytest.raises(RuntimeError, match="layerwise needs kv_load_failure_policy 'recompute'"):
+    with pytest.raises(BenchmarkError, match="layerwise needs kv_load_failure_policy 'recompute'"):
         Engine(transfer(vllm__layerwise=True), block_size=32, max_model_len=512)
 
 

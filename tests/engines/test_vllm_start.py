@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.benchmarks.figures import BenchmarkError
 from tests.engines.vllm_tools import Engine, document, model, transfer
 from tests.session_tools import Stores, eventually
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.vllm
 def test_a_wrong_setting_ends_the_start_with_its_name() -> None:
     connector = transfer(memory__sice="1GiB")
     words = r"kvstore\.memory\.sice: unknown key; did you mean kvstore\.memory\.size"
-    with pytest.raises(RuntimeError, match=words):
+    with pytest.raises(BenchmarkError, match=words):
         Engine(connector, block_size=32, max_model_len=512)
 
 

@@ -1,14 +1,7 @@
-"""A vLLM engine in a process of its own, and a line-wise conversation with it.
-
-Standard input takes one JSON object a line, standard output answers with one each; what vLLM prints
-goes to standard error. The first argument is JSON: what `LLM` is made with.
-"""
+"""What tests have a vLLM engine do, in its process."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
 from typing import Any, Final
 
@@ -162,35 +155,27 @@ def _events(llm: Any, order: dict[str, Any]) -> dict[str, Any]:
     return {"events": events}
 
 
-def main() -> None:
-    """Make the engine, say so, and answer until standard input ends."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    settings = json.loads(sys.argv[1])
+def make(settings: dict[str, Any]) -> tuple[Any, None]:
+    """The engine, of which there is nothing to say."""
     from vllm import LLM
 
-    started = time.perf_counter()
-    llm = LLM(**settings)
-    answers.write(json.dumps({"ready": time.perf_counter() - started}) + "\n")
-    for line in sys.stdin:
-        order = json.loads(line)
-        match order["do"]:
-            case "generate":
-                answer = _generate(llm, order)
-            case "forget":
-                answer = {"done": _forget(llm, order.get("store", False))}
-            case "change":
-                answer = {"done": _change(llm, order["how"], order["path"]) is None}
-            case "midway":
-                answer = _change_midway(llm, order)
-            case "metrics":
-                answer = _metrics(llm)
-            case "events":
-                answer = _events(llm, order)
-            case other:
-                answer = {"error": f"unknown order {other!r}"}
-        answers.write(json.dumps(answer) + "\n")
+    return LLM(**settings), None
 
 
-if __name__ == "__main__":
-    main()
+def obey(llm: Any, order: dict[str, Any]) -> dict[str, Any]:
+    """Do what the order says."""
+    match order["do"]:
+        case "generate":
+            return _generate(llm, order)
+        case "forget":
+            return {"done": _forget(llm, order.get("store", False))}
+        case "change":
+            return {"done": _change(llm, order["how"], order["path"]) is None}
+        case "midway":
+            return _change_midway(llm, order)
+        case "metrics":
+            return _metrics(llm)
+        case "events":
+            return _events(llm, order)
+        case other:
+            raise ValueError(f"unknown order {other!r}")

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import select
-import signal
-import subprocess
-import sys
-import tempfile
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
+
+from kvstore.benchmarks.vllm_engine import EngineProcess
+from tests.engines import vllm_child
 
 ROOT: Final = Path(__file__).parents[2]
-CHILD: Final = Path(__file__).with_name("vllm_child.py")
-START_SECONDS: Final = 600.0
-ANSWER_SECONDS: Final = 600.0
-END_SECONDS: Final = 60.0
 ENVIRONMENT: Final = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -79,7 +71,7 @@ def transfer(**extra: Any) -> dict[str, Any]:
     }
 
 
-class Engine:
+class Engine(EngineProcess):
     """One vLLM engine. `mode`: "inprocess", "multiprocess" (the default of vLLM) or "tp2"."""
 
     def __init__(
@@ -106,53 +98,16 @@ class Engine:
         if mode == "tp2":
             base["tensor_parallel_size"] = 2
             variables["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
-        # A file, not a pipe: worker processes keep it open, and nobody reads it as it fills.
-        self._log = tempfile.NamedTemporaryFile("w+", prefix="vllm-", suffix=".log")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [sys.executable, str(CHILD), json.dumps(base | settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            cwd="/",
-            env=variables,
-            start_new_session=True,  # so that its workers can be ended with it
-        )
-        try:
-            self.start_seconds = self._answer(START_SECONDS)["ready"]
-        except BaseException:
-            self.close()
-            raise
+        super().__init__("vLLM", vllm_child.make, base | settings, variables)
 
-    @property
-    def log(self) -> str:
-        """What the engine printed."""
-        return Path(self._log.name).read_text(errors="replace")
-
-    def _answer(self, seconds: float) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        readable, _, _ = select.select([self.process.stdout], [], [], seconds)
-        line = self.process.stdout.readline() if readable else ""
-        if not line:
-            state = "ended" if readable else f"said nothing within {seconds:g} s"
-            raise RuntimeError(f"the engine {state}; its last words:\n{self.log[-6000:]}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def tell(self, **order: Any) -> None:
-        """Give an order without waiting for the answer."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-
-    def ask(self, **order: Any) -> dict[str, Any]:
+    def ask(self, **order: Any) -> Any:
         """Give an order; its answer."""
-        self.tell(**order)
-        return self._answer(ANSWER_SECONDS)
+        self.order(**order)
+        return self.answer()
 
-    def answer(self) -> dict[str, Any]:
-        """The answer to an order told before."""
-        return self._answer(ANSWER_SECONDS)
+    def order(self, **order: Any) -> None:
+        """Give an order without waiting for the answer."""
+        self.tell(vllm_child.obey, order)
 
     def generate(self, *prompts: list[int], **order: Any) -> dict[str, Any]:
         """Greedy answers to `prompts`, all at once."""
@@ -165,24 +120,3 @@ class Engine:
     def forget(self, **order: Any) -> None:
         """Empty vLLM's own prefix cache."""
         assert self.ask(do="forget", **order)["done"]
-
-    def close(self) -> None:
-        """End it in good order."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        try:
-            self.process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        with suppress(ProcessLookupError):  # Workers that outlived it.
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.stdout.close()
-        self._log.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
