@@ -10,8 +10,8 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -52,11 +52,10 @@ class Setup:
     in_process: bool
     size: Size
 
-    @contextmanager
-    def engine(self, contender: Contender) -> Iterator[VllmEngine]:
+    def engine(self, contender: Contender) -> VllmEngine:
         """A running engine, not warmed up."""
         local = os.path.isdir(self.model)
-        with VllmEngine(
+        return VllmEngine(
             contender,
             in_process=self.in_process,
             local=local,
@@ -65,8 +64,7 @@ class Setup:
             max_model_len=self.size.longest + 1,
             max_num_seqs=self.size.requests,
             room=self.size.room,
-        ) as engine:
-            yield engine
+        )
 
 
 @dataclass(slots=True)
@@ -129,18 +127,16 @@ def _serve_connected(
 ) -> None:
     """One lap of a connector, with an empty store of its own; KVStore meets a new process, too."""
     memory = setup.size.stored * said.token_bytes * 5 // 4 + _MEMORY_SPARE
-    with TemporaryDirectory(prefix="kvstore-bench-") as folder:
-        if name != KVSTORE:
-            contender = connector(name, address="", memory=memory, folder=Path(folder))
-            with setup.engine(contender) as engine:
-                _serve(setup, engine, contender, done)
-            return
-        with served(memory={"size": memory}) as daemon:
-            contender = connector(
-                name, address=str(daemon.config.address), memory=memory, folder=Path(folder)
-            )
-            with setup.engine(contender) as engine:
-                _serve(setup, engine, contender, done)
+    own = name == KVSTORE
+    with (
+        TemporaryDirectory(prefix="kvstore-bench-") as folder,
+        served(memory={"size": memory}) if own else nullcontext() as daemon,
+    ):
+        address = str(daemon.config.address) if daemon else ""
+        contender = connector(name, address=address, memory=memory, folder=Path(folder))
+        with setup.engine(contender) as engine:
+            _serve(setup, engine, contender, done)
+        if own:
             with setup.engine(contender) as engine:
                 load = Load(setup.size, engine.said.vocabulary)
                 load.warm_up(engine)
