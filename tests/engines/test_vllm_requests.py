@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from typing import Any, Final
 
-import numpy as np
 import pytest
 
-from kvstore.client.arrivals import Gates
-from kvstore.connectors.common.transfers import Job, Lane
 from tests.engines.vllm_tools import Engine, document, transfer
 from tests.session_tools import Served, Stores, eventually
 
@@ -113,25 +109,6 @@ def test_blocks_expire_at_the_end_of_their_time(engine: Engine) -> None:
     engine.generate(fresh(11), max_tokens=2)
     stored(engine, fresh(10), 0)
     stored(engine, fresh(11), 256)
-
-
-def test_urgent_transfers_go_first() -> None:
-    ran: list[int] = []
-    first, others = threading.Event(), threading.Event()
-
-    def run(job: Job, gates: Gates) -> None:
-        first.set()
-        assert others.wait(20)
-        ran.append(job.number)
-
-    lane = Lane("lane", run)
-    no_pages = np.empty((0, 1), np.int64)
-    for number, priority in enumerate([0, 0, 5, -1, 0]):
-        lane.put(Job(number, str(number), "", [], no_pages, priority), Gates())
-        assert first.wait(20)  # The first is under way when the others come.
-    others.set()
-    lane.close(20.0)
-    assert ran == [0, 3, 1, 4, 2]
 
 
 def test_wrong_wishes_do_no_harm(engine: Engine) -> None:
