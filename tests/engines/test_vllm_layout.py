@@ -145,12 +145,12 @@ def test_ranks_store_their_heads() -> None:
     pages = pages_of(engine(ranks=2, heads=4), config(full()))
     assert [(p.shard.index, p.shard.count) for p in pages.parts] == [(0, 2), (1, 2)]
     assert pages.of(0)[2]
-    assert pages.saves(1)
+    assert pages.of(1)[2]
 
 
 def test_copies_of_heads_are_stored_once() -> None:
     pages = pages_of(engine(ranks=4, heads=2), config(full(heads=1)))
-    assert [pages.part(rank).shard.index for rank in range(4)] == [0, 0, 1, 1]
+    assert [pages.of(rank)[0].shard.index for rank in range(4)] == [0, 0, 1, 1]
     assert [pages.of(rank)[2] for rank in range(4)] == [True, False, True, False]
 
 
@@ -168,13 +168,13 @@ def test_blocks_are_there_once_each_pipeline_stage_has_stored_its_layers(
     with Session.open(namespace, pages.parts, served.config()) as scheduler:
         for rank in (1, 0):
             assert scheduler.plan(keys).blocks == 0
-            with Session.open(namespace, [pages.part(rank)], served.config()) as worker:
-                memory, _ = memory_of(pages.part(rank), PAGE, *named(have[rank]))
+            with Session.open(namespace, [pages.of(rank)[0]], served.config()) as worker:
+                memory, _ = memory_of(pages.of(rank)[0], PAGE, *named(have[rank]))
                 assert worker.save(keys, [memory], [source]).stored == 3
         assert scheduler.plan(keys).found == 3
     for rank in (0, 1):
-        with Session.open(namespace, [pages.part(rank)], served.config()) as worker:
-            memory, _ = memory_of(pages.part(rank), PAGE, *named(got[rank]))
+        with Session.open(namespace, [pages.of(rank)[0]], served.config()) as worker:
+            memory, _ = memory_of(pages.of(rank)[0], PAGE, *named(got[rank]))
             assert worker.load(keys, [memory], [target]).blocks == 3
         for name, cache in have[rank].items():
             assert torch.equal(cache[source.ravel()], got[rank][name][target.ravel()])
@@ -182,7 +182,7 @@ def test_blocks_are_there_once_each_pipeline_stage_has_stored_its_layers(
 
 def test_ranks_of_stages_follow_one_another() -> None:
     pages = pages_of(engine(ranks=4, heads=2, pipeline_parallel_size=2), config(full(heads=1)))
-    held = [pages.part(rank) for rank in range(8)]
+    held = [pages.of(rank)[0] for rank in range(8)]
     assert [part.group.first_layer for part in held] == [0] * 4 + [3] * 4
     assert [part.shard.index for part in held] == [0, 0, 1, 1] * 2
     assert [pages.of(rank)[2] for rank in range(8)] == [True, False] * 4
@@ -273,8 +273,9 @@ def test_the_store_may_hold_numbers_of_another_type() -> None:
     rounded = pages.stored_as("float8_e4m3fn")
     assert rounded.parts == pages.parts
     assert [part.group.dtype for part in rounded.stored] == ["float8_e4m3fn"] * 2
-    assert rounded.stored_part(1).shard == rounded.part(1).shard
-    assert rounded.stored_part(1).nbytes(BLOCK) * 4 == rounded.part(1).nbytes(BLOCK)
+    held, stored, _ = rounded.of(1)
+    assert stored.shard == held.shard
+    assert stored.nbytes(BLOCK) * 4 == held.nbytes(BLOCK)
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "float16"), ("cuda", "int8")])
