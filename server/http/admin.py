@@ -41,6 +41,8 @@ _MAX_BODY: Final = 4096
 _MAX_HEADER: Final = 8190
 _OPEN: Final = ("/healthz", "/readyz")
 _METHODS: Final = "GET, HEAD, PUT, POST"
+_KEPT: Final = ("Allow", "Retry-After")
+"""Headers of errors."""
 _LEVELS: Final = ("debug", "info", "warning", "error")
 _PAGE: Final = Path(__file__).parent / "page"
 _HEADERS: Final = {
@@ -65,20 +67,12 @@ _requests_log.addFilter(
 )
 
 
-class _Refused(Exception):
-    """An answer other than 200: what is wrong, and what to do."""
-
-    def __init__(
-        self,
-        text: str,
-        status: HTTPStatus = HTTPStatus.BAD_REQUEST,
-        reason: str = "",
-        **headers: str,
-    ) -> None:
-        super().__init__(text)
-        self.status = status
-        self.reason = reason  # for the counters
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+_DENIALS: Final = {
+    "token_missing": HTTPStatus.UNAUTHORIZED,
+    "token_unknown": HTTPStatus.UNAUTHORIZED,
+    "host": HTTPStatus.MISDIRECTED_REQUEST,
+}
+"""By their reasons; others are forbidden."""
 
 
 class _Server(web.Server):
@@ -213,23 +207,29 @@ class AdminFace:
             if request.path not in (*_OPEN, *self._pages):
                 request["grant"] = self._grant(request)
             response = await handler(request)
-        except (_Refused, Denied) as e:
-            refused = _denied(e) if isinstance(e, Denied) else e
-            if refused.reason and self._node is not None:
-                self._node.store.counters.add("refused", refused.reason)
-            response = _json({"error": str(refused)}, refused.status)
-            response.headers.update(refused.headers)
+        except Denied as e:
+            if self._node is not None:
+                self._node.store.counters.add("refused", e.reason)
+            response = web.json_response(
+                {"error": str(e)}, status=_DENIALS.get(e.reason, HTTPStatus.FORBIDDEN)
+            )
+            if response.status == HTTPStatus.UNAUTHORIZED:
+                response.headers["WWW-Authenticate"] = "Bearer"
+        except web.HTTPException as e:
+            kept = {name: e.headers[name] for name in _KEPT if name in e.headers}
+            response = web.json_response({"error": e.text}, status=e.status, headers=kept)
         response.force_close()
         return response
 
-    def _not_here(self, request: web.Request, error: web.HTTPException) -> _Refused:
+    def _not_here(self, request: web.Request, error: web.HTTPException) -> web.HTTPException:
         if isinstance(error, web.HTTPMethodNotAllowed):
             methods = ", ".join(sorted(error.allowed_methods, key=_METHODS.find))
-            text = f"{request.method} is not for {request.path}; use {methods}"
-            return _Refused(text, HTTPStatus.METHOD_NOT_ALLOWED, Allow=methods)
+            error.headers["Allow"] = methods
+            error.text = f"{request.method} is not for {request.path}; use {methods}"
+            return error
         paths = (resource.canonical for resource in self._app.app.router.resources())
         known = ", ".join(path for path in paths if path not in self._pages)
-        return _Refused(f"there is nothing here; there are {known} and /", HTTPStatus.NOT_FOUND)
+        return web.HTTPNotFound(text=f"there is nothing here; there are {known} and /")
 
     def _check_host(self, request: web.Request) -> None:
         """Keep web sites that let their name point here from reading along in a browser."""
@@ -238,11 +238,10 @@ class AdminFace:
         host = request.host.rpartition(":")[0] if request.host[-1:] != "]" else request.host
         host = (host or request.host).strip("[]")
         if host != "localhost" and not is_loopback(host):
-            raise _Refused(
+            raise Denied(
+                "host",
                 f"{host!r} is no name of this machine's loopback; ask for http://127.0.0.1 or "
                 "http://localhost, or set server.tokens",
-                HTTPStatus.MISDIRECTED_REQUEST,
-                "host",
             )
 
     def _grant(self, request: web.Request) -> Grant:
@@ -259,7 +258,9 @@ class AdminFace:
             answer = dict(self._node.health())
         good = ("ready",) if request.path == "/readyz" else ("ready", "draining")
         well = answer["status"] in good
-        return _json(answer, HTTPStatus.OK if well else HTTPStatus.SERVICE_UNAVAILABLE)
+        return web.json_response(
+            answer, status=HTTPStatus.OK if well else HTTPStatus.SERVICE_UNAVAILABLE
+        )
 
     async def _metrics(self, request: web.Request) -> web.Response:
         body = Exposition(self._node, request["grant"]).text()
@@ -268,11 +269,11 @@ class AdminFace:
     async def _status(self, request: web.Request) -> web.Response:
         if self._node is None:
             text = f"the daemon is starting, {self.touched:.0%} of its memory is touched; ask again"
-            raise _Refused(text, HTTPStatus.SERVICE_UNAVAILABLE, Retry_After="1")
+            raise web.HTTPServiceUnavailable(text=text, headers={"Retry-After": "1"})
         after = request.query.get("after", "0")
         if not after.isdecimal() or len(after) > 15:
-            raise _Refused(f"after={after!r} is no number of a sample; leave it out")
-        return _json(status(self._node, request["grant"], self._samples, int(after)))
+            raise web.HTTPBadRequest(text=f"after={after!r} is no number of a sample; leave it out")
+        return web.json_response(status(self._node, request["grant"], self._samples, int(after)))
 
     async def _show_config(self, request: web.Request) -> web.Response:
         """The configuration names the files of secrets, never what is in them."""
@@ -281,10 +282,10 @@ class AdminFace:
         shown["quotas"] = {t: quota for t, quota in shown["quotas"].items() if grant.sees(t)}
         denied = shown["admission"]["denied_tenants"]
         shown["admission"]["denied_tenants"] = sorted(filter(grant.sees, denied))
-        return _json(shown)
+        return web.json_response(shown)
 
     async def _loglevel(self, request: web.Request) -> web.Response:
-        return _json({"root": _level_of(logging.getLogger())} | _own_levels())
+        return web.json_response({"root": _level_of(logging.getLogger())} | _own_levels())
 
     async def _set_loglevel(self, request: web.Request) -> web.Response:
         grant: Grant = request["grant"]
@@ -295,16 +296,16 @@ class AdminFace:
         origin = f"{request.scheme}://{request.host}"
         if not grant.digest and request.headers.get("Origin") != origin:
             text = f"without a token send the header Origin: {origin}, as our own page would"
-            raise _Refused(text, HTTPStatus.FORBIDDEN, "origin")
+            raise Denied("origin", text)
         if request.content_type != "application/json":  # What another site's form cannot send.
-            raise _Refused("send Content-Type: application/json", HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
+            raise web.HTTPUnsupportedMediaType(text="send Content-Type: application/json")
         wanted = await _body(request)
         level, name = wanted.get("level"), wanted.get("logger", "kvstore")
         if level not in _LEVELS:
-            raise _Refused(f"level is {level!r}; use one of {', '.join(_LEVELS)}")
+            raise web.HTTPBadRequest(text=f"level is {level!r}; use one of {', '.join(_LEVELS)}")
         known = ("root", "kvstore", *_own_levels())
         if name not in known:
-            raise _Refused(f"logger is {name!r}; use one of {', '.join(known)}")
+            raise web.HTTPBadRequest(text=f"logger is {name!r}; use one of {', '.join(known)}")
         logging.getLogger(None if name == "root" else name).setLevel(level.upper())
         _log.warning("log level of %s is %s now, says %r", name, level, grant.name)
         return await self._loglevel(request)
@@ -319,17 +320,6 @@ async def _forbid(request: web.Request, response: web.StreamResponse) -> None:
     response.headers.update(_HEADERS)
 
 
-def _denied(error: Denied) -> _Refused:
-    if error.reason.startswith("token_"):
-        status, header = HTTPStatus.UNAUTHORIZED, {"WWW_Authenticate": "Bearer"}
-        return _Refused(str(error), status, error.reason, **header)
-    return _Refused(str(error), HTTPStatus.FORBIDDEN, error.reason)
-
-
-def _json(value: object, status: HTTPStatus = HTTPStatus.OK) -> web.Response:
-    return web.json_response(value, status=status)
-
-
 async def _body(request: web.Request) -> dict[str, Any]:
     """A small JSON object."""
     data = b""
@@ -338,12 +328,12 @@ async def _body(request: web.Request) -> dict[str, Any]:
             data += piece
     if len(data) > _MAX_BODY:
         text = f"the body is too large; send up to {_MAX_BODY} B"
-        raise _Refused(text, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+        raise web.HTTPRequestEntityTooLarge(_MAX_BODY, len(data), text=text)
     try:
         return msgspec.json.decode(data, type=dict[str, Any])
     except (ValueError, RecursionError) as e:
         text = 'send an object such as {"level": "debug"}'
-        raise _Refused(f"the body is no JSON object ({e}); {text}") from e
+        raise web.HTTPBadRequest(text=f"the body is no JSON object ({e}); {text}") from e
 
 
 def _on_loopback(transport: asyncio.Transport | None) -> bool:
