@@ -47,10 +47,8 @@ def read_full(fd: int, view: memoryview, offset: int) -> int:
     done = 0
     while done < len(view):
         got = os.preadv(fd, [view[done:]], offset + done)
-        if got == 0:
-            break
         done += got
-        if done < len(view) and done % ALIGNMENT:
+        if got == 0 or done % ALIGNMENT:
             break  # the end of the file: a direct read cannot go on from here
     return done
 

@@ -161,7 +161,7 @@ class SlabFile:
             header = read_header(kept)
             _logger.warning("%s is missing: the cache starts empty, in %s", missing[0], kept)
         for path in missing:
-            start, reserve, nbytes = header.pack(), 0, header.data_offset
+            start, nbytes, reserve = header.pack(), header.data_offset, header.data_offset
             if path == self._table_path:
                 start, nbytes = start + new_dictionary(header), header.table_bytes
                 in_use = header.chunks_within(capacity) * header.slots_per_chunk
@@ -172,8 +172,7 @@ class SlabFile:
         draft = path.with_name(path.name + ".new")
         fd = open_own(draft, os.O_RDWR | os.O_TRUNC)
         try:
-            if reserve:
-                allocate(fd, 0, reserve)
+            allocate(fd, 0, reserve)
             write_full(fd, memoryview(start), 0)
             os.ftruncate(fd, nbytes)
             os.fsync(fd)

@@ -278,15 +278,9 @@ def _header(folder: Path, repair: bool, problems: list[str]) -> Header:
             if not repair:
                 problems.append(f"{damage}. The header of {good} is whole")
                 return header
-            _restore(bad, header, damage)
+            with bad.open("r+b", buffering=0) as file:
+                if file.read(len(MAGIC)) not in (MAGIC, bytes(len(MAGIC))):
+                    raise  # It may be somebody else's.
+                write_full(file.fileno(), memoryview(header.pack()), 0)
+                os.fdatasync(file.fileno())
     return read_headers(folder)
-
-
-def _restore(path: Path, header: Header, damage: FormatError) -> None:
-    """Write the header, but never over a file that may be somebody else's."""
-    with path.open("r+b", buffering=0) as file:
-        start = file.read(len(MAGIC))
-        if start not in (MAGIC, bytes(len(MAGIC))):
-            raise damage
-        write_full(file.fileno(), memoryview(header.pack()), 0)
-        os.fdatasync(file.fileno())
