@@ -165,13 +165,6 @@ int cuEventSynchronize(void* event) {
   point->wait();
   return g_broken ? kIllegalAddress : kOk;
 }
-int cuEventQuery(void* event) {
-  NEEDS_CONTEXT();
-  auto point = found(g_events, reinterpret_cast<Address>(event));
-  if (!point) return kInvalidHandle;
-  std::lock_guard<std::mutex> lock(point->mutex);
-  return point->happened ? kOk : kNotReady;
-}
 
 int cuMemAlloc(Address* address, std::size_t size) {
   NEEDS_CONTEXT();
@@ -315,7 +308,7 @@ const std::map<std::string, Entry> g_entries = {
     ENTRY(cuCtxGetStreamPriorityRange, 5050), ENTRY(cuStreamCreateWithPriority, 5050),
     ENTRY(cuStreamDestroy, 4000), ENTRY(cuStreamSynchronize, 2000),
     ENTRY(cuStreamWaitEvent, 3020), ENTRY(cuEventCreate, 2000), ENTRY(cuEventDestroy, 4000),
-    ENTRY(cuEventRecord, 2000), ENTRY(cuEventSynchronize, 2000), ENTRY(cuEventQuery, 2000),
+    ENTRY(cuEventRecord, 2000), ENTRY(cuEventSynchronize, 2000),
     ENTRY(cuMemAlloc, 3020), ENTRY(cuMemFree, 3020), ENTRY(cuMemHostRegister, 6050),
     ENTRY(cuMemHostUnregister, 4000), ENTRY(cuMemHostGetDevicePointer, 3020),
     ENTRY(cuMemcpyHtoDAsync, 3020), ENTRY(cuMemcpyDtoHAsync, 3020),

@@ -25,7 +25,6 @@ _BATCH_VERSION: Final = 12080
 """The driver that brought batches. It names their form, too: version 13 has another one."""
 _BASE_VERSION: Final = 12000
 _REGISTER_FLAGS: Final = 0x1 | 0x2  # portable, device map
-_NOT_READY: Final = 600
 
 _FUNCTIONS: Final[dict[str, tuple[Any, ...]]] = {
     "cuInit": (c_uint,),
@@ -47,7 +46,6 @@ _FUNCTIONS: Final[dict[str, tuple[Any, ...]]] = {
     "cuEventDestroy": (c_void_p,),
     "cuEventRecord": (c_void_p, c_void_p),
     "cuEventSynchronize": (c_void_p,),
-    "cuEventQuery": (c_void_p,),
     "cuMemAlloc": (POINTER(c_uint64), c_size_t),
     "cuMemFree": (c_uint64,),
     "cuMemHostRegister": (c_void_p, c_size_t, c_uint),
@@ -177,14 +175,6 @@ class Driver:
         text = c_char_p()
         self._functions[function](status, byref(text))
         return (text.value or b"an unknown error").decode(errors="replace")
-
-    def pending(self, event: int) -> bool:
-        """Whether the work before an event is still to be done."""
-        status = self._functions["cuEventQuery"](event)
-        if status == _NOT_READY:
-            return True
-        self.check(status, "cuEventQuery")
-        return False
 
     def register(self, address: int, nbytes: int) -> None:
         """Pin memory of the host for all devices; it is counted how often.
