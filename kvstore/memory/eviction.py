@@ -75,9 +75,8 @@ class Ring(Generic[N]):
 class Lru(Ring[N]):
     """Least recently used first."""
 
-    def touch(self, node: N) -> None:
-        """The object was used."""
-        self.renew(node)
+    touch = Ring.renew
+    """The object was used."""
 
     def remove(self, node: N, *, evicted: bool = False) -> None:
         """The object is gone; `evicted` lets a policy remember it."""

@@ -82,27 +82,20 @@ class _SizeClass(Generic[T]):
 
 
 class _Chunk(Generic[T]):
-    """`slots`: those of its places that were ever used, in order; None where one is `free` again.
+    """`slots`: its places that were ever used, in order; None where one is `free` again.
 
-    `refused`: it is in use, but the medium has no room for more of it.
+    `used`: how many are not. `refused`: the medium has no room for more of it.
     """
 
-    __slots__ = ("cls", "free", "number", "refused", "slots")
+    __slots__ = ("cls", "free", "number", "refused", "slots", "used")
 
     def __init__(self, number: int, cls: _SizeClass[T]) -> None:
         self.number = number
         self.cls = cls
         self.slots: list[Slot[T] | None] = []
         self.free = array("I")
+        self.used = 0
         self.refused = False
-
-    @property
-    def used(self) -> int:
-        return len(self.slots) - len(self.free)
-
-    @property
-    def full(self) -> bool:
-        return self.used == self.cls.places
 
 
 class SlotPool(Generic[T]):
@@ -221,7 +214,7 @@ class SlotPool(Generic[T]):
         """The slot's object was used."""
         self._clock += 1
         slot.used = self._clock
-        if slot.admitted:
+        if slot.after is not None:  # admitted
             self._classes[slot.nbytes].policy.touch(slot)
 
     def renew(self, slot: Slot[T]) -> None:
@@ -236,6 +229,7 @@ class SlotPool(Generic[T]):
         chunk, place = self._chunks[number], inside // slot.nbytes
         chunk.slots[place] = None
         chunk.free.append(place)
+        chunk.used -= 1
         if slot.admitted:
             chunk.cls.policy.remove(slot, evicted=evicted)
         self.used_bytes -= slot.nbytes
@@ -281,14 +275,15 @@ class SlotPool(Generic[T]):
 
     def _offer(self, chunk: _Chunk[T]) -> None:
         """Let the chunk's free places be used, if any may be."""
-        if not (chunk.full or chunk.refused or chunk is self._leaving):
+        if chunk.used < chunk.cls.places and not chunk.refused and chunk is not self._leaving:
             chunk.cls.partial[chunk.number] = chunk
 
     def _occupy(self, chunk: _Chunk[T], place: int, owner: T) -> Slot[T]:
         cls = chunk.cls
         slot = Slot(chunk.number * self.chunk + place * cls.nbytes, cls.nbytes, owner)
         chunk.slots[place] = slot
-        if chunk.full:
+        chunk.used += 1
+        if chunk.used == cls.places:
             del cls.partial[chunk.number]
         self.used_bytes += cls.nbytes
         self.used_slots += 1
