@@ -170,7 +170,7 @@ class KVStoreCache:
 
         def anew() -> Session:
             part = cache_part(model)
-            named = identity or model_identity(model, part, revision=revision or weights.digest())
+            named = identity or model_identity(model, part, weights, revision=revision)
             return Session.open(Namespace(named, tenant, block_tokens), [part], config)
 
         cache = cls(anew(), model)

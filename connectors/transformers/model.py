@@ -146,16 +146,21 @@ def _check_model(model: PreTrainedModel) -> None:
 
 
 def model_identity(
-    model: PreTrainedModel, part: Part, *, revision: str | None = None
+    model: PreTrainedModel,
+    part: Part,
+    weights: Weights | None = None,
+    *,
+    revision: str | None = None,
 ) -> ModelIdentity:
     """Everything of `model` that changes KV values.
 
     Without a `revision` the weights name themselves: by the files that the model was loaded from,
     as in every engine, if it holds what they say; otherwise by SHA-256 over all of its tensors.
-    Either takes about a second for each 2 GB on the CPU. A revision given, such as a commit, is
-    taken at its word; it must change whenever a weight or the model's code does. The folder a model
-    was loaded from is no part of the identity, so that every host finds the same blocks. Nor is the
-    attention implementation (sdpa, eager, flash): they differ in the last bits only.
+    Either takes about a second for each 2 GB on the CPU; `weights` remember what they have read. A
+    revision given, such as a commit, is taken at its word; it must change whenever a weight or the
+    model's code does. The folder a model was loaded from is no part of the identity, so that
+    every host finds the same blocks. Nor is the attention implementation (sdpa, eager, flash): they
+    differ in the last bits only.
 
     Raises:
         SpecError: the weights' bytes cannot be read and no revision is given.
@@ -167,7 +172,7 @@ def model_identity(
         str(model.config.name_or_path) or type(plain).__name__,
         model.config,
         given=revision or "",
-        found="" if revision else Weights(model).digest(),
+        found="" if revision else (weights or Weights(model)).digest(),
         dtype=part.group.dtype,
         adapter=adapter_identity(model),
         config=config_digest(model.config),

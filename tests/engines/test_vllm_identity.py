@@ -29,9 +29,10 @@ from vllm.v1.request import Request
 
 from kvstore.blocks.keys import block_keys
 from kvstore.blocks.spec import ModelIdentity, Namespace
+from kvstore.config import load_config
 from kvstore.connectors.common.settings import Wishes, settings_of, wishes_of
 from kvstore.connectors.common.transfers import page_pieces, page_rows
-from kvstore.connectors.transformers.model import cache_part, model_identity
+from kvstore.connectors.transformers import KVStoreCache
 from kvstore.connectors.vllm import identity as vllm_identity
 from kvstore.connectors.vllm.identity import identity_of
 from kvstore.connectors.vllm.inputs import Inputs, Unkeyed
@@ -296,7 +297,9 @@ def in_transformers(path: Path, **options: Any) -> Any:
 
 
 def its_name(model: Any, **options: Any) -> ModelIdentity:
-    return model_identity(model, cache_part(model), **options)
+    away = load_config(overrides={"address": "unix:///nowhere.sock"})
+    with KVStoreCache.open(model, away, **options) as cache:
+        return cache.session.namespace.model
 
 
 @pytest.mark.parametrize(
