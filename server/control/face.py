@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Final
 
 import grpc
@@ -54,16 +55,8 @@ def _is_news(record: logging.LogRecord) -> bool:
     )
 
 
-class _Silent:
-    """In the place of `traceback`, by which gRPC also prints what it logs, past all filters."""
-
-    @staticmethod
-    def print_exc() -> None:
-        """Print nothing."""
-
-
-if hasattr(cygrpc, "traceback"):
-    cygrpc.traceback = _Silent
+if hasattr(cygrpc, "traceback"):  # By which gRPC also prints what it logs, past all filters.
+    cygrpc.traceback = SimpleNamespace(print_exc=lambda: None)
 for _name in ("grpc._cython.cygrpc", "asyncio"):
     logging.getLogger(_name).addFilter(_is_news)
 
