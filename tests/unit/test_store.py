@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -418,3 +419,21 @@ def test_a_flush_waits_for_what_was_saved_before_it_alone(disk: Bench) -> None:
     disk.drain()
     again = disk.store.movement.watch_writes(lambda _: True)
     assert (again.left, theirs.left, watch.left) == (0, 0, 0)
+
+
+def test_an_object_takes_less_than_a_kilobyte_with_all_that_is_known_of_it(tmp_path: Path) -> None:
+    count, step = 4_000, 1_000
+    small = Part(Group(layers=1, heads=1, channels=(4,), dtype="int8"))
+    bench = Bench(tmp_path, slots=(count + 2 * step) * 4096 // NBYTES, disk_size=64 << 20)
+    for first in range(0, count + step, step):
+        if first == step:
+            tracemalloc.start()
+        bench.store.reserve("saver", first, NAMESPACE, keys(*range(first, first + step)), [small])
+        bench.store.commit("saver", first)
+        bench.drain()
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    held = bench.store.lookup(keys(count), [small])
+    assert (held, bench.store.movement.unwritten) == (([1], ""), 0)
+    bench.close()
+    assert taken / count < 1024
