@@ -68,26 +68,6 @@ def test_a_misspelt_command_is_a_usage_error() -> None:
         assert run(*arguments).returncode == 2
 
 
-def test_import_is_light() -> None:
-    script = (
-        "import sys, kvstore\n"
-        "heavy = {'torch', 'grpc', 'numpy', 'pydantic', 'transformers', 'asyncio', 'typer'}\n"
-        "print(sorted(heavy & set(sys.modules)))\n"
-    )
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert out.stdout == "[]\n"
-
-
-def test_the_session_needs_no_server_and_no_engine() -> None:
-    script = (
-        "import sys, kvstore.client.session\n"
-        "heavy = ('torch', 'grpc', 'transformers', 'kvstore.server', 'kvstore.connectors')\n"
-        "print([m for m in sys.modules if m.startswith(heavy)])\n"
-    )
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert out.stdout == "[]\n"
-
-
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
 def test_serve_by_flags_until_stopped(stores: Stores, signal_number: signal.Signals) -> None:
     socket, disk = stores.folder / "s.sock", stores.folder / "disk"
