@@ -48,8 +48,7 @@ class How:
     as_json: JsonOption = False
     quick: Annotated[bool, typer.Option("--quick", help="Less data, fewer samples.")] = False
     samples: Annotated[
-        int | None,
-        typer.Option("--samples", min=1, max=1000, help="Runs of which to take the median."),
+        int | None, typer.Option(min=1, max=1000, help="Runs of which to take the median.")
     ] = None
 
     @property
@@ -76,11 +75,10 @@ class Much(How):
         return self.size or (quick if self.quick else whole) << 20
 
 
-ThreadsOption = Annotated[int, typer.Option("--threads", min=1, max=64, help="Threads to use.")]
+ThreadsOption = Annotated[int, typer.Option(min=1, max=64, help="Threads to use.")]
 FolderOption = Annotated[
     Path,
     typer.Option(
-        "--folder",
         exists=True,
         file_okay=False,
         writable=True,
@@ -131,7 +129,7 @@ def session(
     threads: ThreadsOption = 2,
     clients: Annotated[
         list[int] | None,
-        typer.Option("--clients", min=1, max=64, help="Client processes at once; may be repeated."),
+        typer.Option(min=1, max=64, help="Client processes at once; may be repeated."),
     ] = None,
 ) -> None:
     """Clients and a daemon on one node: saves, loads, lookups, against copies and sockets alone."""
@@ -152,9 +150,7 @@ def weights(much: Much, folder: FolderOption = Path()) -> None:
 
 def peer(
     much: Much,
-    streams: Annotated[
-        int, typer.Option("--streams", min=1, max=16, help="Connections that carry blocks.")
-    ] = 2,
+    streams: Annotated[int, typer.Option(min=1, max=16, help="Connections that carry blocks.")] = 2,
 ) -> None:
     """A session over TCP, through loopback, against a bare socket and iperf3."""
     _run("peer", much, 64, 512, streams=streams)
@@ -191,21 +187,19 @@ def engine(
     how: How,
     name: Annotated[Literal["vllm"], typer.Option("--engine", help="The engine.")] = "vllm",
     model: Annotated[
-        str | None, typer.Option("--model", help="Folder or name of a model (default: the demo's).")
+        str | None, typer.Option(help="Folder or name (default: the demo's model).")
     ] = None,
     dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", help="Type of the model (default: float32 on a CPU, else auto)."),
+        str | None, typer.Option(help="Its type (default: float32 on a CPU, else auto).")
     ] = None,
     connector: Annotated[
-        list[str] | None,
-        typer.Option("--connector", help="kvstore, or vLLM's name of one; may be repeated."),
+        list[str] | None, typer.Option(help="kvstore, or vLLM's name; may be repeated.")
     ] = None,
     requests: Annotated[
-        int | None, typer.Option("--requests", min=1, max=1024, help="Conversations at once.")
+        int | None, typer.Option(min=1, max=1024, help="Conversations at once.")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option("--tokens", min=128, max=1 << 20, help="Tokens of a document.")
+        int | None, typer.Option(min=128, max=1 << 20, help="Tokens of a document.")
     ] = None,
     processes: Annotated[
         Literal["default", "one"], typer.Option(help="As vLLM runs them, or all in one.")
@@ -241,11 +235,10 @@ def engine(
 def loop(
     how: How,
     objects: Annotated[
-        int | None, typer.Option("--objects", min=1024, max=1 << 24, help="Blocks to hold.")
+        int | None, typer.Option(min=1024, max=1 << 24, help="Blocks to hold.")
     ] = None,
     folder: Annotated[
-        Path | None,
-        typer.Option("--folder", exists=True, file_okay=False, help="For a disk tier besides."),
+        Path | None, typer.Option(exists=True, file_okay=False, help="For a disk tier besides.")
     ] = None,
 ) -> None:
     """How long the daemon's loop works at a stretch, and what a lookup waits meanwhile.
@@ -260,16 +253,14 @@ def loop(
 
 def soak(
     minutes: Annotated[
-        float | None,
-        typer.Option("--minutes", min=0.0, max=1e5, callback=_finite, help="How long to load (5)."),
+        float | None, typer.Option(min=0.0, max=1e5, callback=_finite, help="How long to load (5).")
     ] = None,
     seconds: Annotated[
-        float,
-        typer.Option("--seconds", min=0.0, max=1e6, callback=_finite, help="The same, finer."),
+        float, typer.Option(min=0.0, max=1e6, callback=_finite, help="The same, finer.")
     ] = 0.0,
-    clients: Annotated[int, typer.Option("--clients", min=1, max=64, help="Processes.")] = 4,
+    clients: Annotated[int, typer.Option(min=1, max=64, help="Processes.")] = 4,
     address: Annotated[
-        str | None, typer.Option("--address", help="A running daemon (default: one of its own).")
+        str | None, typer.Option(help="A running daemon (default: one of its own).")
     ] = None,
     folder: FolderOption = Path(),
     as_json: JsonOption = False,
