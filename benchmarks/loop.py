@@ -94,10 +94,10 @@ class _Load:
     def quota(self) -> None:
         """Half of the blocks have to go."""
         half = self._objects // 2
-        self._api.set_quota(_TENANT, memory_bytes=half * INDEX_ONLY.block_bytes)
+        self._api.set_quota(_TENANT, {"memory": half * INDEX_ONLY.block_bytes})
         while self._session.stats()["tiers"]["memory"]["used"] > half * _SLOT:
             time.sleep(_PAUSE)
-        self._api.set_quota(_TENANT)
+        self._api.set_quota(_TENANT, {})
 
     def expire(self) -> None:
         """A while after they were saved."""

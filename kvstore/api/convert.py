@@ -4,9 +4,10 @@ are made of: blocks, selections, tiers, times.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Final, Literal, TypedDict
+from typing import TYPE_CHECKING, Final, TypedDict
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -29,7 +30,8 @@ MAX_MESSAGE: Final = 8 << 20
 MAX_REPLY: Final = 64 << 20
 """Bytes of an answer that a client takes; the longest tells about 65,536 blocks."""
 
-TierName = Literal["memory", "disk"]
+_TIER: Final = re.compile("[a-z][a-z0-9-]{0,31}")
+
 Extras = Mapping[int, Sequence[bytes]]
 
 
@@ -57,7 +59,7 @@ class Where(Blocks, total=False):
 
     namespace: str | Namespace
     tenant: str
-    tier: TierName
+    tier: str
     older_than: float
     unused_for: float
     everything: bool
@@ -114,12 +116,11 @@ def duration_of(name: str, seconds: float | None) -> Duration | None:
         raise RequestRefused(f"{name} is {seconds} seconds; give a time") from e
 
 
-def tier_of(name: TierName) -> v1.Tier:
-    """The number of a tier."""
-    tiers = {"memory": v1.TIER_MEMORY, "disk": v1.TIER_DISK}
-    if name not in tiers:
-        raise RequestRefused(f"{name!r} is no tier; use memory or disk")
-    return tiers[name]
+def tier_of(name: str) -> str:
+    """A tier that is given."""
+    if not _TIER.fullmatch(name):  # On the wire nothing is none, and none means all.
+        raise RequestRefused(f"{name!r:.80} is no name of a tier; `kvstore stats` lists them")
+    return name
 
 
 def not_empty(namespace: str) -> str:

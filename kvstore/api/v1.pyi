@@ -11,15 +11,6 @@ from typing import Any as _Any, ClassVar as _ClassVar, Optional as _Optional, Un
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-    __slots__ = ()
-    TIER_UNSPECIFIED: _ClassVar[Tier]
-    TIER_MEMORY: _ClassVar[Tier]
-    TIER_DISK: _ClassVar[Tier]
-TIER_UNSPECIFIED: Tier
-TIER_MEMORY: Tier
-TIER_DISK: Tier
-
 class Namespace(_message.Message):
     __slots__ = ("id", "model", "revision", "dtype", "adapter", "extra", "tenant", "block_tokens")
     class ExtraEntry(_message.Message):
@@ -111,11 +102,11 @@ class Selection(_message.Message):
     namespace_id: str
     tenant: str
     prefix: Prefix
-    tier: Tier
+    tier: str
     older_than: _duration_pb2.Duration
     unused_for: _duration_pb2.Duration
     everything: bool
-    def __init__(self, namespace_id: _Optional[str] = ..., tenant: _Optional[str] = ..., prefix: _Optional[_Union[Prefix, _Mapping[str, _Any]]] = ..., tier: _Optional[_Union[Tier, str]] = ..., older_than: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping[str, _Any]]] = ..., unused_for: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping[str, _Any]]] = ..., everything: bool = ...) -> None: ...
+    def __init__(self, namespace_id: _Optional[str] = ..., tenant: _Optional[str] = ..., prefix: _Optional[_Union[Prefix, _Mapping[str, _Any]]] = ..., tier: _Optional[str] = ..., older_than: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping[str, _Any]]] = ..., unused_for: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping[str, _Any]]] = ..., everything: bool = ...) -> None: ...
 
 class LookupRequest(_message.Message):
     __slots__ = ("prefix",)
@@ -149,9 +140,9 @@ class Run(_message.Message):
     NODE_FIELD_NUMBER: _ClassVar[int]
     first: int
     blocks: int
-    tier: Tier
+    tier: str
     node: str
-    def __init__(self, first: _Optional[int] = ..., blocks: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., node: _Optional[str] = ...) -> None: ...
+    def __init__(self, first: _Optional[int] = ..., blocks: _Optional[int] = ..., tier: _Optional[str] = ..., node: _Optional[str] = ...) -> None: ...
 
 class ExplainRequest(_message.Message):
     __slots__ = ("prefix",)
@@ -183,11 +174,11 @@ class BlockReason(_message.Message):
     block: int
     key: bytes
     usable: bool
-    tier: Tier
+    tier: str
     reason: str
     detail: str
     at: _timestamp_pb2.Timestamp
-    def __init__(self, block: _Optional[int] = ..., key: _Optional[bytes] = ..., usable: bool = ..., tier: _Optional[_Union[Tier, str]] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ...) -> None: ...
+    def __init__(self, block: _Optional[int] = ..., key: _Optional[bytes] = ..., usable: bool = ..., tier: _Optional[str] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ...) -> None: ...
 
 class StatsRequest(_message.Message):
     __slots__ = ()
@@ -225,24 +216,22 @@ class StatsResponse(_message.Message):
     def __init__(self, node: _Optional[str] = ..., version: _Optional[str] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping[str, _Any]]] = ..., objects: _Optional[int] = ..., unwritten_objects: _Optional[int] = ..., leases: _Optional[int] = ..., sessions: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping[str, _Any]]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., draining: bool = ...) -> None: ...
 
 class TierStats(_message.Message):
-    __slots__ = ("tier", "capacity_bytes", "used_bytes", "free_bytes", "fragmented_bytes", "pinned_bytes", "problem", "name")
-    TIER_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("name", "capacity_bytes", "used_bytes", "free_bytes", "fragmented_bytes", "pinned_bytes", "problem")
+    NAME_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     FRAGMENTED_BYTES_FIELD_NUMBER: _ClassVar[int]
     PINNED_BYTES_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    tier: Tier
+    name: str
     capacity_bytes: int
     used_bytes: int
     free_bytes: int
     fragmented_bytes: int
     pinned_bytes: int
     problem: str
-    name: str
-    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., fragmented_bytes: _Optional[int] = ..., pinned_bytes: _Optional[int] = ..., problem: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., fragmented_bytes: _Optional[int] = ..., pinned_bytes: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class ListNamespacesRequest(_message.Message):
     __slots__ = ("tenant",)
@@ -257,24 +246,29 @@ class ListNamespacesResponse(_message.Message):
     def __init__(self, namespaces: _Optional[_Iterable[_Union[NamespaceInfo, _Mapping[str, _Any]]]] = ...) -> None: ...
 
 class NamespaceInfo(_message.Message):
-    __slots__ = ("namespace", "objects", "blocks", "memory_bytes", "disk_bytes", "sessions", "last_used", "parts")
+    __slots__ = ("namespace", "objects", "blocks", "bytes", "sessions", "last_used", "parts")
+    class BytesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     OBJECTS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
-    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     LAST_USED_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
     namespace: Namespace
     objects: int
     blocks: int
-    memory_bytes: int
-    disk_bytes: int
+    bytes: _containers.ScalarMap[str, int]
     sessions: int
     last_used: _timestamp_pb2.Timestamp
     parts: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping[str, _Any]]] = ..., objects: _Optional[int] = ..., blocks: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., sessions: _Optional[int] = ..., last_used: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., parts: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping[str, _Any]]] = ..., objects: _Optional[int] = ..., blocks: _Optional[int] = ..., bytes: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[int] = ..., last_used: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., parts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ListSessionsRequest(_message.Message):
     __slots__ = ()
@@ -377,10 +371,10 @@ class Event(_message.Message):
         token_ids: _containers.RepeatedScalarFieldContainer[int]
         block_size: int
         adapter: str
-        medium: Tier
+        medium: str
         tenant: str
         unordered: bool
-        def __init__(self, namespace_id: _Optional[str] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., parent_block_hash: _Optional[bytes] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_size: _Optional[int] = ..., adapter: _Optional[str] = ..., medium: _Optional[_Union[Tier, str]] = ..., tenant: _Optional[str] = ..., unordered: bool = ...) -> None: ...
+        def __init__(self, namespace_id: _Optional[str] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., parent_block_hash: _Optional[bytes] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_size: _Optional[int] = ..., adapter: _Optional[str] = ..., medium: _Optional[str] = ..., tenant: _Optional[str] = ..., unordered: bool = ...) -> None: ...
     class Removed(_message.Message):
         __slots__ = ("namespace_id", "block_hashes", "medium", "reason", "tenant")
         NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -390,10 +384,10 @@ class Event(_message.Message):
         TENANT_FIELD_NUMBER: _ClassVar[int]
         namespace_id: str
         block_hashes: _containers.RepeatedScalarFieldContainer[bytes]
-        medium: Tier
+        medium: str
         reason: str
         tenant: str
-        def __init__(self, namespace_id: _Optional[str] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., medium: _Optional[_Union[Tier, str]] = ..., reason: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
+        def __init__(self, namespace_id: _Optional[str] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., medium: _Optional[str] = ..., reason: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
     class Cleared(_message.Message):
         __slots__ = ("namespace_id",)
         NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -484,24 +478,24 @@ class PrefetchRequest(_message.Message):
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
     prefix: Prefix
-    tier: Tier
-    def __init__(self, prefix: _Optional[_Union[Prefix, _Mapping[str, _Any]]] = ..., tier: _Optional[_Union[Tier, str]] = ...) -> None: ...
+    tier: str
+    def __init__(self, prefix: _Optional[_Union[Prefix, _Mapping[str, _Any]]] = ..., tier: _Optional[str] = ...) -> None: ...
 
 class MoveRequest(_message.Message):
     __slots__ = ("selection", "to")
     SELECTION_FIELD_NUMBER: _ClassVar[int]
     TO_FIELD_NUMBER: _ClassVar[int]
     selection: Selection
-    to: Tier
-    def __init__(self, selection: _Optional[_Union[Selection, _Mapping[str, _Any]]] = ..., to: _Optional[_Union[Tier, str]] = ...) -> None: ...
+    to: str
+    def __init__(self, selection: _Optional[_Union[Selection, _Mapping[str, _Any]]] = ..., to: _Optional[str] = ...) -> None: ...
 
 class CopyRequest(_message.Message):
     __slots__ = ("selection", "to")
     SELECTION_FIELD_NUMBER: _ClassVar[int]
     TO_FIELD_NUMBER: _ClassVar[int]
     selection: Selection
-    to: Tier
-    def __init__(self, selection: _Optional[_Union[Selection, _Mapping[str, _Any]]] = ..., to: _Optional[_Union[Tier, str]] = ...) -> None: ...
+    to: str
+    def __init__(self, selection: _Optional[_Union[Selection, _Mapping[str, _Any]]] = ..., to: _Optional[str] = ...) -> None: ...
 
 class CompressRequest(_message.Message):
     __slots__ = ("selection", "codec")
@@ -603,14 +597,19 @@ class ListOperationsResponse(_message.Message):
     def __init__(self, operations: _Optional[_Iterable[_Union[Operation, _Mapping[str, _Any]]]] = ...) -> None: ...
 
 class SetQuotaRequest(_message.Message):
-    __slots__ = ("tenant", "memory_bytes", "disk_bytes")
+    __slots__ = ("tenant", "limits")
+    class LimitsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     TENANT_FIELD_NUMBER: _ClassVar[int]
-    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
-    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
     tenant: str
-    memory_bytes: int
-    disk_bytes: int
-    def __init__(self, tenant: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ...) -> None: ...
+    limits: _containers.ScalarMap[str, int]
+    def __init__(self, tenant: _Optional[str] = ..., limits: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class GetQuotaRequest(_message.Message):
     __slots__ = ("tenant",)
@@ -625,49 +624,69 @@ class GetQuotaResponse(_message.Message):
     def __init__(self, quotas: _Optional[_Iterable[_Union[Quota, _Mapping[str, _Any]]]] = ...) -> None: ...
 
 class Quota(_message.Message):
-    __slots__ = ("tenant", "memory_bytes", "disk_bytes", "used_memory_bytes", "used_disk_bytes", "pinned_bytes")
+    __slots__ = ("tenant", "limits", "used", "pinned_bytes")
+    class LimitsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class UsedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     TENANT_FIELD_NUMBER: _ClassVar[int]
-    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
-    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
-    USED_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
-    USED_DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    USED_FIELD_NUMBER: _ClassVar[int]
     PINNED_BYTES_FIELD_NUMBER: _ClassVar[int]
     tenant: str
-    memory_bytes: int
-    disk_bytes: int
-    used_memory_bytes: int
-    used_disk_bytes: int
+    limits: _containers.ScalarMap[str, int]
+    used: _containers.ScalarMap[str, int]
     pinned_bytes: int
-    def __init__(self, tenant: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., used_memory_bytes: _Optional[int] = ..., used_disk_bytes: _Optional[int] = ..., pinned_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, tenant: _Optional[str] = ..., limits: _Optional[_Mapping[str, int]] = ..., used: _Optional[_Mapping[str, int]] = ..., pinned_bytes: _Optional[int] = ...) -> None: ...
 
 class GetAdmissionRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class AdmissionPolicy(_message.Message):
-    __slots__ = ("memory", "disk", "denied_tenants")
-    MEMORY_FIELD_NUMBER: _ClassVar[int]
-    DISK_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("rules", "denied_tenants")
+    class RulesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    RULES_FIELD_NUMBER: _ClassVar[int]
     DENIED_TENANTS_FIELD_NUMBER: _ClassVar[int]
-    memory: str
-    disk: str
+    rules: _containers.ScalarMap[str, str]
     denied_tenants: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, memory: _Optional[str] = ..., disk: _Optional[str] = ..., denied_tenants: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, rules: _Optional[_Mapping[str, str]] = ..., denied_tenants: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SetAdmissionRequest(_message.Message):
-    __slots__ = ("memory", "disk", "denied")
+    __slots__ = ("rules", "denied")
+    class RulesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     class DeniedTenants(_message.Message):
         __slots__ = ("tenants",)
         TENANTS_FIELD_NUMBER: _ClassVar[int]
         tenants: _containers.RepeatedScalarFieldContainer[str]
         def __init__(self, tenants: _Optional[_Iterable[str]] = ...) -> None: ...
-    MEMORY_FIELD_NUMBER: _ClassVar[int]
-    DISK_FIELD_NUMBER: _ClassVar[int]
+    RULES_FIELD_NUMBER: _ClassVar[int]
     DENIED_FIELD_NUMBER: _ClassVar[int]
-    memory: str
-    disk: str
+    rules: _containers.ScalarMap[str, str]
     denied: SetAdmissionRequest.DeniedTenants
-    def __init__(self, memory: _Optional[str] = ..., disk: _Optional[str] = ..., denied: _Optional[_Union[SetAdmissionRequest.DeniedTenants, _Mapping[str, _Any]]] = ...) -> None: ...
+    def __init__(self, rules: _Optional[_Mapping[str, str]] = ..., denied: _Optional[_Union[SetAdmissionRequest.DeniedTenants, _Mapping[str, _Any]]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("stop", "timeout")

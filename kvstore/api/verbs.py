@@ -8,7 +8,7 @@ Namespaces are given by id (a unique beginning of at least 6 hex digits will do)
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import update_wrapper
 from inspect import signature
 from typing import Any, Concatenate, Final, Generic, Literal, ParamSpec, TypeVar, Unpack, overload
@@ -19,7 +19,6 @@ from kvstore.api import v1
 from kvstore.api.convert import (
     MAX_MESSAGE,
     Blocks,
-    TierName,
     Where,
     duration_of,
     not_empty,
@@ -200,19 +199,19 @@ class Verbs:
 
     @starts()
     def prefetch(
-        self, namespace: str | Namespace, *, tier: TierName = "memory", **blocks: Unpack[Blocks]
+        self, namespace: str | Namespace, *, tier: str = "memory", **blocks: Unpack[Blocks]
     ) -> v1.PrefetchRequest:
         """Bring the stored prefix of a prompt into a tier."""
         return v1.PrefetchRequest(prefix=prefix_of(namespace, blocks), tier=tier_of(tier))
 
     @starts()
-    def move(self, to: TierName, **where: Unpack[Where]) -> v1.MoveRequest:
-        """Bring blocks into a tier; they leave the other one."""
+    def move(self, to: str, **where: Unpack[Where]) -> v1.MoveRequest:
+        """Bring blocks into a tier; they leave the others."""
         return v1.MoveRequest(selection=selection_of(where), to=tier_of(to))
 
     @starts()
-    def copy(self, to: TierName, **where: Unpack[Where]) -> v1.CopyRequest:
-        """Bring blocks into a tier; they stay in the other one, too."""
+    def copy(self, to: str, **where: Unpack[Where]) -> v1.CopyRequest:
+        """Bring blocks into a tier; they stay where they are, too."""
         return v1.CopyRequest(selection=selection_of(where), to=tier_of(to))
 
     @starts()
@@ -251,11 +250,9 @@ class Verbs:
         return v1.ListOperationsRequest()
 
     @asks(v1.Quota, "admin")
-    def set_quota(
-        self, tenant: str, *, memory_bytes: int | None = None, disk_bytes: int | None = None
-    ) -> v1.SetQuotaRequest:
-        """Limit what a tenant may hold; None: no limit."""
-        return v1.SetQuotaRequest(tenant=tenant, memory_bytes=memory_bytes, disk_bytes=disk_bytes)
+    def set_quota(self, tenant: str, limits: Mapping[str, int]) -> v1.SetQuotaRequest:
+        """Limit what a tenant may hold, in bytes by the name of the tier; nothing: no limit."""
+        return v1.SetQuotaRequest(tenant=tenant, limits=limits)
 
     @asks(v1.GetQuotaResponse)
     def get_quota(self, tenant: str | None = None) -> v1.GetQuotaRequest:
@@ -270,13 +267,16 @@ class Verbs:
     @asks(v1.AdmissionPolicy, "admin")
     def set_admission(
         self,
+        rules: Mapping[str, str] | None = None,
         *,
-        memory: Literal["all", "none"] | None = None,
-        disk: Literal["all", "reused", "none"] | None = None,
         denied_tenants: Sequence[str] | None = None,
     ) -> v1.SetAdmissionRequest:
-        """Change what is let in, until the daemon ends; what is None stays."""
-        request = v1.SetAdmissionRequest(memory=memory, disk=disk)
+        """Change what is let in, by the name of the tier, until the daemon ends.
+
+        memory: `all` saves, or `none`; others: `all` writes there, `reused` or `none`. What is not
+        named stays.
+        """
+        request = v1.SetAdmissionRequest(rules=rules)
         if denied_tenants is not None:
             request.denied.SetInParent()
             request.denied.tenants.extend(denied_tenants)

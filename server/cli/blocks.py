@@ -13,7 +13,6 @@ from kvstore.server.cli.options import (
     Link,
     Misuse,
     PromptOptions,
-    TierChoice,
     WhereOptions,
     Yes,
     agreed,
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from kvstore.api import v1
 
 _Wait = Annotated[bool, typer.Option(help="Wait for the end, or only start it.")]
-_To = Annotated[TierChoice, typer.Option("--to", help="The tier to bring them to.")]
+_To = Annotated[str, typer.Option("--to", help="The tier to bring them to.")]
 
 
 def lookup(prompt: PromptOptions, link: Link) -> None:
@@ -124,7 +123,7 @@ def ttl(
 def prefetch(
     prompt: PromptOptions,
     link: Link,
-    tier: Annotated[TierChoice, typer.Option(help="The tier to bring them to.")] = "memory",
+    tier: Annotated[str, typer.Option(help="The tier to bring them to.")] = "memory",
     wait: _Wait = True,
 ) -> None:
     """Bring the stored prefix of a prompt into a tier."""
@@ -133,12 +132,12 @@ def prefetch(
 
 
 def move(where: WhereOptions, link: Link, to: _To, wait: _Wait = True) -> None:
-    """Bring blocks into a tier; they leave the other one."""
+    """Bring blocks into a tier; they leave the others."""
     finish(link, link.api.move(to, **where.where()), wait=wait, done="moved")
 
 
 def copy(where: WhereOptions, link: Link, to: _To, wait: _Wait = True) -> None:
-    """Bring blocks into a tier; they stay in the other one, too."""
+    """Bring blocks into a tier; they stay where they are, too."""
     finish(link, link.api.copy(to, **where.where()), wait=wait, done="copied")
 
 

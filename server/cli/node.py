@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
 import typer
 
-from kvstore.server.cli.options import Link, Misuse, Yes, agreed, grouped, limit_option, time_option
-from kvstore.server.cli.output import answer, finish, many, show, tier_name, told, when
+from kvstore.server.cli.options import (
+    Link,
+    Misuse,
+    Yes,
+    agreed,
+    grouped,
+    limit_option,
+    time_option,
+)
+from kvstore.server.cli.output import answer, finish, many, show, told, when
 from kvstore.values import format_size, lasting
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from kvstore.api import v1
+
+T = TypeVar("T")
 
 _MAX_NUMBER: Final = (1 << 64) - 1
 _Tenant = Annotated[str | None, typer.Option(help="Only of this tenant.")]
@@ -39,7 +50,7 @@ def stats(link: Link) -> None:
         found.tiers,
         "name:tier used_bytes free_bytes fragmented_bytes pinned_bytes capacity_bytes state",
         many(found.objects, "object")
-        + f", {found.unwritten_objects} not on disk yet" * (len(found.tiers) > 1)
+        + f", {found.unwritten_objects} not written yet" * (len(found.tiers) > 1)
         + f", {many(found.leases, 'lease')}, {many(found.sessions, 'session')}"
         + ("; draining" if found.draining else ""),
         f"{found.node}, kvstore {found.version}, up {up}",
@@ -58,12 +69,24 @@ def _show_pairs(link: Link, found: Message, title: str, rows: Iterable[tuple[str
 def namespaces(link: Link, tenant: _Tenant = None) -> None:
     """List the namespaces that hold blocks or are open in a session."""
     found = link.api.list_namespaces(tenant)
+    tiers = _tiers(found.namespaces, "bytes")
     columns = (
         "namespace.id namespace.model namespace.tenant namespace.block_tokens:tokens blocks "
-        "objects memory_bytes disk_bytes sessions last_used parts"
+        f"objects {' '.join(tiers)} sessions last_used parts"
     )
     spare = ("parts", "objects", "tokens", "last used", "sessions")
-    show(link, found, found.namespaces, columns, spare=spare)
+    held = {tier: partial(_bytes, tier, "bytes") for tier in tiers}
+    show(link, found, found.namespaces, columns, spare=spare, **held)
+
+
+def _tiers(rows: Iterable[Any], field: str) -> list[str]:
+    """The names in a field of rows that is by tiers, memory first."""
+    names = {name for row in rows for name in getattr(row, field)}
+    return sorted(names, key=lambda name: (name != "memory", name))
+
+
+def _bytes(tier: str, field: str, row: Any) -> str:
+    return format_size(getattr(row, field).get(tier, 0))
 
 
 def sessions(link: Link) -> None:
@@ -132,7 +155,7 @@ def _event_words(event: v1.Event) -> Iterator[str]:
             yield event.cleared.namespace_id[:8]
         case "stored" | "removed":
             keys = [key.hex()[:8] for key in what.block_hashes]
-            where = f"{many(len(keys), 'block')} in {tier_name(what.medium)}"
+            where = f"{many(len(keys), 'block')} in {what.medium}"
             yield from (what.namespace_id[:8], where, *keys[:1], *["…"][: len(keys) - 1])
             if kind == "removed":
                 yield f"({what.reason})"
@@ -143,35 +166,47 @@ def quota(
     tenant: Annotated[str | None, typer.Argument(help="Only this one.")] = None,
     memory: _Limit = None,
     disk: _Limit = None,
+    limit: Annotated[
+        list[str] | None, typer.Option(metavar="TIER=SIZE", help="Limit it in another tier.")
+    ] = None,
     yes: Yes = False,
 ) -> None:
     """Show what tenants may hold and do hold, or limit one; asks before blocks have to go."""
-    if tenant is None and (memory is not None or disk is not None):
+    given = {"memory": memory, "disk": disk, **_pairs(limit, "--limit", limit_option)}
+    new = {tier: size for tier, size in given.items() if size is not None}
+    if tenant is None and new:
         raise Misuse("name the tenant to limit")
     found = link.api.get_quota(tenant)
-    if tenant is not None and (memory is not None or disk is not None):
+    if tenant is not None and new:
         (old,) = found.quotas
-        over = (("memory", memory, old.used_memory_bytes), ("disk", disk, old.used_disk_bytes))
-        for tier, new, used in over:
-            if new is not None and new < used:
-                agreed(f"{tenant!r} holds {format_size(used)} in {tier}", yes=yes)
-        changed = link.api.set_quota(
-            tenant,
-            memory_bytes=_limit(memory, old.memory_bytes, old.HasField("memory_bytes")),
-            disk_bytes=_limit(disk, old.disk_bytes, old.HasField("disk_bytes")),
-        )
-        found.quotas[0].CopyFrom(changed)
-    columns = (
-        "tenant used_memory_bytes:memory memory_bytes:memory_limit used_disk_bytes:disk "
-        "disk_bytes:disk_limit pinned_bytes"
-    )
-    show(link, found, found.quotas, columns)
+        for tier, size in new.items():
+            if size < old.used[tier]:
+                agreed(f"{tenant!r} holds {format_size(old.used[tier])} in {tier}", yes=yes)
+        limits = {**old.limits, **new}
+        wanted = {tier: int(size) for tier, size in limits.items() if not math.isinf(size)}
+        found.quotas[0].CopyFrom(link.api.set_quota(tenant, wanted))
+    tiers = _tiers(found.quotas, "used")
+    columns = " ".join(f"{tier} {tier}-limit:{tier}_limit" for tier in tiers)
+    held: dict[str, Any] = {tier: partial(_bytes, tier, "used") for tier in tiers}
+    held |= {f"{tier}-limit": partial(_limited, tier) for tier in tiers}
+    show(link, found, found.quotas, f"tenant {columns} pinned_bytes", **held)
 
 
-def _limit(new: float | None, old: int, had: bool) -> int | None:
-    if new is None:
-        return old if had else None
-    return None if math.isinf(new) else int(new)
+def _limited(tier: str, row: Any) -> str:
+    return format_size(row.limits[tier]) if tier in row.limits else "none"
+
+
+def _pairs(given: list[str] | None, option: str, value: Callable[[str], T]) -> dict[str, T]:
+    """What is said of tiers as TIER=VALUE."""
+    found = {}
+    for text in given or ():
+        tier, separator, said = text.partition("=")
+        if not (tier and separator):
+            raise Misuse(
+                f"{option} {text}: write TIER={'SIZE' if value is limit_option else 'RULE'}"
+            )
+        found[tier] = value(said)
+    return found
 
 
 def admission(
@@ -180,22 +215,27 @@ def admission(
     disk: Annotated[
         Literal["all", "reused", "none"] | None, typer.Option(help="Write-behind.")
     ] = None,
+    rule: Annotated[
+        list[str] | None, typer.Option(metavar="TIER=RULE", help="Write-behind to another tier.")
+    ] = None,
     deny: Annotated[
         list[str] | None, typer.Option(help="Drop saves of this tenant; instead of those before.")
     ] = None,
     deny_nobody: Annotated[bool, typer.Option("--deny-nobody", help="End all denials.")] = False,
 ) -> None:
-    """Show what is let into memory and onto disk, or change it until the daemon ends."""
+    """Show what is let into which tier, or change it until the daemon ends."""
     if deny and deny_nobody:
         raise Misuse("give --deny or --deny-nobody")
     denied = [] if deny_nobody else deny or None
-    if memory is None and disk is None and denied is None:
-        found = link.api.get_admission()
+    new = {"memory": memory, "disk": disk, **_pairs(rule, "--rule", str)}
+    rules = {tier: said for tier, said in new.items() if said is not None}
+    if rules or denied is not None:
+        found = link.api.set_admission(rules, denied_tenants=denied)
     else:
-        found = link.api.set_admission(memory=memory, disk=disk, denied_tenants=denied)
+        found = link.api.get_admission()
     denied_names = ", ".join(repr(tenant) for tenant in found.denied_tenants)
-    rows = (("memory", found.memory), ("disk", found.disk), ("denied tenants", denied_names))
-    _show_pairs(link, found, "rule", rows)
+    told = [(tier, found.rules[tier]) for tier in _tiers([found], "rules")]
+    _show_pairs(link, found, "rule", [*told, ("denied tenants", denied_names)])
 
 
 def drain(
@@ -204,7 +244,7 @@ def drain(
     within: Annotated[float | None, time_option("For the writes (30s).")] = None,
     wait: Annotated[bool, typer.Option(help="Wait for the end, or only start it.")] = True,
 ) -> None:
-    """Take no more saves and new sessions, and write out what is not on disk yet."""
+    """Take no more saves and new sessions, and write out what is not written yet."""
     finish(link, link.api.drain(stop=stop, timeout=within), wait=wait, done="wrote out")
 
 

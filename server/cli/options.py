@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar, cast, get_type_hints
 
 import msgspec
 import typer
@@ -40,7 +40,6 @@ _MAX_FILE: Final = 64 << 20
 _Token = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 N = TypeVar("N", int, float)
-TierChoice = Literal["memory", "disk"]
 
 
 def parse_duration(text: str) -> float:
@@ -282,7 +281,7 @@ class WhereOptions(TokenOptions):
         str | None, typer.Option("--namespace", "-n", help="Only of this namespace (id).")
     ] = None
     tenant: Annotated[str | None, typer.Option(help="Only of this tenant.")] = None
-    tier: Annotated[TierChoice | None, typer.Option(help="Only with a copy there.")] = None
+    tier: Annotated[str | None, typer.Option(help="Only with a copy there.")] = None
     older_than: Annotated[float | None, time_option("Only stored so long ago: 2h.")] = None
     unused_for: Annotated[float | None, time_option("Only unused so long: 7d.")] = None
     everything: Annotated[bool, typer.Option("--all", help="All there is.")] = False

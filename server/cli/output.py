@@ -85,16 +85,9 @@ def _word(field: Any, value: int) -> str | int:
 
 
 def short(name: str) -> str:
-    """The last word of an enum's value: memory, running …; empty if it is not specified."""
+    """The last word of an enum's value: running, done …; empty if it is not specified."""
     word = name.rpartition("_")[2].lower()
     return "" if word == "unspecified" else word
-
-
-def tier_name(tier: v1.Tier) -> str:
-    """memory, disk, or nothing; a number that only a newer daemon knows stays one."""
-    from kvstore.api import v1
-
-    return short(v1.Tier.Name(tier)) if tier in v1.Tier.values() else str(int(tier))
 
 
 def when(message: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from kvstore.api import v1
 from kvstore.api.convert import timestamp
 from kvstore.blocks.spec import Namespace
-from kvstore.server.control.requests import Answers, numbered
+from kvstore.server.control.requests import Answers
 from kvstore.store.events import Event, Missed
 from kvstore.store.usage import NamespaceUsage
 
@@ -83,7 +83,7 @@ class EventVerbs(Answers):
         what: v1.Event.Stored | v1.Event.Removed | v1.Event.Cleared
         match event.kind:
             case "stored":
-                what = _stored_message(
+                what = self._message_of(
                     event.namespace,
                     event.keys,
                     event.medium,
@@ -95,7 +95,7 @@ class EventVerbs(Answers):
                 what = v1.Event.Removed(
                     namespace_id=event.namespace.digest.hex(),
                     block_hashes=event.keys,
-                    medium=numbered(event.medium),
+                    medium=self._name(event.medium),
                     reason=event.reason,
                     tenant=event.namespace.tenant,
                 )
@@ -115,19 +115,18 @@ class EventVerbs(Answers):
                 if entry is None or count >= _PIECE:
                     for account, names in found.items():
                         if wanted(account.namespace):
-                            yield _stored_message(account.namespace, names, medium, unordered=True)
+                            yield self._message_of(account.namespace, names, medium, unordered=True)
                     found, count = {}, 0
 
-
-def _stored_message(
-    namespace: Namespace, keys: Iterable[bytes], medium: int, **more: Any
-) -> v1.Event.Stored:
-    return v1.Event.Stored(
-        namespace_id=namespace.digest.hex(),
-        block_hashes=keys,
-        block_size=namespace.block_tokens,
-        adapter=namespace.model.adapter,
-        medium=numbered(medium),
-        tenant=namespace.tenant,
-        **more,
-    )
+    def _message_of(
+        self, namespace: Namespace, keys: Iterable[bytes], medium: int, **more: Any
+    ) -> v1.Event.Stored:
+        return v1.Event.Stored(
+            namespace_id=namespace.digest.hex(),
+            block_hashes=keys,
+            block_size=namespace.block_tokens,
+            adapter=namespace.model.adapter,
+            medium=self._name(medium),
+            tenant=namespace.tenant,
+            **more,
+        )

@@ -11,7 +11,7 @@ from kvstore.api import v1
 from kvstore.api.convert import duration, namespace_message, timestamp
 from kvstore.blocks.keys import block_keys
 from kvstore.blocks.spec import Namespace
-from kvstore.server.control.requests import Answers, Prompt, engine_extras, numbered, slices
+from kvstore.server.control.requests import Answers, Prompt, engine_extras, slices
 from kvstore.server.loop import paced
 from kvstore.store.explain import BlockReason, explain, surveying
 
@@ -36,7 +36,9 @@ class PromptVerbs(Answers):
         for tier, run in groupby(enumerate(tiers), key=lambda item: item[1]):
             first, *rest = (number for number, _ in run)
             runs.append(
-                v1.Run(first=first, blocks=1 + len(rest), tier=numbered(tier), node=self._node.name)
+                v1.Run(
+                    first=first, blocks=1 + len(rest), tier=self._name(tier), node=self._node.name
+                )
             )
         return v1.LookupResponse(
             blocks=len(tiers),
@@ -70,7 +72,7 @@ class PromptVerbs(Answers):
                     block=number,
                     key=found.key,
                     usable=usable,
-                    tier=numbered(found.tier),
+                    tier=self._name(found.tier),
                     reason=found.reason,
                     detail=found.detail or ("" if usable else "a block before it is missing"),
                     at=None if found.at is None else timestamp(found.at),
@@ -80,14 +82,10 @@ class PromptVerbs(Answers):
             pieces.append(reply.SerializeToString())
         head = v1.ExplainResponse(
             namespace_id=asked.namespace.digest.hex(),
-            hit_blocks=hits.total(),
+            hit_blocks=sum(hits.values()),
             summary=_summary(len(asked.keys), self._by_name(hits), ended),
         )
         return b"".join([head.SerializeToString(), *pieces])
-
-    def _by_name(self, hits: Counter[int]) -> Counter[str]:
-        places = self._store.catalogue.places
-        return Counter({places[tier].name: hits[tier] for tier in sorted(hits)})
 
     def _explained(self, asked: Prompt, keys: Sequence[bytes]) -> list[BlockReason]:
         reasons = explain(self._store, asked.namespace, keys)
@@ -133,12 +131,14 @@ def _differences(one: Namespace, other: Namespace) -> list[str]:
     return [name for name in names if getattr(left, name) != getattr(right, name)]
 
 
-def _summary(asked: int, hits: Counter[str], ended: BlockReason | None) -> str:
+def _summary(asked: int, hits: dict[str, int], ended: BlockReason | None) -> str:
     if not asked:
         return "The prompt has no whole block."
     where = ", ".join(f"{blocks} in {tier}" for tier, blocks in hits.items())
-    text = f"{hits.total()} of {asked} blocks can be loaded" + (f" ({where})" if where else "")
+    text = f"{sum(hits.values())} of {asked} blocks can be loaded" + (
+        f" ({where})" if where else ""
+    )
     if ended is None:
         return f"{text}."
     detail = f" ({ended.detail})" if ended.detail else ""
-    return f"{text}; block {hits.total()}: {ended.reason}{detail}."
+    return f"{text}; block {sum(hits.values())}: {ended.reason}{detail}."

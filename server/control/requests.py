@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Final, NamedTuple, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -20,7 +20,7 @@ from kvstore.server.node import Node
 from kvstore.store.entry import Entry
 from kvstore.store.pins import Pins
 from kvstore.store.selection import Selection, candidates
-from kvstore.transport.protocol import MAX_KEYS, TIER_NAMES
+from kvstore.transport.protocol import MAX_KEYS
 from kvstore.values import lasting
 
 MAX_TOKENS: Final = 4 << 20
@@ -61,11 +61,6 @@ def ttl(message: Duration, field: str = "ttl") -> float:
     return seconds(message, field, low=0.001, high=MAX_TTL)
 
 
-def numbered(tier: int) -> v1.Tier:
-    """A tier's number, as messages have it."""
-    return cast("v1.Tier", tier)
-
-
 def name(value: str, field: str, *, longest: int = _MAX_NAME) -> str:
     """A name that must be given. Raises Refused: it is empty or too long."""
     if not value:
@@ -86,21 +81,29 @@ class Answers:
         self._caller = caller
         self._pace = Pace()
 
-    def _tier(self, value: v1.Tier, field: str, *, default: int | None = None) -> int:
-        """A tier's number. Raises Refused: it is none, or not given, or not here."""
-        if value == v1.TIER_UNSPECIFIED and default is not None:
+    def _tier(self, name: str, field: str, *, default: int | None = None) -> int:
+        """The number of a tier. Raises Refused: it is not here, or not given."""
+        if not name and default is not None:
             return default
         places = self._store.catalogue.places
-        if value not in places and value in TIER_NAMES:
-            raise Refused(
-                "NO_TIER",
-                f"this daemon has no tier {TIER_NAMES[value]!r}",
-                remedy="start it with disk.path (`kvstore serve --disk FOLDER`)",
-            )
-        if value not in places:
-            known = ", ".join(f"{number} ({place.name})" for number, place in places.items())
-            raise bad_field(field, f"is {int(value)}; give {known}")
-        return int(value)
+        for number, place in places.items():
+            if place.name == name:
+                return number
+        known = ", ".join(place.name for place in places.values())
+        if name == "disk":
+            text = f"this daemon has no tier 'disk', only {known}"
+            raise Refused("NO_TIER", text, remedy="`kvstore serve --disk FOLDER` (disk.path)")
+        raise bad_field(field, f"is {name[:80]!r}; this daemon has {known}")
+
+    def _name(self, tier: int) -> str:
+        """The name of a tier; of none, nothing."""
+        place = self._store.catalogue.places.get(tier)
+        return "" if place is None else place.name
+
+    def _by_name(self, of_tiers: Mapping[int, int]) -> dict[str, int]:
+        """What is known by number of each tier, by its name."""
+        places = self._store.catalogue.places.items()
+        return {place.name: of_tiers[n] for n, place in places if n in of_tiers}
 
     def _tenant(self, request: Any) -> str | None:
         """The tenant that a request or selection is about; None: any. Raises Denied."""

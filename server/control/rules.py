@@ -14,14 +14,13 @@ from kvstore.server.control.errors import bad_field
 from kvstore.server.control.operations import Operation
 from kvstore.server.control.requests import Answers, name, seconds
 from kvstore.store.admission import Admission
-from kvstore.transport.protocol import DISK, MEMORY
+from kvstore.store.usage import TenantUsage
 
 _DRAIN_SECONDS: Final = 30.0
 _MAX_DRAIN_SECONDS: Final = 24 * 3600.0
 _MAX_TENANT: Final = 4096
 _MAX_DENIED: Final = 1024
 _MAX_BYTES: Final = 1 << 62
-_FIELDS: Final = {MEMORY: "memory_bytes", DISK: "disk_bytes"}
 _PROGRESS_SECONDS: Final = 0.1
 _STOP_SECONDS: Final = 0.5
 """After the end of a drain, so that who asked for it can hear of it."""
@@ -56,12 +55,11 @@ class RuleVerbs(Answers):
 
     async def set_quota(self, request: v1.SetQuotaRequest) -> v1.Quota:
         tenant = self._named(request.tenant)
-        limits: dict[int, int] = {}
-        for tier, field in _FIELDS.items():
-            if request.HasField(field):
-                limits[tier] = getattr(request, field)
-                if limits[tier] > _MAX_BYTES:
-                    raise bad_field(field, f"is {limits[tier]}; leave it out for no limit")
+        limits = {}
+        for tier, limit in request.limits.items():
+            limits[self._tier(tier, "limits")] = limit
+            if limit > _MAX_BYTES:
+                raise bad_field(f"limits.{tier}", f"is {limit}; leave it out for no limit")
         self._store.set_quota(tenant, limits)
         return self._quota(tenant)
 
@@ -82,29 +80,31 @@ class RuleVerbs(Answers):
         return tenant
 
     def _quota(self, tenant: str) -> v1.Quota:
-        message = v1.Quota(tenant=tenant)
-        usage = self._store.usage.tenants.get(tenant)
-        if usage is not None:
-            message.used_memory_bytes = usage.bytes_in(MEMORY)
-            message.used_disk_bytes = usage.bytes_in(DISK)
-            message.pinned_bytes = usage.pinned_bytes
-        for tier, limit in self._store.usage.quotas.get(tenant, {}).items():
-            setattr(message, _FIELDS[tier], limit)
-        return message
+        usage = self._store.usage
+        held = usage.tenants.get(tenant, TenantUsage())
+        used = {number: held.bytes_in(number) for number in self._store.catalogue.places}
+        return v1.Quota(
+            tenant=tenant,
+            limits=self._by_name(usage.quotas.get(tenant, {})),
+            used=self._by_name(used),
+            pinned_bytes=held.pinned_bytes,
+        )
 
     # -- the daemon -------------------------------------------------------------------------------
 
     async def get_admission(self, request: v1.GetAdmissionRequest) -> v1.AdmissionPolicy:
         rules = self._store.admission
         seen = sorted(tenant for tenant in rules.denied_tenants if self._caller.sees(tenant))
-        return v1.AdmissionPolicy(memory=rules.memory, disk=rules.rule("disk"), denied_tenants=seen)
+        lowers = self._store.movement.lowers.values()
+        below = {lower.name: rules.rule(lower.name) for lower in lowers}
+        return v1.AdmissionPolicy(rules={"memory": rules.memory, **below}, denied_tenants=seen)
 
     async def set_admission(self, request: v1.SetAdmissionRequest) -> v1.AdmissionPolicy:
         self._check_unlimited("the admission policy")
         rules = self._store.admission
-        for field in ("memory", "disk"):
-            if request.HasField(field):
-                rules = _with_rule(rules, field, getattr(request, field))
+        for tier, rule in request.rules.items():
+            self._tier(tier, "rules")
+            rules = _with_rule(rules, tier, rule)
         if request.HasField("denied"):
             tenants = request.denied.tenants
             if len(tenants) > _MAX_DENIED or any(len(t) > _MAX_TENANT for t in tenants):
@@ -158,10 +158,10 @@ class RuleVerbs(Answers):
             raise Denied("tenant", text)
 
 
-def _with_rule(rules: Admission, field: str, rule: str) -> Admission:
+def _with_rule(rules: Admission, tier: str, rule: str) -> Admission:
     try:
-        if field == "memory":
+        if tier == "memory":
             return dataclasses.replace(rules, memory=rule)
-        return dataclasses.replace(rules, below={**rules.below, field: rule})
+        return dataclasses.replace(rules, below={**rules.below, tier: rule})
     except ValueError as e:
-        raise bad_field(field, str(e)) from e
+        raise bad_field(f"rules.{tier}", str(e)) from e

@@ -9,11 +9,10 @@ from kvstore import __version__
 from kvstore.api import v1
 from kvstore.api.convert import duration, namespace_message, timestamp
 from kvstore.blocks.spec import Described, Part
-from kvstore.server.control.requests import Answers, numbered
+from kvstore.server.control.requests import Answers
 from kvstore.server.sessions.session import SessionConnection
 from kvstore.store.leases import Lease
 from kvstore.store.pins import PinOwner
-from kvstore.transport.protocol import DISK, MEMORY
 
 
 class StateVerbs(Answers):
@@ -52,7 +51,7 @@ class StateVerbs(Answers):
             if usage is not None:
                 info.objects = usage.objects
                 info.blocks = _blocks(usage.parts)
-                info.memory_bytes, info.disk_bytes = usage.nbytes[MEMORY], usage.nbytes[DISK]
+                info.bytes.update(self._by_name(usage.nbytes))
                 info.last_used.CopyFrom(timestamp(self._store.clock.unix(usage.last_used)))
                 info.parts.extend(sorted(_described(part) for part in usage.parts))
         return reply
@@ -108,7 +107,7 @@ def _session_of(lease: Lease) -> int:
 
 
 def _tier_stats(name: str, held: dict[str, Any]) -> v1.TierStats:
-    message = v1.TierStats(tier=numbered(held["number"]), name=name, problem=held["problem"] or "")
+    message = v1.TierStats(name=name, problem=held["problem"] or "")
     for size in ("capacity", "used", "free", "fragmented", "pinned"):
         setattr(message, f"{size}_bytes", held.get(size) or 0)
     return message

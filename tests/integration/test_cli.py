@@ -102,7 +102,7 @@ def test_stats_for_people_and_machines(stores: Stores) -> None:
         save(session, session.keys(prompt(1, 3)))
         assert session.flush() == 0
     text = run("stats", "--address", address).stdout
-    assert "3 objects, 0 not on disk yet, 0 leases" in text
+    assert "3 objects, 0 not written yet, 0 leases" in text
     assert "save.blocks" in text
     assert "12 KiB" in text
     assert "2 MiB" in text
@@ -111,7 +111,7 @@ def test_stats_for_people_and_machines(stores: Stores) -> None:
     assert "0 objects, 0 leases, 0 sessions" in bare
     found = json.loads(run("stats", "--format", "json", "--address", address).stdout)
     assert found["objects"] == 3
-    assert [tier["tier"] for tier in found["tiers"]] == ["memory", "disk"]
+    assert [tier["name"] for tier in found["tiers"]] == ["memory", "disk"]
     assert [tier["used_bytes"] for tier in found["tiers"]] == [3 * 4096] * 2
     assert found["counters"]["save.blocks"] == 3
 

@@ -54,10 +54,10 @@ def test_verbs_take_plain_values(served: Served) -> None:
         assert kvstore.unpin(pin.id).pins == 1
         assert kvstore.unpin(owner="me").pins == 0
         assert kvstore.set_ttl(3600, namespace=NAMESPACE_ID).objects == 3
-        assert kvstore.set_quota("t", memory_bytes=1 << 20).memory_bytes == 1 << 20
+        assert kvstore.set_quota("t", {"memory": 1 << 20}).limits["memory"] == 1 << 20
         assert {q.tenant for q in kvstore.get_quota().quotas} == {"", "t"}
-        assert kvstore.set_admission(disk="none").disk == "none"
-        assert kvstore.get_admission().disk == "none"
+        assert kvstore.set_admission({"disk": "none"}).rules["disk"] == "none"
+        assert kvstore.get_admission().rules["disk"] == "none"
         assert kvstore.stats().objects == 3
         assert [i.objects for i in kvstore.list_namespaces().namespaces] == [3]
         assert not kvstore.list_sessions().sessions
@@ -198,10 +198,10 @@ def test_tokens(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
     file.write_text(secret("boss") + "\n")
     config = load_config(overrides={"session": {"token_file": str(file)}})
     with Orchestrator(address, config=config, timeout=PATIENCE) as kvstore:
-        assert kvstore.set_admission(memory="none").memory == "none"
+        assert kvstore.set_admission({"memory": "none"}).rules["memory"] == "none"
     monkeypatch.setenv("KVSTORE_TOKEN", secret("reader"))
     with Orchestrator(address, timeout=PATIENCE) as kvstore, pytest.raises(AccessDenied):
-        kvstore.set_admission(memory="all")
+        kvstore.set_admission({"memory": "all"})
 
 
 def test_tls_from_the_configuration(stores: Stores) -> None:

@@ -80,9 +80,7 @@ def test_lookup_finds_the_longest_prefix(api: Api, saved: list[bytes], named: st
         prefix["namespace"] = namespace_message(namespace())
     found = api.call("Lookup", prefix=prefix)
     assert (found.blocks, found.tokens, found.asked_blocks) == (4, 4 * BLOCK_TOKENS, 6)
-    assert [(r.first, r.blocks, r.tier, r.node) for r in found.runs] == [
-        (0, 4, v1.TIER_MEMORY, "node-1")
-    ]
+    assert [(r.first, r.blocks, r.tier, r.node) for r in found.runs] == [(0, 4, "memory", "node-1")]
     assert found.reason == "never_stored"
     assert found.namespace_id == NAMESPACE_ID
     whole = api.call("Lookup", prefix=by_keys(saved[:4]))
@@ -90,12 +88,12 @@ def test_lookup_finds_the_longest_prefix(api: Api, saved: list[bytes], named: st
 
 
 def test_lookup_tells_tiers_and_the_time_to_bring_blocks_up(api: Api, saved: list[bytes]) -> None:
-    done(api, "Move", selection={"prefix": by_keys(saved[1:3])}, to=v1.TIER_DISK)
+    done(api, "Move", selection={"prefix": by_keys(saved[1:3])}, to="disk")
     found = api.call("Lookup", prefix=by_tokens(PROMPT))
     assert [(r.first, r.blocks, r.tier) for r in found.runs] == [
-        (0, 1, v1.TIER_MEMORY),
-        (1, 2, v1.TIER_DISK),
-        (3, 1, v1.TIER_MEMORY),
+        (0, 1, "memory"),
+        (1, 2, "disk"),
+        (3, 1, "memory"),
     ]
     assert found.estimate.ToNanoseconds() > 0
 
@@ -170,12 +168,12 @@ def test_explain_says_why_block_by_block(api: Api, saved: list[bytes]) -> None:
     found = api.call("Explain", prefix=by_tokens(PROMPT))
     told = [(b.usable, b.tier, b.reason) for b in found.blocks]
     assert told == [
-        (True, v1.TIER_MEMORY, "stored"),
-        (True, v1.TIER_MEMORY, "stored"),
-        (False, v1.TIER_UNSPECIFIED, "cleared"),
-        (False, v1.TIER_MEMORY, "stored"),
-        (False, v1.TIER_UNSPECIFIED, "never_stored"),
-        (False, v1.TIER_UNSPECIFIED, "never_stored"),
+        (True, "memory", "stored"),
+        (True, "memory", "stored"),
+        (False, "", "cleared"),
+        (False, "memory", "stored"),
+        (False, "", "never_stored"),
+        (False, "", "never_stored"),
     ]
     assert found.blocks[2].at.seconds > 0
     assert found.hit_blocks == 2
@@ -203,7 +201,6 @@ def test_stats(api: Api, session: Session, saved: list[bytes]) -> None:
     assert found.objects == 4
     assert found.sessions >= 1
     memory, disk = found.tiers
-    assert (memory.tier, disk.tier) == (v1.TIER_MEMORY, v1.TIER_DISK)
     assert (memory.name, disk.name) == ("memory", "disk")
     assert memory.used_bytes == disk.used_bytes == 4 * 4096
     assert memory.capacity_bytes == 8 << 20
@@ -216,7 +213,7 @@ def test_lists(api: Api, session: Session, saved: list[bytes]) -> None:
     (info,) = api.call("ListNamespaces").namespaces
     assert info.namespace == namespace_message(namespace())
     assert (info.objects, info.blocks, info.sessions) == (4, 4, 1)
-    assert info.memory_bytes == info.disk_bytes == 4 * 4096
+    assert dict(info.bytes) == {"memory": 4 * 4096, "disk": 4 * 4096}
     assert list(info.parts) == ["full 2×2×(8, 8) float32 LPNHC shard 0/1"]
     assert not api.call("ListNamespaces", tenant="nobody").namespaces
     (known,) = api.call("ListSessions").sessions
@@ -256,21 +253,21 @@ def test_blocks_move_between_tiers(api: Api, saved: list[bytes]) -> None:
     def tiers() -> list[int]:
         return [b.tier for b in api.call("Explain", prefix=by_tokens(PROMPT)).blocks[:4]]
 
-    moved = done(api, "Move", selection={"namespace_id": NAMESPACE_ID}, to=v1.TIER_DISK)
+    moved = done(api, "Move", selection={"namespace_id": NAMESPACE_ID}, to="disk")
     assert (moved.changed, moved.bytes, moved.verb) == (4, 4 * 4096, "Move")
-    assert tiers() == [v1.TIER_DISK] * 4
-    copied = done(api, "Copy", selection={"prefix": by_keys(saved[:2])}, to=v1.TIER_MEMORY)
+    assert tiers() == ["disk"] * 4
+    copied = done(api, "Copy", selection={"prefix": by_keys(saved[:2])}, to="memory")
     assert copied.changed == 2
-    assert tiers() == [v1.TIER_MEMORY] * 2 + [v1.TIER_DISK] * 2
-    in_memory = {"tier": v1.TIER_MEMORY}
-    again = done(api, "Copy", selection=in_memory, to=v1.TIER_DISK)
+    assert tiers() == ["memory"] * 2 + ["disk"] * 2
+    in_memory = {"tier": "memory"}
+    again = done(api, "Copy", selection=in_memory, to="disk")
     assert (again.changed, dict(again.skipped)) == (0, {"already": 2})
     fetched = done(api, "Prefetch", prefix=by_tokens(PROMPT))
     assert (fetched.total, fetched.changed, dict(fetched.skipped)) == (4, 2, {"already": 2})
-    assert tiers() == [v1.TIER_MEMORY] * 4
-    done(api, "Move", selection={"prefix": by_keys(saved)}, to=v1.TIER_MEMORY)
+    assert tiers() == ["memory"] * 4
+    done(api, "Move", selection={"prefix": by_keys(saved)}, to="memory")
     assert api.call("Stats").tiers[1].used_bytes == 0
-    below = done(api, "Prefetch", prefix=by_tokens(PROMPT), tier=v1.TIER_DISK)
+    below = done(api, "Prefetch", prefix=by_tokens(PROMPT), tier="disk")
     assert below.changed == 4
 
 
@@ -308,31 +305,32 @@ def test_time_to_live(api: Api, session: Session, saved: list[bytes]) -> None:
 
 def test_quotas(api: Api, session: Session, saved: list[bytes]) -> None:
     before = api.call("GetQuota", tenant="").quotas[0]
-    assert not before.HasField("memory_bytes")
-    assert before.used_memory_bytes == before.used_disk_bytes == 4 * 4096
-    limited = api.call("SetQuota", tenant="", memory_bytes=2 * 4096)
-    assert (limited.memory_bytes, limited.HasField("disk_bytes")) == (2 * 4096, False)
-    assert limited.used_memory_bytes <= 2 * 4096
-    api.call("SetQuota", tenant="other", disk_bytes=0)
+    assert not before.limits
+    assert dict(before.used) == {"memory": 4 * 4096, "disk": 4 * 4096}
+    limited = api.call("SetQuota", tenant="", limits={"memory": 2 * 4096})
+    assert dict(limited.limits) == {"memory": 2 * 4096}
+    assert limited.used["memory"] <= 2 * 4096
+    api.call("SetQuota", tenant="other", limits={"disk": 0})
     quotas = {q.tenant: q for q in api.call("GetQuota").quotas}
     assert quotas[""] == api.call("GetQuota", tenant="").quotas[0]
-    assert quotas["other"].disk_bytes == 0
+    assert dict(quotas["other"].limits) == {"disk": 0}
     for tenant in ("", "other"):
-        assert not api.call("SetQuota", tenant=tenant).HasField("memory_bytes")
+        assert not api.call("SetQuota", tenant=tenant).limits
     assert [q.tenant for q in api.call("GetQuota").quotas] == [""]
 
 
 def test_admission(api: Api, session: Session) -> None:
     start = api.call("GetAdmission")
-    assert (start.memory, start.disk, list(start.denied_tenants)) == ("all", "all", [])
-    changed = api.call("SetAdmission", disk="reused", denied={"tenants": ["b", "a", ""]})
-    assert (changed.memory, changed.disk) == ("all", "reused")
+    assert (dict(start.rules), start.denied_tenants) == ({"memory": "all", "disk": "all"}, [])
+    denied = {"tenants": ["b", "a", ""]}
+    changed = api.call("SetAdmission", rules={"disk": "reused"}, denied=denied)
+    assert dict(changed.rules) == {"memory": "all", "disk": "reused"}
     assert list(changed.denied_tenants) == ["", "a", "b"]
     keys = session.keys(prompt(77, 2))
     assert save(session, keys).stored == 0
-    assert api.call("SetAdmission", memory="none").disk == "reused"
+    assert api.call("SetAdmission", rules={"memory": "none"}).rules["disk"] == "reused"
     assert api.call("Lookup", prefix=by_keys(keys)).reason == "admission"
-    assert api.call("SetAdmission", memory="all", disk="all", denied={}) == start
+    assert api.call("SetAdmission", rules=start.rules, denied={}) == start
     assert save(session, keys).stored == 2
 
 

@@ -12,7 +12,6 @@ from typing import Any, Final
 import grpc
 import pytest
 
-from kvstore.api import v1
 from kvstore.api.client import Orchestrator
 from kvstore.errors import StoreUnavailable
 from tests.certificates import Authority
@@ -89,7 +88,7 @@ def test_keys_of_others_tell_and_do_nothing(tenants: Tenants) -> None:
     found = api.call("Lookup", prefix=prefix)
     assert (found.blocks, found.reason) == (0, "never_stored")
     block = api.call("Explain", prefix=prefix).blocks[0]
-    assert (block.usable, block.tier) == (False, v1.TIER_UNSPECIFIED)
+    assert (block.usable, block.tier) == (False, "")
     assert THEIRS[:8] not in block.detail
     assert api.call("Pin", prefix=prefix, ttl={"seconds": 60}, owner="me").blocks == 0
     assert api.finished(api.call("Clear", selection={"prefix": prefix})).total == 0

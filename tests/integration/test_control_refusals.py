@@ -7,7 +7,6 @@ from typing import Any, Final
 
 import pytest
 
-from kvstore.api import v1
 from kvstore.api.convert import namespace_message
 from tests.control_tools import SERVICE, Api, by_keys
 from tests.session_tools import BLOCK_TOKENS, Served, Stores, namespace
@@ -94,17 +93,17 @@ BAD_FIELDS: Final[list[tuple[str, dict[str, Any], str]]] = [
     ("Unpin", {"owner": ""}, "owner"),
     ("SetTtl", {"selection": {"everything": True}, "ttl": {"seconds": -5}}, "ttl"),
     ("SetTtl", {}, "selection"),
-    ("Prefetch", {"prefix": GOOD, "tier": 7}, "tier"),
+    ("Prefetch", {"prefix": GOOD, "tier": "far"}, "tier"),
     ("Prefetch", {}, "prefix.namespace_id"),
     ("Move", {"selection": {"everything": True}}, "to"),
-    ("Move", {"to": v1.TIER_DISK}, "selection"),
-    ("Copy", {"selection": {"everything": True}, "to": 9}, "to"),
-    ("Copy", {"selection": {"tier": 9}, "to": v1.TIER_DISK}, "selection.tier"),
+    ("Move", {"to": "disk"}, "selection"),
+    ("Copy", {"selection": {"everything": True}, "to": "far"}, "to"),
+    ("Copy", {"selection": {"tier": "far"}, "to": "disk"}, "selection.tier"),
     ("Compress", {"selection": {"everything": True}, "codec": "zip"}, "codec"),
     ("Compress", {"codec": "raw"}, "selection"),
     ("Decompress", {}, "selection"),
     ("Clear", {}, "selection"),
-    ("Clear", {"selection": {"everything": True, "tier": 1}}, "selection.everything"),
+    ("Clear", {"selection": {"everything": True, "tier": "memory"}}, "selection.everything"),
     ("Clear", {"selection": {"older_than": {"seconds": -1}}}, "selection.older_than"),
     ("Clear", {"selection": {"unused_for": {"seconds": 10**11}}}, "selection.unused_for"),
     ("Clear", {"selection": {"namespace_id": "nonsense"}}, "selection.namespace_id"),
@@ -113,10 +112,12 @@ BAD_FIELDS: Final[list[tuple[str, dict[str, Any], str]]] = [
     ("Watch", {}, "id"),
     ("Cancel", {"id": "x" * 300}, "id"),
     ("SetQuota", {"tenant": "x" * 4097}, "tenant"),
-    ("SetQuota", {"tenant": "", "memory_bytes": 2**63}, "memory_bytes"),
+    ("SetQuota", {"tenant": "", "limits": {"memory": 2**63}}, "limits.memory"),
+    ("SetQuota", {"tenant": "", "limits": {"far": 1}}, "limits"),
     ("GetQuota", {"tenant": "x" * 4097}, "tenant"),
-    ("SetAdmission", {"memory": "some"}, "memory"),
-    ("SetAdmission", {"disk": ""}, "disk"),
+    ("SetAdmission", {"rules": {"memory": "some"}}, "rules.memory"),
+    ("SetAdmission", {"rules": {"disk": ""}}, "rules.disk"),
+    ("SetAdmission", {"rules": {"far": "all"}}, "rules"),
     ("SetAdmission", {"denied": {"tenants": ["x"] * 1025}}, "denied.tenants"),
     ("Drain", {"timeout": {"seconds": -1}}, "timeout"),
 ]
@@ -180,10 +181,10 @@ def test_large_messages_are_refused(api: Api) -> None:
 def test_a_daemon_without_a_disk_says_so(stores: Stores) -> None:
     with Api(stores.serve("2MiB")) as api:
         for method in ("Move", "Copy"):
-            told = api.refused(method, selection={"everything": True}, to=v1.TIER_DISK)
+            told = api.refused(method, selection={"everything": True}, to="disk")
             assert told[:2] == ("FAILED_PRECONDITION", "NO_TIER")
             assert "--disk" in told.remedy
-        assert [tier.tier for tier in api.call("Stats").tiers] == [v1.TIER_MEMORY]
+        assert [tier.name for tier in api.call("Stats").tiers] == ["memory"]
 
 
 def test_calls_at_a_time_are_bounded(served: Served) -> None:

@@ -48,7 +48,7 @@ def test_several_watch_one_operation(served: Served, api: Api) -> None:
     with served.session(TINY) as session:
         save(session, session.keys(prompt(1, 2000)))
         assert session.flush() == 0
-        operation = api.call("Move", selection=ALL, to=v1.TIER_DISK)
+        operation = api.call("Move", selection=ALL, to="disk")
         with ThreadPoolExecutor(3) as pool:
             seen = list(pool.map(lambda _: list(api.call("Watch", id=operation.id)), range(3)))
     for states in seen:
@@ -65,8 +65,8 @@ def test_cancelling_keeps_what_was_done(stores: Stores) -> None:
     with Api(served) as api, served.session(BIG) as session:
         save(session, session.keys(prompt(1, 160)))
         assert session.flush() == 0
-        api.finished(api.call("Move", selection=ALL, to=v1.TIER_DISK))
-        operation = api.call("Copy", selection=ALL, to=v1.TIER_MEMORY)
+        api.finished(api.call("Move", selection=ALL, to="disk"))
+        operation = api.call("Copy", selection=ALL, to="memory")
         told = api.call("Cancel", id=operation.id)
         assert told.id == operation.id
         assert api.call("Cancel", id=operation.id).id == operation.id, "once more does no harm"
@@ -74,7 +74,7 @@ def test_cancelling_keeps_what_was_done(stores: Stores) -> None:
         assert ended.state in (v1.Operation.STATE_CANCELLED, v1.Operation.STATE_DONE)
         assert ended.done == ended.changed + sum(ended.skipped.values())
         in_memory = [r for r in api.call("Lookup", prefix=by_tokens(prompt(1, 160))).runs]
-        assert sum(r.blocks for r in in_memory if r.tier == v1.TIER_MEMORY) == ended.changed
+        assert sum(r.blocks for r in in_memory if r.tier == "memory") == ended.changed
 
 
 def test_draining_lets_nothing_in_and_says_what_is_left(stores: Stores) -> None:
@@ -104,7 +104,7 @@ def test_a_drain_stops_the_daemon_when_all_is_written(served: Served, api: Api) 
     served.restart()
     with Api(served) as again:
         found = again.call("Lookup", prefix=by_tokens(prompt(1, 5)))
-        assert [(r.blocks, r.tier) for r in found.runs] == [(5, v1.TIER_DISK)]
+        assert [(r.blocks, r.tier) for r in found.runs] == [(5, "disk")]
         assert not again.call("ListOperations").operations
 
 
@@ -164,7 +164,7 @@ def test_events_tell_what_is_stored_moved_and_removed(served: Served, api: Api) 
         keys = list(session.keys(prompt(1, 3)))
         save(session, keys)
         assert session.flush() == 0
-        api.finished(api.call("Move", selection=ALL, to=v1.TIER_DISK))
+        api.finished(api.call("Move", selection=ALL, to="disk"))
         api.finished(api.call("Clear", selection=ALL))
     router = Router()
     events: list[v1.Event] = []
@@ -173,15 +173,15 @@ def test_events_tell_what_is_stored_moved_and_removed(served: Served, api: Api) 
     stream.cancel()
     first = events[0].stored
     assert list(first.block_hashes) == keys
-    assert (first.medium, first.block_size, first.parent_block_hash) == (v1.TIER_MEMORY, 16, b"")
+    assert (first.medium, first.block_size, first.parent_block_hash) == ("memory", 16, b"")
     assert {e.stored.medium for e in events if e.HasField("stored")} == {
-        v1.TIER_MEMORY,
-        v1.TIER_DISK,
+        "memory",
+        "disk",
     }
     removed = [e.removed for e in events if e.HasField("removed")]
     assert {(r.medium, r.reason) for r in removed} == {
-        (v1.TIER_MEMORY, "moved"),
-        (v1.TIER_DISK, "cleared"),
+        ("memory", "moved"),
+        ("disk", "cleared"),
     }
     assert {key for r in removed if r.reason == "cleared" for key in r.block_hashes} == set(keys)
     assert events[-1].cleared.namespace_id == NAMESPACE_ID
@@ -219,8 +219,8 @@ def test_a_router_outlives_daemons(served: Served) -> None:
         resumed.cancel()
         assert "snapshot" not in router.heard[router.heard.index("stored") :]
         assert {m: len(keys) for m, keys in router.known.items()} == {
-            v1.TIER_MEMORY: 300,
-            v1.TIER_DISK: 300,
+            "memory": 300,
+            "disk": 300,
         }
     served.stop()
     served.restart()
@@ -230,7 +230,7 @@ def test_a_router_outlives_daemons(served: Served) -> None:
         plain = api.call("WatchEvents", **router.last)
         assert next(plain).HasField("missed")
         told = Router()
-        while len(told.known.get(v1.TIER_DISK, ())) < 300:  # What the disk held is told.
+        while len(told.known.get("disk", ())) < 300:  # What the disk held is told.
             told.hear(next(plain))
         plain.cancel()
         missing = {"after": 10**9, "incarnation": ""}
@@ -239,7 +239,7 @@ def test_a_router_outlives_daemons(served: Served) -> None:
         router.listen(again, snapshot(api).last)
         again.cancel()
         assert router.known == snapshot(api).known
-        assert len(router.known[v1.TIER_MEMORY]) == 50
+        assert len(router.known["memory"]) == 50
         assert not snapshot(api, tenant="another").known
 
 
@@ -264,7 +264,7 @@ def test_a_snapshot_and_what_follows_it_make_a_whole(served: Served, api: Api) -
         routers.append((router, stream))
     thread.join()
     truth = snapshot(api)
-    assert len(truth.known[v1.TIER_MEMORY]) > 1500
+    assert len(truth.known["memory"]) > 1500
     assert routers
     for router, stream in routers:
         router.listen(stream, truth.last)

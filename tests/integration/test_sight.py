@@ -16,7 +16,6 @@ import grpc
 import pytest
 from google.protobuf.json_format import MessageToDict
 
-from kvstore.api import v1
 from kvstore.api.convert import namespace_message
 from kvstore.config import Config
 from kvstore.server.access.access import Access
@@ -64,7 +63,7 @@ class World:
         self.theirs.ask(protocol.Lookup(0, b"v" * 32))
         self.their_pin = self.pin(THEIRS, THEIR_KEYS)
         self.their_operation = self.operation("theirs", self.all)
-        self.all.call("SetQuota", tenant="theirs", memory_bytes=1 << 20)
+        self.all.call("SetQuota", tenant="theirs", limits={"memory": 1 << 20})
         self.all.call("SetAdmission", denied={"tenants": ["theirs-denied"]})
         assert isinstance(Wire(self.served.socket, "no-such-token").greeting, Failure)
 
@@ -159,7 +158,7 @@ def also(more: dict[str, Any], about: Callable[[World, str], dict[str, Any]]) ->
 
 
 UNKNOWN: Final = "NAMESPACE_UNKNOWN"
-DISK: Final = v1.TIER_DISK
+DISK: Final = "disk"
 API: Final[dict[str, Row]] = {
     "Lookup": Row("read", prefix, UNKNOWN),
     "Explain": Row("read", prefix, UNKNOWN),

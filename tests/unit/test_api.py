@@ -31,7 +31,7 @@ from kvstore.errors import ConfigError, SpecError
 from kvstore.server.cli import blocks as blocks_cli
 from kvstore.server.cli import node as node_cli
 from kvstore.server.cli.options import limit_option, parse_duration
-from kvstore.server.cli.output import plain, tier_name
+from kvstore.server.cli.output import plain
 from kvstore.server.control.errors import CODES
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +66,6 @@ def test_the_types_promise_what_is_there() -> None:
     text = Path(kvstore.api.__file__).with_name("v1.pyi").read_text()
     for name in re.findall(r"^(?:class )?(\w+)[(:]", text, re.MULTILINE):
         assert hasattr(v1, name), name
-    assert v1.Tier.Name(v1.TIER_DISK) == "TIER_DISK"
     assert v1.Operation.State.Value("STATE_DONE") == v1.Operation.STATE_DONE
 
 
@@ -107,7 +106,7 @@ def test_requests_are_of_the_type_that_the_method_takes() -> None:
         "move": {"to": "disk", "everything": True},
         "copy": {"to": "disk", "everything": True},
         "compress": {"codec": "raw", "everything": True},
-        "set_quota": {"tenant": "t"},
+        "set_quota": {"tenant": "t", "limits": {}},
     } | {name: {"operation": "1"} for name in ("check_finish", "watch", "cancel")}
     for method in v1.DESCRIPTOR.services_by_name["Orchestrator"].methods:
         name = snake(method.name)
@@ -131,7 +130,11 @@ def test_choices_become_selections() -> None:
     assert request.dry_run
     assert chosen.namespace_id == namespace.digest.hex()
     assert chosen.HasField("tenant")
-    assert (chosen.tier, chosen.older_than.seconds, chosen.older_than.nanos) == (2, 1, 500_000_000)
+    assert (chosen.tier, chosen.older_than.seconds, chosen.older_than.nanos) == (
+        "disk",
+        1,
+        500_000_000,
+    )
     assert chosen.unused_for.seconds == 60
     assert not chosen.everything
     request = (
@@ -176,7 +179,8 @@ def test_choices_become_selections() -> None:
         (lambda: BY_NAME["watch_events"].call(after=-1), "does not fit"),
         (lambda: BY_NAME["list_leases"].call(1 << 64), "does not fit"),
         (lambda: BY_NAME["list_namespaces"].call("\udcff"), "does not fit"),
-        (lambda: BY_NAME["move"].call("cloud", everything=True), "memory or disk"),  # type: ignore[arg-type]
+        (lambda: BY_NAME["move"].call("", everything=True), "no name of a tier"),
+        (lambda: BY_NAME["clear"].call(tier="\0"), "no name of a tier"),
         (lambda: BY_NAME["set_ttl"].call(math.inf, everything=True), "ttl"),
         (lambda: BY_NAME["set_ttl"].call(math.nan, everything=True), "ttl"),
     ],
@@ -228,20 +232,18 @@ def test_an_address_of_sessions_elsewhere_is_explained() -> None:
 def test_plain_values() -> None:
     event = v1.Event(sequence=7, at=timestamp(0.5))
     event.stored.block_hashes.append(b"\x01\xff")
-    event.stored.medium = v1.TIER_DISK
+    event.stored.medium = "disk"
     told = plain(event)
     assert told["sequence"] == 7
     assert told["at"] == "1970-01-01T00:00:00.500+00:00"
     assert told["stored"]["block_hashes"] == ["01ff"]
     assert told["stored"]["medium"] == "disk"
-    event.stored.medium = 7  # type: ignore[assignment]
-    assert plain(event)["stored"]["medium"] == 7, "of a newer daemon"
-    assert tier_name(event.stored.medium) == "7"
     assert "removed" not in told
     assert plain(v1.LookupResponse(estimate=duration(0.25)))["estimate"] == 0.25
     assert plain(v1.StatsResponse(counters={"b": 1, "a": 2}))["counters"] == {"a": 2, "b": 1}
-    assert "memory_bytes" not in plain(v1.Quota(tenant="x"))
-    assert plain(v1.Quota(tenant="x", memory_bytes=0))["memory_bytes"] == 0
+    assert plain(v1.Quota(tenant="x", limits={"far": 0}))["limits"] == {"far": 0}
+    state = v1.Operation(state=9)  # type: ignore[arg-type]
+    assert plain(state)["state"] == 9, "of a newer daemon"
 
 
 @pytest.mark.parametrize(
