@@ -110,21 +110,15 @@ class Xxh3Stream:
     """XXH3 of data that comes in pieces. Only one thread at a time may use an object.
 
     Every piece but the last must be a multiple of 64 bytes: once a piece was not, further
-    non-empty pieces raise ``ValueError`` until :meth:`reset`.
+    non-empty pieces raise ``ValueError``.
     """
 
     def __init__(self) -> None: ...
-    def copy(self, dst: int, src: int, nbytes: int) -> None:
-        """Copy a piece and add it to the hash in one pass; the ranges must not overlap.
+    def update(self, src: int, nbytes: int, dst: int = 0) -> None:
+        """Add a piece to the hash, and copy it to ``dst`` in the same pass (0: nowhere).
 
-        Uses non-temporal stores if ``dst`` is a multiple of 64.
+        The ranges must not overlap. Uses non-temporal stores if ``dst`` is a multiple of 64.
         """
-
-    def update(self, src: int, nbytes: int) -> None:
-        """Add a piece to the hash."""
 
     def digest(self) -> int:
         """The hash of all pieces so far, equal to ``xxh3_64`` of their concatenation."""
-
-    def reset(self) -> None:
-        """Start again with no data."""

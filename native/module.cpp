@@ -129,26 +129,15 @@ void copy_range(std::int64_t dst, std::int64_t src, std::int64_t nbytes, std::in
   linear_copy(to.data, from.data, to.size, workers);
 }
 
-void check_open(const Xxh3Stream& stream, const Range& piece) {
-  if (piece.size > 0 && !stream.open()) {
+void stream_update(Xxh3Stream& stream, std::int64_t src, std::int64_t nbytes, std::int64_t dst) {
+  const Range from = checked_range("src", src, nbytes);
+  const Range to = checked_range("dst", dst, dst == 0 ? 0 : nbytes);
+  check_disjoint(to, from);
+  if (nbytes > 0 && !stream.open()) {
     reject("nbytes of every piece but the last must be a multiple of 64");
   }
-}
-
-void stream_copy(Xxh3Stream& stream, std::int64_t dst, std::int64_t src, std::int64_t nbytes) {
-  const Range to = checked_range("dst", dst, nbytes);
-  const Range from = checked_range("src", src, nbytes);
-  check_disjoint(to, from);
-  check_open(stream, from);
   const Unlocked unlocked;
   stream.update(to.data, from.data, from.size);
-}
-
-void stream_update(Xxh3Stream& stream, std::int64_t src, std::int64_t nbytes) {
-  const Range from = checked_range("src", src, nbytes);
-  check_open(stream, from);
-  const Unlocked unlocked;
-  stream.update(nullptr, from.data, from.size);
 }
 
 // Copies the page numbers, so that they stay as checked, and notes their range in `shape`.
@@ -309,10 +298,8 @@ NB_MODULE(_native, m) {
 
   nb::class_<Xxh3Stream>(m, "Xxh3Stream")
       .def(nb::init<>())
-      .def("copy", &stream_copy, "dst"_a, "src"_a, "nbytes"_a)
-      .def("update", &stream_update, "src"_a, "nbytes"_a)
-      .def("digest", &Xxh3Stream::digest)
-      .def("reset", &Xxh3Stream::reset);
+      .def("update", &stream_update, "src"_a, "nbytes"_a, "dst"_a = 0)
+      .def("digest", &Xxh3Stream::digest);
 }
 
 }  // namespace kvstore

@@ -27,7 +27,6 @@ std::uint64_t xxh3_finish(const Xxh3State& state, std::uint64_t total, const std
 // Hash of an input that arrives in pieces; each piece but the last is a multiple of 64 bytes.
 class Xxh3Stream {
  public:
-  void reset() { *this = Xxh3Stream(); }
   // False once a piece with a ragged end was added: nothing may follow it.
   bool open() const { return total_ % 64 == 0; }
   // Adds `size` bytes of `src`; also copies them to `dst` unless that is null.

@@ -195,7 +195,7 @@ class BulkServer:
                 at = bounce.address
                 for i, start, end in run:
                     slot = self._arena.address + granted.offsets[slots[i]]
-                    hashed.copy(slot + start, at, end - start)
+                    hashed.update(at, end - start, slot + start)
                     at += end - start
                     if end < sizes[i]:
                         continue
@@ -203,7 +203,7 @@ class BulkServer:
                         granted.checksums[slots[i]] = sums[i]
                     else:
                         damaged.append(i)
-                    hashed.reset()
+                    hashed = Xxh3Stream()
             granted.damaged.update(slots[i] for i in damaged)
         # Not before the grant is given back: the commit may come at once.
         send_message(wire, Taken(tuple(damaged)), self._patience)

@@ -48,10 +48,9 @@ def test_golden_xxh3() -> None:
 
 
 def test_stream_of_every_length(data: NDArray[np.uint8]) -> None:
-    stream = _native.Xxh3Stream()
-    assert stream.digest() == reference(data[:0])
+    assert _native.Xxh3Stream().digest() == reference(data[:0])
     for size in range(1, 2400, 7):
-        stream.reset()
+        stream = _native.Xxh3Stream()
         whole = size // 64 * 64
         stream.update(data.ctypes.data, whole)
         stream.update(data.ctypes.data + whole, size - whole)
@@ -72,11 +71,11 @@ def test_stream_of_random_pieces(data: NDArray[np.uint8], seed: int, offset: int
             stream.update(data.ctypes.data + size, nbytes)
             target[shift + size : shift + size + nbytes] = data[size : size + nbytes]
         else:
-            stream.copy(target.ctypes.data + shift + size, data.ctypes.data + size, nbytes)
+            stream.update(data.ctypes.data + size, nbytes, target.ctypes.data + shift + size)
         size += nbytes
         assert stream.digest() == reference(data[:size])
     ragged = int(rng.integers(1, 64))
-    stream.copy(target.ctypes.data + shift + size, data.ctypes.data + size, ragged)
+    stream.update(data.ctypes.data + size, ragged, target.ctypes.data + shift + size)
     size += ragged
     assert stream.digest() == reference(data[:size])
     assert np.array_equal(target[shift : shift + size], data[:size])
@@ -91,11 +90,8 @@ def test_stream_refuses_data_after_a_ragged_piece(data: NDArray[np.uint8]) -> No
     with pytest.raises(ValueError, match="nbytes"):
         stream.update(data.ctypes.data, 64)
     with pytest.raises(ValueError, match="nbytes"):
-        stream.copy(data.ctypes.data + 64, data.ctypes.data, 64)
+        stream.update(data.ctypes.data, 64, data.ctypes.data + 64)
     assert stream.digest() == reference(data[:70])
-    stream.reset()
-    stream.update(data.ctypes.data, 64)
-    assert stream.digest() == reference(data[:64])
 
 
 def test_bad_arguments(data: NDArray[np.uint8]) -> None:
@@ -110,9 +106,9 @@ def test_bad_arguments(data: NDArray[np.uint8]) -> None:
     with pytest.raises(ValueError, match="src"):
         stream.update(0, 64)
     with pytest.raises(ValueError, match="dst"):
-        stream.copy(0, at, 64)
+        stream.update(at, 64, -8)
     with pytest.raises(ValueError, match="overlap"):
-        stream.copy(at + 63, at, 64)
+        stream.update(at, 64, at + 63)
     assert stream.digest() == reference(data[:0])
 
 

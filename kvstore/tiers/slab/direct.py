@@ -89,7 +89,6 @@ class Mover:
         self._beat = beat or contextlib.nullcontext()
         self._bounce = Bounce(min(PIECE, align(largest, _HUGE)))
         self._in_place = in_place
-        self._stream = Xxh3Stream()
 
     def store(self, fd: int, offset: int, address: int, nbytes: int) -> int:
         """Write `nbytes` bytes at `address` to `offset`; their XXH3.
@@ -97,15 +96,14 @@ class Mover:
         Raises:
             OSError: some of it may be written.
         """
-        bounce, stream = self._bounce, self._stream
-        stream.reset()
+        bounce, stream = self._bounce, Xxh3Stream()
         for at, piece in self._pieces(nbytes):
             padded = align(piece)
             if self._reaches(address):
                 stream.update(address + at, piece)
                 view = memory_at(address + at, padded)
             else:
-                stream.copy(bounce.address, address + at, piece)
+                stream.update(address + at, piece, bounce.address)
                 # No bytes of an earlier object, perhaps of another tenant, after this one's.
                 ctypes.memset(bounce.address + piece, 0, padded - piece)
                 view = bounce.view[:padded]
@@ -121,8 +119,7 @@ class Mover:
         Raises:
             OSError: some of it may be read.
         """
-        bounce, stream = self._bounce, self._stream
-        stream.reset()
+        bounce, stream = self._bounce, Xxh3Stream()
         for at, piece in self._pieces(nbytes):
             padded = align(piece)
             in_place = address is not None and self._reaches(address)
@@ -136,7 +133,7 @@ class Mover:
             elif in_place:
                 stream.update(address + at, piece)
             else:
-                stream.copy(address + at, bounce.address, piece)
+                stream.update(bounce.address, piece, address + at)
         return stream.digest()
 
     def _pieces(self, nbytes: int) -> Iterator[tuple[int, int]]:
