@@ -16,6 +16,7 @@ from typing import Final
 
 from kvstore.errors import ConfigError, NotNow
 from kvstore.files import make_way, open_own
+from kvstore.transport.credentials import listener
 from kvstore.values import split_host_port
 
 _MAX_PATH: Final = 107
@@ -124,7 +125,7 @@ async def take_lock(socket_path: Path, patience: float) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
-            if loop.time() < until and not _answers(socket_path):
+            if loop.time() < until and listener(socket_path) is None:
                 await asyncio.sleep(_POLL)
                 continue
             holder = os.read(lock, 32).decode(errors="replace").strip()
@@ -136,13 +137,6 @@ async def take_lock(socket_path: Path, patience: float) -> int:
     os.truncate(lock, 0)
     os.write(lock, f"{os.getpid()}\n".encode())
     return lock
-
-
-def _answers(path: Path) -> bool:
-    """Whether somebody listens on a socket."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
-        probe.setblocking(False)
-        return probe.connect_ex(str(path)) == 0
 
 
 def group_id(name: str) -> int:
