@@ -256,11 +256,10 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
 
     def casts_to(self, other: Part) -> bool:
         """Whether it is `other` once its numbers are rounded to `other`'s type."""
-        if self.group.dtype == other.group.dtype or isinstance(self.layout, Opaque):
+        own, wanted = self.group.dtype, other.group.dtype
+        if own == wanted or not {own, wanted} <= FLOATS or isinstance(self.layout, Opaque):
             return False
-        if not {self.group.dtype, other.group.dtype} <= FLOATS:
-            return False
-        group = msgspec.structs.replace(self.group, dtype=other.group.dtype)
+        group = msgspec.structs.replace(self.group, dtype=wanted)
         return Part(group, self.layout, self.shard).converts_to(other)
 
 
