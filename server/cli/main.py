@@ -8,14 +8,12 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import DownloadColumn, TransferSpeedColumn
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -24,7 +22,7 @@ from kvstore.errors import KVStoreError
 from kvstore.server.cli import blocks as blocks_cli
 from kvstore.server.cli import node as node_cli
 from kvstore.server.cli.bench import bench_app
-from kvstore.server.cli.output import progress as progress_bar
+from kvstore.server.cli.output import progress
 from kvstore.telemetry import shown
 
 _log = logging.getLogger("kvstore.cli")
@@ -74,15 +72,6 @@ def main() -> None:
         text = shown(str(e) or "out of memory")
         Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "red"), f" {text}"))
         sys.exit(1)
-
-
-@contextmanager
-def _byte_progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over bytes on stderr, when that is a terminal."""
-    columns = (DownloadColumn(binary_units=True), TransferSpeedColumn())
-    with progress_bar(title, *columns) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @app.command()
@@ -137,7 +126,7 @@ def serve(
     path = settings.socket
     if settings.address is None:
         prepare_run_dir(settings)
-    with _byte_progress("touching memory") as progress:
+    with progress("touching memory", "bytes") as touched:
 
         def ready(addresses: list[str], away: Mapping[str, str]) -> None:
             head = f"ready: unix://{path} ({describe(settings, away)}, pid {os.getpid()})"
@@ -145,7 +134,7 @@ def serve(
             typer.echo("\n  ".join([head, *addresses]))
             sys.stdout.flush()
 
-        run(settings, path, ready=ready, progress=progress)
+        run(settings, path, ready=ready, progress=touched)
 
 
 def _token_name(text: str) -> str:
@@ -193,8 +182,8 @@ def fsck(
     """Verify every object of a disk tier; exit code 2 when something is damaged."""
     from kvstore.tiers.slab import fsck as slabcheck
 
-    with _byte_progress("verifying") as progress:
-        report = slabcheck.fsck(folder, repair=repair, progress=progress)
+    with progress("verifying", "bytes") as verified:
+        report = slabcheck.fsck(folder, repair=repair, progress=verified)
     _print_struct(report)
     if report.in_use_by is not None:
         typer.echo(

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, MutableSequence, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -17,7 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import typer
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -213,19 +221,27 @@ def finish(how: Printing, operation: Operation, *, wait: bool, done: str) -> Non
     answer(how, operation.state, told(operation.state, done), *([] if wait else [hint]))
 
 
-def progress(title: str, *columns: ProgressColumn) -> Progress:
-    """A bar on stderr that goes away at the end, when that is a terminal."""
+@contextmanager
+def progress(title: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, when that is a terminal, which is told how much of how much is done.
+
+    `unit` is `bytes`, or nothing for things that are counted.
+    """
     console = Console(stderr=True)
-    shown = (TextColumn(title, markup=False), BarColumn(), *columns)
-    return Progress(*shown, console=console, disable=not console.is_terminal, transient=True)
+    in_bytes = (DownloadColumn(binary_units=True), TransferSpeedColumn())
+    numbers = in_bytes if unit else (MofNCompleteColumn(),)
+    columns = (TextColumn(title, markup=False), BarColumn(), *numbers)
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total or None)
 
 
 def _wait(operation: Operation) -> None:
     try:
-        with progress(operation.state.verb.lower(), MofNCompleteColumn()) as bar:
-            task = bar.add_task("", total=None)
+        with progress(operation.state.verb.lower()) as bar:
             for state in operation.watch():
-                bar.update(task, completed=state.done, total=state.total or None)
+                bar(state.done, state.total)
     except KeyboardInterrupt:
         typer.echo(f"it goes on; `kvstore operations cancel {operation.id}` ends it", err=True)
         sys.exit(130)

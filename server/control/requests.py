@@ -56,17 +56,17 @@ def seconds(message: Duration, field: str, *, high: float, low: float = 0.0) -> 
     return value
 
 
-def ttl(message: Duration, field: str = "ttl") -> float:
+def ttl(message: Duration) -> float:
     """A time to live. Raises Refused: it is not positive, or too long."""
-    return seconds(message, field, low=0.001, high=MAX_TTL)
+    return seconds(message, "ttl", low=0.001, high=MAX_TTL)
 
 
-def name(value: str, field: str, *, longest: int = _MAX_NAME) -> str:
+def name(value: str, field: str) -> str:
     """A name that must be given. Raises Refused: it is empty or too long."""
     if not value:
         raise bad_field(field, "is empty; give one")
-    if len(value) > longest:
-        raise bad_field(field, f"has {len(value)} characters; {longest} are allowed")
+    if len(value) > _MAX_NAME:
+        raise bad_field(field, f"has {len(value)} characters; {_MAX_NAME} are allowed")
     return value
 
 
@@ -220,7 +220,7 @@ class Answers:
                 taken.append(key)
         return taken
 
-    async def _selection(self, message: v1.Selection, field: str = "selection") -> Selection:
+    async def _selection(self, message: v1.Selection) -> Selection:
         """The stored blocks that a request chooses, never beyond what the caller sees.
 
         Raises:
@@ -230,20 +230,22 @@ class Answers:
         conditions = [item.name for item, _ in message.ListFields() if item.name != "everything"]
         if message.everything and conditions:
             text = f"contradicts {', '.join(conditions)}; give one or the other"
-            raise bad_field(f"{field}.everything", text)
+            raise bad_field("selection.everything", text)
         if not message.everything and not conditions:
-            raise bad_field(field, "chooses nothing; give a condition, or everything")
+            raise bad_field("selection", "chooses nothing; give a condition, or everything")
         namespace: Namespace | None = None
         keys: list[bytes] | None = None
         if message.namespace_id:
-            namespace = await self._namespace(message.namespace_id, f"{field}.namespace_id")
+            namespace = await self._namespace(message.namespace_id, "selection.namespace_id")
         if message.HasField("prefix"):
-            asked = await self._prompt(message.prefix, f"{field}.prefix")
+            asked = await self._prompt(message.prefix, "selection.prefix")
             if namespace is not None and namespace.digest != asked.namespace.digest:
-                raise bad_field(f"{field}.namespace_id", "is not the namespace of prefix; give one")
+                raise bad_field(
+                    "selection.namespace_id", "is not the namespace of prefix; give one"
+                )
             namespace, keys = asked.namespace, asked.keys
         ages = {
-            name: seconds(getattr(message, name), f"{field}.{name}", high=_MAX_AGE)
+            name: seconds(getattr(message, name), f"selection.{name}", high=_MAX_AGE)
             for name in ("older_than", "unused_for")
             if message.HasField(name)
         }
@@ -252,7 +254,7 @@ class Answers:
             tenant=self._tenant(message),
             tenants=self._caller.tenants,
             keys=keys,
-            tier=None if not message.tier else self._tier(message.tier, f"{field}.tier"),
+            tier=None if not message.tier else self._tier(message.tier, "selection.tier"),
             **ages,
         )
 
