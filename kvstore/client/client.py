@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -113,10 +114,10 @@ class Client:
     def of_process(cls, config: Config) -> Client:
         """The one that all of this process share whose configuration is the same."""
         key = config.model_dump_json()
-        with _clients.lock:
-            client = _clients.by_config.get(key)
+        with _making:
+            client = _clients.get(key)
             if client is None:
-                client = _clients.by_config[key] = cls(config)
+                client = _clients[key] = cls(config)
             return client
 
     # -- sessions ---------------------------------------------------------------------------------
@@ -341,19 +342,13 @@ class Client:
         return True
 
 
-class _Clients:
-    """Those that sessions of this process share."""
+_clients: Final = WeakValueDictionary[str, Client]()
+"""Those that sessions of this process share, by their configuration."""
 
-    def __init__(self) -> None:
-        self.by_config = WeakValueDictionary[str, Client]()
-        self._begin()
-        in_child(self, _Clients._begin)
-
-    def _begin(self) -> None:
-        self.lock = threading.Lock()
-
-
-_clients: Final = _Clients()
+_making: Final = threading.Lock()
+os.register_at_fork(
+    before=_making.acquire, after_in_parent=_making.release, after_in_child=_making.release
+)
 
 
 def _reconnect(of: ref[Client], stop: threading.Event, longest: float) -> None:

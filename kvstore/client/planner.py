@@ -124,7 +124,7 @@ class Planner:
         """
         places = list(range(len(tiers)))
         if holes:
-            places = [n for n in places if tiers[n] not in NOWHERE]
+            places = [n for n in places if tiers[n] not in NOWHERE.values()]
             places.sort(key=lambda n: (tiers[n] != MEMORY, costs.get(tiers[n], _NO_COST), tiers[n]))
         given, tiers = tuple(tiers), [tiers[n] for n in places]
         found = len(tiers)

@@ -166,7 +166,7 @@ class Session:
         if not isinstance(reply, protocol.Found):
             return Lookup(0, (), "unavailable", 0.0)
         codes = reply.tiers[: len(keys)]
-        usable = min(len(codes.partition(end)[0]) for end in protocol.NOWHERE_NUMBERS)
+        usable = min(len(codes.partition(bytes([end]))[0]) for end in protocol.NOWHERE)
         tiers = channel.tiers(codes)
         costs = reply.costs_by_name(channel.tier_names)
         takes = self._client.planner.load_seconds(tiers[:usable], costs, self.block_bytes)

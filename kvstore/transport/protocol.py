@@ -48,9 +48,8 @@ BUSY: Final = -3
 MEMORY: Final = 1
 DISK: Final = 2
 TIER_NAMES: Final = {MEMORY: "memory", DISK: "disk"}
-NOWHERE: Final = ("miss", "pending")
-"""In place of the name of a tier, and its number: the block is missing, or on its way."""
-NOWHERE_NUMBERS: Final = (b"\0", b"\xff")
+NOWHERE: Final = {0: "miss", 255: "pending"}
+"""In place of the number of a tier, and its name: the block is missing, or on its way."""
 
 _T = TypeVar("_T")
 
@@ -64,9 +63,7 @@ class TierInfo(msgspec.Struct, frozen=True):
 
 
 class Cost(NamedTuple):
-    """What bringing n bytes up from a tier takes: `fixed_seconds` + (n + `backlog`) times
-    `seconds_per_byte`.
-    """
+    """What bringing bytes up from a tier takes; `backlog` bytes come first."""
 
     seconds_per_byte: float
     backlog: int = 0
@@ -79,9 +76,8 @@ class Cost(NamedTuple):
 
 def tier_names(tiers: tuple[TierInfo, ...]) -> tuple[str, ...]:
     """The name of each of 256 numbers, given a daemon's table; without, that of the first ones."""
-    known = {tier.number: tier.name for tier in tiers} or dict(TIER_NAMES)
-    known |= {number[0]: name for number, name in zip(NOWHERE_NUMBERS, NOWHERE, strict=True)}
-    return tuple(known.get(number, "unknown") for number in range(256))
+    known = {tier.number: tier.name for tier in tiers} or TIER_NAMES
+    return tuple({**known, **NOWHERE}.get(number, "unknown") for number in range(256))
 
 
 class Message(msgspec.Struct, omit_defaults=True):

@@ -150,15 +150,27 @@ class SessionConnection(Connection):
                 self.peer.session, namespace, "lookup", len(keys), *by_tier(codes), reason,
                 started,
             )  # fmt: skip
-        owner = self.owner
-        if request.wait > 0 and PENDING in codes and owner.looking < _MAX_LOOKING:
-            until = started + min(request.wait, protocol.MAX_WAIT)
-            look = partial(self._store.looking_up, keys, parts, namespace, again=True, holes=True)
-            owner.looking += 1
-            task = self._later(request_id, partial(self._look_again, look, until))
-            task.add_done_callback(self._looked)
-            return None
-        return self._found(codes, reason)
+        if not request.wait > 0 or PENDING not in codes or self.owner.looking >= _MAX_LOOKING:
+            return self._found(codes, reason)
+        until = started + min(request.wait, protocol.MAX_WAIT)
+
+        async def look_again() -> Message:
+            """Once nothing is on its way any more, or at the deadline."""
+            pause = _PENDING_POLL
+            while True:
+                await asyncio.sleep(min(pause, max(0.0, until - time.monotonic())))
+                looked = time.monotonic()
+                tiers, reason = await paced(
+                    self._store.looking_up(keys, parts, namespace, again=True, holes=True)
+                )
+                ended = time.monotonic()
+                if PENDING not in tiers or ended >= until:
+                    return self._found(bytes(tiers), reason)
+                pause = max(_PENDING_POLL, _PENDING_SHARE * (ended - looked))
+
+        self.owner.looking += 1
+        self._later(request_id, look_again).add_done_callback(self._looked)
+        return None
 
     def _found(self, codes: bytes, reason: str) -> protocol.Found:
         costs = {number: lower.cost for number, lower in self._store.movement.lowers.items()}
@@ -166,20 +178,6 @@ class SessionConnection(Connection):
             return protocol.Found(codes, reason, 0.0, costs=costs)
         disk = costs.get(protocol.DISK, Cost(0.0))
         return protocol.Found(codes, reason, disk.seconds_per_byte, disk.seconds(0))
-
-    async def _look_again(
-        self, look: Callable[[], Work[tuple[list[int], str]]], until: float
-    ) -> Message:
-        """The answer to a lookup once nothing is on its way any more, or at its deadline."""
-        pause = _PENDING_POLL
-        while True:
-            await asyncio.sleep(min(pause, max(0.0, until - time.monotonic())))
-            started = time.monotonic()
-            tiers, reason = await paced(look())
-            ended = time.monotonic()
-            if PENDING not in tiers or ended >= until:
-                return self._found(bytes(tiers), reason)
-            pause = max(_PENDING_POLL, _PENDING_SHARE * (ended - started))
 
     def _looked(self, _: asyncio.Task[None]) -> None:
         self.owner.looking -= 1
@@ -212,14 +210,13 @@ class SessionConnection(Connection):
         held = self._store.lease(self, request.lease)
         # Who shares our memory sees what we see, and may change blocks anyway. From elsewhere, or
         # to whoever may only read, a reader's word is not enough to remove a block.
-        if self.shares_memory and self.grant.role >= Role.WRITE:
-            yield from self._end(request.lease, request.damaged)
-        elif request.damaged and held is not None and held.kind is LeaseKind.READ:
+        believed = self.shares_memory and self.grant.role >= Role.WRITE
+        if believed or not request.damaged or held is None or held.kind is not LeaseKind.READ:
+            yield from self._end(request.lease, request.damaged if believed else ())
+        else:
             chosen = {i for i in request.damaged[:_MAX_RECHECKED] if 0 <= i < len(held.blocks)}
             blocks = {i: held.blocks[i] for i in chosen}
             self._start(partial(self._recheck, request.lease, blocks))
-        else:
-            yield from self._end(request.lease)
         return protocol.Count(0)
 
     def _end(self, lease: int, damaged: tuple[int, ...] = ()) -> Work[None]:
