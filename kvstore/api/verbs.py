@@ -266,10 +266,7 @@ class Verbs:
 
     @asks(v1.AdmissionPolicy, "admin")
     def set_admission(
-        self,
-        rules: Mapping[str, str] | None = None,
-        *,
-        denied_tenants: Sequence[str] | None = None,
+        self, rules: Mapping[str, str] | None = None, *, denied_tenants: Sequence[str] | None = None
     ) -> v1.SetAdmissionRequest:
         """Change what is let in, by the name of the tier, until the daemon ends.
 

@@ -87,14 +87,12 @@ def _plain_value(field: Any, value: Any) -> Any:
 
 
 def _word(field: Any, value: int) -> str | int:
-    """An enum's value; a number that only a newer daemon knows stays one."""
+    """The last word of an enum's value: running, done …; empty if it is not specified.
+
+    A number that only a newer daemon knows stays one.
+    """
     known = field.enum_type.values_by_number.get(value)
-    return value if known is None else short(known.name)
-
-
-def short(name: str) -> str:
-    """The last word of an enum's value: running, done …; empty if it is not specified."""
-    word = name.rpartition("_")[2].lower()
+    word = value if known is None else known.name.rpartition("_")[2].lower()
     return "" if word == "unspecified" else word
 
 
