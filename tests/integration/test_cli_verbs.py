@@ -25,6 +25,7 @@ COMMAND = [sys.executable, "-m", "kvstore.server.cli"]
 TOKENS = ",".join(map(str, prompt(1, 4)))
 BLOCKS = (NAMESPACE_ID[:8], "--tokens", TOKENS)
 CHOSEN = ("-n", *BLOCKS)
+TERMINAL = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
 
 
 class Cli:
@@ -41,20 +42,19 @@ class Cli:
             timeout=60,
             check=False,
             stdin=subprocess.DEVNULL,
-            env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"} | settings,
+            env=os.environ | TERMINAL | settings,
         )
 
     def text(self, *arguments: object) -> str:
-        result = self.run(*arguments)
-        assert (result.returncode, result.stderr) == (0, "")
+        """What it prints for people; in this process, since starting one takes a second."""
+        line = [*map(str, arguments), "--address", self.address]
+        result = CliRunner().invoke(app, line, env=TERMINAL, catch_exceptions=False)
+        assert (result.exit_code, result.stderr) == (0, "")
         return result.stdout
 
     def json(self, *arguments: object) -> Any:
-        """What it prints for programs; in this process, since starting one takes a second."""
-        line = [*map(str, arguments), "--address", self.address, "--format", "json"]
-        result = CliRunner().invoke(app, line, catch_exceptions=False)
-        assert (result.exit_code, result.stderr) == (0, "")
-        return json.loads(result.stdout)
+        """What it prints for programs."""
+        return json.loads(self.text(*arguments, "--format", "json"))
 
     def refused(self, *arguments: object, **settings: str) -> str:
         """The one line of a refusal."""

@@ -28,8 +28,6 @@ from kvstore.blocks.keys import Media
 from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.config import load_config
 from kvstore.errors import ConfigError, SpecError
-from kvstore.server.cli import blocks as blocks_cli
-from kvstore.server.cli import node as node_cli
 from kvstore.server.cli.options import limit_option, parse_duration
 from kvstore.server.cli.output import plain
 from kvstore.server.control.errors import CODES
@@ -264,18 +262,6 @@ def test_limits() -> None:
     assert limit_option("none") == math.inf
     with pytest.raises(typer.BadParameter, match="is no size"):
         limit_option("much")
-
-
-def test_every_verb_is_a_command() -> None:
-    app = typer.Typer()
-    blocks_cli.add_to(app)
-    node_cli.add_to(app)
-    commands = {(c.name or getattr(c.callback, "__name__", "")) for c in app.registered_commands}
-    assert commands == {
-        "lookup", "explain", "pin", "unpin", "prefetch", "move", "copy", "compress", "decompress",
-        "clear", "ttl", "quota", "admission", "drain", "events", "namespaces", "sessions", "leases",
-        "stats",
-    }  # fmt: skip
 
 
 def test_neither_the_package_nor_the_command_loads_what_is_heavy_before_it_is_needed() -> None:
