@@ -156,8 +156,6 @@ def block_keys(
 
 
 def _plain_chain(parent: bytes, ids: NDArray[np.uint32], size: int) -> list[bytes]:
-    if not len(ids):
-        return []
     return split_keys(_native.chain_keys(parent, ids, size))
 
 

@@ -33,10 +33,9 @@ class Plans(Generic[T]):
     def of(self, copy: Copy) -> T:
         """The plan for a copy."""
         plans, key = self._known.setdefault(copy.memory, {}), (copy.stored, copy.block_tokens)
-        plan = plans.get(key)
-        if plan is None:
-            plan = plans[key] = self._make(copy.memory, *key)
-        return plan
+        if key not in plans:
+            plans[key] = self._make(copy.memory, *key)
+        return plans[key]
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)

@@ -123,7 +123,6 @@ class Driver:
         find.argtypes = (c_char_p, POINTER(c_void_p), c_int, c_uint64, POINTER(c_int))
         self._loaded = loaded
         self._find = find
-        self._addresses: dict[str, int] = {}
         self._functions = {
             name: self._function(name, _BASE_VERSION, arguments)
             for name, arguments in _FUNCTIONS.items()
@@ -148,7 +147,6 @@ class Driver:
                 f"the CUDA driver has no {name} of version {version // 1000}."
                 f"{version % 1000 // 10}; install a newer one"
             )
-        self._addresses[name] = address.value
         return ctypes.CFUNCTYPE(c_int, *arguments)(address.value)
 
     def call(self, name: str, *arguments: Any) -> None:
@@ -234,6 +232,6 @@ class Driver:
         stream: int,
     ) -> None:
         """Enqueue copies one by one; memory of the host need not be pinned. See `copy_batch`."""
-        function = self._addresses[direction.value]
+        function = ctypes.cast(self._functions[direction.value], c_void_p).value or 0
         done, status = _native.call_copies(function, dst, src, sizes, stream)
         self.check(status, f"{direction.value}, copy {done} of {len(dst)}")

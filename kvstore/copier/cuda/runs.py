@@ -65,7 +65,6 @@ class Runs:
 
     def __init__(self, segments: Segments, pages_per_block: int) -> None:
         self.layers: Final = segments.layers
-        self._pages = pages_per_block
         parts = [_row_runs(row, segments, pages_per_block) for row in segments.rows.tolist()]
         each = len(parts) // segments.layers
         self._template = _Template(*(np.concatenate(c) for c in zip(*parts, strict=True)))
@@ -76,22 +75,10 @@ class Runs:
         """Bytes of an object."""
         self.per_block: Final = len(self._whole.page) * pages_per_block
         """Runs of a block, at most: pages that follow each other may share some."""
-        self.layer_bytes: Final = self._find_layer_bytes()
+        each, begins = self.nbytes // self.layers, segments.rows[:, 5].reshape(self.layers, -1)
+        apart = (begins.min(axis=1) == np.arange(self.layers) * each).all()
+        self.layer_bytes: Final = each if apart else None
         """Bytes of a layer if layers lie one after the other in the slot; else None."""
-
-    def _find_layer_bytes(self) -> int | None:
-        each, rest = divmod(self.nbytes, self.layers)
-        if rest:
-            return None
-        t, starts = self._template, self._starts[:-1]
-        last = t.slot + t.nbytes + (self._pages - 1) * t.slot_stride
-        expected = np.arange(self.layers) * each
-        dense = (
-            (np.minimum.reduceat(t.slot, starts) == expected)
-            & (np.maximum.reduceat(last, starts) == expected + each)
-            & (np.add.reduceat(t.nbytes, starts) * self._pages == each)
-        )
-        return each if bool(dense.all()) else None
 
     def span(self, first: int, last: int) -> tuple[int, int] | None:
         """Offset and bytes of layers `first` to `last` in a slot, if nothing else lies between."""
