@@ -63,7 +63,9 @@ class Busy:
         self._clock = clock
         self._guess = guess
         self._average = Average()
-        self._running = self._left = self._done = 0
+        self.left = 0
+        """What it has still to do."""
+        self._running = self._done = 0
         self._since = self._last = clock()
 
     def begin(self, amount: int) -> None:
@@ -71,22 +73,17 @@ class Busy:
         if not self._running:
             self._since = self._last = self._clock()
         self._running += 1
-        self._left += amount
+        self.left += amount
 
     def end(self, amount: int, at: float, *, done: bool) -> None:
         """It is through with that since `at`; `done`: with success."""
         self._running -= 1
-        self._left -= amount
+        self.left -= amount
         self._done += done * amount
         self._last = max(self._last, at)
         if not self._running or self._last - self._since >= self._SPELL:
             self._average.add(self._done, self._last - self._since)
             self._since, self._done = self._last, 0
-
-    @property
-    def left(self) -> int:
-        """What it has still to do."""
-        return self._left
 
     @property
     def each(self) -> float:
@@ -99,7 +96,7 @@ class Busy:
     def wait(self) -> float:
         """Seconds before it begins with something new."""
         stuck = self._clock() - self._last if self._running else 0.0
-        return self._left * self.each + stuck
+        return self.left * self.each + stuck
 
 
 class Histograms:

@@ -13,6 +13,7 @@ import mmap
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
+from itertools import product
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
@@ -113,18 +114,16 @@ def measure(
     until = time.monotonic() + budget
     for run_bytes in RUN_BYTES:
         taken: list[Sample] = []
-        for way in ways:
-            for to_slots in (True, False):
-                for nbytes in TOTAL_BYTES:
-                    before = time.monotonic()
-                    copy(way, to_slots, run_bytes, nbytes)  # a kernel may be compiled now
-                    until += time.monotonic() - before
-                    begin = time.perf_counter()
-                    copy(way, to_slots, run_bytes, nbytes)
-                    seconds = time.perf_counter() - begin
-                    taken.append(Sample(way, to_slots, run_bytes, nbytes, seconds))
-                    if time.monotonic() > until:
-                        return samples
+        for way, to_slots, nbytes in product(ways, (True, False), TOTAL_BYTES):
+            before = time.monotonic()
+            copy(way, to_slots, run_bytes, nbytes)  # a kernel may be compiled now
+            until += time.monotonic() - before
+            begin = time.perf_counter()
+            copy(way, to_slots, run_bytes, nbytes)
+            seconds = time.perf_counter() - begin
+            taken.append(Sample(way, to_slots, run_bytes, nbytes, seconds))
+            if time.monotonic() > until:
+                return samples
         samples += taken
     return samples
 
