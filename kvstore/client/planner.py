@@ -92,17 +92,15 @@ class Planner:
         tier; 1 where there is none.
         """
         copy = (self._copy.value or 0.0) * belief.get(MEMORY, 1.0)
-        blocks, seconds, begun = 0, 0.0, {MEMORY}
+        blocks, seconds, begun = 0, 0.0, set[str]()
         times = [(blocks, seconds)]
         for tier, run in groupby(tiers):
             count = sum(1 for _ in run)
-            each, backlog, fixed = costs.get(tier, _NO_COST)
-            read = each * count * block_bytes if tier != MEMORY else 0.0
-            if tier not in begun:
-                begun.add(tier)
-                read += fixed + each * backlog
+            cost, nbytes = costs.get(tier, _NO_COST), count * block_bytes
+            read = nbytes * cost.seconds_per_byte if tier in begun else cost.seconds(nbytes)
+            begun.add(tier)
             blocks += count
-            seconds += copy * count * block_bytes + read * belief.get(tier, 1.0)
+            seconds += copy * nbytes + read * belief.get(tier, 1.0)
             times.append((blocks, seconds))
         return times
 

@@ -18,7 +18,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final
 
 from kvstore._native import Xxh3Stream, xxh3_64
 from kvstore.errors import ProtocolError
@@ -28,7 +28,6 @@ from kvstore.server.node import Node
 from kvstore.server.sessions.grants import (
     MAX_OWNED,
     NO_TICKET,
-    Granted,
     Grants,
     LeaseGone,
     StreamSession,
@@ -56,14 +55,6 @@ _MAX_THREADS: Final = 2 * MAX_OWNED
 _log = logging.getLogger("kvstore.streams")
 
 
-class Sample(NamedTuple):
-    """What one request moved: `in` or `out`, bytes and seconds."""
-
-    direction: str
-    nbytes: int
-    seconds: float
-
-
 class BulkServer:
     """All data connections: a thread for each.
 
@@ -75,8 +66,8 @@ class BulkServer:
 
     def __init__(self, node: Node, newcomers: Newcomers, context: ssl.SSLContext | None) -> None:
         self.threads: set[threading.Thread] = set()
-        self.samples: deque[Sample] = deque(maxlen=10_000)
-        """Of requests; the loop empties it."""
+        self.samples: deque[tuple[str, int, float]] = deque(maxlen=10_000)
+        """What each request moved: `in` or `out`, bytes and seconds; the loop empties it."""
 
         self._node = node
         self._newcomers = newcomers
@@ -173,13 +164,12 @@ class BulkServer:
         started = time.monotonic()
         request = protocol.decode_request(receive_frame(wire, self._patience))
         if isinstance(request, Put):
-            nbytes = self._take_in(wire, grants, request, bounce)
-            self.samples.append(Sample("in", nbytes, time.monotonic() - started))
+            way, nbytes = "in", self._take_in(wire, grants, request, bounce)
         elif isinstance(request, Get):
-            nbytes = self._send_out(wire, grants, request)
-            self.samples.append(Sample("out", nbytes, time.monotonic() - started))
+            way, nbytes = "out", self._send_out(wire, grants, request)
         else:
             raise ProtocolError("a data connection is attached once, first, then puts and gets")
+        self.samples.append((way, nbytes, time.monotonic() - started))
 
     def _take_in(self, wire: Wire, grants: Grants, request: Put, bounce: Bounce) -> int:
         slots, sums = _numbers("q", request.slots), _numbers("Q", request.checksums)
@@ -212,24 +202,18 @@ class BulkServer:
     def _send_out(self, wire: Wire, grants: Grants, request: Get) -> int:
         slots = _numbers("q", request.slots)
         with grants.use(wire, request.lease, slots, fill=False) as granted:
-            sums = array("Q", (self._checksum(granted, slot) for slot in slots))
+            sums = array("Q")
+            places = [(granted.offsets[slot], granted.sizes[slot]) for slot in slots]
+            for slot, (offset, nbytes) in zip(slots, places, strict=True):
+                if granted.checksums[slot] is None:  # It was saved without.
+                    granted.checksums[slot] = xxh3_64(self._arena.address + offset, nbytes)
+                sums.append(granted.checksums[slot] or 0)
             send_message(wire, Sending(sums.tobytes()), self._patience)
-            sizes = [granted.sizes[slot] for slot in slots]
-            views = self._views(granted, slots)
+            views = [self._arena.view(*place) for place in places]
+            sizes = [nbytes for _, nbytes in places]
             for run in runs(sizes, _OUT):
                 wire.send([views[i][start:end] for i, start, end in run], self._patience)
         return sum(sizes)
-
-    def _checksum(self, granted: Granted, slot: int) -> int:
-        """What an object hashes to; it was saved without, if it is not known."""
-        known = granted.checksums[slot]
-        if known is None:
-            address = self._arena.address + granted.offsets[slot]
-            known = granted.checksums[slot] = xxh3_64(address, granted.sizes[slot])
-        return known
-
-    def _views(self, granted: Granted, slots: array[int]) -> list[memoryview]:
-        return [self._arena.view(granted.offsets[slot], granted.sizes[slot]) for slot in slots]
 
 
 def _numbers(code: str, raw: bytes) -> array[int]:
