@@ -27,10 +27,6 @@ class Pages(NamedTuple):
     memory: Sequence[PagedMemory]
     ids: Sequence[NDArray[np.int64]]
 
-    def of(self, blocks: slice) -> Pages:
-        """Those of some of the blocks."""
-        return Pages(self.memory, [ids[blocks] for ids in self.ids])
-
 
 @dataclass(slots=True)
 class Loaded:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvstore.blocks.keys import join_keys
+from kvstore.blocks.keys import KEY_BYTES, join_keys
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.client.arrivals import Gates, Incoming, Load, Loaded, Pages
 from kvstore.client.channel import Channel
@@ -224,8 +224,7 @@ class Transfer(View):
             if about.tokens is not None:
                 ids = about.tokens[first * size : (first + step) * size]
                 request.tokens = ids.astype("<u4").tobytes()
-            window = pages.of(slice(first, first + step))
-            self._save_window(channel, request, window, about, result)
+            self._save_window(channel, request, first, pages, about, result)
             if result.reason == "unavailable":  # Do not wait for each of the others too.
                 result.dropped += len(keys[first + step :])
                 break
@@ -234,11 +233,12 @@ class Transfer(View):
         self,
         channel: Channel,
         request: protocol.Reserve,
+        first: int,
         pages: Pages,
         about: About,
         result: Saved,
     ) -> None:
-        lease, blocks, parts = request.lease, len(pages.ids[0]), len(self.parts)
+        lease, blocks, parts = request.lease, len(request.keys) // KEY_BYTES, len(self.parts)
         reply = self.client.call(channel, request, about.wait, lease=lease)
         if not isinstance(reply, protocol.Reserved) or len(reply.slots) != 8 * blocks * parts:
             result.dropped += blocks
@@ -252,7 +252,7 @@ class Transfer(View):
         if count < blocks:
             result.had += int(((answers == HAVE) | (answers == BUSY)).all(axis=1).sum())
         try:
-            sums = self._save_parts(channel, lease, answers, wanted, pages, about)
+            sums = self._save_parts(channel, lease, answers, wanted, first, pages, about)
         except BaseException as e:
             self.release(channel, lease)
             if not isinstance(e, StoreUnavailable):
@@ -283,6 +283,7 @@ class Transfer(View):
         lease: int,
         answers: NDArray[np.int64],
         wanted: NDArray[np.bool_],
+        begin: int,
         pages: Pages,
         about: About,
     ) -> tuple[int, ...] | None:
@@ -297,7 +298,7 @@ class Transfer(View):
                 continue
 
             def gather(first: int, addresses: Sequence[int]) -> list[int] | None:
-                chosen = rows[first : first + len(addresses)]  # noqa: B023 - used in the turn
+                chosen = begin + rows[first : first + len(addresses)]  # noqa: B023 - in the turn
                 return self.copier.save(
                     pages.memory[column],  # noqa: B023
                     pages.ids[column][chosen],  # noqa: B023
