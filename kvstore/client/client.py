@@ -345,7 +345,7 @@ class Client:
 _clients: Final = WeakValueDictionary[str, Client]()
 """Those that sessions of this process share, by their configuration."""
 
-_making: Final = threading.Lock()
+_making: Final = threading.RLock()  # A signal may come within it, whose handler forks.
 os.register_at_fork(
     before=_making.acquire, after_in_parent=_making.release, after_in_child=_making.release
 )
