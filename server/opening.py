@@ -35,8 +35,7 @@ def make_arena(config: Config, progress: Callable[[int, int], None], *, private:
         progress=progress,
         patience=_ROOM_SECONDS,
     )
-    advice = arena.advice()
-    if advice is not None:
+    if (advice := arena.advice()) is not None:
         _log.info(advice)
     return arena
 

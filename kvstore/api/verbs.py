@@ -275,8 +275,7 @@ class Verbs:
         """
         request = v1.SetAdmissionRequest(rules=rules)
         if denied_tenants is not None:
-            request.denied.SetInParent()
-            request.denied.tenants.extend(denied_tenants)
+            request.denied.CopyFrom(v1.SetAdmissionRequest.DeniedTenants(tenants=denied_tenants))
         return request
 
     @starts("admin")

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION: Final = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,12})?)(ms|s|m|h|d)\Z")
+_MEDIA: Final = re.compile(r"([^:]*):(.*):([0-9]{1,9}):([0-9]{1,9})", re.DOTALL)
 _LONGEST: Final = 36500 * 86400.0
 
 _TIMEOUT: Final = 5.0
@@ -240,11 +241,10 @@ def _adapter(text: str) -> str:
 def _media(text: str) -> Media:
     from kvstore.blocks.keys import Media
 
-    modality, _, rest = text.partition(":")
-    digest, *place = rest.rsplit(":", 2)
-    if len(place) != 2 or not all(re.fullmatch(r"[0-9]{1,9}", number) for number in place):
+    match = _MEDIA.fullmatch(text)
+    if match is None:
         raise Misuse(f"--media {text!r:.200}: write image:DIGEST:OFFSET:LENGTH")
-    return Media(modality, digest, int(place[0]), int(place[1]))
+    return Media(match[1], match[2], int(match[3]), int(match[4]))
 
 
 def _extras(texts: list[str]) -> dict[int, list[bytes]]:
