@@ -101,6 +101,8 @@ class Report:
 
     def __init__(self, bench: str, *, samples: int, as_json: bool) -> None:
         self.samples = samples
+        self.params: dict[str, Param] = {}
+        """Those of every figure."""
         self._bench = bench
         self._as_json = as_json
         self._figures: list[Figure] = []
@@ -202,7 +204,8 @@ class Report:
         ratio = better / worse if worse else float(value == limit)
         rounded = (float(f"{number:.4g}") for number in (value, limit, ratio))
         value, limit, ratio = rounded
-        made = Figure(self._bench, figure, value, unit, limit, ratio, samples, params)
+        all_params = params | self.params
+        made = Figure(self._bench, figure, value, unit, limit, ratio, samples, all_params)
         self._figures.append(made)
         if self._as_json:
             sys.stdout.write(msgspec.json.encode(made).decode() + "\n")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import msgspec
 
 from kvstore.benchmarks import shapes
-from kvstore.benchmarks.figures import BenchmarkError, Param, Report, Run, Samples
+from kvstore.benchmarks.figures import BenchmarkError, Report, Run, Samples
 from kvstore.benchmarks.shapes import Shape
 from kvstore.config import load_config
 from kvstore.copier.base import Copier
@@ -126,19 +126,19 @@ def run(report: Report, *, quick: bool) -> None:
     size = max(_nbytes(shape, counts[-1]) for shape, counts in plan.items())
     whole = -(-size // HUGE_PAGE) * HUGE_PAGE
     made = Arena.create(whole, huge_dir=load_config().memory.huge_dir)
-    params: dict[str, Param] = {"device": device_name(), "driver": _driver_version()}
+    report.params = {"device": device_name(), "driver": _driver_version()}
     with closing(made) as arena, pinned(size) as host, _ways(report, arena) as ways:
         matmuls = Matmuls(_DEVICE)
         for shape, counts in plan.items():
             pages = DevicePages(shape, counts[-1], f"cuda:{_DEVICE}")
             check(pages, ways)
             for count in counts:
-                measure(report, pages, count, ways, host, params)
+                measure(report, pages, count, ways, host)
             if shape in _LOAD_SHAPES:
                 loaded = [way for way in ways if not quick or way.name == "auto"]
-                _measure_slowdown(report, pages, loaded, matmuls, params)
+                _measure_slowdown(report, pages, loaded, matmuls)
             del pages  # before those of the next shape are made
-        _report_memory(report, ways, params)
+        _report_memory(report, ways)
 
 
 def check(pages: DevicePages, ways: list[Way]) -> None:
@@ -162,14 +162,7 @@ def check(pages: DevicePages, ways: list[Way]) -> None:
             raise BenchmarkError(f"{way.name}: {e}") from e
 
 
-def measure(
-    report: Report,
-    pages: DevicePages,
-    count: int,
-    ways: list[Way],
-    host: Any,
-    params: dict[str, Param],
-) -> None:
+def measure(report: Report, pages: DevicePages, count: int, ways: list[Way], host: Any) -> None:
     """Save and load `count` of `pages` in all ways and by all rivals, which use `host`.
 
     `host` is a uint8 tensor on the CPU, pinned where the pages are on a GPU.
@@ -195,7 +188,7 @@ def measure(
         for name in runs:
             if name == "limit":
                 continue
-            title, of = f"{action} {shape.name}", _described(shape, count) | params
+            title, of = f"{action} {shape.name}", _described(shape, count)
             if name in peers:
                 title = f"peer torch {name}: {title}"
             else:
@@ -204,11 +197,7 @@ def measure(
 
 
 def _measure_slowdown(
-    report: Report,
-    pages: DevicePages,
-    ways: list[Way],
-    matmuls: Matmuls,
-    params: dict[str, Param],
+    report: Report, pages: DevicePages, ways: list[Way], matmuls: Matmuls
 ) -> None:
     """How much longer matrix products take while pages are saved or loaded without a break."""
     from kvstore.benchmarks.gpu_load import MATMUL, Meanwhile
@@ -236,12 +225,12 @@ def _measure_slowdown(
             unit="ms",
             way=way_name,
             copied_gb_per_s=round(_nbytes(pages.shape, count) / per_copy / 1e9, 2),
-            **(_described(pages.shape, count) | params),
+            **_described(pages.shape, count),
             against="the same products alone",
         )
 
 
-def _report_memory(report: Report, ways: list[Way], params: dict[str, Param]) -> None:
+def _report_memory(report: Report, ways: list[Way]) -> None:
     """What the copiers hold of the device, after everything else, when they hold most."""
     import torch
 
@@ -260,7 +249,6 @@ def _report_memory(report: Report, ways: list[Way], params: dict[str, Param]) ->
             samples=1,
             way=way.name,
             held_bytes=held,
-            **params,
             against="all memory of the device",
         )
 

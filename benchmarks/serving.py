@@ -213,12 +213,12 @@ def _tell(
     """All figures, those with the same limit beside each other."""
     kind = "one-process engines" if setup.in_process else "engines"
     how = f"{Path(setup.model).name}, {report.samples} laps of {kind} in turn"
+    report.params = {"dtype": said.dtype, "device": said.device}
     _tell_documents(report, setup.size, said, taken, names, how)
     plain = taken[PLAIN.name]
     for contender in (UNCACHED.name, PLAIN.name, *names):
         done = taken[contender]
-        of: dict[str, Any] = {"contender": contender, "dtype": said.dtype, "device": said.device}
-        of["against"] = f"{PLAIN.name}; {how}"
+        of: dict[str, Any] = {"contender": contender, "against": f"{PLAIN.name}; {how}"}
         report.level(
             "chat: output",
             *(statistics.median(c.produced / c.seconds for c in x.chats) for x in (done, plain)),
@@ -277,8 +277,6 @@ def _tell_documents(
             contender=contender,
             tokens=size.tokens,
             kv_bytes=size.tokens * said.token_bytes,
-            dtype=said.dtype,
-            device=said.device,
             against=f"{against}; {how}",
         )
 

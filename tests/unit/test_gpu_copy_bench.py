@@ -218,8 +218,9 @@ def test_figures(
     ways = [gpu_copy.Way(name, CpuCopier(1), arena.address) for name in ("auto", "dma")]
     host = torch.zeros(pages.nbytes, dtype=torch.uint8)
     with gpu_copy.Recorder("gpu-copy", samples=2, as_json=True) as report:
+        report.params = {"device": "none", "driver": "1.0"}
         for count in (16, 64):
-            gpu_copy.measure(report, pages, count, ways, host, {"device": "none", "driver": "1.0"})
+            gpu_copy.measure(report, pages, count, ways, host)
     figures = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(figures) == 2 * 2 * 4
     places = {(f["figure"], f["params"].get("way"), f["params"]["pages"]) for f in figures}
