@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
 from kvstore.blocks.spec import ModelIdentity
+from kvstore.blocks.weights import weights_digest
 from kvstore.errors import SpecError
 
 # What configurations say beside the numbers: names, ids of tokens, what is handed out. The number
@@ -38,6 +41,10 @@ _ALIKE: Final = frozenset(
 _ROPES: Final = frozenset({"default", "linear", "llama3"})
 """Architectures and kinds of RoPE of which every engine caches the same keys and values, which a
 test compares. Others may lie in another order or be scaled in an engine's own way."""
+_OTHER_MODELS: Final = r"[a-z]\w*_model_id"
+"""Entries of configurations that name models whose weights are loaded along with this one's."""
+_TICK: Final = 0.02
+"""Seconds by which the kernel's times of files and of processes may differ."""
 _BY_LENGTH: Final = re.compile("dynamic|longrope|^su$")
 
 
@@ -111,6 +118,36 @@ def folder_of(place: str, revision: str | None, cache: str | None = None) -> Pat
     except (OSError, ValueError) as e:
         raise SpecError(f"{place!r} is not on this machine") from e
     return Path(found)
+
+
+def files_digest(config: Any, folder: Path) -> str:
+    """The name of the weights in `folder` that this process, an engine, has loaded or is to load.
+
+    Raises:
+        SpecError: they are not all that belongs to the model, or have changed meanwhile.
+        OSError: a file cannot be read.
+    """
+    for key, value in _named_elsewhere(config.to_dict()):
+        raise SpecError(f"the configuration says {key} {value!r}: weights of that belong to it")
+    commit = getattr(config, "_commit_hash", None)
+    if commit and folder.parent.name == "snapshots" and folder.name != commit:
+        raise SpecError(f"the model was at {commit} when the engine started, is at {folder.name}")
+    return weights_digest(folder, loaded_at=_started())
+
+
+def _named_elsewhere(config: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _named_elsewhere(value)
+        elif isinstance(value, str) and value and re.fullmatch(_OTHER_MODELS, str(key)):
+            yield str(key), value
+
+
+def _started() -> float:
+    """When this process was started, and so before it loaded anything, in seconds since 1970."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age + _TICK
 
 
 def type_name(dtype: object) -> str:

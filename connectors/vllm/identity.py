@@ -9,8 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,10 +19,11 @@ from vllm import envs
 from vllm.model_executor.models.registry import ModelRegistry
 
 from kvstore.blocks.spec import ModelIdentity
-from kvstore.blocks.weights import code_digest, weights_digest
+from kvstore.blocks.weights import code_digest
 from kvstore.connectors.common.identity import (
     config_digest,
     depends_on_length,
+    files_digest,
     folder_of,
     identity,
     type_name,
@@ -66,10 +66,6 @@ _AS_ALL: Final = re.compile(r"auto|hf|(fast)?safetensors|instanttensor")
 """Those that read the files that every engine reads, as they are."""
 _OF_LOADING: Final = re.compile(r"concurrency|enable_\w+|memory_limit|num_threads")
 """What loaders are told that changes no weight."""
-_OTHER_MODELS: Final = r"[a-z]\w*_model_id"
-"""Entries of configurations that name models whose weights are loaded along with this one's."""
-_TICK: Final = 0.02
-"""Seconds by which the kernel's times of files and of processes may differ."""
 
 
 def identity_of(
@@ -186,32 +182,10 @@ def _weights(vllm_config: Any) -> str:
     if not known or model.model_weights:
         source = model.model_weights or model.model
         raise SpecError(f"{source!r}, loaded as {load.load_format!r}, has no files to hash")
-    for key, value in _named_elsewhere(model.hf_config.to_dict()):
-        raise SpecError(f"the configuration says {key} {value!r}: weights of that belong to it")
     folder = _folder(vllm_config, model.model, model.revision)
-    commit = getattr(model.hf_config, "_commit_hash", None)
-    if commit and folder.parent.name == "snapshots" and folder.name != commit:
-        raise SpecError(
-            f"{model.model!r} was at {commit} when the engine started, is at {folder.name}"
-        )
-    files = weights_digest(folder, loaded_at=_started())
+    files = files_digest(model.hf_config, folder)
     as_all = _AS_ALL.fullmatch(load.load_format) and not [*folder.glob("consolidated*")]
     return files if as_all else f"{files} {load.load_format}"
-
-
-def _started() -> float:
-    """When this process was started, and so before it loaded anything, in seconds since 1970."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return time.time() - age + _TICK
-
-
-def _named_elsewhere(config: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _named_elsewhere(value)
-        elif isinstance(value, str) and value and re.fullmatch(_OTHER_MODELS, str(key)):
-            yield str(key), value
 
 
 def _code(vllm_config: Any) -> str:

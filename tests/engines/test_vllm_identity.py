@@ -30,10 +30,10 @@ from vllm.v1.request import Request
 from kvstore.blocks.keys import block_keys
 from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.config import load_config
+from kvstore.connectors.common import identity as common_identity
 from kvstore.connectors.common.settings import Wishes, settings_of, wishes_of
 from kvstore.connectors.common.transfers import page_pieces, page_rows
 from kvstore.connectors.transformers import KVStoreCache
-from kvstore.connectors.vllm import identity as vllm_identity
 from kvstore.connectors.vllm.identity import identity_of
 from kvstore.connectors.vllm.inputs import Inputs, Unkeyed
 from kvstore.connectors.vllm.requests import Tracked
@@ -260,7 +260,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def loads_now(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines of these tests load what this process has written."""
-    monkeypatch.setattr(vllm_identity, "_started", time.time)
+    monkeypatch.setattr(common_identity, "_started", time.time)
 
 
 def engine(path: str | Path, **flags: Any) -> Any:
@@ -503,7 +503,7 @@ def test_a_model_from_a_hub_is_named_like_its_copy(
     assert identity_of(from_hub, "float32", "v1").name == "org/name"
     assert identity_of(engine(snapshot), "float32", "v1").name == "org/name"
     # What the engine downloaded itself may be younger than it is, what was edited may not.
-    monkeypatch.setattr(vllm_identity, "_started", lambda: started)
+    monkeypatch.setattr(common_identity, "_started", lambda: started)
     assert identity_of(engine(snapshot), "float32") == plain
     edited(small, tmp_path / "edited")
     with pytest.raises(SpecError, match="was changed after the engine had started"):

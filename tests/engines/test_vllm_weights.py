@@ -15,8 +15,8 @@ from vllm.engine.arg_utils import EngineArgs
 
 from kvstore.api.client import Orchestrator
 from kvstore.blocks.spec import ModelIdentity, Namespace
+from kvstore.connectors.common import identity as common_identity
 from kvstore.connectors.transformers.model import cache_part, model_identity
-from kvstore.connectors.vllm import identity as vllm_identity
 from kvstore.connectors.vllm.identity import identity_of
 from tests.engines.vllm_tools import Engine, document, small_model, transfer
 from tests.session_tools import Served, Stores, eventually
@@ -53,7 +53,7 @@ def engine(models: tuple[Path, Path], connector: dict[str, Any]) -> Iterator[Eng
 @pytest.fixture(autouse=True)
 def names_now(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process has made the models that it names."""
-    monkeypatch.setattr(vllm_identity, "_started", time.time)
+    monkeypatch.setattr(common_identity, "_started", time.time)
 
 
 def fresh(number: int) -> list[int]:
