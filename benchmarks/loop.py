@@ -65,34 +65,27 @@ class _Load:
         self._made = 0
 
     def fill(self) -> None:
-        """The store holds all it can."""
         for first in range(0, self._objects, _CALL):
             self._save(self._new(min(_CALL, self._objects - first)))
 
     def save(self) -> None:
-        """One call; others have to go for it."""
         self._save(self._new(self._large))
 
     def again(self) -> None:
-        """Nothing is new."""
         self._save(self._last())
 
     def look_up(self) -> None:
-        """All is there."""
         self._whole(self._session.lookup(self._last()).blocks)
 
     def load(self) -> None:
-        """All is in memory."""
         same = np.zeros((self._large, 1), np.int64)
         self._whole(self._session.load(self._last(), [self._memory], [same]).blocks)
 
     def pin(self) -> None:
-        """For a moment."""
         self._session.pin(self._last()).release()
         self._session.stats()  # The answer says that the pin has ended.
 
     def quota(self) -> None:
-        """Half of the blocks have to go."""
         half = self._objects // 2
         self._api.set_quota(_TENANT, {"memory": half * INDEX_ONLY.block_bytes})
         while self._session.stats()["tiers"]["memory"]["used"] > half * _SLOT:
@@ -100,14 +93,12 @@ class _Load:
         self._api.set_quota(_TENANT, {})
 
     def expire(self) -> None:
-        """A while after they were saved."""
         before = self._session.stats()["objects"]
         self._save(self._new(self._large), ttl=_TTL)
         while self._session.stats()["objects"] > before:
             time.sleep(_PAUSE)
 
     def clear(self) -> None:
-        """Nothing is left."""
         self._session.clear(timeout=_PATIENCE)
 
     def _new(self, count: int) -> list[bytes]:
