@@ -164,6 +164,7 @@ class ArenaCarrier:
         del self.arena  # Unmapped once no session of the process uses it.
 
     def _addresses(self, slots: NDArray[np.int64], nbytes: int) -> list[int]:
-        if len(slots) and (int(slots.min()) < 0 or int(slots.max()) + nbytes > self.arena.size):
+        offsets, start = slots.tolist(), self.arena.address
+        if offsets and (min(offsets) < 0 or max(offsets) + nbytes > self.arena.size):
             raise StoreUnavailable("the daemon named a slot outside the arena")
-        return [self.arena.address + int(slot) for slot in slots]
+        return [start + offset for offset in offsets]
