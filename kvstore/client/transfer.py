@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from kvstore.client.client import Client, Link, View, seconds
 from kvstore.copier.base import Copier, PagedMemory
 from kvstore.errors import SpecError, StoreUnavailable
 from kvstore.transport import protocol
-from kvstore.transport.protocol import BUSY, HAVE, NO_ROOM, Held
+from kvstore.transport.protocol import BUSY, HAVE, NO_ROOM, Committed, Held
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,6 +63,15 @@ class Saved:
     nbytes: int = 0
     seconds: float = 0.0
     reason: str | None = None
+
+
+class _Save(NamedTuple):
+    """One window of a save: the blocks from the `first` on."""
+
+    channel: Channel
+    pages: Pages
+    about: About
+    first: int
 
 
 class Transfer(View):
@@ -224,22 +233,15 @@ class Transfer(View):
             if about.tokens is not None:
                 ids = about.tokens[first * size : (first + step) * size]
                 request.tokens = ids.astype("<u4").tobytes()
-            self._save_window(channel, request, first, pages, about, result)
+            self._save_window(_Save(channel, pages, about, first), request, result)
             if result.reason == "unavailable":  # Do not wait for each of the others too.
                 result.dropped += len(keys[first + step :])
                 break
 
-    def _save_window(
-        self,
-        channel: Channel,
-        request: protocol.Reserve,
-        first: int,
-        pages: Pages,
-        about: About,
-        result: Saved,
-    ) -> None:
-        lease, blocks, parts = request.lease, len(request.keys) // KEY_BYTES, len(self.parts)
-        reply = self.client.call(channel, request, about.wait, lease=lease)
+    def _save_window(self, job: _Save, request: protocol.Reserve, result: Saved) -> None:
+        channel, wait, lease = job.channel, job.about.wait, request.lease
+        blocks, parts = len(request.keys) // KEY_BYTES, len(self.parts)
+        reply = self.client.call(channel, request, wait, lease=lease)
         if not isinstance(reply, protocol.Reserved) or len(reply.slots) != 8 * blocks * parts:
             result.dropped += blocks
             result.reason = "unavailable"
@@ -252,7 +254,7 @@ class Transfer(View):
         if count < blocks:
             result.had += int(((answers == HAVE) | (answers == BUSY)).all(axis=1).sum())
         try:
-            sums = self._save_parts(channel, lease, answers, wanted, first, pages, about)
+            sums = self._save_parts(job, lease, answers, wanted)
         except BaseException as e:
             self.release(channel, lease)
             if not isinstance(e, StoreUnavailable):
@@ -265,9 +267,7 @@ class Transfer(View):
         stored, problem = 0, "unavailable"
         if not count:  # There is nothing to wait for.
             channel.notify(commit)
-        elif isinstance(
-            done := self.client.call(channel, commit, about.wait, lease=lease), protocol.Committed
-        ):
+        elif isinstance(done := self.client.call(channel, commit, wait, lease=lease), Committed):
             stored, problem = max(0, min(done.blocks, count)), done.reason or "lease"
         result.stored += stored
         result.dropped += without + count - stored
@@ -278,17 +278,10 @@ class Transfer(View):
             result.reason = problem
 
     def _save_parts(
-        self,
-        channel: Channel,
-        lease: int,
-        answers: NDArray[np.int64],
-        wanted: NDArray[np.bool_],
-        begin: int,
-        pages: Pages,
-        about: About,
+        self, job: _Save, lease: int, answers: NDArray[np.int64], wanted: NDArray[np.bool_]
     ) -> tuple[int, ...] | None:
         """Copy out what was granted; returns a checksum per granted slot, in order, if wanted."""
-        carrier = channel.carrier
+        carrier, pages = job.channel.carrier, job.pages
         checksum = self._verify or carrier.checksums
         deadline = time.monotonic() + _COMPUTE_SECONDS
         sums = np.zeros(answers.shape, dtype=np.uint64)
@@ -298,7 +291,7 @@ class Transfer(View):
                 continue
 
             def gather(first: int, addresses: Sequence[int]) -> list[int] | None:
-                chosen = begin + rows[first : first + len(addresses)]  # noqa: B023 - in the turn
+                chosen = job.first + rows[first : first + len(addresses)]  # noqa: B023 - in the turn
                 return self.copier.save(
                     pages.memory[column],  # noqa: B023
                     pages.ids[column][chosen],  # noqa: B023
@@ -306,11 +299,11 @@ class Transfer(View):
                     self.namespace.block_tokens,
                     stored=self.parts[column],  # noqa: B023
                     checksum=checksum,
-                    after=about.after,
+                    after=job.about.after,
                     deadline=deadline,
                 )
 
-            made = carrier.write(lease, answers[rows, column], nbytes, gather, about.wait)
+            made = carrier.write(lease, answers[rows, column], nbytes, gather, job.about.wait)
             if made is not None:
                 sums[rows, column] = made
         if not self._verify or carrier.checksums:

@@ -144,9 +144,8 @@ class Lookup(Message, tag="lookup"):
 
 
 class Found(Message, tag="found"):
-    """One byte per block found: the number of its tier, or of `NOWHERE`. `reason` says why the
-    prefix ends; `costs` are those of tiers below memory, by number. The others, for clients without
-    the feature `tiers`, go with the next minor version.
+    """One byte per block found: its tier's number, or one of `NOWHERE`. `costs` are those of tiers
+    below memory; the others, for clients without the feature, go with the next minor version.
     """
 
     tiers: bytes

@@ -14,6 +14,7 @@ import pytest
 
 from kvstore.api.client import Orchestrator
 from kvstore.blocks.spec import Described, Opaque, Part
+from kvstore.client.channel import Channel
 from kvstore.client.session import Session
 from kvstore.config import load_config
 from kvstore.copier.gate import LayerGate
@@ -493,3 +494,22 @@ def test_what_a_false_daemon_says_of_itself_raises_nothing(
     with stores.serve().session() as session:
         monkeypatch.setattr(session, "_request", lambda *_: protocol.StatsReply(text))
         assert set(session.stats()) == {"session", "problem"}
+
+
+def test_a_save_of_what_is_stored_waits_for_one_answer(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = stores.serve()
+    with served.session() as session:
+        keys = session.keys(prompt(1, 3))
+        assert save(session, keys).stored == 3
+        asked, call = [], Channel.call
+
+        def heard(channel: Channel, message: protocol.Message, *rest: Any, **options: Any) -> Any:
+            asked.append(type(message))
+            return call(channel, message, *rest, **options)
+
+        monkeypatch.setattr(Channel, "call", heard)
+        assert save(session, keys).had == 3
+        assert asked == [protocol.Reserve]
+        eventually(lambda: no_leases(served))
