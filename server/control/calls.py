@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
 from typing import Any, Final, TypeAlias
 
 import grpc
@@ -38,13 +38,8 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
-@dataclass
-class _Details:
-    """What gRPC tells of a call, and who makes it."""
-
-    method: str
-    invocation_metadata: tuple[tuple[str, str | bytes], ...]
-    caller: Grant
+_CALLER: ContextVar[Grant] = ContextVar("caller")
+"""Who makes the call that is being let in: from the gate to what serves it."""
 
 
 class Gate(grpc.aio.ServerInterceptor):
@@ -68,12 +63,12 @@ class Gate(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
         """The handler of a call. Of callers without a token, nothing is read."""
-        method, metadata = handler_call_details.method, handler_call_details.invocation_metadata
-        caller = _PROBE
+        method, caller = handler_call_details.method, _PROBE
         try:
             if method != _PUBLIC:
-                caller = self._caller(metadata)
-            handler = await continuation(_Details(method, metadata or (), caller))
+                caller = self._caller(handler_call_details.invocation_metadata)
+            _CALLER.set(caller)
+            handler = await continuation(handler_call_details)
         except Denied as e:
             handler = _refusing(e)
         what = method.rpartition("/")[2]
@@ -179,7 +174,7 @@ class Calls(grpc.GenericRpcHandler):
         verb = self._verbs.get(method)
         if service != SERVICE or verb is None:
             return None
-        caller: Grant = handler_call_details.caller
+        caller = _CALLER.get()
         caller.check(Role[verb.role.upper()], method)
 
         def asked(data: bytes) -> Awaitable[Any]:
