@@ -172,6 +172,7 @@ class TierConfig(_Below):
 
     kind: Name = Field(description="slab, or a kind that an installed package offers")
     name: TierName = Field("", description="in metrics, quotas and rules; the kind's if left out")
+    probe_seconds: Seconds = Field(0.02, description="a lookup may wait to be told what it has")
     options: dict[str, Any] = Field(
         default_factory=dict, description="as the kind has them; a slab those of disk"
     )

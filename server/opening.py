@@ -71,7 +71,14 @@ def tiers_below(config: Config, *, direct: bool) -> list[Below]:
         ConfigError: a kind is not known.
     """
     return [
-        Below(tier.name, _opener(tier, direct), tier.queue, tier.retry_seconds, tier.stall_seconds)
+        Below(
+            tier.name,
+            _opener(tier, direct),
+            tier.queue,
+            tier.retry_seconds,
+            tier.stall_seconds,
+            tier.probe_seconds,
+        )
         for tier in config.below
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from kvstore.memory.arena import Arena
 from kvstore.server.opening import tiers_below
 from kvstore.store.entry import Entry
 from kvstore.store.leases import Saving
+from kvstore.store.loading import Acquired
 from kvstore.store.opening import Below
 from kvstore.store.pins import Pins
 from kvstore.store.selection import Selection, candidates
-from kvstore.store.store import Acquired, Store
+from kvstore.store.store import Store
+from kvstore.tiers.base import Host, Tier
 from kvstore.transport.protocol import DISK
 
 NAMESPACE = Namespace(ModelIdentity("model"), "", 16)
@@ -52,6 +54,7 @@ class Bench:
         wall: float = 1e9,
         stall_seconds: float = 10.0,
         far: dict[str, Any] | None = None,
+        kind: Callable[[str, Host, Mapping[str, Any]], Tier] = MemoryTier,
     ) -> None:
         self.posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.now = 0.0
@@ -62,7 +65,7 @@ class Bench:
         disk |= {"retry_seconds": 0.2, "stall_seconds": stall_seconds}
         below = tiers_below(Config.model_validate({"disk": disk}), direct=False)
         if far is not None:
-            below.append(Below("far", lambda host: MemoryTier("far", host, far)))
+            below.append(Below("far", lambda host: kind("far", host, far)))
         self.store = Store(
             self.arena,
             self.posted.put,

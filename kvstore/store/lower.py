@@ -7,7 +7,8 @@ come back through `post`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from kvstore.slices import FEW, Background, Work, finish
@@ -23,6 +24,8 @@ _WRITES: Final = 16
 """Writes without a stop."""
 _MOST_WRITES: Final = 256
 """Under way: what is being written cannot make room, and who looks for a victim looks at 1,024."""
+_MOST_ELSEWHERE: Final = 1 << 16
+"""Objects that are known to be in a shared tier: to know of them takes memory, too."""
 
 
 class Lower:
@@ -51,6 +54,7 @@ class Lower:
         self.number = number
         self.name = below.name
         self.queue = below.queue
+        self.probe_seconds = below.probe_seconds
         self.post = post
         self.tier: Tier | None = None
         """None while it is away."""
@@ -59,6 +63,7 @@ class Lower:
         self._catalogue = catalogue
         self._background = background
         self._moved = moved
+        self._elsewhere: deque[Entry] = deque()
         catalogue.places[number] = self
         self._opening = Opening(below, self, self._attach, catalogue.clock)
         self.tier = self._opening.at_start()
@@ -71,6 +76,11 @@ class Lower:
     def state(self) -> State:
         """How the tier is doing; while it is away, why."""
         return State(False, False, self._opening.problem) if self.tier is None else self.tier.state
+
+    @property
+    def shared(self) -> bool:
+        """Whether others write there, too."""
+        return self.tier is not None and self.tier.shared
 
     @property
     def cost(self) -> Cost:
@@ -139,8 +149,7 @@ class Lower:
     def may_read(self, entry: Entry) -> bool:
         """Whether an object can be brought from here to memory now."""
         tier = self.tier
-        here = entry.lies_in(self.number) and entry.checksum is not None
-        return here and tier is not None and tier.state.readable
+        return entry.lies_in(self.number) and tier is not None and tier.state.readable
 
     def read(self, entry: Entry, done: Callable[[str | None], None]) -> None:
         """Bring an object, which `may_read`, into its slot; `done` on the loop."""
@@ -231,6 +240,7 @@ class Lower:
             catalogue.histograms.observe(f"seconds.{self.name}_write", seconds)
             catalogue.histograms.observe(f"bytes.{self.name}_write", entry.nbytes)
             catalogue.writes.end(entry, None, self.number)
+            self._remember(entry)
         else:
             catalogue.leave(entry, self.number)
             self._write_failed(entry, error)
@@ -264,6 +274,38 @@ class Lower:
                 self.tier.touch([entry.name], used=False)
                 entry.account.tenant.share(self.number).touched(entry)
 
+    # -- what others put there -------------------------------------------------------------------
+
+    def probe(self, names: Sequence[ObjectName], done: Callable[[list[Held | None]], None]) -> None:
+        """Ask a shared tier for objects; `done` on the loop, if it answers."""
+        assert self.tier is not None
+        self.tier.probe(names, lambda found: self.post(lambda: done(found)))
+
+    def take(self, held: Held) -> bool:
+        """Index an object that a shared tier says it has; whether it is of use."""
+        name, usage, taken = held.name, self._catalogue.usage, False
+        share = usage.account(name.namespace).tenant.share(self.number)
+        if held.nbytes != name.part.nbytes(name.namespace.block_tokens):
+            self._catalogue.counters.add("probe.refused", "size")
+        elif share.over(usage.room(self.number, held.nbytes)):
+            self._catalogue.counters.add("probe.refused", "quota")
+        else:
+            taken = self._take(held)
+        usage.close_if_empty(usage.account(name.namespace))
+        return taken
+
+    def _remember(self, entry: Entry) -> None:
+        """Of what is in a shared tier so much is known here; the rest is asked for again."""
+        if not self.shared:
+            return
+        self._elsewhere.append(entry)
+        while len(self._elsewhere) > _MOST_ELSEWHERE:
+            old = self._elsewhere.popleft()
+            if old.lies_in(self.number) and old.may_leave(self.number) and not old.gone:
+                self._catalogue.left(old, self.number, "forgotten")
+                if not old.stored:
+                    self._catalogue.discard(old, "forgotten")
+
     # -- it comes and goes ------------------------------------------------------------------------
 
     def look_after(self) -> None:
@@ -294,15 +336,17 @@ class Lower:
 
     def _take_in(self, tier: Tier) -> Work[None]:
         """Index what was there when it was opened."""
-        for number, held in enumerate(tier.recover(), 1):
-            self._take(tier, held)
+        for number, held in enumerate(() if tier.shared else tier.recover(), 1):
+            if self.tier is not tier:
+                return
+            self._take(held)
             if number % FEW == 0:
                 yield
         self._background.once(self._catalogue.enforcing)
         self._moved()
 
-    def _take(self, tier: Tier, found: Held) -> None:
-        """Index an object that was there when the tier was opened.
+    def _take(self, found: Held) -> bool:
+        """Index an object that is there already; whether that was done.
 
         Only the wall clock knows how long it has lain there. Where that was set back meanwhile, an
         object is taken for new: it never lives longer than it was given once.
@@ -313,13 +357,10 @@ class Lower:
         now = catalogue.clock.monotonic()
         known = catalogue.find(found.name)
         if left <= 0:
-            tier.delete([found.name])
-            catalogue.history.record(found.name.key, found.name.namespace, "expired")
-            catalogue.counters.add("recover.dropped", "expired")
-        elif catalogue.leaving(found.name):
-            tier.delete([found.name])
-            catalogue.counters.add("recover.dropped", "twice")
-        elif known is None:
+            return self._refuse(found, "expired")
+        if catalogue.leaving(found.name):
+            return self._refuse(found, "twice")
+        if known is None:
             entry = Entry(found.name, found.nbytes, now)
             entry.checksum = found.checksum
             entry.created, entry.recorded = now - age, now + left
@@ -327,17 +368,33 @@ class Lower:
             catalogue.took(entry, self.number)
             catalogue.whole(entry, self.number)
             catalogue.expiry.watch(entry, now + left)
-            catalogue.counters.add("recover.objects")
+            self._taken(entry)
         elif known.stored and not known.places >> self.number & 1 and _same(known, found):
             # In another tier, too, or saved anew while this one was away.
             catalogue.writes.end(known, None, self.number)
             catalogue.took(known, self.number)
             catalogue.whole(known, self.number)
-            self.stamp(known)
-            catalogue.counters.add("recover.objects")
+            if not self.shared:
+                self.stamp(known)
+            self._taken(known)
         else:
-            tier.delete([found.name])
-            catalogue.counters.add("recover.dropped", "twice")
+            return self._refuse(found, "twice")
+        return True
+
+    def _taken(self, entry: Entry) -> None:
+        if self.shared:
+            self._remember(entry)
+        else:
+            self._catalogue.counters.add("recover.objects")
+
+    def _refuse(self, found: Held, reason: str) -> bool:
+        """What an own tier found is of no use; in a shared one it is others' to delete."""
+        if self.tier is not None and not self.tier.shared:
+            self.tier.delete([found.name])
+            self._catalogue.counters.add("recover.dropped", reason)
+            if reason == "expired":
+                self._catalogue.history.record(found.name.key, found.name.namespace, "expired")
+        return False
 
     def close(self) -> None:
         """Let go of it. May block."""

@@ -146,6 +146,8 @@ class Movement:
                 catalogue.quiet.warning("corrupt", "a block in %s was damaged; it is dropped", name)
                 if not entry.gone:
                     catalogue.leave(entry, source.number, "corrupt")
+            elif error == "absent":  # Others, too, delete in a shared tier.
+                catalogue.left(entry, source.number, "lost")
             tried |= 1 << source.number
             another = None if entry.gone else self._source(entry, tried)
             if another is not None:

@@ -24,7 +24,7 @@ class Below:
 
     `open` opens it. Where that fails or takes longer than `stall_seconds`, the store runs without
     and tries again every `retry_seconds`. `queue` bytes are on their way to it at most; what is
-    committed beyond waits in memory.
+    committed beyond waits in memory. A lookup waits `probe_seconds` for a shared tier's answer.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Below:
     queue: int = 256 << 20
     retry_seconds: float = 5.0
     stall_seconds: float = 10.0
+    probe_seconds: float = 0.02
 
 
 class Opening:

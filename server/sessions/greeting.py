@@ -140,6 +140,7 @@ def welcome(
     if hello.features:
         reply.features = protocol.FEATURES
     if "tiers" in hello.features:
-        places = node.store.catalogue.places
-        reply.tiers = tuple(TierInfo(tier, place.name) for tier, place in places.items())
+        lowers = node.store.movement.lowers
+        below = (TierInfo(number, one.name, one.shared) for number, one in lowers.items())
+        reply.tiers = (TierInfo(protocol.MEMORY, "memory"), *below)
     return Peer(number, address, pid, hello.software, hello.features), grant, reply

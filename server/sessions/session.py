@@ -25,7 +25,7 @@ from kvstore.server.sessions.connection import Connection, keys_of
 from kvstore.slices import Work
 from kvstore.store.entry import Entry
 from kvstore.store.leases import LeaseKind, Saving
-from kvstore.store.store import Acquired
+from kvstore.store.loading import PROBING, Acquired
 from kvstore.tiers.base import PENDING
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Cost, Failure, Message
@@ -42,6 +42,7 @@ _HELD: Final = 512
 _MAX_LOOKING: Final = 16
 """Lookups of an owner that wait at a time; others are answered as things are."""
 
+_FIRST_POLL: Final = 0.001
 _PENDING_POLL: Final = 0.005
 _PENDING_SHARE: Final = 50
 """Times what a look takes between it and the next one."""
@@ -139,36 +140,40 @@ class SessionConnection(Connection):
         return namespace, parts, keys
 
     def _lookup(self, request_id: int, request: protocol.Lookup) -> Work[Message | None]:
-        started = time.monotonic()
+        started, store, owner = time.monotonic(), self._store, self.owner
         namespace, parts, keys = yield from self._named(request)
-        tiers, reason = yield from self._store.looking_up(
-            keys, parts, namespace, again=request.again, holes=request.holes
-        )
-        codes = bytes(tiers)
-        if not request.again:
-            self._recent.note(
-                self.peer.session, namespace, "lookup", len(keys), *by_tier(codes), reason,
-                started,
-            )  # fmt: skip
-        if not request.wait > 0 or PENDING not in codes or self.owner.looking >= _MAX_LOOKING:
+        look = partial(store.looking_up, keys, parts, namespace, holes=request.holes)
+        tiers, reason = yield from look(again=request.again)
+        uncounted = reason == PROBING and not request.again
+        wait = request.wait if request.holes else store.probing.seconds
+        until = started + min(wait, protocol.MAX_WAIT)
+
+        def told(tiers: list[int], reason: str) -> Message:
+            codes = bytes(tiers)
+            if uncounted:
+                store.count_lookup(tiers, reason, keys, namespace)
+            if not request.again:
+                self._recent.note(
+                    self.peer.session, namespace, "lookup", len(keys), *by_tier(codes), reason,
+                    started,
+                )  # fmt: skip
             return self._found(codes, reason)
-        until = started + min(request.wait, protocol.MAX_WAIT)
 
         async def look_again() -> Message:
             """Once nothing is on its way any more, or at the deadline."""
-            pause = _PENDING_POLL
+            pause = _FIRST_POLL
             while True:
                 await asyncio.sleep(min(pause, max(0.0, until - time.monotonic())))
                 looked = time.monotonic()
-                tiers, reason = await paced(
-                    self._store.looking_up(keys, parts, namespace, again=True, holes=True)
-                )
+                tiers, reason = await paced(look(again=True))
                 ended = time.monotonic()
-                if PENDING not in tiers or ended >= until:
-                    return self._found(bytes(tiers), reason)
-                pause = max(_PENDING_POLL, _PENDING_SHARE * (ended - looked))
+                if not _on_the_way(tiers, reason) or ended >= until:
+                    return told(tiers, reason)
+                pause = max(min(2 * pause, _PENDING_POLL), _PENDING_SHARE * (ended - looked))
 
-        self.owner.looking += 1
+        if wait <= 0 or not _on_the_way(tiers, reason) or owner.looking >= _MAX_LOOKING:
+            return told(tiers, reason)
+        owner.looking += 1
         self._later(request_id, look_again).add_done_callback(self._looked)
         return None
 
@@ -351,6 +356,11 @@ class SessionConnection(Connection):
 
     async def _open_control(self) -> Message:
         return protocol.Controlled(str(await self._node.open_control()))
+
+
+def _on_the_way(tiers: list[int], reason: str) -> bool:
+    """Whether another look may find more: blocks are being saved, or asked for elsewhere."""
+    return reason == PROBING or PENDING in tiers
 
 
 def _saving(request: protocol.Reserve, namespace: Namespace, blocks: int) -> Saving:

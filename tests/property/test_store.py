@@ -31,10 +31,11 @@ from kvstore.server.opening import tiers_below
 from kvstore.store.admission import WRITE_RULES, Admission
 from kvstore.store.entry import Entry
 from kvstore.store.explain import explain, survey
+from kvstore.store.loading import Acquired
 from kvstore.store.opening import Below
 from kvstore.store.relocation import copy_to, move_to, remove
 from kvstore.store.selection import Selection
-from kvstore.store.store import Acquired, Store
+from kvstore.store.store import Store
 from kvstore.tiers.slab.tier import SlabTier
 from kvstore.transport.protocol import DISK as DISK_TIER
 from kvstore.transport.protocol import MEMORY

@@ -11,7 +11,7 @@ import pytest
 
 from kvstore.blocks.spec import Namespace
 from kvstore.slices import FEW, Background, Inbox, Work, finish, tables
-from kvstore.store.store import Acquired
+from kvstore.store.loading import Acquired
 from kvstore.transport.protocol import MEMORY
 from tests.disk_tools import MiniStore, object_name
 from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, keys

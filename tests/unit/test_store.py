@@ -14,7 +14,7 @@ import pytest
 
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part
 from kvstore.store.leases import Payer
-from kvstore.store.store import Acquired
+from kvstore.store.loading import Acquired
 from kvstore.transport.protocol import BUSY, HAVE, NO_ROOM
 from tests.store_tools import GROUP, NAMESPACE, NBYTES, PART, Bench, content, keys
 

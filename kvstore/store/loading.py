@@ -1,0 +1,374 @@
+"""Looking up, acquiring and prefetching: blocks on their way to readers.
+
+Belongs to the store's loop; nothing is thread-safe.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from kvstore.blocks.spec import Namespace, Part
+from kvstore.slices import FEW, Work, at_once
+from kvstore.store.entry import Entry
+from kvstore.store.leases import Lease, LeaseKind, Leases, lease_weight
+from kvstore.store.movement import Movement
+from kvstore.store.probing import Probing
+from kvstore.tiers.base import MISS, PENDING
+
+PROBING: Final = "probing"
+"""The reason why a prefix ends where shared tiers are being asked for more."""
+
+_LOOKED_UP: Final = 2048
+"""Keys of a lookup without a stop."""
+
+_HOLES: Final = 256
+"""Keys without a stop where not all are there, which takes longer."""
+
+
+@dataclass(slots=True)
+class Acquired:
+    """What an acquire brought: whole blocks from the start, in arena slots.
+
+    `tiers` says where each block of the prefix found lay, also those that have not come yet;
+    `reason` why not all have come.
+    """
+
+    blocks: list[tuple[Entry, ...]]
+    tiers: list[int]
+    reason: str
+
+
+@dataclass(slots=True, eq=False)
+class Acquisition:
+    """A running acquire."""
+
+    lease: Lease
+    done: Callable[[Acquired], None]
+    started: float
+    enough: int
+    reads: bool = True  # somebody is to have the blocks, not only their memory
+    holes: bool = False
+    tiers: list[int] = field(default_factory=list)
+    reason: str = ""
+    ready: int = 0  # blocks from the start that are in memory
+    promoting: int = 0
+    failed: dict[Entry, str] = field(default_factory=dict)
+    started_all: bool = False
+    finished: bool = False
+
+
+class Loading(Leases):
+    """What readers ask of a store.
+
+    Args:
+        movement: carries the objects.
+        seconds: life of read and write leases.
+        max_pinned_bytes: what pins may hold.
+    """
+
+    def __init__(self, movement: Movement, seconds: float, max_pinned_bytes: int) -> None:
+        super().__init__(movement, seconds, max_pinned_bytes)
+        self.probing = Probing(movement)
+        self.histograms = self.catalogue.histograms
+        self._prefetches = itertools.count(1)
+        self._acquiring = 0
+
+    # What takes long with many keys stops now and then; a name in -ing tells it.
+
+    def looking_up(
+        self,
+        keys: Sequence[bytes],
+        parts: Sequence[Part],
+        namespace: Namespace | None = None,
+        *,
+        again: bool = False,
+        holes: bool = False,
+    ) -> Work[tuple[list[int], str]]:
+        """The tier of each block of the longest usable prefix, and why it ends there.
+
+        With `holes`: of all blocks, MISS where one is missing, PENDING where it is being saved or
+        shared tiers are asked for it. The reason is PROBING while any are asked: look again in a
+        while; such a look is not counted.
+
+        A block lies in the slowest tier of its parts. The reason is empty when all were found.
+        Only blocks of `namespace` count; None is for those who may use them all. `again`: the
+        request has been counted.
+        """
+        started = self._clock()
+        tiers: list[int] = []
+        reason = ""
+        asked = False
+        for first in range(0, len(keys), _LOOKED_UP):
+            if first:
+                yield
+            piece = keys[first : first + _LOOKED_UP]
+            found, why = self._find(piece, parts, namespace)
+            tiers += found
+            if why == "absent" and namespace is not None and self.probing.on:
+                missing = keys[first + len(found) :] if not holes else piece[len(found) :]
+                if (yield from self.probing.asking(missing, parts, namespace)):
+                    asked = True
+            reason = reason or why
+            if holes and why:
+                rest = piece[len(found) :]
+                for some in range(0, len(rest), _HOLES):
+                    tiers += self._states(rest[some : some + _HOLES], parts, namespace)
+                    yield
+            elif why:
+                break
+        if asked:
+            reason = PROBING
+        elif not again:
+            self.count_lookup(tiers, reason, keys, namespace)
+        self.histograms.observe("seconds.lookup", self._clock() - started)
+        return tiers, reason
+
+    lookup = at_once(looking_up)
+
+    def count_lookup(
+        self,
+        tiers: Sequence[int],
+        reason: str,
+        keys: Sequence[bytes],
+        namespace: Namespace | None = None,
+    ) -> None:
+        """Count a request by what was found of its blocks at first."""
+        block_tokens = 0 if namespace is None else namespace.block_tokens
+        counters = self.counters
+        counters.add("lookup.requests")
+        counters.add("lookup.tokens", by=len(keys) * block_tokens)
+        for number, place in self.catalogue.places.items():
+            blocks = tiers.count(number)
+            counters.add("lookup.hit_blocks", by=blocks)
+            counters.add("hit.tokens", place.name, by=blocks * block_tokens)
+        if reason:
+            counters.add("lookup.miss", reason)
+        self.movement.asked(keys)
+
+    def _find(
+        self, keys: Sequence[bytes], parts: Sequence[Part], namespace: Namespace | None
+    ) -> tuple[list[int], str]:
+        index = self.index
+        within = self._within(namespace)
+        tiers = index.tiers(keys, parts[0], within)
+        for part in parts[1:]:
+            of_part = index.tiers(keys[: len(tiers)], part, within)
+            tiers = [max(pair) for pair in zip(tiers, of_part, strict=False)]
+        if len(tiers) == len(keys):
+            return tiers, ""
+        end = keys[len(tiers)]
+        missing = next(part for part in parts if index.usable(end, part, within) is None)
+        return tiers, index.why_not(end, missing, within)
+
+    def _states(
+        self, keys: Sequence[bytes], parts: Sequence[Part], namespace: Namespace | None
+    ) -> list[int]:
+        within = self._within(namespace)
+        of_parts = [self.index.states(keys, part, within) for part in parts]
+        if namespace is not None and self.probing.on:
+            for states, part in zip(of_parts, parts, strict=True):
+                for number, key in enumerate(keys):
+                    if states[number] == MISS and self.probing.asks(namespace, key, part):
+                        states[number] = PENDING
+        return [max(block) if min(block) != MISS else MISS for block in zip(*of_parts, strict=True)]
+
+    def acquiring(
+        self,
+        owner: Hashable,
+        lease_id: int,
+        keys: Sequence[bytes],
+        parts: Sequence[Part],
+        done: Callable[[Acquired], None],
+        *,
+        enough: int | None = None,
+        namespace: Namespace | None = None,
+        reads: bool = True,
+        holes: bool = False,
+    ) -> Work[Acquisition]:
+        """Bring blocks into memory and hold them there under a read lease.
+
+        `done` is called once, on the loop, maybe before this returns: when all blocks have come, or
+        the first `enough` of them, or one cannot be had. It is given the prefix that is there by
+        then; the rest goes on coming up, for the next acquire. `settle` ends the waiting early.
+        With `holes`, what is missing or does not come in time is an empty block in tier MISS, and
+        those behind it are held all the same.
+        `namespace` as for `lookup`. A prefix ends (`held`) where the payer may hold no more;
+        without `reads`, nobody wants the blocks yet, and nothing is counted.
+
+        Raises:
+            ValueError: the owner holds a lease of that id, or too much is held.
+        """
+        weight = lease_weight(len(keys), len(parts))
+        lease = self.new_lease(owner, lease_id, LeaseKind.READ, weight)
+        running = Acquisition(lease, done, self._clock(), enough or len(keys), reads, holes)
+        self._acquiring += 1
+        running.promoting = 1  # Held until all promotions are started.
+        try:
+            yield from self._promoting(running, keys, parts, namespace)
+        except GeneratorExit:  # The owner has gone meanwhile.
+            running.finished = True
+            self._acquiring -= 1
+            raise
+        if not running.promoting:
+            yield from self._settling(running, "deadline")
+        elif self._count_ready(running) >= running.enough:
+            yield from self._settling(running, "later")
+        return running
+
+    acquire = at_once(acquiring)
+
+    def _promoting(
+        self,
+        running: Acquisition,
+        keys: Sequence[bytes],
+        parts: Sequence[Part],
+        namespace: Namespace | None,
+    ) -> Work[None]:
+        lease = running.lease
+        within = self._within(namespace)
+        # In order, and holding nothing beyond the block at hand: later blocks that lie in memory
+        # must not keep earlier ones from coming up.
+        for number, key in enumerate(keys):
+            if number % FEW == FEW - 1:
+                yield
+                if lease.released:
+                    break
+            block = self._block(key, parts, within)
+            if len(block) < len(parts):
+                _, why = self._find([key], parts, namespace)
+                running.reason = running.reason or why
+                if not running.holes:
+                    break
+                block = ()
+            size = self.usage.in_memory
+            more = sum(size(e.nbytes) for e in block if not (e.readers or e.writer))
+            if self._too_much(lease.payer, namespace, more):
+                running.reason = "held"
+                break
+            lease.blocks.append(block)
+            running.tiers.append(max((entry.tier for entry in block), default=MISS))
+            self.hold(block)
+            for entry in block:
+                if not entry.in_memory:
+                    running.promoting += 1
+                    self.movement.promote(entry, self._promotion_ended(running, entry))
+            if running.failed and not running.holes:
+                break
+        running.started_all = True
+        running.promoting -= 1
+
+    def settle(self, running: Acquisition, reason: str = "deadline") -> None:
+        """Answer a running acquire with what has arrived; the rest goes on in the background."""
+        self.background.add(self._settling(running, reason))
+
+    def _settling(self, running: Acquisition, reason: str) -> Work[None]:
+        if running.finished:
+            return
+        running.finished = True
+        self._acquiring -= 1
+        if running.reads:
+            self.histograms.observe("seconds.acquire", self._clock() - running.started)
+        lease = running.lease
+        if lease.released:
+            running.done(Acquired([], [], "released"))
+            return
+        ready = running.ready
+        while ready < self._count_ready(running):
+            ready = running.ready
+            yield
+        if ready < len(lease.blocks):
+            failed = [running.failed[e] for e in lease.blocks[ready] if e in running.failed]
+            running.reason = failed[0] if failed else reason
+        late = lease.blocks[ready:]
+        del lease.blocks[ready:]
+        blocks = lease.blocks
+        if running.holes:
+            for number, block in enumerate(late):
+                here = all(entry.in_memory for entry in block)
+                blocks.append(block if here else ())
+                if here:
+                    late[number] = ()
+                else:
+                    running.tiers[ready + number] = MISS
+                if number % FEW == FEW - 1:
+                    yield
+        yield from self._let_go(late)
+        for end in range(len(blocks), 0, -FEW):  # The first block is to be the last to go.
+            some = range(max(0, end - FEW), end)
+            if lease.released:
+                break
+            if running.reads:
+                self.movement.asked(blocks[i][0].name.key for i in some if blocks[i])
+                for i in some:
+                    if not blocks[i]:
+                        continue
+                    tier = self.catalogue.places[running.tiers[i]].name
+                    self.counters.add("load.blocks", tier)
+                    self.counters.add("load.bytes", tier, by=sum(e.nbytes for e in blocks[i]))
+            self.movement.touch([entry for i in some for entry in blocks[i]])
+            yield
+        if lease.released:
+            running.done(Acquired([], [], "released"))
+        else:
+            running.done(Acquired(blocks, running.tiers, running.reason))
+
+    def _let_go(self, blocks: Sequence[tuple[Entry, ...]]) -> Work[None]:
+        for number, block in enumerate(blocks):
+            self.let_go(block)
+            if number % FEW == 0:
+                yield
+
+    def _count_ready(self, running: Acquisition) -> int:
+        """Blocks from the start that are in memory, or some of these: each call counts on."""
+        blocks = running.lease.blocks
+        for block in blocks[running.ready : running.ready + _LOOKED_UP]:
+            for entry in block:
+                if not entry.in_memory:
+                    return running.ready
+            running.ready += 1
+        return running.ready
+
+    def prefetching(
+        self,
+        keys: Sequence[bytes],
+        parts: Sequence[Part],
+        namespace: Namespace | None = None,
+        owner: Hashable = None,
+    ) -> Work[int]:
+        """Start to bring blocks into memory; returns how many were found in any tier.
+
+        `namespace` as for `lookup`. Until they have come, `owner` has a lease on them.
+
+        Raises:
+            ValueError: too much is held.
+        """
+        lease = -next(self._prefetches)
+
+        def arrived(_: Acquired) -> None:
+            self.release(owner, lease)
+
+        running = yield from self.acquiring(
+            owner, lease, keys, parts, arrived, namespace=namespace, reads=False
+        )
+        return len(running.tiers)
+
+    prefetch = at_once(prefetching)
+
+    def _promotion_ended(self, running: Acquisition, entry: Entry) -> Callable[[str | None], None]:
+        def ended(error: str | None) -> None:
+            if error is not None:
+                running.failed[entry] = error
+            self._arrived(running)
+
+        return ended
+
+    def _arrived(self, running: Acquisition) -> None:
+        running.promoting -= 1
+        if running.promoting:
+            if running.started_all and self._count_ready(running) >= running.enough:
+                self.settle(running, "later")
+            return
+        self.settle(running)

@@ -1,0 +1,126 @@
+"""Shared tiers hold what others put there, too: what is not known here is asked for.
+
+Belongs to the store's loop; nothing is thread-safe.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import partial
+from typing import Final
+
+from kvstore.blocks.spec import Namespace, Part
+from kvstore.slices import FEW, Work
+from kvstore.store.lower import Lower
+from kvstore.store.movement import Movement
+from kvstore.tiers.base import Held, ObjectName
+
+_MOST_ASKED: Final = 2048
+"""Objects in one question."""
+_MOST_KNOWN: Final = 1 << 16
+"""Objects that are asked for at a time, and denials that are remembered."""
+_DENIED_SECONDS: Final = 1.0
+"""How long what no tier has counts as missing without another question."""
+_GIVEN_UP_SECONDS: Final = 5.0
+"""After so long a question without an answer may be asked again."""
+
+
+class _Question:
+    """Objects that tiers are asked for; `open` is how many of these have not answered.
+
+    `unsure`: one of them may have what it did not tell.
+    """
+
+    def __init__(self, names: list[ObjectName], tiers: int, *, unsure: bool) -> None:
+        self.open = tiers
+        self.names = names
+        self.found: set[ObjectName] = set()
+        self.unsure = unsure
+
+
+class Probing:
+    """Asks shared tiers for objects, and has those that they have taken into the catalogue.
+
+    What all of them deny is not asked for again for a moment. What one cannot tell, because it is
+    away or does not answer, is never taken for missing.
+    """
+
+    def __init__(self, movement: Movement) -> None:
+        self._catalogue = movement.catalogue
+        self._background = movement.background
+        self._clock = movement.catalogue.clock.monotonic
+        self._lowers = movement.lowers
+        self._asked: dict[ObjectName, float] = {}  # since when
+        self._denied: dict[ObjectName, float] = {}  # until when, oldest first
+
+    @property
+    def on(self) -> bool:
+        """Whether there is anybody to ask."""
+        return any(lower.shared for lower in self._lowers.values())
+
+    @property
+    def seconds(self) -> float:
+        """How long a lookup may wait for answers."""
+        return max((lower.probe_seconds for lower in self._shared()), default=0.0)
+
+    def _shared(self) -> list[Lower]:
+        return [lower for lower in self._lowers.values() if lower.shared]
+
+    def asks(self, namespace: Namespace, key: bytes, part: Part) -> bool:
+        """Whether an object is being asked for."""
+        return ObjectName(namespace, key, part) in self._asked
+
+    def asking(
+        self, keys: Sequence[bytes], parts: Sequence[Part], namespace: Namespace
+    ) -> Work[bool]:
+        """Ask for what is not known of these blocks; whether an answer may still come."""
+        now, names, waiting = self._clock(), list[ObjectName](), False
+        account = self._catalogue.usage.namespaces.get(namespace.digest)
+        most = min(_MOST_ASKED, _MOST_KNOWN - len(self._asked))
+        for number, (key, part) in enumerate(itertools.product(keys, parts)):
+            if number % FEW == FEW - 1:
+                yield
+            if account is not None and self._catalogue.index.get(key, part, account) is not None:
+                continue
+            name = ObjectName(namespace, key, part)
+            if now - self._asked.get(name, -_GIVEN_UP_SECONDS) < _GIVEN_UP_SECONDS:
+                waiting = True
+            elif len(names) < most and self._denied.get(name, now) <= now:
+                names.append(name)
+            if len(names) >= most:
+                break
+        shared = [lower for lower in self._shared() if lower.state.readable]
+        if not names or not shared:
+            return waiting
+        self._asked |= dict.fromkeys(names, now)
+        question = _Question(names, len(shared), unsure=len(shared) < len(self._shared()))
+        for lower in shared:
+            lower.probe(names, partial(self._answered, question, lower))
+        return True
+
+    def _answered(self, question: _Question, lower: Lower, found: list[Held | None]) -> None:
+        self._background.add(self._taking_in(question, lower, found))
+
+    def _taking_in(self, question: _Question, lower: Lower, found: list[Held | None]) -> Work[None]:
+        for number, held in enumerate(found):
+            if held is not None and lower.take(held):
+                question.found.add(held.name)
+                self._catalogue.counters.add("probe.found", lower.name)
+            if number % FEW == FEW - 1:
+                yield
+        # A tier that has failed meanwhile has denied nothing.
+        question.unsure = question.unsure or not lower.state.readable
+        question.open -= 1
+        if question.open:
+            return
+        until = self._clock() + _DENIED_SECONDS
+        for number, name in enumerate(question.names):
+            self._asked.pop(name, None)
+            if not question.unsure and name not in question.found:
+                self._denied.pop(name, None)
+                self._denied[name] = until
+                if len(self._denied) > _MOST_KNOWN:
+                    del self._denied[next(iter(self._denied))]
+            if number % FEW == FEW - 1:
+                yield

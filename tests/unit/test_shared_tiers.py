@@ -1,0 +1,178 @@
+"""Tiers that others write to, too: two nodes, and one folder that both have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from kvstore.store import lower
+from kvstore.store.loading import PROBING
+from kvstore.store.selection import Selection
+from kvstore.tiers import conformance
+from kvstore.tiers.base import MISS, PENDING, Host, Tier
+from tests.folder_tier import FolderTier
+from tests.session_tools import Stores, load, prompt, save
+from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, keys, select
+
+FAR: Final = 2
+
+
+def node(folder: Path, **options: Any) -> Bench:
+    return Bench(None, far={"folder": folder, **options}, kind=FolderTier)
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[tuple[Bench, Bench]]:
+    """One that has saved three blocks to the folder, and one that has not heard of them."""
+    one, other = node(tmp_path / "shared"), node(tmp_path / "shared")
+    one.save(keys(1, 2, 3))
+    one.drain()
+    yield one, other
+    one.close()
+    other.close()
+
+
+def answer(bench: Bench, chain: list[bytes], *, holes: bool = False) -> tuple[list[int], str]:
+    """What a lookup says once no tier is being asked any more."""
+    tiers, reason = bench.store.lookup(chain, [PART], NAMESPACE, holes=holes)
+    while reason == PROBING:
+        bench.posted.get(timeout=20)()
+        tiers, reason = bench.store.lookup(chain, [PART], NAMESPACE, holes=holes, again=True)
+    return tiers, reason
+
+
+@pytest.mark.parametrize("check", conformance.CHECKS, ids=lambda check: check.__name__)
+def test_the_folder_keeps_the_rules_of_tiers(check: Any, tmp_path: Path) -> None:
+    def make(host: Host, folder: Path) -> Tier:
+        return FolderTier("far", host, {"folder": folder})
+
+    if check is not conformance.gives_up_the_oldest:  # It holds as much as its disk.
+        check(make, tmp_path)
+
+
+def test_what_another_node_saved_is_found_and_loaded(nodes: tuple[Bench, Bench]) -> None:
+    _, other = nodes
+    asked = other.store.lookup(keys(1, 2, 3, 4), [PART], NAMESPACE)
+    assert asked == ([], PROBING)
+    assert answer(other, keys(1, 2, 3, 4)) == ([FAR] * 3, "absent")
+    assert other.load(keys(1, 2, 3)).tiers == [FAR] * 3  # Compares the bytes.
+    assert other.store.counters["probe.found.far"] == 3
+
+
+def test_blocks_are_pending_while_they_are_asked_for(nodes: tuple[Bench, Bench]) -> None:
+    _, other = nodes
+    other.save(keys(7))
+    chain = keys(1, 7, 9)
+    asked, _ = other.store.lookup(chain, [PART], NAMESPACE, holes=True)
+    assert asked == [PENDING, 1, PENDING]
+    assert answer(other, chain, holes=True) == ([FAR, 1, MISS], "absent")
+
+
+def test_what_nobody_has_is_not_asked_for_again_for_a_moment(nodes: tuple[Bench, Bench]) -> None:
+    one, other = nodes
+    assert answer(other, keys(4)) == ([], "absent")
+    one.save(keys(4))
+    one.drain()
+    assert other.store.lookup(keys(4), [PART], NAMESPACE) == ([], "absent")
+    other.now += 1.5
+    assert answer(other, keys(4)) == ([FAR], "")
+
+
+def test_a_tier_that_is_away_denies_nothing(nodes: tuple[Bench, Bench], tmp_path: Path) -> None:
+    _, other = nodes
+    (tmp_path / "shared").rename(tmp_path / "away")
+    assert other.store.lookup(keys(1), [PART], NAMESPACE) == ([], "absent")
+    (tmp_path / "away").rename(tmp_path / "shared")
+    assert answer(other, keys(1)) == ([FAR], "")
+
+
+def test_a_tier_that_fails_while_it_is_asked_denies_nothing(tmp_path: Path) -> None:
+    slow = node(tmp_path / "shared", delay=0.1)
+    assert slow.store.lookup(keys(1), [PART], NAMESPACE) == ([], PROBING)
+    (tmp_path / "shared").rename(tmp_path / "away")
+    assert answer(slow, keys(1)) == ([], "absent")
+    (tmp_path / "away").rename(tmp_path / "shared")
+    assert slow.store.lookup(keys(1), [PART], NAMESPACE) == ([], PROBING), "asked again at once"
+    slow.close()
+
+
+def test_what_others_have_deleted_is_a_miss(nodes: tuple[Bench, Bench], tmp_path: Path) -> None:
+    _, other = nodes
+    assert answer(other, keys(1, 2)) == ([FAR] * 2, "")
+    for file in (tmp_path / "shared").iterdir():
+        file.unlink()
+    assert other.load(keys(1, 2)).reason == "absent"
+    assert not select(other.store, Selection(keys=keys(1)))
+
+
+def test_what_is_damaged_there_is_a_miss(nodes: tuple[Bench, Bench], tmp_path: Path) -> None:
+    _, other = nodes
+    assert answer(other, keys(1)) == ([FAR], "")
+    for file in (tmp_path / "shared").iterdir():
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert other.load(keys(1)).reason == "corrupt"
+
+
+def test_an_object_of_another_size_is_refused(nodes: tuple[Bench, Bench], tmp_path: Path) -> None:
+    _, other = nodes
+    for file in (tmp_path / "shared").iterdir():
+        data = bytearray(file.read_bytes())
+        data[:8] = (2 * NBYTES).to_bytes(8, "little")
+        file.write_bytes(data)
+    assert answer(other, keys(1)) == ([], "absent")
+    assert other.store.counters["probe.refused.size"] == 1
+
+
+def test_quotas_do_not_delete_what_others_saved(nodes: tuple[Bench, Bench], tmp_path: Path) -> None:
+    _, other = nodes
+    other.store.set_quota("", {FAR: 2 * NBYTES})
+    assert answer(other, keys(1, 2, 3)) == ([FAR] * 2, "absent")
+    other.store.tick()
+    assert len(list((tmp_path / "shared").iterdir())) == 3
+
+
+def test_only_so_much_of_a_shared_tier_is_known(
+    nodes: tuple[Bench, Bench], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lower, "_MOST_ELSEWHERE", 2)
+    _, other = nodes
+    for number in (1, 2, 3):
+        answer(other, keys(number))
+    assert other.store.stats()["objects"] == 2
+    assert len(list((tmp_path / "shared").iterdir())) == 3, "they are not deleted there"
+    assert answer(other, keys(1)) == ([FAR], "")
+
+
+def test_a_request_counts_once_with_what_probes_have_found(nodes: tuple[Bench, Bench]) -> None:
+    _, other = nodes
+    other.store.lookup(keys(1, 2), [PART], NAMESPACE)
+    assert other.store.counters["lookup.requests"] == 0, "until it is answered"
+
+
+def test_a_session_is_told_what_another_daemon_has_saved(stores: Stores, tmp_path: Path) -> None:
+    """Two daemons; the second one's client gets its answer in one round trip."""
+    info = tmp_path / "shared_tier-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shared-tier\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[kvstore.tiers]\nfolder = tests.folder_tier:FolderTier\n"
+    )
+    options = {"folder": str(tmp_path / "shared")}
+    tiers = [{"kind": "folder", "name": "far", "options": options, "probe_seconds": 5}]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+        one, other = stores.serve(tiers=tiers), stores.serve(tiers=tiers)
+    with one.session() as session:
+        chain = session.keys(prompt(1, 5))
+        assert save(session, chain[:4]).stored == 4
+        assert session.flush() == 0
+    with other.session() as session:
+        found = session.lookup(chain)
+        assert (found.blocks, found.reason) == (4, "absent")
+        assert load(session, chain[:4]).tiers == {"far": 4}
+        counters = session.stats()["counters"]
+        assert counters["lookup.requests"] == 1
+        assert counters["lookup.hit_blocks"] == 4
