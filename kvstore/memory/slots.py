@@ -82,19 +82,20 @@ class _SizeClass(Generic[T]):
 
 
 class _Chunk(Generic[T]):
-    """`slots`: its places that were ever used, in order; None where one is `free` again.
+    """`slots` in use, by their offsets; the first `begun` places were ever used, and some of these
+    are `free` again. `refused`: the medium has no room for more of it.
 
-    `used`: how many are not. `refused`: the medium has no room for more of it.
+    The garbage collector, which walks through lists, has nothing to look for in such a dictionary.
     """
 
-    __slots__ = ("cls", "free", "number", "refused", "slots", "used")
+    __slots__ = ("begun", "cls", "free", "number", "refused", "slots")
 
     def __init__(self, number: int, cls: _SizeClass[T]) -> None:
         self.number = number
         self.cls = cls
-        self.slots: list[Slot[T] | None] = []
+        self.slots: dict[int, Slot[T]] = {}
         self.free = array("I")
-        self.used = 0
+        self.begun = 0
         self.refused = False
 
 
@@ -160,8 +161,8 @@ class SlotPool(Generic[T]):
         if chunk.free:
             place = chunk.free.pop()
         else:
-            place = len(chunk.slots)
-            chunk.slots.append(None)
+            place = chunk.begun
+            chunk.begun += 1
         return self._occupy(chunk, place, owner)
 
     def claim(self, offset: int, nbytes: int, owner: T) -> Slot[T] | None:
@@ -180,10 +181,10 @@ class SlotPool(Generic[T]):
         chunk = self._chunks[number]
         if chunk.cls is not cls:
             return None
-        if place >= len(chunk.slots):
-            chunk.free.extend(range(len(chunk.slots), place))
-            chunk.slots.extend([None] * (place + 1 - len(chunk.slots)))
-        elif chunk.slots[place] is None:
+        if place >= chunk.begun:
+            chunk.free.extend(range(chunk.begun, place))
+            chunk.begun = place + 1
+        elif offset not in chunk.slots:
             chunk.free.remove(place)
         else:
             return None
@@ -226,15 +227,14 @@ class SlotPool(Generic[T]):
     def free(self, slot: Slot[T], *, evicted: bool = False) -> None:
         """Give a slot back."""
         number, inside = divmod(slot.offset, self.chunk)
-        chunk, place = self._chunks[number], inside // slot.nbytes
-        chunk.slots[place] = None
-        chunk.free.append(place)
-        chunk.used -= 1
+        chunk = self._chunks[number]
+        del chunk.slots[slot.offset]
+        chunk.free.append(inside // slot.nbytes)
         if slot.admitted:
             chunk.cls.policy.remove(slot, evicted=evicted)
         self.used_bytes -= slot.nbytes
         self.used_slots -= 1
-        if chunk.used:
+        if chunk.slots:
             self._offer(chunk)
             return
         if chunk is self._leaving:
@@ -247,7 +247,7 @@ class SlotPool(Generic[T]):
         """The slots in use, chunk by chunk, each as it is when its turn comes."""
         for number in range(self.capacity // self.chunk):
             if chunk := self._chunks.get(number):
-                yield list(filter(None, chunk.slots))
+                yield list(chunk.slots.values())
 
     @property
     def free_bytes(self) -> int:
@@ -275,15 +275,14 @@ class SlotPool(Generic[T]):
 
     def _offer(self, chunk: _Chunk[T]) -> None:
         """Let the chunk's free places be used, if any may be."""
-        if chunk.used < chunk.cls.places and not chunk.refused and chunk is not self._leaving:
+        if len(chunk.slots) < chunk.cls.places and not chunk.refused and chunk is not self._leaving:
             chunk.cls.partial[chunk.number] = chunk
 
     def _occupy(self, chunk: _Chunk[T], place: int, owner: T) -> Slot[T]:
         cls = chunk.cls
         slot = Slot(chunk.number * self.chunk + place * cls.nbytes, cls.nbytes, owner)
-        chunk.slots[place] = slot
-        chunk.used += 1
-        if chunk.used == cls.places:
+        chunk.slots[slot.offset] = slot
+        if len(chunk.slots) == cls.places:
             del cls.partial[chunk.number]
         self.used_bytes += cls.nbytes
         self.used_slots += 1
@@ -310,12 +309,13 @@ class SlotPool(Generic[T]):
         """Empty a chunk of another class that is colder than `victim`, a little at a time."""
         chunks, slots = (_CHUNKS, _GIVEN_UP) if victim is not None else (_MOST_CHUNKS, _CANDIDATES)
         if self._leaving is None and (coldest := self._coldest(cls, victim, chunks)):
-            self._leaving, self._rest = coldest, filter(None, coldest.slots)
+            self._leaving, self._rest = coldest, iter(list(coldest.slots.values()))
             coldest.cls.partial.pop(coldest.number, None)
         chunk = self._leaving
         if chunk is None or chunk.cls is cls:
             return
-        for slot in islice(self._rest, slots):
+        there = (slot for slot in self._rest if chunk.slots.get(slot.offset) is slot)
+        for slot in islice(there, slots):
             if not self._may_go(slot):
                 self._stay(chunk)
                 return
@@ -332,7 +332,7 @@ class SlotPool(Generic[T]):
             if chunk is None or chunk.cls is cls:
                 continue
             newest = 0
-            for slot in filter(None, islice(chunk.slots, _CANDIDATES)):
+            for slot in islice(chunk.slots.values(), _CANDIDATES):
                 newest = max(newest, slot.used)
                 if newest >= coldest_used or not self._may_go(slot):
                     break

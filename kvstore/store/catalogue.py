@@ -107,9 +107,9 @@ class Catalogue:
         if tell and not entry.gone:
             self.events.arrived(entry.name.namespace, entry.name.key, tier)
 
-    def touch(self, entry: Entry) -> None:
+    def touch(self, entry: Entry, now: float) -> None:
         """An object was used."""
-        entry.used = entry.account.last_used = self.clock.monotonic()
+        entry.used = entry.account.last_used = now
         for tier in members(entry.tiers):
             self.places[tier].touch(entry)
             entry.account.tenant.share(tier).touched(entry)

@@ -9,8 +9,9 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
+
+import msgspec
 
 from kvstore.blocks.spec import Namespace
 
@@ -28,8 +29,7 @@ _Batch = tuple[_Kind, bytes, int, str]
 """What blocks have in common that one event tells of: kind, namespace, medium, reason."""
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(msgspec.Struct, frozen=True, gc=False):
     """Blocks that entered or left a tier.
 
     `parent` is the key before the first of `keys`, empty if it is the start of a prompt or not

@@ -94,9 +94,9 @@ class Movement:
 
     def touch(self, entries: Sequence[Entry]) -> None:
         """These entries, in the order of their blocks, were used."""
-        judging = self._judging
+        judging, now = self._judging, self.catalogue.clock.monotonic()
         for entry in reversed(entries):
-            self.catalogue.touch(entry)
+            self.catalogue.touch(entry, now)
             if judging and entry.in_memory and not entry.gone:
                 missing = [lower.number for lower in judging if not entry.lies_in(lower.number)]
                 if missing and self.uses.again(entry.name.key):

@@ -121,6 +121,8 @@ class Store(Loading):
         yield from self._touching([entry for entry in known if entry is not None])
         answers: list[int] = []
         refused = 0
+        # Objects that come together share their numbers.
+        now, sizes = self._clock(), [part.nbytes(namespace.block_tokens) for part in parts]
         found = iter(known)
         for number, key in enumerate(keys):
             if number % FEW == 0:
@@ -128,7 +130,7 @@ class Store(Loading):
                 if lease.released:
                     return [NO_ROOM] * len(known), "released"
             block: list[Entry] = []
-            for part, entry in zip(parts, found, strict=False):
+            for part, nbytes, entry in zip(parts, sizes, found, strict=False):
                 if entry is not None and not entry.gone:
                     answer = HAVE
                 elif index.get(key, part, self._within(namespace)) is not None:
@@ -138,8 +140,8 @@ class Store(Loading):
                     if not refusal:
                         entry = Entry(
                             ObjectName(namespace, key, part),
-                            part.nbytes(namespace.block_tokens),
-                            self._clock(),
+                            nbytes,
+                            now,
                         )
                         entry.writer = lease
                         refusal = self._reserve(entry, lease.payer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import threading
 import time
@@ -15,8 +16,9 @@ import pytest
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part
 from kvstore.store.leases import Payer
 from kvstore.store.loading import Acquired
+from kvstore.store.selection import Selection
 from kvstore.transport.protocol import BUSY, HAVE, NO_ROOM
-from tests.store_tools import GROUP, NAMESPACE, NBYTES, PART, Bench, content, keys
+from tests.store_tools import GROUP, NAMESPACE, NBYTES, PART, Bench, content, keys, select
 
 
 def test_only_committed_objects_are_seen(memory: Bench) -> None:
@@ -437,3 +439,13 @@ def test_an_object_takes_less_than_a_kilobyte_with_all_that_is_known_of_it(tmp_p
     assert (held, bench.store.movement.unwritten) == (([1], ""), 0)
     bench.close()
     assert taken / count < 1024
+
+
+def test_the_garbage_collector_has_nothing_to_walk_through(disk: Bench) -> None:
+    """However many objects there are, what lists them is not its to look at."""
+    disk.save(keys(1))
+    disk.drain()
+    (entry,) = held = select(disk.store, Selection())
+    for one in (entry, entry.slot, entry.name):
+        lists = [who for who in gc.get_referrers(one) if isinstance(who, (list, dict, tuple, set))]
+        assert all(who is held for who in lists), lists
