@@ -178,7 +178,7 @@ class Access:
 def is_loopback(host: str) -> bool:
     """Whether it is an address of loopback, also IPv4 by way of a listener at [::]."""
     try:
-        address = ipaddress.ip_address(host.partition("%")[0])
+        address = ipaddress.ip_address(host)
         return (getattr(address, "ipv4_mapped", None) or address).is_loopback
     except ValueError:
         return False

@@ -78,9 +78,13 @@ class Gate(grpc.aio.ServerInterceptor):
         header: str | bytes | None = dict(metadata or ()).get("authorization")
         if header is None and self._trusted is not None:
             return self._trusted
-        return self._node.access.bearer(
+        caller = self._node.access.bearer(
             header.decode("latin-1") if isinstance(header, bytes) else header
         )
+        if header is not None and not caller.digest:  # Who means to show a token shall show it.
+            text = "authorization has another form; send `authorization: Bearer TOKEN`"
+            raise Denied("token_missing", text)
+        return caller
 
     def _guarded(self, handler: Handler, caller: Grant, what: str) -> Handler:
         # A stream in both directions: what comes is read when the call has its turn.

@@ -145,7 +145,7 @@ class SessionConnection(Connection):
         look = partial(store.looking_up, keys, parts, namespace, holes=request.holes)
         tiers, reason = yield from look(again=request.again)
         uncounted = reason == PROBING and not request.again
-        wait = request.wait if request.holes else store.probing.seconds
+        wait = max(0.0, request.wait) if request.holes else store.probing.seconds  # NaN: no wait
         until = started + min(wait, protocol.MAX_WAIT)
 
         def told(tiers: list[int], reason: str) -> Message:
@@ -334,7 +334,7 @@ class SessionConnection(Connection):
 
         async def wait() -> Message:
             loop = asyncio.get_running_loop()
-            until = loop.time() + min(max(request.wait, 0.0), protocol.MAX_WAIT)
+            until = loop.time() + min(max(0.0, request.wait), protocol.MAX_WAIT)
             movement = self._store.movement
             # What is saved from here on is not waited for.
             watch = movement.watch_writes(self.grant.sees)

@@ -30,6 +30,13 @@ def api(served: Served) -> Iterator[Api]:
         yield opened
 
 
+def test_who_means_to_show_a_token_shows_it_also_where_none_is_needed(served: Served) -> None:
+    for value in ("Basic abc", "Bearer", "nonsense"):
+        with Api(served) as opened:
+            opened._metadata = (("authorization", value),)
+            assert opened.refused("Stats")[:2] == ("UNAUTHENTICATED", "TOKEN_MISSING"), value
+
+
 MEDIA: Final = {"modality": "image", "digest": "a1", "offset": 0, "length": 4}
 KEYS: Final = {"keys": [bytes(32)]}
 ID: Final = {"namespace": namespace_message(namespace())}

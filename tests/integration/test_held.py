@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -150,6 +151,10 @@ def test_what_is_being_saved_is_pending_and_can_be_waited_for(stores: Stores) ->
         saver.call(protocol.Reserve(0, 1, keys[1]), PATIENCE)
         found = session.lookup(keys, holes=True)
         assert (found.blocks, found.tiers) == (0, ("miss", "pending"))
+        for wait in (math.nan, -1.0):  # is no time to wait
+            asked = protocol.Lookup(0, keys[1], holes=True, wait=wait)
+            assert isinstance(saver.call(asked, PATIENCE), protocol.Found)
+            assert saver.call(protocol.Flush(wait), PATIENCE) == protocol.Flushed(-1)
         commit = threading.Timer(0.1, saver.call, (protocol.Commit(1), PATIENCE))
         commit.start()
         assert session.lookup(keys, holes=True, wait=PATIENCE).tiers == ("miss", "memory")

@@ -345,7 +345,8 @@ def test_another_site_cannot_use_a_browser_against_the_node(served: Served) -> N
     port = where.rpartition(":")[2]
     for host in (f"localhost:{port}", "localhost", f"127.0.0.1:{port}", f"[::1]:{port}", "[::1]"):
         assert ask(where, "/status", Host=host).status == 200, host
-    for host in (f"evil.example:{port}", "evil.example", "localhost.evil.example", "10.0.0.1"):
+    wrong = ("evil.example", "localhost.evil.example", "10.0.0.1", "127.0.0.1%x.evil.example")
+    for host in (f"evil.example:{port}", *wrong):
         assert ask(where, "/status", Host=host).status == 421, host
     level, own = b'{"level":"debug"}', {"Origin": f"http://{where}"}
     form = ask(where, "/loglevel", "POST", send=level, Content_Type="text/plain", **own)
