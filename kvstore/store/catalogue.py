@@ -40,8 +40,8 @@ class Place(Protocol):
     def free(self, entry: Entry, *, evicted: bool) -> None:
         """An object leaves it; nobody is at work on its copy there."""
 
-    def touch(self, entry: Entry) -> None:
-        """An object that lies there was used."""
+    def touch(self, entry: Entry, *, used: bool) -> None:
+        """An object that lies there is the last to go; `used`: it was."""
 
     def stamp(self, entry: Entry) -> None:
         """An object that lies there expires at another time."""
@@ -89,6 +89,11 @@ class Catalogue:
         """Whether a tier below is still at work on an object of this name that is gone."""
         return name in self._leaving
 
+    def has_place(self, name: ObjectName, tier: int) -> bool:
+        """Whether a tier keeps room for an object of this name, maybe for one that is gone."""
+        entries = self.find(name), self._leaving.get(name)
+        return any(entry is not None and entry.places >> tier & 1 for entry in entries)
+
     # -- objects come, and are carried ------------------------------------------------------------
 
     def add(self, entry: Entry) -> None:
@@ -111,7 +116,12 @@ class Catalogue:
         """An object was used."""
         entry.used = entry.account.last_used = now
         for tier in members(entry.tiers):
-            self.places[tier].touch(entry)
+            self.touch_in(entry, tier)
+
+    def touch_in(self, entry: Entry, tier: int, *, used: bool = True) -> None:
+        """An object is the last to go in a tier; without `used` only that order is meant."""
+        self.places[tier].touch(entry, used=used)
+        if entry.lies_in(tier):  # The tier may have found that it is lost.
             entry.account.tenant.share(tier).touched(entry)
 
     def set_ttl(self, entry: Entry, seconds: float | None) -> None:
@@ -124,7 +134,12 @@ class Catalogue:
     # -- and go -----------------------------------------------------------------------------------
 
     def left(self, entry: Entry, tier: int, reason: str = "") -> None:
-        """A tier has given up an object; `reason` for watchers, if they are to know."""
+        """A tier has given up an object; `reason` for watchers, if they are to know.
+
+        It may have said so already, or have gone as a whole.
+        """
+        if not entry.places >> tier & 1:
+            return
         if reason and entry.lies_in(tier) and not entry.gone:
             self.events.removed(entry.name.namespace, entry.name.key, tier, reason)
         entry.tiers &= ~(1 << tier)

@@ -128,10 +128,10 @@ class Lower:
         if self.tier is not None:
             self.tier.delete([entry.name])
 
-    def touch(self, entry: Entry) -> None:
+    def touch(self, entry: Entry, *, used: bool) -> None:
         """See `Place`."""
         if self.tier is not None:
-            self.tier.touch([entry.name])
+            self.tier.touch([entry.name], used=used)
 
     def stamp(self, entry: Entry) -> None:
         """See `Place`."""
@@ -218,8 +218,10 @@ class Lower:
 
         self._writing += 1
         self.bytes_under_way += entry.nbytes
-        if entry.places == IN_MEMORY:  # Else another tier may have been told otherwise.
+        if entry.places == IN_MEMORY:
             entry.recorded = entry.expires
+        elif entry.recorded != entry.expires:  # Others were told otherwise, and will be told.
+            entry.recorded = math.nan
         catalogue.took(entry, self.number)
         address, times = self._memory.address(entry), self._times(entry)
         tier.put([Job(entry.name, address, entry.nbytes, entry.checksum, *times)], done)
@@ -231,8 +233,10 @@ class Lower:
         tier.settled(job, error)
         self._writing -= 1
         self.bytes_under_way -= entry.nbytes
-        if error is None and self.tier is not tier:
+        if self.tier is not tier and error in (None, "closed"):
             error = "io_error"  # Another one comes.
+        elif error is None and entry.checksum not in (None, job.checksum):
+            error = "corrupt"  # Another tier was given other bytes meanwhile.
         if error is None:
             entry.checksum = job.checksum
             catalogue.whole(entry, self.number)
@@ -270,28 +274,30 @@ class Lower:
         for number, entry in enumerate(reversed(batch.entries)):
             if number % FEW == 0:
                 yield
-            if entry.lies_in(self.number) and self.tier is not None:
-                self.tier.touch([entry.name], used=False)
-                entry.account.tenant.share(self.number).touched(entry)
+            if entry.lies_in(self.number):
+                self._catalogue.touch_in(entry, self.number, used=False)
 
     # -- what others put there -------------------------------------------------------------------
 
     def probe(self, names: Sequence[ObjectName], done: Callable[[list[Held | None]], None]) -> None:
-        """Ask a shared tier for objects; `done` on the loop, if it answers."""
-        assert self.tier is not None
-        self.tier.probe(names, lambda found: self.post(lambda: done(found)))
+        """Ask a shared tier for objects; `done` on the loop, if it answers.
+
+        An answer that comes when the tier is gone is empty.
+        """
+        tier = self.tier
+        assert tier is not None
+        tier.probe(names, lambda found: self.post(lambda: done(found if tier is self.tier else [])))
 
     def take(self, held: Held) -> bool:
         """Index an object that a shared tier says it has; whether it is of use."""
-        name, usage, taken = held.name, self._catalogue.usage, False
-        share = usage.account(name.namespace).tenant.share(self.number)
-        if held.nbytes != name.part.nbytes(name.namespace.block_tokens):
-            self._catalogue.counters.add("probe.refused", "size")
-        elif share.over(usage.room(self.number, held.nbytes)):
-            self._catalogue.counters.add("probe.refused", "quota")
+        usage, account = self._catalogue.usage, self._catalogue.usage.account(held.name.namespace)
+        if not self.shared:  # It has gone meanwhile.
+            taken = False
+        elif account.tenant.share(self.number).over(usage.room(self.number, held.nbytes)):
+            taken = self._refuse(held, "quota")
         else:
             taken = self._take(held)
-        usage.close_if_empty(usage.account(name.namespace))
+        usage.close_if_empty(account)
         return taken
 
     def _remember(self, entry: Entry) -> None:
@@ -301,10 +307,14 @@ class Lower:
         self._elsewhere.append(entry)
         while len(self._elsewhere) > _MOST_ELSEWHERE:
             old = self._elsewhere.popleft()
-            if old.lies_in(self.number) and old.may_leave(self.number) and not old.gone:
-                self._catalogue.left(old, self.number, "forgotten")
-                if not old.stored:
-                    self._catalogue.discard(old, "forgotten")
+            if not old.lies_in(self.number) or old.gone:
+                continue
+            if not old.may_leave(self.number):  # Its turn comes again.
+                self._elsewhere.append(old)
+                break
+            self._catalogue.left(old, self.number, "forgotten")
+            if not old.stored:
+                self._catalogue.discard(old, "forgotten")
 
     # -- it comes and goes ------------------------------------------------------------------------
 
@@ -356,6 +366,8 @@ class Lower:
         left = found.expires - found.created - age if found.expires else math.inf
         now = catalogue.clock.monotonic()
         known = catalogue.find(found.name)
+        if found.nbytes != found.name.part.nbytes(found.name.namespace.block_tokens):
+            return self._refuse(found, "size")
         if left <= 0:
             return self._refuse(found, "expired")
         if catalogue.leaving(found.name):
@@ -389,7 +401,11 @@ class Lower:
 
     def _refuse(self, found: Held, reason: str) -> bool:
         """What an own tier found is of no use; in a shared one it is others' to delete."""
-        if self.tier is not None and not self.tier.shared:
+        if self._catalogue.has_place(found.name, self.number):
+            return False  # What lay there was replaced before its turn came.
+        if self.shared:
+            self._catalogue.counters.add("probe.refused", reason)
+        elif self.tier is not None:
             self.tier.delete([found.name])
             self._catalogue.counters.add("recover.dropped", reason)
             if reason == "expired":

@@ -70,7 +70,7 @@ class Memory:
         assert entry.slot is not None
         self.pool.admit(entry.slot, older_than)
 
-    def touch(self, entry: Entry) -> None:
+    def touch(self, entry: Entry, *, used: bool) -> None:
         """See `Place`."""
         if entry.slot is not None:
             self.pool.touch(entry.slot)

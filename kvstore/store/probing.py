@@ -6,6 +6,8 @@ Belongs to the store's loop; nothing is thread-safe.
 from __future__ import annotations
 
 import itertools
+import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import Final
@@ -51,8 +53,8 @@ class Probing:
         self._background = movement.background
         self._clock = movement.catalogue.clock.monotonic
         self._lowers = movement.lowers
-        self._asked: dict[ObjectName, float] = {}  # since when
-        self._denied: dict[ObjectName, float] = {}  # until when, oldest first
+        self._asked: OrderedDict[ObjectName, float] = OrderedDict()  # since when, oldest first
+        self._denied: OrderedDict[ObjectName, float] = OrderedDict()  # until when, oldest first
 
     @property
     def on(self) -> bool:
@@ -69,7 +71,10 @@ class Probing:
 
     def asks(self, namespace: Namespace, key: bytes, part: Part) -> bool:
         """Whether an object is being asked for."""
-        return ObjectName(namespace, key, part) in self._asked
+        return self._clock() < self._until(ObjectName(namespace, key, part))
+
+    def _until(self, name: ObjectName) -> float:
+        return self._asked.get(name, -math.inf) + _GIVEN_UP_SECONDS
 
     def asking(
         self, keys: Sequence[bytes], parts: Sequence[Part], namespace: Namespace
@@ -77,6 +82,13 @@ class Probing:
         """Ask for what is not known of these blocks; whether an answer may still come."""
         now, names, waiting = self._clock(), list[ObjectName](), False
         account = self._catalogue.usage.namespaces.get(namespace.digest)
+        for number in itertools.count(1):
+            oldest = next(iter(self._asked.values()), now)
+            if now < oldest + _GIVEN_UP_SECONDS:
+                break
+            self._asked.popitem(last=False)
+            if number % FEW == 0:
+                yield
         most = min(_MOST_ASKED, _MOST_KNOWN - len(self._asked))
         for number, (key, part) in enumerate(itertools.product(keys, parts)):
             if number % FEW == FEW - 1:
@@ -84,7 +96,7 @@ class Probing:
             if account is not None and self._catalogue.index.get(key, part, account) is not None:
                 continue
             name = ObjectName(namespace, key, part)
-            if now - self._asked.get(name, -_GIVEN_UP_SECONDS) < _GIVEN_UP_SECONDS:
+            if now < self._until(name):
                 waiting = True
             elif len(names) < most and self._denied.get(name, now) <= now:
                 names.append(name)
@@ -103,14 +115,18 @@ class Probing:
         self._background.add(self._taking_in(question, lower, found))
 
     def _taking_in(self, question: _Question, lower: Lower, found: list[Held | None]) -> Work[None]:
-        for number, held in enumerate(found):
-            if held is not None and lower.take(held):
-                question.found.add(held.name)
-                self._catalogue.counters.add("probe.found", lower.name)
+        counters = self._catalogue.counters
+        for number, (name, held) in enumerate(zip(question.names, found, strict=False)):
+            if held is not None and held.name != name:
+                counters.add("probe.refused", "name")
+            elif held is not None and lower.take(held):
+                question.found.add(name)
+                counters.add("probe.found", lower.name)
             if number % FEW == FEW - 1:
                 yield
         # A tier that has failed meanwhile has denied nothing.
-        question.unsure = question.unsure or not lower.state.readable
+        if len(found) != len(question.names) or not lower.state.readable:
+            question.unsure = True
         question.open -= 1
         if question.open:
             return
@@ -118,9 +134,9 @@ class Probing:
         for number, name in enumerate(question.names):
             self._asked.pop(name, None)
             if not question.unsure and name not in question.found:
-                self._denied.pop(name, None)
                 self._denied[name] = until
+                self._denied.move_to_end(name)
                 if len(self._denied) > _MOST_KNOWN:
-                    del self._denied[next(iter(self._denied))]
+                    self._denied.popitem(last=False)
             if number % FEW == FEW - 1:
                 yield

@@ -73,9 +73,10 @@ class TierShare:
             yield copy.owner
 
     def touched(self, entry: Counted, older_than: Counted | None = None) -> None:
-        """The entry was used, so it is the last to go, or goes just before another."""
+        """The entry was used: it is the last to go, or goes just before another that is here."""
         if older_than is not entry:
             copy = self._copy(entry)
+            assert copy is not None
             self._order.remove(copy)
             self._order.add(copy, None if older_than is None else self._copy(older_than))
 
@@ -83,6 +84,7 @@ class TierShare:
         """The entry has lost its place in this tier."""
         self.nbytes -= nbytes
         copy = self._copy(entry)
+        assert copy is not None
         self._order.remove(copy)
         before = entry.copies
         if before is copy:
@@ -94,11 +96,10 @@ class TierShare:
             before.beside = copy.beside
         copy.beside = None
 
-    def _copy(self, entry: Counted) -> Copy:
+    def _copy(self, entry: Counted) -> Copy | None:
         copy = entry.copies
         while copy is not None and copy.tier != self._tier:
             copy = copy.beside
-        assert copy is not None
         return copy
 
 

@@ -8,11 +8,11 @@ from typing import Any, Final
 
 import pytest
 
-from kvstore.store import lower
+from kvstore.store import lower, probing
 from kvstore.store.loading import PROBING
 from kvstore.store.selection import Selection
 from kvstore.tiers import conformance
-from kvstore.tiers.base import MISS, PENDING, Host, Tier
+from kvstore.tiers.base import MISS, PENDING, Host, ObjectName, Tier
 from tests.folder_tier import FolderTier
 from tests.session_tools import Stores, load, prompt, save
 from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, keys, select
@@ -144,6 +144,61 @@ def test_only_so_much_of_a_shared_tier_is_known(
     assert other.store.stats()["objects"] == 2
     assert len(list((tmp_path / "shared").iterdir())) == 3, "they are not deleted there"
     assert answer(other, keys(1)) == ([FAR], "")
+
+
+def test_what_is_pinned_is_forgotten_later(
+    nodes: tuple[Bench, Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lower, "_MOST_ELSEWHERE", 1)
+    _, other = nodes
+    answer(other, keys(1))
+    assert other.store.pin("p", 1, keys(1), [PART], 9.0) == 1
+    answer(other, keys(2))
+    assert other.store.release("p", 1)
+    answer(other, keys(3))
+    answer(other, keys(1))
+    assert other.store.stats()["objects"] == 1
+
+
+def test_an_answer_about_what_was_not_asked_for_is_refused(
+    nodes: tuple[Bench, Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, other = nodes
+    tier: Any = other.store.movement.lowers[FAR].tier
+    look = tier._look
+    monkeypatch.setattr(tier, "_look", lambda name: look(ObjectName(NAMESPACE, keys(2)[0], PART)))
+    assert answer(other, keys(1)) == ([], "absent")
+    assert other.store.counters["probe.refused.name"] == 1
+    assert other.store.stats()["objects"] == 0
+
+
+def test_an_answer_of_a_tier_that_went_counts_for_nothing(nodes: tuple[Bench, Bench]) -> None:
+    _, other = nodes
+    far = other.store.movement.lowers[FAR]
+    assert other.store.lookup(keys(1), [PART], NAMESPACE) == ([], PROBING)
+    there, far.tier = far.tier, None
+    other.posted.get(timeout=20)()
+    assert other.store.stats()["objects"] == 0
+    far.tier = there
+    assert other.store.lookup(keys(1), [PART], NAMESPACE) == ([], PROBING), "asked again at once"
+
+
+def test_a_tier_that_never_answers_is_asked_again(
+    nodes: tuple[Bench, Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probing, "_MOST_KNOWN", 2)
+    _, other = nodes
+    tier: Any = other.store.movement.lowers[FAR].tier
+    with monkeypatch.context() as hung:
+        hung.setattr(tier, "probe", lambda *_: None)
+        chain = keys(1, 2)
+        assert other.store.lookup(chain, [PART], NAMESPACE, holes=True)[0] == [PENDING] * 2
+    assert other.store.lookup(keys(3), [PART], NAMESPACE) == ([], "absent"), "too much is asked for"
+    other.now += 5
+    asks = other.store.probing.asks
+    assert not any(asks(NAMESPACE, key, PART) for key in chain), "nobody waits for ever"
+    assert answer(other, keys(3)) == ([FAR], "")
+    assert answer(other, chain) == ([FAR] * 2, "")
 
 
 def test_a_request_counts_once_with_what_probes_have_found(nodes: tuple[Bench, Bench]) -> None:

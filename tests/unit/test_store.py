@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part
+from kvstore.slices import finish
 from kvstore.store.leases import Payer
 from kvstore.store.loading import Acquired
 from kvstore.store.selection import Selection
@@ -47,6 +48,18 @@ def test_blocks_of_several_parts_appear_whole_or_not_at_all(memory: Bench) -> No
     assert memory.store.lookup(keys(1), [PART, other]) == ([], "absent")
     assert memory.store.lookup(keys(2), [PART, other]) == ([1], "")
     assert memory.store.lookup(keys(2), [other]) == ([1], "")
+
+
+def test_a_commit_goes_on_where_its_first_blocks_have_gone() -> None:
+    bench = Bench(None, slots=40)
+    bench.store.reserve("a", 1, NAMESPACE, keys(*range(40)), [PART])
+    work = bench.store.committing("a", 1)
+    while not bench.store.lookup(keys(0), [PART])[0]:
+        next(work)
+    assert bench.store.clear() == 16
+    assert finish(work) == (40, "")
+    assert bench.store.stats()["objects"] == 24
+    bench.close()
 
 
 def test_a_full_arena_evicts_the_oldest_and_drops_saves_when_all_is_in_use(memory: Bench) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
+from examples.memory_tier import MemoryTier
+from kvstore.slices import finish
 from kvstore.store.admission import Admission
 from kvstore.store.entry import Entry
 from kvstore.store.relocation import copy_to, move_to
 from kvstore.store.selection import Selection
+from kvstore.tiers.base import Host, Job, JobDone, ObjectName, State
 from kvstore.transport.protocol import DISK, MEMORY
 from tests.store_tools import NBYTES, PART, Bench, content, keys, select
 
@@ -152,3 +157,169 @@ def test_what_leaves_memory_first_is_not_written_and_counted(bench: Bench) -> No
     assert tiers(bench, 0, 10) == [[DISK], [MEMORY, DISK, FAR]]
     assert bench.store.counters["write.dropped.evicted"] == 8
     assert bench.store.counters["evict.lost.not_written_yet"] == 0
+
+
+class Fickle(MemoryTier):
+    """Tells of what it lost when it is asked for that, and may be taken away."""
+
+    def __init__(self, name: str, host: Host, options: Mapping[str, Any]) -> None:
+        super().__init__(name, host, options)
+        self.gone = False
+
+    @property
+    def state(self) -> State:
+        return super().state._replace(gone=self.gone)
+
+    def lose(self, names: Sequence[ObjectName]) -> None:
+        for name in names:
+            if name not in self._objects:
+                self._host.lost(name, "lost")
+
+    def get(self, jobs: Sequence[Job], done: JobDone) -> None:
+        self.lose([job.name for job in jobs])
+        super().get(jobs, done)
+
+    def touch(self, names: Sequence[ObjectName], *, used: bool = True) -> None:
+        self.lose(names)
+        super().touch(names, used=used)
+
+
+@pytest.fixture
+def fickle(tmp_path: Path, far: dict[str, Any]) -> Iterator[Bench]:
+    made = Bench(tmp_path, far=far, kind=Fickle)
+    yield made
+    made.close()
+
+
+def held_up(tier: Any) -> threading.Event:
+    """What the tier is to do waits until this is set."""
+    free = threading.Event()
+    tier._thread.submit(free.wait, 20)
+    return free
+
+
+def tier_of(bench: Bench) -> Any:
+    return bench.store.movement.lowers[FAR].tier
+
+
+def test_a_tier_may_say_of_what_it_lost_while_it_is_asked(fickle: Bench) -> None:
+    fickle.store.admission = Admission(below={"disk": "none"})
+    fickle.save(keys(1, 2, 3))
+    fickle.drain()
+    tier_of(fickle).delete([entry_of(fickle, number).name for number in (1, 2)])
+    fickle.load(keys(1))
+    assert tiers(fickle, 1, 2) == [[MEMORY], [MEMORY, FAR]]
+    assert told(fickle, move_to, 3, FAR) is None
+    entry = entry_of(fickle, 3)
+    tier_of(fickle).delete([entry.name])
+    assert fickle.load(keys(3)).reason == "absent"
+    assert entry.gone
+    assert not fickle.store.catalogue._leaving
+    assert fickle.store.usage.tenants[""].bytes_in(FAR) == NBYTES
+
+
+def test_a_tier_may_say_of_what_it_lost_when_a_prompt_is_written(fickle: Bench) -> None:
+    free = held_up(tier_of(fickle))
+    fickle.save(keys(1, 2))
+    while fickle.store.counters["write.bytes.disk"] < 2 * NBYTES:
+        fickle.posted.get(timeout=20)()
+    settled, tier = tier_of(fickle).settled, tier_of(fickle)
+
+    def loses(job: Job, error: str | None) -> None:
+        settled(job, error)
+        tier.delete([job.name])
+
+    tier.settled = loses
+    free.set()
+    fickle.drain()
+    assert tiers(fickle, 1, 2) == [[MEMORY, DISK]] * 2
+
+
+def test_what_was_under_way_to_a_tier_that_went_is_written_to_the_next(fickle: Bench) -> None:
+    tier = tier_of(fickle)
+    free = held_up(tier)
+    fickle.save(keys(1, 2))
+    tier._store = lambda _: "closed"
+    tier.gone = True
+    free.set()
+    fickle.store.tick()
+    until = time.monotonic() + 20
+    while tiers(fickle, 1, 2) != [[MEMORY, DISK, FAR]] * 2 and time.monotonic() < until:
+        fickle.posted.get(timeout=20)()
+        if fickle.posted.empty():
+            fickle.now += 1
+            fickle.store.tick()
+    assert tier_of(fickle) is not tier
+    assert tiers(fickle, 1, 2) == [[MEMORY, DISK, FAR]] * 2
+
+
+def test_tiers_that_were_given_different_bytes_keep_none(fickle: Bench) -> None:
+    free = held_up(tier_of(fickle))
+    fickle.save(keys(1))
+    while not (entry := entry_of(fickle, 1)).lies_in(DISK):
+        fickle.posted.get(timeout=20)()
+    assert entry.slot is not None
+    fickle.arena.view(entry.slot.offset, 1)[0] ^= 1  # No checksum came with it.
+    free.set()
+    fickle.drain()
+    assert entry.gone
+    assert fickle.store.stats()["objects"] == 0
+
+
+def test_a_time_to_live_that_was_taken_back_is_so_in_all_tiers(
+    tmp_path: Path, far: dict[str, Any]
+) -> None:
+    first = Bench(tmp_path, far=far, kind=Fickle)
+    disk = first.store.movement.lowers[DISK]
+    away, disk.tier = disk.tier, None
+    free = held_up(tier_of(first))
+    first.save(keys(1))
+    first.store.catalogue.set_ttl(entry_of(first, 1), 5)
+    disk.tier = away
+    first.store.movement.pump()
+    first.store.catalogue.set_ttl(entry_of(first, 1), None)
+    free.set()
+    first.drain()
+    first.close()
+    second = Bench(tmp_path, far=far, wall=1e9 + 6)
+    assert tiers(second, 1) == [[DISK, FAR]]
+    second.close()
+
+
+def test_what_is_written_anew_while_a_tier_is_taken_in_stays(
+    tmp_path: Path, far: dict[str, Any]
+) -> None:
+    first = Bench(tmp_path, far=far)
+    first.save(keys(1))
+    first.drain()
+    first.close()
+    old = [held for held, _ in far["medium"].values()]
+    second = Bench(tmp_path, far=far)
+    second.store.clear()
+    tier = tier_of(second)
+    free = held_up(tier)
+    second.save(keys(1))  # It is on its way when its turn comes.
+    tier.recover = lambda: iter(old)
+    finish(second.store.movement.lowers[FAR]._take_in(tier))
+    free.set()
+    second.drain()
+    assert tiers(second, 1) == [[MEMORY, DISK, FAR]]
+    assert list(far["medium"]) == [entry_of(second, 1).name]
+    second.close()
+
+
+def test_what_has_another_size_than_its_name_says_is_not_taken_in(
+    tmp_path: Path, far: dict[str, Any]
+) -> None:
+    first = Bench(tmp_path, far=far)
+    first.store.admission = Admission(below={"disk": "none"})
+    first.save(keys(1))
+    first.drain()
+    first.close()
+    ((name, (held, data)),) = far["medium"].items()
+    far["medium"][name] = held._replace(nbytes=NBYTES // 2), data[: NBYTES // 2]
+    second = Bench(tmp_path, far=far)
+    assert second.store.stats()["objects"] == 0
+    assert second.store.counters["recover.dropped.size"] == 1
+    assert not far["medium"]
+    second.close()
