@@ -264,7 +264,7 @@ class Node:
         movement = self.store.movement
         until = time.monotonic() + timeout
         while movement.unwritten and time.monotonic() < until:
-            if not any(lower.state.writable for lower in movement.lowers.values()):
+            if not any(lower.gets_on for lower in movement.lowers.values()):
                 break
             await asyncio.sleep(_DRAIN_POLL)
         return movement.unwritten

@@ -59,6 +59,7 @@ class Lower:
         self.tier: Tier | None = None
         """None while it is away."""
         self.bytes_under_way = self._writing = 0
+        self._paused = False
         self._memory = memory
         self._catalogue = catalogue
         self._background = background
@@ -183,10 +184,17 @@ class Lower:
         if self.tier is not None:
             self._background.once(self._pump)
 
+    @property
+    def gets_on(self) -> bool:
+        """Whether it takes something that is on its way to it now."""
+        some = self.bytes_under_way or self._catalogue.writes.waits(self.number)
+        return bool(some) and self.state.writable
+
     def _pump(self) -> Work[None]:
         number = 0
         while (
             (tier := self.tier) is not None
+            and not self._paused
             and self.bytes_under_way < self.queue
             and self._writing < _MOST_WRITES
         ):
@@ -254,6 +262,7 @@ class Lower:
     def _write_failed(self, entry: Entry, error: str) -> None:
         catalogue = self._catalogue
         if error in PASSING and not entry.gone:
+            self._paused = True  # Until it is looked after: it may well be `writable` and fail on.
             catalogue.counters.add("write.again", error)
             problem = self.state.problem or error
             catalogue.quiet.warning(self.name, "writes to %s pause: %s", self.name, problem)
@@ -326,10 +335,11 @@ class Lower:
             self._opening.lose(lost, lambda: self._background.add(self._forget()))
         elif self.tier is None:
             self._opening.retry()
+        self._paused = False
         self.pump()
 
     def _attach(self, tier: Tier) -> None:
-        self.tier = tier
+        self.tier, self._paused = tier, False
         self._background.add(self._take_in(tier))
 
     def _forget(self) -> Work[None]:

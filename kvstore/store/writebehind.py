@@ -100,6 +100,10 @@ class WriteBehind:
             waiting.add(write)
         return None
 
+    def waits(self, tier: int) -> bool:
+        """Whether anything waits to be written to a tier."""
+        return bool(self._waiting[tier])
+
     def again(self, entry: Entry, tier: int, error: str) -> None:
         """It failed, and is to be tried again; who waits for it may have waited long enough."""
         write = _of(entry, tier)

@@ -148,7 +148,7 @@ class RuleVerbs(Answers):
             asyncio.get_running_loop().call_later(_STOP_SECONDS, self._node.stop)
         ending = "the daemon stops" if stop else "the daemon takes no more saves and sessions"
         if left:
-            raise TierUnavailable(f"{left} objects did not reach the disk; {ending}")
+            raise TierUnavailable(f"{left} objects did not reach the tiers below memory; {ending}")
         return f"all is written; {ending}"
 
     def _check_unlimited(self, what: str) -> None:

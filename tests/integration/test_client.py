@@ -100,7 +100,7 @@ def test_an_operation_that_fails_raises(stores: Stores) -> None:
     with served.session() as session, Orchestrator(at(served), timeout=PATIENCE) as kvstore:
         save(session, session.keys(prompt(1, 2)))
         drain = kvstore.drain(timeout=1)
-        with pytest.raises(OperationFailed, match="2 objects did not reach the disk"):
+        with pytest.raises(OperationFailed, match="2 objects did not reach the tiers below memory"):
             drain.wait()
         with pytest.raises(OperationFailed):
             list(drain.watch())

@@ -87,7 +87,7 @@ def test_draining_lets_nothing_in_and_says_what_is_left(stores: Stores) -> None:
         assert save(session, keys[:2]).stored == 2
         failed = api.finished(api.call("Drain", timeout={"seconds": 1}))
         assert failed.state == v1.Operation.STATE_FAILED
-        assert "2 objects did not reach the disk" in failed.message
+        assert "2 objects did not reach the tiers below memory" in failed.message
         assert api.call("Stats").draining
         assert save(session, keys[2:]).stored == 0
         assert api.call("Explain", prefix=by_tokens(prompt(1, 4))).blocks[3].reason == "draining"

@@ -14,7 +14,7 @@ from kvstore.store.selection import Selection
 from kvstore.tiers import conformance
 from kvstore.tiers.base import MISS, PENDING, Host, ObjectName, Tier
 from tests.folder_tier import FolderTier
-from tests.session_tools import Stores, load, prompt, save
+from tests.session_tools import Stores, eventually, load, prompt, save
 from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, keys, select
 
 FAR: Final = 2
@@ -207,19 +207,25 @@ def test_a_request_counts_once_with_what_probes_have_found(nodes: tuple[Bench, B
     assert other.store.counters["lookup.requests"] == 0, "until it is answered"
 
 
-def test_a_session_is_told_what_another_daemon_has_saved(stores: Stores, tmp_path: Path) -> None:
-    """Two daemons; the second one's client gets its answer in one round trip."""
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The setting `tiers` of daemons that share a folder, whose kind they find installed."""
     info = tmp_path / "shared_tier-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shared-tier\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[kvstore.tiers]\nfolder = tests.folder_tier:FolderTier\n"
     )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
     options = {"folder": str(tmp_path / "shared")}
-    tiers = [{"kind": "folder", "name": "far", "options": options, "probe_seconds": 5}]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
-        one, other = stores.serve(tiers=tiers), stores.serve(tiers=tiers)
+    return [{"kind": "folder", "name": "far", "options": options, "probe_seconds": 5}]
+
+
+def test_a_session_is_told_what_another_daemon_has_saved(
+    stores: Stores, installed: list[dict[str, Any]]
+) -> None:
+    """Two daemons; the second one's client gets its answer in one round trip."""
+    one, other = stores.serve(tiers=installed), stores.serve(tiers=installed)
     with one.session() as session:
         chain = session.keys(prompt(1, 5))
         assert save(session, chain[:4]).stored == 4
@@ -231,3 +237,17 @@ def test_a_session_is_told_what_another_daemon_has_saved(stores: Stores, tmp_pat
         counters = session.stats()["counters"]
         assert counters["lookup.requests"] == 1
         assert counters["lookup.hit_blocks"] == 4
+
+
+def test_a_stop_waits_for_no_tier_that_is_away(
+    stores: Stores, installed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    served = stores.serve(disk="8MiB", tiers=installed, server={"stop_timeout": 60})
+    (tmp_path / "shared").rmdir()
+    with served.session() as session:
+        assert save(session, session.keys(prompt(1, 2))).stored == 2
+        eventually(lambda: session.stats()["counters"].get("write.bytes.disk"))
+        served.process.terminate()
+        assert served.process.wait(20) == 0
+    assert "2 objects" in served.log.read_text()
+    assert "far: its folder is gone" in served.log.read_text()

@@ -323,3 +323,20 @@ def test_what_has_another_size_than_its_name_says_is_not_taken_in(
     assert second.store.counters["recover.dropped.size"] == 1
     assert not far["medium"]
     second.close()
+
+
+def test_a_tier_that_fails_and_says_it_is_writable_is_not_tried_all_the_time(fickle: Bench) -> None:
+    tier = tier_of(fickle)
+    works, tier._store = tier._store, lambda _: "io_error"
+    fickle.save(keys(1, 2))
+    while fickle.store.counters["write.again.io_error"] < 2:
+        fickle.posted.get(timeout=20)()
+    tier.flush(20)
+    for _ in range(100):
+        while not fickle.posted.empty():
+            fickle.posted.get()()
+    assert fickle.store.counters["write.again.io_error"] == 2
+    tier._store = works
+    fickle.store.tick()
+    fickle.drain()
+    assert tiers(fickle, 1, 2) == [[MEMORY, DISK, FAR]] * 2
