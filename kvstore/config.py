@@ -39,6 +39,8 @@ _NOT_CONFIG: Final = frozenset({"KVSTORE_CONFIG", "KVSTORE_CPU", "KVSTORE_TOKEN"
 """Variables of ours that are no configuration values; the token is a secret."""
 
 _QUOTA: Final = re.compile(r"KVSTORE_QUOTAS__(.*)__([a-z][a-z0-9-]*)", re.I | re.S)
+_RULE: Final = re.compile(r"KVSTORE_ADMISSION__([a-z][a-z0-9-]*)", re.I)
+"""Settings by the name of a tier."""
 _INJECTED: Final = re.compile(r"_SERVICE_HOST\Z|_PORT(_\w+)?\Z")
 """How names end that Kubernetes makes of Services, and Docker of links."""
 
@@ -100,7 +102,8 @@ User = Annotated[
 ]
 Tenant = Annotated[str, AfterValidator(checked_text), Field(max_length=4096)]
 PolicyName = Literal["lru", "s3fifo"]
-TierName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+_TIER_NAME: Final = r"^[a-z][a-z0-9-]{0,31}$"
+TierName = Annotated[str, Field(pattern=_TIER_NAME)]
 WriteRule = Literal["all", "reused", "none"]
 
 
@@ -343,6 +346,12 @@ class Config(_Section):
         for number, name in enumerate(names):
             if name in taken[: number + 1]:
                 raise ValueError(f"tiers: {name!r} is there twice; give one of them another name")
+        folders: dict[Path, str] = {}
+        for slab in (tier for tier in self.below if tier.kind == "slab"):
+            other = folders.setdefault(slab.options["path"].resolve(), slab.name)
+            if other != slab.name:
+                text = "lie in one folder; give each a path of its own"
+                raise ValueError(f"tiers: {other!r} and {slab.name!r} {text}")
         rules = {f"admission.{name}": name for name in self.admission.__pydantic_extra__}
         for tenant, quota in self.quotas.items():
             rules |= {f"quotas.{tenant}.{name}": name for name in quota.__pydantic_extra__}
@@ -416,6 +425,8 @@ _PYDANTIC: Final = {
     "a string": "a text (in quotes)", "a integer": "a whole number", "a tuple": "a list",
     "a dictionary": "`key: value` lines",
     "Field required": "is missing",
+    f"String should match pattern '{_TIER_NAME}'": "must have a-z, 0-9 and -, at most 32 of them, "
+    "a letter first",
     "Extra inputs are not permitted": "is no key of this; take it out",
 }  # fmt: skip
 
@@ -520,6 +531,8 @@ def _from_environment() -> dict[str, Any]:
     for name, text in os.environ.items():
         if quota := _QUOTA.fullmatch(name):  # The tenant stays as it is written.
             found = ["quotas", quota[1], quota[2].lower()]
+        elif rule := _RULE.fullmatch(name):
+            found = ["admission", rule[1].lower()]
         elif (found := known.get(name.upper(), [])) == []:
             _suggest(name, known)
             continue
@@ -562,11 +575,16 @@ def load_config(
         sources.append((f"config file {chosen}", _from_file(Path(chosen))))
     sources.append(("environment KVSTORE_*", _from_environment()))
     sources.append((source, overrides or {}))
-    config = Config()
+    config, contradiction = Config(), None
     for place, values in sources:
         merged = _merge(merged, values)
         try:
-            config = Config(**merged)
+            config, contradiction = Config(**merged), None
         except ValidationError as e:
-            raise explain(e, place, prefix if place == source else "") from None
+            error = explain(e, place, prefix if place == source else "")
+            if any(item["loc"] for item in e.errors()):
+                raise error from None
+            contradiction = contradiction or error  # A later source may have the tier it names.
+    if contradiction is not None:
+        raise contradiction
     return config

@@ -262,6 +262,38 @@ def test_tenants_in_the_environment_keep_their_spelling(monkeypatch: pytest.Monk
     }
 
 
+def test_the_environment_has_rules_for_tiers_that_come_later(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KVSTORE_QUOTAS__a__far", "1GiB")
+    monkeypatch.setenv("KVSTORE_ADMISSION__FAR", "none")
+    tiers = [{"kind": "x", "name": "far"}]
+    in_file = load_config(write(tmp_path, "tiers: [{kind: x, name: far}]"))
+    for config in (in_file, load_config(None, {"tiers": tiers})):
+        assert config.quotas["a"].limits["far"] == 2**30
+        assert config.admission.below["far"] == "none"
+    with pytest.raises(ConfigError, match=r"^environment KVSTORE_\*: admission.far: there is no"):
+        load_config(None, {"memory": {"size": "1GiB"}})
+
+
+@pytest.mark.parametrize(
+    ("tiers", "told"),
+    [
+        ([{"kind": "my_kind"}], "tiers.0.name: must have a-z, 0-9 and -, at most 32 of them"),
+        (
+            [
+                {"kind": "slab", "options": {"path": "/d"}},
+                {"kind": "slab", "name": "b", "options": {"path": "/d/../d"}},
+            ],
+            "tiers: 'disk' and 'b' lie in one folder; give each a path of its own",
+        ),
+    ],
+)
+def test_what_is_wrong_with_tiers_is_said_in_plain_words(tiers: list[Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        load_config(None, {"tiers": tiers})
+
+
 def test_the_environment_can_say_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = write(
         tmp_path,
