@@ -346,6 +346,7 @@ class Lower:
         for number, entry in enumerate(self._catalogue.index):
             if number % FEW == 0:
                 yield
+            self._catalogue.writes.tell(entry, self.number, "no_tier")
             if entry.lies_in(self.number):
                 self._catalogue.left(entry, self.number, "lost")
                 if entry.in_memory:

@@ -69,10 +69,14 @@ class Movement:
         self.lowers: dict[int, Lower] = {}
         """The tiers below memory, by their numbers."""
         inbox = Inbox(post).put
-        for number, one in enumerate(below, MEMORY + 1):
-            self.lowers[number] = Lower(
-                number, one, self.memory, self.catalogue, self.background, inbox, self.pump
-            )
+        try:
+            for number, one in enumerate(below, MEMORY + 1):
+                self.lowers[number] = Lower(
+                    number, one, self.memory, self.catalogue, self.background, inbox, self.pump
+                )
+        except BaseException:
+            self.close()  # Those that were opened are let go, for whoever tries again.
+            raise
 
     # -- in memory --------------------------------------------------------------------------------
 

@@ -111,6 +111,12 @@ class WriteBehind:
             self._wait(write)
             self._tell(write, error)
 
+    def tell(self, entry: Entry, tier: int, error: str) -> None:
+        """It will take longer than those who wait for it may want to."""
+        write = _of(entry, tier)
+        if write is not None:
+            self._tell(write, error)
+
     def end(self, entry: Entry, error: str | None, tier: int | None = None) -> None:
         """It is written to a tier (None: to all), or need not be any more."""
         kept, ended = None, []

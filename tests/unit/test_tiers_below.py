@@ -11,12 +11,13 @@ from typing import Any, Final
 import pytest
 
 from examples.memory_tier import MemoryTier
+from kvstore.errors import ConfigError
 from kvstore.slices import finish
 from kvstore.store.admission import Admission
 from kvstore.store.entry import Entry
 from kvstore.store.relocation import copy_to, move_to
 from kvstore.store.selection import Selection
-from kvstore.tiers.base import Host, Job, JobDone, ObjectName, State
+from kvstore.tiers.base import Host, Job, JobDone, ObjectName, State, Tier
 from kvstore.transport.protocol import DISK, MEMORY
 from tests.store_tools import NBYTES, PART, Bench, content, keys, select
 
@@ -340,3 +341,31 @@ def test_a_tier_that_fails_and_says_it_is_writable_is_not_tried_all_the_time(fic
     fickle.store.tick()
     fickle.drain()
     assert tiers(fickle, 1, 2) == [[MEMORY, DISK, FAR]] * 2
+
+
+def test_who_waits_for_a_copy_is_told_when_the_tier_goes(fickle: Bench) -> None:
+    fickle.store.admission = Admission(below={"far": "none"})
+    fickle.save(keys(1))
+    fickle.drain()
+    lower = fickle.store.movement.lowers[FAR]
+    lower.queue = 0  # It waits for its turn.
+    heard: list[str | None] = []
+    copy_to(fickle.store.movement, entry_of(fickle, 1), FAR, heard.append)
+    tier_of(fickle).gone = True
+    fickle.store.tick()
+    while lower.state.problem is not None or lower.tier is None:
+        fickle.posted.get(timeout=20)()
+        fickle.store.tick()
+    assert heard == ["no_tier"]
+
+
+def test_a_tier_that_cannot_be_configured_so_leaves_none_open(tmp_path: Path) -> None:
+    def refuses(name: str, host: Host, options: Mapping[str, Any]) -> Tier:
+        raise ConfigError("its options are wrong")
+
+    with pytest.raises(ConfigError, match="its options are wrong"):
+        Bench(tmp_path, far={}, kind=refuses)
+    again = Bench(tmp_path)
+    assert again.disk is not None
+    assert again.disk.state.problem is None
+    again.close()
