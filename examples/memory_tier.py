@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from kvstore._native import xxh3_64
+from kvstore.errors import ConfigError
 from kvstore.tiers.base import Held, Host, Job, JobDone, ObjectName, State
+from kvstore.values import parse_size
 
 
 class MemoryTier:
@@ -18,7 +20,11 @@ class MemoryTier:
     counters: Mapping[str, int] = {}
 
     def __init__(self, name: str, host: Host, options: Mapping[str, Any]) -> None:
-        self.name, self._host, self._capacity = name, host, int(options["capacity"])
+        self.name, self._host = name, host
+        try:
+            self._capacity = parse_size(options.get("capacity"))
+        except ValueError as e:
+            raise ConfigError(f"tier {name}: options.capacity: {e}") from e
         self._objects: dict[ObjectName, tuple[Held, bytes]] = options.get("medium", {})
         self._whole = set(self._objects)  # The others are being put.
         self._thread, self._closed = ThreadPoolExecutor(1), False

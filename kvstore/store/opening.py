@@ -109,9 +109,13 @@ class Opening:
                 opened.set_result((self._below.open(self._host), None))
             except (OSError, FormatError) as e:
                 opened.set_result((None, str(e)))
-            except Exception as e:
+            except ConfigError as e:
                 opened.set_exception(e)
-                if not isinstance(e, ConfigError):
+            except Exception as e:  # Of a package's kind, maybe at its options.
+                what = f"opening it failed with {type(e).__name__}: {str(e)[:200]}"
+                known, problem = self.problem, f"{what}; the log tells more"
+                opened.set_result((None, problem))
+                if problem != known:
                     raise
 
         threading.Thread(target=work, name="kvstore-open", daemon=True).start()
@@ -119,11 +123,7 @@ class Opening:
 
     def _opened(self, opened: Future[tuple[Tier | None, str | None]]) -> None:
         error = opened.exception()
-        if error is None:
-            tier, problem = opened.result()
-        else:
-            ours = "an error of ours; the log tells more"
-            tier, problem = None, str(error) if isinstance(error, ConfigError) else ours
+        tier, problem = opened.result() if error is None else (None, str(error))
 
         def on_loop() -> None:
             found = self._outcome(tier, problem)

@@ -37,7 +37,10 @@ def find(kind: str) -> OpenTier:
     offered = {point.name: point for point in entry_points(group=GROUP)}
     if kind not in offered:
         known = ", ".join(sorted({*_BUILT_IN, *offered}))
-        raise ConfigError(f"tiers: there is no kind {kind!r}; known: {known}")
+        raise ConfigError(
+            f"tiers: there is no kind {kind!r}; known: {known}; others come with packages, which "
+            f"must be installed beside kvstore and offer it as an entry point of {GROUP}"
+        )
     try:
         opened = offered[kind].load()
     except (ImportError, AttributeError) as e:

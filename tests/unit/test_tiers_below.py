@@ -110,6 +110,20 @@ def test_a_time_to_live_reaches_all_tiers(tmp_path: Path, far: dict[str, Any]) -
     second.close()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_kind_that_fails_at_its_options_costs_that_tier_alone(tmp_path: Path) -> None:
+    def failing(name: str, host: Host, options: Mapping[str, Any]) -> MemoryTier:
+        raise KeyError("capacity")
+
+    bench = Bench(tmp_path, far={}, kind=failing)
+    problem = bench.store.movement.lowers[FAR].state.problem
+    assert problem == "opening it failed with KeyError: 'capacity'; the log tells more"
+    bench.save(keys(1))
+    while tiers(bench, 1) != [[MEMORY, DISK]]:
+        bench.posted.get(timeout=20)()
+    bench.close()
+
+
 def test_rules_are_those_of_a_tier(bench: Bench) -> None:
     bench.store.admission = Admission(below={"disk": "none", "far": "reused"})
     bench.save(keys(1, 2))
