@@ -174,7 +174,7 @@ class TierConfig(_Below):
     """A tier below memory."""
 
     kind: Name = Field(description="slab, or a kind that an installed package offers")
-    name: TierName = Field("", description="in metrics, quotas and rules; the kind's if left out")
+    name: TierName = Field("", description="in metrics, quotas and rules; its kind, a slab's disk")
     probe_seconds: Seconds = Field(0.02, description="a lookup may wait to be told what it has")
     options: dict[str, Any] = Field(
         default_factory=dict, description="as the kind has them; a slab those of disk"
@@ -442,6 +442,13 @@ def plainly(item: ErrorDetails) -> str:
     return told
 
 
+def _in_tier(where: Sequence[int | str]) -> list[str]:
+    """The option that a key beside `options` of a tier was meant for, if it is one of a slab's."""
+    if len(where) == 3 and where[0] == "tiers" and where[2] in SlabConfig.model_fields:
+        return [f"tiers.{where[1]}.options.{where[2]}"]
+    return []
+
+
 def explain(
     error: ValidationError, source: str, prefix: str, known: Sequence[str] = ()
 ) -> ConfigError:
@@ -454,7 +461,7 @@ def explain(
     for item in error.errors():
         where = prefix + ".".join(str(part) for part in item["loc"])[:200]
         if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(where, known, 1, 0.5)
+            near = _in_tier(item["loc"]) or difflib.get_close_matches(where, known, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
             lines.append(f"{where}: unknown key; {hint}")
         else:

@@ -31,7 +31,7 @@ class Admission:
         below = ((name, rule, WRITE_RULES) for name, rule in self.below.items())
         for name, rule, known in (("memory", self.memory, SAVE_RULES), *below):
             if rule not in known:
-                raise ValueError(f"admission.{name} is {rule!r}; use one of {', '.join(known)}")
+                raise ValueError(f"{rule!r} is no rule for {name}; use one of {', '.join(known)}")
 
     def rule(self, tier: str) -> str:
         """What is written to a tier below memory."""

@@ -163,7 +163,7 @@ def clear(
     yes: Yes = False,
     wait: _Wait = True,
 ) -> None:
-    """Remove blocks that nobody holds, from memory and disk.
+    """Remove blocks that nobody holds, from all tiers.
 
     Says what would go and asks first, if anything would; without a terminal, --yes is needed.
     """

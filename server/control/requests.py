@@ -93,7 +93,7 @@ class Answers:
         if name == "disk":
             text = f"this daemon has no tier 'disk', only {known}"
             raise Refused("NO_TIER", text, remedy="`kvstore serve --disk FOLDER` (disk.path)")
-        raise bad_field(field, f"is {name[:80]!r}; this daemon has {known}")
+        raise bad_field(field, f"there is no tier {name[:80]!r}; this daemon has {known}")
 
     def _name(self, tier: int) -> str:
         """The name of a tier; of none, nothing."""

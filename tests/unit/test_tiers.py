@@ -115,7 +115,7 @@ def test_a_daemon_with_a_tier_of_a_package(package: Path, stores: Stores) -> Non
 
 
 def test_kinds_that_cannot_be_had_are_named(package: Path) -> None:
-    with pytest.raises(ConfigError, match="no kind 'other'; known: broken, kept, slab"):
+    with pytest.raises(ConfigError, match="no kind 'other'; known: broken, kept, slab; others"):
         find("other")
     with pytest.raises(ConfigError, match=r"'broken' cannot be loaded .*no_such_module"):
         find("broken")
@@ -147,6 +147,10 @@ def test_tiers_are_named_and_in_order() -> None:
         ({"tiers": [{"kind": "kept"}, {"kind": "kept"}]}, "'kept' is there twice"),
         ({"tiers": [{"kind": "kept", "name": "memory"}]}, "'memory' is there twice"),
         ({"tiers": [{"kind": "kept", "name": "A.b"}]}, "name"),
+        (
+            {"tiers": [{"kind": "slab", "name": "far", "size": "1GiB", "options": SLAB}]},
+            r"tiers\.0\.size: unknown key; did you mean tiers\.0\.options\.size\?",
+        ),
         ({"tiers": [{"kind": f"k{n}"} for n in range(7)]}, "7 below memory; give 6"),
         ({"admission": {"far": "none"}}, "admission.far: there is no tier 'far'; known: memory"),
         ({"quotas": {"bob": {"far": 1}}}, "quotas.bob.far: there is no tier 'far'"),
