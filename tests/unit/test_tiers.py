@@ -120,6 +120,8 @@ def test_kinds_that_cannot_be_had_are_named(package: Path) -> None:
     with pytest.raises(ConfigError, match=r"'broken' cannot be loaded .*no_such_module"):
         find("broken")
     assert find("kept") is MemoryTier
+    with pytest.raises(ConfigError, match=r"tier far: options\.capacity: 'much' is no size"):
+        conformance.Bench(lambda host, _: MemoryTier("far", host, {"capacity": "much"}), package)
 
 
 SLAB: Final = {"path": "/somewhere", "size": "1GiB"}
