@@ -142,7 +142,7 @@ def test_nothing_is_destroyed_without_a_terminal_and_without_yes(
         (["clear", "--tenant", "nobody"], 0, "0 objects would be removed", "--yes"),
         (["clear", "--all"], 2, "would be removed (", "Invalid value"),
         (["clear"], 2, "│ choose blocks by an option", "Invalid value"),
-        (["move", "--to", "tape", "--all"], 1, "no tier 'tape'; this daemon has memory", "Value error"),
+        (["move", "--to", "tape", "--all"], 1, "no tier 'tape'; this daemon has", "Value error"),
         (["lookup", NAMESPACE_ID, "--tokens", "1,x"], 2, "are whole numbers below", "JSON is"),
         (["unpin"], 2, "│ give the id of a pin", "Invalid value"),
     ],
