@@ -141,7 +141,13 @@ class Threads:
         until = time.monotonic() + seconds
         with self._idle:
             before = list(self._open)
-            if not self._idle.wait_for(lambda: self._open.keys().isdisjoint(before), seconds):
+
+            def ended() -> bool:
+                while before and before[-1] not in self._open:  # Each is looked at once.
+                    before.pop()
+                return not before
+
+            if not self._idle.wait_for(ended, seconds):
                 return False
             synced = self._last_sync
             if not self._closing:
