@@ -194,9 +194,12 @@ def _of_work(node: Node, stats: Mapping[str, Any]) -> Iterator[Metric]:
     queues = stats["queues"]
     yield _gauge("unwritten_objects", "Writes to tiers to come.", stats["unwritten"])
     yield _gauge("write_queue_objects", "Writes in queues to tiers.", queues["write_objects"])
-    yield _gauge("write_queue_bytes", "Bytes on their way to tiers.", queues["write_bytes"])
-    limit = sum(lower.queue for lower in node.store.movement.lowers.values())
-    yield _gauge("write_queue_limit_bytes", "Bytes that may be on their way to tiers.", limit)
+    lowers = node.store.movement.lowers.values()
+    under_way = {lower.name: lower.bytes_under_way for lower in lowers}
+    yield _family("write_queue_bytes", "Bytes on their way to a tier.", under_way, "tier")
+    limits = {lower.name: lower.queue for lower in lowers}
+    text = "Bytes that may be on their way to a tier."
+    yield _family("write_queue_limit_bytes", text, limits, "tier")
     yield _gauge("acquires_waiting", "Acquires that wait for tiers.", queues["acquiring"])
 
 

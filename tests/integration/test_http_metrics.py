@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, Final
 
 from prometheus_client.metrics_core import Metric
@@ -173,3 +174,12 @@ def test_a_lost_disk_shows(stores: Stores) -> None:
     served = stores.serve(disk=missing, server=ON)
     assert value(served, "kvstore_tier_healthy", tier="disk") == 0
     assert "kvstore_tier_capacity_bytes" in scrape(served)
+
+
+def test_a_queue_is_that_of_one_tier(stores: Stores, tmp_path: Path) -> None:
+    far = {"kind": "slab", "name": "far", "options": {"path": str(tmp_path), "size": "16MiB"}}
+    served = stores.serve(disk="16MiB", tiers=[far | {"queue": "1MiB"}], server=ON)
+    for tier, limit in (("disk", 256), ("far", 1)):
+        assert value(served, "kvstore_write_queue_bytes", tier=tier) == 0
+        assert value(served, "kvstore_write_queue_limit_bytes", tier=tier) == limit << 20
+        assert value(served, "kvstore_tier_healthy", tier=tier) == 1
