@@ -50,6 +50,9 @@ class ObjectName(msgspec.Struct, frozen=True, gc=False, eq=False):
             and self.namespace.digest == other.namespace.digest
         )
 
+    def __ne__(self, other: object) -> bool:  # Else msgspec's, by identity.
+        return not self == other
+
 
 class Held(NamedTuple):
     """A whole object in a tier; `created` and `expires` (0: never) in Unix seconds.

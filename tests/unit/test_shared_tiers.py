@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any, Final
 
@@ -170,6 +171,19 @@ def test_an_answer_about_what_was_not_asked_for_is_refused(
     assert answer(other, keys(1)) == ([], "absent")
     assert other.store.counters["probe.refused.name"] == 1
     assert other.store.stats()["objects"] == 0
+
+
+def test_an_answer_may_name_what_was_asked_for_in_its_own_words(
+    nodes: tuple[Bench, Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, other = nodes
+    tier: Any = other.store.movement.lowers[FAR].tier
+    look = tier._look
+    monkeypatch.setattr(tier, "_look", lambda name: look(name)._replace(name=copy(name)))
+    name = ObjectName(NAMESPACE, keys(1)[0], PART)
+    assert copy(name) == name
+    assert not copy(name) != name  # noqa: SIM202
+    assert answer(other, keys(1)) == ([FAR], "")
 
 
 def test_an_answer_of_a_tier_that_went_counts_for_nothing(nodes: tuple[Bench, Bench]) -> None:
