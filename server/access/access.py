@@ -77,7 +77,7 @@ class Access:
         if not self._tokens and not token:
             return LOCAL
         if not token:
-            text = "a token is needed; send `authorization: Bearer TOKEN`"
+            text = "a token is needed: KVSTORE_TOKEN, --token-file or `authorization: Bearer …`"
             raise Denied("token_missing", text)
         found = self._tokens.get(digest_of(token))
         if found is None:

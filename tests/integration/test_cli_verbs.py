@@ -319,7 +319,7 @@ def test_tokens(stores: Stores) -> None:
     file.write_text(secret("reader"))
     assert cli.json("stats", "--token-file", file)["objects"] == 0
     assert cli.run("stats", KVSTORE_TOKEN=secret("reader")).returncode == 0
-    assert "a token is needed" in cli.refused("stats")
+    assert "a token is needed: KVSTORE_TOKEN, --token-file" in cli.refused("stats")
     assert "not known here" in cli.refused("stats", KVSTORE_TOKEN="wrong" * 8)
     assert "needs the role admin" in cli.refused("drain", "--token-file", file)
 
