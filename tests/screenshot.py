@@ -83,10 +83,13 @@ def main() -> None:
     parser.add_argument("--dark", action="store_true")
     arguments = parser.parse_args()
     stores = Stores()
+    second = {"path": str(stores.folder / "nvme2"), "size": "4GiB", "chunk": "16MiB"}
     try:
         served = stores.serve(
             memory="256MiB",
             disk={"path": str(stores.folder / "disk"), "size": "4GiB", "chunk": "16MiB"},
+            tiers=[{"kind": "slab", "name": "nvme2", "options": second}],
+            admission={"nvme2": "reused"},
             server={"http": "127.0.0.1:0", "name": "gpu-node-07"},
         )
         engines = [
