@@ -174,7 +174,7 @@ class TierConfig(_Below):
     """A tier below memory."""
 
     kind: Name = Field(description="slab, or a kind that an installed package offers")
-    name: TierName = Field("disk", description="in metrics, quotas and rules; its kind, a slab's disk")
+    name: TierName = Field("disk", description="in metrics, quotas and rules; else as its kind")
     probe_seconds: Seconds = Field(0.02, description="a lookup may wait to be told what it has")
     options: dict[str, Any] = Field(
         default_factory=dict, description="as the kind has them; a slab those of disk"
