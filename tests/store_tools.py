@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import queue
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from kvstore.store.opening import Below
 from kvstore.store.pins import Pins
 from kvstore.store.selection import Selection, candidates
 from kvstore.store.store import Store
-from kvstore.tiers.base import Host, Tier
+from kvstore.tiers.base import Host, Job, JobDone, ObjectName, State, Tier
 from kvstore.transport.protocol import DISK
 
 NAMESPACE = Namespace(ModelIdentity("model"), "", 16)
@@ -39,6 +39,31 @@ def keys(*numbers: int) -> list[bytes]:
 
 def content(key: bytes, part: Part = PART) -> bytes:
     return hashlib.shake_128(key + part.variant).digest(part.nbytes(16))
+
+
+class Fickle(MemoryTier):
+    """Tells of what it lost when it is asked for that, and may be taken away."""
+
+    def __init__(self, name: str, host: Host, options: Mapping[str, Any]) -> None:
+        super().__init__(name, host, options)
+        self.gone = False
+
+    @property
+    def state(self) -> State:
+        return super().state._replace(gone=self.gone)
+
+    def lose(self, names: Sequence[ObjectName]) -> None:
+        for name in names:
+            if name not in self._objects:
+                self._host.lost(name, "lost")
+
+    def get(self, jobs: Sequence[Job], done: JobDone) -> None:
+        self.lose([job.name for job in jobs])
+        super().get(jobs, done)
+
+    def touch(self, names: Sequence[ObjectName], *, used: bool = True) -> None:
+        self.lose(names)
+        super().touch(names, used=used)
 
 
 class Bench:

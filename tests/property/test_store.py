@@ -21,7 +21,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from examples.memory_tier import MemoryTier
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Part, Shard
 from kvstore.clock import Clock
 from kvstore.config import Config
@@ -39,7 +38,7 @@ from kvstore.store.store import Store
 from kvstore.tiers.slab.tier import SlabTier
 from kvstore.transport.protocol import DISK as DISK_TIER
 from kvstore.transport.protocol import MEMORY
-from tests.store_tools import select
+from tests.store_tools import Fickle, select
 
 NAMESPACE = Namespace(ModelIdentity("model"), "", 16)
 OTHER = Namespace(ModelIdentity("model"), "other", 16)
@@ -91,7 +90,7 @@ class Machine(RuleBasedStateMachine):
             lease_seconds=10.0,
             below=[
                 *(replace(one, queue=1 << 18) for one in tiers_below(config, direct=False)),
-                Below("far", lambda host: MemoryTier("far", host, self.far), queue=1 << 17),
+                Below("far", lambda host: Fickle("far", host, self.far), queue=1 << 17),
             ],
             clock=Clock(lambda: self.now),
         )
@@ -100,8 +99,10 @@ class Machine(RuleBasedStateMachine):
         self.reserved: dict[tuple[str, int], None] = {}
 
     def drain(self) -> None:
-        while self.store.movement.stats()["writing_bytes"] or any(
-            e.moving for e in self.store.index
+        while (
+            self.store.movement.stats()["writing_bytes"]
+            or self.store.catalogue._leaving
+            or any(e.moving for e in self.store.index)
         ):
             self.posted.get(timeout=20)()
         while not self.posted.empty():
@@ -307,6 +308,22 @@ class Machine(RuleBasedStateMachine):
         assert len(reasons) == len(chain)
         assert all(r.reason for r in reasons)
 
+    @rule(keeps=st.booleans())
+    def far_goes(self, keeps: bool) -> None:
+        """Its medium is taken away, and comes back, maybe empty, with a later tick."""
+        *_, lower = self.store.movement.lowers.values()
+        if lower.tier is None:
+            return
+        self.tiers()[-1].gone = True
+        self.store.tick()
+        while lower._opening._busy:
+            self.posted.get(timeout=20)()
+        self.drain()
+        if not keeps:
+            self.far["medium"].clear()
+        for name, (expires, entries) in self.pinned.items():
+            self.pinned[name] = expires, [entry for entry in entries if not entry.gone]
+
     @rule(flip=st.one_of(st.none(), st.integers(0, DISK * 8 - 1)))
     def crash_and_reopen(self, flip: int | None) -> None:
         for lower in self.store.movement.lowers.values():
@@ -351,7 +368,10 @@ class Machine(RuleBasedStateMachine):
         }
         placed[MEMORY] = [slot.owner for slot in chain(*store.memory.pool.pieces())]
         for number, tier in zip(store.movement.lowers, self.tiers(), strict=True):
-            known = set().union(*tier._places) if isinstance(tier, SlabTier) else tier._objects
+            if isinstance(tier, SlabTier):
+                known = set().union(*tier._places)
+            else:
+                known = tier._objects if tier is not None else ()
             assert {e.name for e in placed[number] if e.lies_in(number)} <= set(known)
         leases = self.store.leases()
         in_use = {e for lease in leases for e in lease.entries() if e.readers or e.writer}

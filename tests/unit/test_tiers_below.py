@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from examples.memory_tier import MemoryTier
 from kvstore.errors import ConfigError
 from kvstore.slices import finish
 from kvstore.store.admission import Admission
 from kvstore.store.entry import Entry
 from kvstore.store.relocation import copy_to, move_to
 from kvstore.store.selection import Selection
-from kvstore.tiers.base import Host, Job, JobDone, ObjectName, State, Tier
+from kvstore.tiers.base import Host, Job, Tier
 from kvstore.transport.protocol import DISK, MEMORY
-from tests.store_tools import NBYTES, PART, Bench, content, keys, select
+from tests.store_tools import NBYTES, PART, Bench, Fickle, content, keys, select
 
 FAR: Final = DISK + 1
 
@@ -112,7 +111,7 @@ def test_a_time_to_live_reaches_all_tiers(tmp_path: Path, far: dict[str, Any]) -
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_kind_that_fails_at_its_options_costs_that_tier_alone(tmp_path: Path) -> None:
-    def failing(name: str, host: Host, options: Mapping[str, Any]) -> MemoryTier:
+    def failing(name: str, host: Host, options: Mapping[str, Any]) -> Tier:
         raise KeyError("capacity")
 
     bench = Bench(tmp_path, far={}, kind=failing)
@@ -172,31 +171,6 @@ def test_what_leaves_memory_first_is_not_written_and_counted(bench: Bench) -> No
     assert tiers(bench, 0, 10) == [[DISK], [MEMORY, DISK, FAR]]
     assert bench.store.counters["write.dropped.evicted"] == 8
     assert bench.store.counters["evict.lost.not_written_yet"] == 0
-
-
-class Fickle(MemoryTier):
-    """Tells of what it lost when it is asked for that, and may be taken away."""
-
-    def __init__(self, name: str, host: Host, options: Mapping[str, Any]) -> None:
-        super().__init__(name, host, options)
-        self.gone = False
-
-    @property
-    def state(self) -> State:
-        return super().state._replace(gone=self.gone)
-
-    def lose(self, names: Sequence[ObjectName]) -> None:
-        for name in names:
-            if name not in self._objects:
-                self._host.lost(name, "lost")
-
-    def get(self, jobs: Sequence[Job], done: JobDone) -> None:
-        self.lose([job.name for job in jobs])
-        super().get(jobs, done)
-
-    def touch(self, names: Sequence[ObjectName], *, used: bool = True) -> None:
-        self.lose(names)
-        super().touch(names, used=used)
 
 
 @pytest.fixture
