@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import queue
 import struct
@@ -26,6 +27,7 @@ from kvstore.tiers.slab.direct import lock_folder
 from kvstore.tiers.slab.file import SLAB_NAME, TABLE_NAME, SlabFile
 from kvstore.tiers.slab.format import HEADER_BYTES, Header, version_of
 from kvstore.tiers.slab.fsck import fsck, inspect
+from kvstore.tiers.slab.table import Place
 from tests.disk_tools import (
     MIB,
     MiniStore,
@@ -481,3 +483,12 @@ def test_lock_is_released(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         SlabFile(tmp_path, 4096, 0)
     os.close(lock_folder(tmp_path))
+
+
+def test_what_is_to_be_erased_is_nothing_for_the_garbage_collector(tmp_path: Path) -> None:
+    """A clear of a million objects leaves as many records to erase."""
+    slab = SlabFile(tmp_path, 4 << 20, 0)
+    for number in range(8):
+        slab.table.later(Place(number * 4096, 4096), None)
+    assert not gc.is_tracked(slab.table._late)
+    slab.close()

@@ -99,7 +99,7 @@ class Table:
         self.next_sequence = 1
         self._chunks = 0
         self.names_full = False
-        self._late: dict[int, tuple[Place, Held | None]] = {}
+        self._late: dict[int, tuple[Place, Held] | None] = {}
         self.forget_found()
 
     # --- Reading ----------------------------------------------------------------------------------
@@ -231,7 +231,8 @@ class Table:
 
     def later(self, place: Place, held: Held | None) -> None:
         """The record of a place is to say this, or to be erased; the next `catch_up` writes it."""
-        self._late[self.header.index(*place)] = place, held
+        # Nothing for those to erase, so that there is nothing for the garbage collector.
+        self._late[self.header.index(*place)] = None if held is None else (place, held)
 
     @property
     def behind(self) -> bool:
@@ -246,16 +247,16 @@ class Table:
         """
         with self.lock:
             for _ in range(len(self._late) if most is None else min(most, len(self._late))):
-                index, (place, held) = self._late.popitem()
+                index, record = self._late.popitem()
                 try:
-                    if held is None:
+                    if record is None:
                         self.erase(index)
                     else:
-                        self.put(place, held)
+                        self.put(*record)
                 except DictionaryFull:  # It lost its entries to damage; what expires is not known.
-                    self._late.setdefault(index, (place, None))
+                    self._late.setdefault(index, None)
                 except OSError:
-                    self._late.setdefault(index, (place, held))
+                    self._late.setdefault(index, record)
                     raise
 
     def clear(self, place: Place, name: ObjectName) -> None:
