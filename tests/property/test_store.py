@@ -100,13 +100,12 @@ class Machine(RuleBasedStateMachine):
 
     def drain(self) -> None:
         while (
-            self.store.movement.stats()["writing_bytes"]
+            not self.posted.empty()
+            or self.store.movement.stats()["writing_bytes"]
             or self.store.catalogue._leaving
             or any(e.moving for e in self.store.index)
         ):
             self.posted.get(timeout=20)()
-        while not self.posted.empty():
-            self.posted.get()()
 
     def bytes_of(self, entry: Entry) -> bytes:
         assert entry.slot is not None
@@ -308,9 +307,9 @@ class Machine(RuleBasedStateMachine):
         assert len(reasons) == len(chain)
         assert all(r.reason for r in reasons)
 
-    @rule(keeps=st.booleans())
-    def far_goes(self, keeps: bool) -> None:
-        """Its medium is taken away, and comes back, maybe empty, with a later tick."""
+    @rule()
+    def far_goes(self) -> None:
+        """Its medium is taken away, with all that it held; another one comes with a later tick."""
         *_, lower = self.store.movement.lowers.values()
         if lower.tier is None:
             return
@@ -319,8 +318,7 @@ class Machine(RuleBasedStateMachine):
         while lower._opening._busy:
             self.posted.get(timeout=20)()
         self.drain()
-        if not keeps:
-            self.far["medium"].clear()
+        self.far["medium"].clear()
         for name, (expires, entries) in self.pinned.items():
             self.pinned[name] = expires, [entry for entry in entries if not entry.gone]
 

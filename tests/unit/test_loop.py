@@ -95,7 +95,7 @@ def test_a_disk_that_cannot_be_opened_for_an_error_of_ours_is_tried_again(
         bench.store.tick()
         bench.posted.get(timeout=5)()
     assert disk.tier is None
-    assert "error of ours" in str(disk.state.problem)
+    assert "opening it failed with ZeroDivisionError" in str(disk.state.problem)
     bench.now = 20.0
     bench.store.tick()
     bench.posted.get(timeout=5)()
