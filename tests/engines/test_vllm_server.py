@@ -14,20 +14,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
-from tests.engines.vllm_tools import (
-    ENVIRONMENT,
-    START_SECONDS,
-    document,
-    model,
-    transfer,
-)
+from tests.engines.vllm_tools import ENVIRONMENT, document, model, transfer
 from tests.session_tools import Served, Stores, eventually
 
 pytestmark = pytest.mark.vllm
+
+START_SECONDS: Final = 600.0
 
 
 class Server:
