@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from kvstore.blocks.spec import Namespace
-from kvstore.slices import FEW, Work, finish
+from kvstore.slices import FEW, Work
 from kvstore.store.entry import Entry
 from kvstore.store.store import Store
 
@@ -78,11 +78,6 @@ def surveying(store: Store, namespace: Namespace, keys: Sequence[bytes]) -> Work
         for entry in block:
             result.nbytes[entry.tier] += entry.nbytes
     return result
-
-
-def survey(store: Store, namespace: Namespace, keys: Sequence[bytes]) -> Survey:
-    """`surveying` in one go."""
-    return finish(surveying(store, namespace, keys))
 
 
 def explain(store: Store, namespace: Namespace, keys: Sequence[bytes]) -> list[BlockReason]:

@@ -21,7 +21,6 @@ class Memory:
         arena: where objects lie.
         chunk: bytes per chunk of the arena (0: chosen).
         policy: of eviction.
-        catalogue: whose objects they are.
     """
 
     number = MEMORY

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from typing import Final
 
@@ -33,7 +34,7 @@ _PIECE: Final = 4096 * KEY_BYTES
 """Of keys that are cut without a stop."""
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.Protocol, ABC):
     """Serves one client. Everything it holds is freed when the connection ends.
 
     Requests are answered in the order they come, except those that wait (`_later`): their answers
@@ -68,13 +69,13 @@ class Connection(asyncio.Protocol):
         self._running: Work[None] | None = None  # the request that is being answered
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @abstractmethod
     def _handle(self, request_id: int, body: bytes) -> Work[None]:
         """Answer one request, stopping now and then.
 
         Raises:
             ProtocolError: the client is not to be listened to any more.
         """
-        raise NotImplementedError
 
     def seen_by(self, grant: Grant) -> list[Namespace]:
         """What it has opened, each once, as far as the caller sees it."""

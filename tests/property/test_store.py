@@ -27,9 +27,10 @@ from kvstore.config import Config
 from kvstore.memory.arena import Arena
 from kvstore.memory.slots import SlotPool
 from kvstore.server.opening import tiers_below
+from kvstore.slices import finish
 from kvstore.store.admission import WRITE_RULES, Admission
 from kvstore.store.entry import Entry
-from kvstore.store.explain import explain, survey
+from kvstore.store.explain import explain, surveying
 from kvstore.store.loading import Acquired
 from kvstore.store.opening import Below
 from kvstore.store.relocation import copy_to, move_to, remove
@@ -301,7 +302,7 @@ class Machine(RuleBasedStateMachine):
     @rule(numbers=keys, kind=kinds)
     def explain(self, numbers: list[int], kind: str) -> None:
         chain = [key_of(n, kind) for n in self.likely(numbers, kind)]
-        found = survey(self.store, SPACES[kind], chain)
+        found = finish(surveying(self.store, SPACES[kind], chain))
         reasons = explain(self.store, SPACES[kind], chain)
         assert [r.tier for r in reasons if r.usable] == found.tiers
         assert len(reasons) == len(chain)

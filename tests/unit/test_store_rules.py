@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part, Shard
+from kvstore.slices import finish
 from kvstore.store.admission import Admission
 from kvstore.store.entry import Entry
 from kvstore.store.events import Event, EventLog, Missed
-from kvstore.store.explain import explain, survey
+from kvstore.store.explain import explain, surveying
 from kvstore.store.history import History, Uses
 from kvstore.store.leases import Payer, Saving
 from kvstore.store.relocation import copy_to, move_to, reencode, remove
@@ -521,16 +522,16 @@ def test_a_block_is_complete_with_all_ranks(memory: Bench) -> None:
     group = Group(layers=1, heads=1, channels=(32,), dtype="float32")
     ranks = [Part(group, shard=Shard(i, 2)) for i in range(2)]
     memory.save(keys(1, 2), ranks[0])
-    assert survey(memory.store, NAMESPACE, keys(1, 2)).tiers == [MEMORY, MEMORY]
+    assert finish(surveying(memory.store, NAMESPACE, keys(1, 2))).tiers == [MEMORY, MEMORY]
     memory.save(keys(1), ranks[1])
-    found = survey(memory.store, NAMESPACE, keys(1, 2))
+    found = finish(surveying(memory.store, NAMESPACE, keys(1, 2)))
     assert (found.tiers, found.reason) == ([MEMORY], "incomplete")
     assert [e.nbytes for e in found.entries[0]] == 2 * [ranks[0].nbytes(16)]
     assert found.nbytes == {MEMORY: 2 * ranks[0].nbytes(16)}
     assert "0/2" in explain(memory.store, NAMESPACE, keys(2))[0].detail
     # Another number of ranks stands for itself.
     memory.save(keys(2), PART)
-    assert survey(memory.store, NAMESPACE, keys(1, 2)).tiers == [MEMORY, MEMORY]
+    assert finish(surveying(memory.store, NAMESPACE, keys(1, 2))).tiers == [MEMORY, MEMORY]
 
 
 def test_the_history_is_bounded() -> None:
