@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# vLLM runs on packages of other versions than ours.
+# vLLM and SGLang run on packages of other versions than ours.
 VLLM := .venv-vllm
+SGLANG := .venv-sglang
 NATIVE := $(wildcard native/*)
 # The folders that are installed under another name, for the type checker.
 MAPPED := connectors server benchmarks
@@ -14,10 +15,10 @@ slowly = @echo "$(1)"; (n=0; while sleep 20 >/dev/null 2>&1 && kill -0 $$$$ 2>/d
   do n=$$((n + 20)); echo "  … $$n s"; done) & trap "kill $$! 2>/dev/null" EXIT; $(2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-vllm test test-slow test-vllm lint format bench proto size clean
+.PHONY: help setup demo demo-vllm test test-slow test-vllm test-sglang lint format bench proto size clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.built $(VENV)/.model ## virtual environment, native build, model
 
@@ -35,6 +36,9 @@ test-slow: setup ## those left out there: kills, stalls, crashes
 
 test-vllm: $(VLLM)/.built $(VENV)/.model ## tests with real vLLM engines
 	$(VLLM)/bin/python -m pytest tests/engines -m vllm --timeout 900 $(ARGS)
+
+test-sglang: $(SGLANG)/.built $(VENV)/.model ## tests with real SGLang engines
+	$(SGLANG)/bin/python -m pytest tests/engines -m sglang --timeout 900 $(ARGS)
 
 lint: $(VENV)/.built ## ruff, ruff format, mypy --strict, import-linter
 	@# mypy and import-linter do not know where the package's folders come from: show them the
@@ -62,7 +66,7 @@ size: ## lines of code, docs and blanks, per package
 	@$(PYTHON) .ci/size.py
 
 clean: ## remove what make made here, but not the converted model
-	rm -rf $(VENV) $(VLLM) .build .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(VLLM) $(SGLANG) .build .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
 
 $(VENV)/.made:
 	@for python in "$(PYTHON)" python3.14 python3.13 python3.12 python3.11; do \
@@ -95,14 +99,19 @@ $(VENV)/.model: $(VENV)/.demo examples/model.py
 	$(BIN)/python examples/model.py
 	@touch $@
 
-$(VLLM)/.engine: requirements/vllm.txt | $(VENV)/.made
-	@$(BIN)/python -m venv --clear $(VLLM)
-	$(call slowly,setting up $(VLLM): 2.5 GB and up to ten minutes,\
-	  $(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/vllm.txt)
+ENGINES := $(VLLM) $(SGLANG)
+
+# With what stands for packages that the engine imports and that a CPU has no use for, if there are.
+$(ENGINES:=/.engine): .venv-%/.engine: requirements/%.txt | $(VENV)/.made
+	@$(BIN)/python -m venv --clear $(@D)
+	$(call slowly,setting up $(@D): 2 GB and up to ten minutes,\
+	  $(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps -r $<)
+	@$(if $(wildcard examples/$*_cpu),\
+	  echo "$(CURDIR)/examples/$*_cpu" > $$(echo $(@D)/lib/python3.*/site-packages)/standins.pth)
 	@touch $@
 
-$(VLLM)/.built: $(VLLM)/.engine pyproject.toml $(NATIVE)
-	$(call slowly,building KVStore for $(VLLM): about a minute,PATH="$(CURDIR)/$(VLLM)/bin:$$PATH" \
-	  $(VLLM)/bin/pip install --quiet --disable-pip-version-check \
-	  --config-settings=build-dir=.build/vllm --no-build-isolation --no-deps --editable .)
+$(ENGINES:=/.built): .venv-%/.built: .venv-%/.engine pyproject.toml $(NATIVE)
+	$(call slowly,building KVStore for $(@D): about a minute,PATH="$(CURDIR)/$(@D)/bin:$$PATH" \
+	  $(@D)/bin/pip install --quiet --disable-pip-version-check \
+	  --config-settings=build-dir=.build/$* --no-build-isolation --no-deps --editable .)
 	@touch $@

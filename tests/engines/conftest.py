@@ -1,4 +1,4 @@
-"""Tests of engines run in an environment of their own: `make test-vllm`."""
+"""Tests of engines run in environments of their own: `make test-vllm`, `make test-sglang`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from tests.session_tools import Stores
 
 # Collected only where the engine is installed; a folder of that name somewhere is none.
-_vllm = importlib.util.find_spec("vllm")
-collect_ignore_glob = [] if _vllm and _vllm.origin else ["test_vllm_*.py"]
+_found = {engine: importlib.util.find_spec(engine) for engine in ("vllm", "sglang")}
+collect_ignore_glob = [f"test_{e}_*.py" for e, spec in _found.items() if not (spec and spec.origin)]
 
 
 @pytest.fixture(scope="module")
