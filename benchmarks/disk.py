@@ -14,9 +14,9 @@ from kvstore.benchmarks.barefile import PIECE, bare_file
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run
 from kvstore.blocks.keys import block_keys
 from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part
-from kvstore.config import load_config
 from kvstore.memory.arena import Arena
 from kvstore.memory.slots import choose_chunk
+from kvstore.sources import load_config
 from kvstore.tiers.base import Job, JobDone, ObjectName
 from kvstore.tiers.slab.tier import SlabTier
 from kvstore.values import format_size

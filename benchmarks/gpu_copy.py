@@ -24,10 +24,10 @@ import msgspec
 from kvstore.benchmarks import shapes
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run, Samples
 from kvstore.benchmarks.shapes import Shape
-from kvstore.config import load_config
 from kvstore.copier.base import Copier
 from kvstore.memory.arena import HUGE_PAGE, Arena
 from kvstore.memory.room import room
+from kvstore.sources import load_config
 from kvstore.values import format_size
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from kvstore.benchmarks.figures import BenchmarkError
-from kvstore.config import Config, load_config
+from kvstore.config import Config
+from kvstore.sources import load_config
 
 _STOP_SECONDS: Final = 60.0
 

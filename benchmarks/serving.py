@@ -31,8 +31,8 @@ from kvstore.benchmarks.vllm_engine import (
     VllmEngine,
     connector,
 )
-from kvstore.config import load_config
 from kvstore.memory.bounce import Bounce
+from kvstore.sources import load_config
 
 FRESH: Final = f"{KVSTORE}, a new process"
 _MEMORY_SPARE: Final = 256 << 20

@@ -24,7 +24,8 @@ from kvstore.benchmarks.figures import BenchmarkError, Report
 from kvstore.benchmarks.served import served
 from kvstore.benchmarks.soak_clients import SHAPE, Clients, Did
 from kvstore.client.session import Session
-from kvstore.config import Config, load_config
+from kvstore.config import Config
+from kvstore.sources import load_config
 
 _MEMORY: Final = 128 << 20
 _DISK: Final = 512 << 20

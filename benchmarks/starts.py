@@ -16,8 +16,8 @@ from kvstore.benchmarks.served import PATIENCE
 from kvstore.benchmarks.shapes import Shape
 from kvstore.client.embedded import socket_path
 from kvstore.client.session import Session
-from kvstore.config import load_config
 from kvstore.memory.arena import Arena
+from kvstore.sources import load_config
 
 _SECONDS: Final = 60.0
 _POLL: Final = 0.01

@@ -11,8 +11,8 @@ from reading import say, told
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from kvstore.config import load_config
 from kvstore.connectors.transformers.cache import KVStoreCache
+from kvstore.sources import load_config
 
 
 class FirstToken:

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from kvstore.blocks.spec import Shard as Shard
     from kvstore.client.session import Session as Session
     from kvstore.config import Config as Config
-    from kvstore.config import load_config as load_config
+    from kvstore.sources import load_config as load_config
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Config": "config",
-    "load_config": "config",
+    "load_config": "sources",
     "Session": "client.session",
     "Described": "blocks.spec",
     "Group": "blocks.spec",

@@ -1,24 +1,15 @@
-"""One typed configuration: a YAML file, then KVSTORE_* environment variables, then flags.
-
-Later sources win, value by value. Nested names join with two underscores in the environment:
-``KVSTORE_MEMORY__SIZE=8GiB`` sets ``memory.size``. Variables that name no setting are not ours:
-Kubernetes sets KVSTORE_PORT and more of the kind for a Service named kvstore.
-"""
+"""One typed configuration: all that can be set, its defaults, and what is no value."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import logging
 import os
-import re
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -30,30 +21,17 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
 from kvstore.errors import ConfigError
+from kvstore.mistakes import TIER_NAME, explain
 from kvstore.values import checked_text, format_size, parse_size, split_host_port
-
-_NOT_CONFIG: Final = frozenset({"KVSTORE_CONFIG", "KVSTORE_CPU", "KVSTORE_TOKEN"})
-"""Variables of ours that are no configuration values; the token is a secret."""
-
-_QUOTA: Final = re.compile(r"KVSTORE_QUOTAS__(.*)__([a-z][a-z0-9-]*)", re.I | re.S)
-_RULE: Final = re.compile(r"KVSTORE_ADMISSION__([a-z][a-z0-9-]*)", re.I)
-"""Settings by the name of a tier."""
-_INJECTED: Final = re.compile(r"_SERVICE_HOST\Z|_PORT(_\w+)?\Z")
-"""How names end that Kubernetes makes of Services, and Docker of links."""
 
 MAX_BELOW: Final = 6
 """Tiers below memory."""
 _MAX_TIER: Final = 1 << 50
 _MAX_CHUNKS: Final = 1 << 22
-_MAX_YAML: Final = 1 << 20
 _WEEK: Final = 7 * 86400.0
 """Of seconds, as much as every kind of waiting takes."""
-
-_suggested: Final[set[str]] = set()
-_log = logging.getLogger("kvstore.config")
 
 
 def _none(value: object) -> object:
@@ -102,8 +80,7 @@ User = Annotated[
 ]
 Tenant = Annotated[str, AfterValidator(checked_text), Field(max_length=4096)]
 PolicyName = Literal["lru", "s3fifo"]
-_TIER_NAME: Final = r"^[a-z][a-z0-9-]{0,31}$"
-TierName = Annotated[str, Field(pattern=_TIER_NAME)]
+TierName = Annotated[str, Field(pattern=TIER_NAME)]
 WriteRule = Literal["all", "reused", "none"]
 
 
@@ -411,187 +388,11 @@ class Config(_Section):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Names of all settings, as they are written in one line: `memory.size`."""
     for name, field in model.model_fields.items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, BaseModel):
-            yield from _known_keys(section, f"{prefix}{name}.")
+            yield from known_keys(section, f"{prefix}{name}.")
         else:
             yield prefix + name
-
-
-_PYDANTIC: Final = {
-    "Value error, ": "", "Input should be a valid": "must be a", "Input should be": "must be",
-    "a string": "a text (in quotes)", "a integer": "a whole number", "a tuple": "a list",
-    "a dictionary": "`key: value` lines",
-    "Field required": "is missing",
-    f"String should match pattern '{_TIER_NAME}'": "must have a-z, 0-9 and -, at most 32 of them, "
-    "a letter first",
-    "Extra inputs are not permitted": "is no key of this; take it out",
-}  # fmt: skip
-
-
-def plainly(item: ErrorDetails) -> str:
-    """What pydantic says, in words of ours and without the value."""
-    told = re.split(r" or instance of|, unable to", item["msg"])[0]
-    for theirs, ours in _PYDANTIC.items():
-        told = told.replace(theirs, ours)
-    for bound in item.get("ctx", {}).values():
-        if type(bound) is int and bound >= 4096 and not bound % 4096:
-            told = told.replace(str(bound), f"{format_size(bound)} ({bound} bytes)")
-    return told
-
-
-def _in_tier(where: Sequence[int | str]) -> list[str]:
-    """The option that a key beside `options` of a tier was meant for, if it is one of a slab's."""
-    if len(where) == 3 and where[0] == "tiers" and where[2] in SlabConfig.model_fields:
-        return [f"tiers.{where[1]}.options.{where[2]}"]
-    return []
-
-
-def explain(
-    error: ValidationError, source: str, prefix: str, known: Sequence[str] = ()
-) -> ConfigError:
-    """What was wrong in `source`, where names have a `prefix`, in words that name the remedy.
-
-    `known` names what may stand there; without it, all of `Config`.
-    """
-    known = known or list(_known_keys(Config, prefix))
-    lines = []
-    for item in error.errors():
-        where = prefix + ".".join(str(part) for part in item["loc"])[:200]
-        if item["type"] == "extra_forbidden":
-            near = _in_tier(item["loc"]) or difflib.get_close_matches(where, known, 1, 0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            lines.append(f"{where}: unknown key; {hint}")
-        else:
-            lines.append(f"{where}: {plainly(item)}" if item["loc"] else plainly(item))
-    return ConfigError(f"{source}: " + "; ".join(lines))
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = (
-            _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-        )
-    return merged
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[object] = set()
-        for key, _ in node.value:
-            name = key.value if isinstance(key, yaml.ScalarNode) else key
-            if name in seen and name != "<<":
-                raise yaml.MarkedYAMLError(
-                    problem=f"{name!r:.60} is given twice", problem_mark=key.start_mark
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path, what: str) -> object:
-    """What a YAML file of ours holds.
-
-    Raises:
-        ConfigError: it cannot be read or understood; names `what` it is, and the path.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_YAML + 1)
-    except (OSError, ValueError) as e:
-        reason = (isinstance(e, OSError) and e.strerror) or e
-        raise ConfigError(f"{what} {path}: {reason}; check the path") from e
-    if len(data) > _MAX_YAML:
-        raise ConfigError(f"{what} {path} is larger than {format_size(_MAX_YAML)}; check the path")
-    try:
-        return yaml.load(data.decode(), _Loader)
-    except RecursionError:
-        raise ConfigError(f"{what} {path} is no valid YAML: it is nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as e:
-        mark, told = getattr(e, "problem_mark", None), getattr(e, "problem", None) or e
-        told = " ".join(str(told).split())
-        if mark is not None:
-            told = f"line {mark.line + 1}, column {mark.column + 1}: {told}"
-        if "'\\t'" in told:
-            told += "; indent with spaces"
-        raise ConfigError(f"{what} {path} is no valid YAML: {told}") from e
-
-
-def _from_file(path: Path) -> dict[str, Any]:
-    content = read_yaml(path, "config file")
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"config file {path} must hold `key: value` lines, not {content!r:.200}")
-    return {str(key): value for key, value in content.items()}
-
-
-def _from_environment() -> dict[str, Any]:
-    keys = (key.split(".") for key in _known_keys(Config) if key != "quotas")
-    known = {"KVSTORE_" + "__".join(key).upper(): key for key in keys}
-    values: dict[str, Any] = {}
-    for name, text in os.environ.items():
-        if quota := _QUOTA.fullmatch(name):  # The tenant stays as it is written.
-            found = ["quotas", quota[1], quota[2].lower()]
-        elif rule := _RULE.fullmatch(name):
-            found = ["admission", rule[1].lower()]
-        elif (found := known.get(name.upper(), [])) == []:
-            _suggest(name, known)
-            continue
-        place = values
-        for section in found[:-1]:
-            place = place.setdefault(section, {})
-        place[found[-1]] = text
-    return values
-
-
-def _suggest(name: str, known: Iterable[str]) -> None:
-    """Say once what a variable that is no setting may have been meant for."""
-    if name in _NOT_CONFIG or name in _suggested or not name.startswith("KVSTORE_"):
-        return
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    if near and not _INJECTED.search(name):
-        _suggested.add(name)
-        _log.warning("%s is no setting and counts for nothing; did you mean %s?", name, near[0])
-
-
-def load_config(
-    path: Path | str | None = None,
-    overrides: dict[str, Any] | None = None,
-    *,
-    source: str = "settings",
-    prefix: str = "",
-) -> Config:
-    """The configuration from `path` (or `$KVSTORE_CONFIG`), the environment and `overrides`.
-
-    `overrides` is nested like the file, e.g. `{"memory": {"size": "8GiB"}}`; `source` is where they
-    stood, and `prefix` what stood before their names there.
-
-    Raises:
-        ConfigError: names the source, the field and the remedy.
-    """
-    chosen = path or os.environ.get("KVSTORE_CONFIG")
-    merged: dict[str, Any] = {}
-    sources: list[tuple[str, dict[str, Any]]] = []
-    if chosen:
-        sources.append((f"config file {chosen}", _from_file(Path(chosen))))
-    sources.append(("environment KVSTORE_*", _from_environment()))
-    sources.append((source, overrides or {}))
-    config, contradiction = Config(), None
-    for place, values in sources:
-        merged = _merge(merged, values)
-        try:
-            config, contradiction = Config(**merged), None
-        except ValidationError as e:
-            error = explain(e, place, prefix if place == source else "")
-            if any(item["loc"] for item in e.errors()):
-                raise error from None
-            contradiction = contradiction or error  # A later source may have the tier it names.
-    if contradiction is not None:
-        raise contradiction
-    return config

@@ -24,8 +24,9 @@ from kvstore.blocks.spec import Described, Group, Layout, ModelIdentity, Namespa
 from kvstore.client.channel import Channel
 from kvstore.client.client import Client
 from kvstore.client.session import Session
-from kvstore.config import Config, load_config
+from kvstore.config import Config
 from kvstore.copier.base import PagedMemory, PlaneMemory
+from kvstore.sources import load_config
 
 MIB: Final = 1 << 20
 ROOT: Final = Path(__file__).parents[1]

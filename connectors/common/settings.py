@@ -8,8 +8,10 @@ from typing import Annotated, Any, Final
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from kvstore.blocks.spec import MAX_BLOCK_TOKENS
-from kvstore.config import Config, explain, load_config, plainly
+from kvstore.config import Config
 from kvstore.errors import ConfigError
+from kvstore.mistakes import explain, plainly
+from kvstore.sources import load_config
 
 PREFIX: Final = "kvstore."
 _YEARS: Final = 10 * 365 * 86400

@@ -13,8 +13,9 @@ from grpc_status import rpc_status
 
 from kvstore.api.convert import MAX_REPLY, SERVICE
 from kvstore.api.errors import RequestRefused
-from kvstore.config import Config, load_config
+from kvstore.config import Config
 from kvstore.errors import AccessDenied, ConfigError, KVStoreError, StoreUnavailable
+from kvstore.sources import load_config
 from kvstore.transport.credentials import (
     checked_token,
     client_context,

@@ -23,9 +23,10 @@ from kvstore.client.client import Client, View, seconds
 from kvstore.client.held import Held
 from kvstore.client.planner import LoadPlan
 from kvstore.client.transfer import About, Saved, Transfer
-from kvstore.config import Config, load_config
+from kvstore.config import Config
 from kvstore.copier.base import Copier, PagedMemory
 from kvstore.errors import SpecError
+from kvstore.sources import load_config
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Cost, Message, Reply
 

@@ -13,8 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from kvstore.config import plainly
 from kvstore.errors import ConfigError
+from kvstore.mistakes import plainly
 from kvstore.server.access.grants import Grant, Role
 from kvstore.transport.credentials import checked_token
 

@@ -108,9 +108,9 @@ def serve(
     """
     # Here and below, what takes long to import is imported where it is needed.
     from kvstore.client.embedded import prepare_run_dir
-    from kvstore.config import load_config
     from kvstore.server.daemon import describe, start_logging
     from kvstore.server.daemon import serve as run
+    from kvstore.sources import load_config
 
     overrides = {
         "address": socket and f"unix://{Path(socket).absolute()}",

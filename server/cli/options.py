@@ -158,7 +158,7 @@ class Link(Printing):
     def api(self) -> Orchestrator:
         """The daemon's API. Raises ConfigError: an address or a file is unusable."""
         from kvstore.api.client import Orchestrator
-        from kvstore.config import load_config
+        from kvstore.sources import load_config
 
         token: str | None = None
         if self.token_file is not None:

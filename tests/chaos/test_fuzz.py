@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from kvstore.client.session import Session
-from kvstore.config import load_config
+from kvstore.sources import load_config
 from kvstore.store.leases import MAX_LEASES
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Failure, Hello, Open, Welcome

@@ -29,7 +29,6 @@ from vllm.v1.request import Request
 
 from kvstore.blocks.keys import block_keys
 from kvstore.blocks.spec import ModelIdentity, Namespace
-from kvstore.config import load_config
 from kvstore.connectors.common import identity as common_identity
 from kvstore.connectors.common.settings import Wishes, settings_of, wishes_of
 from kvstore.connectors.common.transfers import page_pieces, page_rows
@@ -38,6 +37,7 @@ from kvstore.connectors.vllm.identity import identity_of
 from kvstore.connectors.vllm.inputs import Inputs, Unkeyed
 from kvstore.connectors.vllm.requests import Tracked
 from kvstore.errors import ConfigError, SpecError
+from kvstore.sources import load_config
 from tests.engines.vllm_tools import model as smollm2
 from tests.engines.vllm_tools import small_model
 

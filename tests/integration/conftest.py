@@ -14,7 +14,8 @@ from typing import Any, Final
 
 import pytest
 
-from kvstore.config import Config, load_config
+from kvstore.config import Config
+from kvstore.sources import load_config
 
 EXAMPLES: Final = Path(__file__).parents[2] / "examples"
 

@@ -19,8 +19,8 @@ from kvstore.api import (
     RequestRefused,
     v1,
 )
-from kvstore.config import load_config
 from kvstore.errors import AccessDenied, KVStoreError, StoreUnavailable
+from kvstore.sources import load_config
 from tests.certificates import Authority
 from tests.control_tools import NAMESPACE_ID, secret, write_tokens
 from tests.session_tools import PATIENCE, Served, Stores, eventually, namespace, prompt, save

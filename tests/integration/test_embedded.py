@@ -16,8 +16,9 @@ import pytest
 
 from kvstore.client.embedded import socket_path
 from kvstore.client.session import Session
-from kvstore.config import Config, load_config
+from kvstore.config import Config
 from kvstore.errors import ConfigError
+from kvstore.sources import load_config
 from tests.session_tools import (
     PART,
     Child,

@@ -18,7 +18,6 @@ huggingface_hub = pytest.importorskip("huggingface_hub")
 from kvstore.blocks.spec import Group, ModelIdentity, Namespace  # noqa: E402
 from kvstore.blocks.weights import weights_digest  # noqa: E402
 from kvstore.client.session import Session  # noqa: E402
-from kvstore.config import load_config  # noqa: E402
 from kvstore.connectors.transformers.cache import (  # noqa: E402
     KVStoreCache,
     cache_part,
@@ -26,6 +25,7 @@ from kvstore.connectors.transformers.cache import (  # noqa: E402
 )
 from kvstore.connectors.transformers.weights import Weights  # noqa: E402
 from kvstore.errors import SpecError  # noqa: E402
+from kvstore.sources import load_config  # noqa: E402
 from tests.transformers_tools import BLOCK, SIZES, build, llama, prompt  # noqa: E402
 
 

@@ -15,8 +15,9 @@ import pytest
 from kvstore.api.client import Orchestrator
 from kvstore.api.connection import target
 from kvstore.client.session import Session
-from kvstore.config import Config, load_config
+from kvstore.config import Config
 from kvstore.errors import ConfigError, StoreUnavailable
+from kvstore.sources import load_config
 from tests.session_tools import PART, Stores, eventually, namespace
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can be several users")

@@ -26,11 +26,11 @@ from kvstore.api.errors import RequestRefused
 from kvstore.api.verbs import VERBS
 from kvstore.blocks.keys import Media
 from kvstore.blocks.spec import ModelIdentity, Namespace
-from kvstore.config import load_config
 from kvstore.errors import ConfigError, SpecError
 from kvstore.server.cli.options import limit_option, parse_duration
 from kvstore.server.cli.output import plain
 from kvstore.server.control.errors import CODES
+from kvstore.sources import load_config
 
 ROOT = Path(__file__).parents[2]
 BY_NAME = {verb.name: verb for verb in VERBS}

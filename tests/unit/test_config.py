@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from kvstore.config import Config, load_config
+from kvstore.config import Config
 from kvstore.errors import ConfigError, KVStoreError
+from kvstore.sources import load_config
 from kvstore.values import format_size, parse_size, split_host_port
 from tests.unit.test_deploy import keys_of
 
@@ -245,7 +246,7 @@ def test_what_kubernetes_injects_is_not_ours(
 def test_a_near_miss_in_the_environment_is_a_suggestion(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, meant: str
 ) -> None:
-    monkeypatch.setattr("kvstore.config._suggested", set())
+    monkeypatch.setattr("kvstore.sources._suggested", set())
     monkeypatch.setenv(name, "8GiB")
     assert load_config() == load_config() == Config()
     (record,) = caplog.records

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from kvstore.api.connection import target
-from kvstore.config import Config, load_config
+from kvstore.config import Config
 from kvstore.errors import ConfigError
+from kvstore.sources import load_config
 from kvstore.transport.credentials import client_context, client_token
 from tests.certificates import Authority
 

@@ -17,11 +17,12 @@ import typer.main
 import yaml
 from pydantic import BaseModel
 
-from kvstore.config import Config, load_config
+from kvstore.config import Config
 from kvstore.errors import ConfigError
 from kvstore.server.access.access import Access
 from kvstore.server.cli.main import app
 from kvstore.server.process import notify
+from kvstore.sources import load_config
 from kvstore.values import parse_size
 
 DEPLOY: Final = Path(__file__).parents[2] / "deploy"

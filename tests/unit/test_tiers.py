@@ -9,8 +9,8 @@ from typing import Any, Final
 import pytest
 
 from examples.memory_tier import MemoryTier
-from kvstore.config import load_config
 from kvstore.errors import ConfigError
+from kvstore.sources import load_config
 from kvstore.tiers import conformance
 from kvstore.tiers.base import Host, Tier
 from kvstore.tiers.conformance import Make, Nonconforming
