@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
-from collections import Counter
 from typing import Final
 
 from kvstore.errors import TierUnavailable
-from kvstore.telemetry import Busy
 from kvstore.tiers.slab.direct import reason_of
+from kvstore.tiers.vitals import Vitals
 
 _logger = logging.getLogger("kvstore.disk")
 
 _MAX_READ_ERRORS: Final = 8
 """Failed reads in a row after which no more are tried for a while."""
-_GUESSED_SECONDS_PER_BYTE: Final = 1 / 1e9
 
 _ADVICE: Final = {
     "full": "free space on its file system or lower size",
@@ -42,7 +39,7 @@ class Beat:
         self.since = 0.0
 
 
-class Health:
+class Health(Vitals):
     """What stops a slab from writing or reading, until when, and why.
 
     After a failed write nothing is written for `retry_seconds`; then writes are tried again, and
@@ -51,30 +48,15 @@ class Health:
     """
 
     def __init__(self, what: str, retry_seconds: float, stall_seconds: float) -> None:
-        self._what = what
+        super().__init__(what, _logger)
         self._retry_seconds = retry_seconds
         self.stall_seconds = stall_seconds
-        self._lock = threading.Lock()
-        self._counters: Counter[str] = Counter()
         self._beats: list[Beat] = []
-        self._notices: dict[str, str] = {}
         self._fault: str | None = None
         self._failed_at = -math.inf
         self._read_errors = 0
         self._no_reads_until = 0.0
-        self._reading = Busy(time.monotonic, _GUESSED_SECONDS_PER_BYTE)
         self.gone = False
-
-    def count(self, counter: str, by: int = 1) -> None:
-        """Add to a counter."""
-        with self._lock:
-            self._counters[counter] += by
-
-    @property
-    def counters(self) -> Counter[str]:
-        """A copy of all counters."""
-        with self._lock:
-            return self._counters.copy()
 
     def beat(self) -> Beat:
         """A new thread's."""
@@ -133,17 +115,6 @@ class Health:
             self.gone = True
             _logger.error("%s", self.problem)
 
-    def notice(self, topic: str, text: str | None) -> None:
-        """Something is short, or has failed; None: not any more. Logged when that is news."""
-        with self._lock:
-            before = self._notices.pop(topic, None)
-            if text is not None:
-                self._notices[topic] = text
-        if text is None and before is not None:
-            _logger.info("%s: this is over: %s", self._what, before)
-        elif text != before:
-            _logger.warning("%s: %s", self._what, text)
-
     def write_failed(self, error: OSError) -> str:
         """Pause writing; the reason."""
         # TierUnavailable: another process took a folder that was read-only for us.
@@ -164,26 +135,14 @@ class Health:
             self._fault = None
         self.notice("fault", None)
 
-    def read_begins(self, nbytes: int) -> None:
-        """Somebody waits for so many bytes; `read_ended` follows."""
+    def get_ended(self, nbytes: int, error: str | None) -> None:
+        """See `Vitals`. Too many errors of the medium in a row pause reading."""
+        super().get_ended(nbytes, error)
         with self._lock:
-            self._reading.begin(nbytes)
-
-    def read_ended(self, nbytes: int, error: str | None) -> None:
-        """Too many errors of the medium in a row pause reading."""
-        with self._lock:
-            self._reading.end(nbytes, time.monotonic(), done=error is None)
             if error is None:
                 self._read_errors = 0
-                self._counters["bytes_read"] += nbytes
             elif error == "io_error":
                 self._counters["read_errors"] += 1
                 self._read_errors += 1
                 if self._read_errors >= _MAX_READ_ERRORS:
                     self._no_reads_until = time.monotonic() + self._retry_seconds
-
-    @property
-    def cost(self) -> tuple[float, int]:
-        """Seconds that a byte takes to be read, and bytes that wait."""
-        with self._lock:
-            return self._reading.each, self._reading.left

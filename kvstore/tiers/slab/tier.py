@@ -221,7 +221,7 @@ class SlabTier:
             elif job.checksum is None or not 0 < job.nbytes <= slot.nbytes:
                 done(job, "refused")
             else:
-                self._health.read_begins(job.nbytes)
+                self._health.get_begins(job.nbytes)
                 self._threads.submit(Task(job, done, Place(slot.offset, slot.nbytes), is_put=False))
 
     def delete(self, names: Sequence[ObjectName]) -> None:
@@ -280,7 +280,7 @@ class SlabTier:
     def _ended(self, task: Task, error: str | None) -> None:
         """A task has ended, on any thread."""
         if not task.is_put:
-            self._health.read_ended(task.job.nbytes, error)
+            self._health.get_ended(task.job.nbytes, error)
         if error == CHUNK_REFUSED:
             self._host.post(lambda: self._place_elsewhere(task))
         elif error == NAMES_FULL:

@@ -1,0 +1,229 @@
+"""What tiers elsewhere have in common: threads that wait for them, and what ends such waiting.
+
+Everything here is thread-safe.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from kvstore.tiers.base import Job, JobDone
+from kvstore.tiers.vitals import Vitals
+
+_FIRST_PAUSE: Final = 0.1
+_BATCH_BYTES: Final = 16 << 20
+_BATCH: Final = 128
+
+
+class Breaker:
+    """Keeps calls from what has failed: a failure opens it, and a success shuts it.
+
+    While it is open, one caller at a time may try, after a pause that doubles up to
+    `retry_seconds`.
+    """
+
+    def __init__(self, retry_seconds: float) -> None:
+        self.reason: str | None = None
+        """Why calls fail now; None while it is shut."""
+        self._retry_seconds = retry_seconds
+        self._lock = threading.Lock()
+        self._pause = self._failed_at = self._next = 0.0
+        self._trying = False
+
+    def failed(self, reason: str) -> None:
+        """A call failed for a reason that the next one would fail for, too."""
+        with self._lock:
+            if self.reason is None:
+                self._pause = min(_FIRST_PAUSE, self._retry_seconds)
+            elif self._trying:
+                self._pause = min(2 * self._pause, self._retry_seconds)
+            self.reason, self._trying = reason, False
+            self._failed_at = time.monotonic()
+            self._next = self._failed_at + self._pause
+
+    def worked(self, started: float) -> bool:
+        """A call that began then has worked; whether that ended a fault, which is not newer."""
+        with self._lock:
+            ended = self.reason is not None and started >= self._failed_at
+            if ended:
+                self.reason, self._trying = None, False
+            return ended
+
+    def may_try(self) -> bool:
+        """Whether it is time for a trial, which is this caller's then; it tells how that went."""
+        with self._lock:
+            now = time.monotonic()
+            if self.reason is None or now < self._next:
+                return False
+            self._trying, self._next = True, now + self._retry_seconds  # Should it never tell.
+            return True
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """A job of a crew. `over`: it has ended."""
+
+    job: Job
+    done: JobDone
+    is_put: bool
+    over: bool = field(default=False, init=False)
+
+
+class Crew:
+    """Threads that run jobs in batches of one kind, gets before puts.
+
+    Args:
+        name: of the tier, for the threads.
+        threads: how many.
+        run: runs a batch on the thread of that number, and tells `finish` of each; it may raise.
+        vitals: told of gets, and of puts that failed.
+        stall_seconds: where no thread has finished anything for so long, what waits fails.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        threads: int,
+        run: Callable[[int, list[Task]], None],
+        vitals: Vitals,
+        stall_seconds: float,
+    ) -> None:
+        self._run = run
+        self._vitals = vitals
+        self._stall_seconds = stall_seconds
+        self._logger = logging.getLogger(f"kvstore.{name}")
+        lock = threading.Lock()
+        self._work = threading.Condition(lock)
+        self._idle = threading.Condition(lock)  # flush waits for the ends of tasks
+        self._gets: deque[Task] = deque()
+        self._puts: deque[Task] = deque()
+        self._open: dict[Task, None] = {}  # oldest first
+        self._since: dict[int, float] = {}  # when each busy thread was last through with something
+        self._closed = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._serve, args=(i,), name=f"kvstore-{name}-{i}", daemon=True)
+            for i in range(threads)
+        ]
+        self._watcher = threading.Thread(
+            target=self._watch, name=f"kvstore-{name}-watch", daemon=True
+        )
+        for thread in (*self._threads, self._watcher):
+            thread.start()
+
+    @property
+    def stalled(self) -> bool:
+        """No thread has finished anything for long, though all are at work."""
+        with self._work:
+            busy = list(self._since.values())
+        return len(busy) == len(self._threads) and (
+            max(busy) + self._stall_seconds < time.monotonic()
+        )
+
+    def submit(self, jobs: Sequence[Job], done: JobDone, *, is_put: bool) -> None:
+        """Have jobs run; after the end they fail with `closed`. Returns at once."""
+        tasks = [Task(job, done, is_put) for job in jobs]
+        for task in tasks if not is_put else ():
+            self._vitals.get_begins(task.job.nbytes)
+        error = "closed" if self._closed.is_set() else "stalled" if self.stalled else None
+        if error is None:
+            with self._work:
+                self._open |= dict.fromkeys(tasks)
+                (self._puts if is_put else self._gets).extend(tasks)
+                self._work.notify(len(tasks))
+            if not self._closed.is_set():
+                return
+            error = "closed"
+        for task in tasks:
+            self.finish(task, error)
+
+    def finish(self, task: Task, error: str | None) -> None:
+        """Tell of the end of a task, once; from then on nothing touches its memory."""
+        with self._work:
+            if task.over:
+                return
+            task.over = True
+            if (thread := threading.get_ident()) in self._since:
+                self._since[thread] = time.monotonic()
+        job = task.job
+        if not task.is_put:
+            self._vitals.get_ended(job.nbytes, error)
+        elif error is None:
+            self._vitals.count("bytes_written", job.nbytes)
+        if error is not None:
+            self._vitals.count(f"{'write' if task.is_put else 'read'}_errors.{error}")
+        try:
+            task.done(job, error)
+        except Exception:
+            self._logger.exception("the callback of a job failed")
+        with self._work:
+            self._open.pop(task, None)
+            self._idle.notify_all()
+
+    def flush(self, seconds: float) -> bool:
+        """Wait until all that was submitted has ended; whether it has."""
+        with self._idle:
+            before = list(self._open)
+
+            def ended() -> bool:
+                while before and before[-1] not in self._open:  # Each is looked at once.
+                    before.pop()
+                return not before
+
+            return self._idle.wait_for(ended, seconds)
+
+    def close(self, seconds: float, wake: Callable[[], None] = lambda: None) -> bool:
+        """End; `wake` makes threads return that wait. Whether all did within that time."""
+        self._closed.set()
+        with self._work:
+            self._work.notify_all()
+        self._fail_queued("closed")
+        wake()
+        until = time.monotonic() + seconds
+        for thread in (*self._threads, self._watcher):
+            thread.join(max(0.0, until - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _fail_queued(self, error: str) -> None:
+        with self._work:
+            queued = [*self._gets, *self._puts]
+            self._gets.clear()
+            self._puts.clear()
+        for task in queued:
+            self.finish(task, error)
+
+    def _serve(self, number: int) -> None:
+        thread = threading.get_ident()
+        while True:
+            with self._work:
+                self._since.pop(thread, None)
+                self._work.wait_for(lambda: self._gets or self._puts or self._closed.is_set())
+                if self._closed.is_set():
+                    return
+                tasks = self._batch(self._gets or self._puts)
+                self._since[thread] = time.monotonic()
+            try:
+                self._run(number, tasks)
+            except Exception:
+                self._logger.exception("a batch of jobs failed unexpectedly")
+            for task in tasks:
+                self.finish(task, "io_error")  # Those that were not told of.
+
+    def _batch(self, waiting: deque[Task]) -> list[Task]:
+        """A fair share of what waits, in its order."""
+        most = min(_BATCH, -(-len(waiting) // len(self._threads)))
+        tasks, nbytes = list[Task](), 0
+        while len(tasks) < most and nbytes < _BATCH_BYTES:
+            tasks.append(waiting.popleft())
+            nbytes += tasks[-1].job.nbytes
+        return tasks
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(1.0, self._stall_seconds / 4)):
+            if self.stalled:
+                self._fail_queued("stalled")
