@@ -24,6 +24,7 @@ _SHAPES: Final[tuple[tuple[Shape, tuple[str, ...]], ...]] = (
     (shapes.LLAMA_HND, ("LHNPC", "LPNHC")),
     (shapes.LLAMA_VLLM, ("LPNHC",)),
     (shapes.SMOLLM2_F32, ("LPNHC",)),
+    (shapes.SMOLLM2_VLLM_CPU, ()),
     (shapes.SMOLLM2_BF16, ()),
     (shapes.DEEPSEEK_MLA, ()),
 )

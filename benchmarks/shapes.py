@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -20,6 +21,7 @@ class Shape:
 
     `order` tells how the memory lies, outermost first: the axes of `Described` with `B` for the
     page, e.g. `LPBNHC` for pages of (token, head, channel) in one tensor per layer and plane.
+    With `keys_transposed`, channels and tokens of the keys are the other way round.
     """
 
     name: str
@@ -27,11 +29,12 @@ class Shape:
     order: str
     page_tokens: int
     block_tokens: int = 64
+    keys_transposed: bool = False
 
     @property
     def layout(self) -> str:
         """The axes of a block."""
-        return self.order.replace("B", "")
+        return "LPHNC" if self.keys_transposed else self.order.replace("B", "")
 
     @property
     def part(self) -> Part:
@@ -87,18 +90,14 @@ class Shape:
         for axis in reversed(self.order):
             stride[axis] = inner
             inner *= sizes[axis]
-        planes = tuple(
-            PlaneMemory(
-                address + layer * stride["L"] + plane * stride["P"],
-                stride["B"],
-                stride["N"],
-                stride["H"],
-                stride["C"],
-            )
-            for layer in range(sizes["L"])
-            for plane in range(sizes["P"])
-        )
-        return PagedMemory(self.part, self.page_tokens, pages, planes, owner, device)
+        planes = []
+        for layer, plane in product(range(sizes["L"]), range(sizes["P"])):
+            start = address + layer * stride["L"] + plane * stride["P"]
+            token, channel = stride["N"], stride["C"]
+            if self.keys_transposed and not plane:
+                token, channel = channel, channel * self.page_tokens
+            planes.append(PlaneMemory(start, stride["B"], token, stride["H"], channel))
+        return PagedMemory(self.part, self.page_tokens, pages, tuple(planes), owner, device)
 
     def page_ids(self, blocks: int) -> NDArray[np.int64]:
         """Pages of each block in no order, as in an engine that has run for a while."""
@@ -131,6 +130,11 @@ LLAMA_70B_VLLM: Final = Shape("llama-3.1-70b, TP 8", _LLAMA_70B_RANK, "LBNHPC", 
 
 SMOLLM2_F32: Final = Shape("smollm2-135m", _SMOLLM2["float32"], "LPHBNC", 64)
 """One sequence in transformers: a (head, token, channel) tensor per layer and plane."""
+
+SMOLLM2_VLLM_CPU: Final = Shape(
+    "smollm2-135m, vLLM on a CPU", _SMOLLM2["float32"], "LBHPNC", 64, keys_transposed=True
+)
+"""vLLM's pages on CPUs without AMX: per head, keys as [channel, token], then values."""
 
 SMOLLM2_BF16: Final = Shape("smollm2-135m", _SMOLLM2["bfloat16"], "LPHBNC", 64)
 

@@ -4,6 +4,11 @@
 #include <atomic>
 #include <cstring>
 #include <iterator>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
 
 #include "lines.hpp"
 #include "parallel.hpp"
@@ -18,39 +23,6 @@ constexpr std::size_t kTouched = 2;          // lines that tell of a new stream
 // Bytes up to the next line start.
 std::size_t bytes_to_line(const std::uint8_t* p) {
   return -reinterpret_cast<std::uintptr_t>(p) % kLine;
-}
-
-// Copies a grid of short runs in small square tiles, so that the lines of the side that is walked
-// across stay in the cache until they are used up. kRun is the size of a run, or 0 if it is known
-// at run time only.
-template <std::size_t kRun>
-void copy_tiles(const Strip& strip) {
-  const std::size_t run = kRun != 0 ? kRun : strip.run;
-  const Grid& grid = *strip.grid;
-  for (std::int64_t row = 0; row < strip.rows; row += kTile) {
-    const std::int64_t row_end = std::min(strip.rows, row + kTile);
-    for (std::int64_t column = 0; column < grid.columns; column += kTile) {
-      const std::int64_t column_end = std::min(grid.columns, column + kTile);
-      for (std::int64_t i = row; i < row_end; ++i) {
-        for (std::int64_t j = column; j < column_end; ++j) {
-          std::memcpy(strip.dst + i * grid.dst_row + j * grid.dst_column,
-                      strip.src + i * grid.src_row + j * grid.src_column, run);
-        }
-      }
-    }
-  }
-}
-
-void copy_short(const Strip& strip) {
-  switch (strip.run) {
-    case 1: return copy_tiles<1>(strip);
-    case 2: return copy_tiles<2>(strip);
-    case 4: return copy_tiles<4>(strip);
-    case 8: return copy_tiles<8>(strip);
-    case 16: return copy_tiles<16>(strip);
-    case 32: return copy_tiles<32>(strip);
-    default: return copy_tiles<0>(strip);
-  }
 }
 
 // Whether the runs of a strip are whole lines in the destination.
@@ -80,6 +52,110 @@ void prefetch(const Strip& strip) {
   }
 }
 
+#if defined(__x86_64__)  // SSE2 is part of the base architecture
+
+// The lower or higher halves of two vectors, run by run in turn.
+template <std::size_t kRun, bool kHigh>
+__m128i zip(__m128i a, __m128i b) {
+  if constexpr (kRun == 1) return kHigh ? _mm_unpackhi_epi8(a, b) : _mm_unpacklo_epi8(a, b);
+  if constexpr (kRun == 2) return kHigh ? _mm_unpackhi_epi16(a, b) : _mm_unpacklo_epi16(a, b);
+  if constexpr (kRun == 4) return kHigh ? _mm_unpackhi_epi32(a, b) : _mm_unpacklo_epi32(a, b);
+}
+
+// Copies a grid that is a matrix to be transposed, its runs side by side along one direction in the
+// source and along the other in the destination: in vectors, and whole lines that are streamed.
+// False: it is none. Meanwhile it prefetches what lies at the same places of a strip at `ahead`.
+template <std::size_t kRun>
+bool transpose(const Strip& strip, const std::uint8_t* ahead) {
+  constexpr std::int64_t kWidth = kRun, kLanes = sizeof(__m128i) / kRun;
+  constexpr std::int64_t kParts = kLine / sizeof(__m128i);
+  Grid grid = *strip.grid;
+  grid.rows = strip.rows;
+  if (grid.src_column == kWidth && grid.dst_row == kWidth) {
+    std::swap(grid.rows, grid.columns);
+    std::swap(grid.src_row, grid.src_column);
+    std::swap(grid.dst_row, grid.dst_column);
+  }
+  if (grid.src_row != kWidth || grid.dst_column != kWidth || grid.rows % kLanes != 0 ||
+      grid.columns % (kParts * kLanes) != 0 || grid.dst_row % static_cast<std::int64_t>(kLine) != 0 ||
+      !is_line_start(strip.dst)) {
+    return false;
+  }
+  const std::ptrdiff_t lead = ahead - strip.src;
+  for (std::int64_t row = 0; row < grid.rows; row += kLanes) {
+    const std::int64_t turn = row / kLanes % kParts;  // each line of the source once
+    for (std::int64_t column = 0; column < grid.columns; column += kParts * kLanes) {
+      __m128i lines[kLanes][kParts];
+      for (std::int64_t part = 0; part < kParts; ++part) {
+        const std::uint8_t* src =
+            strip.src + row * kWidth + (column + part * kLanes) * grid.src_column;
+        __m128i lanes[kLanes], zipped[kLanes];
+        for (std::int64_t i = 0; i < kLanes; ++i, src += grid.src_column) {
+          if (part == turn) __builtin_prefetch(src + lead, 0, 3);
+          lanes[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src));
+        }
+        for (std::int64_t done = 1; done < kLanes; done *= 2) {
+          for (std::int64_t i = 0; i < kLanes / 2; ++i) {
+            zipped[2 * i] = zip<kRun, false>(lanes[i], lanes[i + kLanes / 2]);
+            zipped[2 * i + 1] = zip<kRun, true>(lanes[i], lanes[i + kLanes / 2]);
+          }
+          std::copy(zipped, zipped + kLanes, lanes);
+        }
+        for (std::int64_t i = 0; i < kLanes; ++i) lines[i][part] = lanes[i];
+      }
+      for (std::int64_t i = 0; i < kLanes; ++i) {
+        auto* dst = reinterpret_cast<__m128i*>(strip.dst + (row + i) * grid.dst_row +
+                                               column * kWidth);
+        for (std::int64_t part = 0; part < kParts; ++part) {
+          _mm_stream_si128(dst + part, lines[i][part]);
+        }
+      }
+    }
+  }
+  return true;
+}
+
+#endif  // __x86_64__
+
+// Copies a grid of short runs in small square tiles, so that the lines of the side that is walked
+// across stay in the cache until they are used up. kRun is the size of a run, or 0 if it is known
+// at run time only.
+template <std::size_t kRun>
+void copy_tiles(const Strip& strip, const Strip& ahead) {
+  const std::size_t run = kRun != 0 ? kRun : strip.run;
+  const Grid& grid = *strip.grid;
+#if defined(__x86_64__)
+  if constexpr (kRun == 1 || kRun == 2 || kRun == 4) {
+    if (transpose<kRun>(strip, ahead.src)) return;
+  }
+#endif
+  prefetch(ahead);
+  for (std::int64_t row = 0; row < strip.rows; row += kTile) {
+    const std::int64_t row_end = std::min(strip.rows, row + kTile);
+    for (std::int64_t column = 0; column < grid.columns; column += kTile) {
+      const std::int64_t column_end = std::min(grid.columns, column + kTile);
+      for (std::int64_t i = row; i < row_end; ++i) {
+        for (std::int64_t j = column; j < column_end; ++j) {
+          std::memcpy(strip.dst + i * grid.dst_row + j * grid.dst_column,
+                      strip.src + i * grid.src_row + j * grid.src_column, run);
+        }
+      }
+    }
+  }
+}
+
+void copy_short(const Strip& strip, const Strip& ahead) {
+  switch (strip.run) {
+    case 1: return copy_tiles<1>(strip, ahead);
+    case 2: return copy_tiles<2>(strip, ahead);
+    case 4: return copy_tiles<4>(strip, ahead);
+    case 8: return copy_tiles<8>(strip, ahead);
+    case 16: return copy_tiles<16>(strip, ahead);
+    case 32: return copy_tiles<32>(strip, ahead);
+    default: return copy_tiles<0>(strip, ahead);
+  }
+}
+
 void copy_lines(LineKernels::Kernel kernel, Xxh3State* state, const Strip& strip,
                 const Strip& ahead) {
   if (alike(strip, ahead)) return kernel(state, strip, ahead.src);
@@ -92,8 +168,7 @@ void copy_strip(Strip strip, const Strip& ahead) {
   if (whole_lines(strip)) return copy_lines(kernel, nullptr, strip, ahead);
   // A partly written line costs more than streaming saves, unless the run is long.
   if (strip.run < kLongRun) {
-    prefetch(ahead);
-    return copy_short(strip);
+    return copy_short(strip, ahead);
   }
   const std::size_t head = bytes_to_line(strip.dst), tail = (strip.run - head) % kLine;
   std::memcpy(strip.dst, strip.src, head);

@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, Final
 
 import torch
@@ -35,6 +36,9 @@ from kvstore.errors import SpecError
 _PLAIN: Final = (KVQuantMode.NONE, KVQuantMode.FP8_PER_TENSOR)
 _AXES: Final = {"HNC": "LHNPC", "NHC": "LNHPC"}
 """Order of head, token and content inside a page → axes, a head's content being K‖V."""
+_ON_CPU: Final = Described("LPHNC")
+"""Of blocks, where pages have a head's keys as [channel, token] and its values behind them."""
+_ASKED: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +187,9 @@ def _content(spec: Any) -> tuple[tuple[int, ...], str]:
 def _layout(vllm_config: Any, kv_cache_config: Any, spec: Any) -> Layout:
     name = str(kv_cache_config.kv_cache_layout)
     if vllm_config.device_config.device_type == "cpu":
-        # Kernels of each instruction set pack a page as suits them, keys transposed.
+        if name == "LBHNC" and _transposes(spec):
+            return _ON_CPU
+        # Kernels of other instruction sets pack a page as suits them.
         params = {
             "vllm": vllm.__version__,
             "machine": platform.machine(),
@@ -197,6 +203,37 @@ def _layout(vllm_config: Any, kv_cache_config: Any, spec: Any) -> Layout:
     if order not in _AXES:
         raise SpecError(f"kv_cache_layout {name!r} is not known to this connector")
     return Described(_AXES[order])
+
+
+def _transposes(spec: Any) -> bool:
+    """Whether vLLM packs a head's page as keys [channel, token], then values [token, channel].
+
+    Its own kernel for this processor is asked, which works for plain x86; matrix extensions (AMX)
+    and others have packings of their own, and a release may have new ones.
+    """
+    tokens, heads, width = spec.block_size, spec.num_kv_heads, spec.head_size
+    if type(spec) is not FullAttentionSpec or spec.dtype not in _ASKED or width != spec.head_size_v:
+        return False
+    chance = torch.Generator().manual_seed(0)
+    shape = (tokens, heads, width)
+    keys, values = (torch.randn(shape, generator=chance).to(spec.dtype) for _ in "KV")
+    pages = torch.zeros((2, heads, tokens, 2 * width), dtype=spec.dtype)
+    try:
+        from vllm.v1.attention.backends.cpu_attn import (
+            CPUAttentionBackendImpl,
+            _get_attn_isa,
+        )
+
+        isa = _get_attn_isa(spec.dtype, tokens, width)
+        layer = SimpleNamespace(isa=isa, _k_scale_float=1.0, _v_scale_float=1.0)
+        backend = SimpleNamespace(attn_type="decoder", kv_cache_dtype="auto")
+        slots = torch.arange(tokens, 2 * tokens)
+        CPUAttentionBackendImpl.do_kv_cache_update(backend, layer, keys, values, pages, slots)
+    except (ImportError, AttributeError, TypeError, RuntimeError):
+        return False
+    packed = pages[1].flatten(1).unflatten(1, (2, -1))
+    expected = [keys.permute(1, 2, 0), values.permute(1, 0, 2)]
+    return bool(torch.equal(packed, torch.stack([each.flatten(1) for each in expected], dim=1)))
 
 
 def memory_of(
@@ -245,6 +282,14 @@ def memory_of(
                 f"{nbytes} bytes"
             )
         planes = [PlaneMemory(t.data_ptr(), page) for t in tensors]
+    elif layout == _ON_CPU:
+        if not first[0, 0].is_contiguous():
+            raise SpecError(f"pages with strides {first.stride()} are not supported on a CPU")
+        planes, (width, values) = [], group.channels
+        for t in tensors:
+            start, behind = t.data_ptr(), t.data_ptr() + tokens * width * elem
+            planes.append(PlaneMemory(start, page, elem, head, tokens * elem))
+            planes.append(PlaneMemory(behind, page, values * elem, head, elem))
     else:
         if channel != elem:
             raise SpecError(f"content with a stride of {first.stride()[3]} is not supported")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -17,9 +18,11 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from kvstore.blocks.spec import Described, ModelIdentity, Namespace, Opaque
+from kvstore.blocks.spec import Described, ModelIdentity, Namespace, Opaque, Part
 from kvstore.client.session import Session
+from kvstore.connectors.transformers.model import LAYOUT
 from kvstore.connectors.vllm.layout import memory_of, pages_of
+from kvstore.copier.base import PagedMemory, PlaneMemory
 from kvstore.errors import SpecError
 from tests.session_tools import Served, Stores
 
@@ -198,6 +201,78 @@ def test_stages_are_split_as_vllm_splits_them(monkeypatch: pytest.MonkeyPatch) -
         memory_of(pages.of(0)[0], PAGE, *named(caches("LBHNC", HEADS, 2 * WIDTH)))
 
 
+def packed(keys: torch.Tensor, values: torch.Tensor, page: int) -> torch.Tensor:
+    """What vLLM's own kernel makes of [token, head, channel]; page 0 stays empty."""
+    tokens, heads, width = keys.shape
+    cache = torch.zeros((1 + tokens // page, heads, page, 2 * width), dtype=keys.dtype)
+    isa = cpu_attn._get_attn_isa(keys.dtype, page, width)
+    layer = SimpleNamespace(isa=isa, _k_scale_float=1.0, _v_scale_float=1.0)
+    backend = SimpleNamespace(attn_type="decoder", kv_cache_dtype="auto")
+    slots = torch.arange(page, page + tokens)
+    cpu_attn.CPUAttentionBackendImpl.do_kv_cache_update(backend, layer, keys, values, cache, slots)
+    return cache
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("page", "width"), [(32, 64), (64, 128), (64, 80)])
+def test_numbers_of_vllms_kernel_are_where_every_engine_finds_them(
+    served: Served, dtype: torch.dtype, page: int, width: int
+) -> None:
+    """On CPUs without AMX: as transformers has them, and back to the same pages."""
+    name = f"{dtype} {page} {width}"
+    spec = full(block_size=page, head_size=width, dtype=dtype)
+    (part,) = pages_of(engine(device="cpu"), config(spec)).parts
+    namespace = Namespace(ModelIdentity(name), block_tokens=64)
+    keys = namespace_keys(namespace, 2)
+    planes = [torch.randn(128, HEADS, width).to(dtype) for _ in range(2 * LAYERS)]
+    pairs = [(planes[2 * layer], planes[2 * layer + 1]) for layer in range(LAYERS)]
+    have = {f"layer{i}": packed(*pair, page) for i, pair in enumerate(pairs)}
+    got = {name: torch.zeros_like(cache) for name, cache in have.items()}
+    ids = np.arange(1, 1 + 128 // page).reshape(2, -1)
+    plain = torch.zeros(2 * LAYERS, HEADS, 128, width, dtype=dtype)
+    token, size = width * dtype.itemsize, dtype.itemsize
+    theirs = [PlaneMemory(p.data_ptr(), 64 * token, token, 128 * token, size) for p in plain]
+    with Session.open(namespace, [Part(part.group, LAYOUT)], served.config()) as session:
+        memory, _ = memory_of(part, page, *named(have))
+        assert session.save(keys, [memory], [ids]).stored == 2
+        other = PagedMemory(Part(part.group, LAYOUT), 64, 2, tuple(theirs), plain)
+        assert session.load(keys, [other], [np.array([[0], [1]])]).blocks == 2
+        assert session.load(keys, [memory_of(part, page, *named(got))[0]], [ids]).blocks == 2
+    assert torch.equal(plain.transpose(1, 2), torch.stack(planes))
+    assert all(torch.equal(have[layer], got[layer]) for layer in have)
+
+
+def test_pages_of_other_instruction_sets_stay_opaque(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AMX packs otherwise; and a release of vLLM may not be as expected."""
+    spec = full(block_size=32, head_size=64, dtype=torch.bfloat16)
+    monkeypatch.setattr(cpu_attn, "_get_attn_isa", lambda *_: "amx")
+    (part,) = pages_of(engine(device="cpu"), config(spec)).parts
+    assert isinstance(part.layout, Opaque)
+    monkeypatch.delattr(cpu_attn, "_get_attn_isa")
+    assert pages_of(engine(device="cpu"), config(spec)).parts == (part,)
+
+
+def test_blocks_of_opaque_pages_are_a_miss_where_pages_are_described(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an upgrade: what was stored then is never taken for the same bytes."""
+    spec = full(block_size=32, head_size=64)
+    with monkeypatch.context() as before:
+        before.delattr(cpu_attn, "_get_attn_isa")
+        (old,) = pages_of(engine(device="cpu"), config(spec)).parts
+    (new,) = pages_of(engine(device="cpu"), config(spec)).parts
+    namespace = Namespace(ModelIdentity("upgraded"), block_tokens=32)
+    keys, ids = namespace_keys(namespace, 2), np.array([[1], [2]])
+    pair = [torch.randn(64, HEADS, 64) for _ in "KV"]
+    have = {f"layer{i}": packed(pair[0], pair[1], 32) for i in range(LAYERS)}
+    for part in (old, new):
+        with Session.open(namespace, [part], served.config()) as session:
+            found = session.lookup(keys)
+            assert (found.blocks, found.reason) == (0, "layout" if part == new else "absent")
+            assert session.save(keys, [memory_of(part, 32, *named(have))[0]], [ids]).stored == 2
+            assert session.lookup(keys).blocks == 2
+
+
 def test_a_cpu_layout_names_all_it_depends_on() -> None:
     spec = full()
     (part,) = pages_of(engine(device="cpu"), config(spec)).parts
@@ -265,6 +340,9 @@ def test_tensors_that_differ_from_the_configuration_are_refused() -> None:
     private = pages_of(engine(device="cpu"), config(full())).parts[0]
     with pytest.raises(SpecError, match="no runs of"):
         memory_of(private, PAGE, *named(caches("LBNHC", HEADS, 2 * WIDTH)))
+    plain = Part(private.group, LAYOUT)
+    with pytest.raises(SpecError, match="are not supported on a CPU"):
+        memory_of(plain, PAGE, *named(caches("LBNHC", HEADS, 2 * WIDTH)))
 
 
 def test_the_store_may_hold_numbers_of_another_type() -> None:

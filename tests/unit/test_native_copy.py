@@ -193,6 +193,21 @@ def test_element_sizes(channels: int, elem: int, to_slots: bool) -> None:
 
 
 @pytest.mark.parametrize("to_slots", [True, False], ids=["gather", "scatter"])
+@pytest.mark.parametrize("elem", [1, 2, 4, 8])
+@pytest.mark.parametrize(("tokens", "channels"), [(64, 64), (64, 192), (128, 64), (80, 96)])
+@pytest.mark.parametrize("memory", ["phct", "pcht", "hpct"])
+def test_transposed(memory: str, tokens: int, channels: int, elem: int, to_slots: bool) -> None:
+    """Keys as vLLM has them on CPUs: whole lines on both sides, and some that are not."""
+    for offset in (0, 16):
+
+        def make(offset: int = offset) -> World:
+            sizes = {"page_tokens": tokens, "channels": channels, "segments": 1}
+            return World(memory, elem=elem, offset=offset, **sizes)
+
+        check(make, to_slots, [[5, 1], [0, 6]])
+
+
+@pytest.mark.parametrize("to_slots", [True, False], ids=["gather", "scatter"])
 @pytest.mark.parametrize("offset", [1, 2, 8, 31, 32, 63])
 @pytest.mark.parametrize("channels", [33, 64, 1200])
 def test_unaligned(channels: int, offset: int, to_slots: bool) -> None:
