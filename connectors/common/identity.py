@@ -132,7 +132,7 @@ def files_digest(config: Any, folder: Path) -> str:
     commit = getattr(config, "_commit_hash", None)
     if commit and folder.parent.name == "snapshots" and folder.name != commit:
         raise SpecError(f"the model was at {commit} when the engine started, is at {folder.name}")
-    return weights_digest(folder, loaded_at=_started())
+    return weights_digest(folder, loaded_at=started())
 
 
 def _named_elsewhere(config: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
@@ -143,7 +143,7 @@ def _named_elsewhere(config: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
             yield str(key), value
 
 
-def _started() -> float:
+def started() -> float:
     """When this process was started, and so before it loaded anything, in seconds since 1970."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kvstore.blocks.keys import block_keys, prompt_extras
 from kvstore.blocks.spec import Namespace
@@ -14,6 +14,10 @@ from kvstore.client.planner import MEMORY
 from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.settings import Wishes
 from kvstore.connectors.common.stats import Stats
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _FRESH: Final = 0.25
 """Seconds that an answer of the store is good for a request that waits in the queue."""
@@ -59,7 +63,7 @@ class Asked:
 
     namespace: Namespace
     wishes: Wishes
-    tokens: Sequence[int]
+    tokens: Sequence[int] | NDArray[np.uint32]
     extras: Mapping[str, Any] = field(default_factory=dict)
     """What its keys cover beside tokens, as `prompt_extras` takes it."""
     keys: list[bytes] = field(default_factory=list)

@@ -1,0 +1,170 @@
+"""Where the connector listens in on SGLang, beside the contract of linkers.
+
+SGLang's registry of hooks is for plugins, which load before the engine. A linker's module is
+loaded later, while the scheduler is made, but before what is hooked here is first used.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import numpy as np
+from sglang.srt.managers.schedule_policy import AddReqResult
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from kvstore.connectors.sglang import contract
+from kvstore.connectors.sglang.tree import KVStoreWrapper
+from kvstore.errors import SpecError
+
+_IDLE: Final = 0.001
+"""Seconds to leave the GIL to others when there is nothing to do but wait for the store."""
+_HARMLESS: Final = frozenset({"save_remote_model", "save_sharded_model"})
+"""What users may ask of a scheduler by name that leaves its weights alone."""
+
+
+def install() -> None:
+    """Hook into SGLang, once for a process.
+
+    Raises:
+        SpecError: this SGLang is not the one that the connector is written for.
+    """
+    from sglang.srt.mem_cache import unified_radix_cache
+
+    if unified_radix_cache.UnifiedCacheLinkerWrapper is KVStoreWrapper:
+        return
+    contract.check()
+    hooks: list[tuple[str, str, Callable[..., Any], HookType]] = [
+        (contract.ADDER, "add_one_req", _add, HookType.AROUND),
+        (contract.TREE, "checkpoint_into_tree", _insert, HookType.AROUND),
+        (contract.SCHEDULER, "run_batch", _run, HookType.AROUND),
+        (contract.SCHEDULER, "_prefetch_kvcache", _arrive, HookType.BEFORE),
+        (contract.SCHEDULER, "handle_rpc_request", _call, HookType.BEFORE),
+        (contract.SCHEDULER, "load_lora_adapter", _load_adapter, HookType.BEFORE),
+        (contract.SCHEDULER, "load_lora_adapter_from_tensors", _load_tensors, HookType.BEFORE),
+        (contract.UPDATER, "release_memory_occupation", _release, HookType.BEFORE),
+    ]
+    hooks += [(contract.UPDATER, name, _update(name), HookType.BEFORE) for name in contract.UPDATES]
+    targets: dict[str, tuple[Any, HookType]] = {
+        f"{owner.replace(':', '.')}.{name}": (hook, kind) for owner, name, hook, kind in hooks
+    }
+    targets[contract.WRAPPER.replace(":", ".")] = (KVStoreWrapper, HookType.REPLACE)
+    for target, (hook, kind) in targets.items():
+        HookRegistry.register(target, hook, kind)
+    HookRegistry.apply_hooks()
+    missing = targets.keys() - HookRegistry._patched
+    if missing or unified_radix_cache.UnifiedCacheLinkerWrapper is not KVStoreWrapper:
+        raise SpecError(f"SGLang did not take the connector's hooks: {sorted(missing)}")
+
+
+def scheduler() -> Any:
+    """The scheduler that is being made by one of the callers.
+
+    Raises:
+        SpecError: there is none.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        found = frame.f_locals.get("self")
+        if isinstance(found, Scheduler):
+            return found
+    raise SpecError("the linker is for SGLang's scheduler, which makes it")
+
+
+def adapters(scheduler: Any) -> Mapping[str, Any]:
+    """LoRA adapters that are loaded, by SGLang's ids."""
+    manager = getattr(scheduler.tp_worker.model_runner, "lora_manager", None)
+    return {} if manager is None else manager.lora_refs
+
+
+def _ours(tree_cache: Any) -> Any:
+    """The linker of a tree, if it is one of ours."""
+    linker = getattr(getattr(tree_cache, "linker", None), "cache_linker", None)
+    return linker if hasattr(linker, "weights_change") else None
+
+
+def _add(add: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    """A request whose blocks are still on their way stays in the queue; the next one's turn."""
+    linker = _ours(adder.tree_cache)
+    if linker is None or not linker.waits(req.rid):
+        return add(adder, req, *args, **kwargs)
+    if adder.running_batch is None or adder.running_batch.is_empty():
+        time.sleep(_IDLE)
+    return AddReqResult.CONTINUE
+
+
+def _insert(insert: Callable[..., Any], tree: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    linker = _ours(tree)
+    if linker is None:
+        return insert(tree, req, *args, **kwargs)
+    with tree.linker.inserting(req):
+        done = insert(tree, req, *args, **kwargs)
+    if req.finished():
+        linker.forgets(req.rid)
+    return done
+
+
+def _run(run: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    linker = _ours(scheduler.tree_cache)
+    if linker is None:
+        return run(scheduler, batch, *args, **kwargs)
+    linker.step_begins(batch)
+    try:
+        return run(scheduler, batch, *args, **kwargs)
+    finally:
+        linker.step_ends()
+
+
+def _arrive(scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
+    linker = _ours(scheduler.tree_cache)
+    if linker is not None:
+        ids = np.array(req.origin_input_ids, dtype=np.int64)[:-1]
+        linker.arrives(req, ids, _begin(scheduler.tree_cache, req, ids))
+
+
+def _begin(tree: Any, req: Any, ids: Any) -> int:
+    """Tokens of a prompt that the tree has."""
+    from array import array
+
+    key = RadixKey(array("q", ids.tobytes()), req.extra_key, cache_salt=req.cache_salt)
+    return int(tree.tree_core.match_full_device_prefix(key)[0])
+
+
+def _call(scheduler: Any, recv_req: Any) -> None:
+    linker = _ours(scheduler.tree_cache)
+    if linker is not None and recv_req.method not in _HARMLESS:
+        linker.weights_change(str(recv_req.method))
+
+
+def _load_adapter(scheduler: Any, recv_req: Any) -> None:
+    linker = _ours(scheduler.tree_cache)
+    if linker is not None:
+        linker.adapters.loading(recv_req.lora_id, time.time())
+
+
+def _load_tensors(scheduler: Any, recv_req: Any) -> None:
+    linker = _ours(scheduler.tree_cache)
+    if linker is not None:
+        linker.adapters.refuse(recv_req.lora_id)
+
+
+def _release(updater: Any, recv_req: Any) -> None:
+    """The pool's memory may be taken away: before SGLang flushes its cache."""
+    linker = _ours(getattr(updater.scheduler, "tree_cache", None))
+    if linker is not None:
+        linker.quiesce()
+
+
+def _update(name: str) -> Callable[..., None]:
+    def changes(updater: Any, recv_req: Any) -> None:
+        linker = _ours(getattr(updater.scheduler, "tree_cache", None))
+        tags = getattr(recv_req, "tags", None)
+        if linker is not None and (not tags or "weights" in tags):
+            linker.weights_change(name)
+
+    return changes

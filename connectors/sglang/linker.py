@@ -1,0 +1,512 @@
+"""KVStore as a cache linker of SGLang, turned on by flags alone:
+
+    sglang serve --model-path MODEL --page-size 64 --enable-unified-cache-external-linker
+        --unified-cache-external-linker-backend dynamic --unified-cache-external-linker-config
+        '{"linker": "KVStoreLinker", "linker_module_path": "kvstore.connectors.sglang"}'
+
+Blocks are saved as the radix tree takes them in, and a prompt whose beginning is in the store is
+computed from where that ends. `linker_extra_config` takes every setting of KVStore, e.g.
+`{"kvstore.address": …}`.
+
+SGLang promises a request all that a linker has found, or nothing, and what does not come after the
+promise ends the whole batch. So blocks are held in the store's memory, and all ranks have agreed,
+before anything is promised. Whatever fails is a miss: nothing of ours raises into the scheduler.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import secrets
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from sglang.srt.mem_cache.hicache_storage import PoolName
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
+from sglang.srt.mem_cache.utils import get_storage_hash_str
+
+from kvstore.blocks.spec import ModelIdentity, Namespace, block_tokens_for, check_block_tokens
+from kvstore.client.arrivals import Gates
+from kvstore.client.session import Loaded, Session
+from kvstore.connectors.common.device import Device, StepTimes
+from kvstore.connectors.common.requests import Lookups
+from kvstore.connectors.common.sessions import Sessions
+from kvstore.connectors.common.settings import PREFIX, settings_of
+from kvstore.connectors.common.stats import Stats
+from kvstore.connectors.common.transfers import Job, Transfers
+from kvstore.connectors.sglang import contract, hooks
+from kvstore.connectors.sglang.identity import identity_of
+from kvstore.connectors.sglang.layout import Ranks, pool_of
+from kvstore.connectors.sglang.loading import LayerCounter, Load, patience
+from kvstore.connectors.sglang.metrics import Metrics
+from kvstore.connectors.sglang.prompts import Adapters, Prompt, Prompts
+from kvstore.copier.gate import LayerGate
+from kvstore.errors import ConfigError, SpecError
+
+_log = logging.getLogger("sglang.srt.kvstore")
+
+PLACE: Final = "linker_extra_config"
+_TREE: Final = "tree"
+"""What all saves are of, whichever request has made them."""
+_LOCKED: Final = 4
+"""Saves may keep that part of the pool, one in so many, from being evicted."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _guarded(otherwise: Any) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """A method that SGLang calls, which must not raise; what it answers if something is wrong."""
+
+    def guard(method: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(method)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                return method(*args, **kwargs)
+            except Exception:  # noqa: BLE001 - it would end SGLang's scheduler
+                _log.exception("%s failed; SGLang goes on without", method.__name__)
+                return otherwise  # type: ignore[no-any-return]
+
+        return call
+
+    return guard
+
+
+_TOKENS: Final = array("q", [0])
+
+
+@dataclass(slots=True, eq=False)
+class _Offload:
+    """A node of the tree that is being saved; `whole` tells what came of it, in the end."""
+
+    blocks: int
+    prompt: Prompt | None = None
+    last: int = 0
+    whole: bool | None = None
+
+
+class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
+    """The KV cache of an SGLang engine, kept in a store. Used by the scheduler's thread.
+
+    A store that is down, slow or full costs hits, never a request; what is wrong with settings,
+    model or layout is raised at start.
+    """
+
+    def __init__(
+        self,
+        server_args: Any,
+        params: Any,
+        *,
+        components: Any,
+        extra_config: dict[str, Any],
+        forward_stream: Any = None,
+    ) -> None:
+        """Called by SGLang, once for each rank.
+
+        A model that cannot be named costs the store, not the start.
+
+        Raises:
+            ConfigError: a setting is wrong.
+            SpecError: the model's KV cannot be stored, and why.
+            StoreUnavailable: the store refused the session.
+        """
+        hooks.install()
+        contract.check_engine(server_args, params, components)
+        scheduler = hooks.scheduler()
+        self.forward_stream = forward_stream
+        self._settings = settings = settings_of(extra_config, engine="sglang", place=PLACE)
+        if settings.store_dtype:
+            raise ConfigError(
+                f"{PLACE}: {PREFIX}sglang.store_dtype is not for SGLang; leave it out"
+            )
+        self._group = params.attn_tp_cache_group or params.tp_cache_group
+        self._ranks = ranks = _ranks(self._group)
+        self._pool = pool = pool_of(
+            params.token_to_kv_pool_allocator.get_kvcache(),
+            params.page_size,
+            scheduler.model_config.get_total_num_kv_heads(),
+            ranks,
+        )
+        self.pools = {PoolName.KV: pool.memory}
+        self.block_tokens = settings.block_tokens or block_tokens_for(params.page_size)
+        try:
+            check_block_tokens(self.block_tokens, params.page_size)
+        except SpecError as e:
+            raise ConfigError(f"{PLACE}: {PREFIX}sglang.{e}") from e
+        identity, named = ModelIdentity("unnamed"), True
+        try:
+            dtype = pool.part.group.dtype
+            identity = identity_of(server_args, scheduler.model_config, dtype, settings.revision)
+        except (SpecError, OSError) as e:
+            named = False
+            _log.warning(
+                "KVStore: the model cannot be told from others, so this engine goes without the "
+                "store: %s; to use it all the same, set kvstore.sglang.revision in %s to a name "
+                "that changes with the weights",
+                e,
+                PLACE,
+            )
+        self._weights: str | None = "" if self._all(named) else None
+        """What tells the weights from those of the namespace; None: nothing does."""
+        self._named = self._weights is not None
+        self._instance = self._shared_name()
+        self._updates = 0
+        self._media_named = bool(server_args.trust_mm_content_hashes)
+        namespace = Namespace(identity, settings.tenant, self.block_tokens)
+        config = settings.config
+        self._device = device = Device.of(pool.tensors, config.session)
+        self._times = StepTimes(device)
+        self.stats = Stats(self.block_tokens)
+        self._metrics = Metrics(self.stats) if params.enable_metrics else None
+        self._sessions = Sessions(config, namespace, [pool.part], device.copier)
+        self._session = self._sessions.open(settings.tenant)
+        self._transfers = Transfers(
+            self._sessions,
+            config.session.load_timeout,
+            device,
+            pool.memory,
+            1,
+            self.stats,
+            loaded=lambda job, loaded: None,
+            saved=self._saved,
+        )
+        self._lookups = Lookups(self._sessions, self.stats)
+        self.adapters = Adapters(lambda: hooks.adapters(scheduler))
+        self._prompts = Prompts(settings, namespace, self.adapters, self.stats)
+        # Blocks from another machine may be lost on their way, when it is too late to compute them.
+        address = config.address or "unix:"
+        self._layerwise = settings.layerwise and address.startswith(("unix:", "/"))
+        layers = pool.part.group.layers
+        self.layer_done_counter = LayerCounter(
+            layers, device, pool.memory, config.session.load_timeout
+        )
+        self._numbers = itertools.count(1)
+        self._asking: tuple[Prompt | None, int] = (None, 0)
+        self._offered: tuple[Prompt | None, int, int, Any] = (None, 0, 0, None)
+        self._queued: dict[str, Load | None] = {}
+        """Loads of the batch that is being built, by request; None: its blocks are there."""
+        self._offloads: deque[_Offload] = deque()
+        self._saving: dict[int, _Offload] = {}
+        # SGLang's first hash of pages compiles its code, which takes seconds.
+        get_storage_hash_str(RadixKey(_TOKENS), None, page_size=1)
+        _log.info(
+            "KVStore: model %s, %s of revision %.12s, blocks of %d tokens, store %s",
+            server_args.model_path,
+            identity.name,
+            identity.revision,
+            self.block_tokens,
+            config.address or "private to this engine",
+        )
+
+    def _all(self, here: bool, op: Any = torch.distributed.ReduceOp.MIN) -> bool:
+        """Whether something is so on all ranks (MAX: on any); they all must ask."""
+        if self._ranks.size == 1:
+            return here
+        flag = torch.tensor([int(here)])
+        torch.distributed.all_reduce(flag, op, group=self._group)
+        return bool(flag.item())
+
+    def _shared_name(self) -> str:
+        """A name that no other engine has, the same on all ranks."""
+        drawn = [secrets.token_hex(16)]
+        if self._ranks.size > 1:
+            first = torch.distributed.get_global_rank(self._group, 0)
+            torch.distributed.broadcast_object_list(drawn, first, group=self._group)
+        return drawn[0]
+
+    # -- before a request runs --------------------------------------------------------------------
+
+    @_guarded(None)
+    def asks(self, req: Any, ids: np.ndarray[Any, np.dtype[np.int64]] | None, begin: int) -> None:
+        """The tree has `begin` tokens of a request's `ids` (None: there is nothing to look up)."""
+        self._asking = (None, 0)
+        if self._weights is None:
+            return
+        prompt = self._prompts.of(req, self._weights, media_named=self._media_named)
+        if prompt is not None:
+            prompt.waits = False
+            if ids is not None and not prompt.wishes.skip_load:
+                prompt.know(ids)
+                self._asking = (prompt, begin)
+
+    @_guarded(None)
+    def arrives(self, req: Any, ids: np.ndarray[Any, np.dtype[np.int64]], begin: int) -> None:
+        """A request has come, which may be looked at much later: bring up what lies on disk."""
+        if self._weights is None:
+            self.stats.skipped("weights" if self._named else "unnamed")
+        self.asks(req, ids, begin)
+        prompt, _ = self._asking
+        if prompt is not None:
+            self._lookups.find(prompt, begin, len(ids) // self.block_tokens)
+
+    def waits(self, rid: str) -> bool:
+        """Whether a request is to be left in the queue for now. All ranks must ask."""
+        prompt = self._prompts.known(rid)
+        return self._all(prompt is not None and prompt.waits, torch.distributed.ReduceOp.MAX)
+
+    def lookup(self, rid: str, transfers: list[Any]) -> list[int]:
+        """Prefix lengths, in pages beyond what the tree has, that can be loaded."""
+        return self._found(len(transfers[0].keys))
+
+    @_guarded([])
+    def _found(self, pages: int) -> list[int]:
+        (prompt, begin), self._asking = self._asking, (None, 0)
+        if prompt is None:
+            return []
+        size, page = self.block_tokens, self._pool.memory.page_tokens
+        usable = (begin + pages * page) // size
+        found = self._lookups.find(prompt, begin, usable)
+        prompt.waits = found is None
+        if found is None:
+            return []
+        first, last = found.first + 1, found.first + len(found.tiers)
+        return [(block * size - begin) // page for block in range(first, last + 1)]
+
+    def load(self, rid: str, transfers: list[Any]) -> bool:
+        """Hold blocks in the store's memory, and copy them unless a batch is to follow layers."""
+        load = self._hold(rid, transfers[0])
+        if not self._all(load is not None):
+            if load is not None:
+                load.held.release()
+            return False
+        assert load is not None
+        if self._layerwise:
+            self._queued[rid] = load
+            return True
+        timeout = self._settings.config.session.load_timeout
+        if not self._all(load.run(self._pool.memory, timeout, self._settled(), None)):
+            return False
+        self._queued[rid] = None
+        return True
+
+    @_guarded(None)
+    def _hold(self, rid: str, transfer: Any) -> Load | None:
+        prompt = self._prompts.known(rid)
+        if prompt is None or prompt.found is None:
+            return None
+        found, size, page = prompt.found, self.block_tokens, self._pool.memory.page_tokens
+        pages = len(transfer.keys)
+        last = (found.start + pages * page) // size
+        keys = prompt.keys[found.first : last]
+        session = self._sessions.get(prompt.namespace.tenant)
+        if isinstance(session, str) or not keys:
+            return None
+        rows = np.full(len(keys) * (size // page), -1, np.int64)
+        slots = transfer.device_indices.cpu().numpy()
+        rows[len(rows) - pages :] = slots[::page] // page
+        limit = self._settings.config.session.load_timeout
+        held = session.acquire(keys, timeout=patience(found.seconds, limit))
+
+        def done(loaded: Loaded) -> None:
+            self.stats.loaded(loaded, len(keys), found.prefetched)
+
+        prompt.found = None  # To be asked for anew, if it comes to that.
+        if len(held.here) < len(keys):
+            held.release()
+            done(Loaded(reason=held.reason or "failed"))
+            return None
+        return Load(held, rows.reshape(len(keys), -1), done)
+
+    def _settled(self) -> LayerGate | None:
+        """Opens when all that was queued so far has written and read its pages."""
+        if self._device.number is None:
+            return None
+        with self._stream():
+            return LayerGate.opened(self._pool.part.group.layers, self._device.mark())
+
+    @contextmanager
+    def _stream(self) -> Iterator[None]:
+        """What is done meanwhile is in the order of what computes batches."""
+        if self._device.number is None:
+            yield
+        else:
+            with torch.cuda.stream(self.forward_stream):
+                yield
+
+    # -- while a batch is computed ----------------------------------------------------------------
+
+    @_guarded(-1)
+    def start_layer_wise_loading(self) -> int:
+        """Start what was queued; the number of the batch, -1 if it has nothing to wait for."""
+        queued, self._queued = self._queued, {}
+        loads = [load for load in queued.values() if load is not None]
+        return self.layer_done_counter.start(loads, self._settled()) if loads else -1
+
+    @_guarded(False)
+    def finish_layer_wise_loading(self, counter_index: int) -> bool:
+        """Wait for the loads of a batch; whether all came whole."""
+        return self.layer_done_counter.finish(counter_index)
+
+    @_guarded(False)
+    def cancel_queued_load(self, rid: str) -> bool:
+        """Take back a load whose batch has not started."""
+        if rid not in self._queued:
+            return False
+        load = self._queued.pop(rid)
+        if load is not None:
+            load.held.release()
+        return True
+
+    @_guarded(None)
+    def step_begins(self, batch: Any) -> None:
+        """A batch is about to be computed."""
+        mode, loads = batch.forward_mode, batch.hicache_consumer_index >= 0
+        alone = mode.is_extend() and not mode.is_mixed() and not loads
+        with self._stream():
+            self._times.begin(int(batch.extend_num_tokens or 0) if alone else 0)
+
+    @_guarded(None)
+    def step_ends(self) -> None:
+        """It has been handed to the device."""
+        with self._stream():
+            self._times.end(counts=True)
+        measured = self._times.take()
+        if measured is not None and measured[0] >= self.block_tokens:
+            self._session.report_prefill(*measured)
+
+    # -- what the tree has taken in ---------------------------------------------------------------
+
+    def leaves(self, req: Any) -> bool:
+        """Whether nothing of a request is to be saved; the same on all ranks."""
+        given = (req.sampling_params.custom_params or {}).get("kvstore")
+        skips = isinstance(given, Mapping) and given.get("skip_save") is True
+        return self._weights is None or skips
+
+    @_guarded(None)
+    def offers(self, req: Any, ids: Any, begin: int, slots: Any) -> None:
+        """The tree has the KV of `ids`, in these slots of the pool, new from `begin` on."""
+        self._offered = (None, 0, 0, None)
+        prompt = self._prompts.of(req, self._weights or "", media_named=self._media_named)
+        if prompt is not None:
+            prompt.know(ids)
+            size = self.block_tokens
+            self._offered = (prompt, begin // size, len(ids) // size, slots)
+
+    def offload(self, transfers: list[Any], session_id: str | None = None) -> bool:
+        """Save a node's blocks, behind; reported in the order of these calls."""
+        offered, self._offered = self._offered, (None, 0, 0, None)
+        offload = _Offload(0, whole=False)
+        self._offloads.append(offload)
+        self._save(offload, *offered)
+        return True
+
+    @_guarded(None)
+    def _save(
+        self, offload: _Offload, prompt: Prompt | None, first: int, last: int, slots: Any
+    ) -> None:
+        if prompt is None:
+            return
+        if last <= first or not self._pool.saves:
+            offload.whole = True  # Its blocks end in nodes below, or another rank stores them.
+            return
+        memory, size = self._pool.memory, self.block_tokens
+        blocks = last - first
+        waiting = sum(one.blocks for one in self._saving.values())
+        if (waiting + blocks) * size * _LOCKED > memory.pages * memory.page_tokens and waiting:
+            self.stats.dropped(blocks, "busy")
+            return
+        page = memory.page_tokens
+        numbers = slots[first * size : last * size].cpu().numpy()
+        keys = prompt.extend_keys()
+        wishes, published = prompt.wishes, self._settings.config.session.publish_tokens
+        job = Job(
+            next(self._numbers),
+            _TREE,
+            prompt.namespace.tenant,
+            keys[first:last],
+            (numbers[::page] // page).reshape(blocks, -1),
+            wishes.priority,
+            ttl=wishes.ttl,
+            parent=keys[first - 1] if first else b"",
+            tokens=list(prompt.tokens[first * size : last * size]) if published else None,
+        )
+        offload.blocks, offload.prompt, offload.last = blocks, prompt, last
+        offload.whole = None
+        self._saving[job.number] = offload
+        self._transfers.save(job, Gates(self._settled()))
+
+    def _saved(self, job: Job, blocks: int) -> None:
+        """In the thread that saves."""
+        offload = self._saving.pop(job.number)
+        prompt, seconds = offload.prompt, None
+        if prompt is not None:
+            seconds = prompt.wishes.pin
+        if seconds is not None and blocks and prompt is not None:
+            session = self._sessions.get(job.tenant)
+            if isinstance(session, Session):
+                self._sessions.keep(job.tenant, seconds)
+                session.pin(prompt.keys[: offload.last], ttl=seconds)
+        offload.whole = blocks == len(job.keys)
+
+    @_guarded(0)
+    def num_completed_offloads(self) -> int:
+        """How many have ended, from the oldest on; SGLang asks in every step."""
+        if self._metrics is not None:
+            self._metrics.tell()
+        ended = itertools.takewhile(lambda one: one.whole is not None, self._offloads)
+        return sum(1 for _ in ended)
+
+    @_guarded(False)
+    def pop_completed_offload(self) -> bool:
+        """Whether the oldest that has ended was stored whole."""
+        return bool(self._offloads.popleft().whole)
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    @_guarded(None)
+    def forgets(self, rid: str) -> None:
+        """A request has ended."""
+        self._prompts.forget(rid)
+
+    @_guarded(None)
+    def weights_change(self, cause: str) -> None:
+        """The weights are about to be changed: what comes has no name until the tree is empty."""
+        if self._weights is not None:
+            self._weights = None
+            _log.warning(
+                "the weights are changed (%s): the store is left alone until SGLang's cache has "
+                "been flushed (flush_cache); what is stored after that is for this engine only, "
+                "until it ends",
+                cause,
+            )
+        self._updates += 1
+        self._prompts.clear()
+
+    @_guarded(None)
+    def quiesce(self) -> None:
+        """Leave the pool alone: drop what waits, and wait for copies that run."""
+        for rid in list(self._queued):
+            self.cancel_queued_load(rid)
+        self.layer_done_counter.reset()
+        self._transfers.drop_saves([_TREE])
+
+    @_guarded(None)
+    def reset(self) -> None:
+        """The tree is emptied, and its pages are given anew."""
+        self.quiesce()
+        self._offloads.clear()
+        self._prompts.clear()
+        if self._named and self._weights is None:
+            self._weights = f"{self._instance} {self._updates}"
+
+    @_guarded(None)
+    def close(self) -> None:
+        """Let the last saves end, and close."""
+        self.layer_done_counter.close()
+        self._transfers.close()
+        self._device.close()
+
+
+def _ranks(group: Any) -> Ranks:
+    """Where this process stands among those that share the model's attention."""
+    if group is None:
+        return Ranks(0, 1)
+    return Ranks(torch.distributed.get_rank(group), torch.distributed.get_world_size(group))

@@ -1,0 +1,191 @@
+"""What SGLang's requests are to the store: their tokens, what else changes their KV, their wishes.
+
+SGLang names adapters by random ids, and images by numbers beyond all token ids that stand in their
+place (from the hash of what the model is given). The store names an adapter by its files, as every
+engine does, and has an image's numbers beside tokens that are 0.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from kvstore.blocks.keys import MAX_TOKEN, Media
+from kvstore.blocks.spec import Namespace
+from kvstore.blocks.weights import weights_digest
+from kvstore.connectors.common.identity import started
+from kvstore.connectors.common.requests import Asked
+from kvstore.connectors.common.settings import Settings, is_tenant, wishes_of
+from kvstore.connectors.common.stats import Stats
+from kvstore.errors import SpecError
+from kvstore.telemetry import QuietLog
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_log = logging.getLogger("sglang.srt.kvstore.prompts")
+
+_MOST: Final = 4096
+"""Requests that are remembered."""
+
+
+class Adapters:
+    """LoRA adapters by the digests of their files. Used by one thread."""
+
+    def __init__(self, refs: Callable[[], Mapping[str, Any]]) -> None:
+        """`refs` has what SGLang has loaded, by id."""
+        self._refs = refs
+        self._loaded_at: dict[str, float] = {}
+        self._digests: dict[str, str] = {}
+
+    def loading(self, lora_id: str, now: float) -> None:
+        """An adapter is about to be loaded, `now` in seconds since 1970."""
+        self._loaded_at[lora_id] = now
+        gone = self._digests.keys() - self._refs().keys()
+        for other in gone:
+            self._digests.pop(other, None)
+            self._loaded_at.pop(other, None)
+
+    def refuse(self, lora_id: str) -> None:
+        """An adapter comes from no files."""
+        self._digests[lora_id] = ""
+
+    def digest(self, lora_id: str | None) -> str:
+        """What an adapter is called in keys; empty for none.
+
+        Raises:
+            SpecError: nobody knows what it holds.
+            OSError: its files cannot be read.
+        """
+        if lora_id is None:
+            return ""
+        found = self._digests.get(lora_id)
+        if found is None:
+            ref = self._refs().get(lora_id)
+            place = Path(str(getattr(ref, "lora_path", None))).expanduser()
+            if ref is None or not place.exists():
+                raise SpecError(f"LoRA adapter {lora_id} is not in a folder of this machine")
+            since = self._loaded_at.get(lora_id, started())
+            found = self._digests[lora_id] = weights_digest(place, loaded_at=since)
+        if not found:
+            raise SpecError(f"LoRA adapter {lora_id} was given as tensors")
+        return found
+
+
+@dataclass(slots=True)
+class Prompt(Asked):
+    """A request; `ids` are its tokens in SGLang's numbers, shape (n,)."""
+
+    ids: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    waits: bool = False
+    """Whether the store is to be asked again in a moment."""
+
+    def know(self, ids: NDArray[np.int64]) -> None:
+        """Take in its tokens, from the first on; they grow as it is computed."""
+        both = min(len(ids), len(self.ids))
+        if not np.array_equal(ids[:both], self.ids[:both]):
+            self.keys, self.found = [], None
+        elif len(ids) <= len(self.ids):
+            return
+        self.ids = ids
+        self.tokens, media = plain(ids, self.namespace.block_tokens)
+        self.extras = {**self.extras, "media": media}
+
+
+def plain(
+    ids: NDArray[np.int64], block_tokens: int
+) -> tuple[NDArray[np.uint32], tuple[Media, ...]]:
+    """Tokens as keys have them, and what stands for the numbers that are none, block by block."""
+    wide = (ids < 0) | (ids > MAX_TOKEN)
+    if not wide.any():
+        return ids.astype(np.uint32), ()
+    at = np.flatnonzero(wide)
+    begins = np.ones(len(at), np.bool_)
+    begins[1:] = (np.diff(at) > 1) | (np.diff(ids[at]) != 0) | (at[1:] % block_tokens == 0)
+    first = np.flatnonzero(begins)
+    lengths = np.diff(np.append(first, len(at)))
+    media = tuple(
+        Media("ids", f"{ids[at[i]]:x}*{length}", int(at[i]), int(length))
+        for i, length in zip(first, lengths, strict=True)
+    )
+    return np.where(wide, 0, ids).astype(np.uint32), media
+
+
+class Prompts:
+    """Requests as the store sees them. Used by one thread."""
+
+    def __init__(
+        self, settings: Settings, namespace: Namespace, adapters: Adapters, stats: Stats
+    ) -> None:
+        self._settings = settings
+        self._namespace = namespace
+        self._adapters = adapters
+        self._stats = stats
+        self._known: OrderedDict[str, Prompt | None] = OrderedDict()
+        self._quiet = QuietLog(_log)
+
+    def known(self, rid: str) -> Prompt | None:
+        """A request that has come up; None: it has not, or it goes without the store."""
+        return self._known.get(rid)
+
+    def of(self, req: Any, weights: str, *, media_named: bool) -> Prompt | None:
+        """A request; None: it goes without the store.
+
+        `weights` names those of the engine, beside the namespace's. With `media_named`, clients
+        say what an image hashes to.
+        """
+        if req.rid not in self._known:
+            try:
+                found = self._take(req, weights, media_named=media_named)
+            except (SpecError, OSError) as e:
+                found = None
+                self._quiet.warning("unkeyed", "a request goes without the store: %s", e)
+                self._stats.skipped("unkeyed")
+            self._known[req.rid] = found
+            if len(self._known) > _MOST:
+                self._known.popitem(last=False)
+        return self._known[req.rid]
+
+    def _take(self, req: Any, weights: str, *, media_named: bool) -> Prompt:
+        if req.input_embeds is not None or req.positional_embed_overrides is not None:
+            raise SpecError("prompts given as embeddings have no tokens to go by")
+        if media_named and req.multimodal_inputs is not None:
+            raise SpecError("with --trust-mm-content-hashes, clients say what an image hashes to")
+        tenant, salt = self._settings.tenant, req.cache_salt or ""
+        if salt and self._settings.salt_is_tenant:
+            tenant, salt = salt, ""
+            if not is_tenant(tenant):
+                raise SpecError(f"its cache_salt, {tenant!r:.80}, is no name of a tenant")
+        extra = req.extra_key or ""
+        if req.lora_id is not None:  # SGLang has put its id behind what the caller gave.
+            before, _, after = extra.rpartition(req.lora_id)
+            extra = before + after
+        if extra:
+            salt = json.dumps([salt, extra])
+        named = {"salt": salt, "adapter": self._adapters.digest(req.lora_id), "weights": weights}
+        given = (req.sampling_params.custom_params or {}).get("kvstore")
+        if given is not None and not isinstance(given, Mapping):
+            self._quiet.warning("wish", "custom_params: kvstore is %r, no object; left out", given)
+            given = None
+        wishes, wrong = wishes_of(given)
+        if wishes.tenant is not None:
+            wrong.append("tenant: SGLang's own cache knows none; give a cache_salt")
+        for words in wrong:
+            self._quiet.warning("wish", "custom_params: kvstore: %s; left out", words)
+        namespace = Namespace(self._namespace.model, tenant, self._namespace.block_tokens)
+        return Prompt(namespace, wishes, np.empty(0, np.uint32), named)
+
+    def forget(self, rid: str) -> None:
+        """A request has ended."""
+        self._known.pop(rid, None)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._known.clear()
