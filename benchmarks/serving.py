@@ -1,4 +1,4 @@
-"""Time to first token and throughput of vLLM: plain, with KVStore, and with other connectors.
+"""Time to first token and throughput of engines: plain, with KVStore, and with other connectors.
 
 Engines run one after another, all of them in each lap, since two would take each other's cores and
 memory. What an outside hit is measured against happens in the same process, in turns with it.
@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,16 +21,16 @@ from typing import Any, Final
 from kvstore import _native
 from kvstore.benchmarks.figures import BenchmarkError, Report, Samples
 from kvstore.benchmarks.served import served
-from kvstore.benchmarks.serving_load import Chat, Documents, Load, Size, Unseen
-from kvstore.benchmarks.vllm_child import Said
-from kvstore.benchmarks.vllm_engine import (
+from kvstore.benchmarks.serving_engine import (
     KVSTORE,
     PLAIN,
     UNCACHED,
     Contender,
-    VllmEngine,
-    connector,
+    Kind,
+    Said,
+    ServingEngine,
 )
+from kvstore.benchmarks.serving_load import Chat, Documents, Load, Size, Unseen
 from kvstore.memory.bounce import Bounce
 from kvstore.sources import load_config
 
@@ -47,22 +47,25 @@ _EXACT: Final = "float32"
 class Setup:
     """What all engines have in common."""
 
+    kind: Kind
     model: str
     dtype: str | None
     in_process: bool
     size: Size
 
-    def engine(self, contender: Contender) -> VllmEngine:
+    def engine(self, contender: Contender) -> ServingEngine:
         """A running engine, not warmed up."""
         local = os.path.isdir(self.model)
-        return VllmEngine(
-            contender,
-            in_process=self.in_process,
-            local=local,
+        variables = {"HF_HUB_OFFLINE": "1"} if local else {}
+        if self.in_process:
+            variables |= self.kind.one_process or {}
+        return ServingEngine(
+            self.kind,
+            replace(contender, environment=contender.environment | variables),
             model=os.path.abspath(self.model) if local else self.model,
             dtype=self.dtype,
-            max_model_len=self.size.longest + 1,
-            max_num_seqs=self.size.requests,
+            longest=self.size.longest + 1,
+            requests=self.size.requests,
             room=self.size.room,
         )
 
@@ -89,17 +92,17 @@ def default_model() -> Path | None:
 
 
 def run(report: Report, setup: Setup, connectors: Sequence[str]) -> None:
-    """Measure plain vLLM, then each connector, in as many laps as there are samples.
+    """Measure the plain engine, then each connector, in as many laps as there are samples.
 
     Raises:
-        BenchmarkError: plain vLLM or KVStore did not run, did not hit, or answered differently.
+        BenchmarkError: it or KVStore did not run, did not hit, or answered differently.
     """
     taken: dict[str, Taken] = {}
     names = list(dict.fromkeys(connectors))
     said: Said | None = None
     for lap in range(report.samples):
         where = f"lap {lap + 1} of {report.samples}"
-        for contender in (UNCACHED, PLAIN):
+        for contender in (Contender(UNCACHED, setup.kind.uncached), Contender(PLAIN)):
             report.note(f"{where}: {contender.name}")
             with setup.engine(contender) as engine:
                 report.note(f"started in {engine.said.start_seconds:.0f} s")
@@ -107,7 +110,7 @@ def run(report: Report, setup: Setup, connectors: Sequence[str]) -> None:
                 _serve(setup, engine, contender, taken.setdefault(contender.name, Taken()))
         assert said is not None
         for name in list(names):
-            report.note(f"{where}: vLLM with {name}")
+            report.note(f"{where}: {setup.kind.name} with {name}")
             done = taken.setdefault(name, Taken())
             try:
                 _serve_connected(setup, name, said, done, taken)
@@ -133,7 +136,7 @@ def _serve_connected(
         served(memory={"size": memory}) if own else nullcontext() as daemon,
     ):
         address = str(daemon.config.address) if daemon else ""
-        contender = connector(name, address=address, memory=memory, folder=Path(folder))
+        contender = setup.kind.connector(name, address=address, memory=memory, folder=Path(folder))
         with setup.engine(contender) as engine:
             _serve(setup, engine, contender, done)
         if own:
@@ -144,11 +147,11 @@ def _serve_connected(
                 taken.setdefault(FRESH, Taken()).documents.append(load.fresh(engine))
 
 
-def _serve(setup: Setup, engine: VllmEngine, contender: Contender, taken: Taken) -> None:
+def _serve(setup: Setup, engine: ServingEngine, contender: Contender, taken: Taken) -> None:
     """All loads, once."""
     load = Load(setup.size, engine.said.vocabulary)
     load.warm_up(engine)
-    if contender.connected:
+    if contender.name not in (PLAIN, UNCACHED):
         copy = _copier(setup.size.tokens * engine.said.token_bytes)
         taken.documents.append(load.outside(engine, copy))
         engine.forget()
@@ -178,11 +181,11 @@ def gist(words: str) -> str:
 
 
 def check(report: Report, taken: Mapping[str, Taken], names: Sequence[str], exact: bool) -> None:
-    """Answers of the last lap are plain vLLM's, and what should hit did.
+    """Answers of the last lap are the plain engine's, and what should hit did.
 
     Only KVStore is held to it; what others do is told.
     """
-    plain = taken[UNCACHED.name]
+    plain = taken[UNCACHED]
     for name, done in taken.items():
         problems = []
         documents = done.documents[-1]
@@ -199,7 +202,7 @@ def check(report: Report, taken: Mapping[str, Taken], names: Sequence[str], exac
                 if here and here[-1].answers != there[-1].answers:
                     differing.append(load)
             if differing:
-                problems.append("answers differ from plain vLLM's: " + "; ".join(differing))
+                problems.append("answers differ from the plain engine's: " + "; ".join(differing))
         for problem in problems:
             if name in names and name != KVSTORE:
                 report.note(f"{name}: {problem}")
@@ -212,13 +215,13 @@ def _tell(
 ) -> None:
     """All figures, those with the same limit beside each other."""
     kind = "one-process engines" if setup.in_process else "engines"
-    how = f"{Path(setup.model).name}, {report.samples} laps of {kind} in turn"
+    how = f"{setup.kind.name}, {Path(setup.model).name}, {report.samples} laps of {kind} in turn"
     report.params = {"dtype": said.dtype, "device": said.device}
     _tell_documents(report, setup.size, said, taken, names, how)
-    plain = taken[PLAIN.name]
-    for contender in (UNCACHED.name, PLAIN.name, *names):
+    plain = taken[PLAIN]
+    for contender in (UNCACHED, PLAIN, *names):
         done = taken[contender]
-        of: dict[str, Any] = {"contender": contender, "against": f"{PLAIN.name}; {how}"}
+        of: dict[str, Any] = {"contender": contender, "against": f"{PLAIN}; {how}"}
         report.level(
             "chat: output",
             *(statistics.median(c.produced / c.seconds for c in x.chats) for x in (done, plain)),
@@ -256,18 +259,18 @@ def _tell_documents(
         kind: {name: done.samples(attrgetter(kind)) for name, done in taken.items()}
         for kind in ("miss", "own", "outside", "copies")
     }
-    own, outside, own_name = did["own"][PLAIN.name], "hit from outside", f"{PLAIN.name}, own hit"
-    uncached = taken[UNCACHED.name].samples(lambda d: d.miss + d.own)
+    own, outside, own_name = did["own"][PLAIN], "hit from outside", f"{PLAIN}, own hit"
+    uncached = taken[UNCACHED].samples(lambda d: d.miss + d.own)
     rows: list[tuple[str, str, Samples, Samples | float, str]] = []
     if KVSTORE in names:
         owed = _OWED * did["own"][KVSTORE].quantile() + did["copies"][KVSTORE].quantile()
         what = f"{_OWED} × own hit, and the copy"
         rows += [(outside, n, did["outside"][n], owed, what) for n in (KVSTORE, FRESH)]
-    rows += [("own hit", n, did["own"][n], own, own_name) for n in (PLAIN.name, *names)]
+    rows += [("own hit", n, did["own"][n], own, own_name) for n in (PLAIN, *names)]
     connected = [name for name in (*names, FRESH) if name in taken]
     rows += [(outside, n, did["outside"][n], own, own_name) for n in connected]
-    rows += [("everything computed", UNCACHED.name, uncached, own, own_name)]
-    rows += [("miss", n, did["miss"][n], uncached, UNCACHED.name) for n in (PLAIN.name, *names)]
+    rows += [("everything computed", UNCACHED, uncached, own, own_name)]
+    rows += [("miss", n, did["miss"][n], uncached, UNCACHED) for n in (PLAIN, *names)]
     for figure, contender, seconds, limit, against in rows:
         report.duration(
             f"first token, {figure}",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from kvstore.benchmarks.figures import BenchmarkError
-from kvstore.benchmarks.vllm_engine import VllmEngine
+from kvstore.benchmarks.serving_engine import ServingEngine
 
 _UNIT: Final = 128
 """Documents are a multiple of the pages and blocks that engines and stores commonly have."""
@@ -108,14 +108,14 @@ class Load:
         self.size = size
         self._vocabulary = vocabulary
 
-    def warm_up(self, engine: VllmEngine) -> None:
+    def warm_up(self, engine: ServingEngine) -> None:
         """The first steps of a process are slow: one as long as those measured, and a hit."""
         for question in range(3):
             if question == 1:
                 engine.forget()
             engine.generate([self._asked(-1, question)], _ANSWER)
 
-    def documents(self, engine: VllmEngine) -> Documents:
+    def documents(self, engine: ServingEngine) -> Documents:
         """One question after the other, on one document after the other."""
         done = Documents()
         for document in range(self.size.documents):
@@ -124,8 +124,8 @@ class Load:
                 (done.own if question else done.miss).append(first)
         return done
 
-    def outside(self, engine: VllmEngine, copy: Callable[[], float]) -> Documents:
-        """The same questions; every second one after vLLM's own cache was emptied.
+    def outside(self, engine: ServingEngine, copy: Callable[[], float]) -> Documents:
+        """The same questions; every second one after the engine's own cache was emptied.
 
         `copy` is called after each of those.
         """
@@ -141,14 +141,14 @@ class Load:
                 done.own.append(first)
         return done
 
-    def fresh(self, engine: VllmEngine) -> Documents:
+    def fresh(self, engine: ServingEngine) -> Documents:
         """One question on each document, to an engine that has computed none of them."""
         done = Documents()
         for document in range(self.size.documents):
             self._ask_outside(engine, done, document, 0)
         return done
 
-    def chat(self, engine: VllmEngine) -> Chat:
+    def chat(self, engine: ServingEngine) -> Chat:
         """Every prompt is the conversation so far and a new turn; a round waits for the slowest."""
         starts = range(self.size.requests)
         prompts = [self._tokens(f"chat {n}", self.size.short) for n in starts]
@@ -169,7 +169,7 @@ class Load:
         produced = sum(map(len, replies))
         return Chat(seconds, produced, sum(first) / len(first), cached / given, replies)
 
-    def unseen(self, engine: VllmEngine) -> Unseen:
+    def unseen(self, engine: ServingEngine) -> Unseen:
         """Batches in a row: what a store still does after one slows down the next."""
         seconds, answers = [], []
         for batch in range(self.size.batches + 1):
@@ -184,7 +184,7 @@ class Load:
         return Unseen(seconds, self.size.requests * (self.size.short + _REPLY), answers)
 
     def _ask(
-        self, engine: VllmEngine, done: Documents, document: int, question: int
+        self, engine: ServingEngine, done: Documents, document: int, question: int
     ) -> tuple[float, int]:
         """Seconds to the first token, and how many tokens were cached."""
         answered = engine.generate([self._asked(document, question)], _ANSWER)
@@ -192,7 +192,7 @@ class Load:
         return answered.first[0], answered.cached[0]
 
     def _ask_outside(
-        self, engine: VllmEngine, done: Documents, document: int, question: int
+        self, engine: ServingEngine, done: Documents, document: int, question: int
     ) -> None:
         first, cached = self._ask(engine, done, document, question)
         done.outside.append(first)

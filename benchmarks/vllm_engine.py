@@ -1,24 +1,28 @@
-"""One vLLM engine in a process of its own, and how it is made for each contender."""
+"""vLLM for benchmarks: how it is made, with which connectors, and asked."""
 
 from __future__ import annotations
 
 import os
-import signal
-import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
-from kvstore.benchmarks.crew import start
 from kvstore.benchmarks.figures import BenchmarkError
-from kvstore.benchmarks.vllm_child import Answered, Said, forget, generate, make, serve
+from kvstore.benchmarks.serving_engine import (
+    ELEMENT_BYTES,
+    KVSTORE,
+    Answered,
+    Contender,
+    Kind,
+    Said,
+)
 
-_START_SECONDS: Final = 900.0
-_ANSWER_SECONDS: Final = 900.0
-_END_SECONDS: Final = 60.0
-_LAST_WORDS: Final = 8000
+_CPU_PAGE: Final = 128
+_GPU_PAGE: Final = 16
+_NULL_PAGE: Final = 1
+"""vLLM keeps one page back."""
+_FORGET_SECONDS: Final = 60.0
 _ENVIRONMENT: Final = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     # Left to itself, vLLM computes on other cores with a connector than without: on two cores, on
@@ -30,30 +34,11 @@ _ENVIRONMENT: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Contender:
-    """vLLM with one way to keep KV: `settings` is what `LLM` is made with, beside the model."""
-
-    name: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def connected(self) -> bool:
-        """Whether a KV connector keeps what vLLM's own cache loses."""
-        return "kv_transfer_config" in self.settings
-
-
-PLAIN: Final = Contender("plain vLLM")
-UNCACHED: Final = Contender("vLLM without prefix cache", {"enable_prefix_caching": False})
-KVSTORE: Final = "kvstore"
-
-
 def connector(name: str, *, address: str, memory: int, folder: Path) -> Contender:
-    """vLLM with the connector of this name; `memory` bytes and `folder` are for those that ask.
+    """vLLM with the connector of this name.
 
-    `address` is the store's. Connectors that need more than this take it from their own
-    environment variables, and have otherwise their defaults.
+    Those that need more than this take it from their own environment variables, and have otherwise
+    their defaults.
     """
     if name == KVSTORE:
         # A deadline that a busy machine misses would be measured as a fast miss.
@@ -86,94 +71,75 @@ def connector(name: str, *, address: str, memory: int, folder: Path) -> Contende
     return Contender(name, {"kv_transfer_config": whole}, environment)
 
 
-class EngineProcess:
-    """A vLLM engine that takes one order at a time; a context manager.
+def make(settings: dict[str, Any]) -> tuple[Any, Said, Callable[[], object]]:
+    """The engine; what is left open is chosen by the platform."""
+    from vllm import LLM
+    from vllm.platforms import current_platform
 
-    Raises:
-        BenchmarkError: it did not start, ended, or did not answer in time; with its last words.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        make: Callable[[dict[str, Any]], tuple[Any, Any]],
-        settings: dict[str, Any],
-        environment: dict[str, str],
-    ) -> None:
-        """`make` gives the engine and what it `said` of itself, in the other process."""
-        self._name = name
-        # A file, not a pipe: worker processes keep it open, and nobody reads it as it fills.
-        self._log = tempfile.NamedTemporaryFile("w+", prefix="vllm-", suffix=".log")  # noqa: SIM115
-        variables = _ENVIRONMENT | os.environ | environment
-        self._process, self._orders = start(serve, make, settings, variables, self._log.name)
-        try:
-            self.said = self.answer(_START_SECONDS)
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    @property
-    def log(self) -> str:
-        """What it has printed."""
-        return Path(self._log.name).read_text(errors="replace")
-
-    def tell(self, call: Callable[..., Any], *given: Any) -> None:
-        """Have it call a function with the engine and what is given."""
-        with suppress(BrokenPipeError):  # Its answer, or what comes instead, tells why.
-            self._orders.send((call, *given))
-
-    def answer(self, seconds: float = _ANSWER_SECONDS) -> Any:
-        """What that returned."""
-        try:
-            if self._orders.poll(seconds):
-                return self._orders.recv()
-            what = f"said nothing within {seconds:g} s"
-        except (EOFError, ConnectionResetError):
-            what = "ended"
-        words = self.log[-_LAST_WORDS:]
-        raise BenchmarkError(f"{self._name}: the engine {what}; its last words:\n{words}")
-
-    def close(self) -> None:
-        """End it in good order, workers included."""
-        self._orders.close()
-        self._process.join(_END_SECONDS)
-        self._process.kill()
-        self._process.join()
-        assert self._process.pid is not None
-        with suppress(ProcessLookupError):  # Workers that outlived it.
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._log.close()
+    on_cpu = current_platform.is_cpu()
+    page = _CPU_PAGE if on_cpu else _GPU_PAGE
+    room, longest, requests = (settings.pop(name) for name in ("room", "longest", "requests"))
+    settings["dtype"] = settings["dtype"] or ("float32" if on_cpu else "auto")
+    started = time.perf_counter()
+    llm = LLM(
+        block_size=page,
+        num_gpu_blocks_override=-(-room // page) + _NULL_PAGE,
+        # Compiling would take longer on a CPU than what is measured.
+        enforce_eager=on_cpu,
+        disable_log_stats=False,
+        max_model_len=longest,
+        max_num_seqs=requests,
+        seed=0,
+        **settings,
+    )
+    config = llm.llm_engine.vllm_config.model_config
+    dtype = str(config.dtype).removeprefix("torch.")
+    heads = 1 if config.use_mla else 2 * config.get_total_num_kv_heads()
+    layers = config.hf_text_config.num_hidden_layers
+    said = Said(
+        time.perf_counter() - started,
+        "CPU" if on_cpu else current_platform.get_device_name(),
+        dtype,
+        config.get_vocab_size(),
+        layers * heads * config.get_head_size() * ELEMENT_BYTES[dtype],
+    )
+    return llm, said, llm.llm_engine.engine_core.shutdown
 
 
-class VllmEngine(EngineProcess):
-    """The engine of a contender."""
+def generate(llm: Any, prompts: list[list[int]], tokens: int) -> Answered:
+    """Greedy answers of so many tokens to `prompts`, all given at once."""
+    from vllm import SamplingParams
 
-    said: Said
+    greedy = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    batch = [{"prompt_token_ids": ids} for ids in prompts]
+    started = time.perf_counter()
+    outputs = llm.generate(batch, greedy, use_tqdm=False)
+    return Answered(
+        time.perf_counter() - started,
+        [output.metrics.first_token_latency for output in outputs],
+        [output.num_cached_tokens or 0 for output in outputs],
+        [list(output.outputs[0].token_ids) for output in outputs],
+        [output.outputs[0].finish_reason == "length" for output in outputs],
+    )
 
-    def __init__(
-        self, contender: Contender, *, in_process: bool, local: bool, **settings: Any
-    ) -> None:
-        variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1"}
-        if local:
-            variables["HF_HUB_OFFLINE"] = "1"
-        settings |= contender.settings
-        super().__init__(contender.name, make, settings, contender.environment | variables)
 
-    def generate(self, prompts: Sequence[list[int]], tokens: int) -> Answered:
-        """Greedy answers of so many tokens to `prompts`, all given at once."""
-        self.tell(generate, prompts, tokens)
-        answered: Answered = self.answer()
-        if not all(answered.finished):
-            raise BenchmarkError(f"{self._name}: a request did not end as it should")
-        return answered
+def forget(llm: Any) -> None:
+    """Empty vLLM's own prefix cache, once the last saves have given back their pages."""
+    until = time.monotonic() + _FORGET_SECONDS
+    while not llm.reset_prefix_cache():
+        if time.monotonic() > until:
+            raise BenchmarkError(f"its prefix cache was still in use after {_FORGET_SECONDS:g} s")
+        # News of saves that have ended come with the steps of the engine.
+        generate(llm, [[1, 2, 3]], 2)
 
-    def forget(self) -> None:
-        """Empty vLLM's own prefix cache; saves that are under way have ended then."""
-        self.tell(forget)
-        self.answer()
+
+VLLM: Final = Kind(
+    "vLLM",
+    make,
+    generate,
+    forget,
+    uncached={"enable_prefix_caching": False},
+    connector=connector,
+    environment=_ENVIRONMENT,
+    one_process={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+)

@@ -185,7 +185,9 @@ def gpu_copy(
 
 def engine(
     how: How,
-    name: Annotated[Literal["vllm"], typer.Option("--engine", help="The engine.")] = "vllm",
+    name: Annotated[
+        Literal["vllm", "sglang"], typer.Option("--engine", help="The engine.")
+    ] = "vllm",
     model: Annotated[
         str | None, typer.Option(help="Folder or name (default: the demo's model).")
     ] = None,
@@ -193,7 +195,7 @@ def engine(
         str | None, typer.Option(help="Its type (default: float32 on a CPU, else auto).")
     ] = None,
     connector: Annotated[
-        list[str] | None, typer.Option(help="kvstore, or vLLM's name; may be repeated.")
+        list[str] | None, typer.Option(help="kvstore, or the engine's name; may be repeated.")
     ] = None,
     requests: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Conversations at once.")
@@ -202,22 +204,26 @@ def engine(
         int | None, typer.Option(min=128, max=1 << 20, help="Tokens of a document.")
     ] = None,
     processes: Annotated[
-        Literal["default", "one"], typer.Option(help="As vLLM runs them, or all in one.")
+        Literal["default", "one"], typer.Option(help="As the engine runs them, or all in one.")
     ] = "default",
 ) -> None:
     """First tokens and throughput of a real engine, plain, with KVStore and with others."""
-    found = importlib.util.find_spec("vllm")
+    found = importlib.util.find_spec(name)
     if found is None or found.origin is None:
         typer.echo(
-            "vLLM is not installed beside kvstore: run `pip install vllm` in the same environment,"
-            " then this command with its Python.",
+            f"{name} is not installed beside kvstore: run `pip install {name}` in the same"
+            " environment, then this command with its Python.",
             err=True,
         )
         raise typer.Exit(2)
     from kvstore.benchmarks import serving as bench
     from kvstore.benchmarks.serving_load import Size
-    from kvstore.benchmarks.vllm_engine import KVSTORE
+    from kvstore.benchmarks.sglang_engine import SGLANG
+    from kvstore.benchmarks.vllm_engine import VLLM
 
+    kind = {"vllm": VLLM, "sglang": SGLANG}[name]
+    if processes == "one" and kind.one_process is None:
+        raise typer.BadParameter(f"{kind.name} never runs in one process", param_hint="--processes")
     chosen = model or bench.default_model()
     if chosen is None:
         raise typer.BadParameter(
@@ -228,8 +234,8 @@ def engine(
         size = Size.chosen(
             tokens or (768 if quick else 1408), requests or (4 if quick else 8), quick=quick
         )
-        setup = bench.Setup(str(chosen), dtype, processes == "one", size)
-        bench.run(report, setup, connector or [KVSTORE])
+        setup = bench.Setup(kind, str(chosen), dtype, processes == "one", size)
+        bench.run(report, setup, connector or ["kvstore"])
 
 
 def loop(

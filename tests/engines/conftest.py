@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.session_tools import Stores
+from tests.engines.sglang_tools import Engine, linked
+from tests.session_tools import Served, Stores
 
 # Collected only where the engine is installed; a folder of that name somewhere is none.
 _found = {engine: importlib.util.find_spec(engine) for engine in ("vllm", "sglang")}
@@ -19,3 +20,25 @@ def stores() -> Iterator[Stores]:
     made = Stores()
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def sglang_plain() -> Iterator[Engine]:
+    """SGLang without a store. It is shared: empty its cache where that matters."""
+    with Engine() as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def sglang_store() -> Iterator[Served]:
+    """The daemon of `sglang_linked`. Leave it running."""
+    made = Stores()
+    yield made.serve("512MiB")
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def sglang_linked(sglang_store: Served) -> Iterator[Engine]:
+    """SGLang with a store. It is shared: ask about documents that no other test has."""
+    with Engine(linked(sglang_store)) as engine:
+        yield engine

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 from kvstore.benchmarks.figures import BenchmarkError, Report
 from kvstore.benchmarks.serving import FRESH, Taken, check, gist
+from kvstore.benchmarks.serving_engine import KVSTORE, PLAIN, UNCACHED
 from kvstore.benchmarks.serving_load import Chat, Documents, Size, Unseen
-from kvstore.benchmarks.vllm_engine import KVSTORE, PLAIN, UNCACHED, connector
+from kvstore.benchmarks.vllm_engine import connector
 from kvstore.server.cli.bench import bench_app
 from tests.engines.vllm_tools import model
 
@@ -48,13 +49,13 @@ def test_figures_of_all_contenders() -> None:
             assert figure[number] > 0, figure
     found = Counter((f["figure"], f["params"]["contender"]) for f in figures)
     load = ("chat: output", "chat: first token, mean", "unseen prompts: all tokens")
-    contenders = (UNCACHED.name, PLAIN.name, KVSTORE)
+    contenders = (UNCACHED, PLAIN, KVSTORE)
     assert found == Counter(
         {
             **{(figure, contender): 1 for figure in load for contender in contenders},
-            ("first token, everything computed", UNCACHED.name): 1,
-            ("first token, miss", PLAIN.name): 1,
-            ("first token, own hit", PLAIN.name): 1,
+            ("first token, everything computed", UNCACHED): 1,
+            ("first token, miss", PLAIN): 1,
+            ("first token, own hit", PLAIN): 1,
             ("first token, miss", KVSTORE): 1,
             ("first token, own hit", KVSTORE): 1,
             # Against what is owed, and against plain vLLM's own hit.
@@ -74,7 +75,7 @@ def taken(answer: int, unhit: int = 0) -> Taken:
 
 def test_wrong_answers_and_misses_are_no_figures() -> None:
     with Report("engine", samples=1, as_json=True) as report:
-        plain = {UNCACHED.name: taken(1), PLAIN.name: taken(1)}
+        plain = {UNCACHED: taken(1), PLAIN: taken(1)}
         check(report, {**plain, KVSTORE: taken(1)}, [KVSTORE], exact=True)
         with pytest.raises(BenchmarkError, match="a question; chat; unseen prompts"):
             check(report, {**plain, KVSTORE: taken(2)}, [KVSTORE], exact=True)
@@ -85,7 +86,7 @@ def test_wrong_answers_and_misses_are_no_figures() -> None:
 
 def test_what_others_do_wrong_is_told(capfd: pytest.CaptureFixture[str]) -> None:
     with Report("engine", samples=1, as_json=True) as report:
-        done = {UNCACHED.name: taken(1), "Other": taken(2, unhit=1)}
+        done = {UNCACHED: taken(1), "Other": taken(2, unhit=1)}
         check(report, done, ["Other"], exact=True)
     told = capfd.readouterr().err
     assert "Other: 1 of 1 documents were not served whole" in told
@@ -123,10 +124,11 @@ def test_connectors_are_told_where_to_keep_what(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    refused = CliRunner().invoke(bench_app, ["engine", "--engine", "sglang"])
+    refused = CliRunner().invoke(bench_app, ["engine", "--engine", "none"])
     assert refused.exit_code == 2
-    assert "'sglang' is not one of 'vllm'" in refused.output
+    assert "'none' is not one of" in refused.output
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    missing = CliRunner().invoke(bench_app, ["engine"])
-    assert missing.exit_code == 2
-    assert "pip install vllm" in missing.output
+    for engine in ("vllm", "sglang"):
+        missing = CliRunner().invoke(bench_app, ["engine", "--engine", engine])
+        assert missing.exit_code == 2
+        assert f"pip install {engine}" in missing.output

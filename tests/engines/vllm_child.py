@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 _SAMPLES: Final = 16_000
@@ -155,11 +156,12 @@ def _events(llm: Any, order: dict[str, Any]) -> dict[str, Any]:
     return {"events": events}
 
 
-def make(settings: dict[str, Any]) -> tuple[Any, None]:
-    """The engine, of which there is nothing to say."""
+def make(settings: dict[str, Any]) -> tuple[Any, None, Callable[[], object]]:
+    """The engine, of which there is nothing to say, and what ends it."""
     from vllm import LLM
 
-    return LLM(**settings), None
+    llm = LLM(**settings)
+    return llm, None, llm.llm_engine.engine_core.shutdown
 
 
 def obey(llm: Any, order: dict[str, Any]) -> dict[str, Any]:
