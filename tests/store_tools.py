@@ -37,8 +37,8 @@ def keys(*numbers: int) -> list[bytes]:
     return [hashlib.sha256(b"%d" % n).digest() for n in numbers]
 
 
-def content(key: bytes, part: Part = PART) -> bytes:
-    return hashlib.shake_128(key + part.variant).digest(part.nbytes(16))
+def content(key: bytes, part: Part = PART, tokens: int = 16) -> bytes:
+    return hashlib.shake_128(key + part.variant).digest(part.nbytes(tokens))
 
 
 class Fickle(MemoryTier):
@@ -117,7 +117,7 @@ class Bench:
         )
         for key, answer in zip(chain, answers, strict=True):
             if answer >= 0:
-                data = content(key, part)
+                data = content(key, part, namespace.block_tokens)
                 self.arena.view(answer, len(data))[:] = data
         self.store.commit("saver", self.lease)
         return answers
@@ -129,7 +129,8 @@ class Bench:
         while not results:
             self.posted.get(timeout=20)()
         for key, (entry,) in zip(chain, results[0].blocks, strict=False):
-            assert self.bytes_of(entry) == content(key, entry.name.part)
+            tokens = entry.name.namespace.block_tokens
+            assert self.bytes_of(entry) == content(key, entry.name.part, tokens)
         return results[0]
 
     def bytes_of(self, entry: Entry) -> bytes:

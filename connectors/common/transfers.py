@@ -40,10 +40,11 @@ class Job:
     """Blocks of one request to load into, or to save out of, the engine's pages.
 
     `pages` has shape (blocks, pages per block); -1 leaves a page out. `number` counts all jobs,
-    `priority` orders those that wait (lower first). `parent` is the key before the first, `tokens`
-    the blocks' token ids where the store is to publish them. `prefetched` counts the blocks to load
-    that were in other tiers than memory when the request came. A load that is `layered` takes part
-    in the step it comes with: each layer is computed once it has arrived.
+    `priority` orders those that wait (lower first). `parent` is the key before the first block to
+    save, which is at `position` in the prompt, `tokens` are their token ids where the store is to
+    publish them. `prefetched` counts the blocks to load that were in other tiers than memory when
+    the request came. A load that is `layered` takes part in the step it comes with: each layer is
+    computed once it has arrived.
     """
 
     number: int
@@ -58,6 +59,7 @@ class Job:
     tokens: list[int] | None = None
     prefetched: Mapping[str, int] = field(default_factory=dict)
     layered: bool = False
+    position: int = 0
 
 
 class Lane:
@@ -231,6 +233,7 @@ class Transfers:
                 parent=job.parent,
                 tokens=job.tokens,
                 after=after,
+                position=job.position,
             )
             stored = saved.stored + saved.had
             if saved.reason == "unavailable" and (after is None or after.failed is None):

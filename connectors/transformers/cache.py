@@ -280,7 +280,13 @@ class KVStoreCache:
         if keys[known:]:
             new = len(keys) - known
             pages = np.arange(new, dtype=np.int64).reshape(-1, 1)
-            saved = self.session.save(keys[known:], [self._memory(planes, new)], [pages])
+            saved = self.session.save(
+                keys[known:],
+                [self._memory(planes, new)],
+                [pages],
+                parent=keys[known - 1] if known else b"",
+                position=known,
+            )
             saved.had += known
         if self.last is not None:
             self.last = replace(self.last, saved=saved)

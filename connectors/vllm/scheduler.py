@@ -278,6 +278,7 @@ class SchedulerSide:
             ttl=tracked.wishes.ttl,
             parent=keys[first - 1] if first else b"",
             tokens=request.all_token_ids[first * size : last * size] if published else None,
+            position=first,
         )
         tracked.asked = last
         tracked.saving.add(job.number)

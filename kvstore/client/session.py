@@ -144,12 +144,14 @@ class Session:
         again: bool = False,
         holes: bool = False,
         wait: float = 0.0,
+        position: int = 0,
     ) -> Lookup:
         """The longest prefix of `keys` that can be loaded. One round trip; moves nothing.
 
         With `holes`, `tiers` has every block: `miss` where it is missing, `pending` while it is on
         its way, for which up to `wait` seconds are waited. An older daemon tells the prefix.
-        Hit rates count requests: say `again` if the daemon answered for this one before.
+        Hit rates count requests: say `again` if the daemon answered for this one before. `position`
+        is that of the first key in its prompt: some shared tiers find only whole, aligned segments.
         """
         keys = keys[: protocol.MAX_KEYS]
         joined = join_keys(keys)
@@ -161,6 +163,8 @@ class Session:
                 return Lookup(0, (), "unavailable", 0.0)
             channel, handle = link
             request = protocol.Lookup(handle, joined, again)
+            if "position" in channel.welcome.features:
+                request.position = position
             if holes and "holes" in channel.welcome.features:
                 request.holes, request.wait = True, seconds(wait)
             reply = self._client.call(channel, request, limit + request.wait)
@@ -180,12 +184,13 @@ class Session:
         timeout: float | None = None,
         again: bool = False,
         holes: bool = False,
+        position: int = 0,
     ) -> LoadPlan:
         """Look up `keys` and decide how many blocks to load; the decision is counted and logged.
 
         With `holes` any may be loaded, and its `chosen` says which. Arguments as for `lookup`.
         """
-        found = self.lookup(keys, timeout=timeout, again=again, holes=holes)
+        found = self.lookup(keys, timeout=timeout, again=again, holes=holes, position=position)
         plan = self._client.planner.plan(
             found.tiers,
             found.costs,
@@ -264,13 +269,15 @@ class Session:
         parent: bytes = b"",
         tokens: Sequence[int] | NDArray[np.integer[Any]] | None = None,
         after: LayerGate | None = None,
+        position: int = 0,
     ) -> Saved:
         """Copy those blocks of `keys` that the store lacks out of the engine's pages.
 
         Arguments as for `load`. Dropped, not waited for, when there is no room. New blocks expire
-        after `ttl` seconds, if given. `parent` is the key before the first one, and `tokens` are
-        the token ids of the blocks; both are for those who watch events, and `tokens` are only sent
-        with `session.publish_tokens`. No page is read before `after` lets it.
+        after `ttl` seconds, if given. `parent` is the key before the first one, `position` that of
+        the first one in its prompt; tiers that keep segments need both. `tokens` are the token ids
+        of the blocks, for those who watch events, and only sent with `session.publish_tokens`. No
+        page is read before `after` lets it.
 
         Raises:
             SpecError: memory, page ids or tokens do not fit the parts and keys.
@@ -286,7 +293,7 @@ class Session:
                     f"{len(ids)} tokens given for {len(keys)} blocks of {self.block_tokens}"
                 )
         wait = seconds(timeout, self._config.session.save_timeout)
-        about = About(wait, ttl, parent, ids, after)
+        about = About(wait, ttl, parent, ids, after, position)
         started = time.monotonic()
         result = Saved()
         with self._client.using(self._view) as link:

@@ -43,7 +43,7 @@ class About:
     """What a save says of its blocks: seconds they live, the key before them, their token ids.
 
     `tokens` has as many ids as the blocks have tokens, or none. `after` says from when on pages may
-    be read. Each step is waited for `wait` seconds.
+    be read. Each step is waited for `wait` seconds. `position` is the first block's in its prompt.
     """
 
     wait: float
@@ -51,6 +51,7 @@ class About:
     parent: bytes = b""
     tokens: NDArray[np.uint32] | None = None
     after: LayerGate | None = None
+    position: int = 0
 
 
 @dataclass(slots=True)
@@ -230,6 +231,8 @@ class Transfer(View):
             request = protocol.Reserve(handle, next(self.client.leases), b"".join(asked))
             request.parent = keys[first - 1] if first else about.parent
             request.ttl = about.ttl
+            if "position" in channel.welcome.features:
+                request.position = about.position + first
             if about.tokens is not None:
                 ids = about.tokens[first * size : (first + step) * size]
                 request.tokens = ids.astype("<u4").tobytes()

@@ -34,6 +34,7 @@ class Entry(Node, gc=False, eq=False):
     `created`, `used` and `expires` (inf: never) are in monotonic seconds; `recorded` is what the
     tiers below were told of `expires`. `due` and the links belong to `Expiry`, `beside` to the
     index, `copies` to accounts, `writes` to `WriteBehind`; `account` is set once it is indexed.
+    `segment` has the keys of the segment that it belongs to, empty if that is not known.
 
     There may be millions, so the garbage collector does not know them: whoever takes one out of
     sight unties it from its slots.
@@ -52,6 +53,7 @@ class Entry(Node, gc=False, eq=False):
     account: NamespaceUsage = None  # type: ignore[assignment]
     beside: Entry | None = None
     copies: Copy | None = None
+    segment: tuple[bytes, ...] = ()
     checksum: int | None = None
     slot: Slot[Entry] | None = None
     tiers: int = 0

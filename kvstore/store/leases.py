@@ -48,13 +48,14 @@ class Saving:
 
     `parent` is the key before the first one, empty at the start of a prompt or if not known;
     `tokens` are theirs, for watchers of events, or none; `ttl` seconds after they are committed
-    they expire.
+    they expire. `position` is that of the first one in its prompt, -1 if not known.
     """
 
     parent: bytes = b""
     tokens: Sequence[int] = ()
     ttl: float | None = None
     keys: Sequence[bytes] = ()
+    position: int = -1
 
 
 class Payer:

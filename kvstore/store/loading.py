@@ -86,6 +86,7 @@ class Loading(Leases):
         *,
         again: bool = False,
         holes: bool = False,
+        position: int = -1,
     ) -> Work[tuple[list[int], str]]:
         """The tier of each block of the longest usable prefix, and why it ends there.
 
@@ -95,7 +96,8 @@ class Loading(Leases):
 
         A block lies in the slowest tier of its parts. The reason is empty when all were found.
         Only blocks of `namespace` count; None is for those who may use them all. `again`: the
-        request has been counted.
+        request has been counted. `position` is that of the first block in its prompt, -1 if it is
+        not known.
         """
         started = self._clock()
         tiers: list[int] = []
@@ -108,8 +110,10 @@ class Loading(Leases):
             found, why = self._find(piece, parts, namespace)
             tiers += found
             if why == "absent" and namespace is not None and self.probing.on:
-                missing = keys[first + len(found) :] if not holes else piece[len(found) :]
-                if (yield from self.probing.asking(missing, parts, namespace)):
+                at = first + len(found)
+                missing = keys[at:] if not holes else piece[len(found) :]
+                after = position + at if position >= 0 else -1
+                if (yield from self.probing.asking(missing, parts, namespace, after)):
                     asked = True
             reason = reason or why
             if holes and why:

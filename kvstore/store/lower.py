@@ -17,7 +17,17 @@ from kvstore.store.entry import IN_MEMORY, Entry
 from kvstore.store.memory import Memory
 from kvstore.store.opening import Below, Opening
 from kvstore.store.writebehind import Batch
-from kvstore.tiers.base import PASSING, Held, Job, ObjectName, State, Tier
+from kvstore.tiers.base import (
+    PASSING,
+    Held,
+    InSegment,
+    Job,
+    ObjectName,
+    State,
+    Tier,
+    in_segment,
+    plain,
+)  # fmt: skip
 from kvstore.transport.protocol import Cost
 
 _WRITES: Final = 16
@@ -58,6 +68,8 @@ class Lower:
         self.post = post
         self.tier: Tier | None = None
         """None while it is away."""
+        self.segmented = False
+        """It keeps segments, as far as is known: what it cannot tell while it is away."""
         self.bytes_under_way = self._writing = 0
         self._paused = False
         self._memory = memory
@@ -67,9 +79,10 @@ class Lower:
         self._elsewhere: deque[Entry] = deque()
         catalogue.places[number] = self
         self._opening = Opening(below, self, self._attach, catalogue.clock)
-        self.tier = self._opening.at_start()
-        if self.tier is not None:
-            finish(self._take_in(self.tier))
+        tier = self._opening.at_start()
+        if tier is not None:
+            self._has(tier)
+            finish(self._take_in(tier))
 
     # -- what it is like --------------------------------------------------------------------------
 
@@ -127,18 +140,22 @@ class Lower:
     def free(self, entry: Entry, *, evicted: bool) -> None:
         """See `Place`."""
         if self.tier is not None:
-            self.tier.delete([entry.name])
+            self.tier.delete([self._name(entry)])
 
     def touch(self, entry: Entry, *, used: bool) -> None:
         """See `Place`."""
         if self.tier is not None:
-            self.tier.touch([entry.name], used=used)
+            self.tier.touch([self._name(entry)], used=used)
 
     def stamp(self, entry: Entry) -> None:
         """See `Place`."""
         if self.tier is not None:
-            times = self._times(entry)
-            self.tier.expire([Held(entry.name, entry.nbytes, entry.checksum, *times)])
+            name, times = self._name(entry), self._times(entry)
+            self.tier.expire([Held(name, entry.nbytes, entry.checksum, *times)])
+
+    def _name(self, entry: Entry) -> ObjectName:
+        """That of an object which lies there."""
+        return in_segment(entry.name, entry.segment) if self.segmented else entry.name
 
     def _times(self, entry: Entry) -> tuple[int, int]:
         """When an object was made and expires, as tiers are told."""
@@ -175,7 +192,7 @@ class Lower:
             self.post(on_loop)
 
         address = self._memory.address(entry)
-        self.tier.get([Job(entry.name, address, entry.nbytes, entry.checksum)], read)
+        self.tier.get([Job(self._name(entry), address, entry.nbytes, entry.checksum)], read)
 
     # -- from memory ------------------------------------------------------------------------------
 
@@ -209,35 +226,64 @@ class Lower:
                 yield
 
     def _held_up(self, entry: Entry) -> bool:
-        """Another object of this name is not gone yet."""
-        return self._catalogue.leaving(entry.name)
+        """Another object of this name is not gone yet, or one goes there with another segment."""
+        leaving, number = self._catalogue.leaving, self.number
+        return any(
+            leaving(one.name) or (one is not entry and one.writing >> number & 1)
+            for one in self._together(entry)
+        )
+
+    def _together(self, entry: Entry) -> Sequence[Entry]:
+        """What is written along with an object: the others of its segment. Nothing: not all are
+        in memory.
+        """
+        if not self.segmented:
+            return (entry,)
+        get, part, account = self._catalogue.index.get, entry.name.part, entry.account
+        found = (get(key, part, account) for key in entry.segment if key)
+        here = tuple(one for one in found if one is not None and one.in_memory)
+        return here if here and len(here) == len(entry.segment) else ()
 
     def _write(self, tier: Tier, entry: Entry) -> None:
         catalogue = self._catalogue
-        if not catalogue.make_room(entry.name.namespace, self.number, entry.nbytes):
-            catalogue.counters.add("write.dropped", "quota")
-            catalogue.writes.end(entry, "quota", self.number)
+        if entry.places >> self.number & 1:  # With others of its segment, while it was waiting.
+            if entry.lies_in(self.number):
+                catalogue.writes.end(entry, None, self.number)
             return
-        started = catalogue.clock.monotonic()
+        entries = self._together(entry)
+        nbytes = sum(one.nbytes for one in entries if not one.lies_in(self.number))
+        fits = catalogue.make_room(entry.name.namespace, self.number, nbytes)
+        if not (entries and fits):
+            reason = "quota" if entries else "partial"
+            catalogue.counters.add("write.dropped", reason)
+            catalogue.writes.end(entry, reason, self.number)
+            return
+        started, jobs = catalogue.clock.monotonic(), list[Job]()
 
         def done(job: Job, error: str | None) -> None:
             seconds = catalogue.clock.monotonic() - started
-            self.post(lambda: self._written(tier, job, entry, error, seconds))
+            one = entries[jobs.index(job)]
+            self.post(lambda: self._written(tier, job, one, error, seconds))
 
-        self._writing += 1
-        self.bytes_under_way += entry.nbytes
-        if entry.places == IN_MEMORY:
-            entry.recorded = entry.expires
-        elif entry.recorded != entry.expires:  # Others were told otherwise, and will be told.
-            entry.recorded = math.nan
-        catalogue.took(entry, self.number)
-        address, times = self._memory.address(entry), self._times(entry)
-        tier.put([Job(entry.name, address, entry.nbytes, entry.checksum, *times)], done)
+        for one in entries:
+            self._writing += 1
+            self.bytes_under_way += one.nbytes
+            catalogue.writes.along(one, self.number)
+            catalogue.left(one, self.number)  # Of a segment that parts from this one; now of both.
+            if one.places == IN_MEMORY:
+                one.recorded = one.expires
+            elif one.recorded != one.expires:  # Others were told otherwise, and will be told.
+                one.recorded = math.nan
+            catalogue.took(one, self.number)
+            name = in_segment(one.name, entry.segment) if self.segmented else one.name
+            address, times = self._memory.address(one), self._times(one)
+            jobs.append(Job(name, address, one.nbytes, one.checksum, *times))
+        tier.put(jobs, done)
 
     def _written(
         self, tier: Tier, job: Job, entry: Entry, error: str | None, seconds: float
     ) -> None:
-        catalogue = self._catalogue
+        catalogue, put = self._catalogue, error is None
         tier.settled(job, error)
         self._writing -= 1
         self.bytes_under_way -= entry.nbytes
@@ -246,6 +292,8 @@ class Lower:
         elif error is None and entry.checksum not in (None, job.checksum):
             error = "corrupt"  # Another tier was given other bytes meanwhile.
         if error is None:
+            if isinstance(job.name, InSegment):
+                entry.segment = job.name.keys
             entry.checksum = job.checksum
             catalogue.whole(entry, self.number)
             catalogue.counters.add("write.bytes", self.name, by=entry.nbytes)
@@ -253,8 +301,8 @@ class Lower:
             catalogue.histograms.observe(f"bytes.{self.name}_write", entry.nbytes)
             catalogue.writes.end(entry, None, self.number)
             self._remember(entry)
-        else:
-            catalogue.leave(entry, self.number)
+        else:  # What was not put is not there: what lies there under its name is others'.
+            (catalogue.leave if put else catalogue.left)(entry, self.number)
             self._write_failed(entry, error)
         catalogue.settle(entry)
         self._moved()
@@ -338,8 +386,12 @@ class Lower:
         self._paused = False
         self.pump()
 
-    def _attach(self, tier: Tier) -> None:
+    def _has(self, tier: Tier) -> None:
         self.tier, self._paused = tier, False
+        self.segmented = getattr(tier, "segmented", False)
+
+    def _attach(self, tier: Tier) -> None:
+        self._has(tier)
         self._background.add(self._take_in(tier))
 
     def _forget(self) -> Work[None]:
@@ -384,7 +436,7 @@ class Lower:
         if catalogue.leaving(found.name):
             return self._refuse(found, "twice")
         if known is None:
-            entry = Entry(found.name, found.nbytes, now)
+            entry = Entry(plain(found.name), found.nbytes, now)
             entry.checksum = found.checksum
             entry.created, entry.recorded = now - age, now + left
             catalogue.add(entry)
@@ -402,6 +454,8 @@ class Lower:
             self._taken(known)
         else:
             return self._refuse(found, "twice")
+        if isinstance(found.name, InSegment):
+            (known or entry).segment = found.name.keys
         return True
 
     def _taken(self, entry: Entry) -> None:

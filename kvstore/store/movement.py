@@ -236,6 +236,11 @@ class Movement:
         return bool(flushed) and all(flushed)
 
     @property
+    def segmented(self) -> bool:
+        """Whether a tier below keeps segments."""
+        return any(lower.segmented for lower in self.lowers.values())
+
+    @property
     def unwritten(self) -> int:
         """Copies of committed objects that are on their way to tiers below, or wait for them."""
         return self.catalogue.writes.copies

@@ -16,7 +16,8 @@ from kvstore.blocks.spec import Namespace, Part
 from kvstore.slices import FEW, Work
 from kvstore.store.lower import Lower
 from kvstore.store.movement import Movement
-from kvstore.tiers.base import Held, ObjectName
+from kvstore.store.segments import Segments
+from kvstore.tiers.base import Held, InSegment, ObjectName, in_segment
 
 _MOST_ASKED: Final = 2048
 """Objects in one question."""
@@ -77,9 +78,16 @@ class Probing:
         return self._asked.get(name, -math.inf) + _GIVEN_UP_SECONDS
 
     def asking(
-        self, keys: Sequence[bytes], parts: Sequence[Part], namespace: Namespace
+        self,
+        keys: Sequence[bytes],
+        parts: Sequence[Part],
+        namespace: Namespace,
+        position: int = -1,
     ) -> Work[bool]:
-        """Ask for what is not known of these blocks; whether an answer may still come."""
+        """Ask for what is not known of these blocks; whether an answer may still come.
+
+        `position` is that of the first one in its prompt, -1: not known.
+        """
         now, names, waiting = self._clock(), list[ObjectName](), False
         account = self._catalogue.usage.namespaces.get(namespace.digest)
         for number in itertools.count(1):
@@ -90,12 +98,16 @@ class Probing:
             if number % FEW == 0:
                 yield
         most = min(_MOST_ASKED, _MOST_KNOWN - len(self._asked))
+        segments = Segments(namespace, keys, position)
+        whole = all(lower.segmented for lower in self._shared())
         for number, (key, part) in enumerate(itertools.product(keys, parts)):
             if number % FEW == FEW - 1:
                 yield
             if account is not None and self._catalogue.index.get(key, part, account) is not None:
                 continue
-            name = ObjectName(namespace, key, part)
+            name = in_segment(ObjectName(namespace, key, part), segments.of(number // len(parts)))
+            if whole and not isinstance(name, InSegment):
+                continue  # None of them can have it.
             if now < self._until(name):
                 waiting = True
             elif len(names) < most and self._denied.get(name, now) <= now:

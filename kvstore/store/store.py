@@ -21,6 +21,7 @@ from kvstore.store.leases import Lease, LeaseKind, Payer, Saving, lease_weight
 from kvstore.store.loading import Loading
 from kvstore.store.movement import Movement
 from kvstore.store.opening import Below
+from kvstore.store.segments import continued
 from kvstore.tiers.base import ObjectName
 from kvstore.transport.protocol import BUSY, HAVE, MEMORY, NO_ROOM
 from kvstore.values import format_size
@@ -112,6 +113,9 @@ class Store(Loading):
             refusal = "admission"
         index = self.index
         within = self._within(namespace)
+        segments = None
+        if self.movement.segmented:
+            segments = continued(index, namespace, keys, saving.position, saving.parent, within)
         known: list[Entry | None] = []
         for number, key in enumerate(keys):
             known += [index.usable(key, part, within) for part in parts]
@@ -153,6 +157,8 @@ class Store(Loading):
                         refused += 1
                         if refused <= _REFUSALS:  # The rest would have all else forgotten.
                             self.history.record(key, namespace, refusal)
+                if entry is not None and segments is not None:
+                    segments.join(entry, number)
                 answers.append(answer)
             lease.blocks.append(tuple(block))
         if refusal:

@@ -100,6 +100,13 @@ class WriteBehind:
             waiting.add(write)
         return None
 
+    def along(self, entry: Entry, tier: int) -> None:
+        """It goes with another one: its own turn does not come."""
+        write = _of(entry, tier)
+        if write is not None and write.mark:
+            self._waiting[tier].remove(write)
+            write.mark = False
+
     def waits(self, tier: int) -> bool:
         """Whether anything waits to be written to a tier."""
         return bool(self._waiting[tier])

@@ -22,6 +22,14 @@ PENDING: Final = 255
 PASSING: Final = frozenset({"full", "read_only", "io_error", "stalled"})
 """Reasons why a put failed that may be gone once the tier is `writable` again."""
 
+SEGMENT_TOKENS: Final = 1024
+"""The tokens of a segment, or of its one block if that has more."""
+
+
+def segment_blocks(block_tokens: int) -> int:
+    """Blocks of so many tokens in a segment."""
+    return -(-SEGMENT_TOKENS // block_tokens)
+
 
 class ObjectName(msgspec.Struct, frozen=True, gc=False, eq=False):
     """Names one object: what, of which block, in which layout.
@@ -52,6 +60,30 @@ class ObjectName(msgspec.Struct, frozen=True, gc=False, eq=False):
 
     def __ne__(self, other: object) -> bool:  # Else msgspec's, by identity.
         return not self == other
+
+
+class InSegment(ObjectName, frozen=True, gc=False, eq=False):
+    """The name of an object in a tier of segments; equal to the one without.
+
+    `keys` are those of the segment's blocks, in their order; the last one names it. Others are
+    empty where they are not known: never to put, and `key` is there.
+    """
+
+    keys: tuple[bytes, ...]
+
+
+def in_segment(name: ObjectName, keys: tuple[bytes, ...]) -> ObjectName:
+    """The name in a tier of segments, if that of the segment is known."""
+    if not (keys and keys[-1]):
+        return name
+    return InSegment(name.namespace, name.key, name.part, keys)
+
+
+def plain(name: ObjectName) -> ObjectName:
+    """The name for tables that last."""
+    if not isinstance(name, InSegment):
+        return name
+    return ObjectName(name.namespace, name.key, name.part)
 
 
 class Held(NamedTuple):
@@ -139,6 +171,10 @@ class Tier(Protocol):
     All methods are called on the store's loop and return at once, without I/O, but for `flush` and
     `close`: these block, and are for any thread. None raises. Of a name that the store has a put or
     get of under way (for a put: until `settled`), it calls nothing else but `touch`.
+
+    A tier with a true attribute `segmented` keeps segments, runs of `segment_blocks` blocks of a
+    prompt. A `put` brings whole ones, their objects in order. Names of what it may hold are
+    `InSegment`; it holds no others. A delete may take the rest of the segment along.
 
     Reasons why jobs fail. Both: `closed`; `io_error`; `stalled`, the medium does not answer;
     `refused`, a mistake in the job. put: `no_room`, nothing more can be evicted; `full`, so is the

@@ -19,9 +19,10 @@ from kvstore.errors import ProtocolError
 from kvstore.telemetry import shown
 
 VERSION: Final = 1
-FEATURES: Final = ("tiers", "close", "holes")
+FEATURES: Final = ("tiers", "close", "holes", "position")
 """What this release knows beyond the first of its version: tables and costs of tiers, the request
-`close`, `holes` of lookups and acquires. Each side does without what the other has not named."""
+`close`, `holes` of lookups and acquires, `position` of lookups and reserves. Each side does without
+what the other has not named."""
 
 HEADER: Final = struct.Struct("<IQ")
 MAX_FRAME: Final = 8 << 20
@@ -134,6 +135,7 @@ class Close(Message, tag="close"):
 class Lookup(Message, tag="lookup"):
     """How long is the usable prefix of `keys` (32 bytes each, joined)? With `holes`: where does
     each block lie? Then up to `wait` seconds are waited for blocks that are on their way.
+    `position` is that of the first key in its prompt, -1: not known.
     """
 
     handle: int
@@ -141,6 +143,7 @@ class Lookup(Message, tag="lookup"):
     again: bool = False
     holes: bool = False
     wait: float = 0.0
+    position: int = -1
 
 
 class Found(Message, tag="found"):
@@ -164,7 +167,8 @@ class Found(Message, tag="found"):
 
 class Reserve(Message, tag="reserve"):
     """Slots for blocks to be saved, under a new lease numbered by the client; `parent` is the key
-    before the first one, `tokens` are the blocks' token ids as u32 little-endian.
+    before the first one, `tokens` are the blocks' token ids as u32 little-endian, `position` is as
+    in `Lookup`.
     """
 
     handle: int
@@ -173,6 +177,7 @@ class Reserve(Message, tag="reserve"):
     parent: bytes = b""
     tokens: bytes = b""
     ttl: float | None = None
+    position: int = -1
 
 
 class Reserved(Message, tag="reserved"):

@@ -142,7 +142,9 @@ class SessionConnection(Connection):
     def _lookup(self, request_id: int, request: protocol.Lookup) -> Work[Message | None]:
         started, store, owner = time.monotonic(), self._store, self.owner
         namespace, parts, keys = yield from self._named(request)
-        look = partial(store.looking_up, keys, parts, namespace, holes=request.holes)
+        look = partial(
+            store.looking_up, keys, parts, namespace, holes=request.holes, position=request.position
+        )
         tiers, reason = yield from look(again=request.again)
         uncounted = reason == PROBING and not request.again
         wait = max(0.0, request.wait) if request.holes else store.probing.seconds  # NaN: no wait
@@ -381,7 +383,7 @@ def _saving(request: protocol.Reserve, namespace: Namespace, blocks: int) -> Sav
                 f"{namespace.block_tokens} tokens take {4 * blocks * namespace.block_tokens}"
             )
         tokens.frombytes(request.tokens)
-    return Saving(request.parent, tokens, request.ttl)
+    return Saving(request.parent, tokens, request.ttl, position=request.position)
 
 
 def _damaged(objects: list[tuple[int, int, int, int]]) -> set[int]:
