@@ -189,6 +189,9 @@ class SessionConfig(_Section):
     start_timeout: Seconds = Field(60.0, description="seconds an embedded daemon may start")
     retry_max: Seconds = Field(5.0, description="longest pause between reconnects")
     copy_threads: Count = Field(2, description="threads that copy blocks", ge=1, le=64)
+    head_shards: Count = Field(
+        0, description="shards in which KV heads are stored; 0: one per rank", ge=0, le=256
+    )
     gpu_path: Literal["auto", "dma", "kernel", "staged"] = Field(
         "auto", description="how a GPU's pages are copied; auto takes what was measured cheapest"
     )

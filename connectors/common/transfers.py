@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from kvstore.connectors.common.device import Device
     from kvstore.copier.base import PagedMemory
+    from kvstore.copier.gate import LayerGate
 
 _log = logging.getLogger("kvstore.transfers")
 
@@ -127,14 +128,14 @@ class Transfers:
         sessions: Sessions,
         load_timeout: float,
         device: Device,
-        memory: PagedMemory,
+        memory: Sequence[PagedMemory],
         cut: int,
         stats: Stats,
         *,
         loaded: Callable[[Job, Loaded], None],
         saved: Callable[[Job, int], None],
     ) -> None:
-        """The engine's pages are in `memory`, each cut into `cut` for its kernels."""
+        """The engine's pages are in `memory`, part by part, each cut into `cut` for its kernels."""
         self.sessions: Sessions | None = sessions
         """None: the model has no name, and nothing is loaded or saved."""
         self._load_timeout = load_timeout
@@ -193,18 +194,21 @@ class Transfers:
         if session is None:
             return Loaded(reason=reason)
         until = time.monotonic() + (self._load_timeout if job.timeout is None else job.timeout)
-        memory, pages, after = [self._memory], page_pieces(job.pages, self._cut), gates.after
+        pages, after = page_pieces(job.pages, self._cut), gates.after
         if after is not None:
             # Not within the load, whose time tells the planner what loading costs.
             self._device.wait(after.wait(0, until))
-        loaded = session.load(
-            job.keys, memory, [pages], timeout=job.timeout, after=after, then=gates.then
-        )
+
+        def load(first: int, timeout: float | None, then: LayerGate | None = None) -> Loaded:
+            ids = [pages[first:]] * len(self._memory)
+            keys = job.keys[first:]
+            return session.load(keys, self._memory, ids, timeout=timeout, after=after, then=then)
+
+        loaded = load(0, job.timeout, gates.then)
         have = loaded.blocks
         if have < len(job.keys) and not job.layered and _is_back(session, until):
             # Once more: the connection may have been lost, or a block was just being moved.
-            left = until - time.monotonic()
-            rest = session.load(job.keys[have:], memory, [pages[have:]], timeout=left, after=after)
+            rest = load(have, until - time.monotonic())
             loaded = Loaded(
                 have + rest.blocks,
                 Counter(loaded.tiers) + Counter(rest.tiers),
@@ -227,8 +231,8 @@ class Transfers:
             started = time.monotonic()
             saved = session.save(
                 job.keys,
-                [self._memory],
-                [page_pieces(job.pages, self._cut)],
+                self._memory,
+                [page_pieces(job.pages, self._cut)] * len(self._memory),
                 ttl=job.ttl,
                 parent=job.parent,
                 tokens=job.tokens,

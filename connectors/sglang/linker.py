@@ -40,6 +40,7 @@ from kvstore.connectors.common.device import Device, StepTimes
 from kvstore.connectors.common.requests import Lookups
 from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.settings import PREFIX, settings_of
+from kvstore.connectors.common.shards import views
 from kvstore.connectors.common.stats import Stats
 from kvstore.connectors.common.transfers import Job, Transfers
 from kvstore.connectors.sglang import contract, hooks
@@ -166,13 +167,14 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
         self._times = StepTimes(device)
         self.stats = Stats(self.block_tokens)
         self._metrics = Metrics(self.stats) if params.enable_metrics else None
-        self._sessions = Sessions(config, namespace, [pool.part], device.copier)
+        self._memory = memory = views(pool.memory, config.session.head_shards)
+        self._sessions = Sessions(config, namespace, [each.part for each in memory], device.copier)
         self._session = self._sessions.open(settings.tenant)
         self._transfers = Transfers(
             self._sessions,
             config.session.load_timeout,
             device,
-            pool.memory,
+            memory,
             1,
             self.stats,
             loaded=lambda job, loaded: None,
@@ -185,9 +187,7 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
         address = config.address or "unix:"
         self._layerwise = settings.layerwise and address.startswith(("unix:", "/"))
         layers = pool.part.group.layers
-        self.layer_done_counter = LayerCounter(
-            layers, device, pool.memory, config.session.load_timeout
-        )
+        self.layer_done_counter = LayerCounter(layers, device, memory, config.session.load_timeout)
         self._numbers = itertools.count(1)
         self._asking: tuple[Prompt | None, int] = (None, 0)
         self._offered: tuple[Prompt | None, int, int, Any] = (None, 0, 0, None)
@@ -282,7 +282,7 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
             self._queued[rid] = load
             return True
         timeout = self._settings.config.session.load_timeout
-        if not self._all(load.run(self._pool.memory, timeout, self._settled(), None)):
+        if not self._all(load.run(self._memory, timeout, self._settled(), None)):
             return False
         self._queued[rid] = None
         return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,12 +37,17 @@ class Load:
     done: Callable[[Loaded], None]
 
     def run(
-        self, memory: PagedMemory, timeout: float, after: LayerGate | None, then: LayerGate | None
+        self,
+        memory: Sequence[PagedMemory],
+        timeout: float,
+        after: LayerGate | None,
+        then: LayerGate | None,
     ) -> bool:
         """Copy, and let the blocks go; whether all have come. Raises nothing."""
         loaded = Loaded(reason="failed")
         try:
-            loaded = self.held.load([memory], [self.pages], timeout=timeout, after=after, then=then)
+            pages = [self.pages] * len(memory)
+            loaded = self.held.load(memory, pages, timeout=timeout, after=after, then=then)
         except Exception:  # noqa: BLE001 - whoever follows is told
             _log.exception("a load failed")
             if then is not None:
@@ -60,7 +65,9 @@ class LayerCounter:
     stream, for each layer of its loads. `load` runs in a thread of ours.
     """
 
-    def __init__(self, layers: int, device: Device, memory: PagedMemory, timeout: float) -> None:
+    def __init__(
+        self, layers: int, device: Device, memory: Sequence[PagedMemory], timeout: float
+    ) -> None:
         self.num_layers = layers
         self._device = device
         self._memory = memory

@@ -31,6 +31,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.client.session import Session
 from kvstore.client.transfer import Saved
+from kvstore.connectors.common.shards import shards_of, views
 from kvstore.connectors.transformers.arguments import attended, refused, tokens_of
 from kvstore.connectors.transformers.contents import Contents
 from kvstore.connectors.transformers.model import (
@@ -43,6 +44,7 @@ from kvstore.connectors.transformers.state import unfit
 from kvstore.connectors.transformers.weights import Weights
 from kvstore.copier.base import PagedMemory, PlaneMemory
 from kvstore.errors import KVStoreError, SpecError
+from kvstore.sources import load_config
 from kvstore.telemetry import QuietLog
 
 if TYPE_CHECKING:
@@ -128,7 +130,7 @@ class KVStoreCache:
             SpecError: the model's KV cannot be stored, or the session is for another shape of KV.
         """
         part = cache_part(model)
-        if list(session.parts) != [part]:
+        if session.parts != shards_of(part, len(session.parts)):
             raise SpecError(
                 f"the session holds {list(session.parts)}, but the model's cache is {part}; "
                 "open the session with parts=[cache_part(model)]"
@@ -169,9 +171,10 @@ class KVStoreCache:
         weights = Weights(model)
 
         def anew() -> Session:
-            part = cache_part(model)
+            part, settings = cache_part(model), config or load_config()
             named = identity or model_identity(model, part, weights, revision=revision)
-            return Session.open(Namespace(named, tenant, block_tokens), [part], config)
+            parts = shards_of(part, settings.session.head_shards)
+            return Session.open(Namespace(named, tenant, block_tokens), parts, settings)
 
         cache = cls(anew(), model)
         cache._anew = None if revision or identity else anew
@@ -280,10 +283,11 @@ class KVStoreCache:
         if keys[known:]:
             new = len(keys) - known
             pages = np.arange(new, dtype=np.int64).reshape(-1, 1)
+            memory = self._memory(planes, new)
             saved = self.session.save(
                 keys[known:],
-                [self._memory(planes, new)],
-                [pages],
+                memory,
+                [pages] * len(memory),
                 parent=keys[known - 1] if known else b"",
                 position=known,
             )
@@ -350,7 +354,8 @@ class KVStoreCache:
         ]
         planes = [plane[layer] for layer in range(group.layers) for plane in whole]
         pages = np.arange(len(keys), dtype=np.int64).reshape(-1, 1)
-        loaded = self.session.load(keys, [self._memory(planes, len(keys))], [pages])
+        memory = self._memory(planes, len(keys))
+        loaded = self.session.load(keys, memory, [pages] * len(memory))
         if not loaded.blocks:
             return replace(report, reason=loaded.reason or report.reason)
         arrived = loaded.blocks * size
@@ -368,14 +373,18 @@ class KVStoreCache:
             reason=loaded.reason or report.reason,
         )
 
-    def _memory(self, planes: Sequence[torch.Tensor], blocks: int) -> PagedMemory:
-        """`planes`, each [1, heads, tokens, channels] on the CPU, as pages of one block each."""
+    def _memory(self, planes: Sequence[torch.Tensor], blocks: int) -> list[PagedMemory]:
+        """`planes`, each [1, heads, tokens, channels] on the CPU, as pages of one block each.
+
+        For each part of the session.
+        """
         size = self.session.block_tokens
         places = []
         for plane in planes:
             _, head, token, channel = (stride * plane.element_size() for stride in plane.stride())
             places.append(PlaneMemory(plane.data_ptr(), size * token, token, head, channel))
-        return PagedMemory(self._part, size, blocks, tuple(places), owner=planes)
+        memory = PagedMemory(self._part, size, blocks, tuple(places), owner=planes)
+        return views(memory, len(self.session.parts))
 
     def _left_alone(self) -> str:
         """Why a call that begins now must leave the store alone; empty if it need not.
@@ -392,12 +401,12 @@ class KVStoreCache:
             return _CHANGED
         self._state, self._problem = state, _CHANGED
         try:
-            session = self._anew()
+            part, session = cache_part(self.model), self._anew()
         except KVStoreError as e:
             self._problem = str(e)
         else:
             self.session.close()
-            self.session, self._part, self._problem = session, session.parts[0], ""
+            self.session, self._part, self._problem = session, part, ""
         return self._problem
 
 

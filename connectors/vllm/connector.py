@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
@@ -76,7 +77,8 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
         _print_ours()
         transfer = self._kv_transfer_config
         settings = settings_of(transfer.kv_connector_extra_config, engine="vllm", place=PLACE)
-        pages = pages_of(vllm_config, kv_cache_config)
+        shards = settings.config.session.head_shards
+        pages = replace(pages_of(vllm_config, kv_cache_config), shards=shards)
         if settings.store_dtype:
             pages = pages.stored_as(settings.store_dtype)
         size = settings.block_tokens or block_tokens_for(pages.page_tokens)

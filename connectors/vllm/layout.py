@@ -30,6 +30,7 @@ from kvstore.blocks.spec import (
     Part,
     Shard,
 )
+from kvstore.connectors.common.shards import shards_of
 from kvstore.copier.base import PagedMemory, PlaneMemory
 from kvstore.errors import SpecError
 
@@ -56,6 +57,8 @@ class Pages:
     """The same as the store has them: of another type of number, if so configured."""
     layer_names: Sequence[str] = ()
     """Of this process, in vLLM's words."""
+    shards: int = 0
+    """In how many shards all heads are stored; 0: as ranks hold them."""
 
     def stored_as(self, dtype: str) -> Pages:
         """These pages, with numbers that are rounded to `dtype` in the store.
@@ -76,10 +79,18 @@ class Pages:
             )
         return replace(self, stored=stored)
 
-    def of(self, rank: int) -> tuple[Part, Part, bool]:
+    def of(self, rank: int) -> tuple[Part, tuple[Part, ...], bool]:
         """What `rank` holds, what the store has of it, and whether that rank stores it."""
         held, copy = divmod(rank, self.replicas)
-        return self.parts[held], self.stored[held], copy == 0
+        return self.parts[held], shards_of(self.stored[held], self.shards), copy == 0
+
+    def all_stored(self) -> list[Part]:
+        """What the store has of all ranks.
+
+        Raises:
+            SpecError: heads cannot be cut into so many shards.
+        """
+        return [shard for part in self.stored for shard in shards_of(part, self.shards)]
 
 
 def pages_of(vllm_config: Any, kv_cache_config: Any) -> Pages:

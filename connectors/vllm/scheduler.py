@@ -68,7 +68,7 @@ class SchedulerSide:
         self._may_load, self._may_save = loads, saves
         self._inputs, self._watch = inputs, watch
         self._events: list[Any] | None = [] if events else None
-        self._sessions = Sessions(settings.config, namespace, pages.stored)
+        self._sessions = Sessions(settings.config, namespace, pages.all_stored())
         self._session = self._sessions.open(settings.tenant)
         self.stats = Stats(namespace.block_tokens)
         self._lookups = Lookups(self._sessions, self.stats)

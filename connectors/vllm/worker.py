@@ -31,6 +31,7 @@ from kvstore.client.session import Loaded
 from kvstore.connectors.common.device import Device, StepTimes
 from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.settings import Settings
+from kvstore.connectors.common.shards import views
 from kvstore.connectors.common.stats import Stats
 from kvstore.connectors.common.transfers import Job, Transfers
 from kvstore.connectors.vllm.layout import Pages, memory_of
@@ -104,17 +105,17 @@ class WorkerSide:
         self._times = StepTimes(device)
         memory, cut = memory_of(self._part, pages.page_tokens, names, caches)
         self._layers = {name: number for number, name in enumerate(names)}
-        if self._stored != self._part and not device.casts:
+        if self._stored[0].group.dtype != self._part.group.dtype and not device.casts:
             raise SpecError(
                 "kvstore.vllm.store_dtype needs an NVIDIA GPU and triton, which turn the numbers; "
                 "leave it out"
             )
-        sessions = Sessions(config, self._namespace, [self._stored], device.copier)
+        sessions = Sessions(config, self._namespace, self._stored, device.copier)
         self._transfers = Transfers(
             sessions,
             config.session.load_timeout,
             device,
-            memory,
+            views(memory, pages.shards),
             cut,
             self.stats,
             loaded=self._loaded,
@@ -167,7 +168,7 @@ class WorkerSide:
             before.close()
         if own.revision == namespace.model.revision:
             self._transfers.sessions = Sessions(
-                self._settings.config, namespace, [self._stored], self._device.copier
+                self._settings.config, namespace, self._stored, self._device.copier
             )
             _log.info("the configuration reads differently in this worker; the scheduler's counts")
         else:

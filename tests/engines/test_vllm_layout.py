@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -155,6 +156,22 @@ def test_copies_of_heads_are_stored_once() -> None:
     pages = pages_of(engine(ranks=4, heads=2), config(full(heads=1)))
     assert [pages.of(rank)[0].shard.index for rank in range(4)] == [0, 0, 1, 1]
     assert [pages.of(rank)[2] for rank in range(4)] == [True, False, True, False]
+
+
+def test_ranks_hold_several_shards_where_more_are_asked_for() -> None:
+    one, two, eight = (
+        replace(pages_of(engine(ranks=ranks, heads=4), config(full(heads=heads))), shards=4)
+        for ranks, heads in ((1, 4), (2, 2), (8, 1))
+    )
+    assert one.all_stored() == two.all_stored() == eight.all_stored()
+    assert two.of(1)[1] == tuple(one.all_stored()[2:])
+    assert [eight.of(rank)[1:] for rank in (2, 3)] == [
+        (one.of(0)[1][1:2], own) for own in (True, False)
+    ]
+    latent = pages_of(engine(ranks=2, heads=128), config(mla()))
+    assert replace(latent, shards=4).all_stored() == latent.all_stored()
+    with pytest.raises(SpecError, match="2 to a rank, can be stored in 2 or 4 shards"):
+        replace(two, shards=3).all_stored()
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -351,7 +368,7 @@ def test_the_store_may_hold_numbers_of_another_type() -> None:
     rounded = pages.stored_as("float8_e4m3fn")
     assert rounded.parts == pages.parts
     assert [part.group.dtype for part in rounded.stored] == ["float8_e4m3fn"] * 2
-    held, stored, _ = rounded.of(1)
+    held, (stored,), _ = rounded.of(1)
     assert stored.shard == held.shard
     assert stored.nbytes(BLOCK) * 4 == held.nbytes(BLOCK)
 

@@ -88,3 +88,26 @@ def test_two_ranks(served: Served, tmp_path: Path) -> None:
     small = small_model(tmp_path / "model")
     tokens = [token % 4096 for token in document(PROMPT)]
     reuse(served, tokens, page=32, block=64, mode="tp2", model=str(small), tokenizer=str(model()))
+
+
+def test_blocks_serve_engines_of_other_tensor_parallel_sizes(served: Served) -> None:
+    """One rank's to three ranks, and back: SmolLM2 has three KV heads, each stored by itself."""
+    connector = transfer(
+        address=address(served), session__head_shards=3, session__lookup_timeout=2.0
+    )
+    one_wrote, three_wrote = document(460), document(460, start=1000)
+    alone: Any = {"wishes": {"skip_load": True, "skip_save": True}}
+    with Engine(connector, block_size=64) as one:
+        own = one.generate(three_wrote, **alone)["tokens"]
+        one.generate(one_wrote)
+        one.generate(one_wrote[:20], max_tokens=2)  # The last saves end behind it.
+        with Engine(connector, block_size=64, mode="tp3") as three:
+            theirs = three.generate(one_wrote, **alone)["tokens"]
+            three.forget()
+            read = three.generate(one_wrote)
+            assert (read["tokens"], read["cached"]) == (theirs, [448])
+            three.generate(three_wrote)
+            three.generate(one_wrote[:20], max_tokens=2)
+        one.forget()
+        read = one.generate(three_wrote)
+        assert (read["tokens"], read["cached"]) == (own, [448])

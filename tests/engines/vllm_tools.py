@@ -35,7 +35,7 @@ def transfer(**extra: Any) -> dict[str, Any]:
 
 
 class Engine(EngineProcess):
-    """One vLLM engine. `mode`: "inprocess", "multiprocess" (the default of vLLM) or "tp2"."""
+    """One vLLM engine. `mode`: "inprocess", "multiprocess" (the default of vLLM), "tp2", "tp3"."""
 
     def __init__(
         self,
@@ -58,9 +58,9 @@ class Engine(EngineProcess):
             base["kv_transfer_config"] = connector
         variables = ENVIRONMENT | os.environ | (environment or {})
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if mode == "inprocess" else "1"
-        if mode == "tp2":
-            base["tensor_parallel_size"] = 2
-            variables["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+        if mode.startswith("tp"):
+            base["tensor_parallel_size"] = ranks = int(mode[2:])
+            variables["VLLM_CPU_OMP_THREADS_BIND"] = "0|1|1"[: 2 * ranks - 1]
         super().__init__("vLLM", vllm_child.make, base | settings, variables)
 
     def ask(self, **order: Any) -> Any:

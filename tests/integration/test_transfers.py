@@ -85,7 +85,7 @@ def test_all_that_two_attempts_bring_is_counted(
             Sessions(served.config(), namespace(), [PART]),
             10.0,
             SimpleNamespace(),  # type: ignore[arg-type] # nothing is waited for on the CPU
-            pages.memory,
+            [pages.memory],
             1,
             stats,
             loaded=lambda job, loaded: ended.append(loaded),

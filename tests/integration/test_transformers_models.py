@@ -26,13 +26,41 @@ from kvstore.connectors.transformers.cache import (  # noqa: E402
 from kvstore.connectors.transformers.weights import Weights  # noqa: E402
 from kvstore.errors import SpecError  # noqa: E402
 from kvstore.sources import load_config  # noqa: E402
-from tests.transformers_tools import BLOCK, SIZES, build, llama, prompt  # noqa: E402
+from tests.transformers_tools import (  # noqa: E402
+    BLOCK,
+    SIZES,
+    build,
+    greedy,
+    llama,
+    open_cache,
+    prompt,
+)
 
 
 @pytest.fixture
 def away(tmp_path: Path) -> Any:
     """A configuration whose store is not there."""
     return load_config(overrides={"address": f"unix://{tmp_path}/none.sock"})
+
+
+def test_heads_may_be_stored_apart(shared_store: Any) -> None:
+    """As for engines of two tensor-parallel ranks; others do not find them."""
+    model, tenant = llama(), "apart"
+    apart = shared_store.config(planner={"mode": "load"}, session={"head_shards": 2})
+    alone = greedy(model.generate, prompt())
+    for loaded in (0, 3 * BLOCK):
+        with KVStoreCache.open(model, apart, tenant=tenant, block_tokens=BLOCK) as cache:
+            assert len(cache.session.parts) == 2
+            assert greedy(cache.generate, prompt()) == alone
+            assert cache.last is not None
+            assert cache.last.loaded_tokens == loaded
+    with open_cache(model, shared_store, tenant) as cache:
+        assert greedy(cache.generate, prompt()) == alone
+        assert cache.last is not None
+        assert cache.last.loaded_tokens == 0
+    three = shared_store.config(session={"head_shards": 3})
+    with pytest.raises(SpecError, match="stored in 1 or 2 shards"):
+        KVStoreCache.open(model, three)
 
 
 # -- models that work ---------------------------------------------------------------------------

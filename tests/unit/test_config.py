@@ -372,6 +372,7 @@ WRONG: dict[str, list[Any]] = {
     "session.start_timeout": NO_SECONDS,
     "session.retry_max": NO_SECONDS,
     "session.copy_threads": [*NO_NUMBER, 0, -1, 1.5, 65],
+    "session.head_shards": [*NO_NUMBER, -1, 1.5, 257],
     "session.gpu_path": NO_CHOICE,
     "session.gpu_staging": [*NO_SIZE, "9GiB"],
     "session.checksum": NO_FLAG,
