@@ -38,6 +38,11 @@ def prefault(address: int, nbytes: int, *, write: bool = True) -> None:
             raise OSError(code, os.strerror(code))
 
 
+def memory_at(address: int, nbytes: int) -> memoryview:
+    """The process's own memory as a buffer; the caller keeps it mapped."""
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+
+
 class Bounce:
     """Anonymous memory on huge pages where the system has them: the far end of a copy.
 

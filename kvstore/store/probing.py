@@ -129,7 +129,9 @@ class Probing:
     def _taking_in(self, question: _Question, lower: Lower, found: list[Held | None]) -> Work[None]:
         counters = self._catalogue.counters
         for number, (name, held) in enumerate(zip(question.names, found, strict=False)):
-            if held is not None and held.name != name:
+            if held is not None and not held.nbytes:
+                question.found.add(name)  # Not known: nothing is remembered of it.
+            elif held is not None and held.name != name:
                 counters.add("probe.refused", "name")
             elif held is not None and lower.take(held):
                 question.found.add(name)

@@ -89,7 +89,8 @@ def plain(name: ObjectName) -> ObjectName:
 class Held(NamedTuple):
     """A whole object in a tier; `created` and `expires` (0: never) in Unix seconds.
 
-    `checksum` is the XXH3 of its bytes, None where the tier does not tell.
+    `checksum` is the XXH3 of its bytes, None where the tier does not tell. In the answer to a
+    probe, `nbytes` 0: whether it is there cannot be told now.
     """
 
     name: ObjectName
@@ -178,7 +179,9 @@ class Tier(Protocol):
 
     Reasons why jobs fail. Both: `closed`; `io_error`; `stalled`, the medium does not answer;
     `refused`, a mistake in the job. put: `no_room`, nothing more can be evicted; `full`, so is the
-    medium; `read_only`; `corrupt`, the memory does not hold what the checksum says. get: `absent`;
+    medium; `read_only`; `corrupt`, the memory does not hold what the checksum says; of shared tiers
+    `exists`, another node has put other bytes under this name, which stay, and `away`, the part of
+    the medium where it belongs does not answer. get: `absent`;
     `corrupt`, the bytes are not those that were put: the store will delete the object.
     """
 

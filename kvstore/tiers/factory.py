@@ -21,7 +21,12 @@ Of these `direct` (the arena lies on huge pages, see `SlabTier`), `retry_seconds
 FormatError, each saying what to do.
 """
 
-_BUILT_IN: Final = {"slab": "kvstore.tiers.slab.tier:open_slab"}
+_BUILT_IN: Final = {
+    "slab": "kvstore.tiers.slab.tier:open_slab",
+    "redis": "kvstore.tiers.redis.tier:open_redis",
+}
+_EXTRAS: Final = frozenset({"redis"})
+"""Kinds that need a package which kvstore does not bring: an extra of that name does."""
 
 
 def find(kind: str) -> OpenTier:
@@ -32,7 +37,15 @@ def find(kind: str) -> OpenTier:
     """
     if kind in _BUILT_IN:
         module, _, function = _BUILT_IN[kind].partition(":")
-        opened: OpenTier = getattr(import_module(module), function)
+        try:
+            opened: OpenTier = getattr(import_module(module), function)
+        except ImportError as e:
+            if kind not in _EXTRAS:
+                raise
+            raise ConfigError(
+                f"tiers: kind {kind} needs a package that is not installed ({e}): "
+                f"pip install 'kvstore[{kind}]'"
+            ) from e
         return opened
     offered = {point.name: point for point in entry_points(group=GROUP)}
     if kind not in offered:

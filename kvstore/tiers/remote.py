@@ -31,6 +31,8 @@ class Breaker:
     def __init__(self, retry_seconds: float) -> None:
         self.reason: str | None = None
         """Why calls fail now; None while it is shut."""
+        self.since = 0.0
+        """When it was opened, in monotonic seconds."""
         self._retry_seconds = retry_seconds
         self._lock = threading.Lock()
         self._pause = self._failed_at = self._next = 0.0
@@ -39,12 +41,13 @@ class Breaker:
     def failed(self, reason: str) -> None:
         """A call failed for a reason that the next one would fail for, too."""
         with self._lock:
+            self._failed_at = time.monotonic()
             if self.reason is None:
+                self.since = self._failed_at
                 self._pause = min(_FIRST_PAUSE, self._retry_seconds)
             elif self._trying:
                 self._pause = min(2 * self._pause, self._retry_seconds)
             self.reason, self._trying = reason, False
-            self._failed_at = time.monotonic()
             self._next = self._failed_at + self._pause
 
     def worked(self, started: float) -> bool:

@@ -91,6 +91,14 @@ class Wire:
         except BlockingIOError:
             raise TimeoutError(_SLOW) from None
 
+    def some(self, view: memoryview, seconds: float) -> int:
+        """Fill `view` with what has come, or comes first; how much that is, 0 at the end of all."""
+        self._limit(socket.SO_RCVTIMEO, time.monotonic() + seconds)
+        try:
+            return self._socket.recv_into(view)
+        except BlockingIOError:
+            raise TimeoutError(_SLOW) from None
+
     def take(self, seconds: float) -> bytes | None:
         """What has come, empty at the end of all; None if nothing did in time."""
         until = time.monotonic() + min(seconds, _SPIN_SECONDS)
@@ -154,6 +162,10 @@ class TlsWire(Wire):
 
     def _receive(self, view: memoryview, end: float) -> int:
         return _in_time(self._until(end, self._socket.recv_into, view))
+
+    def some(self, view: memoryview, seconds: float) -> int:
+        """See `Wire.some`."""
+        return self._receive(view, time.monotonic() + seconds)
 
     def take(self, seconds: float) -> bytes | None:
         """See `Wire.take`."""

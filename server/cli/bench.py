@@ -156,6 +156,22 @@ def peer(
     _run("peer", much, 64, 512, streams=streams)
 
 
+def tier(
+    much: Much,
+    kind: Annotated[Literal["redis"], typer.Option("--type", help="The kind of tier.")],
+    url: Annotated[
+        str | None,
+        typer.Option(help="A server to fill and EMPTY (default: one of its own, on loopback)."),
+    ] = None,
+    connections: Annotated[int, typer.Option(min=1, max=16, help="That carry objects.")] = 2,
+) -> None:
+    """A tier elsewhere against the bare client of its server: puts, gets, probes, and CPU."""
+    from kvstore.benchmarks import tier as bench
+
+    with much.report(f"tier {kind}") as report:
+        bench.redis(report, size=much.bytes(128, 512), url=url, connections=connections)
+
+
 def gpu_copy(
     how: How,
     results: Annotated[
@@ -295,5 +311,5 @@ def soak(
         raise typer.Exit(1)
 
 
-for _command in (copy, disk, session, store, weights, peer, loop, gpu_copy, engine, soak):
+for _command in (copy, disk, session, store, weights, peer, tier, loop, gpu_copy, engine, soak):
     bench_app.command()(grouped(_command))

@@ -17,7 +17,7 @@ from typing import Final
 from kvstore._native import Xxh3Stream
 from kvstore.errors import TierUnavailable
 from kvstore.files import open_own
-from kvstore.memory.bounce import Bounce
+from kvstore.memory.bounce import Bounce, memory_at
 from kvstore.memory.slots import ALIGNMENT, align
 
 LOCK_NAME: Final = "lock"
@@ -35,11 +35,6 @@ def reason_of(error: OSError) -> str:
     if error.errno in _FULL:
         return "full"
     return "read_only" if error.errno in _READ_ONLY else "io_error"
-
-
-def memory_at(address: int, nbytes: int) -> memoryview:
-    """The process's own memory as a buffer; the caller keeps it mapped."""
-    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
 
 
 def read_full(fd: int, view: memoryview, offset: int) -> int:

@@ -1,0 +1,218 @@
+"""A tier elsewhere against the bare client of its server: puts, gets, probes, and their CPU."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from functools import partial
+from typing import Any, Final, Protocol
+
+from kvstore.benchmarks import bareredis
+from kvstore.benchmarks.figures import BenchmarkError, Report, Run
+from kvstore.blocks.keys import block_keys
+from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part
+from kvstore.memory.arena import Arena
+from kvstore.tiers.base import Held, Job, JobDone, ObjectName, Tier
+from kvstore.tiers.factory import find
+from kvstore.values import format_size
+
+_OBJECTS: Final = (256 << 10, 2 << 20, 8 << 20)
+_LEAST: Final = 8
+_BLOCK_TOKENS: Final = 64
+_ARENA_BYTES: Final = 256 << 20
+_PROBED: Final = 2048
+_SECONDS: Final = 120.0
+
+
+class Bare(Protocol):
+    """A client that does nothing but move bytes; `cpu_seconds` are its server's."""
+
+    version: str
+
+    def write(self, nbytes: int, count: int) -> None:
+        """Store so many objects."""
+
+    def read(self, nbytes: int, count: int) -> None:
+        """Bring them."""
+
+    def clear(self) -> None:
+        """Remove all that there is."""
+
+    @property
+    def cpu_seconds(self) -> float:
+        """What the server has used so far."""
+
+
+def redis(report: Report, *, size: int, url: str | None, connections: int) -> None:
+    """The `redis` tier; without a `url`, with a server of its own."""
+    with bareredis.server(4 * size + (64 << 20)) as own:
+        if (place := url or own) is None:
+            report.note(bareredis.NO_SERVER)
+            return
+        with closing(bareredis.BareRedis(place, connections, _ARENA_BYTES)) as bare:
+            options = {"url": place, "prefix": "kvstore-bench:", "connections": connections}
+            tier = find("redis")("shared", _Host(), options)
+            with closing(tier):
+                measure(report, tier, bare, size, connections=connections)
+
+
+def measure(report: Report, tier: Tier, bare: Bare, size: int, **how: Any) -> None:
+    """Take the figures of a tier beside those of the bare client of its server."""
+    with closing(Arena.create(_ARENA_BYTES)) as arena:
+        for nbytes in _OBJECTS:
+            count = size // nbytes
+            if count < _LEAST:
+                report.note(f"objects of {format_size(nbytes)} left out: they need a larger --size")
+                continue
+            jobs = _Jobs(tier, arena, nbytes, count)
+            used = {name: _Used(bare) for name in ("bare put", "put", "bare get", "get")}
+            report.measure(
+                f"objects of {format_size(nbytes)}",
+                {
+                    "bare put": used["bare put"].run(
+                        partial(bare.write, nbytes, count), bare.clear
+                    ),
+                    "put": used["put"].run(jobs.write, bare.clear),
+                    "bare get": used["bare get"].run(
+                        partial(bare.read, nbytes, count), partial(bare.write, nbytes, count)
+                    ),
+                    "get": used["get"].run(jobs.read, jobs.write),
+                },
+                {f"{tier.name} {name}": (name, f"bare {name}") for name in ("put", "get")},
+                nbytes * count,
+                object_bytes=nbytes,
+                against=f"a bare client, {bare.version}",
+                **how,
+            )
+            _cpu(report, used, nbytes * count, object_bytes=nbytes, **how)
+            bare.clear()
+    _probes(report, tier, **how)
+
+
+class _Used:
+    """CPU seconds of this process and of the server, over all runs but the first."""
+
+    def __init__(self, bare: Bare) -> None:
+        self._bare = bare
+        self.runs = -1  # The first one is to warm up.
+        self.client = self.server = 0.0
+
+    def run(self, call: Callable[[], None], before: Callable[[], None]) -> Run:
+        """Of a race, watched."""
+        started = [0.0, 0.0]
+
+        def begin() -> None:
+            before()
+            started[:] = time.process_time(), self._bare.cpu_seconds
+
+        def end() -> None:
+            call()
+            if self.runs >= 0:
+                self.client += time.process_time() - started[0]
+                self.server += self._bare.cpu_seconds - started[1]
+            self.runs += 1
+
+        return Run(end, begin)
+
+
+def _cpu(report: Report, used: Mapping[str, _Used], nbytes: int, **how: Any) -> None:
+    for name in ("put", "get"):
+        for side in ("client", "server"):
+            each = [
+                1000 * getattr(used[key], side) / used[key].runs / (nbytes / (1 << 30))
+                for key in (name, f"bare {name}")
+            ]
+            report.level(
+                f"CPU of the {side}, {name}",
+                each[0],
+                each[1],
+                unit="ms/GiB",
+                less_is_better=True,
+                samples=used[name].runs,
+                against="a bare client",
+                **how,
+            )
+
+
+def _probes(report: Report, tier: Tier, **how: Any) -> None:
+    """Of objects that are not there, as most are that a lookup asks for."""
+    names = _names(4096, _PROBED)
+    answers: list[list[Held | None]] = []
+    came = threading.Semaphore(0)
+
+    def done(found: list[Held | None]) -> None:
+        answers.append(found)
+        came.release()
+
+    def probe() -> None:
+        tier.probe(names, done)
+        if not came.acquire(timeout=_SECONDS) or any(answers.pop()):
+            raise BenchmarkError("a probe was not answered as it should be")
+
+    taken = report.race("probes", {"probe": Run(probe)})
+    report.duration(
+        "probe",
+        taken["probe"],
+        0.02,
+        unit="ms",
+        objects=_PROBED,
+        against="what a lookup waits for it",
+        **how,
+    )
+
+
+class _Host:
+    """Keeps everything."""
+
+    def busy(self, name: ObjectName) -> bool:
+        return True
+
+    def lost(self, name: ObjectName, reason: str) -> None: ...
+
+    def post(self, task: Callable[[], None]) -> None:
+        task()
+
+
+def _names(nbytes: int, count: int) -> list[ObjectName]:
+    part = Part(Group(1, 1, (nbytes // _BLOCK_TOKENS,), "uint8"))
+    namespace = Namespace(ModelIdentity("bench"), "", _BLOCK_TOKENS)
+    keys = block_keys(namespace, list(range(_BLOCK_TOKENS * count)))
+    return [ObjectName(namespace, key, part) for key in keys]
+
+
+class _Jobs:
+    """Objects of one size, all put or all got at once."""
+
+    def __init__(self, tier: Tier, arena: Arena, nbytes: int, count: int) -> None:
+        self._tier = tier
+        # Objects share the arena in turn: it is larger than any cache, that is enough.
+        self._jobs = [
+            Job(name, arena.address + number % (arena.size // nbytes) * nbytes, nbytes)
+            for number, name in enumerate(_names(nbytes, count))
+        ]
+
+    def write(self) -> None:
+        """Put all, and wait until all are done."""
+        for job in self._jobs:
+            job.checksum = None
+        self._all(self._tier.put)
+
+    def read(self) -> None:
+        """Get all, verified, and wait until all are done."""
+        self._all(self._tier.get)
+
+    def _all(self, start: Callable[[list[Job], JobDone], None]) -> None:
+        ends, all_ended = list[str | None](), threading.Event()
+
+        def ended(_: Job, error: str | None) -> None:
+            ends.append(error)
+            if len(ends) >= len(self._jobs):  # To wake somebody for each of them takes longer.
+                all_ended.set()
+
+        start(self._jobs, ended)
+        if not all_ended.wait(_SECONDS):
+            raise BenchmarkError(f"the tier took more than {_SECONDS:.0f} s")
+        if error := next(filter(None, ends), None):
+            raise BenchmarkError(f"the tier failed: {error}; {self._tier.state.problem}")
