@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import time
@@ -21,6 +22,8 @@ from typing import Any, Final
 from kvstore.blocks.spec import ModelIdentity
 from kvstore.blocks.weights import weights_digest
 from kvstore.errors import SpecError
+
+_log = logging.getLogger("kvstore.identity")
 
 # What configurations say beside the numbers: names, ids of tokens, what is handed out. The number
 # type and the class of the model are entries of the identity themselves.
@@ -65,16 +68,28 @@ def identity(
 
     `given` is the name of its weights that a user gave, `found` the one that was found out (empty:
     it was not asked for), `dtype` the cache's type. `told` is what else changes values; what is
-    empty does not. The `engine` is a part where others may cache other numbers.
+    empty does not. The `engine` is a part where others may cache other numbers; the log says so.
     """
-    told |= {"engine": "" if _is_alike(architecture, config) else engine}
+    if reason := _alone(architecture, config):
+        _log.info("blocks of this model are for %s alone: %s", engine, reason)
+        told["engine"] = engine
     extra = tuple(sorted((key, value) for key, value in told.items() if value))
     name = _called(place) if given else architecture
     return ModelIdentity(name, given or found, dtype, adapter, extra)
 
 
-def _is_alike(architecture: str, config: Any) -> bool:
-    return architecture in _ALIKE and _ropes(config) <= _ROPES
+def _alone(architecture: str, config: Any) -> str:
+    """Why engines do not share blocks of such a model; empty: they do."""
+    if getattr(_text(config), "kv_lora_rank", None):
+        return f"{architecture} has latent attention (MLA), which each keeps in a form of its own"
+    if architecture in _ALIKE and _ropes(config) <= _ROPES:
+        return ""
+    return f"what each caches of {architecture}, or with its kind of RoPE, has not been compared"
+
+
+def _text(config: Any) -> Any:
+    """The part that is about the language model."""
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
 def _ropes(config: Any) -> set[str]:
@@ -87,7 +102,7 @@ def _ropes(config: Any) -> set[str]:
 
 def depends_on_length(config: Any, *others: str) -> bool:
     """Whether a RoPE of this configuration, or another, scales keys by the longest sequence."""
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    text = _text(config)
     own = bool(getattr(text, "use_dynamic_ntk", False))
     return own or any(_BY_LENGTH.search(kind) for kind in (*_ropes(text), *others))
 

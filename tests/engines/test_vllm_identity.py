@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.models.registry import ModelRegistry
@@ -260,7 +260,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def loads_now(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines of these tests load what this process has written."""
-    monkeypatch.setattr(common_identity, "_started", time.time)
+    monkeypatch.setattr(common_identity, "started", time.time)
 
 
 def engine(path: str | Path, **flags: Any) -> Any:
@@ -361,6 +361,31 @@ def test_what_engines_may_cache_in_their_own_way_has_the_engines_name(
     for revision in ("", "v1"):
         name = identity_of(engine(path), "float32", revision)
         assert name != its_name(in_transformers(path), revision=revision)
+
+
+def test_latent_attention_has_the_engines_name_and_the_log_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM keeps latents as one plane, transformers as two or decompressed."""
+    model = DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=12, q_lora_rank=8,
+            qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12, first_k_dense_replace=2,
+            n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+            moe_intermediate_size=16, bos_token_id=1, eos_token_id=2,
+        )
+    )  # fmt: skip
+    model.save_pretrained(tmp_path)
+    caplog.set_level("INFO", "kvstore")
+    ours = identity_of(engine(tmp_path), "float32")
+    theirs = its_name(in_transformers(tmp_path, dtype="float32"))
+    assert ours.revision == theirs.revision
+    assert dict(ours.extra) | {"engine": "transformers"} == dict(theirs.extra)
+    said = [record.getMessage() for record in caplog.records if "alone" in record.getMessage()]
+    why = "DeepseekV3ForCausalLM has latent attention (MLA), which each keeps in a form of its own"
+    names = ("vllm", "transformers")
+    assert said == [f"blocks of this model are for {name} alone: {why}" for name in names]
 
 
 def test_what_vllm_resolved_is_part_of_the_name(small: Path, tmp_path: Path) -> None:
@@ -503,7 +528,7 @@ def test_a_model_from_a_hub_is_named_like_its_copy(
     assert identity_of(from_hub, "float32", "v1").name == "org/name"
     assert identity_of(engine(snapshot), "float32", "v1").name == "org/name"
     # What the engine downloaded itself may be younger than it is, what was edited may not.
-    monkeypatch.setattr(common_identity, "_started", lambda: started)
+    monkeypatch.setattr(common_identity, "started", lambda: started)
     assert identity_of(engine(snapshot), "float32") == plain
     edited(small, tmp_path / "edited")
     with pytest.raises(SpecError, match="was changed after the engine had started"):

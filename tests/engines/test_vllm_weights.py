@@ -53,7 +53,7 @@ def engine(models: tuple[Path, Path], connector: dict[str, Any]) -> Iterator[Eng
 @pytest.fixture(autouse=True)
 def names_now(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process has made the models that it names."""
-    monkeypatch.setattr(common_identity, "_started", time.time)
+    monkeypatch.setattr(common_identity, "started", time.time)
 
 
 def fresh(number: int) -> list[int]:
