@@ -39,15 +39,18 @@ _ENVIRONMENT: Final = {
 
 
 def linked(address: str, **extra: Any) -> dict[str, Any]:
-    """The settings that turn KVStore on in SGLang; `extra` are its own, without `kvstore.`."""
-    options = {f"kvstore.{name}": value for name, value in extra.items()}
+    """The settings that turn KVStore on in SGLang; `extra` are its own, without `kvstore.`.
+
+    Without an address, the engine has a store of its own.
+    """
+    settings = ({"address": address} if address else {}) | extra
     return {
         "enable_unified_cache_external_linker": True,
         "unified_cache_external_linker_backend": "dynamic",
         "unified_cache_external_linker_config": {
             "linker": "KVStoreLinker",
             "linker_module_path": "kvstore.connectors.sglang",
-            "linker_extra_config": {"kvstore.address": address, **options},
+            "linker_extra_config": {f"kvstore.{name}": v for name, v in settings.items()},
         },
     }
 
