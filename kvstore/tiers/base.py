@@ -178,11 +178,11 @@ class Tier(Protocol):
     `InSegment`; it holds no others. A delete may take the rest of the segment along.
 
     Reasons why jobs fail. Both: `closed`; `io_error`; `stalled`, the medium does not answer;
-    `refused`, a mistake in the job. put: `no_room`, nothing more can be evicted; `full`, so is the
-    medium; `read_only`; `corrupt`, the memory does not hold what the checksum says; of shared tiers
-    `exists`, another node has put other bytes under this name, which stay, and `away`, the part of
-    the medium where it belongs does not answer. get: `absent`;
-    `corrupt`, the bytes are not those that were put: the store will delete the object.
+    `away`, nor does the part of it where the object belongs, but others do; `refused`, a mistake in
+    the job. put: `no_room`, nothing more can be evicted; `full`, so is the medium; `read_only`;
+    `corrupt`, the memory does not hold what the checksum says; `exists`, another node has put other
+    bytes under this name, which stay. get: `absent`; `corrupt`, the bytes are not those that were
+    put: the store will delete the object.
     """
 
     name: str

@@ -6,30 +6,31 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
-from typing import Final, TypeVar
+from typing import Final
 
 from kvstore.tiers.base import ObjectName
 from kvstore.tiers.redis.format import key_of, pieces, slot_of
-from kvstore.tiers.redis.link import Broken, Refused, Reply, command
-from kvstore.tiers.redis.mover import Links
+from kvstore.tiers.redis.link import Refused, Reply, command
 from kvstore.tiers.redis.options import RedisOptions
-from kvstore.tiers.redis.servers import FAULTS, Server, Servers, place
+from kvstore.tiers.redis.servers import Links, Server, Servers
 from kvstore.tiers.vitals import Vitals
 
 _logger: Final = logging.getLogger("kvstore.redis")
 
 _MOST: Final = 1 << 16
-"""Changes of a kind that wait; older ones are forgotten."""
+"""Changes that wait; older ones are forgotten."""
 _AT_ONCE: Final = 256
 _TICK: Final = 0.1
 _REST: Final = 1.0
 _ADVICE_SECONDS: Final = 60.0
 _NEW: Final = 0.1
 """What a round trip weighs among those before."""
-
-_E = TypeVar("_E", int, None)
+_LONGEST_LIFE: Final = 1 << 53
+_DELETE: Final = -1
+_TOUCH: Final = -2
+"""Changes, beside those of when an object expires."""
 
 
 class Keeper:
@@ -40,86 +41,79 @@ class Keeper:
         options: its.
         servers: these; told how they do.
         vitals: told of what people should know.
-        life: milliseconds that an object with such an end lives there, None: for ever.
     """
 
-    def __init__(
-        self,
-        name: str,
-        options: RedisOptions,
-        servers: Servers,
-        vitals: Vitals,
-        life: Callable[[int], int | None],
-    ) -> None:
+    def __init__(self, name: str, options: RedisOptions, servers: Servers, vitals: Vitals) -> None:
+        self.prefix = options.prefix.encode()
         self.round_trip = 1e-3
         """Seconds, measured."""
-        self._options = options
-        self._prefix = options.prefix.encode()
+        self.advised_at = -_ADVICE_SECONDS
+        self._ttl = options.ttl
         self._servers = servers
         self._vitals = vitals
-        self._life = life
         self._links = Links(servers)
         self._changed = threading.Condition()
-        self._deleted: dict[ObjectName, None] = {}
-        self._erasing: set[ObjectName] = set()
-        self._ends: dict[ObjectName, int] = {}
-        self._used: dict[ObjectName, None] = {}
-        self._busy = False
-        self._closed = False
-        self._advised = -_ADVICE_SECONDS
+        self._waiting: dict[ObjectName, int] = {}  # changes, oldest first
+        self._deleting: set[ObjectName] = set()
+        self._busy = self._closed = False
         servers.wake = self._wake
         self._thread = threading.Thread(target=self._keep, name=f"kvstore-{name}-keep", daemon=True)
         self._thread.start()
+
+    def life(self, expires: int) -> int | None:
+        """Milliseconds that an object with this end lives there, 0 if that is over; None: for ever.
+
+        It may be put, and is then to be there, for a moment at least.
+        """
+        left = [self._ttl * 1000] if self._ttl is not None else []
+        if expires:
+            left.append(int((expires - time.time()) * 1000))
+        return max(0, min(*left, _LONGEST_LIFE)) if left else None
 
     # --- What is asked for; for any thread --------------------------------------------------------
 
     def delete(self, names: Sequence[ObjectName]) -> None:
         """Have these deleted; until then they are `gone`."""
-        with self._changed:
-            self._deleted |= dict.fromkeys(names)
-            for name in names:
-                self._ends.pop(name, None)
-                self._used.pop(name, None)
-            _bound(self._deleted)
-            self._changed.notify_all()
+        self._change(names, _DELETE)
+
+    def renew(self, name: ObjectName, expires: int) -> None:
+        """Have it end then."""
+        self._change([name], expires)
+
+    def touch(self, names: Sequence[ObjectName]) -> None:
+        """Have the server count these as used."""
+        self._change(names, _TOUCH)
 
     def gone(self, name: ObjectName) -> bool:
         """Whether it is to be deleted, or just being so."""
-        return name in self._deleted or name in self._erasing
+        return self._waiting.get(name) == _DELETE or name in self._deleting
 
     def claim(self, name: ObjectName) -> bool:
         """It will be put: it need not be deleted first; whether it was to be."""
         with self._changed:
-            self._changed.wait_for(lambda: name not in self._erasing or self._closed)
-            return self._deleted.pop(name, self) is None
-
-    def renew(self, name: ObjectName, expires: int) -> None:
-        """Have it end then."""
-        with self._changed:
-            self._ends[name] = expires
-            _bound(self._ends)
-            self._changed.notify_all()
-
-    def touch(self, names: Sequence[ObjectName]) -> None:
-        """Have the server count these as used."""
-        with self._changed:
-            self._used |= dict.fromkeys(names)
-            _bound(self._used)
-            self._changed.notify_all()
+            self._changed.wait_for(lambda: name not in self._deleting or self._closed)
+            return self._waiting.pop(name, None) == _DELETE
 
     def flush(self, seconds: float) -> bool:
         """Wait until all that was asked for is done; whether it is."""
         with self._changed:
-            return self._changed.wait_for(
-                lambda: not (self._deleted or self._ends or self._used or self._busy), seconds
-            )
+            return self._changed.wait_for(lambda: not (self._waiting or self._busy), seconds)
 
     def close(self, seconds: float) -> None:
         """End; what still waits is not done."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self._closed = True
+        self._wake()
         self._thread.join(seconds)
+
+    def _change(self, names: Sequence[ObjectName], change: int) -> None:
+        with self._changed:
+            for name in names:
+                before = self._waiting.get(name)
+                if before != _DELETE and (change != _TOUCH or before is None):
+                    self._waiting[name] = change
+            while len(self._waiting) > _MOST:
+                del self._waiting[next(iter(self._waiting))]
+            self._changed.notify_all()
 
     def _wake(self) -> None:
         with self._changed:
@@ -128,25 +122,25 @@ class Keeper:
     # --- The thread -------------------------------------------------------------------------------
 
     def _keep(self) -> None:
-        moved = True
+        done = True
         while True:
             with self._changed:
-                if not moved and not self._closed:
-                    waits = self._servers.barred or self._deleted or self._ends or self._used
-                    self._changed.wait(_TICK if waits else _REST)
+                if not done and not self._closed:
+                    some = self._waiting or self._servers.some_fail
+                    self._changed.wait(_TICK if some else _REST)
                 if self._closed:
                     return
             try:
                 self._look_after()
-                moved = self._changes()
+                done = self._make_changes()
             except Exception:
-                moved = False
+                done = False
                 _logger.exception("looking after Redis failed unexpectedly")
 
     def _look_after(self) -> None:
         servers = self._servers
-        if servers.stale.is_set() or (servers.barred and self._options.mode != "standalone"):
-            servers.stale.clear()
+        if servers.stale or servers.some_fail:
+            servers.stale = False
             try:
                 servers.discover()
                 self._vitals.notice("servers", None)
@@ -155,124 +149,86 @@ class Keeper:
         for server in servers.all:
             if server.all.may_try() or server.puts.may_try():
                 self._try(server)
-        now = time.monotonic()
-        if now >= self._advised + _ADVICE_SECONDS:
+        if time.monotonic() >= self.advised_at + _ADVICE_SECONDS:
             for server in servers.all:
-                if server.barred(is_put=False) is None:
-                    self._advise(server)
-            self._advised = now
+                self._advise(server)
+            self.advised_at = time.monotonic()
 
     def _try(self, server: Server) -> None:
         """See whether what failed works again."""
-        puts, key = server.puts.reason is not None, server.key or self._prefix
+        started, key = time.monotonic(), server.key
+        put = server.puts.reason is not None
         words = [command(b"GETRANGE", key, b"0", b"0")]
-        if puts:  # In the slot of what failed.
+        if put:  # In the slot of what failed.
             words.append(command(b"SET", key + b":try", b"", b"PX", b"1"))
-        self._talk(server, words, key, put=puts)
+        answers = self._talk(server, words)
+        faults = [answer for answer in answers if self._servers.is_fault(answer)]
+        if faults and isinstance(faults[0], Refused):
+            self._servers.failed(server, faults[0], key)
+        elif answers:
+            self._servers.worked(server, started, put=put)
 
-    def _talk(
-        self, server: Server, words: Sequence[bytes], key: bytes, *, put: bool = False
-    ) -> list[Reply | Refused]:
-        """What a server answers to each; nothing where it fails."""
+    def _talk(self, server: Server, words: Sequence[bytes]) -> list[Reply]:
+        """What a server answers; nothing where it fails."""
         started = time.monotonic()
-        answers: list[Reply | Refused] = []
-        try:
-            link = self._links.to(server)
-            started = time.monotonic()
-            link.send([b"".join(words)])
-            for _ in words:
-                try:
-                    answers.append(link.reply())
-                except Refused as e:
-                    answers.append(e)
-                    if e.word == "MOVED":
-                        self._servers.stale.set()
-            took = time.monotonic() - started
-            self.round_trip += (took - self.round_trip) * _NEW
-        except (OSError, Refused, Broken) as e:
-            self._links.drop(server)
-            self._servers.failed(server, e, key)
-            return []
-        fault = next((a for a in answers if isinstance(a, Refused) and a.word in FAULTS), None)
-        if fault is not None:
-            self._servers.failed(server, fault, key)
-            return []
-        self._servers.worked(server, started, put=put)
+        answers: list[Reply] = []
+        if self._links.say(server, b"".join(words), server.key):
+            answers = self._links.hear(server, len(words), server.key)
+            self.round_trip += (time.monotonic() - started - self.round_trip) * _NEW
         return answers
 
     def _advise(self, server: Server) -> None:
         """Say what should be set there."""
-        answers = self._talk(server, [command(b"INFO", b"memory")], server.key or self._prefix)
-        if not answers or not isinstance(answers[0], bytes):
+        if server.barred(is_put=False):
             return
-        text = answers[0].decode(errors="replace")
-        said = dict(line.partition(":")[::2] for line in text.splitlines())
+        text = next(iter(self._talk(server, [command(b"INFO", b"memory")])), None)
+        if not isinstance(text, bytes):  # Its user may not ask.
+            return
+        said = dict(line.partition(":")[::2] for line in text.decode().splitlines())
         policy, advice = said.get("maxmemory_policy", ""), None
         if said.get("maxmemory") == "0":
-            advice = (
-                "maxmemory is not set, so it grows until its machine has no memory: set it, and"
-            )
+            advice = "maxmemory is not set, so it takes all memory of its machine: set it, and"
         elif policy == "noeviction":
             advice = "maxmemory-policy is noeviction, so once it is full nothing is stored:"
-        elif policy.startswith("volatile") and self._options.ttl is None:
+        elif policy.startswith("volatile") and self._ttl is None:
             advice = f"maxmemory-policy is {policy}, which evicts only what has a ttl: set one, or"
-        where = place(server.node)
-        self._vitals.notice(
-            f"memory of {where}",
-            advice and f"{where}: {advice} set maxmemory-policy allkeys-lru there",
-        )
+        advice = advice and f"{server}: {advice} set maxmemory-policy allkeys-lru there"
+        self._vitals.notice(f"memory of {server}", advice)
 
-    # --- Changes ----------------------------------------------------------------------------------
-
-    def _changes(self) -> bool:
-        """Do some of what is asked for; whether there was anything that could be done."""
+    def _make_changes(self) -> bool:
+        """Some of those that are asked for; whether that could be done."""
+        said: defaultdict[Server, list[tuple[ObjectName, int, bytes]]] = defaultdict(list)
         with self._changed:
-            deleted, ends = self._some(self._deleted), self._some(self._ends)
-            used = self._some(self._used)
-            self._erasing |= deleted.keys()
-            self._busy = bool(deleted or ends or used)
-        said: defaultdict[Server, list[tuple[ObjectName, bytes]]] = defaultdict(list)
-        for name, (server, _) in deleted.items():
-            said[server].append((name, command(b"UNLINK", *self._keys(name))))
-        for name, (server, expires) in ends.items():
-            said[server] += [(name, word) for word in self._ending(name, expires or 0)]
-        for name, (server, _) in used.items():
-            said[server].append((name, command(b"TOUCH", *self._keys(name))))
-        erased = set()
-        for server, words in said.items():
-            answers = self._talk(server, [word for _, word in words], server.key or self._prefix)
-            for (name, _), answer in zip(words, answers, strict=False):
-                if not isinstance(answer, Refused):
-                    erased.add(name)
+            for name in list(islice(self._waiting, _AT_ONCE)):
+                server, change = self._servers.of(slot_of(name)), self._waiting.pop(name)
+                if server is None or server.barred(is_put=True):
+                    self._waiting[name] = change  # It waits on.
+                    continue
+                said[server] += [(name, change, word) for word in self._words(name, change)]
+                if change == _DELETE:
+                    self._deleting.add(name)
+            self._busy = bool(said)
+        kept: set[ObjectName] = set()
+        for server, changes in said.items():
+            answers = self._talk(server, [word for _, _, word in changes])
+            answers += [Refused("DOWN")] * (len(changes) - len(answers))
+            for (name, change, _), answer in zip(changes, answers, strict=True):
+                if isinstance(answer, Refused) and change == _DELETE:
+                    self._servers.moved(slot_of(name), answer, server)
+                    kept.add(name)
         with self._changed:
-            self._erasing.clear()
-            self._deleted |= dict.fromkeys(deleted.keys() - erased)
-            busy, self._busy = self._busy, False
+            self._deleting.clear()
+            self._waiting |= dict.fromkeys(kept, _DELETE)
+            done, self._busy = self._busy and not kept, False
             self._changed.notify_all()
-        return busy and bool(erased)
+        return done
 
-    def _some(self, waiting: dict[ObjectName, _E]) -> dict[ObjectName, tuple[Server, _E]]:
-        """Take some of what waits, as far as its servers can be used; the rest waits on."""
-        some = {}
-        for name in list(islice(waiting, _AT_ONCE)):
-            server, end = self._servers.of(slot_of(name)), waiting.pop(name)
-            if server is None or server.barred(is_put=True) is not None:
-                waiting[name] = end
-            else:
-                some[name] = server, end
-        return some
-
-    def _keys(self, name: ObjectName) -> list[bytes]:
+    def _words(self, name: ObjectName, change: int) -> list[bytes]:
         nbytes = name.part.nbytes(name.namespace.block_tokens)
-        return [key_of(self._prefix, name, piece) for piece in range(pieces(nbytes))]
-
-    def _ending(self, name: ObjectName, expires: int) -> list[bytes]:
-        life = self._life(expires)
+        keys = [key_of(self.prefix, name, piece) for piece in range(pieces(nbytes))]
+        if change in (_DELETE, _TOUCH):
+            return [command(b"UNLINK" if change == _DELETE else b"TOUCH", *keys)]
+        life = self.life(change)
         if life is None:
-            return [command(b"PERSIST", key) for key in self._keys(name)]
-        return [command(b"PEXPIRE", key, b"%d" % life) for key in self._keys(name)]
-
-
-def _bound(waiting: dict[ObjectName, _E]) -> None:
-    while len(waiting) > _MOST:
-        del waiting[next(iter(waiting))]
+            return [command(b"PERSIST", key) for key in keys]
+        return [command(b"PEXPIRE", key, b"%d" % life) for key in keys]

@@ -13,8 +13,6 @@ _SMALL: Final = 16 << 10
 """The largest reply that is none of a value, in bytes."""
 _MOST_SKIPPED: Final = 1 << 30
 
-Reply = bytes | int | None
-
 
 class Refused(Exception):
     """The server answered with an error, of which `word` is the first word."""
@@ -22,6 +20,9 @@ class Refused(Exception):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.word = text.partition(" ")[0]
+
+
+Reply = bytes | int | Refused | None
 
 
 class Broken(ConnectionError):
@@ -58,29 +59,24 @@ class Link:
         self.wire.send(views, self._seconds)
 
     def reply(self) -> Reply:
-        """The next reply, a small one.
-
-        Raises:
-            Refused: it is an error.
-        """
+        """The next reply, a small one."""
         self._ahead = _BUFFER
         return self._rest(self._line())
 
-    def value(self, ahead: int) -> int | None:
-        """Bytes of the value that comes next, None if there is none; `read` and `end` follow.
+    def value(self, ahead: int) -> int | Refused | None:
+        """Bytes of the value that comes next, to be followed by `read` and `end`; None: no value.
 
         Up to `ahead` bytes of it are read at once with what stands before them.
-
-        Raises:
-            Refused: there is an error instead.
         """
         self._ahead = ahead
         line = self._line()
-        if not line.startswith(b"$"):
-            self._rest(line)
+        if line.startswith(b"$"):
+            nbytes = _number(line)
+            return nbytes if nbytes >= 0 else None
+        answer = self._rest(line)
+        if not isinstance(answer, Refused):
             raise Broken("a value was asked for, and something else came")
-        nbytes = _number(line)
-        return nbytes if nbytes >= 0 else None
+        return answer
 
     def read(self, view: memoryview) -> None:
         """The next bytes of a value."""
@@ -111,7 +107,7 @@ class Link:
         if kind == b":":
             return _number(line)
         if kind == b"-":
-            raise Refused(line[1:].decode(errors="replace"))
+            return Refused(line[1:].decode(errors="replace"))
         if kind != b"+":
             raise Broken("a reply is of no kind that there is")
         return line[1:]

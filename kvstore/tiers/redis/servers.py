@@ -11,7 +11,8 @@ import re
 import ssl
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 from redis.backoff import NoBackoff
 from redis.connection import Connection, SSLConnection, UnixDomainSocketConnection
@@ -20,17 +21,17 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
-from kvstore.tiers.redis.link import Broken, Link, Refused
+from kvstore.tiers.redis.link import Broken, Link, Refused, Reply
 from kvstore.tiers.redis.options import Node, RedisOptions
 from kvstore.tiers.remote import Breaker
 from kvstore.tiers.vitals import Vitals
 from kvstore.transport.sockets import TlsWire, Wire, tune
 
-SLOTS: Final = 16384
-
-_T = TypeVar("_T")
-
 _logger: Final = logging.getLogger("kvstore.redis")
+
+_SLOTS: Final = 16384
+_MOVED: Final = re.compile(r"MOVED \d+ (\S*):(\d{1,5})")
+_FAILURES: Final = (OSError, Refused, Broken)
 
 
 class Fault(NamedTuple):
@@ -49,28 +50,25 @@ FAULTS: Final = {
     "LOADING": Fault("io_error", True, "it loads its data; wait for it"),
     "CLUSTERDOWN": Fault("io_error", True, "its cluster does not serve; see CLUSTER INFO there"),
     "MASTERDOWN": Fault("io_error", True, "it is a replica without its master"),
+    "MOVED": Fault("io_error", True, "it is part of a cluster: set mode: cluster"),
     "BUSY": Fault("stalled", True, "a script runs there without an end"),
     "NOAUTH": Fault("io_error", True, "give username and password_file"),
     "WRONGPASS": Fault("io_error", True, "set the username and password that it knows"),
-    "NOPERM": Fault(
-        "io_error", True, "let its user do what docs/tiers.md lists, on keys of prefix"
-    ),
+    "NOPERM": Fault("io_error", True, "let its user do what docs/tiers.md lists, on its keys"),
 }
 """Errors of a server that others will meet, too, by their first word."""
-_REDIRECTION: Final = re.compile(r"(?:MOVED|ASK) \d+ (\S*):(\d{1,5})")
 _DOWN: Final = Fault("io_error", True, "see whether it runs, and can be reached from here")
 _SLOW: Final = Fault("stalled", True, "see its load, and the network between")
-_MOVES: Final = frozenset({"READONLY", "MASTERDOWN", "CLUSTERDOWN"})
 
 
 class Server:
-    """One server: what fails there, of gets and puts or of puts alone; and a key that failed."""
+    """One server: what fails there, of gets and puts or of puts alone; and a key to try it with."""
 
-    def __init__(self, node: Node, retry_seconds: float) -> None:
+    def __init__(self, node: Node, retry_seconds: float, key: bytes) -> None:
         self.node = node
         self.all = Breaker(retry_seconds)
         self.puts = Breaker(retry_seconds)
-        self.key = b""
+        self.key = key
 
     def barred(self, *, is_put: bool) -> str | None:
         """Why nothing is tried there."""
@@ -80,6 +78,9 @@ class Server:
     def fails_since(self) -> float:
         """When something began to fail there, in monotonic seconds; inf: nothing does."""
         return min((b.since for b in (self.all, self.puts) if b.reason), default=math.inf)
+
+    def __str__(self) -> str:
+        return place(self.node)
 
 
 class Servers:
@@ -94,13 +95,13 @@ class Servers:
     def __init__(self, options: RedisOptions, vitals: Vitals, retry_seconds: float) -> None:
         self._options = options
         self._vitals = vitals
-        self._retry_seconds = retry_seconds
+        self._new = partial(Server, retry_seconds=retry_seconds, key=options.prefix.encode())
         self._lock = threading.Lock()
         self._servers: dict[Node, Server] = {}
         self._slots: list[Server | None] = []
         self._wires: set[Wire] = set()
         self._closed = False
-        self.stale = threading.Event()
+        self.stale = False
         """Servers may have changed their parts."""
         self.wake: Callable[[], None] = lambda: None
         """Called when one has failed, to have it looked after."""
@@ -118,28 +119,29 @@ class Servers:
         return list(self._servers.values())
 
     @property
-    def redirect(self) -> bool:
-        """Whether one may name another one."""
-        return self._options.mode == "cluster"
+    def some_fail(self) -> bool:
+        """Whether one does, or they are not known."""
+        return not self._slots or any(server.barred(is_put=True) for server in self.all)
 
-    @property
-    def barred(self) -> bool:
-        """Whether some of them fail, or are not known."""
-        return not self._slots or any(s.barred(is_put=True) for s in self.all)
+    def is_fault(self, answer: Reply) -> bool:
+        """Whether an answer is one of `FAULTS`; in a cluster, slots may move."""
+        if not isinstance(answer, Refused) or answer.word not in FAULTS:
+            return False
+        return answer.word != "MOVED" or self._options.mode != "cluster"
 
-    def moved(self, slot: int, text: str, origin: Server) -> Server:
-        """The one that a redirection (`MOVED slot host:port`, or ASK) names."""
-        named = _REDIRECTION.fullmatch(text)
+    def moved(self, slot: int, answer: Reply, origin: Server) -> bool:
+        """Whether a slot is said to be another server's, which is believed."""
+        if not isinstance(answer, Refused) or answer.word != "MOVED" or self.is_fault(answer):
+            return False
+        named = _MOVED.fullmatch(str(answer))
         if named is None:
             raise Broken("a redirection names no server")
         node = (named[1].strip("[]") or origin.node[0], int(named[2]))
         with self._lock:
-            server = self._servers.get(node) or Server(node, self._retry_seconds)
-            if text.startswith("MOVED") and slot < len(self._slots):
-                self._servers[node] = self._slots[slot] = server
-        if text.startswith("MOVED"):
-            self.stale.set()
-        return server
+            server = self._servers.get(node) or self._new(node)
+            self._servers[node] = self._slots[slot] = server
+        self.stale = True
+        return True
 
     def discover(self) -> None:
         """Find out anew which server has what.
@@ -147,55 +149,52 @@ class Servers:
         Raises:
             OSError, Refused: nobody tells.
         """
-        mode = self._options.mode
+        options = self._options
+        if options.mode == "standalone":
+            self._set([(0, 0, options.nodes[0])])
+            return
+        known, ask = options.nodes, self._ask_sentinel
+        if options.mode == "cluster":
+            ask = self._ask_cluster
+            known = [*(s.node for s in self.all if not s.barred(is_put=False)), *known]
         error: Exception = OSError("no server is named")
-        if mode == "standalone":
-            return self._set([(0, 0, self._options.nodes[0])])
-        known = self._options.nodes
-        if mode == "cluster":
-            known = [*(s.node for s in self.all if s.barred(is_put=False) is None), *known]
         for node in dict.fromkeys(known):
             try:
-                found = self._ask_cluster(node) if mode == "cluster" else self._ask_sentinel(node)
+                self._set(ask(node))
+                return
             except (OSError, Refused) as e:
                 error = e
-            else:
-                return self._set(found)
         raise error
 
     def _ask_cluster(self, node: Node) -> list[tuple[int, int, Node]]:
-        found = []
-        for first, last, master, *_ in self.ask(node, ("CLUSTER", "SLOTS"))[0]:
-            if not 0 <= first <= last < SLOTS:
-                raise OSError("the cluster tells of slots that there are not")
-            found.append((first, last, (master[0].decode() or node[0], master[1])))
+        slots = self._ask(node, "CLUSTER", "SLOTS") or []
+        found = [
+            (first, last, (master[0].decode() or node[0], master[1]))
+            for first, last, master, *_ in slots
+            if 0 <= first <= last < _SLOTS
+        ]
         if not found:
-            raise OSError(f"{node[0]}:{node[1]} knows of no server that has slots")
+            raise OSError(f"{place(node)} knows of no server that has slots")
         return found
 
     def _ask_sentinel(self, node: Node) -> list[tuple[int, int, Node]]:
-        master = self._options.master
-        question = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", master)
-        found = self.ask(node, question, sentinel=True)[0]
+        name = self._options.master
+        found = self._ask(node, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", name, sentinel=True)
         if found is None:
-            raise OSError(
-                f"the Sentinel {node[0]}:{node[1]} knows no master {master!r}; set master"
-            )
+            raise OSError(f"the Sentinel {place(node)} knows no master {name!r}; set master")
         return [(0, 0, (found[0].decode(), int(found[1])))]
 
-    def _set(self, found: list[tuple[int, int, Node]]) -> None:
+    def _set(self, found: Sequence[tuple[int, int, Node]]) -> None:
+        slots: list[Server | None] = [None] * (_SLOTS if self._options.mode == "cluster" else 1)
         with self._lock:
-            before = self._servers
-            nodes = dict.fromkeys(node for _, _, node in found)
-            servers = {n: before.get(n) or Server(n, self._retry_seconds) for n in nodes}
-            slots: list[Server | None] = [None] * (1 + max(last for _, last, _ in found))
-            if len(slots) > 1:
-                slots += [None] * (SLOTS - len(slots))
+            before, servers = self._servers, dict[Node, Server]()
             for first, last, node in found:
-                slots[first : last + 1] = [servers[node]] * (last + 1 - first)
+                known = servers.get(node) or before.get(node)
+                server = servers[node] = known or self._new(node)
+                slots[first : last + 1] = [server] * (last + 1 - first)
             self._servers, self._slots = servers, slots
         for node in before.keys() - servers.keys():
-            self._told(node, None, None)
+            self._vitals.notice(place(node), None)
 
     # --- Connections ------------------------------------------------------------------------------
 
@@ -207,17 +206,16 @@ class Servers:
         """
         made = self._connection(node)
         _plainly(made, made.connect)
-        connection = made._sock
+        connection, made._sock = made._sock, None  # It is ours now.
         wire = TlsWire(connection) if isinstance(connection, ssl.SSLSocket) else Wire(connection)
-        if not isinstance(made, UnixDomainSocketConnection):
+        if node[1]:
             tune(connection)
-        made._sock = None  # It is ours now.
         with self._lock:
             self._wires.add(wire)
             closed = self._closed
         if closed:
             self.end(wire)
-            raise ConnectionAbortedError("the tier was closed")
+            raise OSError("the tier was closed")
         return Link(wire, self._options.timeout)
 
     def end(self, wire: Wire) -> None:
@@ -231,8 +229,7 @@ class Servers:
         """Make all return that wait for servers, and connect to none any more."""
         with self._lock:
             self._closed = True
-            wires = list(self._wires)
-            for wire in wires:
+            for wire in self._wires:
                 wire.shutdown()
 
     def end_all(self) -> None:
@@ -240,19 +237,14 @@ class Servers:
         for wire in list(self._wires):
             self.end(wire)
 
-    def ask(self, node: Node, *commands: Sequence[str], sentinel: bool = False) -> list[Any]:
-        """What a server answers to each, over a connection of its own.
-
-        Raises:
-            OSError, Refused: it cannot be reached, or refuses one.
-        """
+    def _ask(self, node: Node, *words: str, sentinel: bool = False) -> Any:
+        """What a server answers, over a connection for this alone."""
         made = self._connection(node, sentinel=sentinel)
 
-        def talk() -> list[Any]:
+        def talk() -> Any:
             made.connect()
-            for words in commands:
-                made.send_command(*words, check_health=False)
-            return [made.read_response() for _ in commands]
+            made.send_command(*words)
+            return made.read_response()
 
         try:
             return _plainly(made, talk)
@@ -261,35 +253,36 @@ class Servers:
 
     def _connection(self, node: Node, *, sentinel: bool = False) -> Connection:
         options, host, port = self._options, *node
-        how: dict[str, Any] = {
+        how = options.tls | {
             "socket_timeout": options.timeout,
             "socket_connect_timeout": options.timeout,
             "protocol": 2,
             "retry": Retry(NoBackoff(), 0),
             "credential_provider": _Credentials(options, sentinel=sentinel),
+            "db": 0 if sentinel else options.db,
         }
         if not port:
-            return UnixDomainSocketConnection(path=host, db=options.db, **how)
-        kind = SSLConnection if options.tls else Connection
-        return kind(host=host, port=port, db=0 if sentinel else options.db, **how, **options.tls)
+            return UnixDomainSocketConnection(path=host, **how)
+        return (SSLConnection if options.tls else Connection)(host=host, port=port, **how)
 
     # --- What fails -------------------------------------------------------------------------------
 
     def failed(self, server: Server, error: Exception, key: bytes, *, is_put: bool = False) -> str:
         """A server has failed someone for whom `key` was asked there; the reason for jobs."""
-        word = error.word if isinstance(error, Refused) else ""
-        fault = FAULTS.get(word, _SLOW if isinstance(error, TimeoutError) else _DOWN)
-        if isinstance(error, Refused) and word not in FAULTS:
-            _logger.warning("%s answered: %.200s", place(server.node), error)
-            return "io_error"  # Of this job alone.
+        fault = _SLOW if isinstance(error, TimeoutError) else _DOWN
+        if isinstance(error, Refused):
+            if error.word not in FAULTS:
+                _logger.warning("%s answered: %.200s", server, error)
+                return "io_error"  # Of this job alone.
+            fault = FAULTS[error.word]
         server.key = key
         (server.all if fault.gets else server.puts).failed(fault.reason)
+        self.stale = True
+        what = "nothing is read or written" if fault.gets else "nothing is written"
+        told = f"{server}: {what} there ({fault.reason}): {error!s:.200}; {fault.advice}"
+        if self._servers.get(server.node) is server:
+            self._vitals.notice(str(server), told)
         self.wake()
-        if self._servers.get(server.node) is not server:
-            return "io_error"  # It was named in a redirection, or has lost its part.
-        self._told(server.node, f"{str(error) or 'no answer':.200}; {fault.advice}", fault)
-        if word in _MOVES or not isinstance(error, Refused):
-            self.stale.set()
         return fault.reason if is_put or fault.gets else "io_error"
 
     def worked(self, server: Server, started: float, *, put: bool) -> None:
@@ -298,43 +291,75 @@ class Servers:
         if put:
             ended = server.puts.worked(started) or ended
         if ended and server.barred(is_put=True) is None:
-            self._told(server.node, None, None)
+            self._vitals.notice(str(server), None)
 
-    def _told(self, node: Node, text: str | None, fault: Fault | None) -> None:
-        where = place(node)
-        if fault is None:
-            self._vitals.notice(where, None)
-        else:
-            what = "nothing is read or written" if fault.gets else "nothing is written"
-            self._vitals.notice(where, f"{where}: {what} there ({fault.reason}): {text}")
+
+class Links(dict[Node, Link]):
+    """The connections of one thread, made when they are needed."""
+
+    def __init__(self, servers: Servers) -> None:
+        self._servers = servers
+
+    def to(self, server: Server) -> Link:
+        """One that can be used.
+
+        Raises:
+            OSError, Refused: none can be made.
+        """
+        link = self.get(server.node)
+        if link is None or not link.idle:
+            self.drop(server)
+            link = self[server.node] = self._servers.link(server.node)
+        return link
+
+    def drop(self, server: Server) -> None:
+        """Close the one to a server, if there is one."""
+        link = self.pop(server.node, None)
+        if link is not None:
+            self._servers.end(link.wire)
+
+    def fail(self, server: Server, error: Exception, key: bytes, *, is_put: bool = False) -> str:
+        """See `Servers.failed`; the connection ends with that."""
+        self.drop(server)
+        return self._servers.failed(server, error, key, is_put=is_put)
+
+    def say(self, server: Server, words: bytes, key: bytes) -> bool:
+        """Send commands, to be followed by `hear`; whether the server takes them."""
+        try:
+            self.to(server).send([words])
+        except _FAILURES as e:
+            self.fail(server, e, key)
+            return False
+        return True
+
+    def hear(self, server: Server, number: int, key: bytes) -> list[Reply]:
+        """So many answers; none at all where the server fails."""
+        try:
+            return [self[server.node].reply() for _ in range(number)]
+        except _FAILURES as e:
+            self.fail(server, e, key)
+            return []
 
 
 class _Credentials(CredentialProvider):  # type: ignore[misc]
     """Reads the password again for every connection, so that it may be changed."""
 
     def __init__(self, options: RedisOptions, *, sentinel: bool) -> None:
-        self._options, self._sentinel = options, sentinel
-
-    def get_credentials(self) -> tuple[str, ...]:
-        options = self._options
-        return options.sentinel_credentials() if self._sentinel else options.credentials()
+        self.get_credentials = lambda: options.credentials(sentinel=sentinel)
 
 
-def _plainly(made: Connection, call: Callable[[], _T]) -> _T:
+def _plainly(made: Connection, call: Callable[[], Any]) -> Any:
     """What a call of redis-py's returns, or its error as ours; the connection is closed then."""
     try:
         return call()
-    except RedisError as e:
+    except (RedisError, OSError) as e:
         made.disconnect()
-        word = getattr(e, "status_code", None)
-        if word is not None:
+        if isinstance(e, OSError):
+            raise
+        if (word := getattr(e, "status_code", None)) is not None:
             raise Refused(f"{word} {e}") from None
-        if isinstance(e, RedisTimeoutError):
-            raise TimeoutError(str(e)) from None
-        raise ConnectionError(str(e)) from None
-    except OSError:
-        made.disconnect()
-        raise
+        kind = TimeoutError if isinstance(e, RedisTimeoutError) else ConnectionError
+        raise kind(str(e)) from None
 
 
 def place(node: Node) -> str:

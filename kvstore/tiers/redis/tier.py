@@ -16,11 +16,11 @@ from kvstore.errors import TierUnavailable
 from kvstore.tiers.base import PASSING, Held, Host, Job, JobDone, ObjectName, State
 from kvstore.tiers.redis.format import HEADER, decode, key_of, slot_of
 from kvstore.tiers.redis.keeper import Keeper
-from kvstore.tiers.redis.link import Broken, Link, Refused, Reply, command
-from kvstore.tiers.redis.mover import Links, Mover
+from kvstore.tiers.redis.link import Refused, Reply, command
+from kvstore.tiers.redis.mover import Mover
 from kvstore.tiers.redis.options import RedisOptions, read_options
-from kvstore.tiers.redis.servers import FAULTS, Server, Servers, place
-from kvstore.tiers.remote import Crew, Task
+from kvstore.tiers.redis.servers import FAULTS, Links, Server, Servers, place
+from kvstore.tiers.remote import Crew
 from kvstore.tiers.vitals import Vitals
 
 _logger: Final = logging.getLogger("kvstore.redis")
@@ -31,7 +31,6 @@ _MOST_PROBES: Final = 32
 """At a time; more are answered at once: not known."""
 _FAILOVER_SECONDS: Final = 15.0
 """What belongs to a server that fails for longer is not kept for it."""
-_LONGEST_LIFE: Final = 1 << 53
 _ABSENT: Final = -2
 """What PTTL says of a key that is not there."""
 _LOOK: Final = (
@@ -67,20 +66,12 @@ class RedisTier:
         stall_seconds: float = 10.0,
     ) -> None:
         self.name = name
-        self._options = options
-        self._prefix = options.prefix.encode()
+        self._timeout = options.timeout
         self._closed = False
         self._vitals = Vitals("Redis", _logger)
         self._servers = servers = Servers(options, self._vitals, retry_seconds)
-        self._first_look()
-        self._keeper = keeper = Keeper(name, options, servers, self._vitals, self._life)
-        self._movers = [
-            Mover(
-                servers, self._prefix, self._life, self._finish,
-                keeper.claim, keeper.delete, keeper.renew,
-            )
-            for _ in range(options.connections)
-        ]  # fmt: skip
+        _see(servers, options)
+        self._keeper = Keeper(name, options, servers, self._vitals)
         self._crew = Crew(
             name,
             options.connections,
@@ -88,43 +79,14 @@ class RedisTier:
             self._vitals,
             stall_seconds,
         )
+        self._movers = [
+            Mover(servers, self._keeper, self._crew) for _ in range(options.connections)
+        ]
         self._askers = ThreadPoolExecutor(_ASKERS, f"kvstore-{name}-ask")
         self._free: queue.SimpleQueue[Links] = queue.SimpleQueue()
         for _ in range(_ASKERS):
             self._free.put(Links(servers))
         self._probes = threading.Semaphore(_MOST_PROBES)
-
-    def _first_look(self) -> None:
-        """See whether there is a server that can be used, and of which kind it is."""
-        options, servers = self._options, self._servers
-        error: Exception | None = None
-        try:
-            servers.discover()
-            for server in servers.all:
-                try:
-                    said = servers.ask(server.node, ("PING",), ("INFO", "server"))[1].decode()
-                except Refused as e:
-                    if e.word != "NOPERM":
-                        raise
-                    return  # Its user may not be told; it is there.
-                except OSError as e:
-                    error = e
-                    continue
-                told = dict(line.partition(":")[::2] for line in said.splitlines())
-                mode = told.get("redis_mode") or told.get("server_mode")
-                if mode not in (None, "cluster" if options.mode == "cluster" else "standalone"):
-                    raise TierUnavailable(f"{place(server.node)} is a {mode}: set mode: {mode}")
-                return
-        except (OSError, Refused) as e:
-            error = e
-        if isinstance(error, TierUnavailable):
-            raise error
-        fault = FAULTS.get(error.word) if isinstance(error, Refused) else None
-        advice = fault.advice if fault is not None else "see whether it runs, and url"
-        where = ", ".join(map(place, options.nodes))
-        raise TierUnavailable(f"no Redis at {where}: {error}; {advice}")
-
-    # --- What it is like --------------------------------------------------------------------------
 
     @property
     def state(self) -> State:
@@ -149,52 +111,37 @@ class RedisTier:
         """See `Tier.recover`; this one is shared."""
         return iter(())
 
-    # --- What the store asks for ------------------------------------------------------------------
-
-    def probe(self, names: Sequence[ObjectName], done: Callable[[list[Held | None]], None]) -> None:
-        """See `Tier.probe`."""
-        names = list(names)
-        if self._closed or not self._probes.acquire(blocking=False):
-            self._vitals.count("probes_unanswered")
-            done([_unknown(name) for name in names])
-            return
-        self._vitals.count("probes")
-
-        def work() -> None:
-            found = {}
-            links = self._free.get()
-            try:
-                found = self._ask(names, links)
-            except Exception:
-                _logger.exception("a probe failed unexpectedly")
-            finally:
-                self._free.put(links)
-                self._probes.release()
-            gone = self._keeper.gone
-            done([None if gone(name) else found.get(name, _unknown(name)) for name in names])
-
-        try:
-            self._askers.submit(work)
-        except RuntimeError:  # It was closed just now.
-            self._probes.release()
-            done([_unknown(name) for name in names])
-
     def put(self, jobs: Sequence[Job], done: JobDone) -> None:
         """See `Tier.put`."""
-        self._crew.submit(self._possible(jobs, done), self._told(done), is_put=True)
+
+        def told(job: Job, error: str | None) -> None:
+            if error in PASSING and self.state.writable:  # A part of a cluster.
+                server, now = self._servers.of(slot_of(job.name)), time.monotonic()
+                if server is None or server.fails_since < now - _FAILOVER_SECONDS:
+                    error = "away"
+            done(job, error)
+
+        self._submit(jobs, told, is_put=True)
 
     def settled(self, job: Job, error: str | None) -> None:
         """See `Tier.settled`."""
 
     def get(self, jobs: Sequence[Job], done: JobDone) -> None:
         """See `Tier.get`."""
-        there = []
-        for job in self._possible(jobs, done):
-            if self._keeper.gone(job.name) and not self._closed:
+        self._submit(jobs, done, is_put=False)
+
+    def _submit(self, jobs: Sequence[Job], done: JobDone, *, is_put: bool) -> None:
+        possible = []
+        for job in jobs:
+            if self._closed:
+                done(job, "closed")
+            elif not (0 < job.nbytes <= MAX_OBJECT_BYTES and len(job.name.key) == 32):
+                done(job, "refused")
+            elif not is_put and self._keeper.gone(job.name):
                 done(job, "absent")
             else:
-                there.append(job)
-        self._crew.submit(there, done, is_put=False)
+                possible.append(job)
+        self._crew.submit(possible, done, is_put=is_put)
 
     def delete(self, names: Sequence[ObjectName]) -> None:
         """See `Tier.delete`."""
@@ -222,118 +169,113 @@ class RedisTier:
         if self._closed:
             return
         self._closed = True
-        seconds = self._options.timeout + 1.0
+        seconds = self._timeout + 1.0
         if not self._crew.close(seconds, self._servers.close):
             _logger.error("%s: closed without waiting for threads that hang", self.name)
         self._keeper.close(seconds)
         self._askers.shutdown(wait=False, cancel_futures=True)
         self._servers.end_all()
 
-    # --- The work ---------------------------------------------------------------------------------
+    # --- Probes -----------------------------------------------------------------------------------
 
-    def _life(self, expires: int) -> int | None:
-        """Milliseconds that an object with this end lives there; None: for ever."""
-        left = [] if not expires else [int((expires - time.time()) * 1000)]
-        if self._options.ttl is not None:
-            left.append(self._options.ttl * 1000)
-        return max(0, min(*left, _LONGEST_LIFE)) if left else None
+    def probe(self, names: Sequence[ObjectName], done: Callable[[list[Held | None]], None]) -> None:
+        """See `Tier.probe`."""
+        names = list(names)
 
-    def _possible(self, jobs: Sequence[Job], done: JobDone) -> list[Job]:
-        """Jobs that are none end as such."""
-        good = []
-        for job in jobs:
-            if 0 < job.nbytes <= MAX_OBJECT_BYTES and len(job.name.key) == 32:
-                good.append(job)
-            else:
-                done(job, "closed" if self._closed else "refused")
-        return good
+        def answer(found: Mapping[ObjectName, Held | None]) -> None:
+            gone, unknown = self._keeper.gone, [Held(name, 0, None, 0, 0) for name in names]
+            told = zip(names, unknown, strict=True)
+            done([None if gone(name) else found.get(name, held) for name, held in told])
 
-    def _told(self, done: JobDone) -> JobDone:
-        """Puts do not wait for a part of a cluster that stays away."""
+        def work() -> None:
+            links, found = self._free.get(), dict[ObjectName, Held | None]()
+            try:
+                if self._ask(names, links, found):  # Servers have changed their parts.
+                    self._ask([name for name in names if name not in found], links, found)
+            except Exception:
+                _logger.exception("a probe failed unexpectedly")
+            self._free.put(links)
+            self._probes.release()
+            answer(found)
 
-        def told(job: Job, error: str | None) -> None:
-            if error in PASSING and self.state.writable:
-                server = self._servers.of(slot_of(job.name))
-                since = time.monotonic() - _FAILOVER_SECONDS
-                if server is None or server.fails_since < since:
-                    error = "away"
-            done(job, error)
+        if self._closed or not self._probes.acquire(blocking=False):
+            self._vitals.count("probes_unanswered")
+            answer({})
+            return
+        self._vitals.count("probes")
+        try:
+            self._askers.submit(work)
+        except RuntimeError:  # It was closed just now.
+            answer({})
 
-        return told
-
-    def _finish(self, task: Task, error: str | None) -> None:
-        self._crew.finish(task, error)
-
-    def _ask(self, names: Sequence[ObjectName], links: Links) -> dict[ObjectName, Held | None]:
-        """What servers say of these; those that fail say nothing."""
-        found: dict[ObjectName, Held | None] = {}
-        for _ in range(2):  # Servers may have changed their parts.
-            groups: defaultdict[Server, list[ObjectName]] = defaultdict(list)
-            for name in names:
-                server = self._servers.of(slot_of(name))
-                if name not in found and server is not None and not server.all.reason:
-                    groups[server].append(name)
-            moved, asked = False, []
-            for server, those in groups.items():  # All are asked before the first one answers.
-                keys = [key_of(self._prefix, name) for name in those]
-                words = [_LOOK % (len(key), key, len(key), key) for key in keys]
-                try:
-                    links.to(server).send([b"".join(words)])
-                    asked.append((server, those, keys))
-                except (OSError, Refused) as e:
-                    links.drop(server)
-                    self._servers.failed(server, e, keys[0])
-            for server, those, keys in asked:
-                try:
-                    moved |= self._hear(server, links[server.node], those, found)
-                except (OSError, Refused, Broken) as e:
-                    links.drop(server)
-                    self._servers.failed(server, e, keys[0])
-            if not moved:
-                break
-        return found
-
-    def _hear(
-        self,
-        server: Server,
-        link: Link,
-        names: list[ObjectName],
-        found: dict[ObjectName, Held | None],
+    def _ask(
+        self, names: Sequence[ObjectName], links: Links, found: dict[ObjectName, Held | None]
     ) -> bool:
-        """The answers of one server; whether another one has some of these."""
-        moved, started = False, time.monotonic()
+        """What servers say of these, but for those that fail; whether slots have moved."""
+        started, moved = time.monotonic(), False
+        groups: defaultdict[Server, list[ObjectName]] = defaultdict(list)
         for name in names:
-            replies = [_reply(link), _reply(link)]
-            data, left = replies
-            if isinstance(data, Refused) and data.word == "MOVED" and self._servers.redirect:
-                self._servers.moved(slot_of(name), str(data), server)
-                moved = True
-            elif isinstance(data, Refused) and data.word == "WRONGTYPE":
-                found[name] = None
-            elif isinstance(data, Refused) and data.word in FAULTS:
-                raise data
-            elif isinstance(data, bytes) and isinstance(left, int):
-                header = decode(data, name)
-                found[name] = None
-                if header is not None and not header.piece and left != _ABSENT:
-                    expires = 0 if left < 0 else round(time.time() + left / 1000)
-                    found[name] = Held(
-                        name, header.nbytes, header.checksum, header.created, expires
-                    )
-        self._servers.worked(server, started, put=False)
+            server = self._servers.of(slot_of(name))
+            if server is not None and not server.barred(is_put=False):
+                groups[server].append(name)
+        said = []
+        for server, those in groups.items():  # All are asked before the first one answers.
+            keys = [key_of(self._keeper.prefix, name) for name in those]
+            words = b"".join([_LOOK % (len(key), key, len(key), key) for key in keys])
+            if links.say(server, words, keys[0]):
+                said.append((server, those, keys[0]))
+        for server, those, key in said:
+            answers = links.hear(server, 2 * len(those), key)
+            for name, data, left in zip(those, answers[::2], answers[1::2], strict=False):
+                if self._servers.moved(slot_of(name), data, server):
+                    moved = True
+                elif not isinstance(data, Refused) or data.word == "WRONGTYPE":
+                    found[name] = _held(name, data, left)
+                elif self._servers.is_fault(data):
+                    links.fail(server, data, key)
+                    break
+            else:
+                if answers:
+                    self._servers.worked(server, started, put=False)
         return moved
 
 
-def _reply(link: Link) -> Reply | Refused:
+def _held(name: ObjectName, data: Reply, left: Reply) -> Held | None:
+    """An object by the beginning of its first value, and the milliseconds that it has left."""
+    header = decode(data, name) if isinstance(data, bytes) else None
+    if header is None or header.piece or not isinstance(left, int) or left == _ABSENT:
+        return None
+    expires = 0 if left < 0 else round(time.time() + left / 1000)
+    return Held(name, header.nbytes, header.checksum, header.created, expires)
+
+
+def _see(servers: Servers, options: RedisOptions) -> None:
+    """See whether there is a server that can be used.
+
+    Raises:
+        TierUnavailable: there is none; says why, and what to do.
+    """
+    error: Exception = OSError("it has no servers")
     try:
-        return link.reply()
-    except Refused as e:
-        return e
-
-
-def _unknown(name: ObjectName) -> Held:
-    """The answer where nobody knows."""
-    return Held(name, 0, None, 0, 0)
+        servers.discover()
+        for server in servers.all:
+            try:
+                link = servers.link(server.node)
+                link.send([command(b"PING")])
+                answer = link.reply()
+                servers.end(link.wire)
+            except OSError as e:
+                error = e
+                continue
+            if not isinstance(answer, Refused) or answer.word == "NOPERM":
+                return
+            error = answer
+    except (OSError, Refused) as e:
+        error = e
+    fault = FAULTS.get(error.word) if isinstance(error, Refused) else None
+    advice = fault.advice if fault is not None else "see whether it runs, and url"
+    where = ", ".join(map(place, options.nodes))
+    raise TierUnavailable(f"no Redis at {where}: {error}; {advice}")
 
 
 def open_redis(name: str, host: Host, options: Mapping[str, Any]) -> RedisTier:
