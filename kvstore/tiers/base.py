@@ -181,8 +181,9 @@ class Tier(Protocol):
     `away`, nor does the part of it where the object belongs, but others do; `refused`, a mistake in
     the job. put: `no_room`, nothing more can be evicted; `full`, so is the medium; `read_only`;
     `corrupt`, the memory does not hold what the checksum says; `exists`, another node has put other
-    bytes under this name, which stay. get: `absent`; `corrupt`, the bytes are not those that were
-    put: the store will delete the object.
+    bytes under this name, which stay. get: `absent`, or of a shared tier: there are others,
+    which another node has put; `corrupt`, the bytes are not those that were put: the store will
+    delete the object.
     """
 
     name: str

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import queue
 import socket
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,7 @@ from kvstore.tiers import conformance
 from kvstore.tiers.base import Held, Host, ObjectName, Tier
 from kvstore.tiers.conformance import Bench, Objects, content_of, name_of
 from kvstore.tiers.redis import keeper
-from kvstore.tiers.redis.format import HEADER, PIECE, key_of, pieces
+from kvstore.tiers.redis.format import HEADER, PIECE, Header, decode, encode, key_of, pieces
 from kvstore.tiers.redis.servers import FAULTS
 from kvstore.tiers.redis.tier import RedisTier, open_redis
 from tests.http_tools import ON, address, ask
@@ -124,6 +126,9 @@ def test_what_another_node_has_put_stays(server: RedisServer, client: redis.Redi
         assert ends == ["exists"]
         assert objects.get() == [None]
         assert other.tier.counters["write_errors.exists"] == 1
+        objects.jobs[0].checksum = 99  # As one knows it that was put here before.
+        assert objects.get() == ["absent"]
+        assert probe(one, [name_of(1)])[0] is not None, "which is no reason to delete it"
 
 
 def test_objects_live_as_long_as_they_should(server: RedisServer, client: redis.Redis) -> None:
@@ -563,6 +568,53 @@ def test_two_daemons_find_each_others_blocks(
         for path in ("/status", "/metrics", "/healthz"):
             assert b"s3cret" not in ask(address(served), path).body
         assert "s3cret" not in served.log.read_text()
+
+
+def test_memory_and_disk_go_on_at_full_speed_while_it_hangs(
+    fragile: RedisServer, stores: Stores
+) -> None:
+    options = {"url": fragile.url, "timeout": TIMEOUT}
+    tiers = [{"kind": "redis", "options": options, "retry_seconds": 0.2, "probe_seconds": 0.02}]
+    served = stores.serve(tiers=tiers, disk="32MiB")
+    with served.session() as session:
+
+        def rounds(first: int) -> float:
+            started = time.monotonic()
+            for number in range(first, first + 8):
+                chain = session.keys(prompt(number, 5))
+                assert save(session, chain[:4]).stored == 4
+                assert session.lookup(chain).blocks == 4
+                assert load(session, chain[:4]).blocks == 4
+            return time.monotonic() - started
+
+        usual = rounds(0)
+        eventually(lambda: session.stats()["counters"].get("write.bytes.redis"))
+        fragile.pause()
+        meanwhile = rounds(100)
+        assert session.stats()["tiers"]["disk"]["problem"] is None
+        assert meanwhile < 3 * usual + 8 * 0.03
+        fragile.go_on()
+        assert session.flush() == 0, "what waited for it is written"
+
+
+def test_a_header_is_what_the_documentation_says_and_every_bit_of_it_counts() -> None:
+    name, header = name_of(1, LARGE), Header(2, LARGE, 0x1122334455667788, 1_700_000_000)
+    data = encode(name, header)
+    told = struct.pack("<4sBBHIIQQQ", b"KVSr", 1, 0, 0, 2, 3, LARGE, *header[2:])
+    told += name.namespace.digest + name.key + name.part.variant
+    assert data == told + struct.pack("<I", zlib.crc32(told))
+    assert len(data) == HEADER == 124
+    assert decode(data, name) == header
+    assert decode(data, name_of(1, LARGE, tenant="other")) is None
+    for bit in range(8 * HEADER):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        assert decode(changed, name) is None
+    for wrong in (Header(3, LARGE, 0, 0), Header(0, 0, 0, 0), Header(0, 2 << 30, 0, 0)):
+        assert decode(encode(name, wrong), name) is None
+    rest = (name.namespace.digest[:8] + name.part.variant).hex()
+    assert key(name, 2).decode() == f"kvstore:1:{{{name.key.hex()}}}{rest}:2"
+    assert PIECE == 2_096_640
 
 
 def test_settings_reach_the_tier_through_the_file(tmp_path: Path) -> None:

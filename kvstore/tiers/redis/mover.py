@@ -30,15 +30,15 @@ _LOOK: Final = b"%d" % (HEADER - 1)
 class Move:
     """A task on its way.
 
-    `fresh`: what lies there under its name counts for nothing. `sent`: part of it may be there.
-    `again`: it is to be tried once more; `retried`: that was so because a connection had ended.
+    `fresh`: what lies there under its name counts for nothing. `part`: there may be only a part of
+    it. `again`: it is to be tried once more; `retried`: it was, as a connection had ended.
     """
 
     task: Task
     slot: int
     key: bytes
     fresh: bool = False
-    sent: bool = False
+    part: bool = False
     again: bool = False
     retried: bool = False
     error: str | None = None
@@ -103,7 +103,7 @@ class Mover:
 
     def _end(self, move: Move, error: str | None) -> None:
         name = move.task.job.name
-        if error is not None and not move.task.over and (move.fresh or move.sent):
+        if error is not None and not move.task.over and (move.fresh or move.part):
             self._keeper.delete([name])  # It was to be gone, or is there in part.
         move.again = False
         self._crew.finish(move.task, error)
@@ -163,11 +163,11 @@ class Mover:
     ) -> None:
         """One piece, into its place."""
         job, size = move.task.job, link.value(HEADER + _LINES)
-        if isinstance(size, Refused):
-            self._refused(move, server, size)
-            return
-        if size is None:
-            move.error = move.error or "absent"
+        if not isinstance(size, int):
+            if not self._refused(move, server, size):
+                move.error = move.error or "absent"
+            # The server has given up a part of it.
+            move.part = move.part or (piece > 0 and move.error == "absent")
             return
         head = self._head[: min(size, HEADER)]
         link.read(head)
@@ -181,14 +181,14 @@ class Mover:
             move.checksum = header.checksum
         link.read(memory_at(job.address + at, nbytes))
         link.end()
-        if header.checksum != move.checksum or job.checksum not in (None, header.checksum):
+        if header.checksum != move.checksum:
             move.error = move.error or "corrupt"
+        elif job.checksum not in (None, header.checksum):
+            move.error = move.error or "absent"  # Another node has put other bytes since.
         if move.error is None:
             move.sum.update(job.address + at, nbytes)
 
     def _got(self, move: Move) -> None:
-        if move.error == "absent" and move.checksum is not None:
-            self._keeper.delete([move.task.job.name])  # The server has given up a part of it.
         if not move.again:
             whole = move.error is not None or move.sum.digest() == move.checksum
             self._end(move, move.error if whole else "corrupt")
@@ -207,7 +207,7 @@ class Mover:
             if life is not None:
                 number, px = 5, b"%d" % max(1, life)
                 end = b"\r\n$2\r\nPX\r\n$%d\r\n%s\r\n" % (len(px), px)
-            move.sent = job.nbytes > PIECE
+            move.part = job.nbytes > PIECE
             for piece, (at, nbytes) in reversed(list(enumerate(spans(job.nbytes)))):
                 assert move.checksum is not None
                 header = Header(piece, job.nbytes, move.checksum, job.created or int(time.time()))
