@@ -79,14 +79,14 @@ def check() -> None:
     asked = set(UnifiedCacheLinker.__abstractmethods__)
     if asked != set(_LINKER):
         names = ", ".join(sorted(asked ^ set(_LINKER)))
-        raise SpecError(_differs(f"linkers have other methods: {names}"))
+        raise SpecError(differs(f"linkers have other methods: {names}"))
     for method, wanted in _LINKER.items():
         _compare(UnifiedCacheLinker, method, wanted)
     for place, methods in _METHODS.items():
         try:
             owner = resolve_name(place)
         except (ImportError, AttributeError):
-            raise SpecError(_differs(f"there is no {place}")) from None
+            raise SpecError(differs(f"there is no {place}")) from None
         for method, wanted in methods.items():
             _compare(owner, method, wanted)
 
@@ -94,13 +94,14 @@ def check() -> None:
 def _compare(owner: Any, method: str, wanted: str) -> None:
     found = getattr(owner, method, None)
     if found is None:
-        raise SpecError(_differs(f"{owner.__name__} has no {method}"))
+        raise SpecError(differs(f"{owner.__name__} has no {method}"))
     names, expected = list(inspect.signature(found).parameters), wanted.split()
     if names[: len(expected)] != expected:
-        raise SpecError(_differs(f"{owner.__name__}.{method} takes {names}"))
+        raise SpecError(differs(f"{owner.__name__}.{method} takes {names}"))
 
 
-def _differs(words: str) -> str:
+def differs(words: str) -> str:
+    """An error's words for an SGLang that differs, and in what."""
     return (
         f"SGLang {sglang.__version__} is not what this connector is written for ({words}); use "
         "SGLang 0.5.23, or a release of KVStore for this one"
