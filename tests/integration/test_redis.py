@@ -332,6 +332,32 @@ def test_probes_do_not_wait_behind_objects(server: RedisServer, client: redis.Re
         one.run_until(lambda: len(ends) == 8, "they end")
 
 
+@pytest.mark.parametrize("word", [b"GET", b"CLIENT"])
+def test_a_server_that_drips_is_not_waited_for(word: bytes, liar: Liar) -> None:
+    """Each answer has its time, however often a part of it comes."""
+
+    def drip(words: list[bytes]) -> bytes:
+        return b"$4220\r\n" + bytes(200)
+
+    with Bench(opens(liar), Path()) as one:  # type: ignore[arg-type]
+        liar.says, liar.drips = drip, {word}
+        assert ends_within(4 * TIMEOUT, Objects(one, [name_of(1)]), one.tier.get) <= {
+            "stalled",
+            "io_error",
+        }
+
+
+def test_a_flush_does_not_wait_for_a_server_that_is_away(fragile: RedisServer) -> None:
+    with bench(fragile) as one:
+        objects = one.put(name_of(1))
+        fragile.kill()
+        assert set(objects.get()) == {"io_error"}
+        one.tier.delete([name_of(1)])
+        started = time.monotonic()
+        assert not one.tier.flush(20)
+        assert time.monotonic() - started < 1
+
+
 def test_too_many_probes_are_not_waited_for(fragile: RedisServer) -> None:
     with bench(fragile) as one:
         fragile.pause()
@@ -385,6 +411,8 @@ class Liar:
 
     def __init__(self) -> None:
         self.says: Callable[[list[bytes]], bytes | None] = lambda words: b"+OK\r\n"
+        self.drips: set[bytes] = set()
+        """Commands whose answers never end."""
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -409,6 +437,9 @@ class Liar:
                     if said is None:
                         return
                     connection.sendall(said)
+                    while words[0] in self.drips:
+                        time.sleep(TIMEOUT / 10)
+                        connection.sendall(b"x")
             except OSError:
                 return
 

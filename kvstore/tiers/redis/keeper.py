@@ -25,6 +25,7 @@ _AT_ONCE: Final = 256
 _TICK: Final = 0.1
 _REST: Final = 1.0
 _ADVICE_SECONDS: Final = 60.0
+"""Between looks at what is set there; in that time an object is touched once."""
 _NEW: Final = 0.1
 """What a round trip weighs among those before."""
 _LONGEST_LIFE: Final = 1 << 53
@@ -47,7 +48,8 @@ class Keeper:
         self.prefix = options.prefix.encode()
         self.round_trip = 1e-3
         """Seconds, measured."""
-        self.advised_at = -_ADVICE_SECONDS
+        self.advised_at = self._found_at = -_ADVICE_SECONDS
+        self._touched: set[ObjectName] = set()
         self._ttl = options.ttl
         self._servers = servers
         self._vitals = vitals
@@ -81,7 +83,9 @@ class Keeper:
         self._change([name], expires)
 
     def touch(self, names: Sequence[ObjectName]) -> None:
-        """Have the server count these as used."""
+        """Have the server count these as used, once in a while."""
+        names = [name for name in names if name not in self._touched]
+        self._touched.update(names)
         self._change(names, _TOUCH)
 
     def gone(self, name: ObjectName) -> bool:
@@ -95,9 +99,12 @@ class Keeper:
             return self._waiting.pop(name, None) == _DELETE
 
     def flush(self, seconds: float) -> bool:
-        """Wait until all that was asked for is done; whether it is."""
+        """Wait until all that was asked for is done, or cannot be done now; whether it is."""
         with self._changed:
-            return self._changed.wait_for(lambda: not (self._waiting or self._busy), seconds)
+            self._changed.wait_for(
+                lambda: not (self._waiting or self._busy) or self._servers.some_fail, seconds
+            )
+            return not (self._waiting or self._busy)
 
     def close(self, seconds: float) -> None:
         """End; what still waits is not done."""
@@ -113,7 +120,8 @@ class Keeper:
                     self._waiting[name] = change
             while len(self._waiting) > _MOST:
                 del self._waiting[next(iter(self._waiting))]
-            self._changed.notify_all()
+            if names:
+                self._changed.notify_all()
 
     def _wake(self) -> None:
         with self._changed:
@@ -138,9 +146,9 @@ class Keeper:
                 _logger.exception("looking after Redis failed unexpectedly")
 
     def _look_after(self) -> None:
-        servers = self._servers
-        if servers.stale or servers.some_fail:
-            servers.stale = False
+        servers, now = self._servers, time.monotonic()
+        if (servers.stale or servers.some_fail) and now >= self._found_at + _REST:
+            servers.stale, self._found_at = False, now
             try:
                 servers.discover()
                 self._vitals.notice("servers", None)
@@ -149,10 +157,11 @@ class Keeper:
         for server in servers.all:
             if server.all.may_try() or server.puts.may_try():
                 self._try(server)
-        if time.monotonic() >= self.advised_at + _ADVICE_SECONDS:
+        if now >= self.advised_at + _ADVICE_SECONDS:
+            self._touched = set()
             for server in servers.all:
                 self._advise(server)
-            self.advised_at = time.monotonic()
+            self.advised_at = now
 
     def _try(self, server: Server) -> None:
         """See whether what failed works again."""
@@ -201,8 +210,9 @@ class Keeper:
         with self._changed:
             for name in list(islice(self._waiting, _AT_ONCE)):
                 server, change = self._servers.of(slot_of(name)), self._waiting.pop(name)
-                if server is None or server.barred(is_put=True):
-                    self._waiting[name] = change  # It waits on.
+                if server is None or server.barred(is_put=False):
+                    if change != _TOUCH:  # It waits on.
+                        self._waiting[name] = change
                     continue
                 said[server] += [(name, change, word) for word in self._words(name, change)]
                 if change == _DELETE:

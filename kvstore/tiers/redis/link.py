@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -37,8 +38,9 @@ def command(*words: bytes) -> bytes:
 class Link:
     """A connection that is used by one thread at a time.
 
-    All methods raise OSError when the server is gone, TimeoutError when it was too slow for
-    `seconds`. After one of these, or `Broken`, nothing more can be said.
+    All methods raise OSError when the server is gone, TimeoutError when sending something, or an
+    answer from its beginning on, takes longer than `seconds`. After one of these, or `Broken`,
+    nothing more can be said.
     """
 
     def __init__(self, wire: Wire, seconds: float) -> None:
@@ -47,7 +49,11 @@ class Link:
         self._raw = bytearray(_BUFFER)
         self._buffer = memoryview(self._raw)
         self._start = self._end = 0
-        self._ahead = _BUFFER
+        self._begin(_BUFFER)
+
+    def _begin(self, ahead: int) -> None:
+        """An answer begins, of which so many bytes may be read ahead."""
+        self._ahead, self._until = ahead, time.monotonic() + self._seconds
 
     @property
     def idle(self) -> bool:
@@ -60,7 +66,7 @@ class Link:
 
     def reply(self) -> Reply:
         """The next reply, a small one."""
-        self._ahead = _BUFFER
+        self._begin(_BUFFER)
         return self._rest(self._line())
 
     def value(self, ahead: int) -> int | Refused | None:
@@ -68,7 +74,7 @@ class Link:
 
         Up to `ahead` bytes of it are read at once with what stands before them.
         """
-        self._ahead = ahead
+        self._begin(ahead)
         line = self._line()
         if line.startswith(b"$"):
             nbytes = _number(line)
@@ -84,7 +90,7 @@ class Link:
         view[:ready] = self._buffer[self._start : self._start + ready]
         self._start += ready
         if ready < len(view):
-            self.wire.receive(view[ready:], self._seconds)
+            self.wire.receive(view[ready:], self._until - time.monotonic())
 
     def end(self, skipped: int = 0) -> None:
         """A value ends here, or behind so many bytes that are of no use."""
@@ -142,7 +148,7 @@ class Link:
             self._buffer[: end - start] = bytes(self._buffer[start:end])
             self._start, self._end = 0, end - start
         room = self._buffer[self._end : min(_BUFFER, self._end + self._ahead)]
-        got = self.wire.some(room, self._seconds)
+        got = self.wire.some(room, self._until - time.monotonic())
         if not got:
             raise ConnectionResetError("the server closed the connection")
         self._end += got

@@ -25,7 +25,7 @@ from kvstore.tiers.redis.link import Broken, Link, Refused, Reply
 from kvstore.tiers.redis.options import Node, RedisOptions
 from kvstore.tiers.remote import Breaker
 from kvstore.tiers.vitals import Vitals
-from kvstore.transport.sockets import TlsWire, Wire, tune
+from kvstore.transport.sockets import TlsWire, Wire, shut, tune
 
 _logger: Final = logging.getLogger("kvstore.redis")
 
@@ -156,7 +156,8 @@ class Servers:
         known, ask = options.nodes, self._ask_sentinel
         if options.mode == "cluster":
             ask = self._ask_cluster
-            known = [*(s.node for s in self.all if not s.barred(is_put=False)), *known]
+            failing = {s.node: s.barred(is_put=False) is not None for s in self.all}
+            known = [n for n in failing if not failing[n]] + known + list(failing)
         error: Exception = OSError("no server is named")
         for node in dict.fromkeys(known):
             try:
@@ -205,7 +206,7 @@ class Servers:
             OSError, Refused: it cannot be made.
         """
         made = self._connection(node)
-        _plainly(made, made.connect)
+        self._plainly(made, made.connect)
         connection, made._sock = made._sock, None  # It is ours now.
         wire = TlsWire(connection) if isinstance(connection, ssl.SSLSocket) else Wire(connection)
         if node[1]:
@@ -247,7 +248,7 @@ class Servers:
             return made.read_response()
 
         try:
-            return _plainly(made, talk)
+            return self._plainly(made, talk)
         finally:
             made.disconnect()
 
@@ -265,10 +266,41 @@ class Servers:
             return UnixDomainSocketConnection(path=host, **how)
         return (SSLConnection if options.tls else Connection)(host=host, port=port, **how)
 
+    def _plainly(self, made: Connection, call: Callable[[], Any]) -> Any:
+        """What a call of redis-py's returns, or its error as ours; the connection is closed then.
+
+        redis-py waits for so long for each byte of an answer; here that is the limit for all.
+        """
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            if made._sock is not None:
+                shut(made._sock)
+
+        timer = threading.Timer(self._options.timeout, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            return call()
+        except (RedisError, OSError) as e:
+            made.disconnect()
+            if late.is_set() or isinstance(e, RedisTimeoutError):
+                raise TimeoutError(str(e)) from None
+            if isinstance(e, OSError):
+                raise
+            if (word := getattr(e, "status_code", None)) is not None:
+                raise Refused(f"{word} {e}") from None
+            raise ConnectionError(str(e)) from None
+        finally:
+            timer.cancel()
+
     # --- What fails -------------------------------------------------------------------------------
 
     def failed(self, server: Server, error: Exception, key: bytes, *, is_put: bool = False) -> str:
         """A server has failed someone for whom `key` was asked there; the reason for jobs."""
+        if self._closed:
+            return "closed"
         fault = _SLOW if isinstance(error, TimeoutError) else _DOWN
         if isinstance(error, Refused):
             if error.word not in FAULTS:
@@ -346,20 +378,6 @@ class _Credentials(CredentialProvider):  # type: ignore[misc]
 
     def __init__(self, options: RedisOptions, *, sentinel: bool) -> None:
         self.get_credentials = lambda: options.credentials(sentinel=sentinel)
-
-
-def _plainly(made: Connection, call: Callable[[], Any]) -> Any:
-    """What a call of redis-py's returns, or its error as ours; the connection is closed then."""
-    try:
-        return call()
-    except (RedisError, OSError) as e:
-        made.disconnect()
-        if isinstance(e, OSError):
-            raise
-        if (word := getattr(e, "status_code", None)) is not None:
-            raise Refused(f"{word} {e}") from None
-        kind = TimeoutError if isinstance(e, RedisTimeoutError) else ConnectionError
-        raise kind(str(e)) from None
 
 
 def place(node: Node) -> str:
