@@ -71,6 +71,11 @@ class InSegment(ObjectName, frozen=True, gc=False, eq=False):
 
     keys: tuple[bytes, ...]
 
+    @property
+    def index(self) -> int:
+        """Its place in the segment."""
+        return self.keys.index(self.key)
+
 
 def in_segment(name: ObjectName, keys: tuple[bytes, ...]) -> ObjectName:
     """The name in a tier of segments, if that of the segment is known."""
@@ -180,10 +185,10 @@ class Tier(Protocol):
     Reasons why jobs fail. Both: `closed`; `io_error`; `stalled`, the medium does not answer;
     `away`, nor does the part of it where the object belongs, but others do; `refused`, a mistake in
     the job. put: `no_room`, nothing more can be evicted; `full`, so is the medium; `read_only`;
-    `corrupt`, the memory does not hold what the checksum says; `exists`, another node has put other
-    bytes under this name, which stay. get: `absent`, or of a shared tier: there are others,
-    which another node has put; `corrupt`, the bytes are not those that were put: the store will
-    delete the object.
+    `corrupt`, the memory does not hold what the checksum says; `partial`, that of another block of
+    the segment does not; `exists`, another node has put other bytes under this name, which stay.
+    get: `absent`, or of a shared tier: there are others, which another node has put; `corrupt`, the
+    bytes are not those that were put: the store will delete the object.
     """
 
     name: str

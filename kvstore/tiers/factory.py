@@ -24,8 +24,10 @@ FormatError, each saying what to do.
 _BUILT_IN: Final = {
     "slab": "kvstore.tiers.slab.tier:open_slab",
     "redis": "kvstore.tiers.redis.tier:open_redis",
+    "files": "kvstore.tiers.files:open_files",
+    "s3": "kvstore.tiers.s3:open_s3",
 }
-_EXTRAS: Final = frozenset({"redis"})
+_EXTRAS: Final = frozenset({"redis", "s3"})
 """Kinds that need a package which kvstore does not bring: an extra of that name does."""
 
 

@@ -1,0 +1,438 @@
+"""A folder that several nodes have: NFS, Lustre, GPFS, or a second disk. A file per segment.
+
+A file is written under a name of this node's own and then linked to the one that all know, which
+never replaces what is there; nobody needs a lock. The node's own name stays, and says whose the
+file is: each node gives up only what it wrote itself. docs/formats.md has the folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import mmap
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kvstore.config import Count, Folder, Size
+from kvstore.errors import FormatError, TierUnavailable
+from kvstore.memory.slots import ALIGNMENT, align
+from kvstore.mistakes import explain
+from kvstore.slices import FEW
+from kvstore.tiers.base import Host, InSegment, Job, ObjectName
+from kvstore.tiers.segments.format import path_of, shape_of
+from kvstore.tiers.segments.tier import Seal, SegmentTier
+from kvstore.tiers.slab.direct import PIECE, Mover, remedy, write_full
+
+MARKER: Final = "kvstore.files"
+"""The file that makes a folder one of ours."""
+OWN: Final = "nodes"
+"""The folder of the nodes' own names."""
+
+_MARK: Final = re.compile(rb"KVFILES 1 ([0-9a-f]{32})\n")
+_OWN_NAME: Final = re.compile(r"([0-9a-f]{12})-([0-9a-f]{12})-(.+)")
+_NODE: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+_MOST_OWN: Final = 1 << 20
+"""Files of this node that are remembered."""
+_OF_DAEMON: Final = ("direct", "retry_seconds", "stall_seconds")
+_FLAGS: Final = os.O_CLOEXEC | os.O_NOFOLLOW
+_NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL
+_RECYCLED: Final = 8
+"""Files that make room where the file system is full."""
+
+
+class FilesOptions(BaseModel):
+    """`options` of a tier of this kind."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: Folder
+    size: Size | None = Field(None, ge=1 << 22)
+    node: str = Field(default_factory=socket.gethostname, pattern=_NODE)
+    threads: Count = Field(4, ge=1, le=64)
+
+
+class _Own(NamedTuple):
+    """A file that this node wrote, or writes: since when (Unix, ms), its bytes, what is in it.
+
+    `name` is not known of those before this process; `whole`: it has been written.
+    """
+
+    created: int
+    nbytes: int
+    name: InSegment | None
+    whole: bool = True
+
+
+class _Movers(threading.local):
+    """One for each thread."""
+
+    def __init__(self, direct: bool, in_flight: threading.Semaphore) -> None:
+        self.mover = Mover(PIECE, direct, in_flight)
+
+
+class FilesTier(SegmentTier):
+    """A `Tier` of files in a folder that others write to, too; `OpenTier` says what is raised."""
+
+    def __init__(
+        self,
+        name: str,
+        host: Host,
+        options: FilesOptions,
+        *,
+        retry_seconds: float,
+        stall_seconds: float,
+        direct: bool = False,
+    ) -> None:
+        self._path, self._size = options.path, options.size
+        self._mine = f"{OWN}/{options.node}"
+        self._root, self._id = _open_root(options.path)
+        self._direct = 0
+        self._own: OrderedDict[str, _Own] = OrderedDict()  # the longest unused first
+        self._used = 0
+        self._movers = _Movers(direct, threading.Semaphore(options.threads))
+        super().__init__(
+            name, host, str(options.path),
+            threads=(options.threads, options.threads, 8),
+            retry_seconds=retry_seconds,
+            stall_seconds=(stall_seconds, stall_seconds),
+        )  # fmt: skip
+        if self._size is not None:
+            self._no_writes_until = math.inf  # until it is known what there is
+        self._lister = threading.Thread(target=self._list, name=f"kvstore-{name}-list", daemon=True)
+        self._lister.start()
+
+    # --- The medium -------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """Take the folder that is at the path now, if it is the one that we have been given."""
+        try:
+            now = os.stat(self._path)
+            if os.path.samestat(now, os.fstat(self._root)) and now.st_nlink:
+                os.stat(MARKER, dir_fd=self._root)
+                return
+            root, known = _open_root(self._path, make=False)
+        except FileNotFoundError as e:
+            raise OSError(errno.ESTALE, f"{e.filename or MARKER} is gone; mount it again") from e
+        except FormatError as e:
+            raise OSError(errno.ESTALE, str(e)) from e
+        if known != self._id:
+            os.close(root)
+            raise OSError(errno.ESTALE, "another folder is mounted there; restart the daemon")
+        os.dup2(root, self._root, inheritable=False)  # Whoever is at work in the old one goes on.
+        os.close(root)
+
+    def _head(self, path: str, nbytes: int) -> bytes:
+        with self._opened(path, os.O_RDONLY) as fd:
+            return os.pread(fd, nbytes, 0)
+
+    @contextmanager
+    def _opened(self, path: str, flags: int) -> Iterator[int]:
+        try:
+            fd = os.open(path, flags | _FLAGS, 0o600, dir_fd=self._root)
+        except FileNotFoundError:
+            if not os.fstat(self._root).st_nlink:
+                raise OSError(errno.ESTALE, "the folder was removed") from None
+            raise
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _store(self, thread: int, path: str, jobs: Sequence[Job], seal: Seal) -> bool:
+        first, sums = jobs[0].name, list[int]()
+        assert isinstance(first, InSegment)
+        header, stride, _ = shape_of(first)
+        own = self._own_path(path)
+        temporary, mover = own + "~" + secrets.token_hex(4), self._movers.mover
+        try:
+            with self._opened(temporary, _NEW | self._direct) as fd:
+                for number, job in enumerate(jobs):
+                    at = header + number * stride
+                    sums.append(mover.store(fd, at, job.address, job.nbytes))
+                with mmap.mmap(-1, header) as page:  # Aligned, as direct I/O needs it.
+                    page[:] = seal(sums)
+                    with memoryview(page) as view:
+                        write_full(fd, view, 0)
+                os.fdatasync(fd)
+            self._link(temporary, path)
+            os.rename(temporary, own, src_dir_fd=self._root, dst_dir_fd=self._root)
+        except FileExistsError:
+            return False
+        except FileNotFoundError as e:
+            raise OSError(errno.ESTALE, "the folder was removed") from e
+        finally:
+            with suppress(OSError):
+                os.unlink(temporary, dir_fd=self._root)
+        return True
+
+    def _link(self, temporary: str, path: str) -> None:
+        """Give a file the name that all know, for good."""
+        folder, root = os.path.dirname(path), self._root
+        try:
+            os.link(temporary, path, src_dir_fd=root, dst_dir_fd=root, follow_symlinks=False)
+        except FileNotFoundError:
+            self._make_folder(folder)
+            os.link(temporary, path, src_dir_fd=root, dst_dir_fd=root, follow_symlinks=False)
+        self._sync(folder)
+
+    def _make_folder(self, folder: str) -> None:
+        above = ""
+        for part in folder.split("/"):
+            with suppress(FileExistsError):
+                os.mkdir(above + part, 0o700, dir_fd=self._root)
+                self._sync(above or ".")
+            above += part + "/"
+
+    def _sync(self, folder: str) -> None:
+        with self._opened(folder, os.O_RDONLY | os.O_DIRECTORY) as fd:
+            os.fsync(fd)
+
+    def _load(
+        self, thread: int, path: str, offset: int, jobs: Sequence[Job]
+    ) -> Sequence[int | None]:
+        stride = align(jobs[0].nbytes)
+        mover = self._movers.mover
+        with self._opened(path, os.O_RDONLY | self._direct) as fd:
+            return [
+                mover.load(fd, offset + number * stride, job.address, job.nbytes)
+                for number, job in enumerate(jobs)
+            ]
+
+    def _remove(self, path: str) -> None:
+        """Whoever has the file under a name of its own keeps nothing of it."""
+        with suppress(FileNotFoundError):
+            with self._opened(path, os.O_WRONLY) as fd:
+                os.ftruncate(fd, 0)
+            os.unlink(path, dir_fd=self._root)
+
+    # --- What this node wrote; on the loop --------------------------------------------------------
+
+    @property
+    def _room(self) -> tuple[int | None, int | None]:
+        return self._size, self._used
+
+    def _own_path(self, path: str) -> str:
+        own = self._own[path]
+        return f"{self._mine}/{own.created:012x}-{own.nbytes:012x}-{path.replace('/', '-')}"
+
+    def _admit(self, name: InSegment, nbytes: int) -> str | None:
+        path = path_of(name)
+        if path in self._own and not self._own[path].whole:
+            return "exists"  # It is being written.
+        if self._size is not None:
+            self._make_room(self._size - nbytes)
+            if self._used + nbytes > self._size or self._no_writes_until == math.inf:
+                return "no_room"
+        self._drop(path)
+        self._own[path] = _Own(time.time_ns() // 1_000_000, nbytes, name, whole=False)
+        self._used += nbytes
+        return None
+
+    def _admitted(self, name: InSegment, *, made: bool) -> None:
+        path = path_of(name)
+        own = self._own[path]
+        if made:
+            self._own[path] = own._replace(whole=True)
+        else:
+            self._used -= self._own.pop(path).nbytes
+            if self._fault == "full":
+                self._make_room(0, _RECYCLED)
+
+    def _drop(self, path: str) -> None:
+        """A file is not ours any more; one that others know goes with it, if it is the same."""
+        if path in self._own and self._own[path].whole:
+            self._run(partial(self._give_up, path, self._own_path(path)))
+            self._used -= self._own.pop(path).nbytes
+
+    def _make_room(self, size: int, most: int = FEW) -> None:
+        """Give up what was not used for longest, until no more than `size` bytes are left."""
+        for path in list(islice(self._own, FEW)) if self._used > size else ():
+            name = self._own[path].name
+            names = [] if name is None else _names(name)
+            if not self._own[path].whole or any(map(self._host.busy, names)):
+                continue
+            self._drop(path)
+            for one in names:
+                self._host.lost(one, "evicted")
+            most -= 1
+            if self._used <= size or not most:
+                break
+
+    def delete(self, names: Sequence[ObjectName]) -> None:
+        """See `Tier.delete`."""
+        super().delete(names)
+        for name in names:
+            if isinstance(name, InSegment):
+                self._drop(path_of(name))
+
+    def _give_up(self, path: str, own: str, _: object) -> None:
+        root = self._root
+        with suppress(FileNotFoundError):
+            mine = os.stat(own, dir_fd=root, follow_symlinks=False)
+            # Others may have put another one there since, which is theirs.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(mine, os.stat(path, dir_fd=root, follow_symlinks=False)):
+                    os.unlink(path, dir_fd=root)
+            os.unlink(own, dir_fd=root)
+        self._vitals.count("segments_evicted")
+
+    def touch(self, names: Sequence[ObjectName], *, used: bool = True) -> None:
+        """See `Tier.touch`."""
+        for name in names:
+            if isinstance(name, InSegment) and (path := path_of(name)) in self._own:
+                self._own.move_to_end(path)
+                if self._own[path].name is None:
+                    self._own[path] = self._own[path]._replace(name=name)
+
+    # --- What it wrote before ---------------------------------------------------------------------
+
+    def _list(self) -> None:
+        """Read the names that are this node's own; remove what a crash has left."""
+        while not self._closed:
+            try:
+                self._make_folder(self._mine)
+                self._direct = self._takes_direct()
+                found = sorted(self._listed(), key=lambda one: one[1].created)
+            except OSError as e:
+                self._failed(e, writes=True)
+                time.sleep(self._retry_seconds)
+            else:
+                self._host.post(partial(self._take_in, found))
+                break
+
+    def _listed(self) -> Iterator[tuple[str, _Own]]:
+        with self._opened(self._mine, os.O_RDONLY | os.O_DIRECTORY) as fd, os.scandir(fd) as names:
+            for entry in islice(names, _MOST_OWN):
+                name = entry.name
+                if "~" in name and not self._collect(name, fd):
+                    continue
+                if own := _OWN_NAME.fullmatch(name.partition("~")[0]):
+                    path = "/".join(own[3].split("-", 3))
+                    yield path, _Own(int(own[1], 16), int(own[2], 16), None)
+
+    def _takes_direct(self) -> int:
+        """The flag for I/O past the page cache, where the file system can do that."""
+        trial = f"{self._mine}/trial~{secrets.token_hex(4)}"
+        try:
+            with self._opened(trial, _NEW | os.O_DIRECT) as fd, mmap.mmap(-1, ALIGNMENT) as page:
+                os.pwrite(fd, page, 0)
+        except OSError as e:
+            if e.errno != errno.EINVAL:
+                raise
+            return 0
+        finally:
+            with suppress(OSError):
+                os.unlink(trial, dir_fd=self._root)
+        return os.O_DIRECT
+
+    def _collect(self, name: str, folder: int) -> bool:
+        """A crash came before the end of a put: whether the file had its other name already."""
+        linked = os.stat(name, dir_fd=folder, follow_symlinks=False).st_nlink > 1
+        if linked:
+            os.rename(name, name.partition("~")[0], src_dir_fd=folder, dst_dir_fd=folder)
+        else:
+            os.unlink(name, dir_fd=folder)
+            self._vitals.count("leftovers_removed")
+        return linked
+
+    def _take_in(self, found: list[tuple[str, _Own]]) -> None:
+        for path, own in reversed(found):
+            if path not in self._own:
+                self._own[path] = own
+                self._own.move_to_end(path, last=False)
+                self._used += own.nbytes
+        if self._no_writes_until == math.inf:
+            self._no_writes_until = 0.0
+        if self._size is not None:
+            self._make_room(self._size)
+
+    def close(self) -> None:
+        """See `Tier.close`."""
+        super().close()
+        if self._ended and not self._lister.is_alive():
+            self._ended = False
+            os.close(self._root)
+
+
+def _names(name: InSegment) -> list[ObjectName]:
+    """All objects of a segment; those whose keys are not known are others' to find lost."""
+    space, part = name.namespace, name.part
+    return [ObjectName(space, key, part) for key in name.keys if key]
+
+
+def _open_root(path: Path, *, make: bool = True) -> tuple[int, bytes]:
+    """The folder, and the number that it was given when it was begun.
+
+    Raises:
+        TierUnavailable: it is not there, or cannot be read.
+        FormatError: it is somebody else's.
+    """
+    try:
+        root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as e:
+        if not make:
+            raise
+        raise TierUnavailable(remedy(path, e)) from e
+    try:
+        if make and not os.listdir(root):
+            _begin(root)
+        fd = os.open(MARKER, os.O_RDONLY | _FLAGS, dir_fd=root)
+        try:
+            mark = _MARK.fullmatch(os.read(fd, 100))
+        finally:
+            os.close(fd)
+    except FileNotFoundError:
+        mark = None
+    except OSError as e:
+        os.close(root)
+        raise TierUnavailable(remedy(path, e)) from e
+    if mark is None:
+        os.close(root)
+        raise FormatError(
+            f"{path} is no folder of a files tier ({MARKER} is not in it, or not whole), and not "
+            "empty; mount the right one, or name an empty folder"
+        )
+    return root, mark[1]
+
+
+def _begin(root: int) -> None:
+    """Make a folder ours; where two nodes do so, the first one did."""
+    temporary = f".{MARKER}-{secrets.token_hex(8)}"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS, 0o600, dir_fd=root)
+    try:
+        os.write(fd, b"KVFILES 1 %s\n" % secrets.token_hex(16).encode())
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    with suppress(FileExistsError):
+        os.link(temporary, MARKER, src_dir_fd=root, dst_dir_fd=root)
+    os.unlink(temporary, dir_fd=root)
+
+
+def open_files(name: str, host: Host, options: Mapping[str, Any]) -> FilesTier:
+    """Open a tier of files, as `OpenTier` says."""
+    given = {key: value for key, value in options.items() if key not in _OF_DAEMON}
+    try:
+        parsed = FilesOptions.model_validate(given)
+    except ValidationError as e:
+        known = [f"options.{field}" for field in FilesOptions.model_fields]
+        raise explain(e, f"tier {name}", "options.", known) from None
+    return FilesTier(
+        name, host, parsed,
+        retry_seconds=options.get("retry_seconds", 5.0),
+        stall_seconds=options.get("stall_seconds", 10.0),
+        direct=options.get("direct", False),
+    )  # fmt: skip
