@@ -24,11 +24,23 @@ import numpy as np
 
 from kvstore._native import xxh3_64
 from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part
-from kvstore.tiers.base import Held, Host, Job, JobDone, ObjectName, Tier
+from kvstore.tiers.base import (
+    SEGMENT_TOKENS,
+    Held,
+    Host,
+    InSegment,
+    Job,
+    JobDone,
+    ObjectName,
+    Tier,
+    plain,
+    segment_blocks,
+)  # fmt: skip
 
 Make = Callable[[Host, Path], Tier]
 
-_TOKENS: Final = 16
+_FEW_TOKENS: Final = 16
+_BLOCK_TOKENS: Final = 64
 _SECONDS: Final = 30.0
 _AT_ONCE: Final = 2.0
 """Seconds that a call of the loop's may take: generous, as machines of tests are busy."""
@@ -45,16 +57,30 @@ def expect(kept: bool, rule: str) -> None:
 
 
 def name_of(number: int, nbytes: int = 4096, tenant: str = "") -> ObjectName:
-    """The name of an object of `nbytes` bytes, a multiple of 16."""
-    group = Group(layers=1, heads=1, channels=(nbytes // _TOKENS,), dtype="uint8")
+    """The name of an object of `nbytes` bytes, a multiple of 16.
+
+    Where they are a multiple of 1,024 it is one of as many tokens, and so a whole segment.
+    """
+    tokens = _FEW_TOKENS if nbytes % SEGMENT_TOKENS else SEGMENT_TOKENS
+    group = Group(layers=1, heads=1, channels=(nbytes // tokens,), dtype="uint8")
     key = hashlib.sha256(b"%d" % number).digest()
-    return ObjectName(Namespace(ModelIdentity("conformance"), tenant, _TOKENS), key, Part(group))
+    space = Namespace(ModelIdentity("conformance"), tenant, tokens)
+    return InSegment(space, key, Part(group), (key,))
+
+
+def segment_of(number: int, nbytes: int = 4096) -> list[ObjectName]:
+    """The names of the blocks of a segment, in their order."""
+    space = Namespace(ModelIdentity("conformance"), "", _BLOCK_TOKENS)
+    part = Part(Group(layers=1, heads=1, channels=(nbytes // _BLOCK_TOKENS,), dtype="uint8"))
+    numbers = range(segment_blocks(_BLOCK_TOKENS))
+    keys = tuple(hashlib.sha256(b"%d-%d" % (number, n)).digest() for n in numbers)
+    return [InSegment(space, key, part, keys) for key in keys]
 
 
 def content_of(name: ObjectName) -> bytes:
     """The bytes of an object; no two have the same."""
     seed = name.namespace.digest + name.key + name.part.variant
-    return hashlib.shake_128(seed).digest(name.part.nbytes(_TOKENS))
+    return hashlib.shake_128(seed).digest(name.part.nbytes(name.namespace.block_tokens))
 
 
 class Bench:
@@ -166,7 +192,7 @@ def stores_and_brings(make: Make, folder: Path) -> None:
     """What was put is got, byte by byte; sums are checked and told."""
     with Bench(make, folder) as bench:
         expect(not bench.found, "an empty medium holds nothing")
-        objects = bench.put(*(name_of(i, 16 * size) for i, size in enumerate((1, 256, 257, 4096))))
+        objects = bench.put(*(name_of(i, 1024 * size) for i, size in enumerate((1, 4, 5, 64))))
         for job in objects.jobs:
             data = np.frombuffer(content_of(job.name), np.uint8)
             known = xxh3_64(data.ctypes.data, data.nbytes)
@@ -230,7 +256,11 @@ def survives(make: Make, folder: Path) -> None:
         by_name = {held.name: held for held in found}
         expect(len(by_name) == len(found), "each name once")
         expect(set(by_name) == {names[0], *names[2:]}, "what was put is there, deleted is not")
-        expect(by_name[names[0]].expires == 1 << 41, "when it expires was changed")
+        expires = by_name[names[0]].expires
+        least = 1 << (40 if getattr(bench.tier, "segmented", False) else 41)
+        expect(
+            least <= expires <= 1 << 41, "when it expires was changed, or stays if that is sooner"
+        )
         expect({held.created for held in found} == {1000}, "when it was made is kept")
         objects = Objects(bench, list(by_name))
         for job in objects.jobs:
@@ -256,6 +286,34 @@ def gives_up_the_oldest(make: Make, folder: Path) -> None:
         expect(first.get() == [None, "absent"], "what is busy stays, what was given up is absent")
 
 
+def keeps_segments(make: Make, folder: Path) -> None:
+    """Tiers of segments take whole ones, and find each block of theirs."""
+    with Bench(make, folder) as bench:
+        if not getattr(bench.tier, "segmented", False):
+            return
+        names, others = segment_of(1), segment_of(2)
+        bench.put(*names, *others)
+    with Bench(make, folder) as bench:
+        half = names[8:]
+        answers: list[list[Held | None]] = []
+        bench.tier.probe([*half, *map(plain, names)], answers.append)
+        bench.run_until(lambda: bool(answers), "a probe is answered")
+        found, unnamed = answers[0][: len(half)], answers[0][len(half) :]
+        expect(
+            [h is not None and h.name for h in found] == half, "each block of a segment is found"
+        )
+        expect(not any(unnamed), "what is in no known segment is not there")
+        objects = Objects(bench, half)
+        for job, held in zip(objects.jobs, found, strict=True):
+            job.checksum = held and held.checksum
+        expect(objects.get() == [None] * len(half), "and is got, whatever else is not")
+        torn = Objects(bench, segment_of(3)[1:])
+        expect(set(torn.put()) == {"refused"}, "a torn segment is refused")
+        bench.tier.expire([held._replace(expires=1) for held in found[:1] if held])
+        expect(bench.tier.flush(_SECONDS), "a flush ends")
+        bench.run_until(lambda: objects.get()[0] == "absent", "what is to end sooner goes")
+
+
 def ends(make: Make, folder: Path) -> None:
     """After the end jobs fail, and nothing raises."""
     with Bench(make, folder) as bench:
@@ -275,5 +333,6 @@ CHECKS: Final = (
     refuses_what_is_none,
     survives,
     gives_up_the_oldest,
+    keeps_segments,
     ends,
 )

@@ -8,7 +8,6 @@ file is: each node gives up only what it wrote itself. docs/formats.md has the f
 from __future__ import annotations
 
 import errno
-import math
 import mmap
 import os
 import re
@@ -34,7 +33,7 @@ from kvstore.slices import FEW
 from kvstore.tiers.base import Host, InSegment, Job, ObjectName
 from kvstore.tiers.segments.format import path_of, shape_of
 from kvstore.tiers.segments.tier import Seal, SegmentTier
-from kvstore.tiers.slab.direct import PIECE, Mover, remedy, write_full
+from kvstore.tiers.slab.direct import PIECE, Mover, reason_of, remedy, write_full
 
 MARKER: Final = "kvstore.files"
 """The file that makes a folder one of ours."""
@@ -67,13 +66,15 @@ class FilesOptions(BaseModel):
 class _Own(NamedTuple):
     """A file that this node wrote, or writes: since when (Unix, ms), its bytes, what is in it.
 
-    `name` is not known of those before this process; `whole`: it has been written.
+    `name` is not known of those before this process; `there`: it has been written, `writing`: it is
+    being so, maybe once more.
     """
 
     created: int
     nbytes: int
     name: InSegment | None
-    whole: bool = True
+    there: bool = True
+    writing: bool = False
 
 
 class _Movers(threading.local):
@@ -85,6 +86,8 @@ class _Movers(threading.local):
 
 class FilesTier(SegmentTier):
     """A `Tier` of files in a folder that others write to, too; `OpenTier` says what is raised."""
+
+    watched = True
 
     def __init__(
         self,
@@ -109,10 +112,17 @@ class FilesTier(SegmentTier):
             retry_seconds=retry_seconds,
             stall_seconds=(stall_seconds, stall_seconds),
         )  # fmt: skip
-        if self._size is not None:
-            self._no_writes_until = math.inf  # until it is known what there is
-        self._lister = threading.Thread(target=self._list, name=f"kvstore-{name}-list", daemon=True)
-        self._lister.start()
+        try:
+            self._make_folder(self._mine)
+            self._direct = self._takes_direct()
+            for path, own in sorted(self._listed(), key=lambda one: one[1].created):
+                self._own[path] = own
+                self._used += own.nbytes
+        except OSError as e:
+            if reason_of(e) != "read_only":
+                self.close()
+                raise TierUnavailable(remedy(options.path, e)) from e
+            self._failed(e, writes=True)
 
     # --- The medium -------------------------------------------------------------------------------
 
@@ -230,22 +240,23 @@ class FilesTier(SegmentTier):
 
     def _admit(self, name: InSegment, nbytes: int) -> str | None:
         path = path_of(name)
-        if path in self._own and not self._own[path].whole:
-            return "exists"  # It is being written.
+        own = self._own.get(path)
+        if own is not None:
+            self._own[path] = own._replace(name=name, writing=True)
+            return "exists" if own.writing else None
         if self._size is not None:
             self._make_room(self._size - nbytes)
-            if self._used + nbytes > self._size or self._no_writes_until == math.inf:
+            if self._used + nbytes > self._size:
                 return "no_room"
-        self._drop(path)
-        self._own[path] = _Own(time.time_ns() // 1_000_000, nbytes, name, whole=False)
+        self._own[path] = _Own(time.time_ns() // 1_000_000, nbytes, name, False, True)
         self._used += nbytes
         return None
 
     def _admitted(self, name: InSegment, *, made: bool) -> None:
         path = path_of(name)
         own = self._own[path]
-        if made:
-            self._own[path] = own._replace(whole=True)
+        if made or own.there:
+            self._own[path] = own._replace(there=True, writing=False)
         else:
             self._used -= self._own.pop(path).nbytes
             if self._fault == "full":
@@ -253,7 +264,7 @@ class FilesTier(SegmentTier):
 
     def _drop(self, path: str) -> None:
         """A file is not ours any more; one that others know goes with it, if it is the same."""
-        if path in self._own and self._own[path].whole:
+        if path in self._own and not self._own[path].writing:
             self._run(partial(self._give_up, path, self._own_path(path)))
             self._used -= self._own.pop(path).nbytes
 
@@ -262,7 +273,7 @@ class FilesTier(SegmentTier):
         for path in list(islice(self._own, FEW)) if self._used > size else ():
             name = self._own[path].name
             names = [] if name is None else _names(name)
-            if not self._own[path].whole or any(map(self._host.busy, names)):
+            if self._own[path].writing or any(map(self._host.busy, names)):
                 continue
             self._drop(path)
             for one in names:
@@ -299,21 +310,8 @@ class FilesTier(SegmentTier):
 
     # --- What it wrote before ---------------------------------------------------------------------
 
-    def _list(self) -> None:
-        """Read the names that are this node's own; remove what a crash has left."""
-        while not self._closed:
-            try:
-                self._make_folder(self._mine)
-                self._direct = self._takes_direct()
-                found = sorted(self._listed(), key=lambda one: one[1].created)
-            except OSError as e:
-                self._failed(e, writes=True)
-                time.sleep(self._retry_seconds)
-            else:
-                self._host.post(partial(self._take_in, found))
-                break
-
     def _listed(self) -> Iterator[tuple[str, _Own]]:
+        """Read the names that are this node's own; remove what a crash has left."""
         with self._opened(self._mine, os.O_RDONLY | os.O_DIRECTORY) as fd, os.scandir(fd) as names:
             for entry in islice(names, _MOST_OWN):
                 name = entry.name
@@ -348,21 +346,10 @@ class FilesTier(SegmentTier):
             self._vitals.count("leftovers_removed")
         return linked
 
-    def _take_in(self, found: list[tuple[str, _Own]]) -> None:
-        for path, own in reversed(found):
-            if path not in self._own:
-                self._own[path] = own
-                self._own.move_to_end(path, last=False)
-                self._used += own.nbytes
-        if self._no_writes_until == math.inf:
-            self._no_writes_until = 0.0
-        if self._size is not None:
-            self._make_room(self._size)
-
     def close(self) -> None:
         """See `Tier.close`."""
         super().close()
-        if self._ended and not self._lister.is_alive():
+        if self._ended:
             self._ended = False
             os.close(self._root)
 

@@ -115,7 +115,9 @@ def test_a_daemon_with_a_tier_of_a_package(package: Path, stores: Stores) -> Non
 
 
 def test_kinds_that_cannot_be_had_are_named(package: Path) -> None:
-    with pytest.raises(ConfigError, match="no kind 'other'; known: broken, kept, redis, slab"):
+    with pytest.raises(
+        ConfigError, match="no kind 'other'; known: broken, files, kept, redis, s3, slab"
+    ):
         find("other")
     with pytest.raises(ConfigError, match=r"'broken' cannot be loaded .*no_such_module"):
         find("broken")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -62,6 +63,8 @@ class SegmentTier(ABC):
 
     shared = True
     segmented = True
+    watched = False
+    """It is looked after also where nothing failed."""
 
     def __init__(
         self,
@@ -144,7 +147,7 @@ class SegmentTier(ABC):
         now, alive = time.monotonic(), not self._closed
         well = alive and self._breaker.reason is None
         if alive and (self._breaker.may_try() if not well else now >= self._check_at):
-            self._check_at = now + self._retry_seconds
+            self._check_at = now + (self._retry_seconds if self.watched else math.inf)
             self._run(lambda _: self._check())
         (seconds, backlog), (capacity, used) = self._vitals.cost, self._room
         return State(
@@ -172,27 +175,28 @@ class SegmentTier(ABC):
     # --- What the store asks for ------------------------------------------------------------------
 
     def probe(self, names: Sequence[ObjectName], done: Callable[[list[Held | None]], None]) -> None:
-        """See `Tier.probe`. An answer ends where the medium did not give one."""
+        """See `Tier.probe`."""
         answers: list[Held | None] = [None] * len(names)
         asked: defaultdict[str, list[int]] = defaultdict(list)
         for number, name in enumerate(names):
             if isinstance(name, InSegment):
                 asked[path_of(name)].append(number)
-        left, end, lock = len(asked), len(names), threading.Lock()
+        left, lock = len(asked), threading.Lock()
 
         def ended(numbers: list[int], job: Job, error: str | None) -> None:
-            nonlocal left, end
+            nonlocal left
             found = job.found if isinstance(job, _Errand) else None
             for number in numbers:
                 name = names[number]
-                if found is not None and isinstance(name, InSegment):
+                if error is not None:
+                    answers[number] = Held(name, 0, None, 0, 0)  # Not known.
+                elif found is not None and isinstance(name, InSegment):
                     answers[number] = _held(name, found)
             with lock:
                 left -= 1
-                end = end if error is None else min(end, *numbers)
                 if left:
                     return
-            done(answers[:end])
+            done(answers)
 
         if not asked:
             done(answers)
