@@ -427,6 +427,7 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
             ttl=wishes.ttl,
             parent=keys[first - 1] if first else b"",
             tokens=list(prompt.tokens[first * size : last * size]) if published else None,
+            position=first,
         )
         offload.blocks, offload.prompt, offload.last = blocks, prompt, last
         offload.whole = None

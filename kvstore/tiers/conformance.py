@@ -148,11 +148,15 @@ class Objects:
             self._rooms.append(room)
             self.jobs.append(Job(name, room.ctypes.data, nbytes, **times))
 
-    def put(self) -> list[str | None]:
-        """Put all; what came of each."""
+    def fill(self) -> None:
+        """Bring the bytes of all to memory."""
         for job, room in zip(self.jobs, self._rooms, strict=True):
             data = content_of(job.name)
             room[: len(data)] = np.frombuffer(data, np.uint8)
+
+    def put(self) -> list[str | None]:
+        """Put all; what came of each."""
+        self.fill()
         results = self._run(self._bench.tier.put)
         for job, error in zip(self.jobs, results, strict=True):
             self._bench.tier.settled(job, error)

@@ -31,14 +31,9 @@ from kvstore.memory.slots import ALIGNMENT, align
 from kvstore.mistakes import explain
 from kvstore.slices import FEW
 from kvstore.tiers.base import Host, InSegment, Job, ObjectName
-from kvstore.tiers.segments.format import path_of, shape_of
+from kvstore.tiers.segments.format import MARKER, OWN, path_of, shape_of
 from kvstore.tiers.segments.tier import Seal, SegmentTier
 from kvstore.tiers.slab.direct import PIECE, Mover, reason_of, remedy, write_full
-
-MARKER: Final = "kvstore.files"
-"""The file that makes a folder one of ours."""
-OWN: Final = "nodes"
-"""The folder of the nodes' own names."""
 
 _MARK: Final = re.compile(rb"KVFILES 1 ([0-9a-f]{32})\n")
 _OWN_NAME: Final = re.compile(r"([0-9a-f]{12})-([0-9a-f]{12})-(.+)")
@@ -46,7 +41,7 @@ _NODE: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 _MOST_OWN: Final = 1 << 20
 """Files of this node that are remembered."""
 _OF_DAEMON: Final = ("direct", "retry_seconds", "stall_seconds")
-_FLAGS: Final = os.O_CLOEXEC | os.O_NOFOLLOW
+_FLAGS: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL
 _RECYCLED: Final = 8
 """Files that make room where the file system is full."""

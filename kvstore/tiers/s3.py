@@ -210,7 +210,7 @@ def _translated() -> Iterator[None]:
         raise FileExistsError(errno.EEXIST, "there is one") from e
     except (PermissionDeniedError, UnauthenticatedError) as e:
         raise OSError(
-            errno.EACCES, f"{_plain(e)}; check the credentials and their rights"
+            errno.EACCES, f"access is refused, check the credentials: {_plain(e)}"
         ) from None
     except FileNotFoundError as e:
         if "NoSuchBucket" in str(e):
@@ -221,8 +221,8 @@ def _translated() -> Iterator[None]:
 
 
 def _plain(error: Exception) -> str:
-    """What went wrong, without what a URL may carry of credentials."""
-    return re.sub(r"\?\S*", "", str(error).strip().partition("\n")[0])[:300]
+    """What went wrong, without the rest of URLs, which may carry credentials."""
+    return re.sub(r"(https?://[^/\s]*)\S*", r"\1", str(error).strip().partition("\n")[0])[:300]
 
 
 def _credentials(options: S3Options) -> dict[str, str]:

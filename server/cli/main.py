@@ -176,14 +176,19 @@ def new(
 
 @app.command()
 def fsck(
-    folder: Annotated[Path, typer.Argument(help="Folder of a disk tier that no daemon serves.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Folder of a disk tier that no daemon serves, or of a files tier."),
+    ],
     repair: Annotated[bool, typer.Option(help="Drop what is damaged.")] = False,
 ) -> None:
-    """Verify every object of a disk tier; exit code 2 when something is damaged."""
+    """Verify every object of a disk or files tier; exit code 2 when something is damaged."""
+    from kvstore.tiers.segments import scrub
     from kvstore.tiers.slab import fsck as slabcheck
 
     with progress("verifying", "bytes") as verified:
-        report = slabcheck.fsck(folder, repair=repair, progress=verified)
+        check = scrub.fsck if scrub.is_ours(folder) else slabcheck.fsck
+        report = check(folder, repair=repair, progress=verified)
     _print_struct(report)
     if report.in_use_by is not None:
         typer.echo(

@@ -17,8 +17,13 @@ from kvstore.blocks.spec import MAX_OBJECT_BYTES
 from kvstore.memory.slots import ALIGNMENT, align
 from kvstore.tiers.base import SEGMENT_TOKENS, InSegment, segment_blocks
 
+VERSION: Final = 1
+MARKER: Final = "kvstore.files"
+"""The file that makes a folder one of a files tier."""
+OWN: Final = "nodes"
+"""The folder in it of the nodes' own names."""
+
 _MAGIC: Final = b"KVSEG\r\n\x1a"
-_VERSION: Final = 1
 _RAW: Final = 0
 _HEAD: Final = struct.Struct("<8sIIQQQ32s16s")
 _BLOCK: Final = struct.Struct("<32sQQQQQII")
@@ -76,10 +81,13 @@ LARGEST_HEADER: Final = shape(SEGMENT_TOKENS, 1).header
 
 
 def path_of(name: InSegment) -> str:
-    """Where a segment is, by names that sort into folders."""
-    key = name.keys[-1].hex()
-    place = f"{name.namespace.digest.hex()}/{key[:2]}/{key}-{name.part.variant.hex()}"
-    return f"v{_VERSION}/{place}"
+    """Where a segment is."""
+    return place_of(name.namespace.digest, name.keys[-1], name.part.variant)
+
+
+def place_of(digest: bytes, key: bytes, variant: bytes) -> str:
+    """The same, given the digest of its namespace, its last key, and its part's variant."""
+    return f"v{VERSION}/{digest.hex()}/{key.hex()[:2]}/{key.hex()}-{variant.hex()}"
 
 
 def encode(segment: Segment) -> bytes:
@@ -87,7 +95,7 @@ def encode(segment: Segment) -> bytes:
     sizes = shape(len(segment.blocks), segment.nbytes)
     parts = [
         _HEAD.pack(
-            _MAGIC, _VERSION, len(segment.blocks), sizes.header, sizes.total, segment.nbytes,
+            _MAGIC, VERSION, len(segment.blocks), sizes.header, sizes.total, segment.nbytes,
             segment.digest, segment.variant,
         )
     ]  # fmt: skip
@@ -104,7 +112,7 @@ def decode(data: bytes) -> Segment | None:
     if len(data) < ALIGNMENT:
         return None
     magic, version, count, header, total, nbytes, digest, variant = _HEAD.unpack_from(data)
-    if (magic, version) != (_MAGIC, _VERSION) or not (
+    if (magic, version) != (_MAGIC, VERSION) or not (
         0 < count <= SEGMENT_TOKENS and 0 < nbytes <= MAX_OBJECT_BYTES
     ):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import threading
@@ -43,6 +44,8 @@ class _Put(Job):
 
     jobs: Sequence[Job] = ()
     done: JobDone = lambda job, error: None
+    damaged: set[int] = field(default_factory=set)
+    made: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -177,10 +180,10 @@ class SegmentTier(ABC):
     def probe(self, names: Sequence[ObjectName], done: Callable[[list[Held | None]], None]) -> None:
         """See `Tier.probe`."""
         answers: list[Held | None] = [None] * len(names)
-        asked: defaultdict[str, list[int]] = defaultdict(list)
+        asked: defaultdict[object, list[int]] = defaultdict(list)
         for number, name in enumerate(names):
             if isinstance(name, InSegment):
-                asked[path_of(name)].append(number)
+                asked[name.keys[-1], name.part.variant, name.namespace.digest].append(number)
         left, lock = len(asked), threading.Lock()
 
         def ended(numbers: list[int], job: Job, error: str | None) -> None:
@@ -219,7 +222,7 @@ class SegmentTier(ABC):
                 error = self._admit(first, nbytes)
                 put = _Put(first, 0, nbytes, jobs=segment, done=done)
                 if error is None:
-                    self._puts.submit([put], lambda job, error: None, is_put=True)
+                    self._puts.submit([put], self._put_over, is_put=True)
             for job in segment if error is not None else ():
                 done(job, error)
 
@@ -232,7 +235,7 @@ class SegmentTier(ABC):
         good: list[Job] = []
         for job in jobs:
             name, why = job.name, error
-            if not isinstance(name, InSegment) or path_of(name) in self._going:
+            if not isinstance(name, InSegment) or (self._going and path_of(name) in self._going):
                 why = why or "absent"
             elif job.checksum is None or job.nbytes != _nbytes(name):
                 why = why or "refused"
@@ -309,6 +312,8 @@ class SegmentTier(ABC):
             data = self._head(path, shape_of(name).header)
         except FileNotFoundError:
             return None
+        except PermissionError as e:  # Who may not read is not one who may only read.
+            raise OSError(errno.EIO, e.strerror) from e
         finally:
             self._look_seconds += (time.monotonic() - started - self._look_seconds) * _NEW
         found = decode(data)
@@ -352,27 +357,30 @@ class SegmentTier(ABC):
             put, started = task.job, time.monotonic()
             assert isinstance(put, _Put)
             assert isinstance(put.name, InSegment)
-            damaged, made = set[int](), False
-            error: str | None = "closed" if self._closed else None
             try:
-                if error is None:
-                    error, made = self._put(thread, put.name, put.jobs)
-                    self._worked(started, wrote=made)
+                error = self._put(thread, put)
+                self._worked(started, wrote=put.made)
             except Damaged as e:
-                error, damaged = "partial", e.numbers
+                error, put.damaged = "partial", e.numbers
             except OSError as e:
                 error = self._failed(e, writes=True)
-            self._host.post(partial(self._admitted, put.name, made=made))
             self._puts.finish(task, error)
-            for number, job in enumerate(put.jobs):
-                put.done(job, "corrupt" if number in damaged else error)
 
-    def _put(self, thread: int, name: InSegment, jobs: Sequence[Job]) -> tuple[str | None, bool]:
-        """Why a segment is not there, and whether there is one more now."""
+    def _put_over(self, put: Job, error: str | None) -> None:
+        assert isinstance(put, _Put)
+        assert isinstance(put.name, InSegment)
+        self._host.post(partial(self._admitted, put.name, made=put.made))
+        for number, job in enumerate(put.jobs):
+            put.done(job, "corrupt" if number in put.damaged else error)
+
+    def _put(self, thread: int, put: _Put) -> str | None:
+        """See to it that a segment is there; why it is not."""
+        name, jobs = put.name, put.jobs
+        assert isinstance(name, InSegment)
         path, blocks = path_of(name), list[Block]()
         with self._changed:
             if not self._changed.wait_for(lambda: path not in self._going, self._retry_seconds):
-                return "io_error", False
+                return "io_error"
 
         def seal(sums: Sequence[int]) -> bytes:
             blocks[:] = _blocks(jobs, sums)
@@ -382,17 +390,18 @@ class SegmentTier(ABC):
         for _ in range(2):
             found = self._find(name)
             if found is not None and _lives(found):
-                return self._there(jobs, found), False
+                return self._there(jobs, found)
             if found is not None:
                 self._remove(path)
             if self._store(thread, path, jobs, seal):
                 for job, block in zip(jobs, blocks, strict=True):
                     job.checksum = block.checksum
                 self._vitals.count("segments_written")
-                return None, True
+                put.made = True
+                return None
             if self._find(name) is None:  # What lies there is of no use to anybody.
                 self._remove(path)
-        return "exists", False
+        return "exists"
 
     def _there(self, jobs: Sequence[Job], found: Segment) -> str | None:
         """Somebody has put it already: whether these are the same bytes."""
