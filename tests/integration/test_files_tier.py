@@ -157,17 +157,17 @@ from pathlib import Path
 from tests.integration.test_files_tier import Objects, names, node
 with node(Path({str(tmp_path)!r})) as bench:
     print("go", flush=True)
-    for number in range(1000):
+    for number in range(100):
         Objects(bench, names(number)).put()
 """
-    for wait in (0.02, 0.05, 0.1):
+    for wait in (0.02, 0.06):
         with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as child:
             assert child.stdout is not None
             child.stdout.readline()
             time.sleep(wait)
             child.kill()
     with node(tmp_path) as bench:
-        there = [n for n in range(200) if probe(bench, n) == ["there"]]
+        there = [n for n in range(100) if probe(bench, n) == ["there"]]
         for number in there:
             objects = Objects(bench, names(number))
             assert objects.put() == [None] * 16
