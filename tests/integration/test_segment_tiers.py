@@ -187,6 +187,19 @@ def test_what_others_have_put_stays(medium: Medium, monkeypatch: pytest.MonkeyPa
         ]
 
 
+def test_what_others_have_put_instead_is_a_miss_and_stays(
+    medium: Medium, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Bench(medium.open, Path()) as one, Bench(medium.open, Path()) as other:
+        first = one.put(*NAMES)
+        other.tier.delete(NAMES)
+        assert other.tier.flush(20)
+        monkeypatch.setattr(conformance, "content_of", lambda name: content_of(name)[::-1])
+        second = other.put(*NAMES)
+        assert set(first.get()) == {"absent"}
+        assert second.get() == [None] * 16
+
+
 def test_many_nodes_put_one_segment_at_once(medium: Medium) -> None:
     kept: list[Objects] = []
     with Bench(medium.open, Path()) as one, Bench(medium.open, Path()) as other:

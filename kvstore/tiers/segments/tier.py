@@ -431,16 +431,22 @@ class SegmentTier(ABC):
         sizes = shape_of(first)
         error: str | None = None
         sums: Sequence[int | None] = ()
+        found: Segment | None = None
         try:
             sums = self._load(thread, path, sizes.header + first.index * sizes.stride, jobs)
+            if [job.checksum for job in jobs] != sums:
+                found = self._find(first)
             self._worked(started)
         except FileNotFoundError:
             error = "absent"
         except OSError as e:
             error = self._failed(e, writes=False)
         for number, task in enumerate(tasks):
-            right = error is None and sums[number] == task.job.checksum
-            self._gets.finish(task, error or (None if right else "corrupt"))
+            why = error
+            if error is None and sums[number] != task.job.checksum:
+                others = found and found.blocks[first.index + number].checksum == sums[number]
+                why = "absent" if others else "corrupt"
+            self._gets.finish(task, why)
 
     # --- How the medium does; in any thread -------------------------------------------------------
 
