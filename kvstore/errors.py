@@ -13,6 +13,17 @@ class NotNow(ConfigError):
     """What is configured cannot be had now, but perhaps later: memory, a port, a lock."""
 
 
+class NoPackage(ConfigError):
+    """A package that something needs is not installed, or must not be used."""
+
+
+def missing(what: str, extra: str, e: ImportError) -> NoPackage:
+    """What to raise where `what` cannot be imported; `extra` of kvstore brings its packages."""
+    return NoPackage(
+        f"{what} needs a package that is not installed ({e}): pip install 'kvstore[{extra}]'"
+    )
+
+
 class SpecError(KVStoreError, ValueError):
     """A model identity, group, layout, shard or block description is not valid."""
 

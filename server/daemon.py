@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kvstore.config import Config, ServerConfig
-from kvstore.errors import KVStoreError
+from kvstore.errors import KVStoreError, NoPackage, missing
 from kvstore.memory.arena import Arena
 from kvstore.server.access.access import Access
 from kvstore.server.listeners import bind, clear, make_folder, take_lock
@@ -93,6 +93,7 @@ class Daemon:
 
         Raises:
             ConfigError: another daemon serves there, or the configuration cannot be had.
+            NoPackage: the configuration asks for what a package is missing for.
         """
         server = self._config.server
         access = Access.load(server)
@@ -102,9 +103,8 @@ class Daemon:
             last.callback(os.close, lock)
             last.callback(self._unlink)
             if server.http is not None:
-                from kvstore.server.http.admin import AdminFace
-
-                self._http = AdminFace(self._config, access)
+                self._open_http(access)
+            if self._http is not None:
                 # Until all else has ended: probes and metrics see the draining.
                 last.push_async_callback(self._http.stop)
             self._probe_places()
@@ -144,7 +144,10 @@ class Daemon:
         faces: list[Face] = []
         try:
             if not self._embedded:
-                await node.open_control()
+                try:
+                    await node.open_control()
+                except NoPackage as e:
+                    self._do_without("grpc", e)
             if self._config.server.tcp is not None:
                 from kvstore.server.sessions.streams import StreamFace
 
@@ -227,6 +230,21 @@ class Daemon:
                 if (address := getattr(self._config.server, key)) is not None:
                     for probe in bind(f"server.{key}", address):
                         probes.enter_context(probe)
+
+    def _open_http(self, access: Access) -> None:
+        try:
+            from kvstore.server.http.admin import AdminFace
+        except ImportError as e:
+            self._do_without("http", missing("HTTP", "server", e))
+        else:
+            self._http = AdminFace(self._config, access)
+
+    def _do_without(self, key: str, why: NoPackage) -> None:
+        """Sessions are served all the same, unless somebody has asked for what cannot be had."""
+        server = self._config.server
+        if key in server.model_fields_set and getattr(server, key) is not None:
+            raise why
+        _log.warning("%s; it is not served", why)
 
     def _left(self) -> None:
         """A session has."""

@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.config import Config
-from kvstore.errors import ConfigError, ProtocolError
+from kvstore.errors import ConfigError, ProtocolError, missing
 from kvstore.server.access.access import Access
 from kvstore.server.access.grants import LOCAL, Denied, Grant
 from kvstore.server.loop import Steps
@@ -245,11 +245,15 @@ class Node:
 
         Raises:
             ConfigError: the socket or port cannot be had.
+            NoPackage: gRPC is not installed, or is one that anybody can crash.
         """
         async with self._opening:
             if self.control is None:
                 # In a thread: gRPC takes long to load, and private daemons only do so now.
-                module = await asyncio.to_thread(import_module, "kvstore.server.control.face")
+                try:
+                    module = await asyncio.to_thread(import_module, "kvstore.server.control.face")
+                except ImportError as e:
+                    raise missing("the API", "server", e) from e
                 face = module.ControlFace(self)
                 await face.start()
                 self.control = face

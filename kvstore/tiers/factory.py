@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Final
 
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, missing
 from kvstore.tiers.base import Host, Tier
 
 GROUP: Final = "kvstore.tiers"
@@ -44,10 +44,7 @@ def find(kind: str) -> OpenTier:
         except ImportError as e:
             if kind not in _EXTRAS:
                 raise
-            raise ConfigError(
-                f"tiers: kind {kind} needs a package that is not installed ({e}): "
-                f"pip install 'kvstore[{kind}]'"
-            ) from e
+            raise missing(f"tiers: kind {kind}", kind, e) from e
         return opened
     offered = {point.name: point for point in entry_points(group=GROUP)}
     if kind not in offered:

@@ -16,7 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kvstore.api.convert import MAX_MESSAGE, SERVICE
-from kvstore.errors import ConfigError, NotNow
+from kvstore.errors import ConfigError, NoPackage, NotNow
 from kvstore.files import make_way
 from kvstore.server.access.grants import LOCAL, Grant
 from kvstore.server.control.calls import SPARE_CALLS, Calls, Gate
@@ -36,6 +36,8 @@ _GRACE_SECONDS: Final = 0.5
 _HEALTH_SECONDS: Final = 0.1
 _REVIVE_SECONDS: Final = 0.2
 _MAX_CONNECTIONS: Final = 1024
+_BROKEN: Final = ("1.84.", "1.85.")
+"""Releases that malformed calls crash; pyproject.toml excludes them, engines may bring them."""
 
 _log = logging.getLogger("kvstore.control")
 
@@ -82,7 +84,13 @@ class ControlFace:
 
         Raises:
             ConfigError: the socket's path is too long, or the port cannot be had.
+            NoPackage: this gRPC is known to be bad.
         """
+        if grpc.__version__.startswith(_BROKEN):
+            raise NoPackage(
+                f"the API: grpcio {grpc.__version__} corrupts memory when malformed calls are "
+                "cancelled, so anybody can crash it: pip install 'grpcio!=1.84.*,!=1.85.*'"
+            )
         await self._set_health(serving=False)
         if self._node.config.server.grpc is not None:
             self._open(self._node.config.server.grpc)

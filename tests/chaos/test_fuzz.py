@@ -283,7 +283,7 @@ def test_whoever_says_hello_byte_by_byte_is_cut_off(target: Target) -> None:
 
 
 def test_a_method_that_is_no_text_does_not_end_grpc(target: Target) -> None:
-    """Releases after 1.80 end the loop of their own server on it."""
+    """Releases from 1.84 on end the loop of their own server on it."""
     for door in target.doors():
         if door.name not in ("grpc", "control socket"):
             continue
