@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -183,10 +185,16 @@ def serve(
     os.dup2(words, 1)
     os.dup2(words, 2)
     os.environ |= environment
-    engine, said, end = make(settings)
-    orders.send(said)
-    with suppress(EOFError):
-        while True:
-            do, *given = orders.recv()
-            orders.send(do(engine, *given))
-    end()
+    try:
+        engine, said, end = make(settings)
+        orders.send(said)
+        with suppress(EOFError):
+            while True:
+                do, *given = orders.recv()
+                orders.send(do(engine, *given))
+        end()
+    except Exception:  # noqa: BLE001 - its last words are in the log
+        traceback.print_exc()
+        sys.stderr.flush()
+        # Else this process would wait for its workers, and others for it.
+        os.killpg(0, signal.SIGKILL)

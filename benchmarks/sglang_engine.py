@@ -120,16 +120,18 @@ def ask(
 ) -> tuple[list[float], list[dict[str, Any]]]:
     """Seconds to the first tokens, and the whole greedy answers, to prompts that are given at once.
 
-    `wishes` is what `Engine.async_generate` takes besides, the same for all.
+    `wishes` is what `GenerateReqInput` takes besides, the same for all.
     """
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
     greedy = {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": True}
     greedy |= wishes.pop("sampling_params", {})
     started = time.perf_counter()
 
     async def one(prompt: list[int]) -> tuple[float, dict[str, Any]]:
-        chunks = await engine.async_generate(
-            input_ids=prompt, sampling_params=greedy, stream=True, **wishes
-        )
+        # As `Engine.async_generate` does, which does not take all that a request may have.
+        order = GenerateReqInput(input_ids=prompt, sampling_params=greedy, stream=True, **wishes)
+        chunks = engine.tokenizer_manager.generate_request(order, None)
         answer = await anext(chunks)
         first = time.perf_counter() - started
         return first, [answer, *[chunk async for chunk in chunks]][-1]

@@ -107,10 +107,15 @@ class Lane:
         with self._changed:
             self._changed.wait_for(lambda: self._running not in requests)
 
+    def drain(self, timeout: float) -> None:
+        """Run what waits, for up to `timeout` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting and self._running is None, timeout)
+
     def close(self, timeout: float) -> None:
         """Run what waits, for up to `timeout` seconds, and end."""
+        self.drain(timeout)
         with self._changed:
-            self._changed.wait_for(lambda: not self._waiting and not self._running, timeout)
             self._waiting.clear()
         self._thread.shutdown(wait=True)
 
@@ -156,6 +161,10 @@ class Transfers:
     def save(self, job: Job, gates: Gates) -> None:
         """Have a job save."""
         self._saving.put(job, gates)
+
+    def drain_saves(self, seconds: float) -> None:
+        """Let saves end that wait, for up to so many seconds."""
+        self._saving.drain(seconds)
 
     def drop_saves(self, requests: Collection[str]) -> None:
         """Save no more of these requests: what waits is dropped, what runs has ended then."""

@@ -6,8 +6,11 @@ loaded later, while the scheduler is made, but before what is hooked here is fir
 
 from __future__ import annotations
 
+import functools
+import logging
 import sys
 import time
+from array import array
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -20,6 +23,8 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from kvstore.connectors.sglang import contract
 from kvstore.connectors.sglang.tree import KVStoreWrapper
 from kvstore.errors import SpecError
+
+_log = logging.getLogger("sglang.srt.kvstore.hooks")
 
 _IDLE: Final = 0.001
 """Seconds to leave the GIL to others when there is nothing to do but wait for the store."""
@@ -54,7 +59,7 @@ def install() -> None:
     }
     targets[contract.WRAPPER.replace(":", ".")] = (KVStoreWrapper, HookType.REPLACE)
     for target, (hook, kind) in targets.items():
-        HookRegistry.register(target, hook, kind)
+        HookRegistry.register(target, _safe(hook) if kind == HookType.BEFORE else hook, kind)
     HookRegistry.apply_hooks()
     missing = targets.keys() - HookRegistry._patched
     if missing or unified_radix_cache.UnifiedCacheLinkerWrapper is not KVStoreWrapper:
@@ -80,6 +85,19 @@ def adapters(scheduler: Any) -> Mapping[str, Any]:
     """LoRA adapters that are loaded, by SGLang's ids."""
     manager = getattr(scheduler.tp_worker.model_runner, "lora_manager", None)
     return {} if manager is None else manager.lora_refs
+
+
+def _safe(hook: Callable[..., None]) -> Callable[..., None]:
+    """What listens in before a call of SGLang's must not keep it from happening."""
+
+    @functools.wraps(hook)
+    def call(*args: Any, **kwargs: Any) -> None:
+        try:
+            hook(*args, **kwargs)
+        except Exception:  # noqa: BLE001 - it would end SGLang's scheduler
+            _log.exception("SGLang goes on without a hook of the store's")
+
+    return call
 
 
 def _ours(tree_cache: Any) -> Any:
@@ -129,8 +147,6 @@ def _arrive(scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
 
 def _begin(tree: Any, req: Any, ids: Any) -> int:
     """Tokens of a prompt that the tree has."""
-    from array import array
-
     key = RadixKey(array("q", ids.tobytes()), req.extra_key, cache_salt=req.cache_salt)
     return int(tree.tree_core.match_full_device_prefix(key)[0])
 

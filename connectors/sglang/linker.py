@@ -57,6 +57,8 @@ _log = logging.getLogger("sglang.srt.kvstore")
 PLACE: Final = "linker_extra_config"
 _TREE: Final = "tree"
 """What all saves are of, whichever request has made them."""
+_DRAIN: Final = 1.0
+"""Seconds that saves may go on when the tree is emptied; then those that wait are dropped."""
 _LOCKED: Final = 4
 """Saves may keep that part of the pool, one in so many, from being evicted."""
 
@@ -160,7 +162,6 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
         self._named = self._weights is not None
         self._instance = self._shared_name()
         self._updates = 0
-        self._media_named = bool(server_args.trust_mm_content_hashes)
         namespace = Namespace(identity, settings.tenant, self.block_tokens)
         config = settings.config
         self._device = device = Device.of(pool.tensors, config.session)
@@ -230,7 +231,7 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
         self._asking = (None, 0)
         if self._weights is None:
             return
-        prompt = self._prompts.of(req, self._weights, media_named=self._media_named)
+        prompt = self._prompts.of(req, self._weights)
         if prompt is not None:
             prompt.waits = False
             if ids is not None and not prompt.wishes.skip_load:
@@ -384,7 +385,7 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
     def offers(self, req: Any, ids: Any, begin: int, slots: Any) -> None:
         """The tree has the KV of `ids`, in these slots of the pool, new from `begin` on."""
         self._offered = (None, 0, 0, None)
-        prompt = self._prompts.of(req, self._weights or "", media_named=self._media_named)
+        prompt = self._prompts.of(req, self._weights or "")
         if prompt is not None:
             prompt.know(ids)
             size = self.block_tokens
@@ -409,7 +410,8 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
             return
         memory, size = self._pool.memory, self.block_tokens
         blocks = last - first
-        waiting = sum(one.blocks for one in self._saving.values())
+        # The thread that saves takes them away meanwhile.
+        waiting = sum(one.blocks for one in list(self._saving.values()))
         if (waiting + blocks) * size * _LOCKED > memory.pages * memory.page_tokens and waiting:
             self.stats.dropped(blocks, "busy")
             return
@@ -432,20 +434,27 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
         offload.blocks, offload.prompt, offload.last = blocks, prompt, last
         offload.whole = None
         self._saving[job.number] = offload
-        self._transfers.save(job, Gates(self._settled()))
+        try:
+            self._transfers.save(job, Gates(self._settled()))
+        except Exception:
+            offload.whole = False
+            raise
 
     def _saved(self, job: Job, blocks: int) -> None:
         """In the thread that saves."""
         offload = self._saving.pop(job.number)
-        prompt, seconds = offload.prompt, None
-        if prompt is not None:
-            seconds = prompt.wishes.pin
-        if seconds is not None and blocks and prompt is not None:
-            session = self._sessions.get(job.tenant)
-            if isinstance(session, Session):
-                self._sessions.keep(job.tenant, seconds)
-                session.pin(prompt.keys[: offload.last], ttl=seconds)
-        offload.whole = blocks == len(job.keys)
+        try:
+            if blocks and offload.prompt is not None:
+                self._pin(offload.prompt, offload.last)
+        finally:
+            offload.whole = blocks == len(job.keys)
+
+    def _pin(self, prompt: Prompt, last: int) -> None:
+        tenant, seconds = prompt.namespace.tenant, prompt.wishes.pin
+        session = self._sessions.get(tenant)
+        if seconds is not None and isinstance(session, Session):
+            self._sessions.keep(tenant, seconds)
+            session.pin(prompt.keys[:last], ttl=seconds)
 
     @_guarded(0)
     def num_completed_offloads(self) -> int:
@@ -483,10 +492,11 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
 
     @_guarded(None)
     def quiesce(self) -> None:
-        """Leave the pool alone: drop what waits, and wait for copies that run."""
+        """Leave the pool alone: no load or save is under way after this."""
         for rid in list(self._queued):
             self.cancel_queued_load(rid)
         self.layer_done_counter.reset()
+        self._transfers.drain_saves(_DRAIN)
         self._transfers.drop_saves([_TREE])
 
     @_guarded(None)

@@ -1,16 +1,17 @@
 """What SGLang's requests are to the store: their tokens, what else changes their KV, their wishes.
 
 SGLang names adapters by random ids, and images by numbers beyond all token ids that stand in their
-place (from the hash of what the model is given). The store names an adapter by its files, as every
-engine does, and has an image's numbers beside tokens that are 0.
+place, from hashes that callers may choose. The store names an adapter by its files and an image by
+what the model is given of it, and has an image's numbers beside tokens that are 0.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,6 +22,7 @@ from kvstore.blocks.keys import MAX_TOKEN, Media
 from kvstore.blocks.spec import Namespace
 from kvstore.blocks.weights import weights_digest
 from kvstore.connectors.common.identity import started
+from kvstore.connectors.common.media import feed
 from kvstore.connectors.common.requests import Asked
 from kvstore.connectors.common.settings import Settings, is_tenant, wishes_of
 from kvstore.connectors.common.stats import Stats
@@ -84,6 +86,8 @@ class Prompt(Asked):
     """A request; `ids` are its tokens in SGLang's numbers, shape (n,)."""
 
     ids: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    items: tuple[Media, ...] = ()
+    """What the model is given of images and the like, by its content."""
     waits: bool = False
     """Whether the store is to be asked again in a moment."""
 
@@ -96,7 +100,7 @@ class Prompt(Asked):
             return
         self.ids = ids
         self.tokens, media = plain(ids, self.namespace.block_tokens)
-        self.extras = {**self.extras, "media": media}
+        self.extras = {**self.extras, "media": self.items + media}
 
 
 def plain(
@@ -118,6 +122,25 @@ def plain(
     return np.where(wide, 0, ids).astype(np.uint32), media
 
 
+def _items(inputs: Any) -> Iterator[Media]:
+    """Images and the like of a request, and where they stand.
+
+    Callers may say what SGLang is to call them (`mm_hashes`): what counts is their content.
+
+    Raises:
+        SpecError: that is not known here, or not any more.
+    """
+    for item in [] if inputs is None else inputs.mm_items:
+        modality, h = str(item.modality.name), hashlib.sha256()
+        given = {"feature": item.feature, "embeddings": item.precomputed_embeddings}
+        given |= item.model_specific_data
+        empty = item.feature is None and item.precomputed_embeddings is None
+        if empty or not all([feed(h, name) and feed(h, given[name]) for name in sorted(given)]):
+            raise SpecError(f"what the model is given of its {modality.lower()} is not known here")
+        for first, last in item.offsets or ():
+            yield Media(modality, f"{h.hexdigest()}:{last - first}", first, last - first + 1)
+
+
 class Prompts:
     """Requests as the store sees them. Used by one thread."""
 
@@ -135,15 +158,14 @@ class Prompts:
         """A request that has come up; None: it has not, or it goes without the store."""
         return self._known.get(rid)
 
-    def of(self, req: Any, weights: str, *, media_named: bool) -> Prompt | None:
+    def of(self, req: Any, weights: str) -> Prompt | None:
         """A request; None: it goes without the store.
 
-        `weights` names those of the engine, beside the namespace's. With `media_named`, clients
-        say what an image hashes to.
+        `weights` names those of the engine, beside the namespace's.
         """
         if req.rid not in self._known:
             try:
-                found = self._take(req, weights, media_named=media_named)
+                found = self._take(req, weights)
             except (SpecError, OSError) as e:
                 found = None
                 self._quiet.warning("unkeyed", "a request goes without the store: %s", e)
@@ -153,11 +175,9 @@ class Prompts:
                 self._known.popitem(last=False)
         return self._known[req.rid]
 
-    def _take(self, req: Any, weights: str, *, media_named: bool) -> Prompt:
+    def _take(self, req: Any, weights: str) -> Prompt:
         if req.input_embeds is not None or req.positional_embed_overrides is not None:
             raise SpecError("prompts given as embeddings have no tokens to go by")
-        if media_named and req.multimodal_inputs is not None:
-            raise SpecError("with --trust-mm-content-hashes, clients say what an image hashes to")
         tenant, salt = self._settings.tenant, req.cache_salt or ""
         if salt and self._settings.salt_is_tenant:
             tenant, salt = salt, ""
@@ -180,7 +200,8 @@ class Prompts:
         for words in wrong:
             self._quiet.warning("wish", "custom_params: kvstore: %s; left out", words)
         namespace = Namespace(self._namespace.model, tenant, self._namespace.block_tokens)
-        return Prompt(namespace, wishes, np.empty(0, np.uint32), named)
+        items = tuple(_items(req.multimodal_inputs))
+        return Prompt(namespace, wishes, np.empty(0, np.uint32), named, items=items)
 
     def forget(self, rid: str) -> None:
         """A request has ended."""

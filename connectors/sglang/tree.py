@@ -52,19 +52,28 @@ class KVStoreWrapper(UnifiedCacheLinkerWrapper):  # type: ignore[misc]
             return result
 
     def _offload_node(self, node_id: Any, transfers: list[Any]) -> None:
-        if self._ours is None:
+        if self._ours is None or (self._req is not None and self._offers(node_id)):
             super()._offload_node(node_id, transfers)
-        elif self._req is not None and not self._ours.leaves(self._req):
+
+    def _offers(self, node_id: Any) -> bool:
+        """Tell the linker of a node's tokens and slots; whether it is to be saved."""
+        try:
+            if self._ours.leaves(self._req):
+                return False
             core = self.cache.tree_core
             (path,) = core.collect_path_info([node_id])
             found = [core.snapshot_buffer_backup(info.node_id, False) for info in path]
             if any(one is None or one.key.is_bigram for one in found):
-                return
+                return False
             ids = np.concatenate([_ids(one.key) for one in found])
             slots = core.collect_full_device_indices(node_id, core.root_node_handle())
-            if len(ids) == len(slots) == path[-1].path_end:
-                self._ours.offers(self._req, ids, path[-1].path_start, slots)
-                super()._offload_node(node_id, transfers)
+            if not len(ids) == len(slots) == path[-1].path_end:
+                return False
+            self._ours.offers(self._req, ids, path[-1].path_start, slots)
+        except Exception:  # noqa: BLE001 - it would end SGLang's scheduler
+            _log.exception("a node of the tree is not saved")
+            return False
+        return True
 
     def release_request(self, rid: str) -> None:
         """A request was aborted."""

@@ -14,11 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from blake3 import blake3
 
 from kvstore.blocks.keys import Media
 from kvstore.blocks.weights import weights_digest
+from kvstore.connectors.common.media import feed
 from kvstore.errors import SpecError
 
 _DIGEST: Final = "_kvstore_digest"
@@ -113,7 +113,7 @@ class Inputs:
         digest = getattr(item, _DIGEST, None)
         if digest is None:
             h = blake3()
-            if not all([_fed(h, name) and _fed(h, item[name].data) for name in sorted(item)]):
+            if not all([feed(h, name) and feed(h, item[name].data) for name in sorted(item)]):
                 return ""
             digest = h.hexdigest()
             setattr(item, _DIGEST, digest)
@@ -139,19 +139,3 @@ def _means(meant: dict[str | int, str], name: str | int, digest: str) -> bool:
     before = meant.pop(name, digest)
     meant[name] = digest if before == digest else ""
     return bool(digest) and before == digest
-
-
-def _fed(h: Any, value: Any) -> bool:
-    """Add a value of a processed item to a hash, so that no two look alike; False: it cannot be."""
-    if isinstance(value, torch.Tensor):
-        h.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
-        h.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    elif isinstance(value, (list, tuple)):
-        h.update(f"list {len(value)};".encode())
-        return all(_fed(h, item) for item in value)
-    elif value is None or isinstance(value, (bool, int, float, str)):
-        text = repr(value).encode("utf-8", "surrogatepass")
-        h.update(f"value {len(text)};".encode() + text)
-    else:
-        return False
-    return True

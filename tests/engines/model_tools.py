@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).parents[2]
+RANK: Final = 8
+"""Of adapters."""
 
 
 def model() -> Path:
@@ -34,6 +37,39 @@ def small_model(folder: Path, seed: int = 0) -> Path:
         initializer_range=0.3,  # large, so that each token depends on all those before it
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def adapter(folder: Path, seed: int) -> Path:
+    """Random weights for all layers' queries and values, large enough to change the answer."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model())
+    hidden = config.hidden_size
+    values = hidden // config.num_attention_heads * config.num_key_value_heads
+    random = torch.Generator().manual_seed(seed)
+    weights = {}
+    for layer in range(config.num_hidden_layers):
+        for name, width in (("q_proj", hidden), ("v_proj", values)):
+            place = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            down = torch.randn(RANK, hidden, generator=random)
+            up = torch.randn(width, RANK, generator=random)
+            weights[f"{place}.lora_A.weight"] = 0.05 * down
+            weights[f"{place}.lora_B.weight"] = 0.05 * up
+    folder.mkdir()
+    save_file(weights, folder / "adapter_model.safetensors")
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": 2 * RANK,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": ["q_proj", "v_proj"],
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder
 
 

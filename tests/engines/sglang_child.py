@@ -36,6 +36,17 @@ def call(engine: Any, name: str, options: dict[str, Any]) -> Any:
     return getattr(engine, name)(**options)
 
 
+def update_weights(engine: Any, options: dict[str, Any]) -> None:
+    """Update them from disk, as the HTTP API does, which takes more than the engine's method."""
+    from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
+
+    order = UpdateWeightFromDiskReqInput(**options)
+    done, words, _ = engine.loop.run_until_complete(
+        engine.tokenizer_manager.update_weights_from_disk(order, None)
+    )
+    assert done, words
+
+
 def metrics(engine: Any) -> dict[str, float]:
     """The connector's metrics, and SGLang's of retraction and eviction, over all processes."""
     from prometheus_client import CollectorRegistry

@@ -88,6 +88,11 @@ class Engine(EngineProcess):
         self.tell(sglang_child.call, name, options)
         return self.answer()
 
+    def update_weights(self, folder: Path, **options: Any) -> None:
+        """Load others into the live engine; `options` are those of SGLang's request for that."""
+        self.tell(sglang_child.update_weights, {"model_path": str(folder)} | options)
+        self.answer()
+
     def metrics(self) -> dict[str, float]:
         """The connector's Prometheus metrics."""
         self.tell(sglang_child.metrics)

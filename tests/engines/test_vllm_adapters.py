@@ -2,54 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from tests.engines.vllm_tools import Engine, document, model, transfer
+from tests.engines.model_tools import RANK, adapter
+from tests.engines.vllm_tools import Engine, document, transfer
 from tests.session_tools import Stores, eventually
 
 pytestmark = pytest.mark.vllm
 
-RANK: Final = 8
 USABLE: Final = 256
 """Tokens of the prompt in whole blocks."""
-
-
-def adapter(folder: Path, seed: int) -> Path:
-    """Random weights for all layers' queries and values, large enough to change the answer."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model())
-    hidden = config.hidden_size
-    values = hidden // config.num_attention_heads * config.num_key_value_heads
-    random = torch.Generator().manual_seed(seed)
-    weights = {}
-    for layer in range(config.num_hidden_layers):
-        for name, width in (("q_proj", hidden), ("v_proj", values)):
-            place = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            down = torch.randn(RANK, hidden, generator=random)
-            up = torch.randn(width, RANK, generator=random)
-            weights[f"{place}.lora_A.weight"] = 0.05 * down
-            weights[f"{place}.lora_B.weight"] = 0.05 * up
-    folder.mkdir()
-    save_file(weights, folder / "adapter_model.safetensors")
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": RANK,
-        "lora_alpha": 2 * RANK,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": ["q_proj", "v_proj"],
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return folder
 
 
 def test_adapters_share_no_blocks_but_their_own(stores: Stores, tmp_path: Path) -> None:

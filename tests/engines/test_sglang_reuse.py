@@ -1,0 +1,115 @@
+"""What one SGLang process has computed, another loads, and answers as if it had computed it."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import pytest
+
+from tests.engines.model_tools import document
+from tests.engines.sglang_tools import Engine, linked
+from tests.session_tools import Served, eventually
+
+pytestmark = pytest.mark.sglang
+
+WHOLE: Final = 1478
+"""Tokens of the prompt, 23 blocks and a rest."""
+
+
+def stored(served: Served) -> int:
+    found: int = served.stats()["objects"]
+    return found
+
+
+def saved(served: Served, blocks: int) -> None:
+    """Wait until the store has so many blocks."""
+    eventually(lambda: stored(served) >= blocks, 60)
+
+
+@pytest.fixture(scope="module")
+def expected(sglang_plain: Engine) -> Any:
+    """What a plain engine answers to the prompt."""
+    return sglang_plain.generate(document(WHOLE))["tokens"]
+
+
+def test_another_process_loads_it(
+    sglang_linked: Engine, sglang_store: Served, expected: Any
+) -> None:
+    prompt = document(WHOLE)
+    before = stored(sglang_store)
+    first = sglang_linked.generate(prompt)
+    assert (first["tokens"], first["cached"]) == (expected, [0])
+    saved(sglang_store, before + 23)
+    sglang_linked.forget()
+    again = sglang_linked.generate(prompt)
+    assert (again["tokens"], again["cached"]) == (expected, [1472])
+    # Pages of one token, layer by layer, no overlapping, SGLang's other tree: another
+    # engine, which loads what this one has stored, and saves what is new in it.
+    with Engine(
+        linked(sglang_store, sglang__layerwise=True, sglang__block_tokens=64),
+        environment={"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python"},
+        page_size=1,
+        disable_overlap_schedule=True,
+    ) as other:
+        loaded = other.generate(prompt)
+        assert (loaded["tokens"], loaded["cached"]) == (expected, [1472])
+        longer = prompt + loaded["tokens"][0] + document(200, 1700)
+        before = stored(sglang_store)
+        went = other.generate(longer)
+        saved(sglang_store, before + 3)
+        counts = other.metrics()
+        assert counts["kvstore_loaded_tokens_total.memory"] == 1472
+        assert counts["kvstore_load_seconds_count"] == 1
+    back = sglang_linked.generate(longer)
+    assert back["tokens"] == went["tokens"]
+    assert back["cached"][0] >= 1600
+
+
+def test_a_prefix_that_ends_within_a_block(sglang_linked: Engine, sglang_store: Served) -> None:
+    text = document(700)[::-1]  # of no other test
+    before = stored(sglang_store)
+    whole = sglang_linked.generate(text)
+    saved(sglang_store, before + 10)
+    with Engine(linked(sglang_store), page_size=16) as other:
+        # Its own cache has 7 pages, one block and three quarters of the next.
+        other.generate(
+            text[:113], sampling_params={"custom_params": {"kvstore": {"skip_load": True}}}
+        )
+        found = other.generate(text)
+        assert found["tokens"] == whole["tokens"]
+        assert found["cached"] == [640]
+
+
+def test_salts_and_extra_keys_keep_prompts_apart(
+    sglang_linked: Engine, sglang_store: Served
+) -> None:
+    text = document(300, 500)
+    before = stored(sglang_store)
+    sglang_linked.generate(text, cache_salt="one")
+    saved(sglang_store, before + 4)
+    sglang_linked.forget()
+    assert sglang_linked.generate(text)["cached"] == [0]
+    assert sglang_linked.generate(text, cache_salt="two")["cached"] == [0]
+    assert sglang_linked.generate(text, cache_salt="one", extra_key="x")["cached"] == [0]
+    saved(sglang_store, before + 16)
+    sglang_linked.forget()
+    assert sglang_linked.generate(text, cache_salt="one")["cached"] == [256]
+    assert sglang_linked.generate(text, cache_salt="one", extra_key="x")["cached"] == [256]
+
+
+def test_wishes_of_single_requests(sglang_linked: Engine, sglang_store: Served) -> None:
+    def wish(**wishes: Any) -> dict[str, Any]:
+        return {"sampling_params": {"custom_params": {"kvstore": wishes}}}
+
+    text = document(300, 900)
+    before = stored(sglang_store)
+    sglang_linked.generate(text, **wish(skip_save=True))
+    sglang_linked.forget()
+    assert stored(sglang_store) == before
+    sglang_linked.generate(text, **wish(ttl=3600.0, pin=60.0))
+    saved(sglang_store, before + 4)
+    sglang_linked.forget()
+    assert sglang_linked.generate(text, **wish(skip_load=True))["cached"] == [0]
+    sglang_linked.forget()
+    assert sglang_linked.generate(text, **wish(priority="high"))["cached"] == [256]
+    eventually(lambda: sglang_store.stats()["pinned_bytes"] > 0, 10)
