@@ -22,7 +22,7 @@ class KVStoreWrapper(UnifiedCacheLinkerWrapper):  # type: ignore[misc]
 
     def __init__(self, cache: Any, cache_linker: Any) -> None:
         super().__init__(cache, cache_linker)
-        self._ours = cache_linker if hasattr(cache_linker, "asks") else None
+        self._ours: Any = cache_linker if hasattr(cache_linker, "asks") else None
         self._req: Any = None
 
     @contextmanager
