@@ -141,6 +141,8 @@ class _Below(_Section):
     queue: Size = Field(256 * 2**20, description="bytes on their way to it at a time", ge=1)
     retry_seconds: Seconds = Field(5.0, description="between attempts while it is broken")
     stall_seconds: Seconds = Field(10.0, description="I/O that takes longer: it is broken")
+    write_rate: Size = Field(0, description="bytes a second at most; 0: no limit", le=_MAX_TIER)
+    read_rate: Size = Field(0, description="bytes a second at most; 0: no limit", le=_MAX_TIER)
 
 
 class DiskConfig(_Below, SlabConfig):
@@ -153,6 +155,10 @@ class TierConfig(_Below):
     kind: Name = Field(description="slab, or a kind that an installed package offers")
     name: TierName = Field("disk", description="in metrics, quotas and rules; else as its kind")
     probe_seconds: Seconds = Field(0.02, description="a lookup may wait to be told what it has")
+    write: WriteRule | None = Field(None, description="as under admission, which is meant if none")
+    promote: Literal["memory", "disk"] = Field(
+        "memory", description="where what a shared one has goes: memory, or own tiers below it, too"
+    )
     options: dict[str, Any] = Field(
         default_factory=dict, description="as the kind has them; a slab those of disk"
     )
@@ -309,6 +315,12 @@ class Config(_Section):
     quotas: dict[Tenant, QuotaConfig] = Field(default_factory=dict, description="by tenant")
 
     @property
+    def write_rules(self) -> dict[str, str]:
+        """What is written to the tiers below memory, by their names."""
+        own = {tier.name: tier.write for tier in self.tiers if tier.write is not None}
+        return {**self.admission.below, **own}
+
+    @property
     def below(self) -> tuple[TierConfig, ...]:
         """The tiers below memory, in their order; `disk` is the first."""
         if self.disk.path is None:
@@ -332,6 +344,12 @@ class Config(_Section):
             if other != slab.name:
                 text = "lie in one folder; give each a path of its own"
                 raise ValueError(f"tiers: {other!r} and {slab.name!r} {text}")
+        said = self.admission.below
+        for number, tier in enumerate(self.tiers):
+            twice = tier.write is not None and tier.name in self.admission.model_fields_set
+            if twice and said[tier.name] != tier.write:
+                text = f"and admission.{tier.name} {said[tier.name]!r}; say it in one place"
+                raise ValueError(f"tiers.{number}.write is {tier.write!r} {text}")
         rules = {f"admission.{name}": name for name in self.admission.__pydantic_extra__}
         for tenant, quota in self.quotas.items():
             rules |= {f"quotas.{tenant}.{name}": name for name in quota.__pydantic_extra__}

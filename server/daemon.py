@@ -118,7 +118,9 @@ class Daemon:
                     make_arena, self._config, self._touched, private=self._embedded
                 )
                 post = partial(_post, self._loop)
-                store = await asyncio.to_thread(open_store, self._config, arena, post)
+                store = await asyncio.to_thread(
+                    open_store, self._config, arena, post, self._loop.call_later
+                )
                 node = self._node = Node(self._config, store, access, self._steps, self.stop)
                 # Goes on while the writes are waited for.
                 upkeep = [
@@ -195,7 +197,7 @@ class Daemon:
             return
         movement = self._node.store.movement
         lowers = movement.lowers.values()
-        problems = [f"{lower.name}: {why}" for lower in lowers if (why := lower.state.problem)]
+        problems = [f"{lower.name}: {why}" for lower in lowers if (why := lower.held_up)]
         _log.warning(
             "%d objects (%s) were not written before the stop: %s",
             movement.unwritten,

@@ -268,7 +268,7 @@ class Node:
         movement = self.store.movement
         until = time.monotonic() + timeout
         while movement.unwritten and time.monotonic() < until:
-            if not any(lower.gets_on for lower in movement.lowers.values()):
+            if not any(lower.writes.gets_on for lower in movement.lowers.values()):
                 break
             await asyncio.sleep(_DRAIN_POLL)
         return movement.unwritten
@@ -278,7 +278,7 @@ class Node:
         status = "draining" if self.draining else "ready"
         tiers = {}
         for lower in self.store.movement.lowers.values():
-            word = "failing" if lower.state.problem else "ready"
+            word = "failing" if lower.problem else "ready"
             tiers[lower.name] = "missing" if lower.tier is None else word
         return {"status": status if self.ready else "stopping", "tiers": tiers}
 

@@ -40,8 +40,15 @@ def make_arena(config: Config, progress: Callable[[int, int], None], *, private:
     return arena
 
 
-def open_store(config: Config, arena: Arena, post: Callable[[Callable[[], None]], None]) -> Store:
-    """The store, with what its tiers hold. Takes long; `post` has a task done on the loop.
+def open_store(
+    config: Config,
+    arena: Arena,
+    post: Callable[[Callable[[], None]], None],
+    later: Callable[[float, Callable[[], None]], object],
+) -> Store:
+    """The store, with what its tiers hold. Takes long.
+
+    `post` has a task done on the loop, and so does `later`, on the loop, in so many seconds.
 
     Raises:
         ConfigError: a kind of tier is not known.
@@ -55,9 +62,10 @@ def open_store(config: Config, arena: Arena, post: Callable[[Callable[[], None]]
         lease_seconds=config.lease_seconds,
         below=tiers_below(config, direct=arena.huge),
         max_pinned=memory.max_pinned,
+        later=later,
     )
     rules = config.admission
-    store.admission = Admission(rules.memory, rules.below, rules.denied_tenants)
+    store.admission = Admission(rules.memory, config.write_rules, rules.denied_tenants)
     for tenant, quota in config.quotas.items():
         limits = {number: quota.limits.get(p.name) for number, p in store.catalogue.places.items()}
         store.set_quota(tenant, {n: limit for n, limit in limits.items() if limit is not None})
@@ -78,6 +86,9 @@ def tiers_below(config: Config, *, direct: bool) -> list[Below]:
             tier.retry_seconds,
             tier.stall_seconds,
             tier.probe_seconds,
+            tier.write_rate,
+            tier.read_rate,
+            tier.promote,
         )
         for tier in config.below
     ]

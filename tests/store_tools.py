@@ -47,10 +47,12 @@ class Fickle(MemoryTier):
     def __init__(self, name: str, host: Host, options: Mapping[str, Any]) -> None:
         super().__init__(name, host, options)
         self.gone = False
+        self.told = {"seconds_per_byte": float(options.get("seconds_per_byte", 0.0))}
+        """Of its state."""
 
     @property
     def state(self) -> State:
-        return super().state._replace(gone=self.gone)
+        return super().state._replace(gone=self.gone, **self.told)
 
     def lose(self, names: Sequence[ObjectName]) -> None:
         for name in names:
@@ -80,6 +82,8 @@ class Bench:
         stall_seconds: float = 10.0,
         far: dict[str, Any] | None = None,
         kind: Callable[[str, Host, Mapping[str, Any]], Tier] = MemoryTier,
+        rules: Mapping[str, Any] | None = None,
+        more: Sequence[Below] = (),
     ) -> None:
         self.posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.now = 0.0
@@ -90,7 +94,9 @@ class Bench:
         disk |= {"retry_seconds": 0.2, "stall_seconds": stall_seconds}
         below = tiers_below(Config.model_validate({"disk": disk}), direct=False)
         if far is not None:
-            below.append(Below("far", lambda host: kind("far", host, far)))
+            below.append(Below("far", lambda host: kind("far", host, far), **(rules or {})))
+        below += more
+        self.alarms: list[tuple[float, Callable[[], None]]] = []
         self.store = Store(
             self.arena,
             self.posted.put,
@@ -99,6 +105,7 @@ class Bench:
             lease_seconds=10,
             below=[replace(one, retry_seconds=1.0) for one in below],
             clock=Clock(lambda: self.now, lambda: self.wall + self.now),
+            later=lambda seconds, task: self.alarms.append((self.now + seconds, task)),
         )
         self.disk = self.store.movement.lowers.get(DISK)
         self.pins = Pins(self.store)
@@ -143,6 +150,32 @@ class Bench:
             self.posted.get(timeout=20)()
         while not self.posted.empty():
             self.posted.get()()
+
+    def settle(self) -> None:
+        """Until tiers have nothing to do but what waits for a limit or for better times."""
+        until = time.monotonic() + 20
+        lowers = self.store.movement.lowers.values()
+        busy = [lower.reads._busy for lower in lowers]
+        while time.monotonic() < until:
+            while not self.posted.empty():
+                self.posted.get()()
+            if not any(one.writes.bytes_under_way for one in lowers) and not any(
+                b.left for b in busy
+            ):
+                return
+            self.posted.get(timeout=20)()
+
+    def pass_time(self, seconds: float) -> None:
+        """With the alarms that fall into it, and a tick at its end."""
+        end = self.now + seconds
+        while due := min((alarm for alarm in self.alarms if alarm[0] <= end), default=None):
+            self.alarms.remove(due)
+            self.now = max(self.now, due[0])
+            due[1]()
+            self.settle()
+        self.now = end
+        self.store.tick()
+        self.settle()
 
     def close(self) -> None:
         self.store.close()

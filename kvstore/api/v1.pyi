@@ -216,7 +216,7 @@ class StatsResponse(_message.Message):
     def __init__(self, node: _Optional[str] = ..., version: _Optional[str] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping[str, _Any]]] = ..., objects: _Optional[int] = ..., unwritten_objects: _Optional[int] = ..., leases: _Optional[int] = ..., sessions: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping[str, _Any]]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., draining: bool = ...) -> None: ...
 
 class TierStats(_message.Message):
-    __slots__ = ("name", "capacity_bytes", "used_bytes", "free_bytes", "fragmented_bytes", "pinned_bytes", "problem")
+    __slots__ = ("name", "capacity_bytes", "used_bytes", "free_bytes", "fragmented_bytes", "pinned_bytes", "problem", "write_limit_bytes", "read_limit_bytes", "read_bytes_per_second")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -224,6 +224,9 @@ class TierStats(_message.Message):
     FRAGMENTED_BYTES_FIELD_NUMBER: _ClassVar[int]
     PINNED_BYTES_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    WRITE_LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READ_LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     name: str
     capacity_bytes: int
     used_bytes: int
@@ -231,7 +234,10 @@ class TierStats(_message.Message):
     fragmented_bytes: int
     pinned_bytes: int
     problem: str
-    def __init__(self, name: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., fragmented_bytes: _Optional[int] = ..., pinned_bytes: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
+    write_limit_bytes: int
+    read_limit_bytes: int
+    read_bytes_per_second: float
+    def __init__(self, name: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., fragmented_bytes: _Optional[int] = ..., pinned_bytes: _Optional[int] = ..., problem: _Optional[str] = ..., write_limit_bytes: _Optional[int] = ..., read_limit_bytes: _Optional[int] = ..., read_bytes_per_second: _Optional[float] = ...) -> None: ...
 
 class ListNamespacesRequest(_message.Message):
     __slots__ = ("tenant",)

@@ -20,12 +20,12 @@ from kvstore.slices import FEW, Work
 from kvstore.store.entry import BELOW, IN_MEMORY, Entry, members
 from kvstore.store.events import EventLog
 from kvstore.store.expiry import Expiry
-from kvstore.store.history import History
+from kvstore.store.history import Cleared, History
 from kvstore.store.index import Index
 from kvstore.store.usage import Usage
 from kvstore.store.writebehind import Batch, WriteBehind
 from kvstore.telemetry import Counters, Histograms, QuietLog
-from kvstore.tiers.base import ObjectName
+from kvstore.tiers.base import Held, ObjectName
 from kvstore.transport.protocol import MEMORY
 
 _log: Final = logging.getLogger("kvstore.store")
@@ -69,6 +69,7 @@ class Catalogue:
         self.usage = Usage(clock.monotonic, in_memory)
         self.expiry = Expiry(clock.monotonic)
         self.history = History(remembered, clock.wall)
+        self.cleared = Cleared()
         self.events = EventLog(clock.wall)
         self.writes = WriteBehind(written)
         self.counters = Counters()
@@ -88,6 +89,13 @@ class Catalogue:
     def leaving(self, name: ObjectName) -> bool:
         """Whether a tier below is still at work on an object of this name that is gone."""
         return name in self._leaving
+
+    def was_cleared(self, held: Held, tier: int) -> bool:
+        """Whether what a tier still has, or has again, was cleared since it was made."""
+        name = held.name
+        gone = self.history.of(name.key, name.namespace)
+        one = gone is not None and gone.reason == "cleared" and held.created <= gone.at
+        return one or self.cleared.means(name, held.created, tier)
 
     def has_place(self, name: ObjectName, tier: int) -> bool:
         """Whether a tier keeps room for an object of this name, maybe for one that is gone."""

@@ -30,7 +30,8 @@ class Entry(Node, gc=False, eq=False):
 
     `places` are the tiers that keep room for it, `tiers` those of them whose bytes are whole, as
     they are once it was committed, promoted or written there; `reading` is the one that it is being
-    promoted from (MISS: none), `slot` its place in the arena. Bytes that are whole never change.
+    promoted from (MISS: none), `slot` its place in the arena, `origin` the shared tier that it was
+    found in (MISS: it was saved here). Bytes that are whole never change.
     `created`, `used` and `expires` (inf: never) are in monotonic seconds; `recorded` is what the
     tiers below were told of `expires`. `due` and the links belong to `Expiry`, `beside` to the
     index, `copies` to accounts, `writes` to `WriteBehind`; `account` is set once it is indexed.
@@ -59,6 +60,7 @@ class Entry(Node, gc=False, eq=False):
     tiers: int = 0
     places: int = 0
     reading: int = MISS
+    origin: int = MISS
     gone: bool = False
     writer: Any = None  # the lease under which it is being saved
     readers: int = 0
@@ -84,11 +86,6 @@ class Entry(Node, gc=False, eq=False):
     def in_memory(self) -> bool:
         """Whether memory holds the whole object."""
         return self.tiers & IN_MEMORY != 0
-
-    @property
-    def tier(self) -> int:
-        """The first tier that holds the whole object; MISS: none does."""
-        return (self.tiers & -self.tiers).bit_length() - 1 if self.tiers else MISS
 
     @property
     def writing(self) -> int:

@@ -73,10 +73,10 @@ def surveying(store: Store, namespace: Namespace, keys: Sequence[bytes]) -> Work
         if not block:
             result.reason = _why_not(store, namespace, key).reason
             break
-        result.tiers.append(max(entry.tier for entry in block))
+        result.tiers.append(store.index.tier_of(block))
         result.entries.append(block)
         for entry in block:
-            result.nbytes[entry.tier] += entry.nbytes
+            result.nbytes[store.index.tier_of((entry,))] += entry.nbytes
     return result
 
 
@@ -95,7 +95,7 @@ def explain(store: Store, namespace: Namespace, keys: Sequence[bytes]) -> list[B
             whole = False
             reasons.append(_why_not(store, namespace, key))
             continue
-        tier = max(entry.tier for entry in block)
+        tier = store.index.tier_of(block)
         detail = "" if whole else "not usable: a block before it is missing"
         at = store.clock.unix(min(entry.created for entry in block))
         reasons.append(BlockReason(key, whole, tier, "stored", detail, at))

@@ -8,11 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from mmap import mmap
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
 from kvstore.blocks.spec import Namespace
+from kvstore.tiers.base import ObjectName
 
 
 class Gone(msgspec.Struct, frozen=True, gc=False):
@@ -67,6 +68,43 @@ class History:
         return sum(map(len, self._tables))
 
 
+_Path = tuple[str | bytes, ...]
+
+
+class Cleared:
+    """What was cleared, and when: tiers that were away, or that others write to, may still have it.
+
+    Each time is that of a path: all there is (empty), a tenant, a namespace's digest, a key.
+    """
+
+    _MOST: Final = 1 << 17
+
+    def __init__(self) -> None:
+        self._until: dict[
+            tuple[int, str | bytes | None], tuple[float, tuple[str | bytes, ...]]
+        ] = {}
+
+    def note(self, at: float, *path: str | bytes, tier: int = 0) -> None:
+        """What was made until `at` (Unix seconds) is cleared, in one tier or all (0)."""
+        what = tier, path[-1] if path else None
+        before, _ = self._until.pop(what, (at, path))
+        self._until[what] = max(at, before), path
+        if len(self._until) > self._MOST:  # The oldest is forgotten, and counts for more.
+            oldest = next(what for what, (_, path) in self._until.items() if path)
+            at, path = self._until.pop(oldest)
+            self.note(at, *path[:-1], tier=oldest[0])
+
+    def means(self, name: ObjectName, created: float, tier: int) -> bool:
+        """Whether an object that was made then, and lies in a tier, was cleared."""
+        until, space = self._until, name.namespace
+        return bool(until) and any(
+            created <= until[place, what][0]
+            for place in (0, tier)
+            for what in (None, space.tenant, space.digest, name.key)
+            if (place, what) in until
+        )
+
+
 class Uses:
     """Which blocks were asked for, and which by more requests than one.
 
@@ -76,30 +114,39 @@ class Uses:
 
     _ROW: Final = 4
     _AGAIN: Final = 1
+    _LOOKED: Final = 2
+    """A lookup has counted, and so the load that follows it does not."""
 
     def __init__(self, size: int) -> None:
         self._rows = size // self._ROW
         self._table = memoryview(mmap(-1, 8 * size)).cast("Q")  # takes memory as it fills
 
     def _row(self, key: bytes) -> tuple[int, int]:
-        """Where a key's row begins, and its number once it was asked for again."""
-        number = int.from_bytes(key[:8], "little")
-        return (number >> 1) % self._rows * self._ROW, number | self._AGAIN
+        """Where a key's row begins, and its number without any mark."""
+        number = int.from_bytes(key[:8], "little") & ~(self._AGAIN | self._LOOKED)
+        return (number >> 2) % self._rows * self._ROW, number
 
-    def note(self, keys: Iterable[bytes], *, saved: bool = False) -> None:
-        """A request asks for these blocks; or `saved` them, which is a use if it did not ask."""
-        table, last = self._table, self._ROW - 1
+    def note(
+        self, keys: Iterable[bytes], how: Literal["looked", "saved", "loaded"] = "looked"
+    ) -> None:
+        """A request asks for these blocks; what it loads or saves then is the same use of them."""
+        table, last, marks = self._table, self._ROW - 1, self._AGAIN | self._LOOKED
         for key in keys:
-            first, again = self._row(key)
-            number, at = again - self._AGAIN, first
-            while table[at] | self._AGAIN != again and at < first + last:
+            first, number = self._row(key)
+            at = first
+            while table[at] | marks != number | marks and at < first + last:
                 at += 1
-            if table[at] | self._AGAIN == again:
-                number = table[at] if saved else again
+            old, known = table[at], table[at] | marks == number | marks
+            if how == "looked":
+                number |= self._LOOKED | self._AGAIN * known
+            elif known:
+                again = how == "loaded" and not old & self._LOOKED
+                number = old & ~self._LOOKED | self._AGAIN * again
             table[first + 1 : at + 1] = table[first:at]
             table[first] = number
 
     def again(self, key: bytes) -> bool:
         """Whether more than one request asked for the block."""
-        first, again = self._row(key)
-        return again in self._table[first : first + self._ROW]
+        first, number = self._row(key)
+        row = self._table[first : first + self._ROW]
+        return any(one | self._LOOKED == number | self._AGAIN | self._LOOKED for one in row)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
 
 from kvstore.blocks.spec import Part
 from kvstore.slices import tables
-from kvstore.store.entry import IN_MEMORY, Entry
+from kvstore.store.entry import IN_MEMORY, Entry, members
 from kvstore.store.usage import NamespaceUsage
 from kvstore.tiers.base import MISS, PENDING
 from kvstore.transport.protocol import MEMORY
+
+_TIERS: Final = 8
+"""Numbers of tiers, that of none included."""
 
 
 class Index:
@@ -25,6 +29,30 @@ class Index:
     def __init__(self) -> None:
         self._tables: list[dict[bytes, Entry]] = tables()
         self._count = 0
+        self._order: list[int] = []
+        self.prefer(range(MEMORY, _TIERS))
+
+    def prefer(self, tiers: Iterable[int]) -> None:
+        """Of several tiers that have an object, the first of these is said to have it.
+
+        All are there, memory first; the *rank* of one is its place among them, from 1 on.
+        """
+        order = list(tiers)
+        if order != self._order:
+            self._order = order
+            ranks = {tier: rank for rank, tier in enumerate(order, MEMORY)}
+            sets = (map(lambda t: ranks.get(t, t), members(tiers)) for tiers in range(1 << _TIERS))
+            self._ranks = [min(some, default=MISS) for some in sets]
+            numbers = {rank: tier for tier, rank in ranks.items()}
+            self._numbers = bytes(numbers.get(rank, rank) for rank in range(256))
+
+    def numbers(self, ranks: list[int]) -> list[int]:
+        """The numbers of tiers of these ranks; MISS and PENDING stay what they are."""
+        return list(bytes(ranks).translate(self._numbers))
+
+    def tier_of(self, block: Sequence[Entry]) -> int:
+        """Where a block lies: of the tiers of its parts the last in order; MISS: there are none."""
+        return self._numbers[max((self._ranks[entry.tiers] for entry in block), default=MISS)]
 
     def of(self, key: bytes) -> list[Entry]:
         """All objects of a block, stored or being written."""
@@ -58,16 +86,16 @@ class Index:
                 second = entry
         return second
 
-    def tiers(
+    def ranks(
         self, keys: Sequence[bytes], part: Part, within: NamespaceUsage | None = None
     ) -> list[int]:
-        """The tier of each block of the longest prefix that a reader of `part` can use.
+        """The rank of the tier of each block of the longest prefix that a reader of `part` can use.
 
         The loop of every lookup, so the common case (an equal layout, in memory) is spelled out:
         a 128k-token prompt has 2,048 keys and two milliseconds.
         """
-        tiers: list[int] = []
-        variant, tables = part.variant, self._tables
+        found: list[int] = []
+        variant, tables, ranks = part.variant, self._tables, self._ranks
         for key in keys:
             entry = tables[key[0]].get(key)
             if entry is None:
@@ -81,18 +109,18 @@ class Index:
                 if usable is None:
                     break
                 entry = usable
-            tiers.append(MEMORY if entry.tiers & IN_MEMORY else entry.tier)
-        return tiers
+            found.append(ranks[entry.tiers])
+        return found
 
     def states(
         self, keys: Sequence[bytes], part: Part, within: NamespaceUsage | None = None
     ) -> list[int]:
-        """Of each block, the tier that a reader of `part` finds it in, or PENDING, or MISS."""
+        """The rank of the tier where a reader of `part` finds each block, or PENDING, or MISS."""
         states: list[int] = []
         for key in keys:
             entry = self.usable(key, part, within)
             if entry is not None:
-                states.append(entry.tier)
+                states.append(self._ranks[entry.tiers])
             else:
                 writing = self.why_not(key, part, within) == "writing"
                 states.append(PENDING if writing else MISS)

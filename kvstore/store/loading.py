@@ -157,10 +157,11 @@ class Loading(Leases):
     ) -> tuple[list[int], str]:
         index = self.index
         within = self._within(namespace)
-        tiers = index.tiers(keys, parts[0], within)
+        ranks = index.ranks(keys, parts[0], within)
         for part in parts[1:]:
-            of_part = index.tiers(keys[: len(tiers)], part, within)
-            tiers = [max(pair) for pair in zip(tiers, of_part, strict=False)]
+            of_part = index.ranks(keys[: len(ranks)], part, within)
+            ranks = [max(pair) for pair in zip(ranks, of_part, strict=False)]
+        tiers = index.numbers(ranks)
         if len(tiers) == len(keys):
             return tiers, ""
         end = keys[len(tiers)]
@@ -177,7 +178,8 @@ class Loading(Leases):
                 for number, key in enumerate(keys):
                     if states[number] == MISS and self.probing.asks(namespace, key, part):
                         states[number] = PENDING
-        return [max(block) if min(block) != MISS else MISS for block in zip(*of_parts, strict=True)]
+        blocks = zip(*of_parts, strict=True)
+        return self.index.numbers([max(b) if min(b) != MISS else MISS for b in blocks])
 
     def acquiring(
         self,
@@ -253,7 +255,7 @@ class Loading(Leases):
                 running.reason = "held"
                 break
             lease.blocks.append(block)
-            running.tiers.append(max((entry.tier for entry in block), default=MISS))
+            running.tiers.append(self.index.tier_of(block))
             self.hold(block)
             for entry in block:
                 if not entry.in_memory:
@@ -305,7 +307,8 @@ class Loading(Leases):
             if lease.released:
                 break
             if running.reads:
-                self.movement.asked(blocks[i][0].name.key for i in some if blocks[i])
+                loaded = (blocks[i][0].name.key for i in some if blocks[i])
+                self.movement.asked(loaded, loaded=True)
                 for i in some:
                     if not blocks[i]:
                         continue

@@ -22,12 +22,16 @@ from kvstore.store.lower import Lower
 from kvstore.store.memory import Memory
 from kvstore.store.opening import Below
 from kvstore.store.writebehind import Batch, Watch
+from kvstore.tiers.base import MISS
 from kvstore.transport.protocol import MEMORY
 
 _BYTES_PER_MEMORY: Final = 1 << 16
 """Of the arena, for every block whose end is remembered: some 0.3 % of it go into that."""
 _BYTES_PER_USE: Final = 1 << 11
 """Of the arena, for every key that is known to have been asked for: 0.4 % of it go into that."""
+
+_TRIES: Final = 0.05
+"""Part of the time of reads in which other tiers than the cheapest are tried."""
 
 Done = Callable[[str | None], None]
 """Told that a move ended: None, or the reason why it did not happen."""
@@ -43,6 +47,7 @@ class Movement:
         chunk: bytes per chunk of the arena (0: chosen).
         policy: eviction policy of the memory tier.
         below: the tiers below memory, in their order.
+        later: calls a function on the loop in so many seconds.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class Movement:
         chunk: int,
         policy: str,
         below: Sequence[Below],
+        later: Callable[[float, Callable[[], None]], object],
     ) -> None:
         self.arena = arena
         self.admission = Admission()
@@ -72,8 +78,9 @@ class Movement:
         try:
             for number, one in enumerate(below, MEMORY + 1):
                 self.lowers[number] = Lower(
-                    number, one, self.memory, self.catalogue, self.background, inbox, self.pump
-                )
+                    number, one, self.memory, self.catalogue, self.background, inbox, later,
+                    self.pump,
+                )  # fmt: skip
         except BaseException:
             self.close()  # Those that were opened are let go, for whoever tries again.
             raise
@@ -102,7 +109,7 @@ class Movement:
         for entry in reversed(entries):
             self.catalogue.touch(entry, now)
             if judging and entry.in_memory and not entry.gone:
-                missing = [lower.number for lower in judging if not entry.lies_in(lower.number)]
+                missing = [one.number for one in judging if self._may_write(entry, one)]
                 if missing and self.uses.again(entry.name.key):
                     for tier in missing:
                         self.catalogue.writes.add(entry, tier)
@@ -112,7 +119,7 @@ class Movement:
     # -- to memory --------------------------------------------------------------------------------
 
     def promote(self, entry: Entry, ended: Done) -> None:
-        """Bring one object from the first tier that has it to a slot; joins a running promotion."""
+        """Bring one object from a tier that has it to a slot; joins a running promotion."""
         if entry.waiting:
             entry.waiting.append(ended)
             return
@@ -130,20 +137,58 @@ class Movement:
         ended(reason)
 
     def _source(self, entry: Entry, tried: int) -> Lower | None:
-        """The first tier below, but for those that were tried, that an object can be read from."""
+        """Where to read an object from, of those that were not tried: what costs least by now.
+
+        A twentieth of the time that reads take goes into trying others, which may not be any more
+        what they were measured to be.
+        """
         if not entry.tiers & BELOW & ~tried:
             return None
         others = (lower for number, lower in self.lowers.items() if not tried >> number & 1)
-        return next((lower for lower in others if lower.may_read(entry)), None)
+        there = [lower for lower in others if lower.reads.may(entry)]
+        if len(there) < 2:
+            return there[0] if there else None
+        costs = {lower: lower.cost.seconds(entry.nbytes) for lower in there}
+        best = min(there, key=costs.__getitem__)
+        for lower in there:
+            lower.owed += _TRIES * costs[best] if lower is not best else 0.0
+        chosen = next((lower for lower in there if lower.owed > costs[lower]), best)
+        chosen.owed = 0.0
+        return chosen
+
+    def _may_write(self, entry: Entry, lower: Lower) -> bool:
+        """Whether a rule may send an object to a tier: found elsewhere, it goes to own ones."""
+        if entry.lies_in(lower.number):
+            return False
+        if entry.origin == MISS:
+            return True
+        return not lower.shared and self.lowers[entry.origin].promote == "disk"
+
+    def _keep(self, entry: Entry) -> None:
+        """Own tiers are to have what came from a shared one, too, as far as their rules say."""
+        for lower in self.lowers.values():
+            rule = self.admission.rule(lower.name)
+            wanted = rule == "all" or (rule == "reused" and self.uses.again(entry.name.key))
+            if wanted and not lower.shared and not entry.lies_in(lower.number):
+                self.catalogue.writes.add(entry, lower.number)
+
+    def look_after(self) -> None:
+        """Open tiers that are away again, and put all in order of their cost; call now and then."""
+        for lower in self.lowers.values():
+            lower.look_after()
+        ordered = sorted(self.lowers.values(), key=lambda lower: lower.typical_seconds)
+        self.catalogue.index.prefer([MEMORY, *(lower.number for lower in ordered)])
 
     def _read(self, entry: Entry, source: Lower, tried: int) -> None:
-        source.read(entry, lambda error: self._came(entry, source, tried, error))
+        source.reads.begin(entry, lambda error: self._came(entry, source, tried, error))
 
     def _came(self, entry: Entry, source: Lower, tried: int, error: str | None) -> None:
         catalogue = self.catalogue
         if error is None:
             catalogue.whole(entry, MEMORY)
             self.memory.admit(entry)
+            if source.shared and source.promote == "disk" and not entry.gone:
+                self._keep(entry)
         else:
             if error == "corrupt":
                 name = source.name
@@ -174,7 +219,7 @@ class Movement:
         again: list[Entry] = []
         for first in range(0, len(entries) if judging else 0, FEW):
             some = entries[first : first + FEW]
-            self.uses.note((entry.name.key for entry in some), saved=True)
+            self.uses.note((entry.name.key for entry in some), "saved")
             again += [entry for entry in some if self.uses.again(entry.name.key)]
             yield
         for lower in self.lowers.values():
@@ -208,15 +253,15 @@ class Movement:
         rule = self.admission.rule
         return [lower for lower in self.lowers.values() if rule(lower.name) == "reused"]
 
-    def asked(self, keys: Iterable[bytes]) -> None:
-        """A request asks for these blocks, be they here or not."""
+    def asked(self, keys: Iterable[bytes], *, loaded: bool = False) -> None:
+        """A request looks for these blocks, be they here or not, or has `loaded` them."""
         if self._judging:
-            self.uses.note(keys)
+            self.uses.note(keys, "loaded" if loaded else "looked")
 
     def pump(self) -> None:
         """Send objects down that are to be written, as far as queues allow."""
         for lower in self.lowers.values():
-            lower.pump()
+            lower.writes.go_on()
 
     def watch_writes(self, sees: Callable[[str], bool]) -> Watch:
         """Counts down what tenants that one sees wait for now; end it with `writes.end_watch`."""
@@ -249,7 +294,12 @@ class Movement:
     def away(self) -> dict[str, str]:
         """The tiers below that are not there, by name, and why."""
         lowers = self.lowers.values()
-        return {lower.name: lower.state.problem or "" for lower in lowers if lower.tier is None}
+        return {lower.name: lower.problem or "" for lower in lowers if lower.tier is None}
+
+    @property
+    def knows_all(self) -> bool:
+        """Whether the catalogue has all that lies in tiers below."""
+        return all(lower.knows_all for lower in self.lowers.values())
 
     def close(self) -> None:
         """Let go of the tiers below; objects in memory are gone with the arena. May block."""
@@ -266,6 +316,6 @@ class Movement:
             "objects": len(self.catalogue.index),
             "tiers": tiers,
             "unwritten": self.unwritten,
-            "writing_bytes": sum(lower.bytes_under_way for lower in self.lowers.values()),
+            "writing_bytes": sum(lower.writes.bytes_under_way for lower in self.lowers.values()),
             "pinned_bytes": usage.pinned_bytes,
         }

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from kvstore.clock import Clock
 from kvstore.errors import ConfigError, FormatError
+from kvstore.store.guard import Guarded
+from kvstore.telemetry import Counters
 from kvstore.tiers.base import Host, Tier
 
 _log = logging.getLogger("kvstore.store")
@@ -25,6 +27,8 @@ class Below:
     `open` opens it. Where that fails or takes longer than `stall_seconds`, the store runs without
     and tries again every `retry_seconds`. `queue` bytes are on their way to it at most; what is
     committed beyond waits in memory. A lookup waits `probe_seconds` for a shared tier's answer.
+    At most `write_rate` bytes a second go there, and `read_rate` come from there (0: no limit).
+    What comes from a shared one goes to memory alone, or with `promote` `disk` to own tiers, too.
     """
 
     name: str
@@ -33,6 +37,9 @@ class Below:
     retry_seconds: float = 5.0
     stall_seconds: float = 10.0
     probe_seconds: float = 0.02
+    write_rate: int = 0
+    read_rate: int = 0
+    promote: str = "memory"
 
 
 class Opening:
@@ -43,10 +50,16 @@ class Opening:
         host: it is opened for.
         attach: is given the tier, on the loop.
         clock: what time it is.
+        counters: of the store.
     """
 
     def __init__(
-        self, below: Below, host: Host, attach: Callable[[Tier], None], clock: Clock
+        self,
+        below: Below,
+        host: Host,
+        attach: Callable[[Guarded], None],
+        clock: Clock,
+        counters: Counters,
     ) -> None:
         self.problem: str | None = None
         """Why there is none."""
@@ -55,11 +68,12 @@ class Opening:
         self._host = host
         self._attach = attach
         self._clock = clock
+        self._counters = counters
         self._next = 0.0
         self._busy = False
         self._closed = False
 
-    def at_start(self) -> Tier | None:
+    def at_start(self) -> Guarded | None:
         """Open it, and go on without, should it not answer. Blocks."""
         opened, seconds = self._open(), self._below.stall_seconds
         try:
@@ -77,14 +91,14 @@ class Opening:
             self._busy = True
             self._open().add_done_callback(self._opened)
 
-    def lose(self, tier: Tier, lost: Callable[[], None]) -> None:
+    def lose(self, tier: Guarded, lost: Callable[[], None]) -> None:
         """Its medium is gone: close it, and call `lost` on the loop.
 
         Nothing is opened before `found`.
         """
         self._busy = True
         self.problem = tier.state.problem
-        self._next = self._clock.monotonic()
+        self._next = self._clock.monotonic() + self._below.retry_seconds * tier.broken
 
         def close() -> None:
             tier.close()
@@ -100,13 +114,13 @@ class Opening:
         """What is opened from now on is closed at once."""
         self._closed = True
 
-    def _open(self) -> Future[tuple[Tier | None, str | None]]:
+    def _open(self) -> Future[tuple[Guarded | None, str | None]]:
         """The tier, or why there is none, by a thread of its own."""
-        opened: Future[tuple[Tier | None, str | None]] = Future()
+        opened: Future[tuple[Guarded | None, str | None]] = Future()
 
         def work() -> None:
             try:
-                opened.set_result((self._below.open(self._host), None))
+                opened.set_result((self._guarded(self._below.open(self._host)), None))
             except (OSError, FormatError) as e:
                 opened.set_result((None, str(e)))
             except ConfigError as e:
@@ -121,7 +135,11 @@ class Opening:
         threading.Thread(target=work, name="kvstore-open", daemon=True).start()
         return opened
 
-    def _opened(self, opened: Future[tuple[Tier | None, str | None]]) -> None:
+    def _guarded(self, tier: Tier) -> Guarded:
+        seconds, post = self._below.retry_seconds, self._host.post
+        return Guarded(tier, seconds, self._clock, self._counters, post)
+
+    def _opened(self, opened: Future[tuple[Guarded | None, str | None]]) -> None:
         error = opened.exception()
         tier, problem = opened.result() if error is None else (None, str(error))
 
@@ -132,7 +150,7 @@ class Opening:
 
         self._host.post(on_loop)
 
-    def _outcome(self, tier: Tier | None, problem: str | None) -> Tier | None:
+    def _outcome(self, tier: Guarded | None, problem: str | None) -> Guarded | None:
         self._busy = False
         self._next = self._clock.monotonic() + self._below.retry_seconds
         if tier is not None and self._closed:

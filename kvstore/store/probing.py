@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Final
 
@@ -30,16 +30,24 @@ _GIVEN_UP_SECONDS: Final = 5.0
 
 
 class _Question:
-    """Objects that tiers are asked for; `open` is how many of these have not answered.
+    """Objects that tiers are asked for, of whom `left` have not answered.
 
-    `unsure`: one of them may have what it did not tell.
+    `unsure`: one of all may have what it did not tell.
     """
 
-    def __init__(self, names: list[ObjectName], tiers: int, *, unsure: bool) -> None:
-        self.open = tiers
+    def __init__(self, names: list[ObjectName], lowers: Iterable[Lower], *, unsure: bool) -> None:
+        self.left = set(lowers)
         self.names = names
         self.found: set[ObjectName] = set()
         self.unsure = unsure
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is worth to wait for an answer."""
+        return any(lower.patience.waits for lower in self.left)
+
+
+_NEVER: Final = (-math.inf, _Question([], (), unsure=True))
 
 
 class Probing:
@@ -54,7 +62,8 @@ class Probing:
         self._background = movement.background
         self._clock = movement.catalogue.clock.monotonic
         self._lowers = movement.lowers
-        self._asked: OrderedDict[ObjectName, float] = OrderedDict()  # since when, oldest first
+        self._asked: OrderedDict[ObjectName, tuple[float, _Question]] = OrderedDict()
+        """Since when and in which question, oldest first."""
         self._denied: OrderedDict[ObjectName, float] = OrderedDict()  # until when, oldest first
 
     @property
@@ -65,17 +74,16 @@ class Probing:
     @property
     def seconds(self) -> float:
         """How long a lookup may wait for answers."""
-        return max((lower.probe_seconds for lower in self._shared()), default=0.0)
+        waited = (lower.patience for lower in self._shared())
+        return max((patience.seconds for patience in waited if patience.waits), default=0.0)
 
     def _shared(self) -> list[Lower]:
         return [lower for lower in self._lowers.values() if lower.shared]
 
     def asks(self, namespace: Namespace, key: bytes, part: Part) -> bool:
-        """Whether an object is being asked for."""
-        return self._clock() < self._until(ObjectName(namespace, key, part))
-
-    def _until(self, name: ObjectName) -> float:
-        return self._asked.get(name, -math.inf) + _GIVEN_UP_SECONDS
+        """Whether an object is being asked for, and an answer may come in time."""
+        since, question = self._asked.get(ObjectName(namespace, key, part), _NEVER)
+        return self._clock() < since + _GIVEN_UP_SECONDS and question.waits
 
     def asking(
         self,
@@ -84,14 +92,14 @@ class Probing:
         namespace: Namespace,
         position: int = -1,
     ) -> Work[bool]:
-        """Ask for what is not known of these blocks; whether an answer may still come.
+        """Ask for what is not known of these blocks; whether an answer may still come in time.
 
         `position` is that of the first one in its prompt, -1: not known.
         """
-        now, names, waiting = self._clock(), list[ObjectName](), False
+        now, names, waited = self._clock(), list[ObjectName](), dict[_Question, bool]()
         account = self._catalogue.usage.namespaces.get(namespace.digest)
         for number in itertools.count(1):
-            oldest = next(iter(self._asked.values()), now)
+            oldest, _ = next(iter(self._asked.values()), (now, None))
             if now < oldest + _GIVEN_UP_SECONDS:
                 break
             self._asked.popitem(last=False)
@@ -108,20 +116,32 @@ class Probing:
             name = in_segment(ObjectName(namespace, key, part), segments.of(number // len(parts)))
             if whole and not isinstance(name, InSegment):
                 continue  # None of them can have it.
-            if now < self._until(name):
-                waiting = True
-            elif len(names) < most and self._denied.get(name, now) <= now:
+            since, question = self._asked.get(name, _NEVER)
+            asked = now < since + _GIVEN_UP_SECONDS
+            if asked and question not in waited:
+                waited[question] = question.waits
+            if asked and waited[question]:
+                continue
+            if len(names) < most and self._denied.get(name, now) <= now:
                 names.append(name)
             if len(names) >= most:
                 break
-        shared = [lower for lower in self._shared() if lower.state.readable]
-        if not names or not shared:
-            return waiting
-        self._asked |= dict.fromkeys(names, now)
-        question = _Question(names, len(shared), unsure=len(shared) < len(self._shared()))
-        for lower in shared:
+        if names and self._ask(names, now):
+            return True
+        return any(waited.values())
+
+    def _ask(self, names: list[ObjectName], now: float) -> bool:
+        """Ask all that can be asked; whether it is worth to wait for an answer."""
+        shared = self._shared()
+        asked = [one for one in shared if one.state.readable and one.patience.may_ask]
+        question = _Question(names, asked, unsure=len(asked) < len(shared))
+        if asked:
+            for name in names:
+                self._asked[name] = now, question
+                self._asked.move_to_end(name)
+        for lower in asked:
             lower.probe(names, partial(self._answered, question, lower))
-        return True
+        return question.waits
 
     def _answered(self, question: _Question, lower: Lower, found: list[Held | None]) -> None:
         self._background.add(self._taking_in(question, lower, found))
@@ -141,12 +161,13 @@ class Probing:
         # A tier that has failed meanwhile has denied nothing.
         if len(found) != len(question.names) or not lower.state.readable:
             question.unsure = True
-        question.open -= 1
-        if question.open:
+        question.left.discard(lower)
+        if question.left:
             return
         until = self._clock() + _DENIED_SECONDS
         for number, name in enumerate(question.names):
-            self._asked.pop(name, None)
+            if self._asked.get(name, _NEVER)[1] is question:
+                del self._asked[name]
             if not question.unsure and name not in question.found:
                 self._denied[name] = until
                 self._denied.move_to_end(name)

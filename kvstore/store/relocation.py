@@ -2,7 +2,7 @@
 
 Belongs to the store's loop; nothing is thread-safe. Reasons why an object was left alone: `already`
 (it is as wanted), `gone`, `writing` (not committed yet), `pinned`, `in_use`, `no_tier` (the tier is
-away), or why a read or write failed.
+away), `not_writable` (it took nothing for ten seconds), or why a read or write failed.
 """
 
 from __future__ import annotations

@@ -52,9 +52,10 @@ class Store(Loading):
         chunk: bytes per chunk of the arena (0: chosen).
         policy: eviction policy of the memory tier.
         lease_seconds: life of read and write leases.
-        below: the tiers below memory, in the order in which they are read from.
+        below: the tiers below memory, of which the first is preferred where all is equal.
         max_pinned: part of the arena's bytes that pins may hold.
         clock: what time it is.
+        later: calls a function on the loop in so many seconds; None: ticks do.
     """
 
     def __init__(
@@ -68,8 +69,12 @@ class Store(Loading):
         below: Sequence[Below] = (),
         max_pinned: float = 1.0,
         clock: Clock = SYSTEM,
+        later: Callable[[float, Callable[[], None]], object] | None = None,
     ) -> None:
-        movement = Movement(arena, post, clock, chunk=chunk, policy=policy, below=below)
+        later = later or (lambda *_: None)
+        movement = Movement(
+            arena, post, clock, chunk=chunk, policy=policy, below=below, later=later
+        )
         super().__init__(movement, lease_seconds, int(max_pinned * arena.size))
         self.memory = movement.memory
         self.clock = clock
@@ -270,6 +275,9 @@ class Store(Loading):
         """Remove every object (of `namespace`) that is not pinned or being written."""
         removed = 0
         of: set[Namespace] = set()
+        if not self.movement.knows_all:
+            whose = () if namespace is None else (namespace.tenant, namespace.digest)
+            self.catalogue.cleared.note(self.clock.wall(), *whose)
         for number, entry in enumerate(self.index):
             if number % FEW == 0:
                 yield
@@ -319,8 +327,7 @@ class Store(Loading):
                 lease.withdrawn = True
         self.background.once(self.catalogue.expiring)
         self.background.once(self.catalogue.enforcing)
-        for lower in self.movement.lowers.values():
-            lower.look_after()
+        self.movement.look_after()
 
     def close(self) -> None:
         """Let go of the tiers below; objects in memory are gone with the arena. May block."""

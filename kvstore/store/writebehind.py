@@ -5,6 +5,7 @@ Belongs to the store's loop; nothing is thread-safe.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
@@ -59,6 +60,7 @@ class WriteBehind:
         self._whole = whole
         self._waiting: dict[int, Ring[Write]] = defaultdict(Ring)
         self._watches: set[Watch] = set()
+        self._told: dict[int, dict[Write, None]] = defaultdict(dict)  # those that one waits for
         self._last = 0
         self._stopped = False
         self.copies = self.nbytes = 0
@@ -77,6 +79,7 @@ class WriteBehind:
             entry.account.tenant.unwritten += 1
         if done is not None:
             write.done = [*(write.done or ()), done]
+            self._told[tier][write] = None
         if batch is not None and write.batch is None:
             write.batch = batch
         elif batch is not None:
@@ -124,6 +127,13 @@ class WriteBehind:
         if write is not None:
             self._tell(write, error)
 
+    def tell_some(self, tier: int, error: str) -> bool:
+        """As `tell`, of some writes to a tier; whether there may be more."""
+        told = self._told[tier]
+        for write in list(itertools.islice(told, FEW)):
+            self._tell(write, error)
+        return bool(told)
+
     def end(self, entry: Entry, error: str | None, tier: int | None = None) -> None:
         """It is written to a tier (None: to all), or need not be any more."""
         kept, ended = None, []
@@ -166,6 +176,7 @@ class WriteBehind:
 
     def _tell(self, write: Write, error: str | None) -> None:
         waiting, write.done = write.done or (), None
+        self._told[write.tier].pop(write, None)
         for done in waiting:
             done(error)
 

@@ -21,6 +21,10 @@ PENDING: Final = 255
 
 PASSING: Final = frozenset({"full", "read_only", "io_error", "stalled"})
 """Reasons why a put failed that may be gone once the tier is `writable` again."""
+REASONS: Final = PASSING | {
+    "closed", "refused", "no_room", "corrupt", "exists", "away", "absent",
+}  # fmt: skip
+"""All why jobs fail, see `Tier`."""
 
 SEGMENT_TOKENS: Final = 1024
 """The tokens of a segment, or of its one block if that has more."""
@@ -128,7 +132,8 @@ class State(NamedTuple):
     wrong with the tier and what to do, also where it goes on. `gone`: what it held is lost, because
     its medium was taken away; close it, forget what it held, and open it anew.
 
-    A get of n bytes costs about `fixed_seconds` + (n + `backlog`) · `seconds_per_byte`.
+    A get of n bytes costs about `fixed_seconds` + (n + `backlog`) · `seconds_per_byte`; a tier that
+    does not tell (0) is measured by the store.
 
     `used` is in places that hold an object, `fragmented` can only be used by objects of some sizes.
     """
@@ -212,7 +217,10 @@ class Tier(Protocol):
         """
 
     def probe(self, names: Sequence[ObjectName], done: Callable[[list[Held | None]], None]) -> None:
-        """Shared tiers: which of these are there, in their order; `done` on any thread."""
+        """Shared tiers: which of these are there, in their order; `done` on any thread.
+
+        Nothing at all (an empty list) is the answer of a tier that cannot tell now.
+        """
 
     def put(self, jobs: Sequence[Job], done: JobDone) -> None:
         """Store objects. To make room for them others may be given up (`Host.lost`).

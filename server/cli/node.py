@@ -47,10 +47,17 @@ def stats(link: Link) -> None:
         + ("; draining" if found.draining else ""),
         f"{found.node}, kvstore {found.version}, up {up}",
         spare=("fragmented", "free"),
-        state=lambda t: t.problem or "healthy",
+        state=lambda t: t.problem or ", ".join(_healthy(t)),
     )
     if link.format == "table":
         _show_pairs(link, found, "counter", sorted(found.counters.items()))
+
+
+def _healthy(tier: v1.TierStats) -> Iterator[str]:
+    yield "healthy"
+    for what, most in (("writes", tier.write_limit_bytes), ("reads", tier.read_limit_bytes)):
+        if most:
+            yield f"{what} at most {format_size(most)}/s"
 
 
 def _show_pairs(link: Link, found: Message, title: str, rows: Iterable[tuple[str, object]]) -> None:

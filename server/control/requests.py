@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -22,6 +22,8 @@ from kvstore.store.pins import Pins
 from kvstore.store.selection import Selection, candidates
 from kvstore.transport.protocol import MAX_KEYS
 from kvstore.values import lasting
+
+T = TypeVar("T")
 
 MAX_TOKENS: Final = 4 << 20
 MAX_TTL: Final = 30 * 24 * 3600.0
@@ -250,7 +252,7 @@ class Answers:
             if message.HasField(name)
         }
         return Selection(
-            namespace=None if namespace is None else namespace.digest,
+            namespace=namespace,
             tenant=self._tenant(message),
             tenants=self._caller.tenants,
             keys=keys,
@@ -290,7 +292,7 @@ def _check_media(tokens: v1.Tokens, field: str) -> None:
         end = item.offset + item.length
 
 
-def slices(items: Sequence[bytes], size: int) -> Iterator[Sequence[bytes]]:
+def slices(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """`items` in runs of `size`."""
     for first in range(0, len(items), size):
         yield items[first : first + size]

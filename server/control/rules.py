@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import heapq
 from collections.abc import AsyncGenerator
 from typing import Final
 
@@ -12,7 +13,7 @@ from kvstore.errors import TierUnavailable
 from kvstore.server.access.grants import Denied, Role
 from kvstore.server.control.errors import bad_field
 from kvstore.server.control.operations import Operation
-from kvstore.server.control.requests import Answers, name, seconds
+from kvstore.server.control.requests import Answers, name, seconds, slices
 from kvstore.store.admission import Admission
 from kvstore.store.usage import TenantUsage
 
@@ -21,6 +22,8 @@ _MAX_DRAIN_SECONDS: Final = 24 * 3600.0
 _MAX_TENANT: Final = 4096
 _MAX_DENIED: Final = 1024
 _MAX_BYTES: Final = 1 << 62
+_SORTED: Final = 1024
+"""Tenants in one step."""
 _PROGRESS_SECONDS: Final = 0.1
 _STOP_SECONDS: Final = 0.5
 """After the end of a drain, so that who asked for it can hear of it."""
@@ -64,12 +67,14 @@ class RuleVerbs(Answers):
         return self._quota(tenant)
 
     async def get_quota(self, request: v1.GetQuotaRequest) -> v1.GetQuotaResponse:
-        usage = self._store.usage
-        tenants = {*usage.tenants, *usage.quotas}
+        runs: list[list[str]] = []
         if request.HasField("tenant"):
-            tenants = {self._named(request.tenant)}
+            runs = [[self._named(request.tenant)]]
+        else:  # Those with a quota are there, too.
+            async for some in self._pace.over(slices(list(self._store.usage.tenants), _SORTED)):
+                runs.append(sorted(filter(self._caller.sees, some)))
         reply = v1.GetQuotaResponse()
-        async for tenant in self._pace.over(sorted(filter(self._caller.sees, tenants))):
+        async for tenant in self._pace.over(heapq.merge(*runs)):
             reply.quotas.append(self._quota(tenant))
         return reply
 
@@ -148,7 +153,10 @@ class RuleVerbs(Answers):
             asyncio.get_running_loop().call_later(_STOP_SECONDS, self._node.stop)
         ending = "the daemon stops" if stop else "the daemon takes no more saves and sessions"
         if left:
-            raise TierUnavailable(f"{left} objects did not reach the tiers below memory; {ending}")
+            lowers = self._store.movement.lowers.values()
+            why = "".join(f"; {one.name}: {text}" for one in lowers if (text := one.held_up))
+            text = f"{left} objects did not reach the tiers below memory{why}"
+            raise TierUnavailable(f"{text}; {ending}")
         return f"all is written; {ending}"
 
     def _check_unlimited(self, what: str) -> None:

@@ -108,8 +108,10 @@ def _session_of(lease: Lease) -> int:
 
 def _tier_stats(name: str, held: dict[str, Any]) -> v1.TierStats:
     message = v1.TierStats(name=name, problem=held["problem"] or "")
-    for size in ("capacity", "used", "free", "fragmented", "pinned"):
+    for size in ("capacity", "used", "free", "fragmented", "pinned", "write_limit", "read_limit"):
         setattr(message, f"{size}_bytes", held.get(size) or 0)
+    each = held.get("seconds_per_byte")
+    message.read_bytes_per_second = 1 / each if each else 0.0
     return message
 
 

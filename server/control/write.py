@@ -15,11 +15,12 @@ from kvstore.server.control.errors import Refused, bad_field
 from kvstore.server.control.operations import Done, Operation, each
 from kvstore.server.control.requests import Answers, name, ttl
 from kvstore.server.loop import paced
+from kvstore.slices import Work
 from kvstore.store.entry import Entry
 from kvstore.store.explain import surveying
 from kvstore.store.movement import Movement
 from kvstore.store.relocation import copy_to, move_to, reencode, remove
-from kvstore.store.selection import Selection
+from kvstore.store.selection import Selection, clearing_elsewhere
 from kvstore.transport.protocol import MEMORY
 
 _RAW: Final = "raw"
@@ -133,8 +134,9 @@ class WriteVerbs(Answers):
         whole = selected == Selection(
             namespace=selected.namespace, tenant=selected.tenant, tenants=selected.tenants
         )
+        elsewhere = None if request.dry_run else clearing_elsewhere(self._store, selected)
         return self._start(
-            "Clear", selected, step, role=role, dry_run=request.dry_run, announce=whole
+            "Clear", selected, step, elsewhere, role=role, dry_run=request.dry_run, announce=whole
         )
 
     def _start(
@@ -142,12 +144,15 @@ class WriteVerbs(Answers):
         verb: str,
         selected: Selection,
         step: _Step,
+        before: Work[None] | None = None,
         *,
         role: Role = Role.WRITE,
         dry_run: bool = False,
         announce: bool = False,
     ) -> v1.Operation:
         async def work(operation: Operation) -> str:
+            if before is not None:
+                await paced(before)
             entries = await self._chosen(selected)
             operation.state.total = len(entries)
             cleared: dict[bytes, Namespace] = {}

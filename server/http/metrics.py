@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 from kvstore import __version__
 from kvstore.server.access.grants import Grant
 from kvstore.server.node import Node
+from kvstore.transport.protocol import MEMORY, TIER_NAMES
 
 _LEASES: Final = ("read", "write", "pin")
 
@@ -26,13 +27,15 @@ _LEASES: Final = ("read", "write", "pin")
 class Counted(NamedTuple):
     """How a counter of the store is exported: what its events' last word means, and help.
 
-    `values` are words that are exported from the start, so that a first event is seen as a rise.
+    `values` are words that are exported from the start, so that a first event is seen as a rise; by
+    tier these are all tiers, or those `below` memory.
     """
 
     name: str
     help: str
     label: str = ""
     values: tuple[str, ...] = ()
+    below: bool = False
 
 
 # fmt: off
@@ -56,7 +59,14 @@ COUNTERS: Final[Mapping[str, Counted]] = {
         "Objects that could not be brought to memory, or were damaged there, by reason.",
         "reason", ("corrupt", "damaged", "no_room")),
     "probe.found": Counted("probe_hits", "Objects that a shared tier was found to have, by tier.",
-        "tier"),
+        "tier", below=True),
+    "probe.answered": Counted("tier_probes_answered",
+        "Questions for what is in a shared tier that were answered in time, by tier.",
+        "tier", below=True),
+    "probe.late": Counted("tier_probes_late",
+        "Questions that were not answered in time, by tier.", "tier", below=True),
+    "probe.unknown": Counted("tier_probes_unknown",
+        "Questions that a tier could not answer, by tier.", "tier", below=True),
     "probe.refused": Counted("probe_refusals",
         "Objects of shared tiers that were of no use, by reason.", "reason"),
     "save.blocks": Counted("save_blocks", "Blocks saved."),
@@ -76,9 +86,12 @@ COUNTERS: Final[Mapping[str, Counted]] = {
     "evict": Counted("evictions", "Objects evicted, by tier.", "tier"),
     "evict.lost": Counted("evictions_lost", "Evicted objects that no other tier held, by reason.",
         "reason"),
-    "promote.bytes": Counted("tier_read_bytes", "Bytes brought to memory, by tier.", "tier"),
+    "promote.bytes": Counted("tier_read_bytes", "Bytes brought to memory, by tier.",
+        "tier", below=True),
     "write.bytes": Counted("tier_written_bytes", "Bytes written from memory, by tier.",
-        "tier"),
+        "tier", below=True),
+    "tier.faults": Counted("tier_faults", "Times that a tier did what none may do, by tier.",
+        "tier", below=True),
     "write.dropped": Counted("tier_write_drops",
         "Objects that were not written to a tier below memory, by reason.", "reason"),
     "write.failed": Counted("tier_write_failures",
@@ -100,6 +113,18 @@ _TIER_GAUGES: Final = {
     "free": "Bytes that any object may take.",
     "fragmented": "Bytes that only objects of some sizes may take.",
 }
+
+_LOWER_GAUGES: Final = {
+    "seconds_per_byte": (
+        "tier_read_seconds_per_byte",
+        "Measured time from a tier to memory while it is at work; fades while it rests.",
+    ),
+    "write_limit": ("tier_write_limit_bytes", "Bytes a second that writes may take; 0: no limit."),
+    "read_limit": ("tier_read_limit_bytes", "Bytes a second that reads may take; 0: no limit."),
+    "reads_waiting": ("tier_reads_waiting_bytes", "Bytes that wait because of that limit."),
+    "waited_for": ("tier_waited_for", "0 while lookups do not wait for what a shared tier says."),
+}
+"""Of tiers below memory, by their statistics."""
 
 _HISTOGRAMS: Final = {
     "seconds.lookup": (
@@ -169,12 +194,13 @@ def _of_tiers(node: Node, stats: Mapping[str, Any]) -> Iterator[Metric]:
     slots = {name: tier["slots"] or 0 for name, tier in there.items()}
     yield _family("tier_slots", "Slots that hold an object, by tier.", slots, "tier")
     lowers = node.store.movement.lowers.values()
-    healthy = {lower.name: int(not lower.state.problem) for lower in lowers}
+    healthy = {lower.name: int(not lower.problem) for lower in lowers}
     text = "0 while a tier below memory is away, full or broken."
     yield _family("tier_healthy", text, healthy, "tier")
-    each = {lower.name: lower.cost.seconds_per_byte for lower in lowers}
-    text = "Measured time from a tier to memory while it is at work; fades while it rests."
-    yield _family("tier_read_seconds_per_byte", text, each, "tier")
+    for key, (name, text) in _LOWER_GAUGES.items():
+        told = {tier: held.get(key) for tier, held in there.items()}
+        known = {tier: float(value) for tier, value in told.items() if value is not None}
+        yield _family(name, text, known, "tier")
 
 
 def _of_work(node: Node, stats: Mapping[str, Any]) -> Iterator[Metric]:
@@ -195,18 +221,20 @@ def _of_work(node: Node, stats: Mapping[str, Any]) -> Iterator[Metric]:
     yield _gauge("unwritten_objects", "Writes to tiers to come.", stats["unwritten"])
     yield _gauge("write_queue_objects", "Writes in queues to tiers.", queues["write_objects"])
     lowers = node.store.movement.lowers.values()
-    under_way = {lower.name: lower.bytes_under_way for lower in lowers}
+    under_way = {lower.name: lower.writes.bytes_under_way for lower in lowers}
     yield _family("write_queue_bytes", "Bytes on their way to a tier.", under_way, "tier")
-    limits = {lower.name: lower.queue for lower in lowers}
+    limits = {lower.name: lower.writes.queue for lower in lowers}
     text = "Bytes that may be on their way to a tier."
     yield _family("write_queue_limit_bytes", text, limits, "tier")
     yield _gauge("acquires_waiting", "Acquires that wait for tiers.", queues["acquiring"])
 
 
 def _of_counters(counters: Mapping[str, int], tiers: Iterable[str]) -> Iterator[Metric]:
-    words = {"": ("",), "tier": tuple(tiers)}
+    every = tuple(tiers)
+    words = {"": ("",), "tier": every}
+    below = tuple(tier for tier in every if tier != TIER_NAMES[MEMORY])
     grouped: dict[str, dict[str, int]] = {
-        event: dict.fromkeys(words.get(known.label, known.values), 0)
+        event: dict.fromkeys(below if known.below else words.get(known.label, known.values), 0)
         for event, known in COUNTERS.items()
     }
     other: dict[str, int] = {}

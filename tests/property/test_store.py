@@ -354,7 +354,8 @@ class Machine(RuleBasedStateMachine):
         assert sum(held.nbytes for held, _ in self.far["medium"].values()) <= FAR
 
     def tiers(self) -> list[Any]:
-        return [lower.tier for lower in self.store.movement.lowers.values()]
+        lowers = self.store.movement.lowers.values()
+        return [None if lower.tier is None else lower.tier.tier for lower in lowers]
 
     @invariant()
     def accounts_add_up(self) -> None:

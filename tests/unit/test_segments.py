@@ -63,7 +63,7 @@ class Node(Bench):
 
     def drain(self) -> None:
         super().drain()
-        while self.store.movement.lowers[FAR].bytes_under_way:
+        while self.store.movement.lowers[FAR].writes.bytes_under_way:
             self.posted.get(timeout=20)()
 
     def find(self, chain: list[bytes], position: int = 0, *, holes: bool = False) -> list[int]:

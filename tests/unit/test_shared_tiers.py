@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Iterator
 from copy import copy
 from pathlib import Path
@@ -9,8 +11,9 @@ from typing import Any, Final
 
 import pytest
 
-from kvstore.store import lower, probing
+from kvstore.store import finding, probing
 from kvstore.store.loading import PROBING
+from kvstore.store.opening import Below
 from kvstore.store.selection import Selection
 from kvstore.tiers import conformance
 from kvstore.tiers.base import MISS, PENDING, Host, ObjectName, Tier
@@ -19,6 +22,7 @@ from tests.session_tools import Stores, eventually, load, prompt, save
 from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, keys, select
 
 FAR: Final = 2
+NEAR: Final = 3
 
 
 def node(folder: Path, **options: Any) -> Bench:
@@ -138,7 +142,7 @@ def test_quotas_do_not_delete_what_others_saved(nodes: tuple[Bench, Bench], tmp_
 def test_only_so_much_of_a_shared_tier_is_known(
     nodes: tuple[Bench, Bench], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lower, "_MOST_ELSEWHERE", 2)
+    monkeypatch.setattr(finding, "_MOST_ELSEWHERE", 2)
     _, other = nodes
     for number in (1, 2, 3):
         answer(other, keys(number))
@@ -150,7 +154,7 @@ def test_only_so_much_of_a_shared_tier_is_known(
 def test_what_is_pinned_is_forgotten_later(
     nodes: tuple[Bench, Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lower, "_MOST_ELSEWHERE", 1)
+    monkeypatch.setattr(finding, "_MOST_ELSEWHERE", 1)
     _, other = nodes
     answer(other, keys(1))
     assert other.store.pin("p", 1, keys(1), [PART], 9.0) == 1
@@ -165,7 +169,7 @@ def test_an_answer_about_what_was_not_asked_for_is_refused(
     nodes: tuple[Bench, Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, other = nodes
-    tier: Any = other.store.movement.lowers[FAR].tier
+    tier: Any = other.store.movement.lowers[FAR].tier.tier
     look = tier._look
     monkeypatch.setattr(tier, "_look", lambda name: look(ObjectName(NAMESPACE, keys(2)[0], PART)))
     assert answer(other, keys(1)) == ([], "absent")
@@ -177,7 +181,7 @@ def test_an_answer_may_name_what_was_asked_for_in_its_own_words(
     nodes: tuple[Bench, Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, other = nodes
-    tier: Any = other.store.movement.lowers[FAR].tier
+    tier: Any = other.store.movement.lowers[FAR].tier.tier
     look = tier._look
     monkeypatch.setattr(tier, "_look", lambda name: look(name)._replace(name=copy(name)))
     name = ObjectName(NAMESPACE, keys(1)[0], PART)
@@ -202,7 +206,7 @@ def test_a_tier_that_never_answers_is_asked_again(
 ) -> None:
     monkeypatch.setattr(probing, "_MOST_KNOWN", 2)
     _, other = nodes
-    tier: Any = other.store.movement.lowers[FAR].tier
+    tier: Any = other.store.movement.lowers[FAR].tier.tier
     with monkeypatch.context() as hung:
         hung.setattr(tier, "probe", lambda *_: None)
         chain = keys(1, 2)
@@ -213,6 +217,100 @@ def test_a_tier_that_never_answers_is_asked_again(
     assert not any(asks(NAMESPACE, key, PART) for key in chain), "nobody waits for ever"
     assert answer(other, keys(3)) == ([FAR], "")
     assert answer(other, chain) == ([FAR] * 2, "")
+
+
+@pytest.fixture
+def hung(tmp_path: Path) -> Iterator[tuple[Bench, list[Any]]]:
+    """A node with a tier that does not answer, and the answers that it owes; and another that does.
+
+    The tier `far` has the blocks 1 to 9; those of `near` are 1 and 2.
+    """
+    far, near = node(tmp_path / "far"), node(tmp_path / "near")
+    for bench, count in ((far, 9), (near, 2)):
+        bench.save(keys(*range(1, count + 1))[:8])
+        bench.drain()
+        bench.close()
+    more = [Below("near", lambda host: FolderTier("near", host, {"folder": tmp_path / "near"}))]
+    bench = Bench(None, far={"folder": tmp_path / "far"}, kind=FolderTier, more=more)
+    owed: list[Any] = []
+    tier: Any = bench.store.movement.lowers[FAR].tier.tier
+    tier.probe = lambda names, done: owed.append((names, done, tier._look))
+    yield bench, owed
+    bench.close()
+
+
+def give(bench: Bench, owed: list[Any]) -> None:
+    """The answers come now."""
+    while owed:
+        names, done, look = owed.pop(0)
+        done([look(name) for name in names])
+    while not bench.posted.empty():
+        bench.posted.get()()
+
+
+def ask(bench: Bench, number: int) -> tuple[list[int], str]:
+    """A lookup of one block, once `near` has answered."""
+    said = bench.store.lookup(keys(number), [PART], NAMESPACE)
+    time.sleep(0.02)
+    while not bench.posted.empty():
+        bench.posted.get()()
+    return said
+
+
+def test_nobody_waits_for_a_tier_that_leaves_questions_unanswered(
+    hung: tuple[Bench, list[Any]],
+) -> None:
+    bench, owed = hung
+    waits = []
+    for number in range(3, 9):
+        ask(bench, number)
+        waits.append(bench.store.probing.asks(NAMESPACE, keys(number)[0], PART))
+        bench.now += 0.03
+    assert waits == [True] * 3 + [False] * 3, "three were not answered in time"
+    assert len(owed) == 4, "then it is asked one thing at a time"
+    far = bench.store.movement.lowers[FAR]
+    assert bench.store.counters["probe.late.far"] == 4
+    assert "does not tell in time" in str(far.problem)
+    assert far.stats()["waited_for"] is False
+    assert far.state.readable, "what is known of it can be read"
+    assert ask(bench, 1) == ([], PROBING), "the other one is asked, and waited for"
+    assert bench.store.lookup(keys(1), [PART], NAMESPACE) == ([NEAR], "")
+    assert not bench.store.probing._denied, "what one cannot tell is not missing"
+
+
+def test_a_tier_that_answers_again_is_waited_for_again(hung: tuple[Bench, list[Any]]) -> None:
+    bench, owed = hung
+    for number in range(3, 9):
+        ask(bench, number)
+        bench.now += 0.03
+    give(bench, owed)
+    assert bench.store.lookup(keys(3), [PART], NAMESPACE) == ([FAR], ""), "what it says counts"
+    assert bench.store.movement.lowers[FAR].problem, "but it said so late"
+    ask(bench, 8)
+    give(bench, owed)
+    assert not bench.store.movement.lowers[FAR].problem
+    assert bench.store.lookup(keys(8), [PART], NAMESPACE) == ([FAR], "")
+    assert bench.store.counters["probe.answered.far"] == 1
+
+
+def test_a_tier_that_never_answers_is_asked_less_and_less(hung: tuple[Bench, list[Any]]) -> None:
+    bench, owed = hung
+    asked = []
+    for _ in range(600):
+        ask_only(bench, 7)
+        bench.now += 1
+        if len(owed) > len(asked):
+            asked.append(bench.now)
+    pauses = [later - earlier for earlier, later in itertools.pairwise(asked[3:])]
+    assert len(asked) < 12
+    assert pauses == sorted(pauses)
+    assert len(bench.store.movement.lowers[FAR].patience._overdue) <= 1
+
+
+def ask_only(bench: Bench, number: int) -> None:
+    bench.store.lookup(keys(number), [PART], NAMESPACE)
+    while not bench.posted.empty():
+        bench.posted.get()()
 
 
 def test_a_request_counts_once_with_what_probes_have_found(nodes: tuple[Bench, Bench]) -> None:

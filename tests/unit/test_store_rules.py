@@ -197,10 +197,10 @@ def test_uses_are_remembered_in_bounded_memory() -> None:
     uses = Uses(64)
     uses.note(keys(*range(1000)))
     assert not any(map(uses.again, keys(*range(1000))))
-    uses.note(keys(998, 999), saved=True)
+    uses.note(keys(998, 999), "saved")
     assert not uses.again(keys(999)[0])
     uses.note(keys(998, 999))
-    uses.note(keys(998, 999), saved=True)
+    uses.note(keys(998, 999), "saved")
     assert all(map(uses.again, keys(998, 999)))
     uses.note(keys(0))
     assert not uses.again(keys(0)[0]), "forgotten since"
@@ -476,7 +476,7 @@ def test_conditions_add_up(disk: Bench) -> None:
 
     assert sorted(chosen(tenant="alice")) == sorted(keys(1, 2, 3))
     assert sorted(chosen(tenant="alice", tier=DISK)) == sorted(keys(1, 2))
-    assert chosen(namespace=BOB.digest) == keys(4)
+    assert chosen(namespace=BOB) == keys(4)
     assert chosen(tenants=frozenset({"bob"})) == keys(4)
     assert chosen(tenants=frozenset()) == []
     assert chosen(keys=keys(1, 2, 4, 9)) == keys(4, 2, 1)
