@@ -218,7 +218,7 @@ def test_a_put_that_is_refused_deletes_nothing(
     one, other = nodes
     chain = keys(*range(4))
     one.put(chain, 0)
-    monkeypatch.setattr(SegmentTier, "errors", ["taken"])
+    monkeypatch.setattr(SegmentTier, "errors", ["exists"])
     other.put(chain, 0)
     assert files(tmp_path) == 4
     assert other.store.counters["write.failed.taken"] == 4
