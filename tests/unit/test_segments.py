@@ -221,7 +221,7 @@ def test_a_put_that_is_refused_deletes_nothing(
     monkeypatch.setattr(SegmentTier, "errors", ["exists"])
     other.put(chain, 0)
     assert files(tmp_path) == 4
-    assert other.store.counters["write.failed.taken"] == 4
+    assert other.store.counters["write.failed.exists"] == 4
     assert other.store.movement.unwritten == 0
 
 
