@@ -22,7 +22,7 @@ PENDING: Final = 255
 PASSING: Final = frozenset({"full", "read_only", "io_error", "stalled"})
 """Reasons why a put failed that may be gone once the tier is `writable` again."""
 REASONS: Final = PASSING | {
-    "closed", "refused", "no_room", "corrupt", "exists", "away", "absent",
+    "closed", "refused", "no_room", "corrupt", "partial", "exists", "away", "absent",
 }  # fmt: skip
 """All why jobs fail, see `Tier`."""
 

@@ -25,6 +25,7 @@ import numpy as np
 from kvstore._native import xxh3_64
 from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part
 from kvstore.tiers.base import (
+    REASONS,
     SEGMENT_TOKENS,
     Held,
     Host,
@@ -184,6 +185,8 @@ class Objects:
         self._bench.run_until(lambda: len(ends) >= len(self.jobs), "every job ends")
         time.sleep(0.01)
         expect(len(ends) == len(self.jobs), "every job ends once")
+        known = {None, *REASONS}
+        expect({error for _, error in ends} <= known, "jobs fail for reasons that there are")
         came = dict(ends)
         return [came[job] for job in self.jobs]
 

@@ -300,3 +300,6 @@ def test_what_lacks_a_method_is_no_tier() -> None:
     assert heard == ["no_tier"]
     assert bench.store.movement.lowers[DISK].state == State(False, False, problem(bench))
     bench.close()
+    for thread in threading.enumerate():
+        if thread.name == "kvstore-open":
+            thread.join(20)
