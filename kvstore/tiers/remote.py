@@ -17,7 +17,9 @@ from kvstore.tiers.base import Job, JobDone
 from kvstore.tiers.vitals import Vitals
 
 _FIRST_PAUSE: Final = 0.1
-_BATCH_BYTES: Final = 16 << 20
+_BATCH_BYTES: Final = 32 << 20
+_LEAST_BYTES: Final = 4 << 20
+"""Less is not worth to be shared out."""
 _BATCH: Final = 128
 
 
@@ -219,9 +221,10 @@ class Crew:
 
     def _batch(self, waiting: deque[Task]) -> list[Task]:
         """A fair share of what waits, in its order."""
-        most = min(_BATCH, -(-len(waiting) // len(self._threads)))
-        tasks, nbytes = list[Task](), 0
-        while len(tasks) < most and nbytes < _BATCH_BYTES:
+        share, tasks, nbytes = -(-len(waiting) // len(self._threads)), list[Task](), 0
+        while waiting and len(tasks) < _BATCH and nbytes < _BATCH_BYTES:
+            if len(tasks) >= share and nbytes >= _LEAST_BYTES:
+                break
             tasks.append(waiting.popleft())
             nbytes += tasks[-1].job.nbytes
         return tasks

@@ -82,9 +82,15 @@ def test_gets_go_before_puts_in_their_order_and_batches_are_of_one_kind(
 
 def test_threads_share_what_waits(band: Callable[..., Band]) -> None:
     one = band(threads=2)
-    one.submit(*range(1, 9))
+    one.submit(*range(4 << 20, (4 << 20) + 8))
     until(lambda: len(one.batches) == 2)
     assert sorted(map(len, one.batches)) == [2, 4], "half of them, and half of the rest"
+    one.go.set()
+    assert one.crew.flush(20)
+    one.batches.clear()
+    one.submit(*range(1, 9))
+    assert one.crew.flush(20)
+    assert one.batches == [[*range(1, 9)]], "little is not shared out"
 
 
 def test_a_batch_that_raises_fails_and_the_thread_goes_on(band: Callable[..., Band]) -> None:

@@ -18,6 +18,9 @@ from kvstore.tiers.remote import Crew, Task
 
 _AHEAD: Final = 8 << 20
 """Bytes asked for, or sent, before the first answer is waited for."""
+_TOGETHER: Final = 512 << 10
+"""Bytes of small objects that are sent at once."""
+_MOST_VIEWS: Final = 256
 _ROUNDS: Final = 4
 """Attempts, where a server says that another one has it now."""
 _LINES: Final = 16
@@ -44,6 +47,11 @@ class Move:
     error: str | None = None
     sum: Xxh3Stream = field(default_factory=Xxh3Stream)
     checksum: int | None = None
+
+    def add_up(self) -> None:
+        """Compute the checksum of what is in memory, once."""
+        if self.checksum is None:
+            self.checksum = xxh3_64(self.task.job.address, self.task.job.nbytes)
 
 
 class Mover:
@@ -198,7 +206,8 @@ class Mover:
     def _put(self, link: Link, server: Server, moves: list[Move]) -> None:
         there = self._look(link, server, moves)
         waiting: deque[tuple[Move, int, bool]] = deque()
-        ahead = 0
+        views: list[bytes | memoryview] = []
+        ahead = together = 0
         for move, found in zip(moves, there, strict=True):
             if move.again or not self._wanted(move, found):
                 continue
@@ -211,15 +220,20 @@ class Mover:
             for piece, (at, nbytes) in reversed(list(enumerate(spans(job.nbytes)))):
                 assert move.checksum is not None
                 header = Header(piece, job.nbytes, move.checksum, job.created or int(time.time()))
-                key = key_of(self._prefix, job.name, piece)
+                key = key_of(self._prefix, job.name, piece) if piece else move.key
                 start = b"*%d\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n%s" % (
                     number, len(key), key, HEADER + nbytes, encode(job.name, header),
                 )  # fmt: skip
-                link.send([start, memory_at(job.address + at, nbytes), end])
+                views += (start, memory_at(job.address + at, nbytes), end)
                 waiting.append((move, nbytes, not piece))
                 ahead += nbytes
+                together += nbytes
+                if together >= _TOGETHER or len(views) >= _MOST_VIEWS:
+                    link.send(views)
+                    views, together = [], 0
                 while ahead > _AHEAD:
                     ahead -= self._stored(link, server, *waiting.popleft())
+        link.send(views)
         for one in waiting:
             self._stored(link, server, *one)
 
@@ -228,6 +242,7 @@ class Mover:
         for move in moves:
             move.fresh = self._keeper.claim(move.task.job.name) or move.fresh
         link.send([b"".join(command(b"GETRANGE", m.key, b"0", _LOOK) for m in moves)])
+        moves[0].add_up()  # Meanwhile.
         found: list[Header | None] = []
         for move in moves:
             answer = link.reply()
@@ -240,8 +255,7 @@ class Mover:
     def _wanted(self, move: Move, found: Header | None) -> bool:
         """Whether an object is to be sent; else it has ended."""
         job, error = move.task.job, move.error
-        if move.checksum is None:
-            move.checksum = xxh3_64(job.address, job.nbytes)
+        move.add_up()
         if error is None and job.checksum not in (None, move.checksum):
             error = "corrupt"
         elif error is None and (found is None or found.nbytes != job.nbytes):
