@@ -30,7 +30,7 @@ from tests.http_tools import ON, address, ask
 from tests.redis_tools import RedisServer, redis_server
 from tests.session_tools import Stores, eventually, load, prompt, save
 
-TIMEOUT = 0.3
+TIMEOUT = 0.5
 LARGE = 4 << 20
 
 
@@ -52,7 +52,7 @@ def client(server: RedisServer) -> redis.Redis:
 
 def opens(server: RedisServer, **options: Any) -> Callable[[Host, Path], Tier]:
     def make(host: Host, folder: Path) -> Tier:
-        how = {"url": server.url, "timeout": TIMEOUT, "retry_seconds": 0.2, "direct": False}
+        how = {"url": server.url, "timeout": 5, "retry_seconds": 0.2, "direct": False}
         return open_redis("shared", host, how | options)
 
     return make
@@ -297,7 +297,7 @@ def test_a_full_server_takes_nothing_more_until_it_has_room(
 @pytest.mark.parametrize("reason", ["stalled", "io_error"])
 def test_a_server_that_is_gone_costs_misses_for_a_moment(reason: str, fragile: RedisServer) -> None:
     """Stopped, or killed; it comes back with what it had, or without."""
-    with bench(fragile) as one:
+    with bench(fragile, timeout=TIMEOUT) as one:
         names = [name_of(n, 1 << 20) for n in range(16)]
         objects = one.put(*names, created=1000)
         held = objects.held()
@@ -307,8 +307,8 @@ def test_a_server_that_is_gone_costs_misses_for_a_moment(reason: str, fragile: R
         assert reason in (one.tier.state.problem or "")
         one.tier.delete(names[:1])
         for _ in range(3):  # The circuit is open: nothing waits any more.
-            assert ends_within(TIMEOUT / 2, objects, one.tier.get) <= {reason, "absent"}
-            assert ends_within(TIMEOUT / 2, objects, one.tier.put) == {reason}
+            assert ends_within(TIMEOUT, objects, one.tier.get) <= {reason, "absent"}
+            assert ends_within(TIMEOUT, objects, one.tier.put) == {reason}
             unknown = [held and (held.name, held.nbytes) for held in probe(one, names)]
             assert unknown == [None, *((name, 0) for name in names[1:])], "nothing is denied"
         fragile.go_on() if reason == "stalled" else fragile.start()
@@ -339,16 +339,14 @@ def test_a_server_that_drips_is_not_waited_for(word: bytes, liar: Liar) -> None:
     def drip(words: list[bytes]) -> bytes:
         return b"$4220\r\n" + bytes(200)
 
-    with Bench(opens(liar), Path()) as one:  # type: ignore[arg-type]
+    with Bench(opens(liar, timeout=TIMEOUT), Path()) as one:  # type: ignore[arg-type]
         liar.says, liar.drips = drip, {word}
-        assert ends_within(4 * TIMEOUT, Objects(one, [name_of(1)]), one.tier.get) <= {
-            "stalled",
-            "io_error",
-        }
+        objects = Objects(one, [name_of(1)])
+        assert ends_within(4 * TIMEOUT, objects, one.tier.get) == {"stalled"}
 
 
 def test_a_flush_does_not_wait_for_a_server_that_is_away(fragile: RedisServer) -> None:
-    with bench(fragile) as one:
+    with bench(fragile, timeout=TIMEOUT) as one:
         objects = one.put(name_of(1))
         fragile.kill()
         assert set(objects.get()) == {"io_error"}
@@ -359,7 +357,7 @@ def test_a_flush_does_not_wait_for_a_server_that_is_away(fragile: RedisServer) -
 
 
 def test_too_many_probes_are_not_waited_for(fragile: RedisServer) -> None:
-    with bench(fragile) as one:
+    with bench(fragile, timeout=TIMEOUT) as one:
         fragile.pause()
         answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         started = time.monotonic()
@@ -372,7 +370,7 @@ def test_too_many_probes_are_not_waited_for(fragile: RedisServer) -> None:
 
 def test_the_end_is_bounded_and_leaves_nothing(fragile: RedisServer) -> None:
     before = psutil.Process().num_fds()
-    with bench(fragile) as one:
+    with bench(fragile, timeout=TIMEOUT) as one:
         objects = Objects(one, [name_of(n, 8 << 20) for n in range(4)])
         ends: list[str | None] = []
         fragile.pause()
