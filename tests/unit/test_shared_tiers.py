@@ -11,6 +11,8 @@ from typing import Any, Final
 
 import pytest
 
+from kvstore.api.client import Orchestrator
+from kvstore.api.errors import OperationFailed
 from kvstore.store import finding, probing
 from kvstore.store.loading import PROBING
 from kvstore.store.opening import Below
@@ -18,7 +20,9 @@ from kvstore.store.selection import Selection
 from kvstore.tiers import conformance
 from kvstore.tiers.base import MISS, PENDING, Host, ObjectName, Tier
 from tests.folder_tier import FolderTier
-from tests.session_tools import Stores, eventually, load, prompt, save
+from tests.http_tools import ON, address, ask
+from tests.session_tools import BLOCK_TOKENS, Stores, eventually, load, prompt, save
+from tests.session_tools import PART as SESSION_PART
 from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, keys, select
 
 FAR: Final = 2
@@ -248,7 +252,7 @@ def give(bench: Bench, owed: list[Any]) -> None:
         bench.posted.get()()
 
 
-def ask(bench: Bench, number: int) -> tuple[list[int], str]:
+def look(bench: Bench, number: int) -> tuple[list[int], str]:
     """A lookup of one block, once `near` has answered."""
     said = bench.store.lookup(keys(number), [PART], NAMESPACE)
     time.sleep(0.02)
@@ -263,7 +267,7 @@ def test_nobody_waits_for_a_tier_that_leaves_questions_unanswered(
     bench, owed = hung
     waits = []
     for number in range(3, 9):
-        ask(bench, number)
+        look(bench, number)
         waits.append(bench.store.probing.asks(NAMESPACE, keys(number)[0], PART))
         bench.now += 0.03
     assert waits == [True] * 3 + [False] * 3, "three were not answered in time"
@@ -273,7 +277,7 @@ def test_nobody_waits_for_a_tier_that_leaves_questions_unanswered(
     assert "does not tell in time" in str(far.problem)
     assert far.stats()["waited_for"] is False
     assert far.state.readable, "what is known of it can be read"
-    assert ask(bench, 1) == ([], PROBING), "the other one is asked, and waited for"
+    assert look(bench, 1) == ([], PROBING), "the other one is asked, and waited for"
     assert bench.store.lookup(keys(1), [PART], NAMESPACE) == ([NEAR], "")
     assert not bench.store.probing._denied, "what one cannot tell is not missing"
 
@@ -281,12 +285,12 @@ def test_nobody_waits_for_a_tier_that_leaves_questions_unanswered(
 def test_a_tier_that_answers_again_is_waited_for_again(hung: tuple[Bench, list[Any]]) -> None:
     bench, owed = hung
     for number in range(3, 9):
-        ask(bench, number)
+        look(bench, number)
         bench.now += 0.03
     give(bench, owed)
     assert bench.store.lookup(keys(3), [PART], NAMESPACE) == ([FAR], ""), "what it says counts"
     assert bench.store.movement.lowers[FAR].problem, "but it said so late"
-    ask(bench, 8)
+    look(bench, 8)
     give(bench, owed)
     assert not bench.store.movement.lowers[FAR].problem
     assert bench.store.lookup(keys(8), [PART], NAMESPACE) == ([FAR], "")
@@ -363,3 +367,52 @@ def test_a_stop_waits_for_no_tier_that_is_away(
         assert served.process.wait(20) == 0
     assert "2 objects" in served.log.read_text()
     assert "far: its folder is gone" in served.log.read_text()
+
+
+def test_the_rules_of_a_tier_hold_in_a_daemon(
+    stores: Stores, installed: list[dict[str, Any]]
+) -> None:
+    """Limits, where things go, and what is told of them."""
+    size = SESSION_PART.nbytes(BLOCK_TOKENS)
+    (tier,) = installed
+    slow = [{**tier, "write_rate": 10 * size}]
+    one = stores.serve(tiers=slow, server=ON | {"grpc": "127.0.0.1:0"})
+    with one.session() as session:
+        chain = session.keys(prompt(1, 16))
+        began = time.monotonic()
+        assert save(session, chain).stored == 16
+        assert session.flush(0.2) > 0, "the rest waits for the limit"
+        status = ask(address(one), "/status").json["tiers"]["far"]
+        assert (status["write_limit"], status["waited_for"]) == (10 * size, True)
+        api = Orchestrator(one.addresses["grpc"])
+        with pytest.raises(OperationFailed, match=r"far: write_rate lets .* a second go there"):
+            api.drain(timeout=0.5).wait()
+        eventually(lambda: session.stats()["unwritten"] == 0)
+        assert time.monotonic() - began > 1.3
+        (held,) = [tier for tier in api.stats().tiers if tier.name == "far"]
+        assert held.write_limit_bytes == 10 * size
+        api.close()
+    other = stores.serve(
+        disk="16MiB", tiers=[{**tier, "promote": "disk", "read_rate": 10 * size}], server=ON
+    )
+    with other.session() as session:
+        assert session.lookup(chain).blocks == 16
+        began = time.monotonic()
+        assert load(session, chain).tiers == {"far": 16}
+        assert time.monotonic() - began > 1.3
+        counters = eventually(
+            lambda: (
+                (told := session.stats()["counters"]).get("write.bytes.disk") == 16 * size and told
+            )
+        )
+        assert counters.get("write.bytes.far", 0) == 0
+    text = ask(address(other), "/metrics").body.decode()
+    for line in (
+        f'kvstore_tier_read_limit_bytes{{tier="far"}} {10.0 * size}',
+        'kvstore_tier_waited_for{tier="far"} 1.0',
+        'kvstore_tier_probes_answered_total{tier="far"} 1.0',
+        f'kvstore_tier_read_bytes_total{{tier="far"}} {16.0 * size}',
+    ):
+        assert line in text
+    assert 'kvstore_tier_read_bytes_total{tier="memory"}' not in text
+    assert 'kvstore_tier_written_bytes_total{tier="memory"}' not in text
