@@ -53,7 +53,7 @@ def redis(report: Report, *, size: int, url: str | None, connections: int) -> No
             return
         with closing(bareredis.BareRedis(place, connections, _ARENA_BYTES)) as bare:
             options = {"url": place, "prefix": "kvstore-bench:", "connections": connections}
-            tier = find("redis")("shared", _Host(), options)
+            tier = find("redis")("redis", _Host(), options)
             with closing(tier):
                 measure(report, tier, bare, size, connections=connections)
 
@@ -86,7 +86,7 @@ def measure(report: Report, tier: Tier, bare: Bare, size: int, **how: Any) -> No
                 against=f"a bare client, {bare.version}",
                 **how,
             )
-            _cpu(report, used, nbytes * count, object_bytes=nbytes, **how)
+            _cpu(report, tier.name, used, nbytes * count, object_bytes=nbytes, **how)
             bare.clear()
     _probes(report, tier, **how)
 
@@ -117,7 +117,7 @@ class _Used:
         return Run(end, begin)
 
 
-def _cpu(report: Report, used: Mapping[str, _Used], nbytes: int, **how: Any) -> None:
+def _cpu(report: Report, kind: str, used: Mapping[str, _Used], nbytes: int, **how: Any) -> None:
     for name in ("put", "get"):
         for side in ("client", "server"):
             each = [
@@ -125,7 +125,7 @@ def _cpu(report: Report, used: Mapping[str, _Used], nbytes: int, **how: Any) -> 
                 for key in (name, f"bare {name}")
             ]
             report.level(
-                f"CPU of the {side}, {name}",
+                f"{kind} {name}, CPU of the {side}",
                 each[0],
                 each[1],
                 unit="ms/GiB",
@@ -153,7 +153,7 @@ def _probes(report: Report, tier: Tier, **how: Any) -> None:
 
     taken = report.race("probes", {"probe": Run(probe)})
     report.duration(
-        "probe",
+        f"{tier.name} probe",
         taken["probe"],
         0.02,
         unit="ms",

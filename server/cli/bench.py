@@ -99,6 +99,7 @@ def everything(context: typer.Context, much: Much, folder: FolderOption = Path()
     store(much, folder)
     weights(much, folder)
     peer(much)
+    tier(much, "redis")
     from kvstore.benchmarks.gpu_copy import missing_gpu
 
     if missing := missing_gpu():
@@ -168,7 +169,7 @@ def tier(
     """A tier elsewhere against the bare client of its server: puts, gets, probes, and CPU."""
     from kvstore.benchmarks import tier as bench
 
-    with much.report(f"tier {kind}") as report:
+    with much.report("tier") as report:
         bench.redis(report, size=much.bytes(128, 512), url=url, connections=connections)
 
 

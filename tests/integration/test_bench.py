@@ -97,6 +97,13 @@ def test_peer() -> None:
     assert {"a bare socket", "a bare socket, and the copy"} <= against
 
 
+def test_tier() -> None:
+    figures = _figures("tier", "--type", "redis", "--size", "8MiB")
+    cpu = {f"redis {n}, CPU of the {side}" for n in ("put", "get") for side in ("client", "server")}
+    assert _names(figures) == {"redis put", "redis get", "redis probe", *cpu}
+    assert {f["params"].get("object_bytes") for f in figures} == {None, 256 << 10}
+
+
 def test_loop(tmp_path: Path) -> None:
     figures = _figures("loop", "--objects", "4096", "--folder", str(tmp_path))
     assert len(figures) == 20

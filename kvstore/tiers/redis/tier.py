@@ -261,9 +261,11 @@ def _see(servers: Servers, options: RedisOptions) -> None:
         for server in servers.all:
             try:
                 link = servers.link(server.node)
-                link.send([command(b"PING")])
-                answer = link.reply()
-                servers.end(link.wire)
+                try:
+                    link.send([command(b"PING")])
+                    answer = link.reply()
+                finally:
+                    servers.end(link.wire)
             except OSError as e:
                 error = e
                 continue
