@@ -490,6 +490,21 @@ def test_no_answer_of_a_server_does_harm(liar: Liar, monkeypatch: pytest.MonkeyP
                 assert FAULTS[word].advice in (one.tier.state.problem or "")
 
 
+@pytest.mark.parametrize("mode", ["cluster", "sentinel"])
+@pytest.mark.parametrize(
+    "lie",
+    [
+        b"", b"+OK\r\n", b":7\r\n", b"*-1\r\n", b"*0\r\n", b"*x\r\n", b"*1\r\n" * 5000,
+        b"*1\r\n:5\r\n", b"*1\r\n*3\r\n:0\r\n:16383\r\n:5\r\n", b"*2\r\n$1\r\n\xff\r\n$1\r\nx\r\n",
+        b"*1\r\n*3\r\n:-5\r\n:99999\r\n*2\r\n$1\r\nh\r\n:1\r\n", b"-ERR no\r\n", b"garbage",
+    ],
+)  # fmt: skip
+def test_no_answer_on_which_server_has_what_does_harm(mode: str, lie: bytes, liar: Liar) -> None:
+    liar.says = lambda words: lie or None
+    with pytest.raises(TierUnavailable):
+        open_redis("far", None, {"url": liar.url, "mode": mode, "timeout": 0.2})  # type: ignore[arg-type]
+
+
 # --- Settings -------------------------------------------------------------------------------------
 
 

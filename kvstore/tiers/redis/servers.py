@@ -12,12 +12,12 @@ import ssl
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from redis.backoff import NoBackoff
 from redis.connection import Connection, SSLConnection, UnixDomainSocketConnection
 from redis.credentials import CredentialProvider
-from redis.exceptions import RedisError
+from redis.exceptions import AuthenticationError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
@@ -26,6 +26,10 @@ from kvstore.tiers.redis.options import Node, RedisOptions
 from kvstore.tiers.remote import Breaker
 from kvstore.tiers.vitals import Vitals
 from kvstore.transport.sockets import TlsWire, Wire, shut, tune
+
+_T = TypeVar("_T")
+_Found = Sequence[tuple[int, int, Node]]
+"""Slots from and to, and the server that has them."""
 
 _logger: Final = logging.getLogger("kvstore.redis")
 
@@ -167,25 +171,32 @@ class Servers:
                 error = e
         raise error
 
-    def _ask_cluster(self, node: Node) -> list[tuple[int, int, Node]]:
-        slots = self._ask(node, "CLUSTER", "SLOTS") or []
-        found = [
-            (first, last, (master[0].decode() or node[0], master[1]))
-            for first, last, master, *_ in slots
-            if 0 <= first <= last < _SLOTS
-        ]
+    def _ask_cluster(self, node: Node) -> _Found:
+        found = self._ask(
+            node,
+            lambda slots: [
+                (first, last, (str(master[0], "ascii") or node[0], int(master[1])))
+                for first, last, master, *_ in slots
+                if 0 <= first <= last < _SLOTS
+            ],
+            "CLUSTER", "SLOTS",
+        )  # fmt: skip
         if not found:
             raise OSError(f"{place(node)} knows of no server that has slots")
         return found
 
-    def _ask_sentinel(self, node: Node) -> list[tuple[int, int, Node]]:
+    def _ask_sentinel(self, node: Node) -> _Found:
         name = self._options.master
-        found = self._ask(node, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", name, sentinel=True)
-        if found is None:
+        found = self._ask(
+            node,
+            lambda told: told and [(0, 0, (str(told[0], "ascii"), int(told[1])))],
+            "SENTINEL", "GET-MASTER-ADDR-BY-NAME", name, sentinel=True,
+        )  # fmt: skip
+        if not found:
             raise OSError(f"the Sentinel {place(node)} knows no master {name!r}; set master")
-        return [(0, 0, (found[0].decode(), int(found[1])))]
+        return found
 
-    def _set(self, found: Sequence[tuple[int, int, Node]]) -> None:
+    def _set(self, found: _Found) -> None:
         slots: list[Server | None] = [None] * (_SLOTS if self._options.mode == "cluster" else 1)
         with self._lock:
             before, servers = self._servers, dict[Node, Server]()
@@ -238,14 +249,16 @@ class Servers:
         for wire in list(self._wires):
             self.end(wire)
 
-    def _ask(self, node: Node, *words: str, sentinel: bool = False) -> Any:
-        """What a server answers, over a connection for this alone."""
+    def _ask(
+        self, node: Node, read: Callable[[Any], _Found], *words: str, sentinel: bool = False
+    ) -> _Found:
+        """What `read` makes of a server's answer, over a connection for this alone."""
         made = self._connection(node, sentinel=sentinel)
 
-        def talk() -> Any:
+        def talk() -> _Found:
             made.connect()
             made.send_command(*words)
-            return made.read_response()
+            return read(made.read_response())
 
         try:
             return self._plainly(made, talk)
@@ -266,7 +279,7 @@ class Servers:
             return UnixDomainSocketConnection(path=host, **how)
         return (SSLConnection if options.tls else Connection)(host=host, port=port, **how)
 
-    def _plainly(self, made: Connection, call: Callable[[], Any]) -> Any:
+    def _plainly(self, made: Connection, call: Callable[[], _T]) -> _T:
         """What a call of redis-py's returns, or its error as ours; the connection is closed then.
 
         redis-py waits for so long for each byte of an answer; here that is the limit for all.
@@ -283,13 +296,16 @@ class Servers:
         timer.start()
         try:
             return call()
-        except (RedisError, OSError) as e:
+        except Exception as e:
             made.disconnect()
             if late.is_set() or isinstance(e, RedisTimeoutError):
                 raise TimeoutError(str(e)) from None
             if isinstance(e, OSError):
                 raise
-            if (word := getattr(e, "status_code", None)) is not None:
+            if not isinstance(e, RedisError):  # Of what came, redis-py can make nothing.
+                raise ConnectionError(f"it is no Redis: {type(e).__name__}: {e!s:.80}") from e
+            word = "WRONGPASS" if isinstance(e, AuthenticationError) else None
+            if (word := getattr(e, "status_code", word)) is not None:  # Older ones have none.
                 raise Refused(f"{word} {e}") from None
             raise ConnectionError(str(e)) from None
         finally:
