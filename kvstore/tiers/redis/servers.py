@@ -12,7 +12,7 @@ import ssl
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from redis.backoff import NoBackoff
 from redis.connection import Connection, SSLConnection, UnixDomainSocketConnection
@@ -28,8 +28,6 @@ from kvstore.tiers.vitals import Vitals
 from kvstore.transport.sockets import TlsWire, Wire, shut, tune
 
 _T = TypeVar("_T")
-_Found = Sequence[tuple[int, int, Node]]
-"""Slots from and to, and the server that has them."""
 
 _logger: Final = logging.getLogger("kvstore.redis")
 
@@ -154,49 +152,46 @@ class Servers:
             OSError, Refused: nobody tells.
         """
         options = self._options
+        error: Exception = OSError("no server is named")
+        known = options.nodes
         if options.mode == "standalone":
-            self._set([(0, 0, options.nodes[0])])
+            self._set([(0, 0, known[0])])
             return
-        known, ask = options.nodes, self._ask_sentinel
-        if options.mode == "cluster":
-            ask = self._ask_cluster
+        if options.mode == "cluster":  # First those that work, last those that do not.
             failing = {s.node: s.barred(is_put=False) is not None for s in self.all}
             known = [n for n in failing if not failing[n]] + known + list(failing)
-        error: Exception = OSError("no server is named")
         for node in dict.fromkeys(known):
             try:
-                self._set(ask(node))
+                self._set(self._ask(node))
                 return
             except (OSError, Refused) as e:
                 error = e
         raise error
 
-    def _ask_cluster(self, node: Node) -> _Found:
-        found = self._ask(
-            node,
-            lambda slots: [
+    def _ask(self, node: Node) -> list[tuple[int, int, Node]]:
+        """What a node of a cluster says, or a Sentinel: slots from and to, and who has them."""
+        name, sentinel = self._options.master, self._options.mode == "sentinel"
+        words = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", name) if sentinel else ("CLUSTER", "SLOTS")
+        made = self._connection(node, sentinel=sentinel)
+
+        def talk() -> list[tuple[int, int, Node]]:
+            made.connect()
+            made.send_command(*words)
+            told = made.read_response() or ()
+            return [
                 (first, last, (str(master[0], "ascii") or node[0], int(master[1])))
-                for first, last, master, *_ in slots
+                for first, last, master, *_ in ([(0, 0, told)] if told and sentinel else told)
                 if 0 <= first <= last < _SLOTS
-            ],
-            "CLUSTER", "SLOTS",
-        )  # fmt: skip
+            ]
+
+        found = self._plainly(made, talk)
+        made.disconnect()
         if not found:
-            raise OSError(f"{place(node)} knows of no server that has slots")
+            what = f"master {name!r}; set master" if sentinel else "server that has slots"
+            raise OSError(f"{place(node)} knows no {what}")
         return found
 
-    def _ask_sentinel(self, node: Node) -> _Found:
-        name = self._options.master
-        found = self._ask(
-            node,
-            lambda told: told and [(0, 0, (str(told[0], "ascii"), int(told[1])))],
-            "SENTINEL", "GET-MASTER-ADDR-BY-NAME", name, sentinel=True,
-        )  # fmt: skip
-        if not found:
-            raise OSError(f"the Sentinel {place(node)} knows no master {name!r}; set master")
-        return found
-
-    def _set(self, found: _Found) -> None:
+    def _set(self, found: Sequence[tuple[int, int, Node]]) -> None:
         slots: list[Server | None] = [None] * (_SLOTS if self._options.mode == "cluster" else 1)
         with self._lock:
             before, servers = self._servers, dict[Node, Server]()
@@ -248,22 +243,6 @@ class Servers:
         """Close all connections, once nobody uses them."""
         for wire in list(self._wires):
             self.end(wire)
-
-    def _ask(
-        self, node: Node, read: Callable[[Any], _Found], *words: str, sentinel: bool = False
-    ) -> _Found:
-        """What `read` makes of a server's answer, over a connection for this alone."""
-        made = self._connection(node, sentinel=sentinel)
-
-        def talk() -> _Found:
-            made.connect()
-            made.send_command(*words)
-            return read(made.read_response())
-
-        try:
-            return self._plainly(made, talk)
-        finally:
-            made.disconnect()
 
     def _connection(self, node: Node, *, sentinel: bool = False) -> Connection:
         options, host, port = self._options, *node
