@@ -7,19 +7,24 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final, Protocol
 
-from kvstore.benchmarks import bareredis
+from kvstore.benchmarks import bareredis, baresegments
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run
 from kvstore.blocks.keys import block_keys
 from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part
 from kvstore.memory.arena import Arena
-from kvstore.tiers.base import Held, Job, JobDone, ObjectName, Tier
+from kvstore.store.segments import Segments
+from kvstore.tiers.base import Held, Job, JobDone, ObjectName, Tier, in_segment
 from kvstore.tiers.factory import find
 from kvstore.values import format_size
 
 _OBJECTS: Final = (256 << 10, 2 << 20, 8 << 20)
-_LEAST: Final = 8
+_LEAST: Final = 16
+_TOGETHER: Final = 16
+"""Objects in a segment."""
 _BLOCK_TOKENS: Final = 64
 _ARENA_BYTES: Final = 256 << 20
 _PROBED: Final = 2048
@@ -58,11 +63,40 @@ def redis(report: Report, *, size: int, url: str | None, connections: int) -> No
                 measure(report, tier, bare, size, connections=connections)
 
 
+def files(report: Report, *, size: int, folder: Path, threads: int) -> None:
+    """The `files` tier, in a folder of its own below one."""
+    with TemporaryDirectory(prefix="kvstore-bench-", dir=folder) as place:
+        shared, own = Path(place) / "shared", Path(place) / "bare"
+        shared.mkdir()
+        own.mkdir()
+        with closing(baresegments.BareFiles(own, shared, threads, _TOGETHER)) as bare:
+            options = {"path": str(shared), "node": baresegments.NODE, "threads": threads}
+            with closing(find("files")("files", _Host(), options)) as tier:
+                measure(report, tier, bare, size, threads=threads)
+
+
+def s3(report: Report, *, size: int, url: str | None, endpoint: str | None, threads: int) -> None:
+    """The `s3` tier; without a `url`, with a server of its own. Credentials: the environment's."""
+    with baresegments.s3_server() as own:
+        options, process = own or ({}, None)
+        if url is not None:
+            options = {"url": url, "endpoint": endpoint}
+            process = None
+        if not options:
+            report.note(baresegments.NO_SERVER)
+            return
+        tier: Any = find("s3")("s3", _Host(), options | {"threads": threads})
+        with closing(tier):
+            client = tier._client  # The very same, so that only what the tier does differs.
+            with closing(baresegments.BareBucket(client, process, threads, _TOGETHER)) as bare:
+                measure(report, tier, bare, size, threads=threads)
+
+
 def measure(report: Report, tier: Tier, bare: Bare, size: int, **how: Any) -> None:
     """Take the figures of a tier beside those of the bare client of its server."""
     with closing(Arena.create(_ARENA_BYTES)) as arena:
         for nbytes in _OBJECTS:
-            count = size // nbytes
+            count = size // nbytes // _TOGETHER * _TOGETHER
             if count < _LEAST:
                 report.note(f"objects of {format_size(nbytes)} left out: they need a larger --size")
                 continue
@@ -124,6 +158,8 @@ def _cpu(report: Report, kind: str, used: Mapping[str, _Used], nbytes: int, **ho
                 1000 * getattr(used[key], side) / used[key].runs / (nbytes / (1 << 30))
                 for key in (name, f"bare {name}")
             ]
+            if not any(each):  # It has none of its own, or it is not ours to look at.
+                continue
             report.level(
                 f"{kind} {name}, CPU of the {side}",
                 each[0],
@@ -179,7 +215,11 @@ def _names(nbytes: int, count: int) -> list[ObjectName]:
     part = Part(Group(1, 1, (nbytes // _BLOCK_TOKENS,), "uint8"))
     namespace = Namespace(ModelIdentity("bench"), "", _BLOCK_TOKENS)
     keys = block_keys(namespace, list(range(_BLOCK_TOKENS * count)))
-    return [ObjectName(namespace, key, part) for key in keys]
+    segments = Segments(namespace, keys, 0)
+    return [
+        in_segment(ObjectName(namespace, key, part), segments.of(number))
+        for number, key in enumerate(keys)
+    ]
 
 
 class _Jobs:

@@ -103,7 +103,7 @@ class FilesTier(SegmentTier):
         self._movers = _Movers(direct, threading.Semaphore(options.threads))
         super().__init__(
             name, host, str(options.path),
-            threads=(options.threads, options.threads, 8),
+            threads=(2 * options.threads, 2 * options.threads, 8),
             retry_seconds=retry_seconds,
             stall_seconds=(stall_seconds, stall_seconds),
         )  # fmt: skip

@@ -159,18 +159,31 @@ def peer(
 
 def tier(
     much: Much,
-    kind: Annotated[Literal["redis"], typer.Option("--type", help="The kind of tier.")],
+    kind: Annotated[
+        Literal["redis", "files", "s3"], typer.Option("--type", help="The kind of tier.")
+    ],
     url: Annotated[
         str | None,
-        typer.Option(help="A server to fill and EMPTY (default: one of its own, on loopback)."),
+        typer.Option(
+            help="A server, or bucket and prefix, to fill and EMPTY (default: one of its own)."
+        ),
     ] = None,
+    endpoint: Annotated[str | None, typer.Option(help="Of an S3 that is not Amazon's.")] = None,
     connections: Annotated[int, typer.Option(min=1, max=16, help="That carry objects.")] = 2,
+    folder: FolderOption = Path(),
+    threads: Annotated[int, typer.Option(min=1, max=64, help="Of files and s3.")] = 4,
 ) -> None:
-    """A tier elsewhere against the bare client of its server: puts, gets, probes, and CPU."""
+    """A tier elsewhere against the bare client of its medium: puts, gets, probes, and CPU."""
     from kvstore.benchmarks import tier as bench
 
+    size = much.bytes(128, 512)
     with much.report("tier") as report:
-        bench.redis(report, size=much.bytes(128, 512), url=url, connections=connections)
+        if kind == "redis":
+            bench.redis(report, size=size, url=url, connections=connections)
+        elif kind == "files":
+            bench.files(report, size=size, folder=folder, threads=threads)
+        else:
+            bench.s3(report, size=size, url=url, endpoint=endpoint, threads=threads)
 
 
 def gpu_copy(
