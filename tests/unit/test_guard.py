@@ -10,12 +10,12 @@ from typing import Any, Final
 
 import pytest
 
+from examples.folder_tier.kvstore_folder_tier import FolderTier
 from kvstore.store.admission import Admission
 from kvstore.store.relocation import copy_to
 from kvstore.store.selection import Selection
 from kvstore.tiers.base import Held, Host, Job, JobDone, ObjectName, State
 from kvstore.transport.protocol import DISK
-from tests.folder_tier import FolderTier
 from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, Fickle, keys, select
 
 FAULTS: Final = "tier.faults.far"

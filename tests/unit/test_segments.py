@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Final
 
 import pytest
 
+from examples.folder_tier.kvstore_folder_tier import FolderTier
 from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part
 from kvstore.store.leases import Saving
 from kvstore.store.loading import PROBING
@@ -15,7 +16,6 @@ from kvstore.store.relocation import copy_to
 from kvstore.store.segments import Segments
 from kvstore.store.selection import Selection
 from kvstore.tiers.base import Held, InSegment, Job, JobDone, ObjectName, in_segment, plain
-from tests.folder_tier import FolderTier
 from tests.store_tools import Bench, keys, select
 
 FAR: Final = 2

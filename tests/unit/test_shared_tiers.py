@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from copy import copy
@@ -11,6 +14,7 @@ from typing import Any, Final
 
 import pytest
 
+from examples.folder_tier.kvstore_folder_tier import FolderTier
 from kvstore.api.client import Orchestrator
 from kvstore.api.errors import OperationFailed
 from kvstore.store import finding, probing
@@ -19,7 +23,6 @@ from kvstore.store.opening import Below
 from kvstore.store.selection import Selection
 from kvstore.tiers import conformance
 from kvstore.tiers.base import MISS, PENDING, Host, ObjectName, Tier
-from tests.folder_tier import FolderTier
 from tests.http_tools import ON, address, ask
 from tests.session_tools import BLOCK_TOKENS, Stores, eventually, load, prompt, save
 from tests.session_tools import PART as SESSION_PART
@@ -323,16 +326,24 @@ def test_a_request_counts_once_with_what_probes_have_found(nodes: tuple[Bench, B
     assert other.store.counters["lookup.requests"] == 0, "until it is answered"
 
 
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example of a package with a kind of tier, installed into a folder."""
+    folder = tmp_path_factory.mktemp("package")
+    target, source = folder / "target", folder / "source"
+    shutil.copytree(Path(__file__).parents[2] / "examples" / "folder_tier", source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
+    how = ["--no-deps", "--no-build-isolation", "--target", str(target)]
+    subprocess.run([*pip, *how, str(source)], check=True)
+    return target
+
+
 @pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def installed(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[dict[str, Any]]:
     """The setting `tiers` of daemons that share a folder, whose kind they find installed."""
-    info = tmp_path / "shared_tier-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shared-tier\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[kvstore.tiers]\nfolder = tests.folder_tier:FolderTier\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+    monkeypatch.setenv("PYTHONPATH", str(package))
     options = {"folder": str(tmp_path / "shared")}
     return [{"kind": "folder", "name": "far", "options": options, "probe_seconds": 5}]
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import pytest
 
+from examples.folder_tier.kvstore_folder_tier import FolderTier
 from kvstore.client.planner import Planner
 from kvstore.errors import ConfigError
 from kvstore.slices import finish
@@ -22,7 +23,6 @@ from kvstore.store.relocation import copy_to, move_to
 from kvstore.store.selection import Selection, clearing_elsewhere
 from kvstore.tiers.base import Held, ObjectName, Tier
 from kvstore.transport.protocol import DISK, MEMORY
-from tests.folder_tier import FolderTier
 from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, Fickle, keys, select
 
 FAR: Final = DISK + 1

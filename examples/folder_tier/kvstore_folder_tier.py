@@ -1,4 +1,8 @@
-"""A shared tier for tests: a file for every object, in a folder that several daemons have."""
+"""A tier that nodes share: a file for every object, in a folder that all of them have.
+
+The smallest that keeps the rules (see CONTRIBUTING.md); for use, kvstore brings `kind: files`.
+`options`: `folder`, and `delay`, seconds until a probe is answered, for tests.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +14,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Final
+from uuid import uuid4
 
 from kvstore._native import xxh3_64
+from kvstore.errors import ConfigError, TierUnavailable
 from kvstore.tiers.base import Held, Host, Job, JobDone, ObjectName, State
 
 _HEAD: Final = struct.Struct("<QQQQ")  # bytes, checksum, created, expires
 
 
 class FolderTier:
-    """`options`: `folder`, and `delay`, the seconds until a probe is answered."""
+    """One thread does all that may take long, in the order in which it is asked for."""
 
-    shared = True
+    shared = True  # Others write there, too, so the store asks `probe` what it holds.
     counters: Mapping[str, int] = {}
 
     def __init__(self, name: str, host: Host, options: Mapping[str, Any]) -> None:
+        if "folder" not in options:
+            raise ConfigError(f"tier {name}: options.folder is missing; name a folder")
         self.name, self._folder = name, Path(options["folder"])
         self._delay = float(options.get("delay", 0.0))
-        self._folder.mkdir(exist_ok=True)
+        try:
+            self._folder.mkdir(exist_ok=True)
+        except OSError as e:
+            raise TierUnavailable(f"tier {name}: {e}; make its parent folder first") from e
         self._thread, self._closed = ThreadPoolExecutor(1), False
 
     @property
@@ -39,7 +50,7 @@ class FolderTier:
         return self._folder / hashlib.sha256(place).hexdigest()
 
     def recover(self) -> Iterator[Held]:
-        return iter(())
+        return iter(())  # For tiers that nobody else writes to.
 
     def probe(self, names: Sequence[ObjectName], done: Callable[[list[Held | None]], None]) -> None:
         def work() -> None:
@@ -56,7 +67,7 @@ class FolderTier:
         try:
             with self._file(name).open("rb") as file:
                 return Held(name, *_HEAD.unpack(file.read(_HEAD.size)))
-        except OSError:
+        except (OSError, struct.error):
             return None
 
     def put(self, jobs: Sequence[Job], done: JobDone) -> None:
@@ -73,8 +84,11 @@ class FolderTier:
             return
         job.checksum = checksum
         head = _HEAD.pack(job.nbytes, checksum, job.created, job.expires)
+        file = self._file(job.name)
+        half = file.with_name(f"{file.name}.{uuid4().hex}")  # Nobody finds it before it is whole.
         try:
-            self._file(job.name).write_bytes(head + ctypes.string_at(job.address, job.nbytes))
+            half.write_bytes(head + ctypes.string_at(job.address, job.nbytes))
+            half.rename(file)
         except OSError:
             done(job, "io_error")
         else:
@@ -105,7 +119,7 @@ class FolderTier:
             self._submit(self._file(name).unlink, True)
 
     def touch(self, names: Sequence[ObjectName], *, used: bool = True) -> None:
-        pass
+        pass  # It gives up nothing.
 
     def expire(self, held: Sequence[Held]) -> None:
         for one in held:
