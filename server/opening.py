@@ -81,7 +81,7 @@ def tiers_below(config: Config, *, direct: bool) -> list[Below]:
     return [
         Below(
             tier.name,
-            _opener(tier, direct),
+            _opener(tier, config.server.name, direct),
             tier.queue,
             tier.retry_seconds,
             tier.stall_seconds,
@@ -94,8 +94,9 @@ def tiers_below(config: Config, *, direct: bool) -> list[Below]:
     ]
 
 
-def _opener(tier: TierConfig, direct: bool) -> OpenTier:
+def _opener(tier: TierConfig, node: str, direct: bool) -> OpenTier:
     open_tier = find(tier.kind)
     waits = {"retry_seconds": tier.retry_seconds, "stall_seconds": tier.stall_seconds}
-    options = tier.options | waits | {"direct": direct}
+    known = {"node": node} if tier.kind == "files" else {}  # Whose its files are.
+    options = known | tier.options | waits | {"direct": direct}
     return lambda host: open_tier(tier.name, host, options)
