@@ -10,7 +10,8 @@ import math
 import re
 import ssl
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Final, NamedTuple, TypeVar
 
@@ -32,6 +33,7 @@ _T = TypeVar("_T")
 _logger: Final = logging.getLogger("kvstore.redis")
 
 _SLOTS: Final = 16384
+_YIELD: Final = 256
 _MOVED: Final = re.compile(r"MOVED \d+ (\S*):(\d{1,5})")
 _FAILURES: Final = (OSError, Refused, Broken)
 
@@ -361,11 +363,14 @@ class Links(dict[Node, Link]):
 
     def hear(self, server: Server, number: int, key: bytes) -> list[Reply]:
         """So many answers; none at all where the server fails."""
+        answers = list[Reply]()
         try:
-            return [self[server.node].reply() for _ in range(number)]
+            for _ in yielding(range(number)):
+                answers.append(self[server.node].reply())
         except _FAILURES as e:
             self.fail(server, e, key)
             return []
+        return answers
 
 
 class _Credentials(CredentialProvider):  # type: ignore[misc]
@@ -373,6 +378,14 @@ class _Credentials(CredentialProvider):  # type: ignore[misc]
 
     def __init__(self, options: RedisOptions, *, sentinel: bool) -> None:
         self.get_credentials = lambda: options.credentials(sentinel=sentinel)
+
+
+def yielding(items: Iterable[_T]) -> Iterator[_T]:
+    """The same, with pauses in which the loop may run."""
+    for number, item in enumerate(items):
+        if number % _YIELD == 0:
+            time.sleep(0)
+        yield item
 
 
 def place(node: Node) -> str:

@@ -19,7 +19,7 @@ from kvstore.tiers.redis.keeper import Keeper
 from kvstore.tiers.redis.link import Refused, Reply, command
 from kvstore.tiers.redis.mover import Mover
 from kvstore.tiers.redis.options import RedisOptions, read_options
-from kvstore.tiers.redis.servers import FAULTS, Links, Server, Servers, place
+from kvstore.tiers.redis.servers import FAULTS, Links, Server, Servers, place, yielding
 from kvstore.tiers.remote import Crew
 from kvstore.tiers.vitals import Vitals
 
@@ -214,19 +214,20 @@ class RedisTier:
         """What servers say of these, but for those that fail; whether slots have moved."""
         started, moved = time.monotonic(), False
         groups: defaultdict[Server, list[ObjectName]] = defaultdict(list)
-        for name in names:
+        for name in yielding(names):
             server = self._servers.of(slot_of(name))
             if server is not None and not server.barred(is_put=False):
                 groups[server].append(name)
         said = []
         for server, those in groups.items():  # All are asked before the first one answers.
-            keys = [key_of(self._keeper.prefix, name) for name in those]
+            keys = [key_of(self._keeper.prefix, name) for name in yielding(those)]
             words = b"".join([_LOOK % (len(key), key, len(key), key) for key in keys])
             if links.say(server, words, keys[0]):
                 said.append((server, those, keys[0]))
         for server, those, key in said:
             answers = links.hear(server, 2 * len(those), key)
-            for name, data, left in zip(those, answers[::2], answers[1::2], strict=False):
+            told = zip(those, answers[::2], answers[1::2], strict=False)
+            for name, data, left in yielding(told):
                 if self._servers.moved(slot_of(name), data, server):
                     moved = True
                 elif not isinstance(data, Refused) or data.word == "WRONGTYPE":
