@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Final
 from urllib.parse import urlsplit
 
+from kvstore._native import xxh3_64
 from kvstore.benchmarks.figures import BenchmarkError
 from kvstore.memory.bounce import Bounce
 from kvstore.transport.sockets import tune
@@ -73,9 +74,13 @@ def server(room: int) -> Iterator[str | None]:
 
 
 class BareRedis:
-    """`connections` to a server, and memory of their own; `version` is the server's."""
+    """`connections` to a server, and memory of their own; `version` is the server's.
 
-    def __init__(self, url: str, connections: int, nbytes: int) -> None:
+    With `sums` it computes the XXH3 of what it moves, as a tier has to.
+    """
+
+    def __init__(self, url: str, connections: int, nbytes: int, *, sums: bool = False) -> None:
+        self._sums = sums
         place = urlsplit(url)
         share = nbytes // connections
         self._ends = [
@@ -127,7 +132,8 @@ class BareRedis:
             for share in shares
         ]
         assert callable(move)
-        for _ in self._threads.map(move, self._ends, self._memory, keys, [value] * len(keys)):
+        same = [[one] * len(keys) for one in (value, self._sums)]
+        for _ in self._threads.map(move, self._ends, self._memory, keys, *same):
             pass
 
     def _command(self, *words: bytes) -> bytes:
@@ -150,11 +156,15 @@ def _words(*words: bytes) -> bytes:
     return b"*%d\r\n%s" % (len(words), b"".join(b"$%d\r\n%s\r\n" % (len(w), w) for w in words))
 
 
-def _write(connection: socket.socket, memory: Bounce, keys: list[bytes], value: int) -> None:
+def _write(
+    connection: socket.socket, memory: Bounce, keys: list[bytes], value: int, sums: bool
+) -> None:
     ahead, at = 0, 0
     for key in keys:
         head = b"*3\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n" % (len(key), key, value)
         at = at if at + value <= memory.nbytes else 0
+        if sums:
+            xxh3_64(memory.address + at, value)
         views = [memoryview(head), memory.view[at : at + value], memoryview(b"\r\n")]
         at += value
         while views:
@@ -175,7 +185,9 @@ def _expect(connection: socket.socket, nbytes: int) -> None:
         raise BenchmarkError("the server did not store a value")
 
 
-def _read(connection: socket.socket, memory: Bounce, keys: list[bytes], value: int) -> None:
+def _read(
+    connection: socket.socket, memory: Bounce, keys: list[bytes], value: int, sums: bool
+) -> None:
     head = b"$%d\r\n" % value
     asked, at = 0, 0
     for number in range(len(keys)):
@@ -191,3 +203,5 @@ def _read(connection: socket.socket, memory: Bounce, keys: list[bytes], value: i
         at += value
         while view:
             view = view[connection.recv_into(view, 0, socket.MSG_WAITALL) :]
+        if sums:
+            xxh3_64(memory.address + at - value, value)

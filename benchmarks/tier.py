@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, Protocol
@@ -56,11 +57,13 @@ def redis(report: Report, *, size: int, url: str | None, connections: int) -> No
         if (place := url or own) is None:
             report.note(bareredis.NO_SERVER)
             return
-        with closing(bareredis.BareRedis(place, connections, _ARENA_BYTES)) as bare:
+        bare = bareredis.BareRedis(place, connections, _ARENA_BYTES)
+        summing = bareredis.BareRedis(place, connections, _ARENA_BYTES, sums=True)
+        with closing(bare), closing(summing):
             options = {"url": place, "prefix": "kvstore-bench:", "connections": connections}
             tier = find("redis")("redis", _Host(), options)
             with closing(tier):
-                measure(report, tier, bare, size, connections=connections)
+                measure(report, tier, bare, size, summing, connections=connections)
 
 
 def files(report: Report, *, size: int, folder: Path, threads: int) -> None:
@@ -92,8 +95,10 @@ def s3(report: Report, *, size: int, url: str | None, endpoint: str | None, thre
                 measure(report, tier, bare, size, threads=threads)
 
 
-def measure(report: Report, tier: Tier, bare: Bare, size: int, **how: Any) -> None:
-    """Take the figures of a tier beside those of the bare client of its server."""
+def measure(
+    report: Report, tier: Tier, bare: Bare, size: int, summing: Bare | None = None, **how: Any
+) -> None:
+    """Take the figures of a tier beside those of the bare client, and of one that sums, too."""
     with closing(Arena.create(_ARENA_BYTES)) as arena:
         for nbytes in _OBJECTS:
             count = size // nbytes // _TOGETHER * _TOGETHER
@@ -102,24 +107,29 @@ def measure(report: Report, tier: Tier, bare: Bare, size: int, **how: Any) -> No
                 continue
             jobs = _Jobs(tier, arena, nbytes, count)
             used = {name: _Used(bare) for name in ("bare put", "put", "bare get", "get")}
-            report.measure(
-                f"objects of {format_size(nbytes)}",
-                {
-                    "bare put": used["bare put"].run(
-                        partial(bare.write, nbytes, count), bare.clear
-                    ),
-                    "put": used["put"].run(jobs.write, bare.clear),
-                    "bare get": used["bare get"].run(
-                        partial(bare.read, nbytes, count), partial(bare.write, nbytes, count)
-                    ),
-                    "get": used["get"].run(jobs.read, jobs.write),
-                },
-                {f"{tier.name} {name}": (name, f"bare {name}") for name in ("put", "get")},
-                nbytes * count,
-                object_bytes=nbytes,
-                against=f"a bare client, {bare.version}",
-                **how,
-            )
+            fill = partial(bare.write, nbytes, count)
+            runs = {
+                "bare put": used["bare put"].run(fill, bare.clear),
+                "put": used["put"].run(jobs.write, bare.clear),
+                "bare get": used["bare get"].run(partial(bare.read, nbytes, count), fill),
+                "get": used["get"].run(jobs.read, jobs.write),
+            }
+            against = {"bare": f"a bare client, {bare.version}"}
+            if summing is not None:
+                runs["summing put"] = Run(partial(summing.write, nbytes, count), bare.clear)
+                runs["summing get"] = Run(partial(summing.read, nbytes, count), fill)
+                against["summing"] = f"a bare client that computes the XXH3, {bare.version}"
+            taken = report.race(f"objects of {format_size(nbytes)}", runs)
+            about = {"object_bytes": nbytes, **how}
+            for limit, name in product(against, ("put", "get")):
+                report.rate(
+                    f"{tier.name} {name}",
+                    nbytes * count,
+                    taken[name],
+                    taken[f"{limit} {name}"],
+                    against=against[limit],
+                    **about,
+                )
             _cpu(report, tier.name, used, nbytes * count, object_bytes=nbytes, **how)
             bare.clear()
     _probes(report, tier, **how)
