@@ -92,13 +92,9 @@ def test_session() -> None:
 
 @pytest.mark.parametrize("kind", ["files", "s3"])
 def test_tiers_of_segments(kind: str, tmp_path: Path) -> None:
-    done = _run(
-        "tier", "--type", kind, "--quick", "--json", "--samples", "1", "--size", "5MiB",
-        "--folder", str(tmp_path),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    figures = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {f"{kind} put", f"{kind} get", "CPU of the client, get", "probe"} <= _names(figures)
+    figures = _figures("tier", "--type", kind, "--size", "5MiB", "--folder", str(tmp_path))
+    some = {"put", "get", "get, CPU of the client", "probe"}
+    assert {f"{kind} {figure}" for figure in some} <= _names(figures)
     assert all(figure["value"] > 0 for figure in figures)
     assert not list(tmp_path.iterdir()), "what is written is deleted again"
 
