@@ -160,6 +160,11 @@ class KVStoreHiCache(HiCacheStorage):  # type: ignore[misc]
         """
         self.close()
         self.mem_pool_host, model = mem_pool_host, process_model_config()
+        if model.is_multimodal:
+            raise SpecError(
+                "callers may say what an image is called (mm_hashes), and SGLang's hashes of pages "
+                "go by that; for models with images use the cache linker, KVStoreLinker"
+            )
         _check_settings(self._settings, mem_pool_host.page_size)
         config, session = self._config, self._settings.config.session
         heads = model.get_total_num_kv_heads()

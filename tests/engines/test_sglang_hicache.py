@@ -384,6 +384,12 @@ def test_engines_that_hashes_of_pages_say_too_little_of(
         made(mha(), flags(served), attn_cp_size=2)
 
 
+def test_models_with_images_are_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hicache.process_model_config(), "is_multimodal", True)
+    with pytest.raises(SpecError, match="mm_hashes"):
+        made(mha(), flags(served))
+
+
 def test_another_contract_is_refused_by_name(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
