@@ -13,12 +13,14 @@ import torch
 
 
 def install() -> None:
-    """Have pools take memory as it comes, and copy with torch."""
-    from sglang.srt.mem_cache.pool_host import mha, mla
+    """Have pools take memory as it comes, be it little, and copy with torch."""
+    from sglang.srt.mem_cache.pool_host import base, mha, mla
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     made = "sglang.srt.mem_cache.pool_host.base.HostKVCache.__init__"
     HookRegistry.register(made, _unpinned, HookType.BEFORE)
+    # Ten GiB, which SGLang leaves to others, are more than a small machine has.
+    base.HICACHE_HOST_MEMORY_RESERVE_BYTES = 0
     for module in (mha, mla):
         module.transfer_kv_direct = _copy
 
