@@ -23,7 +23,7 @@ from kvstore.store.opening import Below
 from kvstore.store.pins import Pins
 from kvstore.store.selection import Selection, candidates
 from kvstore.store.store import Store
-from kvstore.tiers.base import Host, Job, JobDone, ObjectName, State, Tier
+from kvstore.tiers.base import Held, Host, Job, JobDone, ObjectName, State, Tier
 from kvstore.transport.protocol import DISK
 
 NAMESPACE = Namespace(ModelIdentity("model"), "", 16)
@@ -49,10 +49,34 @@ class Fickle(MemoryTier):
         self.gone = False
         self.told = {"seconds_per_byte": float(options.get("seconds_per_byte", 0.0))}
         """Of its state."""
+        self.raises: set[str] = set()
+        """Methods that do, once each."""
 
     @property
     def state(self) -> State:
         return super().state._replace(gone=self.gone, **self.told)
+
+    def _may_raise(self, what: str) -> None:
+        if what in self.raises:
+            self.raises.discard(what)
+            raise KeyError(what)
+
+    def put(self, jobs: Sequence[Job], done: JobDone) -> None:
+        self._may_raise("put")
+        super().put(jobs, done)
+        self._may_raise("put, begun")
+
+    def delete(self, names: Sequence[ObjectName]) -> None:
+        super().delete(names)
+        self._may_raise("delete")
+
+    def expire(self, held: Sequence[Held]) -> None:
+        super().expire(held)
+        self._may_raise("expire")
+
+    def settled(self, job: Job, error: str | None) -> None:
+        super().settled(job, error)
+        self._may_raise("settled")
 
     def lose(self, names: Sequence[ObjectName]) -> None:
         for name in names:
@@ -60,12 +84,15 @@ class Fickle(MemoryTier):
                 self._host.lost(name, "lost")
 
     def get(self, jobs: Sequence[Job], done: JobDone) -> None:
+        self._may_raise("get")
         self.lose([job.name for job in jobs])
         super().get(jobs, done)
+        self._may_raise("get, begun")
 
     def touch(self, names: Sequence[ObjectName], *, used: bool = True) -> None:
         self.lose(names)
         super().touch(names, used=used)
+        self._may_raise("touch")
 
 
 class Bench:

@@ -30,6 +30,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import (
     get_disagg,
     get_lora,
+    get_mm,
     get_model,
     get_server_args,
     get_spec,
@@ -159,6 +160,11 @@ class KVStoreHiCache(HiCacheStorage):  # type: ignore[misc]
         """
         self.close()
         self.mem_pool_host, model = mem_pool_host, process_model_config()
+        if model.is_multimodal:
+            raise SpecError(
+                "callers may say what an image is called (mm_hashes), and SGLang's hashes of pages "
+                "go by that; for models with images use the cache linker, KVStoreLinker"
+            )
         _check_settings(self._settings, mem_pool_host.page_size)
         config, session = self._config, self._settings.config.session
         heads = model.get_total_num_kv_heads()
@@ -353,13 +359,11 @@ def _check_engine(config: Any) -> None:
         "--disaggregation-mode decode": get_disagg().disaggregation_mode == "decode",
         "--attn-cp-size": config.attn_cp_size > 1,
         "--dcp-size": config.dcp_size > 1,
+        "--trust-mm-content-hashes": get_mm().trust_mm_content_hashes,
         "--quantization-param-path": bool(get_model().quantization_param_path),
-        "images and the like, which callers name as they please": (
-            process_model_config().is_multimodal
-        ),
     }
-    for what in (what for what, is_wrong in wrong.items() if is_wrong):
-        raise SpecError(f"KVStore does not work below SGLang's hierarchical cache with {what}")
+    for flag in (flag for flag, is_wrong in wrong.items() if is_wrong):
+        raise SpecError(f"KVStore does not work with {flag}; leave it out")
 
 
 def _check_settings(settings: Settings, page_tokens: int) -> None:

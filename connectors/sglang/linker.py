@@ -16,14 +16,11 @@ before anything is promised. Whatever fails is a miss: nothing of ours raises in
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import secrets
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Final, ParamSpec, TypeVar
 
 import numpy as np
@@ -34,34 +31,26 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCache
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from kvstore.blocks.spec import ModelIdentity, Namespace, block_tokens_for, check_block_tokens
-from kvstore.client.arrivals import Gates
-from kvstore.client.session import Loaded, Session
+from kvstore.client.session import Loaded
 from kvstore.connectors.common.device import Device, StepTimes
 from kvstore.connectors.common.requests import Lookups
 from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.settings import PREFIX, settings_of
 from kvstore.connectors.common.shards import views
 from kvstore.connectors.common.stats import Stats
-from kvstore.connectors.common.transfers import Job, Transfers
 from kvstore.connectors.sglang import contract, hooks
 from kvstore.connectors.sglang.identity import identity_of
 from kvstore.connectors.sglang.layout import Ranks, pool_of
 from kvstore.connectors.sglang.loading import LayerCounter, Load, patience
 from kvstore.connectors.sglang.metrics import Metrics
 from kvstore.connectors.sglang.prompts import Adapters, Prompt, Prompts
+from kvstore.connectors.sglang.saving import Offered, Offload, Saves
 from kvstore.copier.gate import LayerGate
 from kvstore.errors import ConfigError, SpecError
 
 _log = logging.getLogger("sglang.srt.kvstore")
 
 PLACE: Final = "linker_extra_config"
-_TREE: Final = "tree"
-"""What all saves are of, whichever request has made them."""
-_DRAIN: Final = 1.0
-"""Seconds that saves may go on when the tree is emptied; then those that wait are dropped."""
-_LOCKED: Final = 4
-"""Saves may keep that part of the pool, one in so many, from being evicted."""
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -84,16 +73,6 @@ def _guarded(otherwise: Any) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
 
 _TOKENS: Final = array("q", [0])
-
-
-@dataclass(slots=True, eq=False)
-class _Offload:
-    """A node of the tree that is being saved; `whole` tells what came of it, in the end."""
-
-    blocks: int
-    prompt: Prompt | None = None
-    last: int = 0
-    whole: bool | None = None
 
 
 class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
@@ -171,16 +150,7 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
         self._memory = memory = views(pool.memory, config.session.head_shards)
         self._sessions = Sessions(config, namespace, [each.part for each in memory], device.copier)
         self._session = self._sessions.open(settings.tenant)
-        self._transfers = Transfers(
-            self._sessions,
-            config.session.load_timeout,
-            device,
-            memory,
-            1,
-            self.stats,
-            loaded=lambda job, loaded: None,
-            saved=self._saved,
-        )
+        self._saves = Saves(settings, self._sessions, device, pool, memory, self.stats)
         self._lookups = Lookups(self._sessions, self.stats)
         self.adapters = Adapters(lambda: hooks.adapters(scheduler))
         self._prompts = Prompts(settings, namespace, self.adapters, self.stats)
@@ -189,13 +159,10 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
         self._layerwise = settings.layerwise and address.startswith(("unix:", "/"))
         layers = pool.part.group.layers
         self.layer_done_counter = LayerCounter(layers, device, memory, config.session.load_timeout)
-        self._numbers = itertools.count(1)
         self._asking: tuple[Prompt | None, int] = (None, 0)
-        self._offered: tuple[Prompt | None, int, int, Any] = (None, 0, 0, None)
+        self._offered: Offered | None = None
         self._queued: dict[str, Load | None] = {}
         """Loads of the batch that is being built, by request; None: its blocks are there."""
-        self._offloads: deque[_Offload] = deque()
-        self._saving: dict[int, _Offload] = {}
         # SGLang's first hash of pages compiles its code, which takes seconds.
         get_storage_hash_str(RadixKey(_TOKENS), None, page_size=1)
         _log.info(
@@ -384,90 +351,36 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
     @_guarded(None)
     def offers(self, req: Any, ids: Any, begin: int, slots: Any) -> None:
         """The tree has the KV of `ids`, in these slots of the pool, new from `begin` on."""
-        self._offered = (None, 0, 0, None)
+        self._offered = None
         prompt = self._prompts.of(req, self._weights or "")
         if prompt is not None:
             prompt.know(ids)
             size = self.block_tokens
-            self._offered = (prompt, begin // size, len(ids) // size, slots)
+            self._offered = Offered(prompt, begin // size, len(ids) // size, slots)
 
     def offload(self, transfers: list[Any], session_id: str | None = None) -> bool:
         """Save a node's blocks, behind; reported in the order of these calls."""
-        offered, self._offered = self._offered, (None, 0, 0, None)
-        offload = _Offload(0, whole=False)
-        self._offloads.append(offload)
-        self._save(offload, *offered)
+        offered, self._offered = self._offered, None
+        offload = self._saves.begin()
+        self._save(offload, offered)
         return True
 
     @_guarded(None)
-    def _save(
-        self, offload: _Offload, prompt: Prompt | None, first: int, last: int, slots: Any
-    ) -> None:
-        if prompt is None:
-            return
-        if last <= first or not self._pool.saves:
-            offload.whole = True  # Its blocks end in nodes below, or another rank stores them.
-            return
-        memory, size = self._pool.memory, self.block_tokens
-        blocks = last - first
-        # The thread that saves takes them away meanwhile.
-        waiting = sum(one.blocks for one in list(self._saving.values()))
-        if (waiting + blocks) * size * _LOCKED > memory.pages * memory.page_tokens and waiting:
-            self.stats.dropped(blocks, "busy")
-            return
-        page = memory.page_tokens
-        numbers = slots[first * size : last * size].cpu().numpy()
-        keys = prompt.extend_keys()
-        wishes, published = prompt.wishes, self._settings.config.session.publish_tokens
-        job = Job(
-            next(self._numbers),
-            _TREE,
-            prompt.namespace.tenant,
-            keys[first:last],
-            (numbers[::page] // page).reshape(blocks, -1),
-            wishes.priority,
-            ttl=wishes.ttl,
-            parent=keys[first - 1] if first else b"",
-            tokens=list(prompt.tokens[first * size : last * size]) if published else None,
-            position=first,
-        )
-        offload.blocks, offload.prompt, offload.last = blocks, prompt, last
-        offload.whole = None
-        self._saving[job.number] = offload
-        try:
-            self._transfers.save(job, Gates(self._settled()))
-        except Exception:
-            offload.whole = False
-            raise
-
-    def _saved(self, job: Job, blocks: int) -> None:
-        """In the thread that saves."""
-        offload = self._saving.pop(job.number)
-        try:
-            if blocks and offload.prompt is not None:
-                self._pin(offload.prompt, offload.last)
-        finally:
-            offload.whole = blocks == len(job.keys)
-
-    def _pin(self, prompt: Prompt, last: int) -> None:
-        tenant, seconds = prompt.namespace.tenant, prompt.wishes.pin
-        session = self._sessions.get(tenant)
-        if seconds is not None and isinstance(session, Session):
-            self._sessions.keep(tenant, seconds)
-            session.pin(prompt.keys[:last], ttl=seconds)
+    def _save(self, offload: Offload, offered: Offered | None) -> None:
+        if offered is not None:
+            self._saves.save(offload, offered, self._settled())
 
     @_guarded(0)
     def num_completed_offloads(self) -> int:
         """How many have ended, from the oldest on; SGLang asks in every step."""
         if self._metrics is not None:
             self._metrics.tell()
-        ended = itertools.takewhile(lambda one: one.whole is not None, self._offloads)
-        return sum(1 for _ in ended)
+        return self._saves.ended
 
     @_guarded(False)
     def pop_completed_offload(self) -> bool:
         """Whether the oldest that has ended was stored whole."""
-        return bool(self._offloads.popleft().whole)
+        return self._saves.pop()
 
     # -- the end ----------------------------------------------------------------------------------
 
@@ -496,14 +409,13 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
         for rid in list(self._queued):
             self.cancel_queued_load(rid)
         self.layer_done_counter.reset()
-        self._transfers.drain_saves(_DRAIN)
-        self._transfers.drop_saves([_TREE])
+        self._saves.end()
 
     @_guarded(None)
     def reset(self) -> None:
         """The tree is emptied, and its pages are given anew."""
         self.quiesce()
-        self._offloads.clear()
+        self._saves.clear()
         self._prompts.clear()
         if self._named and self._weights is None:
             self._weights = f"{self._instance} {self._updates}"
@@ -512,7 +424,7 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
     def close(self) -> None:
         """Let the last saves end, and close."""
         self.layer_done_counter.close()
-        self._transfers.close()
+        self._saves.close()
         self._device.close()
 
 

@@ -280,8 +280,10 @@ class Writes:
         """
         if not self._road.segmented:
             return (entry,)
+        if b"" in entry.segment:
+            return ()
         get, part, account = self._road.catalogue.index.get, entry.name.part, entry.account
-        found = (get(key, part, account) for key in entry.segment if key)
+        found = (get(key, part, account) for key in entry.segment)
         here = tuple(one for one in found if one is not None and one.in_memory)
         return here if here and len(here) == len(entry.segment) else ()
 

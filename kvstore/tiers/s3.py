@@ -112,7 +112,10 @@ class S3Tier(SegmentTier):
 
     def _check(self) -> None:
         if self._breaker.reason is not None and self._options.credentials_file is not None:
-            self._connect()  # They may have changed.
+            try:
+                self._connect()  # They may have changed.
+            except ConfigError as e:
+                raise OSError(errno.EIO, str(e)) from e
         try:
             self._head(_NOWHERE, 1)
         except FileNotFoundError:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 import time
 from array import array
 from collections import Counter
@@ -48,10 +46,7 @@ def context() -> Iterator[None]:
     arguments = ServerArgs(model_path=str(model()), device="cpu", dtype="float32", page_size=PAGE)
     before = runtime_context.snapshot_context()
     runtime_context.publish(arguments, role="scheduler")
-    with pytest.MonkeyPatch.context() as patch:
-        # SGLang compiles its hashes with what lies beside its Python.
-        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
-        yield
+    yield
     runtime_context.restore_context(before)
 
 
@@ -373,11 +368,12 @@ def test_pools_that_cannot_be_stored_are_refused_by_name(served: Served) -> None
     [
         ("spec", {"speculative_algorithm": "EAGLE"}, "--speculative-algorithm EAGLE"),
         ("disagg", {"disaggregation_mode": "decode"}, "--disaggregation-mode decode"),
+        ("mm", {"trust_mm_content_hashes": True}, "--trust-mm-content-hashes"),
         ("model", {"quantization_param_path": "scales.json"}, "--quantization-param-path"),
     ],
 )
 def test_engines_that_hashes_of_pages_say_too_little_of(
-    served: Served, bag: str, values: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+    served: Served, bag: str, values: dict[str, Any], words: str
 ) -> None:
     with (
         getattr(runtime_context, f"get_{bag}")().override(**values),
@@ -386,8 +382,11 @@ def test_engines_that_hashes_of_pages_say_too_little_of(
         made(mha(), flags(served))
     with pytest.raises(SpecError, match="--attn-cp-size"):
         made(mha(), flags(served), attn_cp_size=2)
-    monkeypatch.setattr(runtime_context.process_model_config(), "is_multimodal", True)
-    with pytest.raises(SpecError, match="images and the like"):
+
+
+def test_models_with_images_are_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hicache.process_model_config(), "is_multimodal", True)
+    with pytest.raises(SpecError, match="mm_hashes"):
         made(mha(), flags(served))
 
 

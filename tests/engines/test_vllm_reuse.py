@@ -111,3 +111,28 @@ def test_blocks_serve_engines_of_other_tensor_parallel_sizes(served: Served) -> 
         one.forget()
         read = one.generate(three_wrote)
         assert (read["tokens"], read["cached"]) == (own, [448])
+
+
+def test_engines_of_two_nodes_share_a_folder(stores: Stores, tmp_path: Path) -> None:
+    """A prompt that is computed in pieces is found, as whole segments, by another node."""
+    tokens, usable = document(PROMPT), 1024
+    shared = {"kind": "files", "name": "shared", "options": {"path": str(tmp_path)}}
+    nodes = [stores.serve("256MiB", tiers=[shared | {"probe_seconds": 5}]) for _ in range(2)]
+
+    def connector(node: Served) -> dict[str, Any]:
+        return transfer(address=address(node), vllm__block_tokens=64, session__lookup_timeout=5.0)
+
+    pieces = {"mode": "inprocess", "block_size": 64, "max_num_batched_tokens": 320}
+    with Engine(connector(nodes[0]), **pieces) as engine:
+        engine.generate(tokens[:20], max_tokens=2)
+        cold = engine.generate(tokens, max_tokens=8)
+        engine.generate(tokens[:20], max_tokens=2)
+    with nodes[0].session() as session:
+        assert session.flush() == 0
+        assert session.stats()["counters"]["write.bytes.shared"] > 0
+    with Engine(connector(nodes[1]), **pieces) as engine:
+        engine.generate(tokens[:20], max_tokens=2)
+        warm = engine.generate(tokens, max_tokens=8)
+        assert warm["tokens"] == cold["tokens"]
+        assert warm["cached"] == [usable]
+        assert engine.metrics()["kvstore_loaded_tokens_total.shared"] == usable

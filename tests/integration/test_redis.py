@@ -286,6 +286,8 @@ def test_a_full_server_takes_nothing_more_until_it_has_room(
         assert not state.writable
         assert "maxmemory" in (state.problem or "")
         assert objects.get() == [None], "what is there can be read"
+        one.tier.delete([name_of(2, LARGE)])
+        assert one.tier.flush(20), "and deleted"
         assert probe(one, [name_of(1, 1 << 20), name_of(2, LARGE)])[1] is None
         client.config_set("maxmemory", "256mb")
         client.config_set("maxmemory-policy", "allkeys-lru")

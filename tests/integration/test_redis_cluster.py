@@ -241,7 +241,10 @@ def secure(
 ) -> Iterator[tuple[RedisServer, dict[str, str]]]:
     """Redis with TLS, a client's certificate, and a user who may do no more than it must."""
     program = debian_redis()
-    assert program, "apt-get install redis-tools"
+    if program is None:
+        pytest.skip(
+            "Valkey of PyPI has no TLS, and no Redis is installed; redis-tools has one, too"
+        )
     folder = tmp_path_factory.mktemp("secure")
     authority = Authority(folder)
     own, theirs = authority.issue("server"), authority.issue("client")

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ DISK = 4 << 20
 FAR = 1 << 21
 FAR_TIER = DISK_TIER + 1
 
+RAISES = "put", "put, begun", "get", "get, begun", "touch", "delete", "expire", "settled"
+
 keys = st.lists(st.integers(0, 11), min_size=1, max_size=12, unique=True)
 kinds = st.sampled_from(sorted(PARTS))
 
@@ -63,12 +66,17 @@ def key_of(number: int, kind: str) -> bytes:
 
 class Machine(RuleBasedStateMachine):
     @initialize(
-        policy=st.sampled_from(["lru", "s3fifo"]), with_disk=st.sampled_from([True, True, False])
+        policy=st.sampled_from(["lru", "s3fifo"]),
+        with_disk=st.sampled_from([True, True, False]),
+        rates=st.tuples(*[st.sampled_from([0, 0, 1 << 18])] * 2),
     )
-    def start(self, policy: str, with_disk: bool) -> None:
+    def start(self, policy: str, with_disk: bool, rates: tuple[int, int]) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="kvstore-test-"))
         self.policy = policy
         self.with_disk = with_disk
+        self.rates = rates
+        self.cleared = False
+        """While the far tier was away, with what it holds."""
         self.far: dict[str, Any] = {"capacity": FAR, "medium": {}}
         self.now = 1000.0
         self.version = 0
@@ -91,13 +99,40 @@ class Machine(RuleBasedStateMachine):
             lease_seconds=10.0,
             below=[
                 *(replace(one, queue=1 << 18) for one in tiers_below(config, direct=False)),
-                Below("far", lambda host: Fickle("far", host, self.far), queue=1 << 17),
+                Below(
+                    "far",
+                    lambda host: Fickle("far", host, self.far),
+                    queue=1 << 17,
+                    write_rate=self.rates[0],
+                    read_rate=self.rates[1],
+                ),
             ],
             clock=Clock(lambda: self.now),
+            later=lambda seconds, task: self.posted.put(partial(self.pass_time, seconds, task)),
         )
         self.held: dict[tuple[str, int], list[tuple[Entry, bytes]]] = {}
         self.pinned: dict[tuple[str, int], tuple[float, list[Entry]]] = {}
         self.reserved: dict[tuple[str, int], None] = {}
+
+    def pass_time(self, seconds: float, then: Callable[[], None]) -> None:
+        self.now += seconds
+        then()
+
+    def go_on(self) -> None:
+        """One thing more of what is to be done; a tier that has raised is closed first."""
+        try:
+            self.posted.get(timeout=0.02)()
+        except queue.Empty:
+            self.tick()
+
+    def tick(self) -> None:
+        self.store.tick()
+        for name, (expires, entries) in list(self.pinned.items()):
+            if expires <= self.now:
+                del self.pinned[name]
+            else:  # A tier may have gone with what it alone had.
+                kept = [entry for entry in entries if not entry.gone]
+                self.pinned[name] = expires, kept
 
     def drain(self) -> None:
         while (
@@ -106,7 +141,8 @@ class Machine(RuleBasedStateMachine):
             or self.store.catalogue._leaving
             or any(e.moving for e in self.store.index)
         ):
-            self.posted.get(timeout=20)()
+            self.go_on()
+        self.tick()
 
     def bytes_of(self, entry: Entry) -> bytes:
         assert entry.slot is not None
@@ -157,7 +193,7 @@ class Machine(RuleBasedStateMachine):
         chain = [key_of(n, kind) for n in numbers]
         running = self.store.acquire(owner, self.lease, chain, PARTS[kind], results.append)
         while not results:
-            self.posted.get(timeout=20)()
+            self.go_on()
         assert running.finished
         (acquired,) = results
         assert len(acquired.blocks) <= len(acquired.tiers)
@@ -235,10 +271,7 @@ class Machine(RuleBasedStateMachine):
     @rule(seconds=st.floats(0.1, 15))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
-        self.store.tick()
-        for name, (expires, _) in list(self.pinned.items()):
-            if expires <= self.now:
-                del self.pinned[name]
+        self.tick()
 
     @rule()
     def clear(self) -> None:
@@ -249,6 +282,7 @@ class Machine(RuleBasedStateMachine):
             if key not in kept and self.store.index.usable(key, part) is not None:
                 raise AssertionError("cleared, and still there")
         self.committed = {k: v for k, v in self.committed.items() if k[0] in kept}
+        self.cleared |= self.tiers()[-1] is None
 
     @rule()
     def settle_down(self) -> None:
@@ -280,14 +314,14 @@ class Machine(RuleBasedStateMachine):
         for entry in entries:
             (move_to if move else copy_to)(movement, entry, tier, reasons.append)
         while len(reasons) < len(entries):
-            self.posted.get(timeout=20)()
+            self.go_on()
 
     @rule(tenant=st.sampled_from(["", "other"]), seconds=st.sampled_from([-1.0, 1000.0, None]))
     def let_expire(self, tenant: str, seconds: float | None) -> None:
         entries = select(self.store, Selection(tenant=tenant))
         for entry in entries:
             self.store.catalogue.set_ttl(entry, seconds)
-        self.store.tick()
+        self.tick()
         if seconds == -1.0:
             self.drain()
             assert all(entry.gone or entry.pins for entry in entries)
@@ -308,20 +342,26 @@ class Machine(RuleBasedStateMachine):
         assert len(reasons) == len(chain)
         assert all(r.reason for r in reasons)
 
-    @rule()
-    def far_goes(self) -> None:
-        """Its medium is taken away, with all that it held; another one comes with a later tick."""
+    @rule(keeps=st.booleans())
+    def far_goes(self, keeps: bool) -> None:
+        """Its medium is taken away; it, or another one, comes with a later tick."""
         *_, lower = self.store.movement.lowers.values()
         if lower.tier is None:
             return
         self.tiers()[-1].gone = True
-        self.store.tick()
+        self.tick()
         while lower._opening._busy:
-            self.posted.get(timeout=20)()
+            self.go_on()
         self.drain()
-        self.far["medium"].clear()
-        for name, (expires, entries) in self.pinned.items():
-            self.pinned[name] = expires, [entry for entry in entries if not entry.gone]
+        if not keeps and lower.tier is None:
+            self.far["medium"].clear()
+        self.tick()
+
+    @rule(what=st.sampled_from(RAISES))
+    def far_raises(self, what: str) -> None:
+        """Against the rules, at the next call."""
+        if (far := self.tiers()[-1]) is not None:
+            far.raises.add(what)
 
     @rule(flip=st.one_of(st.none(), st.integers(0, DISK * 8 - 1)))
     def crash_and_reopen(self, flip: int | None) -> None:
@@ -329,6 +369,9 @@ class Machine(RuleBasedStateMachine):
             if lower.tier is not None:
                 lower.tier.close()
         self.arena.close()
+        if self.cleared:  # That is not remembered.
+            self.far["medium"].clear()
+            self.cleared = False
         slab = self.folder / "kvstore.slab"
         if flip is not None and slab.exists() and flip // 8 < slab.stat().st_size:
             # Beyond the header and dictionary, whose damage refuses the file as a whole.
@@ -375,6 +418,7 @@ class Machine(RuleBasedStateMachine):
             assert {e.name for e in placed[number] if e.lies_in(number)} <= set(known)
         leases = self.store.leases()
         in_use = {e for lease in leases for e in lease.entries() if e.readers or e.writer}
+        pinned = {e for lease in leases for e in lease.entries() if e.pins}
         for space in (NAMESPACE, OTHER):
             account = catalogue.usage.namespaces.get(space.digest)
             of_tiers = {
@@ -388,7 +432,8 @@ class Machine(RuleBasedStateMachine):
             assert account.objects == len(indexed) == sum(account.parts.values())
             tenant = catalogue.usage.tenants[space.tenant]
             assert account.tenant is tenant
-            assert tenant.pinned_bytes == sum(e.nbytes for e in indexed if e.pins)
+            pinned_here = [e for e in pinned if e.name.namespace == space]
+            assert tenant.pinned_bytes == sum(e.nbytes for e in pinned_here)
             held_here = [e for e in in_use if e.name.namespace == space]
             assert tenant.held_bytes == sum(e.nbytes for e in held_here)
             for number, held in of_tiers.items():

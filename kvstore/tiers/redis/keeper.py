@@ -85,7 +85,8 @@ class Keeper:
     def touch(self, names: Sequence[ObjectName]) -> None:
         """Have the server count these as used, once in a while."""
         names = [name for name in names if name not in self._touched]
-        self._touched.update(names)
+        if len(self._touched) < _MOST:
+            self._touched.update(names)
         self._change(names, _TOUCH)
 
     def gone(self, name: ObjectName) -> bool:
@@ -101,10 +102,12 @@ class Keeper:
     def flush(self, seconds: float) -> bool:
         """Wait until all that was asked for is done, or cannot be done now; whether it is."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: not (self._waiting or self._busy) or self._servers.some_fail, seconds
-            )
-            return not (self._waiting or self._busy)
+
+            def done() -> bool:
+                return not (self._waiting or self._busy)
+
+            self._changed.wait_for(lambda: done() or self._servers.some_hang, seconds)
+            return done()
 
     def close(self, seconds: float) -> None:
         """End; what still waits is not done."""

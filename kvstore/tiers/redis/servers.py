@@ -127,6 +127,11 @@ class Servers:
         """Whether one does, or they are not known."""
         return not self._slots or any(server.barred(is_put=True) for server in self.all)
 
+    @property
+    def some_hang(self) -> bool:
+        """Whether nothing at all can be done on one of them."""
+        return any(server.all.reason for server in self.all)
+
     def is_fault(self, answer: Reply) -> bool:
         """Whether an answer is one of `FAULTS`; in a cluster, slots may move."""
         if not isinstance(answer, Refused) or answer.word not in FAULTS:
