@@ -30,7 +30,6 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import (
     get_disagg,
     get_lora,
-    get_mm,
     get_model,
     get_server_args,
     get_spec,
@@ -359,7 +358,6 @@ def _check_engine(config: Any) -> None:
         "--disaggregation-mode decode": get_disagg().disaggregation_mode == "decode",
         "--attn-cp-size": config.attn_cp_size > 1,
         "--dcp-size": config.dcp_size > 1,
-        "--trust-mm-content-hashes": get_mm().trust_mm_content_hashes,
         "--quantization-param-path": bool(get_model().quantization_param_path),
     }
     for flag in (flag for flag, is_wrong in wrong.items() if is_wrong):
