@@ -7,16 +7,20 @@ came with the model, and all flags that are set and not known to leave values al
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from sglang.srt.server_args import ServerArgs
+from transformers import AutoConfig
 
 from kvstore.blocks.spec import ModelIdentity
 from kvstore.blocks.weights import code_digest
 from kvstore.connectors.common.identity import (
+    NOT_NUMBERS,
     config_digest,
     depends_on_length,
     files_digest,
@@ -86,7 +90,7 @@ def identity_of(
         dtype=dtype,
         weights=type_name(model_config.dtype),
         quantization=model_config.quantization or "",
-        config=config_digest(_as_given(hf_config)),
+        config=config_digest(_as_given(server_args, hf_config)),
         flags=_flags(server_args),
         stored=stored,
         precision="tf32" if tf32 else "",
@@ -95,9 +99,33 @@ def identity_of(
     )
 
 
-def _as_given(hf_config: Any) -> dict[str, Any]:
-    """A configuration without what SGLang notes in it: the longest sequence."""
-    return {name: value for name, value in hf_config.to_dict().items() if name != "context_len"}
+def _as_given(server_args: Any, hf_config: Any) -> Any:
+    """The configuration as its files and flags have it, as in every engine.
+
+    SGLang notes more in its own, such as the longest sequence, which follows from those. Where it
+    has changed what they say, or reads them in its own way, its own counts.
+    """
+    own = {name: value for name, value in hf_config.to_dict().items() if name != "context_len"}
+    try:
+        given = AutoConfig.from_pretrained(_folder(server_args), trust_remote_code=False)
+        given.update(json.loads(server_args.json_model_override_args or "{}"))
+    except (OSError, ValueError, KeyError, SpecError):
+        return own
+    return given if _holds(own, given.to_dict()) else own
+
+
+def _holds(own: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    """Whether a configuration says all that another does."""
+    for name, value in given.items():
+        if name in NOT_NUMBERS or name.startswith("_"):
+            continue
+        held = own.get(name)
+        if isinstance(value, Mapping) and isinstance(held, Mapping):
+            if not _holds(held, value):
+                return False
+        elif held != value:
+            return False
+    return True
 
 
 def _flags(server_args: Any) -> str:
