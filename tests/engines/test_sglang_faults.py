@@ -113,7 +113,7 @@ def test_blocks_on_disk_are_waited_for_outside_the_batch(serving: Serving) -> No
 
 
 def test_a_store_that_comes_late(stores: Stores, serving: Serving) -> None:
-    served = stores.serve("64MiB")
+    served = stores.serve("256MiB")
     served.stop()
     with Engine(linked(served, session__retry_max=0.3)) as engine:
         serving.check(engine.generate(*serving.prompts, max_tokens=TOKENS))
