@@ -23,34 +23,33 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from kvstore.config import Count, Folder, Size
 from kvstore.errors import FormatError, TierUnavailable
-from kvstore.memory.slots import ALIGNMENT, align
-from kvstore.mistakes import explain
+from kvstore.memory.slots import align
 from kvstore.slices import FEW
-from kvstore.tiers.base import Host, InSegment, Job, ObjectName
+from kvstore.tiers.base import Host, InSegment, Job, ObjectName, State
 from kvstore.tiers.segments.format import MARKER, OWN, path_of, shape_of
-from kvstore.tiers.segments.tier import Seal, SegmentTier
-from kvstore.tiers.slab.direct import PIECE, Mover, reason_of, remedy, write_full
+from kvstore.tiers.segments.tier import Put, Seal, SegmentOptions, SegmentTier, checked
+from kvstore.tiers.slab.direct import PIECE, Mover, open_direct, reason_of, remedy, write_full
 
 _MARK: Final = re.compile(rb"KVFILES 1 ([0-9a-f]{32})\n")
 _OWN_NAME: Final = re.compile(r"([0-9a-f]{12})-([0-9a-f]{12})-(.+)")
 _NODE: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 _MOST_OWN: Final = 1 << 20
 """Files of this node that are remembered."""
-_OF_DAEMON: Final = ("direct", "retry_seconds", "stall_seconds")
+_NOTHING: Final = ("lost+found", f".{MARKER}-")
+"""What may lie in an empty folder."""
 _FLAGS: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL
+_RUNNERS: Final = 8
 _RECYCLED: Final = 8
 """Files that make room where the file system is full."""
 
 
-class FilesOptions(BaseModel):
+class FilesOptions(SegmentOptions):
     """`options` of a tier of this kind."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: Folder
     size: Size | None = Field(None, ge=1 << 22)
@@ -84,32 +83,20 @@ class FilesTier(SegmentTier):
 
     watched = True
 
-    def __init__(
-        self,
-        name: str,
-        host: Host,
-        options: FilesOptions,
-        *,
-        retry_seconds: float,
-        stall_seconds: float,
-        direct: bool = False,
-    ) -> None:
+    def __init__(self, name: str, host: Host, options: FilesOptions) -> None:
         self._path, self._size = options.path, options.size
         self._mine = f"{OWN}/{options.node}"
         self._root, self._id = _open_root(options.path)
-        self._direct = 0
+        fd, direct = open_direct(options.path / MARKER, os.O_RDONLY)
+        os.close(fd)
+        self._direct = os.O_DIRECT if direct else 0
         self._own: OrderedDict[str, _Own] = OrderedDict()  # the longest unused first
         self._used = 0
-        self._movers = _Movers(direct, threading.Semaphore(options.threads))
-        super().__init__(
-            name, host, str(options.path),
-            threads=(2 * options.threads, 2 * options.threads, 8),
-            retry_seconds=retry_seconds,
-            stall_seconds=(stall_seconds, stall_seconds),
-        )  # fmt: skip
+        self._movers = _Movers(options.direct, threading.Semaphore(options.threads))
+        twice = 2 * options.threads  # Some copy and hash while others wait for the medium.
+        super().__init__(name, host, str(options.path), options, (twice, twice, _RUNNERS))
         try:
             self._make_folder(self._mine)
-            self._direct = self._takes_direct()
             for path, own in sorted(self._listed(), key=lambda one: one[1].created):
                 self._own[path] = own
                 self._used += own.nbytes
@@ -226,8 +213,9 @@ class FilesTier(SegmentTier):
     # --- What this node wrote; on the loop --------------------------------------------------------
 
     @property
-    def _room(self) -> tuple[int | None, int | None]:
-        return self._size, self._used
+    def state(self) -> State:
+        """See `Tier.state`."""
+        return super().state._replace(capacity=self._size, used=self._used)
 
     def _own_path(self, path: str) -> str:
         own = self._own[path]
@@ -247,8 +235,12 @@ class FilesTier(SegmentTier):
         self._used += nbytes
         return None
 
-    def _admitted(self, name: InSegment, *, made: bool) -> None:
-        path = path_of(name)
+    def _put_over(self, put: Job, error: str | None) -> None:
+        assert isinstance(put, Put)
+        self._host.post(partial(self._admitted, path_of(put.name), made=put.made))
+        super()._put_over(put, error)
+
+    def _admitted(self, path: str, *, made: bool) -> None:
         own = self._own[path]
         if made or own.there:
             self._own[path] = own._replace(there=True, writing=False)
@@ -267,7 +259,8 @@ class FilesTier(SegmentTier):
         """Give up what was not used for longest, until no more than `size` bytes are left."""
         for path in list(islice(self._own, FEW)) if self._used > size else ():
             name = self._own[path].name
-            names = [] if name is None else _names(name)
+            keys = name.keys if name is not None else ()
+            names = [ObjectName(name.namespace, key, name.part) for key in keys if name]
             if self._own[path].writing or any(map(self._host.busy, names)):
                 continue
             self._drop(path)
@@ -316,21 +309,6 @@ class FilesTier(SegmentTier):
                     path = "/".join(own[3].split("-", 3))
                     yield path, _Own(int(own[1], 16), int(own[2], 16), None)
 
-    def _takes_direct(self) -> int:
-        """The flag for I/O past the page cache, where the file system can do that."""
-        trial = f"{self._mine}/trial~{secrets.token_hex(4)}"
-        try:
-            with self._opened(trial, _NEW | os.O_DIRECT) as fd, mmap.mmap(-1, ALIGNMENT) as page:
-                os.pwrite(fd, page, 0)
-        except OSError as e:
-            if e.errno != errno.EINVAL:
-                raise
-            return 0
-        finally:
-            with suppress(OSError):
-                os.unlink(trial, dir_fd=self._root)
-        return os.O_DIRECT
-
     def _collect(self, name: str, folder: int) -> bool:
         """A crash came before the end of a put: whether the file had its other name already."""
         linked = os.stat(name, dir_fd=folder, follow_symlinks=False).st_nlink > 1
@@ -349,12 +327,6 @@ class FilesTier(SegmentTier):
             os.close(self._root)
 
 
-def _names(name: InSegment) -> list[ObjectName]:
-    """All objects of a segment; those whose keys are not known are others' to find lost."""
-    space, part = name.namespace, name.part
-    return [ObjectName(space, key, part) for key in name.keys if key]
-
-
 def _open_root(path: Path, *, make: bool = True) -> tuple[int, bytes]:
     """The folder, and the number that it was given when it was begun.
 
@@ -369,7 +341,7 @@ def _open_root(path: Path, *, make: bool = True) -> tuple[int, bytes]:
             raise
         raise TierUnavailable(remedy(path, e)) from e
     try:
-        if make and not os.listdir(root):
+        if make and all(name.startswith(_NOTHING) for name in os.listdir(root)):
             _begin(root)
         fd = os.open(MARKER, os.O_RDONLY | _FLAGS, dir_fd=root)
         try:
@@ -406,15 +378,4 @@ def _begin(root: int) -> None:
 
 def open_files(name: str, host: Host, options: Mapping[str, Any]) -> FilesTier:
     """Open a tier of files, as `OpenTier` says."""
-    given = {key: value for key, value in options.items() if key not in _OF_DAEMON}
-    try:
-        parsed = FilesOptions.model_validate(given)
-    except ValidationError as e:
-        known = [f"options.{field}" for field in FilesOptions.model_fields]
-        raise explain(e, f"tier {name}", "options.", known) from None
-    return FilesTier(
-        name, host, parsed,
-        retry_seconds=options.get("retry_seconds", 5.0),
-        stall_seconds=options.get("stall_seconds", 10.0),
-        direct=options.get("direct", False),
-    )  # fmt: skip
+    return FilesTier(name, host, checked(FilesOptions, name, options))

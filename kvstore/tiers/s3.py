@@ -23,19 +23,17 @@ from obstore.exceptions import (
     UnauthenticatedError,
 )
 from obstore.store import from_url
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from kvstore._native import Xxh3Stream, xxh3_64
 from kvstore.config import Count, MaybeFolder, Seconds
 from kvstore.errors import ConfigError, TierUnavailable
 from kvstore.memory.bounce import memory_at
-from kvstore.mistakes import explain
 from kvstore.tiers.base import Host, InSegment, Job
 from kvstore.tiers.segments.format import shape_of
-from kvstore.tiers.segments.tier import Seal, SegmentTier
+from kvstore.tiers.segments.tier import Seal, SegmentOptions, SegmentTier, checked
 
 _URL: Final = r"^(s3|s3a|gs|az|azure|abfs|abfss)://[^\s?#@]+$"
-_OF_DAEMON: Final = ("direct", "retry_seconds", "stall_seconds")
 _QUICK_SECONDS: Final = 5.0
 """That a small request may take at most."""
 _WRITERS: Final = 2
@@ -44,10 +42,8 @@ _NOWHERE: Final = "v1/nothing"
 """What is asked for to see whether anybody answers."""
 
 
-class S3Options(BaseModel):
+class S3Options(SegmentOptions):
     """`options` of a tier of this kind. `config` goes to obstore as it is."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     url: str = Field(pattern=_URL)
     endpoint: Annotated[str | None, Field(pattern=r"^https?://[^\s?#@]+$")] = None
@@ -61,25 +57,13 @@ class S3Options(BaseModel):
 class S3Tier(SegmentTier):
     """A `Tier` of objects in a bucket that others write to, too; `OpenTier` says what is raised."""
 
-    def __init__(
-        self,
-        name: str,
-        host: Host,
-        options: S3Options,
-        *,
-        retry_seconds: float,
-        stall_seconds: float,
-    ) -> None:
+    def __init__(self, name: str, host: Host, options: S3Options) -> None:
         self._options = options
         self._creates = True
         self._connect()
-        super().__init__(
-            name, host, options.url,
-            threads=(options.threads, _WRITERS, _RUNNERS),
-            retry_seconds=retry_seconds,
-            # An upload may take what one request may; nobody waits for it.
-            stall_seconds=(stall_seconds, max(stall_seconds, 2 * options.timeout)),
-        )  # fmt: skip
+        threads = options.threads, _WRITERS, _RUNNERS
+        # An upload may take what one request may; nobody waits for it.
+        super().__init__(name, host, options.url, options, threads, 2 * options.timeout)
 
     def _connect(self) -> None:
         """Read the credentials, and make clients with them; nothing is said to the server."""
@@ -182,17 +166,6 @@ class S3Tier(SegmentTier):
         except FileNotFoundError:
             return
 
-    # --- Room: as much as is paid for -------------------------------------------------------------
-
-    def _admit(self, name: InSegment, nbytes: int) -> str | None:
-        return None
-
-    def _admitted(self, name: InSegment, *, made: bool) -> None: ...
-
-    @property
-    def _room(self) -> tuple[int | None, int | None]:
-        return None, None
-
 
 def _range(client: Any, path: str, start: int, nbytes: int) -> Any:
     """Bytes of an object, fewer where it ends."""
@@ -251,14 +224,4 @@ def _credentials(options: S3Options) -> dict[str, str]:
 
 def open_s3(name: str, host: Host, options: Mapping[str, Any]) -> S3Tier:
     """Open a tier of objects, as `OpenTier` says."""
-    given = {key: value for key, value in options.items() if key not in _OF_DAEMON}
-    try:
-        parsed = S3Options.model_validate(given)
-    except ValidationError as e:
-        known = [f"options.{field}" for field in S3Options.model_fields]
-        raise explain(e, f"tier {name}", "options.", known) from None
-    return S3Tier(
-        name, host, parsed,
-        retry_seconds=options.get("retry_seconds", 5.0),
-        stall_seconds=options.get("stall_seconds", 10.0),
-    )  # fmt: skip
+    return S3Tier(name, host, checked(S3Options, name, options))

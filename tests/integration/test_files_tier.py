@@ -110,6 +110,15 @@ def test_each_node_evicts_only_what_it_wrote(tmp_path: Path) -> None:
         assert small.tier.state.used == most * SEGMENT
 
 
+def test_what_others_have_put_is_not_ones_own(tmp_path: Path) -> None:
+    with node(tmp_path, node="other") as other, node(tmp_path, size=4 * MIB) as bench:
+        other.put(*names(1))
+        bench.put(*names(1))
+        settle(bench)
+        assert bench.tier.counters["segments_there"] == 1
+        assert (bench.tier.state.used, own(tmp_path)) == (0, [])
+
+
 def test_a_node_knows_what_it_wrote_before(tmp_path: Path) -> None:
     """The oldest goes first after a restart, too, and what is used stays."""
     with node(tmp_path, size=4 * MIB) as bench:

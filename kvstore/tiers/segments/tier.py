@@ -9,13 +9,17 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
-from typing import Final
+from typing import Any, Final, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kvstore._native import xxh3_64
+from kvstore.config import Seconds
+from kvstore.mistakes import explain
 from kvstore.tiers.base import Held, Host, InSegment, Job, JobDone, ObjectName, State
 from kvstore.tiers.remote import Breaker, Crew, Task
 from kvstore.tiers.segments.format import Block, Segment, decode, encode, path_of, shape_of, whole
@@ -30,6 +34,32 @@ Seal = Callable[[Sequence[int]], bytes]
 """Makes the header of a segment, given the XXH3 of its blocks as they were written."""
 
 
+class SegmentOptions(BaseModel):
+    """What the daemon says to a tier; kinds add `options` of theirs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    retry_seconds: Seconds = 5.0
+    stall_seconds: Seconds = 10.0
+    direct: bool = False
+
+
+_Options = TypeVar("_Options", bound=SegmentOptions)
+
+
+def checked(kind: type[_Options], name: str, options: Mapping[str, Any]) -> _Options:
+    """The options of the tier of that name.
+
+    Raises:
+        ConfigError: names what is wrong, and the remedy.
+    """
+    try:
+        return kind.model_validate(options)
+    except ValidationError as e:
+        known = [f"options.{field}" for field in kind.__annotations__]
+        raise explain(e, f"tier {name}", "options.", known) from None
+
+
 class Damaged(Exception):
     """Memory does not hold what its checksum says, in blocks of these numbers."""
 
@@ -39,9 +69,10 @@ class Damaged(Exception):
 
 
 @dataclass(slots=True, eq=False)
-class _Put(Job):
-    """A whole segment on its way to the medium."""
+class Put(Job):
+    """A whole segment on its way to the medium; `made`: there is one more now."""
 
+    name: InSegment
     jobs: Sequence[Job] = ()
     done: JobDone = lambda job, error: None
     damaged: set[int] = field(default_factory=set)
@@ -52,16 +83,17 @@ class _Put(Job):
 class _Errand(Job):
     """A small thing to do: `run`; `found` is what it looked up."""
 
+    name: InSegment
     run: Callable[[_Errand], None] = lambda errand: None
-    found: Segment | None = field(default=None)
+    found: Segment | None = None
 
 
 class SegmentTier(ABC):
     """A `Tier` of segments on a medium that others write to, too. Opening it may block.
 
     What is there under a segment's name stays: it is never overwritten. `what` names the medium for
-    people, `threads` is how many read, write, and run errands. A medium raises OSError, of which
-    FileNotFoundError alone means that a segment is not there.
+    people, `threads` is how many read, write, and run errands; a put may take `upload_seconds`. A
+    medium raises OSError, of which FileNotFoundError alone means that a segment is not there.
     """
 
     shared = True
@@ -74,30 +106,31 @@ class SegmentTier(ABC):
         name: str,
         host: Host,
         what: str,
-        *,
+        options: SegmentOptions,
         threads: tuple[int, int, int],
-        retry_seconds: float,
-        stall_seconds: tuple[float, float],
+        upload_seconds: float = 0.0,
     ) -> None:
         self.name = name
         self._host = host
         self._logger = logging.getLogger(f"kvstore.{name}")
         self._vitals = Vitals(what, self._logger)
-        self._breaker = Breaker(retry_seconds)
-        self._retry_seconds = retry_seconds
+        self._breaker = Breaker(options.retry_seconds)
+        self._retry_seconds = options.retry_seconds
         self._closed = self._ended = False
         self._fault, self._no_writes_until, self._check_at = "", 0.0, 0.0
         self._look_seconds = 1e-3
         self._changed = threading.Condition()
         self._going: set[str] = set()
         """Paths of segments that are to be deleted, or just being so."""
-        self._going_on: list[tuple[str, InSegment]] = []  # when the medium is well again
-        readers, writers, runners = threads
-        reading, writing = stall_seconds
-        apart = Vitals(what, self._logger)  # Errands move nothing.
-        self._gets = Crew(name, readers, self._run_gets, self._vitals, reading)
-        self._puts = Crew(f"{name}-put", writers, self._run_puts, self._vitals, writing)
-        self._errands = Crew(f"{name}-ask", runners, self._run_errands, apart, reading)
+        self._going_on: list[InSegment] = []  # when the medium is well again
+        (readers, writers, runners), stall = threads, options.stall_seconds
+        long, apart = (
+            max(stall, upload_seconds),
+            Vitals(what, self._logger),
+        )  # Errands move nothing.
+        self._gets = Crew(name, readers, self._run_gets, self._vitals, stall)
+        self._puts = Crew(f"{name}-put", writers, self._run_puts, self._vitals, long)
+        self._errands = Crew(f"{name}-ask", runners, self._run_errands, apart, stall)
         self._crews = self._gets, self._puts, self._errands
 
     # --- The medium; in its threads ---------------------------------------------------------------
@@ -127,20 +160,9 @@ class SegmentTier(ABC):
     def _remove(self, path: str) -> None:
         """Delete a segment; it may be gone already."""
 
-    # --- What subclasses with a capacity do; on the loop ------------------------------------------
-
-    @abstractmethod
     def _admit(self, name: InSegment, nbytes: int) -> str | None:
-        """Make room for a segment; why there is none."""
-
-    @abstractmethod
-    def _admitted(self, name: InSegment, *, made: bool) -> None:
-        """A put that was admitted has ended; `made`: there is one more segment of ours."""
-
-    @property
-    @abstractmethod
-    def _room(self) -> tuple[int | None, int | None]:
-        """What `State` says: capacity, and what is used."""
+        """Make room for a segment; why there is none. On the loop."""
+        return None
 
     # --- What it is like --------------------------------------------------------------------------
 
@@ -152,13 +174,11 @@ class SegmentTier(ABC):
         if alive and (self._breaker.may_try() if not well else now >= self._check_at):
             self._check_at = now + (self._retry_seconds if self.watched else math.inf)
             self._run(lambda _: self._check())
-        (seconds, backlog), (capacity, used) = self._vitals.cost, self._room
+        seconds, backlog = self._vitals.cost
         return State(
             readable=well and not (self._gets.stalled or self._errands.stalled),
             writable=well and now >= self._no_writes_until and not self._puts.stalled,
             problem=self._vitals.problem,
-            capacity=capacity,
-            used=used,
             seconds_per_byte=seconds,
             backlog=backlog,
             fixed_seconds=self._look_seconds,
@@ -220,7 +240,7 @@ class SegmentTier(ABC):
             if error is None and isinstance(first, InSegment):
                 nbytes = shape_of(first).total
                 error = self._admit(first, nbytes)
-                put = _Put(first, 0, nbytes, jobs=segment, done=done)
+                put = Put(first, 0, nbytes, jobs=segment, done=done)
                 if error is None:
                     self._puts.submit([put], self._put_over, is_put=True)
             for job in segment if error is not None else ():
@@ -300,7 +320,6 @@ class SegmentTier(ABC):
             self._errands.finish(task, error)
 
     def _look(self, errand: _Errand) -> None:
-        assert isinstance(errand.name, InSegment)
         errand.found = self._find(errand.name)
 
     def _find(self, name: InSegment) -> Segment | None:
@@ -339,24 +358,21 @@ class SegmentTier(ABC):
             if error is None or self._closed:
                 self._going.discard(path)
                 self._changed.notify_all()
-            elif isinstance(job.name, InSegment):
-                self._going_on.append((path, job.name))
+            elif isinstance(job, _Errand):
+                self._going_on.append(job.name)
 
     def _end_sooner(self, expires: int, errand: _Errand) -> None:
-        name = errand.name
-        assert isinstance(name, InSegment)
-        found = self._find(name)
-        held = found and _held(name, found)
+        found = self._find(errand.name)
+        held = found and _held(errand.name, found)
         if held and not 0 < held.expires <= expires:
-            self._host.post(partial(self.delete, [name]))
+            self._host.post(partial(self.delete, [errand.name]))
 
     # --- Puts and gets ----------------------------------------------------------------------------
 
     def _run_puts(self, thread: int, tasks: list[Task]) -> None:
         for task in tasks:
             put, started = task.job, time.monotonic()
-            assert isinstance(put, _Put)
-            assert isinstance(put.name, InSegment)
+            assert isinstance(put, Put)
             try:
                 error = self._put(thread, put)
                 self._worked(started, wrote=put.made)
@@ -367,16 +383,13 @@ class SegmentTier(ABC):
             self._puts.finish(task, error)
 
     def _put_over(self, put: Job, error: str | None) -> None:
-        assert isinstance(put, _Put)
-        assert isinstance(put.name, InSegment)
-        self._host.post(partial(self._admitted, put.name, made=put.made))
+        assert isinstance(put, Put)
         for number, job in enumerate(put.jobs):
             put.done(job, "corrupt" if number in put.damaged else error)
 
-    def _put(self, thread: int, put: _Put) -> str | None:
+    def _put(self, thread: int, put: Put) -> str | None:
         """See to it that a segment is there; why it is not."""
         name, jobs = put.name, put.jobs
-        assert isinstance(name, InSegment)
         path, blocks = path_of(name), list[Block]()
         with self._changed:
             if not self._changed.wait_for(lambda: path not in self._going, self._retry_seconds):
@@ -477,8 +490,9 @@ class SegmentTier(ABC):
             self._vitals.notice("medium", None)
             with self._changed:
                 again, self._going_on = self._going_on, []
-            for path, name in again:
-                self._run(partial(self._remove_now, path), name, partial(self._removed, path))
+                self._going.difference_update(map(path_of, again))
+            for name in again:
+                self._delete(name)
 
 
 def _nbytes(name: ObjectName) -> int:
