@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -238,3 +239,43 @@ def test_one_block_that_is_copied_takes_its_segment_along(tmp_path: Path) -> Non
     assert ends == [None, None]
     assert files(tmp_path) == 4
     one.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nodes_that_do_anything_find_right_bytes_and_keep_nothing_busy(
+    tmp_path: Path, seed: int
+) -> None:
+    """Prompts that part ways, in pieces, in little memory; deletes, failures, and another node."""
+    rng = random.Random(seed)
+    nodes = [Node(tmp_path / "shared", slots=4) for _ in range(2)]
+    trunk = keys(*range(16))
+    prompts = [trunk[:cut] + keys(*range(100 * cut, 100 * cut + 16 - cut)) for cut in (16, 9, 6, 2)]
+    loaded = 0
+    for _ in range(150):
+        one, chain = rng.choice(nodes), rng.choice(prompts)
+        first, last = sorted(rng.sample(range(17), 2))
+        match rng.randrange(8):
+            case 0 | 1 | 2:
+                saving = Saving(chain[first - 1] if first else b"", position=first)
+                one.save(chain[first:last], PART, NAMESPACE, saving)
+            case 3 | 4 | 5:
+                found = one.find(chain[first:], first)
+                loaded += len(one.load(chain[first : first + len(found)], PART).blocks)
+                one.store.release_owner("loader")
+            case 6:
+                for entry in select(one.store, Selection(keys=chain[first : first + 1])):
+                    one.store.catalogue.discard(entry, "cleared")
+            case 7:
+                SegmentTier.errors = rng.choices(["io_error", "exists", "no_room"], k=2)
+                one.now += 2
+                one.store.tick()
+    SegmentTier.errors = []
+    for one in nodes:
+        for _ in range(3):
+            one.now += 2
+            one.store.tick()
+            one.drain()
+        assert one.store.movement.unwritten == 0
+        assert not any(entry.moving for entry in one.store.index)
+        one.close()
+    assert loaded > 50
