@@ -35,7 +35,10 @@ class Place(Protocol):
     """A tier, as far as the catalogue asks something of it."""
 
     number: int
-    name: str
+
+    @property
+    def name(self) -> str:
+        """Of the tier."""
 
     def free(self, entry: Entry, *, evicted: bool) -> None:
         """An object leaves it; nobody is at work on its copy there."""

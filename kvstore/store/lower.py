@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from kvstore.slices import FEW, Background, Work, finish
-from kvstore.store.catalogue import Catalogue
+from kvstore.slices import FEW, Work, finish
 from kvstore.store.entry import Entry
 from kvstore.store.finding import Finding
 from kvstore.store.guard import Guarded
-from kvstore.store.memory import Memory
-from kvstore.store.opening import Below, Opening
+from kvstore.store.opening import Opening
 from kvstore.store.patience import Patience
 from kvstore.store.traffic import Reads, Road, Writes
 from kvstore.store.writebehind import Batch
@@ -31,31 +29,20 @@ _TYPICAL: Final = 1 << 20
 class Lower(Road):
     """What the store does with one tier below memory: a `Place`, and the tier's `Host`."""
 
-    def __init__(
-        self,
-        number: int,
-        below: Below,
-        memory: Memory,
-        catalogue: Catalogue,
-        background: Background,
-        post: Callable[[Callable[[], None]], None],
-        later: Callable[[float, Callable[[], None]], object],
-        moved: Callable[[], None],
-    ) -> None:
-        super().__init__(number, below, memory, catalogue, background, post, later, moved)
-        clock = catalogue.clock
-        self.promote = below.promote
-        self._finding = Finding(number, catalogue)
+    owed: float = 0.0
+    """Seconds that others took which were preferred, as far as it is due to try this one."""
+    knows_all: bool = False
+    """Whether the catalogue has all that lies there."""
+
+    def __post_init__(self) -> None:
+        below, catalogue, clock = self.below, self.catalogue, self.catalogue.clock
+        self._finding = Finding(self.number, catalogue)
         self.reads = Reads(self)
         self.writes = Writes(self, self._finding)
         self.patience = Patience(
             below.name, below.probe_seconds, clock.monotonic, catalogue.counters
         )
-        self.owed = 0.0
-        """Seconds that others took which were preferred, as far as it is due to try this one."""
-        self.knows_all = False
-        """Whether the catalogue has all that lies there."""
-        catalogue.places[number] = self
+        catalogue.places[self.number] = self
         self._opening = Opening(below, self, self._attach, clock, catalogue.counters)
         tier = self._opening.at_start()
         if tier is not None:

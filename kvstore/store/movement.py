@@ -162,7 +162,7 @@ class Movement:
             return False
         if entry.origin == MISS:
             return True
-        return not lower.shared and self.lowers[entry.origin].promote == "disk"
+        return not lower.shared and self.lowers[entry.origin].below.promote == "disk"
 
     def _keep(self, entry: Entry) -> None:
         """Own tiers are to have what came from a shared one, too, as far as their rules say."""
@@ -187,7 +187,7 @@ class Movement:
         if error is None:
             catalogue.whole(entry, MEMORY)
             self.memory.admit(entry)
-            if source.shared and source.promote == "disk" and not entry.gone:
+            if source.shared and source.below.promote == "disk" and not entry.gone:
                 self._keep(entry)
         else:
             if error == "corrupt":

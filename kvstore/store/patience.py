@@ -6,6 +6,7 @@ Belongs to the store's loop; nothing is thread-safe.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Final
 
@@ -21,8 +22,8 @@ _LONGEST_PAUSE: Final = 300.0
 class Patience:
     """Counts the answers of one tier that came in time, and those that did not.
 
-    When nobody waits for it any more, it is asked one question at a time; an answer in time, be it
-    that nobody waited for it, ends that.
+    When nobody waits for it any more, it is asked ever more seldom, as long as nothing is answered;
+    an answer in time, be it that nobody waited for it, ends that.
 
     Args:
         name: of the tier.
@@ -40,7 +41,6 @@ class Patience:
         self._counters = counters
         self._numbers = itertools.count()
         self._asked: dict[int, float] = {}  # since when, oldest first
-        self._overdue = set[int]()
         self._late = 0
         self._pause = _PAUSE
         self._again = 0.0
@@ -48,19 +48,25 @@ class Patience:
     @property
     def waits(self) -> bool:
         """Whether lookups wait for its answers."""
-        self._look()
+        now = self._clock()
+        while self._asked:
+            number, since = next(iter(self._asked.items()))
+            if now <= since + self.seconds:
+                break
+            del self._asked[number]
+            self._late += 1
+            self._counters.add("probe.late", self._name)
         return self._late < _LATE
 
     @property
     def may_ask(self) -> bool:
         """Whether to ask it something."""
-        return self.waits or not (self._asked or self._overdue) or self._clock() >= self._again
+        return self.waits or self._clock() >= self._again
 
     def asks(self) -> int:
         """It is asked something; `answered` is to be told this number."""
         now = self._clock()
         if not self.waits:
-            self._overdue.clear()  # Should they be answered at last, that is told once.
             self._again, self._pause = now + self._pause, min(2 * self._pause, _LONGEST_PAUSE)
         number = next(self._numbers)
         self._asked[number] = now
@@ -68,26 +74,13 @@ class Patience:
 
     def answered(self, number: int, at: float, *, told: bool) -> None:
         """An answer has come, `at` that time; without `told` it does not say what is there."""
-        since = self._asked.get(number)
-        if since is not None and at <= since + self.seconds:
-            del self._asked[number]
-            self._late, self._pause = 0, _PAUSE
-            if told:
-                self._counters.add("probe.answered", self._name)
-            else:
-                self._counters.add("probe.unknown", self._name)
+        since = self._asked.get(number, -math.inf)
+        if at > since + self.seconds:
+            self._again = 0.0  # Late, but it answers.
+            return
+        del self._asked[number]
+        self._late, self._pause = 0, _PAUSE
+        if told:
+            self._counters.add("probe.answered", self._name)
         else:
-            self._look()
-            self._overdue.discard(number)
-
-    def _look(self) -> None:
-        """Which questions have not been answered in time."""
-        now = self._clock()
-        while self._asked:
-            number = next(iter(self._asked))
-            if now <= self._asked[number] + self.seconds:
-                break
-            del self._asked[number]
-            self._overdue.add(number)
-            self._late += 1
-            self._counters.add("probe.late", self._name)
+            self._counters.add("probe.unknown", self._name)

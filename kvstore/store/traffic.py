@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 from kvstore.slices import FEW, Background, Work
@@ -21,15 +22,7 @@ from kvstore.store.memory import Memory
 from kvstore.store.opening import Below
 from kvstore.store.pace import Pace
 from kvstore.telemetry import Busy
-from kvstore.tiers.base import (
-    MISS,
-    PASSING,
-    InSegment,
-    Job,
-    ObjectName,
-    State,
-    in_segment,
-)
+from kvstore.tiers.base import MISS, PASSING, InSegment, Job, ObjectName, State, in_segment
 from kvstore.transport.protocol import Cost
 
 _WRITES: Final = 16
@@ -44,45 +37,35 @@ Done = Callable[[str | None], None]
 """Told that an object was read: None, or the reason why it was not."""
 
 
+@dataclass(eq=False)
 class Road(ABC):
     """Between memory and a tier below it.
 
-    Args:
-        number: of the tier.
-        below: how it was configured.
-        memory: what is written comes from there, and what is read goes there.
-        catalogue: the objects.
-        background: work that nobody waits for.
-        post: runs a function on the loop; called from any thread.
-        later: calls a function on the loop in so many seconds, or it is done with the next tick.
-        moved: called when something has been read or written.
+    `number` and `below`: of the tier, and how it was configured. `background`: work that nobody
+    waits for; `post` runs a function on the loop, called from any thread; `later` calls one on the
+    loop in so many seconds, or it is done with the next tick; `moved` is called when something has
+    been read or written. `tier` is None while it is away, and `segmented` what is known of it then.
     """
 
-    def __init__(
-        self,
-        number: int,
-        below: Below,
-        memory: Memory,
-        catalogue: Catalogue,
-        background: Background,
-        post: Callable[[Callable[[], None]], None],
-        later: Callable[[float, Callable[[], None]], object],
-        moved: Callable[[], None],
-    ) -> None:
-        self.number = number
-        self.name = below.name
-        self.below = below
-        self.memory = memory
-        self.catalogue = catalogue
-        self.background = background
-        self.post = post
-        self.moved = moved
-        self.tier: Guarded | None = None
-        """None while it is away."""
-        self.segmented = False
-        """It keeps segments, as far as is known: what it cannot tell while it is away."""
-        self._later = later
-        self._waking = False
+    number: int
+    below: Below
+    memory: Memory
+    catalogue: Catalogue
+    background: Background
+    post: Callable[[Callable[[], None]], None]
+    later: Callable[[float, Callable[[], None]], object]
+    moved: Callable[[], None]
+    tier: Guarded | None = field(default=None, init=False)
+    segmented: bool = field(default=False, init=False)
+    _waking: bool = field(default=False, init=False)
+
+    @abstractmethod
+    def __post_init__(self) -> None: ...
+
+    @property
+    def name(self) -> str:
+        """Of the tier."""
+        return self.below.name
 
     @abstractmethod
     def go_on(self) -> None:
@@ -92,7 +75,7 @@ class Road(ABC):
         """Go on in a while."""
         if not self._waking:
             self._waking = True
-            self._later(seconds, self._woken)
+            self.later(seconds, self._woken)
 
     def _woken(self) -> None:
         self._waking = False
