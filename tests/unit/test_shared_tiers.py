@@ -314,6 +314,20 @@ def test_a_tier_that_never_answers_is_asked_less_and_less(hung: tuple[Bench, lis
     assert len(bench.store.movement.lowers[FAR].patience._asked) <= 1
 
 
+def test_a_tier_that_is_always_late_is_asked_and_not_waited_for(
+    hung: tuple[Bench, list[Any]],
+) -> None:
+    bench, owed = hung
+    for number in range(3, 9):
+        look(bench, number)
+        bench.now += 0.03
+        assert len(owed) == 1
+        give(bench, owed)
+        assert bench.store.lookup(keys(number), [PART], NAMESPACE) == ([FAR], "")
+    assert bench.store.counters["probe.late.far"] == 6
+    assert not bench.store.movement.lowers[FAR].patience.waits
+
+
 def ask_only(bench: Bench, number: int) -> None:
     bench.store.lookup(keys(number), [PART], NAMESPACE)
     while not bench.posted.empty():
