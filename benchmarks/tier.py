@@ -168,7 +168,7 @@ def _cpu(report: Report, kind: str, used: Mapping[str, _Used], nbytes: int, **ho
                 1000 * getattr(used[key], side) / used[key].runs / (nbytes / (1 << 30))
                 for key in (name, f"bare {name}")
             ]
-            if not any(each):  # It has none of its own, or it is not ours to look at.
+            if not all(each):  # It has none of its own, it is not ours, or used too little to tell.
                 continue
             report.level(
                 f"{kind} {name}, CPU of the {side}",

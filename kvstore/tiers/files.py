@@ -30,8 +30,8 @@ from kvstore.errors import FormatError, TierUnavailable
 from kvstore.memory.slots import align
 from kvstore.slices import FEW
 from kvstore.tiers.base import Host, InSegment, Job, ObjectName, State
-from kvstore.tiers.segments.format import MARKER, OWN, path_of, shape_of
-from kvstore.tiers.segments.tier import Put, Seal, SegmentOptions, SegmentTier, checked
+from kvstore.tiers.segments.format import MARKER, OWN, path_of
+from kvstore.tiers.segments.tier import Put, SegmentOptions, SegmentTier, checked
 from kvstore.tiers.slab.direct import PIECE, Mover, open_direct, reason_of, remedy, write_full
 
 _MARK: Final = re.compile(rb"KVFILES 1 ([0-9a-f]{32})\n")
@@ -143,21 +143,17 @@ class FilesTier(SegmentTier):
         finally:
             os.close(fd)
 
-    def _store(self, thread: int, path: str, jobs: Sequence[Job], seal: Seal) -> bool:
-        first, sums = jobs[0].name, list[int]()
-        assert isinstance(first, InSegment)
-        header, stride, _ = shape_of(first)
-        own = self._own_path(path)
-        temporary, mover = own + "~" + secrets.token_hex(4), self._movers.mover
+    def _store(self, path: str, jobs: Sequence[Job], header: bytes) -> bool:
+        own, mover = self._own_path(path), self._movers.mover
+        temporary, stride = own + "~" + secrets.token_hex(4), align(jobs[0].nbytes)
         try:
             with self._opened(temporary, _NEW | self._direct) as fd:
-                for number, job in enumerate(jobs):
-                    at = header + number * stride
-                    sums.append(mover.store(fd, at, job.address, job.nbytes))
-                with mmap.mmap(-1, header) as page:  # Aligned, as direct I/O needs it.
-                    page[:] = seal(sums)
+                with mmap.mmap(-1, len(header)) as page:  # Aligned, as direct I/O needs it.
+                    page[:] = header
                     with memoryview(page) as view:
                         write_full(fd, view, 0)
+                for number, job in enumerate(jobs):
+                    mover.store(fd, len(header) + number * stride, job.address, job.nbytes)
                 os.fdatasync(fd)
             self._link(temporary, path)
             os.rename(temporary, own, src_dir_fd=self._root, dst_dir_fd=self._root)
@@ -192,11 +188,8 @@ class FilesTier(SegmentTier):
         with self._opened(folder, os.O_RDONLY | os.O_DIRECTORY) as fd:
             os.fsync(fd)
 
-    def _load(
-        self, thread: int, path: str, offset: int, jobs: Sequence[Job]
-    ) -> Sequence[int | None]:
-        stride = align(jobs[0].nbytes)
-        mover = self._movers.mover
+    def _load(self, path: str, offset: int, jobs: Sequence[Job]) -> Sequence[int | None]:
+        stride, mover = align(jobs[0].nbytes), self._movers.mover
         with self._opened(path, os.O_RDONLY | self._direct) as fd:
             return [
                 mover.load(fd, offset + number * stride, job.address, job.nbytes)

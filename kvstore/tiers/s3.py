@@ -25,13 +25,13 @@ from obstore.exceptions import (
 from obstore.store import from_url
 from pydantic import Field
 
-from kvstore._native import Xxh3Stream, xxh3_64
+from kvstore._native import Xxh3Stream
 from kvstore.config import Count, MaybeFolder, Seconds
 from kvstore.errors import ConfigError, TierUnavailable
 from kvstore.memory.bounce import memory_at
-from kvstore.tiers.base import Host, InSegment, Job
-from kvstore.tiers.segments.format import shape_of
-from kvstore.tiers.segments.tier import Seal, SegmentOptions, SegmentTier, checked
+from kvstore.memory.slots import ALIGNMENT, align
+from kvstore.tiers.base import Host, Job
+from kvstore.tiers.segments.tier import SegmentOptions, SegmentTier, checked
 
 _URL: Final = r"^(s3|s3a|gs|az|azure|abfs|abfss)://[^\s?#@]+$"
 _QUICK_SECONDS: Final = 5.0
@@ -109,11 +109,8 @@ class S3Tier(SegmentTier):
         with _translated():
             return bytes(_range(self._quick, path, 0, nbytes))
 
-    def _store(self, thread: int, path: str, jobs: Sequence[Job], seal: Seal) -> bool:
-        name = jobs[0].name
-        assert isinstance(name, InSegment)
-        gap = bytes(shape_of(name).stride - jobs[0].nbytes)
-        parts: list[Any] = [seal([xxh3_64(job.address, job.nbytes) for job in jobs])]
+    def _store(self, path: str, jobs: Sequence[Job], header: bytes) -> bool:
+        gap, parts = bytes(-jobs[0].nbytes % ALIGNMENT), list[Any]([header])
         for job in jobs:
             parts += [memory_at(job.address, job.nbytes), gap]
         try:
@@ -140,12 +137,8 @@ class S3Tier(SegmentTier):
             )  # fmt: skip
             self._create(path, parts)
 
-    def _load(
-        self, thread: int, path: str, offset: int, jobs: Sequence[Job]
-    ) -> Sequence[int | None]:
-        name = jobs[0].name
-        assert isinstance(name, InSegment)
-        stride = shape_of(name).stride
+    def _load(self, path: str, offset: int, jobs: Sequence[Job]) -> Sequence[int | None]:
+        stride = align(jobs[0].nbytes)
         with _translated():
             data = _range(self._client, path, offset, (len(jobs) - 1) * stride + jobs[-1].nbytes)
         source = np.frombuffer(data, np.uint8)

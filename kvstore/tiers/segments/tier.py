@@ -30,9 +30,6 @@ _NEW: Final = 0.2
 """What a look weighs among those before."""
 _CLOSE_SECONDS: Final = 5.0
 
-Seal = Callable[[Sequence[int]], bytes]
-"""Makes the header of a segment, given the XXH3 of its blocks as they were written."""
-
 
 class SegmentOptions(BaseModel):
     """What the daemon says to a tier; kinds add `options` of theirs."""
@@ -58,14 +55,6 @@ def checked(kind: type[_Options], name: str, options: Mapping[str, Any]) -> _Opt
     except ValidationError as e:
         known = [f"options.{field}" for field in kind.__annotations__]
         raise explain(e, f"tier {name}", "options.", known) from None
-
-
-class Damaged(Exception):
-    """Memory does not hold what its checksum says, in blocks of these numbers."""
-
-    def __init__(self, numbers: set[int]) -> None:
-        super().__init__(f"{len(numbers)} blocks changed in memory")
-        self.numbers = numbers
 
 
 @dataclass(slots=True, eq=False)
@@ -144,13 +133,11 @@ class SegmentTier(ABC):
         """So many bytes from the start of a segment, or fewer if it is shorter."""
 
     @abstractmethod
-    def _store(self, thread: int, path: str, jobs: Sequence[Job], seal: Seal) -> bool:
-        """Put a segment, header first; False: there is one already. May raise what `seal` does."""
+    def _store(self, path: str, jobs: Sequence[Job], header: bytes) -> bool:
+        """Put a segment; False: there is one already."""
 
     @abstractmethod
-    def _load(
-        self, thread: int, path: str, offset: int, jobs: Sequence[Job]
-    ) -> Sequence[int | None]:
+    def _load(self, path: str, offset: int, jobs: Sequence[Job]) -> Sequence[int | None]:
         """Bring blocks that follow each other, from the offset of the first; the XXH3 of each.
 
         None for those that are not there as a whole.
@@ -369,15 +356,13 @@ class SegmentTier(ABC):
 
     # --- Puts and gets ----------------------------------------------------------------------------
 
-    def _run_puts(self, thread: int, tasks: list[Task]) -> None:
+    def _run_puts(self, _: int, tasks: list[Task]) -> None:
         for task in tasks:
             put, started = task.job, time.monotonic()
             assert isinstance(put, Put)
             try:
-                error = self._put(thread, put)
+                error = self._put(put)
                 self._worked(started, wrote=put.made)
-            except Damaged as e:
-                error, put.damaged = "partial", e.numbers
             except OSError as e:
                 error = self._failed(e, writes=True)
             self._puts.finish(task, error)
@@ -387,46 +372,45 @@ class SegmentTier(ABC):
         for number, job in enumerate(put.jobs):
             put.done(job, "corrupt" if number in put.damaged else error)
 
-    def _put(self, thread: int, put: Put) -> str | None:
+    def _put(self, put: Put) -> str | None:
         """See to it that a segment is there; why it is not."""
         name, jobs = put.name, put.jobs
-        path, blocks = path_of(name), list[Block]()
+        path, now = path_of(name), int(time.time())
         with self._changed:
             if not self._changed.wait_for(lambda: path not in self._going, self._retry_seconds):
                 return "io_error"
-
-        def seal(sums: Sequence[int]) -> bytes:
-            blocks[:] = _blocks(jobs, sums)
-            space = name.namespace
-            return encode(Segment(space.digest, name.part.variant, jobs[0].nbytes, tuple(blocks)))
-
+        sums = [xxh3_64(job.address, job.nbytes) for job in jobs]
+        put.damaged = {n for n, job in enumerate(jobs) if job.checksum not in (None, sums[n])}
+        if put.damaged:
+            return "partial"
+        blocks = tuple(
+            Block(job.name.key, checksum, job.created or now, job.expires)
+            for job, checksum in zip(jobs, sums, strict=True)
+        )
+        digest, variant = name.namespace.digest, name.part.variant
+        header = encode(Segment(digest, variant, jobs[0].nbytes, blocks))
         for _ in range(2):
             found = self._find(name)
-            if found is not None and _lives(found):
-                return self._there(jobs, found)
+            if found is not None and all(b.expires == 0 or b.expires > now for b in found.blocks):
+                if [block.checksum for block in found.blocks] != sums:
+                    return "exists"
+                self._vitals.count("segments_there")
+                break
             if found is not None:
                 self._remove(path)
-            if self._store(thread, path, jobs, seal):
-                for job, block in zip(jobs, blocks, strict=True):
-                    job.checksum = block.checksum
+            if self._store(path, jobs, header):
                 self._vitals.count("segments_written")
                 put.made = True
-                return None
+                break
             if self._find(name) is None:  # What lies there is of no use to anybody.
                 self._remove(path)
-        return "exists"
-
-    def _there(self, jobs: Sequence[Job], found: Segment) -> str | None:
-        """Somebody has put it already: whether these are the same bytes."""
-        blocks = _blocks(jobs, [xxh3_64(job.address, job.nbytes) for job in jobs])
-        if [b.checksum for b in blocks] != [b.checksum for b in found.blocks]:
+        else:
             return "exists"
-        for job, block in zip(jobs, blocks, strict=True):
-            job.checksum = block.checksum
-        self._vitals.count("segments_there")
+        for job, checksum in zip(jobs, sums, strict=True):
+            job.checksum = checksum
         return None
 
-    def _run_gets(self, thread: int, tasks: list[Task]) -> None:
+    def _run_gets(self, _: int, tasks: list[Task]) -> None:
         paths: defaultdict[str, list[tuple[int, Task]]] = defaultdict(list)
         for task in tasks:
             assert isinstance(task.job.name, InSegment)
@@ -435,9 +419,9 @@ class SegmentTier(ABC):
             some.sort(key=lambda one: one[0])
             # Those that follow each other come in one piece.
             for _, run in groupby(enumerate(some), lambda one: one[1][0] - one[0]):
-                self._get(thread, path, [task for _, (_, task) in run])
+                self._get(path, [task for _, (_, task) in run])
 
-    def _get(self, thread: int, path: str, tasks: list[Task]) -> None:
+    def _get(self, path: str, tasks: list[Task]) -> None:
         jobs, started = [task.job for task in tasks], time.monotonic()
         first = jobs[0].name
         assert isinstance(first, InSegment)
@@ -446,7 +430,7 @@ class SegmentTier(ABC):
         sums: Sequence[int | None] = ()
         found: Segment | None = None
         try:
-            sums = self._load(thread, path, sizes.header + first.index * sizes.stride, jobs)
+            sums = self._load(path, sizes.header + first.index * sizes.stride, jobs)
             if [job.checksum for job in jobs] != sums:
                 found = self._find(first)
             self._worked(started)
@@ -507,26 +491,6 @@ def _is_whole(jobs: Sequence[Job]) -> bool:
     return first.keys == tuple(job.name.key for job in jobs) and all(
         job.nbytes == _nbytes(first) and job.name.namespace == first.namespace for job in jobs
     )
-
-
-def _blocks(jobs: Sequence[Job], sums: Sequence[int]) -> list[Block]:
-    """What to say of blocks in memory.
-
-    Raises:
-        Damaged: memory has changed.
-    """
-    wrong = {n for n, job in enumerate(jobs) if job.checksum not in (None, sums[n])}
-    if wrong:
-        raise Damaged(wrong)
-    now = int(time.time())
-    return [
-        Block(job.name.key, checksum, job.created or now, job.expires)
-        for job, checksum in zip(jobs, sums, strict=True)
-    ]
-
-
-def _lives(segment: Segment) -> bool:
-    return all(not block.expires or block.expires > time.time() for block in segment.blocks)
 
 
 def _held(name: InSegment, found: Segment) -> Held | None:
