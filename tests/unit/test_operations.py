@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import pytest
@@ -207,6 +207,28 @@ async def test_a_cancelled_drain_lets_saves_in_again(tmp_path: Path) -> None:
     finally:
         await operations.stop()
         bench.store.close()
+
+
+async def test_quotas_of_very_many_tenants_are_sorted_in_small_steps(
+    operations: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(None)
+    names = [f"tenant-{number * 7919 % 5000:04}" for number in range(5000)]
+    for name in names:
+        bench.store.set_quota(name, {1: 5})
+    config, steps = Config(), list[int]()
+    node = Node(config, bench.store, Access(config.server), Steps(), lambda: None)
+
+    def counted(items: Iterable[str]) -> list[str]:
+        steps.append(len(found := sorted(items)))
+        return found
+
+    monkeypatch.setattr("kvstore.server.control.rules.sorted", counted, raising=False)
+    verbs = RuleVerbs(node, operations, Pins(bench.store), LOCAL)
+    reply = await verbs.get_quota(v1.GetQuotaRequest())
+    assert [quota.tenant for quota in reply.quotas] == sorted(names)
+    assert max(steps) <= 1024
+    bench.close()
 
 
 async def test_a_token_may_have_a_part_of_them_unfinished(operations: Operations) -> None:
