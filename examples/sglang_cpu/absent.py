@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -13,6 +13,9 @@ from typing import Any
 class _Names(type):
     def __getattr__(cls, name: str) -> Any:
         return absent(name)
+
+    def __iter__(cls) -> Iterator[Any]:
+        return iter(())  # As of `triton.backends.backends`: there are none.
 
 
 class Absent(metaclass=_Names):

@@ -26,6 +26,7 @@ ENVIRONMENT: Final = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "SGLANG_USE_CPU_ENGINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCHDYNAMO_DISABLE": "1",  # Ranks would compile a line of SGLang's for half a minute.
 }
 SETTINGS: Final[dict[str, Any]] = {
     "dtype": "float32",
