@@ -255,3 +255,13 @@ def test_two_daemons_share_segments(medium: Medium, stores: Stores) -> None:
         assert (found.blocks, found.reason) == (128, "absent")
         assert load(session, chain[:128]).tiers == {"far": 128}
         assert session.stats()["counters"]["probe.found.far"] == 128
+
+
+def test_files_go_by_the_name_of_their_daemon(stores: Stores, tmp_path: Path) -> None:
+    tier = {"kind": "files", "name": "far", "options": {"path": str(tmp_path)}}
+    served = stores.serve(tiers=[tier], server={"name": "rack7-node3"})
+    with served.session() as session:
+        save(session, session.keys(prompt(1, 64)))
+        assert session.flush() == 0
+    (node,) = (tmp_path / "nodes").iterdir()
+    assert (node.name, len(list(node.iterdir()))) == ("rack7-node3", 1)
