@@ -169,8 +169,7 @@ class Guarded:
 
     def touch(self, names: Sequence[ObjectName], *, used: bool = True) -> None:
         """See `Tier.touch`."""
-        with _Caught(self._raised, "touch"):
-            self.tier.touch(names, used=used)
+        self._call("touch", names, used=used)
 
     def expire(self, held: Sequence[Held]) -> None:
         """See `Tier.expire`."""
@@ -188,9 +187,9 @@ class Guarded:
             if job in self._jobs:
                 self._ended(job, "closed")
 
-    def _call(self, what: str, *about: Any) -> Any:
+    def _call(self, what: str, *about: Any, **how: bool) -> Any:
         with _Caught(self._raised, what):
-            return getattr(self.tier, what)(*about)
+            return getattr(self.tier, what)(*about, **how)
         return None
 
     def _raised(self, what: str, error: Exception) -> None:

@@ -22,8 +22,6 @@ from kvstore.transport.protocol import Cost
 from kvstore.values import format_size
 
 _UNANSWERED: Final = "it does not tell in time what it holds (probe_seconds): nobody waits for it"
-_TYPICAL: Final = 1 << 20
-"""Bytes of an object by which tiers are put into an order."""
 
 
 class Lower(Road):
@@ -72,11 +70,6 @@ class Lower(Road):
         if not self.shared or self.patience.waits:
             return self.state.problem
         return self.state.problem or _UNANSWERED
-
-    @property
-    def typical_seconds(self) -> float:
-        """What it takes to bring an object of a usual size."""
-        return self.cost.seconds(_TYPICAL)
 
     @property
     def held_up(self) -> str | None:
@@ -196,7 +189,7 @@ class Lower(Road):
 
     def _has(self, tier: Guarded) -> None:
         self.tier, self.segmented, self.knows_all = tier, tier.segmented, False
-        self.writes.resume()
+        self.writes.try_again()
 
     def _attach(self, tier: Guarded) -> None:
         self._has(tier)

@@ -30,6 +30,8 @@ _BYTES_PER_MEMORY: Final = 1 << 16
 _BYTES_PER_USE: Final = 1 << 11
 """Of the arena, for every key that is known to have been asked for: 0.4 % of it go into that."""
 
+_TYPICAL: Final = 1 << 20
+"""Bytes of an object by which tiers are put into an order."""
 _TRIES: Final = 0.05
 """Part of the time of reads in which other tiers than the cheapest are tried."""
 
@@ -176,7 +178,7 @@ class Movement:
         """Open tiers that are away again, and put all in order of their cost; call now and then."""
         for lower in self.lowers.values():
             lower.look_after()
-        ordered = sorted(self.lowers.values(), key=lambda lower: lower.typical_seconds)
+        ordered = sorted(self.lowers.values(), key=lambda lower: lower.cost.seconds(_TYPICAL))
         self.catalogue.index.prefer([MEMORY, *(lower.number for lower in ordered)])
 
     def _read(self, entry: Entry, source: Lower, tried: int) -> None:

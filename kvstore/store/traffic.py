@@ -218,10 +218,6 @@ class Writes:
         self._paused = False
         self.go_on()
 
-    def resume(self) -> None:
-        """There is another tier."""
-        self._paused = False
-
     def _telling(self) -> Work[None]:
         """Nothing has been written for long: who waits for it is told why."""
         reason = "not_writable" if self._road.tier is not None else "no_tier"
