@@ -30,7 +30,7 @@ from kvstore.errors import FormatError, TierUnavailable
 from kvstore.memory.slots import align
 from kvstore.slices import FEW
 from kvstore.tiers.base import Host, InSegment, Job, ObjectName, State
-from kvstore.tiers.segments.format import MARKER, OWN, path_of
+from kvstore.tiers.segments.format import MARKER, OWN, path_of, shape_of
 from kvstore.tiers.segments.tier import Put, SegmentOptions, SegmentTier, checked
 from kvstore.tiers.slab.direct import PIECE, Mover, open_direct, reason_of, remedy, write_full
 
@@ -143,17 +143,19 @@ class FilesTier(SegmentTier):
         finally:
             os.close(fd)
 
-    def _store(self, path: str, jobs: Sequence[Job], header: bytes) -> bool:
-        own, mover = self._own_path(path), self._movers.mover
-        temporary, stride = own + "~" + secrets.token_hex(4), align(jobs[0].nbytes)
+    def _store(self, path: str, put: Put) -> bool:
+        own, store = self._own_path(path), self._movers.mover.store
+        temporary, (header, stride, _) = own + "~" + secrets.token_hex(4), shape_of(put.name)
         try:
             with self._opened(temporary, _NEW | self._direct) as fd:
-                with mmap.mmap(-1, len(header)) as page:  # Aligned, as direct I/O needs it.
-                    page[:] = header
+                sums = [
+                    store(fd, header + number * stride, job.address, job.nbytes)
+                    for number, job in enumerate(put.jobs)
+                ]
+                with mmap.mmap(-1, header) as page:  # Aligned, as direct I/O needs it.
+                    page[:] = put.seal(sums)
                     with memoryview(page) as view:
                         write_full(fd, view, 0)
-                for number, job in enumerate(jobs):
-                    mover.store(fd, len(header) + number * stride, job.address, job.nbytes)
                 os.fdatasync(fd)
             self._link(temporary, path)
             os.rename(temporary, own, src_dir_fd=self._root, dst_dir_fd=self._root)

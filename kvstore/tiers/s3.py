@@ -25,13 +25,13 @@ from obstore.exceptions import (
 from obstore.store import from_url
 from pydantic import Field
 
-from kvstore._native import Xxh3Stream
+from kvstore._native import Xxh3Stream, xxh3_64
 from kvstore.config import Count, MaybeFolder, Seconds
 from kvstore.errors import ConfigError, TierUnavailable
 from kvstore.memory.bounce import memory_at
 from kvstore.memory.slots import ALIGNMENT, align
 from kvstore.tiers.base import Host, Job
-from kvstore.tiers.segments.tier import SegmentOptions, SegmentTier, checked
+from kvstore.tiers.segments.tier import Put, SegmentOptions, SegmentTier, checked
 
 _URL: Final = r"^(s3|s3a|gs|az|azure|abfs|abfss)://[^\s?#@]+$"
 _QUICK_SECONDS: Final = 5.0
@@ -109,7 +109,9 @@ class S3Tier(SegmentTier):
         with _translated():
             return bytes(_range(self._quick, path, 0, nbytes))
 
-    def _store(self, path: str, jobs: Sequence[Job], header: bytes) -> bool:
+    def _store(self, path: str, put: Put) -> bool:
+        jobs = put.jobs
+        header = put.seal([xxh3_64(job.address, job.nbytes) for job in jobs])
         gap, parts = bytes(-jobs[0].nbytes % ALIGNMENT), list[Any]([header])
         for job in jobs:
             parts += [memory_at(job.address, job.nbytes), gap]

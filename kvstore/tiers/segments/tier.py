@@ -57,6 +57,10 @@ def checked(kind: type[_Options], name: str, options: Mapping[str, Any]) -> _Opt
         raise explain(e, f"tier {name}", "options.", known) from None
 
 
+class Changed(Exception):
+    """Memory does not hold what its checksums say."""
+
+
 @dataclass(slots=True, eq=False)
 class Put(Job):
     """A whole segment on its way to the medium; `made`: there is one more now."""
@@ -64,8 +68,27 @@ class Put(Job):
     name: InSegment
     jobs: Sequence[Job] = ()
     done: JobDone = lambda job, error: None
+    sums: Sequence[int] = ()
     damaged: set[int] = field(default_factory=set)
     made: bool = False
+
+    def seal(self, sums: Sequence[int]) -> bytes:
+        """The header, given the XXH3 of the blocks as they are written.
+
+        Raises:
+            Changed: some of them are `damaged`.
+        """
+        self.sums, now = sums, int(time.time())
+        wrong = (job.checksum not in (None, sums[n]) for n, job in enumerate(self.jobs))
+        self.damaged = {number for number, changed in enumerate(wrong) if changed}
+        if self.damaged:
+            raise Changed
+        blocks = tuple(
+            Block(job.name.key, checksum, job.created or now, job.expires)
+            for job, checksum in zip(self.jobs, sums, strict=True)
+        )
+        digest, variant = self.name.namespace.digest, self.name.part.variant
+        return encode(Segment(digest, variant, self.jobs[0].nbytes, blocks))
 
 
 @dataclass(slots=True, eq=False)
@@ -133,8 +156,8 @@ class SegmentTier(ABC):
         """So many bytes from the start of a segment, or fewer if it is shorter."""
 
     @abstractmethod
-    def _store(self, path: str, jobs: Sequence[Job], header: bytes) -> bool:
-        """Put a segment; False: there is one already."""
+    def _store(self, path: str, put: Put) -> bool:
+        """Put a segment, sealed; False: there is one already."""
 
     @abstractmethod
     def _load(self, path: str, offset: int, jobs: Sequence[Job]) -> Sequence[int | None]:
@@ -363,6 +386,8 @@ class SegmentTier(ABC):
             try:
                 error = self._put(put)
                 self._worked(started, wrote=put.made)
+            except Changed:
+                error = "partial"
             except OSError as e:
                 error = self._failed(e, writes=True)
             self._puts.finish(task, error)
@@ -374,31 +399,21 @@ class SegmentTier(ABC):
 
     def _put(self, put: Put) -> str | None:
         """See to it that a segment is there; why it is not."""
-        name, jobs = put.name, put.jobs
-        path, now = path_of(name), int(time.time())
+        name, path, now = put.name, path_of(put.name), time.time()
         with self._changed:
             if not self._changed.wait_for(lambda: path not in self._going, self._retry_seconds):
                 return "io_error"
-        sums = [xxh3_64(job.address, job.nbytes) for job in jobs]
-        put.damaged = {n for n, job in enumerate(jobs) if job.checksum not in (None, sums[n])}
-        if put.damaged:
-            return "partial"
-        blocks = tuple(
-            Block(job.name.key, checksum, job.created or now, job.expires)
-            for job, checksum in zip(jobs, sums, strict=True)
-        )
-        digest, variant = name.namespace.digest, name.part.variant
-        header = encode(Segment(digest, variant, jobs[0].nbytes, blocks))
         for _ in range(2):
             found = self._find(name)
             if found is not None and all(b.expires == 0 or b.expires > now for b in found.blocks):
-                if [block.checksum for block in found.blocks] != sums:
+                put.seal([xxh3_64(job.address, job.nbytes) for job in put.jobs])
+                if [block.checksum for block in found.blocks] != put.sums:
                     return "exists"
                 self._vitals.count("segments_there")
                 break
             if found is not None:
                 self._remove(path)
-            if self._store(path, jobs, header):
+            if self._store(path, put):
                 self._vitals.count("segments_written")
                 put.made = True
                 break
@@ -406,7 +421,7 @@ class SegmentTier(ABC):
                 self._remove(path)
         else:
             return "exists"
-        for job, checksum in zip(jobs, sums, strict=True):
+        for job, checksum in zip(put.jobs, put.sums, strict=True):
             job.checksum = checksum
         return None
 
