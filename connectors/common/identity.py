@@ -44,6 +44,8 @@ _ALIKE: Final = frozenset(
 _ROPES: Final = frozenset({"default", "linear", "llama3"})
 """Architectures and kinds of RoPE of which every engine caches the same keys and values, which a
 test compares. Others may lie in another order or be scaled in an engine's own way."""
+_OTHERWISE: Final = frozenset({("sglang", "GemmaForCausalLM")})
+"""Engines that compute other numbers than the others: here by some 1e-4."""
 _OTHER_MODELS: Final = r"[a-z]\w*_model_id"
 """Entries of configurations that name models whose weights are loaded along with this one's."""
 _TICK: Final = 0.02
@@ -70,7 +72,7 @@ def identity(
     it was not asked for), `dtype` the cache's type. `told` is what else changes values; what is
     empty does not. The `engine` is a part where others may cache other numbers; the log says so.
     """
-    if reason := _alone(architecture, config):
+    if reason := _alone(engine, architecture, config):
         _log.info("blocks of this model are for %s alone: %s", engine, reason)
         told["engine"] = engine
     extra = tuple(sorted((key, value) for key, value in told.items() if value))
@@ -78,10 +80,12 @@ def identity(
     return ModelIdentity(name, given or found, dtype, adapter, extra)
 
 
-def _alone(architecture: str, config: Any) -> str:
+def _alone(engine: str, architecture: str, config: Any) -> str:
     """Why engines do not share blocks of such a model; empty: they do."""
     if getattr(_text(config), "kv_lora_rank", None):
         return f"{architecture} has latent attention (MLA), which each keeps in a form of its own"
+    if (engine, architecture) in _OTHERWISE:
+        return f"{engine} computes {architecture} in a way of its own"
     if architecture in _ALIKE and _ropes(config) <= _ROPES:
         return ""
     return f"what each caches of {architecture}, or with its kind of RoPE, has not been compared"

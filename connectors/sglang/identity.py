@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from sglang.srt.environ import EnvField, envs
 from sglang.srt.server_args import ServerArgs
 from transformers import AutoConfig
 
@@ -133,7 +134,7 @@ def _flags(server_args: Any) -> str:
     counting: dict[str, Any] = {
         name: value
         for name, value in os.environ.items()
-        if not _NEUTRAL_ENVIRONMENT.fullmatch(name)
+        if not (_NEUTRAL_ENVIRONMENT.fullmatch(name) or _is_default(name))
     }
     for name, parameter in inspect.signature(ServerArgs).parameters.items():
         value = getattr(server_args, name)
@@ -142,6 +143,12 @@ def _flags(server_args: Any) -> str:
         if value != parameter.default:
             counting[name] = value
     return config_digest(counting) if counting else ""
+
+
+def _is_default(variable: str) -> bool:
+    """Whether an environment variable says what holds without it; SGLang sets some so itself."""
+    known = getattr(envs, variable, None)
+    return isinstance(known, EnvField) and bool(known.get() == known._resolve_default())
 
 
 def _weights(server_args: Any, model_config: Any) -> str:
