@@ -21,7 +21,7 @@ _PYDANTIC: Final = {
     "a dictionary": "`key: value` lines",
     "Field required": "is missing",
     f"String should match pattern '{TIER_NAME}'": "must have a-z, 0-9 and -, at most 32 of them, "
-    "a letter first",
+    "a letter first", "String should match pattern": "must match",
     "Extra inputs are not permitted": "is no key of this; take it out",
 }  # fmt: skip
 

@@ -185,6 +185,14 @@ class KVStoreHiCache(HiCacheStorage):  # type: ignore[misc]
         namespace = Namespace(identity, self._settings.tenant, mem_pool_host.page_size)
         self.session = Session.open(namespace, parts, self._settings.config)
         self._is_open = True
+        _log.info(
+            "KVStore: %s, revision %.12s, pages of %d tokens, namespace %.12s, store %s",
+            identity.name,
+            identity.revision,
+            namespace.block_tokens,
+            namespace.digest.hex(),
+            self._settings.config.address or "private to this engine",
+        )
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         """Refuse what an engine keeps beside that pool.

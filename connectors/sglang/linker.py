@@ -166,11 +166,12 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
         # SGLang's first hash of pages compiles its code, which takes seconds.
         get_storage_hash_str(RadixKey(_TOKENS), None, page_size=1)
         _log.info(
-            "KVStore: model %s, %s of revision %.12s, blocks of %d tokens, store %s",
+            "KVStore: model %s, %s, revision %.12s, blocks of %d tokens, namespace %.12s, store %s",
             server_args.model_path,
             identity.name,
             identity.revision,
             self.block_tokens,
+            namespace.digest.hex(),
             config.address or "private to this engine",
         )
 

@@ -24,7 +24,7 @@ from kvstore.blocks.weights import weights_digest
 from kvstore.connectors.common.identity import started
 from kvstore.connectors.common.media import feed
 from kvstore.connectors.common.requests import Asked
-from kvstore.connectors.common.settings import Settings, is_tenant, wishes_of
+from kvstore.connectors.common.settings import Settings, Wishes, is_tenant, wishes_of
 from kvstore.connectors.common.stats import Stats
 from kvstore.errors import SpecError
 from kvstore.telemetry import QuietLog
@@ -197,7 +197,11 @@ class Prompts:
         wishes, wrong = wishes_of(given)
         if wishes.tenant is not None:
             wrong.append("tenant: SGLang's own cache knows none; give a cache_salt")
-        for words in wrong:
+        if unknown := [str(name) for name in given or () if name not in Wishes.model_fields]:
+            known = ", ".join(name for name in Wishes.model_fields if name != "tenant")
+            wrong.append(f"{unknown!r:.200} are not known; known are {known}")
+        if wrong:
+            words = "; ".join(wrong)
             self._quiet.warning("wish", "custom_params: kvstore: %s; left out", words)
         namespace = Namespace(self._namespace.model, tenant, self._namespace.block_tokens)
         items = tuple(_items(req.multimodal_inputs))

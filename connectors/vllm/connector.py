@@ -123,11 +123,12 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
             events=bool(events and events.enable_kv_cache_events),
         )
         _log.info(
-            "KVStore: model %s, %s of revision %.12s, blocks of %d tokens, store %s",
+            "KVStore: model %s, %s, revision %.12s, blocks of %d tokens, namespace %.12s, store %s",
             vllm_config.model_config.model,
             identity.name,
             identity.revision,
             size,
+            namespace.digest.hex(),
             settings.config.address or "private to this engine",
         )
 

@@ -262,7 +262,10 @@ class PromptOptions(TokenOptions):
     """Names blocks of a prompt in a namespace."""
 
     namespace: Annotated[
-        str, typer.Argument(metavar="NAMESPACE", help="Its id, or the first digits of it.")
+        str,
+        typer.Argument(
+            metavar="NAMESPACE", help="Its id, or the first digits of it, six at least."
+        ),
     ]
 
     def blocks(self) -> Blocks:

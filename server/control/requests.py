@@ -136,7 +136,7 @@ class Answers:
         """
         wanted = text.lower()
         if not _MIN_ID <= len(wanted) <= _ID_DIGITS or not _HEX.issuperset(wanted):
-            known = f"give {_MIN_ID} to {_ID_DIGITS} hex digits"
+            known = f"give {_MIN_ID} to {_ID_DIGITS} hex digits, as `kvstore namespaces` lists them"
             raise bad_field(field, f"{text[:80]!r} is no id; {known}")
         places = [await self._namespaces()]
         if self._caller.tenants is None:  # How long they are remembered depends on all tenants.
@@ -148,8 +148,9 @@ class Answers:
             raise Refused(
                 "NAMESPACE_UNKNOWN",
                 f"no namespace {wanted} here",
-                remedy="ListNamespaces (`kvstore namespaces`) shows those there are; one that never"
-                " held anything can be given by all of its fields (`namespace` in the API)",
+                remedy="ListNamespaces (`kvstore namespaces`) shows those there are; one that holds"
+                " nothing here, or only in a tier that nodes share, is known once an engine opened"
+                " it, or can be given by all of its fields (`namespace` in the API)",
             )
         if len(matches) > 1:
             many = f"{len(matches)} namespaces begin with {wanted}"

@@ -190,6 +190,34 @@ def test_media_are_named_by_what_the_model_is_given() -> None:
     assert of("d", -1.0, 7) is None
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"skip_save": True, "ttl": 5, "pin": 2.5, "priority": -1}, ()),
+        (None, ()),
+        (7, ("kvstore is 7, no object",)),
+        (
+            {"skip_lod": True},
+            ("['skip_lod'] are not known", "known are skip_save, skip_load, ttl, p"),
+        ),
+        ({"ttl": "x", "pin": -1, "n": 1}, ("ttl is 'x'", "pin is -1", "['n'] are not known")),
+        ({"tenant": "a"}, ("give a cache_salt",)),
+    ],
+)
+def test_all_that_is_wrong_with_wishes_is_said_at_once(
+    given: object, said: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = settings_of({}, engine="sglang", place="test")
+    request = SimpleNamespace(
+        rid="a", input_embeds=None, positional_embed_overrides=None, cache_salt=None,
+        extra_key=None, lora_id=None, multimodal_inputs=None,
+        sampling_params=SimpleNamespace(custom_params={"kvstore": given}),
+    )  # fmt: skip
+    assert Prompts(settings, SPACE, Adapters(dict), Stats(4)).of(request, "") is not None
+    assert len(caplog.records) == bool(said)
+    assert all(words in caplog.text for words in said)
+
+
 def test_adapters_are_named_by_their_files(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     folder.mkdir()

@@ -271,8 +271,8 @@ def test_events(cli: Cli, session: Session) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["lookup", "ffffff", "--tokens", "1"], "no namespace ffffff here"),
-        (["lookup", "xyz", "--tokens", "1"], "'xyz' is no id"),
+        (["lookup", "ffffff", "--tokens", "1"], "is known once an engine opened"),
+        (["lookup", "xyz", "--tokens", "1"], "'xyz' is no id; give 6 to 64 hex digits, as"),
         (["pin", *BLOCKS, "--ttl", "31d"], "ttl: is 31 d; give 1 ms to 30 d"),
         (["operations", "watch", "1-1"], "no operation '1-1' here"),
         (["lookup", BLOCKS[0], "--tokens-file", "/no/such/file"], "--tokens-file /no/such/file"),
