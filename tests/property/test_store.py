@@ -119,10 +119,11 @@ class Machine(RuleBasedStateMachine):
         then()
 
     def go_on(self) -> None:
-        """One thing more of what is to be done; a tier that has raised is closed first."""
+        """One thing more of what is to be done; where nothing is, time passes until it is."""
         try:
             self.posted.get(timeout=0.02)()
         except queue.Empty:
+            self.now += 0.5
             self.tick()
 
     def tick(self) -> None:
@@ -275,9 +276,9 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def clear(self) -> None:
+        kept = {e.name.key for _, entries in self.pinned.values() for e in entries}
         self.store.clear()
         self.drain()
-        kept = {e.name.key for _, entries in self.pinned.values() for e in entries}
         for key, part in self.committed:
             if key not in kept and self.store.index.usable(key, part) is not None:
                 raise AssertionError("cleared, and still there")
