@@ -1,12 +1,14 @@
 """Three processes and a restart: what one of them has read, the next ones need not compute.
 
-Each reader is a process of its own with SmolLM2-135M-Instruct, under Hugging Face transformers or
-vLLM. The first reads a long document and saves its KV to a store; the second finds it in memory;
-then the store is restarted, and the third is served from disk.
+Each reader is a process of its own with SmolLM2-135M-Instruct, under Hugging Face transformers,
+vLLM or SGLang. The first reads a long document and saves its KV to a store; the second finds it in
+memory; then the store is restarted, and the third is served from disk. With all engines, one reads
+the document, and both others find it in memory.
 
     python examples/demo.py           a table for people
     python examples/demo.py --json    the same facts as one JSON object
-    python examples/demo.py --engine vllm --python .venv-vllm/bin/python    with vLLM engines
+    python examples/demo.py --engine vllm --python vllm=.venv-vllm/bin/python    with vLLM engines
+    python examples/demo.py --engine all --python vllm=… --python sglang=…       with one of each
 
 Exit code 1: an answer is not the one given without the store, or nothing was loaded.
 """
@@ -36,7 +38,11 @@ from rich.table import Table
 
 HERE: Final = Path(__file__).resolve().parent
 DOCUMENT: Final = HERE.parent / "LICENSE"
-READERS: Final = {"transformers": "demo_reader.py", "vllm": "demo_vllm_reader.py"}
+READERS: Final = {
+    "transformers": "demo_reader.py",
+    "vllm": "demo_vllm_reader.py",
+    "sglang": "demo_sglang_reader.py",
+}
 # Threads that spin while another program has their core would make every time meaningless.
 READER_ENVIRONMENT: Final = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 START_SECONDS: Final = 60.0
@@ -53,13 +59,22 @@ class Reader:
     tier: str | None
 
 
+QUESTIONS: Final = (
+    "Which rights does section 3 grant?",
+    "What must a redistribution include?",
+    "May trade names be used?",
+)
 # Each line is one run of the store; between two lines it is restarted.
 RUNS: Final = (
-    (
-        Reader("first", "Which rights does section 3 grant?", None),
-        Reader("second", "What must a redistribution include?", "memory"),
+    (Reader("first", QUESTIONS[0], None), Reader("second", QUESTIONS[1], "memory")),
+    (Reader("third", QUESTIONS[2], "disk"),),
+)
+# Named by their engines: the first computes, the others find it.
+EVERY_ENGINE: Final = (
+    tuple(
+        Reader(name, question, "memory" if number else None)
+        for number, (name, question) in enumerate(zip(READERS, QUESTIONS, strict=True))
     ),
-    (Reader("third", "May trade names be used?", "disk"),),
 )
 
 
@@ -177,8 +192,12 @@ def last_words(log: Path) -> str:
     return log.read_text(errors="replace").strip()[-2000:] or "(it said nothing)"
 
 
-def run(program: list[str], model: Path, tokens: int, console: Console) -> list[dict[str, Any]]:
-    """The whole demo in a temporary folder, `program` reading; one result per reader.
+def run(
+    engine: str, pythons: dict[str, str], model: Path, tokens: int, console: Console
+) -> list[dict[str, Any]]:
+    """The whole demo in a temporary folder; one result per reader.
+
+    `engine` may be all; `pythons` are the interpreters of engines' environments, if not ours.
 
     Raises:
         DemoError: the store or a reader failed.
@@ -194,11 +213,13 @@ def run(program: list[str], model: Path, tokens: int, console: Console) -> list[
     with tempfile.TemporaryDirectory(prefix="kvstore-demo-") as name, progress:
         folder = Path(name)
         log = folder / "log"
-        for readers in RUNS:
+        for readers in EVERY_ENGINE if engine == "all" else RUNS:
             task = begin(progress, "store: restarting" if results else "store: starting")
             with running_store(folder, log) as address:
                 tell(progress, task, "store: ready", total=1, completed=1)
                 for reader in readers:
+                    which = reader.name if engine == "all" else engine
+                    program = [pythons.get(which, sys.executable), str(HERE / READERS[which])]
                     results.append(
                         run_reader(reader, program, model, address, log, tokens, progress)
                     )
@@ -221,9 +242,12 @@ def problems(results: list[dict[str, Any]]) -> list[str]:
 
 def show(results: list[dict[str, Any]], console: Console) -> None:
     """Print the table, and what was asked and answered."""
+    every = results[0]["reader"] in READERS
     table = Table(
-        "reader",
-        title="One document, three processes; the store was restarted before the third",
+        "engine" if every else "reader",
+        title="One document, computed by one engine, answered by the two others"
+        if every
+        else "One document, three processes; the store was restarted before the third",
         caption="tokens of the prompt; time to the first token without and with the store",
         box=box.SIMPLE_HEAD,
     )
@@ -259,16 +283,21 @@ def main() -> int:
     """Prepare the model, run the demo, print what came out."""
     parser = argparse.ArgumentParser(description="Three processes share a document's KV.")
     parser.add_argument("--json", action="store_true", help="print the facts as one JSON object")
-    parser.add_argument("--engine", choices=READERS, default="transformers")
+    parser.add_argument("--engine", choices=[*READERS, "all"], default="transformers")
     parser.add_argument("--new-tokens", type=int, default=32, help="length of each answer")
     parser.add_argument(
-        "--python", default=sys.executable, help="interpreter of the readers' environment"
+        "--python",
+        action="append",
+        default=[],
+        metavar="ENGINE=PATH",
+        type=lambda text: tuple(text.split("=", 1)),
+        help="interpreter of an engine's environment (default: this one); may be repeated",
     )
     given = parser.parse_args()
-    program = [given.python, str(HERE / READERS[given.engine])]
     console = Console(stderr=given.json)
     try:
-        results = run(program, prepare(console), given.new_tokens, console)
+        model = prepare(console)
+        results = run(given.engine, dict(given.python), model, given.new_tokens, console)
     except (DemoError, ModelUnavailable) as e:
         console.print(f"[red]error:[/] {escape(str(e))}", highlight=False)
         return 1

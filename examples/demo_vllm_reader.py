@@ -29,6 +29,7 @@ def read(given: argparse.Namespace, out: IO[str]) -> dict[str, Any]:
         dtype="float32",
         max_model_len=4096,
         max_num_seqs=4,
+        block_size=64,  # No larger than the blocks that other engines store.
         enforce_eager=True,
         disable_log_stats=False,
         kv_transfer_config={
