@@ -29,6 +29,9 @@ HISTOGRAMS: Final = {
 }
 BUCKETS: Final = tuple(base * 10.0**power for power in range(-4, 2) for base in (1, 2.5, 5))
 
+_MOST_TIMES: Final = 4096
+"""Times of a kind that are kept until they are taken, which nobody may do."""
+
 Data = dict[str, dict[str, Any]]
 """Counts and times of one interval, which cross processes: `counts` is name or `name.label` →
 number, `times` name → list of seconds."""
@@ -82,6 +85,8 @@ class Stats:
     def _note(self, counts: Mapping[str, int], **seconds: float) -> None:
         times = {f"kvstore_{what}_seconds": [taken] for what, taken in seconds.items()}
         with self._lock:
+            kept = self._data["times"]
+            times = {k: s for k, s in times.items() if len(kept.get(k, ())) < _MOST_TIMES}
             add(self._data, {"counts": {k: n for k, n in counts.items() if n}, "times": times})
 
 
@@ -95,7 +100,7 @@ def add(data: Data, other: Data) -> None:
     for name, count in other["counts"].items():
         data["counts"][name] = data["counts"].get(name, 0) + count
     for name, times in other["times"].items():
-        data["times"][name] = data["times"].get(name, []) + times
+        data["times"].setdefault(name, []).extend(times)
 
 
 def summary(data: Data) -> dict[str, int | float]:

@@ -77,7 +77,11 @@ class Lane:
         """Have `job` run."""
         with self._changed:
             heapq.heappush(self._waiting, (job.priority, job.number, job, gates))
-        self._thread.submit(self._next)
+        try:
+            self._thread.submit(self._next)
+        except RuntimeError:  # No thread is to be had. Later, its pages may be others'.
+            self._take_back(lambda waits: waits is job)
+            raise
 
     def _next(self) -> None:
         with self._changed:
@@ -96,9 +100,12 @@ class Lane:
 
     def drop(self, requests: Collection[str]) -> list[Job]:
         """Take back what waits of these requests."""
+        return self._take_back(lambda job: job.request in requests)
+
+    def _take_back(self, chosen: Callable[[Job], bool]) -> list[Job]:
         with self._changed:
-            dropped = [entry[2] for entry in self._waiting if entry[2].request in requests]
-            self._waiting = [e for e in self._waiting if e[2].request not in requests]
+            dropped = [entry[2] for entry in self._waiting if chosen(entry[2])]
+            self._waiting = [entry for entry in self._waiting if not chosen(entry[2])]
             heapq.heapify(self._waiting)
         return dropped
 

@@ -26,7 +26,7 @@ _CORE: Final = f"{_SRT}mem_cache.unified_cache.unified_tree_core_interface:Unifi
 UPDATES: Final = (
     "update_weights_from_disk", "update_weights_from_distributed", "update_weights_from_tensor",
     "update_weights_from_ipc", "begin_weight_update", "end_weight_update",
-    "resume_memory_occupation",
+    "resume_memory_occupation", "check_weights",
 )  # fmt: skip
 """Calls after which weights may be others."""
 
@@ -134,6 +134,7 @@ def check_engine(server_args: Any, params: Any, components: Any) -> None:
         "--disaggregation-mode": server_args.disaggregation_mode not in (None, "null"),
         "--enable-hisparse": bool(server_args.enable_hisparse),
         "--enable-unified-memory": bool(server_args.enable_unified_memory),
+        "--dllm-algorithm": bool(server_args.dllm_algorithm),
     }
     for flag, is_wrong in wrong.items():
         if is_wrong:

@@ -30,6 +30,8 @@ _IDLE: Final = 0.001
 """Seconds to leave the GIL to others when there is nothing to do but wait for the store."""
 _HARMLESS: Final = frozenset({"save_remote_model", "save_sharded_model"})
 """What users may ask of a scheduler by name that leaves its weights alone."""
+_LOOKS: Final = frozenset({"snapshot", "compare", "checksum"})
+"""What `check_weights` may be asked that does, too; it also overwrites them."""
 
 
 def install() -> None:
@@ -111,7 +113,11 @@ def _add(add: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: An
     linker = _ours(adder.tree_cache)
     if linker is None or not linker.waits(req.rid):
         return add(adder, req, *args, **kwargs)
-    if adder.running_batch is None or adder.running_batch.is_empty():
+    alone = not adder.can_run_list and (
+        adder.running_batch is None or adder.running_batch.is_empty()
+    )
+    if alone and not hasattr(adder, "_kvstore_idled"):  # It is made for one look at the queue.
+        adder._kvstore_idled = True
         time.sleep(_IDLE)
     return AddReqResult.CONTINUE
 
@@ -180,7 +186,8 @@ def _update(name: str) -> Callable[..., None]:
     def changes(updater: Any, recv_req: Any) -> None:
         linker = _ours(getattr(updater.scheduler, "tree_cache", None))
         tags = getattr(recv_req, "tags", None)
-        if linker is not None and (not tags or "weights" in tags):
+        looks = name == "check_weights" and recv_req.action in _LOOKS
+        if linker is not None and not looks and (not tags or "weights" in tags):
             linker.weights_change(name)
 
     return changes

@@ -35,7 +35,7 @@ from kvstore.errors import SpecError
 _NEUTRAL: Final = re.compile(
     r"model_path|(de)?tokenizer.*|skip_.*|load_format|model_loader_extra_config|trust_remote_code"
     r"|context_length|is_embedding|(code_)?revision|dtype|quantization|kv_cache_dtype|mem_.*|max_.*"
-    r"|enable_multimodal|json_model_override_args|model_impl|chunked_prefill_size|prefill_.*"
+    r"|enable_multimodal|json_model_override_args|model_impl|chunked_prefill_size|prefill_(?!kv_).*"
     r"|.*schedul\w*|.*priority\w*|retraction_policy|page_size|radix_.*|disable_(overlap|radix|cuda"
     r"|decode_cuda|prefill_cuda|hybrid|chunked|tokenizer|outlines|custom|fast|flashinfer)_\w+"
     r"|enable_(mixed_chunk|cache|metrics|mfu|request|trace|p2p|http|ssl|forward|streaming|session"
@@ -58,9 +58,10 @@ _NEUTRAL: Final = re.compile(
 )
 # Environment variables of SGLang that change none.
 _NEUTRAL_ENVIRONMENT: Final = re.compile(
-    r"(?!SGLANG_).*|SGLANG_(USE_CPU_ENGINE|CPU_OMP_\w+|LOG\w*|HOST\w*|PORT\w*|TEST\w*|SKIP\w*|CACHE\w*"
-    r"|DISABLE_\w*|IS_IN_CI\w*|SET_\w*|\w*TIMEOUT\w*|\w*DIR|GC\w*|KILLED\w*|PREFETCH\w*|TREE\w*|RUN_ID"
-    r"|DEBUG\w*|PROFILE\w*|TORCH_PROFILER\w*|RECORD\w*|UNIFIED\w*|HICACHE\w*)"
+    r"(?!SGL|FLASHINFER_NVFP4|DEEP_NORMAL_MODE|USE_\w+_(KERNEL|BACKEND)).*|SGLANG_("
+    r"USE_CPU_ENGINE|CPU_OMP_\w+|LOG\w*|HOST\w*|PORT\w*|TEST\w*|SKIP_SGL\w*|CACHE\w*"
+    r"|DISABLE(D_MODEL|_OUTLINES|_LAZY|_CONSECUTIVE)\w*|IS_IN_CI\w*|SET_\w*|\w*TIMEOUT\w*"
+    r"|\w*DIR|GC\w*|KILLED\w*|PREFETCH\w*|TREE\w*|RUN_ID|DEBUG(?!_REVERT)\w*|PROFILE\w*|TORCH_PROFILER\w*|RECORD\w*|UNIFIED\w*|HICACHE\w*)"
 )
 _FROM_FILES: Final = re.compile(r"auto|safetensors|fastsafetensors")
 """Ways of loading that read the files that every engine reads, as they are."""

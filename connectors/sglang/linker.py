@@ -29,6 +29,7 @@ from sglang.srt.mem_cache.hicache_storage import PoolName
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 from sglang.srt.mem_cache.utils import get_storage_hash_str
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from kvstore.blocks.spec import ModelIdentity, Namespace, block_tokens_for, check_block_tokens
 from kvstore.client.session import Loaded
@@ -307,7 +308,7 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
         """Start what was queued; the number of the batch, -1 if it has nothing to wait for."""
         queued, self._queued = self._queued, {}
         loads = [load for load in queued.values() if load is not None]
-        return self.layer_done_counter.start(loads, self._settled()) if loads else -1
+        return self.layer_done_counter.start(loads, self._settled) if loads else -1
 
     @_guarded(False)
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
@@ -327,8 +328,7 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
     @_guarded(None)
     def step_begins(self, batch: Any) -> None:
         """A batch is about to be computed."""
-        mode, loads = batch.forward_mode, batch.hicache_consumer_index >= 0
-        alone = mode.is_extend() and not mode.is_mixed() and not loads
+        alone = batch.forward_mode is ForwardMode.EXTEND and batch.hicache_consumer_index < 0
         with self._stream():
             self._times.begin(int(batch.extend_num_tokens or 0) if alone else 0)
 
@@ -375,8 +375,13 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
     def num_completed_offloads(self) -> int:
         """How many have ended, from the oldest on; SGLang asks in every step."""
         if self._metrics is not None:
-            self._metrics.tell()
+            self._tell(self._metrics)
         return self._saves.ended
+
+    @_guarded(None)
+    def _tell(self, metrics: Metrics) -> None:
+        # On its own: pages stay locked while SGLang is not told that their saves have ended.
+        metrics.tell()
 
     @_guarded(False)
     def pop_completed_offload(self) -> bool:

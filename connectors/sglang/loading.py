@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -82,15 +82,23 @@ class LayerCounter:
         """The batch that is being computed; -1: one that loads nothing."""
         return self._consumer
 
-    def start(self, loads: list[Load], after: LayerGate | None) -> int:
-        """Start the loads of a batch, and return its number."""
+    def start(self, loads: list[Load], settled: Callable[[], LayerGate | None]) -> int:
+        """Start the loads of a batch, and return its number, whatever goes wrong: `finish` tells.
+
+        They write no page before the gate that `settled` gives.
+        """
         self._number += 1
-        batch = []
+        batch = self._batches[self._number] = []
         for load in loads:
-            gate = LayerGate(self.num_layers)
-            run = self._thread.submit(load.run, self._memory, self._timeout, after, gate)
+            gate, run = LayerGate(self.num_layers), Future[bool]()
+            try:
+                run = self._thread.submit(load.run, self._memory, self._timeout, settled(), gate)
+            except Exception:  # noqa: BLE001 - the batch must not be computed as if it had come
+                _log.exception("a load was not started")
+                gate.fail("the load was not started")
+                run.set_result(False)
+                load.held.release()
             batch.append((gate, run))
-        self._batches[self._number] = batch
         return self._number
 
     def set_consumer(self, index: int) -> None:
@@ -106,7 +114,9 @@ class LayerCounter:
 
     def finish(self, index: int) -> bool:
         """Wait for all loads of a batch; whether they came whole."""
-        return all([run.result() for _, run in self._batches.pop(index, ())])
+        runs = [run for _, run in self._batches.pop(index, ())]
+        wait(runs)
+        return all(run.exception() is None and run.result() for run in runs)
 
     def reset(self) -> None:
         """Wait for all loads that run, and forget them."""

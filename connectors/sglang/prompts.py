@@ -13,8 +13,10 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+from weakref import ref
 
 import numpy as np
 
@@ -49,11 +51,10 @@ class Adapters:
 
     def loading(self, lora_id: str, now: float) -> None:
         """An adapter is about to be loaded, `now` in seconds since 1970."""
+        for gone in (self._digests.keys() | self._loaded_at.keys()) - self._refs().keys():
+            self._digests.pop(gone, None)
+            self._loaded_at.pop(gone, None)
         self._loaded_at[lora_id] = now
-        gone = self._digests.keys() - self._refs().keys()
-        for other in gone:
-            self._digests.pop(other, None)
-            self._loaded_at.pop(other, None)
 
     def refuse(self, lora_id: str) -> None:
         """An adapter comes from no files."""
@@ -137,7 +138,9 @@ def _items(inputs: Any) -> Iterator[Media]:
         empty = item.feature is None and item.precomputed_embeddings is None
         if empty or not all([feed(h, name) and feed(h, given[name]) for name in sorted(given)]):
             raise SpecError(f"what the model is given of its {modality.lower()} is not known here")
-        for first, last in item.offsets or ():
+        if not item.offsets:
+            raise SpecError(f"where its {modality.lower()} stands is not known here")
+        for first, last in item.offsets:
             yield Media(modality, f"{h.hexdigest()}:{last - first}", first, last - first + 1)
 
 
@@ -151,29 +154,32 @@ class Prompts:
         self._namespace = namespace
         self._adapters = adapters
         self._stats = stats
-        self._known: OrderedDict[str, Prompt | None] = OrderedDict()
+        self._known: OrderedDict[str, tuple[ref[Any], Prompt | None]] = OrderedDict()
         self._quiet = QuietLog(_log)
 
     def known(self, rid: str) -> Prompt | None:
         """A request that has come up; None: it has not, or it goes without the store."""
-        return self._known.get(rid)
+        found = self._known.get(rid)
+        return None if found is None else found[1]
 
     def of(self, req: Any, weights: str) -> Prompt | None:
         """A request; None: it goes without the store.
 
         `weights` names those of the engine, beside the namespace's.
         """
-        if req.rid not in self._known:
+        known = self._known.get(req.rid)
+        if known is None or known[0]() is not req:  # Callers choose names, and may do so again.
             try:
                 found = self._take(req, weights)
             except (SpecError, OSError) as e:
                 found = None
                 self._quiet.warning("unkeyed", "a request goes without the store: %s", e)
                 self._stats.skipped("unkeyed")
-            self._known[req.rid] = found
+            known = ref(req, partial(self._gone, req.rid)), found
+            self._known[req.rid] = known
             if len(self._known) > _MOST:
                 self._known.popitem(last=False)
-        return self._known[req.rid]
+        return known[1]
 
     def _take(self, req: Any, weights: str) -> Prompt:
         if req.input_embeds is not None or req.positional_embed_overrides is not None:
@@ -206,6 +212,12 @@ class Prompts:
         namespace = Namespace(self._namespace.model, tenant, self._namespace.block_tokens)
         items = tuple(_items(req.multimodal_inputs))
         return Prompt(namespace, wishes, np.empty(0, np.uint32), named, items=items)
+
+    def _gone(self, rid: str, req: ref[Any]) -> None:
+        """SGLang has let go of a request, which may have ended without a word."""
+        known = self._known.get(rid)
+        if known is not None and known[0] is req:
+            del self._known[rid]
 
     def forget(self, rid: str) -> None:
         """A request has ended."""

@@ -123,6 +123,7 @@ class Saves:
         try:
             self._transfers.save(job, Gates(after))
         except Exception:
+            self._saving.pop(job.number, None)
             offload.whole = False
             raise
 

@@ -39,6 +39,7 @@ class KVStoreWrapper(UnifiedCacheLinkerWrapper):  # type: ignore[misc]
         ours, begin = self._ours, result.device_prefix_len
         if ours is None:
             return super().match(key, req, result)
+        self.hit_markers.pop(req.rid, None)  # What an earlier look has found; nobody may use it.
         # All ranks come to the same answer here, or wait for each other in vain.
         if key.is_bigram or len(key) // ours.block_tokens <= begin // ours.block_tokens:
             ours.asks(req, None, begin)
@@ -48,7 +49,6 @@ class KVStoreWrapper(UnifiedCacheLinkerWrapper):  # type: ignore[misc]
             return super().match(key, req, result)
         except Exception:  # noqa: BLE001 - it would end SGLang's scheduler
             _log.exception("a lookup failed")
-            self.hit_markers.pop(req.rid, None)
             return result
 
     def _offload_node(self, node_id: Any, transfers: list[Any]) -> None:

@@ -60,6 +60,7 @@ def engine(**changes: Any) -> tuple[Any, Any]:
         "speculative_algorithm": None,
         "disaggregation_mode": "null",
         "enable_hisparse": False,
+        "dllm_algorithm": None,
         "enable_unified_memory": False,
     }
     params = {"is_eagle": False, "pp_size": 1, "attn_cp_size": 1}
@@ -83,6 +84,7 @@ def test_an_engine_of_full_attention_is_served() -> None:
         ({"attn_cp_size": 2}, ["FULL"], "--attn-cp-size"),
         ({"disaggregation_mode": "prefill"}, ["FULL"], "--disaggregation-mode"),
         ({"enable_hisparse": True}, ["FULL"], "--enable-hisparse"),
+        ({"dllm_algorithm": "LowConfidence"}, ["FULL"], "--dllm-algorithm"),
     ],
 )
 def test_engines_that_are_refused(changes: Any, kinds: list[str], words: str) -> None:
@@ -158,6 +160,10 @@ def test_numbers_beyond_tokens_are_part_of_keys() -> None:
     assert keys(*run)[1] != keys(7, wide, wide, wide, wide, other, 5, 6)[1]
 
 
+class Request(SimpleNamespace):
+    """One that can be referred to weakly."""
+
+
 def test_media_are_named_by_what_the_model_is_given() -> None:
     prompts = Prompts(
         settings_of({}, engine="sglang", place="test"), SPACE, Adapters(dict), Stats(4)
@@ -168,7 +174,7 @@ def test_media_are_named_by_what_the_model_is_given() -> None:
             modality=Modality.IMAGE, feature=torch.full((3, 2), pixels), offsets=[(4, 6)]
         )
         item.set_hash(claimed)
-        request = SimpleNamespace(
+        request = Request(
             rid=rid, input_embeds=None, positional_embed_overrides=None, cache_salt=None,
             extra_key=None, lora_id=None, sampling_params=SimpleNamespace(custom_params=None),
             multimodal_inputs=SimpleNamespace(mm_items=[item]),
@@ -208,7 +214,7 @@ def test_all_that_is_wrong_with_wishes_is_said_at_once(
     given: object, said: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = settings_of({}, engine="sglang", place="test")
-    request = SimpleNamespace(
+    request = Request(
         rid="a", input_embeds=None, positional_embed_overrides=None, cache_salt=None,
         extra_key=None, lora_id=None, multimodal_inputs=None,
         sampling_params=SimpleNamespace(custom_params={"kvstore": given}),
