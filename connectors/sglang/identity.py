@@ -61,7 +61,8 @@ _NEUTRAL_ENVIRONMENT: Final = re.compile(
     r"(?!SGL|FLASHINFER_NVFP4|DEEP_NORMAL_MODE|USE_\w+_(KERNEL|BACKEND)).*|SGLANG_("
     r"USE_CPU_ENGINE|CPU_OMP_\w+|LOG\w*|HOST\w*|PORT\w*|TEST\w*|SKIP_SGL\w*|CACHE\w*"
     r"|DISABLE(D_MODEL|_OUTLINES|_LAZY|_CONSECUTIVE)\w*|IS_IN_CI\w*|SET_\w*|\w*TIMEOUT\w*"
-    r"|\w*DIR|GC\w*|KILLED\w*|PREFETCH\w*|TREE\w*|RUN_ID|DEBUG(?!_REVERT)\w*|PROFILE\w*|TORCH_PROFILER\w*|RECORD\w*|UNIFIED\w*|HICACHE\w*)"
+    r"|\w*DIR|GC\w*|KILLED\w*|PREFETCH\w*|TREE\w*|RUN_ID|DEBUG(?!_REVERT)\w*"
+    r"|PROFILE\w*|TORCH_PROFILER\w*|RECORD\w*|UNIFIED\w*|HICACHE\w*)"
 )
 _FROM_FILES: Final = re.compile(r"auto|safetensors|fastsafetensors")
 """Ways of loading that read the files that every engine reads, as they are."""
