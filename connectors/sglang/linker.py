@@ -422,7 +422,7 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
         """The tree is emptied, and its pages are given anew."""
         self.quiesce()
         self._saves.clear()
-        self._prompts.clear()
+        self._prompts.clear(emptied=True)
         if self._named and self._weights is None:
             self._weights = f"{self._instance} {self._updates}"
 

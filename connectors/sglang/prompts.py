@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,8 @@ _log = logging.getLogger("sglang.srt.kvstore.prompts")
 
 _MOST: Final = 4096
 """Requests that are remembered."""
+_MOST_NUMBERS: Final = 1 << 18
+"""Numbers for images that are remembered, four for each."""
 
 
 class Adapters:
@@ -123,25 +125,21 @@ def plain(
     return np.where(wide, 0, ids).astype(np.uint32), media
 
 
-def _items(inputs: Any) -> Iterator[Media]:
-    """Images and the like of a request, and where they stand.
-
-    Callers may say what SGLang is to call them (`mm_hashes`): what counts is their content.
+def _content(item: Any) -> str:
+    """What the model is given of an image or the like.
 
     Raises:
         SpecError: that is not known here, or not any more.
     """
-    for item in [] if inputs is None else inputs.mm_items:
-        modality, h = str(item.modality.name), hashlib.sha256()
-        given = {"feature": item.feature, "embeddings": item.precomputed_embeddings}
-        given |= item.model_specific_data
-        empty = item.feature is None and item.precomputed_embeddings is None
-        if empty or not all([feed(h, name) and feed(h, given[name]) for name in sorted(given)]):
-            raise SpecError(f"what the model is given of its {modality.lower()} is not known here")
-        if not item.offsets:
-            raise SpecError(f"where its {modality.lower()} stands is not known here")
-        for first, last in item.offsets:
-            yield Media(modality, f"{h.hexdigest()}:{last - first}", first, last - first + 1)
+    h = hashlib.sha256()
+    given = {"feature": item.feature, "embeddings": item.precomputed_embeddings}
+    given |= item.model_specific_data
+    empty = item.feature is None and item.precomputed_embeddings is None
+    if empty or not all([feed(h, name) and feed(h, given[name]) for name in sorted(given)]):
+        raise SpecError("what the model is given of an image or the like is not known here")
+    if not item.offsets:
+        raise SpecError("where an image or the like stands is not known here")
+    return h.hexdigest()
 
 
 class Prompts:
@@ -155,6 +153,8 @@ class Prompts:
         self._adapters = adapters
         self._stats = stats
         self._known: OrderedDict[str, tuple[ref[Any], Prompt | None]] = OrderedDict()
+        self._meant: OrderedDict[int, str] = OrderedDict()
+        """What stands for numbers beyond tokens in SGLang's tree; empty: more than one thing."""
         self._quiet = QuietLog(_log)
 
     def known(self, rid: str) -> Prompt | None:
@@ -210,8 +210,33 @@ class Prompts:
             words = "; ".join(wrong)
             self._quiet.warning("wish", "custom_params: kvstore: %s; left out", words)
         namespace = Namespace(self._namespace.model, tenant, self._namespace.block_tokens)
-        items = tuple(_items(req.multimodal_inputs))
-        return Prompt(namespace, wishes, np.empty(0, np.uint32), named, items=items)
+        media = self._media(req.multimodal_inputs)
+        return Prompt(namespace, wishes, np.empty(0, np.uint32), named, items=media)
+
+    def _media(self, inputs: Any) -> tuple[Media, ...]:
+        """Images and the like of a request, and where they stand.
+
+        Callers may say what SGLang is to call them (`mm_hashes`), and its tree goes by that. Where
+        a name has stood for two of them, nobody knows what the tree has.
+
+        Raises:
+            SpecError: their content, or what the tree has of it, is not known.
+        """
+        found = []
+        for item in [] if inputs is None else inputs.mm_items:
+            modality, digest = str(item.modality.name), _content(item)
+            for number in item.padding_values():
+                before = self._meant.pop(number, digest)
+                self._meant[number] = digest if before == digest else ""
+                if before != digest:
+                    self._known.clear()  # Of those, some may share it.
+                    raise SpecError("the name of an image or the like has stood for another")
+            for first, last in item.offsets:
+                length = last - first + 1
+                found.append(Media(modality, f"{digest}:{length}", first, length))
+        while len(self._meant) > _MOST_NUMBERS:
+            self._meant.popitem(last=False)
+        return tuple(found)
 
     def _gone(self, rid: str, req: ref[Any]) -> None:
         """SGLang has let go of a request, which may have ended without a word."""
@@ -223,6 +248,8 @@ class Prompts:
         """A request has ended."""
         self._known.pop(rid, None)
 
-    def clear(self) -> None:
-        """Forget all."""
+    def clear(self, *, emptied: bool = False) -> None:
+        """Forget all requests; SGLang's tree may have been `emptied`."""
         self._known.clear()
+        if emptied:
+            self._meant.clear()

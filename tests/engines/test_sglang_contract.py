@@ -169,6 +169,8 @@ def test_media_are_named_by_what_the_model_is_given() -> None:
         settings_of({}, engine="sglang", place="test"), SPACE, Adapters(dict), Stats(4)
     )
 
+    alive: list[Any] = []
+
     def of(rid: str, pixels: float, claimed: int) -> list[bytes] | None:
         item = MultimodalDataItem(
             modality=Modality.IMAGE, feature=torch.full((3, 2), pixels), offsets=[(4, 6)]
@@ -181,19 +183,29 @@ def test_media_are_named_by_what_the_model_is_given() -> None:
         )  # fmt: skip
         if pixels < 0:
             item.feature = None
+        alive.append(request)
         prompt = prompts.of(request, "")
         if prompt is None:
             return None
         prompt.know(np.array([1, 2, 3, 4, *[item.pad_value] * 3, 8, 1, 2, 3, 4], np.int64))
         return prompt.extend_keys()
 
-    first, liar = of("a", 1.0, 7), of("b", 2.0, 7)
+    first, other = of("a", 1.0, 7), of("b", 2.0, 8)
     assert first is not None
-    assert liar is not None
-    assert first[0] == liar[0] == block_keys(SPACE, [1, 2, 3, 4])[0]
-    assert first[1] != liar[1]
+    assert other is not None
+    assert first[0] == other[0] == block_keys(SPACE, [1, 2, 3, 4])[0]
+    assert first[1] != other[1]
     assert of("c", 1.0, 7) == first
     assert of("d", -1.0, 7) is None
+    # A name for two contents: what SGLang's tree has under it is not known until it is emptied.
+    assert prompts.known("a") is not None
+    assert of("liar", 2.0, 7) is None
+    assert of("honest", 1.0, 7) is None
+    assert prompts.known("a") is None
+    prompts.clear()
+    assert of("honest", 1.0, 7) is None
+    prompts.clear(emptied=True)
+    assert of("honest", 1.0, 7) == first
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_a_name_that_is_used_again_is_another_request() -> None:
 def test_media_that_stand_nowhere_are_not_named() -> None:
     item = SimpleNamespace(
         modality=SimpleNamespace(name="IMAGE"), feature=np.ones(3), precomputed_embeddings=None,
-        model_specific_data={}, offsets=None,
+        model_specific_data={}, offsets=None, padding_values=lambda: (1 << 40,),
     )  # fmt: skip
     request = Request("one", multimodal_inputs=SimpleNamespace(mm_items=[item]))
     assert prompts().of(request, "") is None
