@@ -147,7 +147,9 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
         self._device = device = Device.of(pool.tensors, config.session)
         self._times = StepTimes(device)
         self.stats = Stats(self.block_tokens)
-        self._metrics = Metrics(self.stats) if params.enable_metrics else None
+        # Ranks do the same, so one of them tells.
+        tells = params.enable_metrics and ranks.rank == 0
+        self._metrics = Metrics(self.stats) if tells else None
         self._memory = memory = views(pool.memory, config.session.head_shards)
         self._sessions = Sessions(config, namespace, [each.part for each in memory], device.copier)
         self._session = self._sessions.open(settings.tenant)
