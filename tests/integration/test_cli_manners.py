@@ -102,7 +102,7 @@ HARMLESS = {
     "inspect", "token new", "operations list", "operations watch", "operations cancel", "bench",
     *(f"bench {name}" for name in (
         "copy", "disk", "session", "store", "weights", "peer", "gpu-copy", "engine", "soak",
-        "loop")),
+        "loop", "tier")),
     # What they change can be changed back, and nothing is lost by it.
     "pin", "unpin", "prefetch", "move", "copy", "compress", "decompress", "admission",
     "drain",  # --stop says it, and writes out before
@@ -380,7 +380,8 @@ VALUES: dict[str, list[str]] = {
     "serve --tokens": NO_FILE, "--log-level": NO_CHOICE,
     "folder": NO_FOLDER, "--folder": NO_FOLDER,
     "--size": [*NO_SIZE, "0", "1kB", "1TiB"], "--threads": NO_COUNT, "--samples": NO_COUNT,
-    "--clients": NO_COUNT, "--streams": NO_COUNT, "--requests": NO_COUNT, "--objects": NO_COUNT,
+    "--clients": NO_COUNT, "--connections": NO_COUNT, "--type": NO_CHOICE,
+    "--streams": NO_COUNT, "--requests": NO_COUNT, "--objects": NO_COUNT,
     "--engine": NO_CHOICE, "--processes": NO_CHOICE,
     "--minutes": ["", "-1", "nan", "inf", "1e9", "x"], "--seconds": ["", "-1", "nan", "inf", "1e9"],
 }  # fmt: skip
@@ -401,8 +402,8 @@ BESIDE: dict[str, list[str]] = {
 }
 """What a command needs beside the value in question."""
 
-OF_OTHERS = {"--model", "--dtype", "--connector", "--results"}
-"""What the engine judges, or who has a GPU."""
+OF_OTHERS = {"--model", "--dtype", "--connector", "--results", "--url", "--endpoint"}
+"""What the engine judges, a server, or who has a GPU."""
 NAMES_BLOCKS = {"--tokens", "--tokens-file", "--keys"}
 
 
