@@ -99,13 +99,13 @@ def test_a_part_of_a_cluster_that_is_gone_is_unknown_and_the_rest_goes_on(
     empty: list[RedisServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost = empty[2]
-    with bench(empty[0], mode="cluster", timeout=0.3) as one:
+    with bench(empty[0], mode="cluster", timeout=0.8) as one:
         objects = one.put(*NAMES, created=1000)
         on_lost = [slot_of(name) * 3 // 16384 == 2 for name in NAMES]
         assert 0 < sum(on_lost) < 24
         lost.pause()
         try:
-            ends_within(3, objects, one.tier.get)
+            ends_within(6, objects, one.tier.get)
             started = time.monotonic()
             ends = objects.get()
             assert [end is not None for end in ends] == on_lost
