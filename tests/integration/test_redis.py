@@ -472,7 +472,7 @@ LIES = [
 def test_no_answer_of_a_server_does_harm(liar: Liar, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every job ends in time, for a reason of ours; nothing is taken for an object."""
     monkeypatch.setattr(keeper, "_TICK", 0.005)
-    with Bench(opens(liar, timeout=0.2, retry_seconds=0.01), Path()) as one:  # type: ignore[arg-type]
+    with Bench(opens(liar, timeout=0.4, retry_seconds=0.01), Path()) as one:  # type: ignore[arg-type]
         objects = Objects(one, [name_of(1), name_of(2)])
         for lie in LIES:
             liar.says = lambda words: b"+OK\r\n"
@@ -482,10 +482,10 @@ def test_no_answer_of_a_server_does_harm(liar: Liar, monkeypatch: pytest.MonkeyP
             reasons = {"absent", "corrupt", "io_error", "stalled", "away"}
             if word in FAULTS and FAULTS[word].gets:
                 reasons = {FAULTS[word].reason}
-            assert ends_within(2, objects, one.tier.get) <= reasons, lie
+            assert ends_within(4, objects, one.tier.get) <= reasons, lie
             found = probe(one, [name_of(1)])[0]
             assert found is None or not found.nbytes, lie
-            ends = ends_within(2, objects, one.tier.put)
+            ends = ends_within(4, objects, one.tier.put)
             assert ends <= {"io_error", "stalled", "full", "read_only", "away"}, lie
             if word in FAULTS:
                 assert ends == {FAULTS[word].reason}
