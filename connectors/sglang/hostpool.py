@@ -10,8 +10,9 @@ from typing import Any, Final
 from sglang.srt.mem_cache.pool_host.mha import AsymmetricMHATokenToKVPoolHost, MHATokenToKVPoolHost
 from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
 
-from kvstore.blocks.spec import DTYPE_BYTES, Described, Group, Kind, Part, Shard
+from kvstore.blocks.spec import DTYPE_BYTES, Described, Group, Kind, Part
 from kvstore.connectors.common.identity import type_name
+from kvstore.connectors.sglang.layout import Ranks, shard_of
 from kvstore.copier.base import PagedMemory, PlaneMemory
 from kvstore.errors import SpecError
 
@@ -44,12 +45,7 @@ def memory_of(pool: Any, rank: int, ranks: int, total_heads: int) -> PagedMemory
     else:
         raise SpecError(f"a host pool of type {type(pool).__name__} is not supported")
     _check(pool)
-    shards = total_heads // heads
-    if heads * shards != total_heads or ranks % shards:
-        raise SpecError(
-            f"{total_heads} KV heads, {heads} on each of {ranks} tensor-parallel ranks, are not "
-            f"supported; use a --tp-size that divides {total_heads}, or that it divides"
-        )
+    shard, _ = shard_of(total_heads, heads, Ranks(rank, ranks))
     axes, page = _AXES[pool.layout], pool.page_size
     sizes = {
         "L": pool.layer_num, "T": pool.page_num * page, "G": pool.page_num, "N": page, "H": heads,
@@ -76,7 +72,7 @@ def memory_of(pool: Any, rank: int, ranks: int, total_heads: int) -> PagedMemory
     )
     # Objects lie as pages do, so that a page that is one run of bytes is copied as one.
     layout = Described("P" + axes.replace("G", "").replace("T", "N"))
-    part = Part(group, layout, Shard(rank * shards // ranks, shards))
+    part = Part(group, layout, shard)
     return PagedMemory(part, page, pool.page_num, planes, tensors)
 
 

@@ -13,6 +13,7 @@ import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
 from kvstore.blocks.spec import DTYPE_BYTES, Described, Group, Kind, Part, Shard
+from kvstore.connectors.common.identity import type_name
 from kvstore.copier.base import PagedMemory, PlaneMemory
 from kvstore.errors import SpecError
 
@@ -61,20 +62,14 @@ def pool_of(pool: Any, page_tokens: int, total_heads: int, ranks: Ranks) -> Pool
             f"a KV pool of type {type(pool).__name__} is not supported; only full attention "
             "(MHA, GQA) and MLA, without scales of their own"
         )
-    dtype = str(pool.dtype).removeprefix("torch.")
+    dtype = type_name(pool.dtype)
     if dtype not in DTYPE_BYTES:
         raise SpecError(f"KV cache of type {dtype} is not supported")
-    shards = total_heads // heads
-    if heads * shards != total_heads or ranks.size % shards:
-        raise SpecError(
-            f"{total_heads} KV heads, {heads} on each of {ranks.size} tensor-parallel ranks, are "
-            f"not supported; use a --tp-size that divides {total_heads}, or that it divides"
-        )
-    shard, copy = divmod(ranks.rank, ranks.size // shards)
+    shard, saves = shard_of(total_heads, heads, ranks)
     group = Group(
         pool.layer_num, heads, channels, dtype, kind=kind, first_layer=pool.start_layer or 0
     )
-    part = Part(group, _LAYOUT, Shard(shard, shards))
+    part = Part(group, _LAYOUT, shard)
     planes = []
     for tensor in tensors:
         slot, head, channel = (stride * tensor.element_size() for stride in tensor.stride())
@@ -88,7 +83,23 @@ def pool_of(pool: Any, page_tokens: int, total_heads: int, ranks: Ranks) -> Pool
         tensors,
         first.device.index if first.is_cuda else None,
     )
-    return Pool(part, memory, tuple(tensors), copy == 0)
+    return Pool(part, memory, tuple(tensors), saves)
+
+
+def shard_of(total_heads: int, heads: int, ranks: Ranks) -> tuple[Shard, bool]:
+    """Which of `total_heads` KV heads this rank holds, `heads` on each; whether it stores them.
+
+    Raises:
+        SpecError: they are not shared out evenly.
+    """
+    shards = total_heads // heads
+    if heads * shards != total_heads or ranks.size % shards:
+        raise SpecError(
+            f"{total_heads} KV heads, {heads} on each of {ranks.size} tensor-parallel ranks, are "
+            f"not supported; use a --tp-size that divides {total_heads}, or that it divides"
+        )
+    shard, copy = divmod(ranks.rank, ranks.size // shards)
+    return Shard(shard, shards), copy == 0
 
 
 def _check_plain(pool: Any) -> None:
