@@ -10,10 +10,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Final
 
 from kvstore.tiers.base import Job, JobDone
+from kvstore.tiers.tasks import Task, Tasks
 from kvstore.tiers.vitals import Vitals
 
 _FIRST_PAUSE: Final = 0.1
@@ -70,16 +70,6 @@ class Breaker:
             return True
 
 
-@dataclass(slots=True, eq=False)
-class Task:
-    """A job of a crew. `over`: it has ended."""
-
-    job: Job
-    done: JobDone
-    is_put: bool
-    over: bool = field(default=False, init=False)
-
-
 class Crew:
     """Threads that run jobs in batches of one kind, gets before puts.
 
@@ -103,12 +93,8 @@ class Crew:
         self._vitals = vitals
         self._stall_seconds = stall_seconds
         self._logger = logging.getLogger(f"kvstore.{name}")
-        lock = threading.Lock()
-        self._work = threading.Condition(lock)
-        self._idle = threading.Condition(lock)  # flush waits for the ends of tasks
-        self._gets: deque[Task] = deque()
-        self._puts: deque[Task] = deque()
-        self._open: dict[Task, None] = {}  # oldest first
+        self._tasks: Tasks[Task] = Tasks(self._logger)
+        self._work = self._tasks.work
         self._since: dict[int, float] = {}  # when each busy thread was last through with something
         self._closed = threading.Event()
         self._threads = [
@@ -138,9 +124,7 @@ class Crew:
         error = "closed" if self._closed.is_set() else "stalled" if self.stalled else None
         if error is None:
             with self._work:
-                self._open |= dict.fromkeys(tasks)
-                (self._puts if is_put else self._gets).extend(tasks)
-                self._work.notify(len(tasks))
+                self._tasks.add(tasks, is_put=is_put)
             if not self._closed.is_set():
                 return
             error = "closed"
@@ -149,10 +133,9 @@ class Crew:
 
     def finish(self, task: Task, error: str | None) -> None:
         """Tell of the end of a task, once; from then on nothing touches its memory."""
+        if not self._tasks.ends(task):
+            return
         with self._work:
-            if task.over:
-                return
-            task.over = True
             if (thread := threading.get_ident()) in self._since:
                 self._since[thread] = time.monotonic()
         job = task.job
@@ -162,25 +145,11 @@ class Crew:
             self._vitals.count("bytes_written", job.nbytes)
         if error is not None:
             self._vitals.count(f"{'write' if task.is_put else 'read'}_errors.{error}")
-        try:
-            task.done(job, error)
-        except Exception:
-            self._logger.exception("the callback of a job failed")
-        with self._work:
-            self._open.pop(task, None)
-            self._idle.notify_all()
+        self._tasks.ended(task, error)
 
     def flush(self, seconds: float) -> bool:
         """Wait until all that was submitted has ended; whether it has."""
-        with self._idle:
-            before = list(self._open)
-
-            def ended() -> bool:
-                while before and before[-1] not in self._open:  # Each is looked at once.
-                    before.pop()
-                return not before
-
-            return self._idle.wait_for(ended, seconds)
+        return self._tasks.wait(seconds)
 
     def close(self, seconds: float, wake: Callable[[], None] = lambda: None) -> bool:
         """End; `wake` makes threads return that wait. Whether all did within that time."""
@@ -195,11 +164,7 @@ class Crew:
         return not any(thread.is_alive() for thread in self._threads)
 
     def _fail_queued(self, error: str) -> None:
-        with self._work:
-            queued = [*self._gets, *self._puts]
-            self._gets.clear()
-            self._puts.clear()
-        for task in queued:
+        for task in self._tasks.take_back():
             self.finish(task, error)
 
     def _serve(self, number: int) -> None:
@@ -207,10 +172,10 @@ class Crew:
         while True:
             with self._work:
                 self._since.pop(thread, None)
-                self._work.wait_for(lambda: self._gets or self._puts or self._closed.is_set())
+                self._work.wait_for(lambda: self._tasks.waiting or self._closed.is_set())
                 if self._closed.is_set():
                     return
-                tasks = self._batch(self._gets or self._puts)
+                tasks = self._batch(self._tasks.waiting)
                 self._since[thread] = time.monotonic()
             try:
                 self._run(number, tasks)

@@ -13,7 +13,8 @@ import pytest
 from kvstore.tiers import remote
 from kvstore.tiers.base import Job
 from kvstore.tiers.conformance import name_of
-from kvstore.tiers.remote import Breaker, Crew, Task
+from kvstore.tiers.remote import Breaker, Crew
+from kvstore.tiers.tasks import Task
 from kvstore.tiers.vitals import Vitals
 
 

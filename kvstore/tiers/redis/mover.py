@@ -14,7 +14,8 @@ from kvstore.tiers.redis.format import HEADER, PIECE, Header, decode, encode, ke
 from kvstore.tiers.redis.keeper import Keeper
 from kvstore.tiers.redis.link import Broken, Link, Refused, Reply, command
 from kvstore.tiers.redis.servers import Links, Server, Servers
-from kvstore.tiers.remote import Crew, Task
+from kvstore.tiers.remote import Crew
+from kvstore.tiers.tasks import Task
 
 _AHEAD: Final = 8 << 20
 """Bytes asked for, or sent, before the first answer is waited for."""

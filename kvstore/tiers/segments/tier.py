@@ -21,9 +21,10 @@ from kvstore._native import xxh3_64
 from kvstore.config import Seconds
 from kvstore.mistakes import explain
 from kvstore.tiers.base import Held, Host, InSegment, Job, JobDone, ObjectName, State
-from kvstore.tiers.remote import Breaker, Crew, Task
+from kvstore.tiers.remote import Breaker, Crew
 from kvstore.tiers.segments.format import Block, Segment, decode, encode, path_of, shape_of, whole
 from kvstore.tiers.slab.direct import reason_of
+from kvstore.tiers.tasks import Task
 from kvstore.tiers.vitals import Vitals
 
 _NEW: Final = 0.2

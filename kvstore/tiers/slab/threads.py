@@ -10,19 +10,20 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from kvstore.errors import SpecError
-from kvstore.tiers.base import Held, Job, JobDone
+from kvstore.tiers import tasks
+from kvstore.tiers.base import Held
 from kvstore.tiers.slab.dictionary import DictionaryFull
 from kvstore.tiers.slab.direct import Mover
 from kvstore.tiers.slab.file import ChunkRefused, SlabFile
 from kvstore.tiers.slab.health import Beat, Health
 from kvstore.tiers.slab.table import Place
+from kvstore.tiers.tasks import Tasks
 
 _logger = logging.getLogger("kvstore.disk")
 
@@ -39,15 +40,11 @@ NAMES_FULL: Final = "names_full"
 
 
 @dataclass(slots=True, eq=False)
-class Task:
-    """A job and its place. `over`: it has ended; `had_names`: names were given up for it."""
+class Task(tasks.Task):
+    """A job and its place. `had_names`: names were given up for it."""
 
-    job: Job
-    done: JobDone
-    place: Place
-    is_put: bool
-    over: bool = False
-    had_names: bool = False
+    place: Place = field(kw_only=True)
+    had_names: bool = field(default=False, init=False)
 
 
 class Threads:
@@ -75,12 +72,8 @@ class Threads:
         self._health = health
         self._sync_seconds = sync_seconds
         self._ended = ended
-        lock = threading.Lock()
-        self._work = threading.Condition(lock)  # for those that move objects
-        self._idle = threading.Condition(lock)  # flush waits for the ends of tasks
-        self._reads: deque[Task] = deque()
-        self._writes: deque[Task] = deque()
-        self._open: dict[Task, None] = {}  # oldest first
+        self._tasks: Tasks[Task] = Tasks(_logger)
+        self._work = self._tasks.work  # for those that move objects
         self._closing = False
         self._asked: queue.SimpleQueue[Future[bool] | None] = queue.SimpleQueue()
         """Syncs; None: the table has something to write."""
@@ -107,27 +100,17 @@ class Threads:
         """Run a task, or run it again at another place."""
         with self._work:
             if not self._closing:
-                self._open[task] = None
-                (self._writes if task.is_put else self._reads).append(task)
-                self._work.notify()
+                self._tasks.add([task], is_put=task.is_put)
                 return
         self.finish(task, "closed")
 
     def finish(self, task: Task, error: str | None) -> None:
         """Tell of the end of a task, once. One that was never submitted may end, too."""
-        with self._work:
-            if task.over:
-                return
-            task.over = True
+        if not self._tasks.ends(task):
+            return
         if task.is_put and error is not None:
             self._health.count(f"write_errors.{error}")
-        try:
-            task.done(task.job, error)
-        except Exception:
-            _logger.exception("the callback of a disk job failed")
-        with self._work:
-            self._open.pop(task, None)
-            self._idle.notify_all()
+        self._tasks.ended(task, error)
 
     def record(self, place: Place, held: Held | None) -> None:
         """The table is to say this of a place, or nothing; soon."""
@@ -139,16 +122,9 @@ class Threads:
     def flush(self, seconds: float) -> bool:
         """See `Tier.flush`."""
         until = time.monotonic() + seconds
-        with self._idle:
-            before = list(self._open)
-
-            def ended() -> bool:
-                while before and before[-1] not in self._open:  # Each is looked at once.
-                    before.pop()
-                return not before
-
-            if not self._idle.wait_for(ended, seconds):
-                return False
+        if not self._tasks.wait(seconds):
+            return False
+        with self._work:
             synced = self._last_sync
             if not self._closing:
                 synced = Future()
@@ -167,7 +143,7 @@ class Threads:
         ended = self._join(self._movers)
         self._asked.put(self._last_sync)
         ended = self._join([self._keeper]) and ended
-        for task in list(self._open) if ended else []:
+        for task in self._tasks.open if ended else []:
             self.finish(task, "closed")  # It waited for the loop.
         self._closed.set()
         self._watcher.join()
@@ -182,11 +158,7 @@ class Threads:
         return True
 
     def _fail_queued(self, error: str) -> None:
-        with self._work:
-            queued = [*self._reads, *self._writes]
-            self._reads.clear()
-            self._writes.clear()
-        for task in queued:
+        for task in self._tasks.take_back():
             self._ended(task, error)
 
     # --- Moving objects ---------------------------------------------------------------------------
@@ -194,10 +166,10 @@ class Threads:
     def _move(self, mover: Mover, beat: Beat) -> None:
         while True:
             with self._work:
-                self._work.wait_for(lambda: self._reads or self._writes or self._closing)
+                self._work.wait_for(lambda: self._tasks.waiting or self._closing)
                 if self._closing:
                     return
-                task = (self._reads or self._writes).popleft()
+                task = self._tasks.waiting.popleft()
             self._ended(task, self._run(task, mover, beat))
 
     def _run(self, task: Task, mover: Mover, beat: Beat) -> str | None:

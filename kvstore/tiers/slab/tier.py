@@ -180,7 +180,7 @@ class SlabTier:
         if not self._pool.growing and time.monotonic() >= self._grow_at:
             self._pool.growing = True
         for job in jobs:
-            task = Task(job, done, Place(0, 0), is_put=True)
+            task = Task(job, done, is_put=True, place=Place(0, 0))
             error = "closed" if self._closed else self._health.unwritable
             possible = 0 < job.nbytes <= self._pool.chunk and len(job.name.key) == 32
             if possible and error is None:
@@ -222,7 +222,9 @@ class SlabTier:
                 done(job, "refused")
             else:
                 self._health.get_begins(job.nbytes)
-                self._threads.submit(Task(job, done, Place(slot.offset, slot.nbytes), is_put=False))
+                self._threads.submit(
+                    Task(job, done, is_put=False, place=Place(slot.offset, slot.nbytes))
+                )
 
     def delete(self, names: Sequence[ObjectName]) -> None:
         """See `Tier.delete`."""
