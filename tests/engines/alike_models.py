@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,6 +13,7 @@ import transformers
 
 from kvstore.connectors.common import identity
 
+SECONDS: Final = 400.0
 SIZES: Final[dict[str, Any]] = {
     "vocab_size": 256,
     "hidden_size": 128,
@@ -60,3 +64,20 @@ def all_made(folder: Path, engine: str) -> list[str]:
     kinds = [kind for kind in kinds if (engine, kind[0]) not in identity._OTHERWISE]
     kinds += [("LlamaForCausalLM", rope) for rope in ROPES if rope != "default"]
     return [str(made(folder, *kind)) for kind in kinds]
+
+
+def check(folder: Path, engine: str, environment: dict[str, str]) -> None:
+    """What an engine caches of them is what transformers does; a script of its own compares."""
+    folders = all_made(folder, engine)
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name(f"{engine}_numbers.py")), *folders],
+        env=environment,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    found = dict(json.loads(line) for line in done.stdout.splitlines())
+    assert set(found) == set(folders), done.stderr[-4000:]
+    assert max(found.values()) < 1e-5, found

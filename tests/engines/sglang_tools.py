@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
-import urllib.error
-import urllib.request
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from kvstore.benchmarks import sglang_engine
 from kvstore.benchmarks.serving_engine import EngineProcess
 from kvstore.benchmarks.sglang_engine import CPU
 from tests.engines import sglang_child
 from tests.engines.model_tools import model
-from tests.session_tools import Served, eventually
+from tests.engines.server_tools import EngineServer
+from tests.session_tools import Served
 
 ENVIRONMENT: Final = {
     "HF_HUB_OFFLINE": "1",
@@ -41,7 +36,6 @@ SETTINGS: Final[dict[str, Any]] = {
     "skip_server_warmup": True,
 }
 """Of every engine and server, where a test says nothing else."""
-START_SECONDS: Final = 600.0
 
 
 def linked(store: Served | str, **extra: Any) -> dict[str, Any]:
@@ -118,8 +112,8 @@ def flags(settings: dict[str, Any]) -> list[str]:
     return words
 
 
-class Server:
-    """`sglang.launch_server` as users run it, with flags only; a context manager."""
+class Server(EngineServer):
+    """`sglang.launch_server` as users run it, with flags only."""
 
     def __init__(
         self,
@@ -128,77 +122,12 @@ class Server:
         environment: dict[str, str] | None = None,
         **settings: Any,
     ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self._log = tempfile.NamedTemporaryFile("w+", prefix="sglang-", suffix=".log")  # noqa: SIM115
-        own = {"model_path": model(), "served_model_name": "small", "port": self.port}
+        own = {"model_path": model(), "served_model_name": "small"}
         whole = CPU | SETTINGS | {"enable_cache_report": True} | (linker or {}) | settings
+        start = [sys.executable, "-m", "sglang.launch_server"]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "sglang.launch_server", *flags(own | whole)],
-            stdout=self._log,
-            stderr=self._log,
-            cwd="/",
-            env=ENVIRONMENT | os.environ | {"PATH": path} | (environment or {}),
-            start_new_session=True,
+        super().__init__(
+            "sglang",
+            lambda port: [*start, *flags(own | {"port": port} | whole)],
+            ENVIRONMENT | os.environ | {"PATH": path} | (environment or {}),
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    @property
-    def log(self) -> str:
-        """What it has printed."""
-        return Path(self._log.name).read_text(errors="replace")
-
-    def wait(self) -> None:
-        """Until it is ready."""
-        eventually(self._ready, START_SECONDS)
-
-    def _ready(self) -> bool:
-        assert self.process.poll() is None, self.log[-6000:]
-        try:
-            self.ask("/health")
-        except (urllib.error.URLError, ConnectionError):
-            return False
-        return True
-
-    def ask(self, path: str, body: dict[str, Any] | None = None, timeout: float = 300.0) -> str:
-        """What it answers, to a POST if there is a body."""
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}",
-            None if body is None else json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            text: str = answer.read().decode()
-        return text
-
-    def complete(self, prompt: list[int], timeout: float = 300.0, **more: Any) -> dict[str, Any]:
-        """A completion of the OpenAI API."""
-        body = {"model": "small", "prompt": prompt, "max_tokens": 16, "temperature": 0}
-        found: dict[str, Any] = json.loads(self.ask("/v1/completions", body | more, timeout))
-        return found
-
-    def metric(self, name: str) -> float:
-        """The sum of a metric over its labels."""
-        lines = [line for line in self.ask("/metrics").splitlines() if line.startswith(name)]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
-
-    def close(self) -> None:
-        """End it, and all its processes."""
-        self.process.terminate()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            pass  # Ended below.
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # It has ended by itself.
-        self.process.wait()
-        self._log.close()

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Final
 
 import pytest
 
-from tests.engines.alike_models import all_made
+from tests.engines.alike_models import check
 from tests.engines.model_tools import ROOT
 from tests.engines.sglang_tools import ENVIRONMENT
 
 pytestmark = pytest.mark.sglang
 
-SECONDS: Final = 400.0
-
 
 def test_what_has_one_name_has_the_same_keys_and_values(tmp_path: Path) -> None:
-    folders = all_made(tmp_path, "sglang")
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("sglang_numbers.py")), *folders],
-        env=ENVIRONMENT | os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    found = dict(json.loads(line) for line in done.stdout.splitlines())
-    assert set(found) == set(folders), done.stderr[-4000:]
-    assert max(found.values()) < 1e-5, found
+    check(tmp_path, "sglang", ENVIRONMENT | os.environ | {"PYTHONPATH": str(ROOT)})

@@ -3,42 +3,41 @@
 from __future__ import annotations
 
 import resource
-import signal
-import time
 from collections.abc import Iterator
 from typing import Any, Final
 
 import pytest
 
-from tests.engines.vllm_tools import Engine, document, transfer
+from tests.engines.fault_tools import TOKENS, Serving
+from tests.engines.vllm_tools import Engine, transfer
 from tests.session_tools import Served, Stores, eventually
 
 pytestmark = pytest.mark.vllm
 
-PROMPT: Final = 500
-TOKENS: Final = 12
 APART: Final[dict[str, Any]] = {"skip_load": True, "skip_save": True}
 
 
-class Serving:
-    """An engine and its store, and what the engine answers without that."""
+class ServingVLLM(Serving):
+    """vLLM and its store."""
 
     def __init__(self, served: Served, engine: Engine) -> None:
-        self.served = served
         self.engine = engine
-        text = document(1400)
-        self.prompts = [text[n * 100 : n * 100 + PROMPT] for n in range(5)]
-        self.expected = self.ask(wishes=APART)["tokens"]
+        super().__init__(served)
 
-    def ask(self, **order: Any) -> dict[str, Any]:
-        """All prompts at once, with vLLM's own cache empty."""
+    def without(self) -> Any:
+        """Its own answers, the store left out."""
         self.engine.forget()
-        return self.engine.generate(*self.prompts, max_tokens=TOKENS, **order)
+        return self.engine.generate(*self.prompts, max_tokens=TOKENS, wishes=APART)["tokens"]
 
-    def check(self, answer: dict[str, Any]) -> None:
-        """Every request ended as it should, with the right answer."""
-        assert answer["finish"] == ["length"] * len(self.prompts)
-        assert answer["tokens"] == self.expected
+    def begin(self) -> None:
+        """See `Serving`."""
+        self.engine.forget()
+        self.engine.order(do="generate", prompts=self.prompts, max_tokens=TOKENS)
+
+    def answer(self) -> dict[str, Any]:
+        """See `Serving`."""
+        found: dict[str, Any] = self.engine.answer()
+        return found
 
     def missed(self) -> float:
         """Tokens promised by a store that was there, which did not come."""
@@ -50,64 +49,28 @@ class Serving:
             if label.startswith(name) and not label.endswith("unavailable")
         )
 
-    def hits(self) -> bool:
-        """Whether all prompts are served from the store now; checks their answers."""
-        answer = self.ask()
-        self.check(answer)
-        return min(answer["cached"]) > 0
-
 
 @pytest.fixture(scope="module")
-def serving(stores: Stores) -> Iterator[Serving]:
+def serving(stores: Stores) -> Iterator[ServingVLLM]:
     served = stores.serve("256MiB", "512MiB")
     connector = transfer(
         address=f"unix://{served.socket}", session__lookup_timeout=1.0, session__retry_max=0.3
     )
     with Engine(connector, mode="multiprocess", block_size=32, max_model_len=1024) as engine:
-        yield Serving(served, engine)
+        yield ServingVLLM(served, engine)
 
 
-def test_a_store_that_is_killed_and_restarted(serving: Serving) -> None:
-    eventually(serving.hits, 120)
-    serving.engine.forget()
-    serving.engine.order(do="generate", prompts=serving.prompts, max_tokens=TOKENS)
-    time.sleep(0.3)  # Somewhere in the middle.
-    serving.served.kill()
-    serving.check(serving.engine.answer())
-    serving.check(serving.ask())
-    serving.served.restart()
-    eventually(serving.hits, 120)
+def test_a_store_that_is_killed_and_restarted(serving: ServingVLLM) -> None:
+    serving.killed_and_restarted()
 
 
-def test_a_store_that_stands_still(serving: Serving) -> None:
-    eventually(serving.hits, 120)
-    serving.engine.forget()
-    serving.engine.order(do="generate", prompts=serving.prompts, max_tokens=TOKENS)
-    time.sleep(0.2)
-    serving.served.signal(signal.SIGSTOP)
-    try:
-        serving.check(serving.engine.answer())
-        serving.check(serving.ask())
-    finally:
-        serving.served.signal(signal.SIGCONT)
-    eventually(serving.hits, 120)
+def test_a_store_that_stands_still(serving: ServingVLLM) -> None:
+    serving.stands_still()
 
 
 @pytest.mark.parametrize("damage", ["everything", "every other block"])
-def test_bits_that_flip_on_disk(serving: Serving, damage: str) -> None:
-    eventually(serving.hits, 120)
-    with serving.served.session() as session:
-        assert session.flush() == 0
-    serving.served.stop()
-    slab = next((serving.served.folder / "disk").rglob("kvstore.slab"))
-    step = 4096 if damage == "everything" else 5 << 20
-    with slab.open("r+b") as file:
-        for offset in range(8192, slab.stat().st_size, step):
-            file.seek(offset)
-            byte = file.read(1)
-            file.seek(offset)
-            file.write(bytes([byte[0] ^ 4]))
-    serving.served.restart()
+def test_bits_that_flip_on_disk(serving: ServingVLLM, damage: str) -> None:
+    serving.flip_bits(4096 if damage == "everything" else 5 << 20)
     before = serving.missed()
 
     def noticed() -> bool:
@@ -118,7 +81,7 @@ def test_bits_that_flip_on_disk(serving: Serving, damage: str) -> None:
     eventually(serving.hits, 120)
 
 
-def test_a_disk_that_is_full(serving: Serving) -> None:
+def test_a_disk_that_is_full(serving: ServingVLLM) -> None:
     pid = serving.served.process.pid
     _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
     serving.engine.forget(store=True)

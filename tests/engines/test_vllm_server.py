@@ -4,100 +4,38 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import pytest
 
+from tests.engines.server_tools import EngineServer
 from tests.engines.vllm_tools import ENVIRONMENT, document, model, transfer
 from tests.session_tools import Served, Stores, eventually
 
 pytestmark = pytest.mark.vllm
 
-START_SECONDS: Final = 600.0
 
-
-class Server:
+class Server(EngineServer):
     """One OpenAI-compatible server."""
 
     def __init__(self, connector: dict[str, Any]) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self._log = tempfile.NamedTemporaryFile("w+", prefix="vllm-", suffix=".log")  # noqa: SIM115
-        command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server",
-            "--model", str(model()),
-            "--served-model-name", "small",
-            "--port", str(self.port),
-            "--dtype", "float32",
-            "--max-model-len", "2560",
-            "--enforce-eager",
-            "--kv-transfer-config", json.dumps(connector),
-        ]  # fmt: skip
-        self.process = subprocess.Popen(
-            command,
-            stdout=self._log,
-            stderr=self._log,
-            cwd="/",
-            env=ENVIRONMENT | os.environ,
-            start_new_session=True,
-        )
-
-    def wait(self) -> None:
-        """Until it is ready."""
-        eventually(self._ready, START_SECONDS)
-
-    def _ready(self) -> bool:
-        assert self.process.poll() is None, Path(self._log.name).read_text()[-6000:]
-        try:
-            self.get("/health")
-        except (urllib.error.URLError, ConnectionError):
-            return False
-        return True
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
-            text: str = answer.read().decode()
-        return text
-
-    def complete(self, prompt: list[int], timeout: float = 300.0, **more: Any) -> dict[str, Any]:
-        body = {"model": "small", "prompt": prompt, "max_tokens": 16, "temperature": 0} | more
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            found: dict[str, Any] = json.loads(answer.read())
-        return found
-
-    def metric(self, name: str) -> float:
-        """The sum of a metric over its labels."""
-        lines = [line for line in self.get("/metrics").splitlines() if line.startswith(name)]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
-
-    def close(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            pass  # Ended below.
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # It has ended by itself.
-        self.process.wait()
-        self._log.close()
+        super().__init__(
+            "vllm",
+            lambda port: [
+                sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+                "--model", str(model()),
+                "--served-model-name", "small",
+                "--port", str(port),
+                "--dtype", "float32",
+                "--max-model-len", "2560",
+                "--enforce-eager",
+                "--kv-transfer-config", json.dumps(connector),
+            ],
+            ENVIRONMENT | os.environ,
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
