@@ -30,8 +30,9 @@ from kvstore.errors import FormatError, TierUnavailable
 from kvstore.memory.slots import align
 from kvstore.slices import FEW
 from kvstore.tiers.base import Host, InSegment, Job, ObjectName, State
+from kvstore.tiers.options import TierOptions, checked
 from kvstore.tiers.segments.format import MARKER, OWN, path_of, shape_of
-from kvstore.tiers.segments.tier import Put, SegmentOptions, SegmentTier, checked
+from kvstore.tiers.segments.tier import Put, SegmentTier
 from kvstore.tiers.slab.direct import PIECE, Mover, open_direct, reason_of, remedy, write_full
 
 _MARK: Final = re.compile(rb"KVFILES 1 ([0-9a-f]{32})\n")
@@ -48,7 +49,7 @@ _RECYCLED: Final = 8
 """Files that make room where the file system is full."""
 
 
-class FilesOptions(SegmentOptions):
+class FilesOptions(TierOptions):
     """`options` of a tier of this kind."""
 
     path: Folder

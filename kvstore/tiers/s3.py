@@ -31,7 +31,8 @@ from kvstore.errors import ConfigError, TierUnavailable
 from kvstore.memory.bounce import memory_at
 from kvstore.memory.slots import ALIGNMENT, align
 from kvstore.tiers.base import Host, Job
-from kvstore.tiers.segments.tier import Put, SegmentOptions, SegmentTier, checked
+from kvstore.tiers.options import TierOptions, checked
+from kvstore.tiers.segments.tier import Put, SegmentTier
 
 _URL: Final = r"^(s3|s3a|gs|az|azure|abfs|abfss)://[^\s?#@]+$"
 _QUICK_SECONDS: Final = 5.0
@@ -42,7 +43,7 @@ _NOWHERE: Final = "v1/nothing"
 """What is asked for to see whether anybody answers."""
 
 
-class S3Options(SegmentOptions):
+class S3Options(TierOptions):
     """`options` of a tier of this kind. `config` goes to obstore as it is."""
 
     url: str = Field(pattern=_URL)

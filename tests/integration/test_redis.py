@@ -22,8 +22,10 @@ from kvstore.sources import load_config
 from kvstore.tiers import conformance
 from kvstore.tiers.base import Held, Host, ObjectName, Tier
 from kvstore.tiers.conformance import Bench, Objects, content_of, name_of
+from kvstore.tiers.options import checked
 from kvstore.tiers.redis import keeper
 from kvstore.tiers.redis.format import HEADER, PIECE, Header, decode, encode, key_of, pieces
+from kvstore.tiers.redis.options import RedisOptions
 from kvstore.tiers.redis.servers import FAULTS
 from kvstore.tiers.redis.tier import RedisTier, open_redis
 from tests.http_tools import ON, address, ask
@@ -668,7 +670,7 @@ def test_settings_reach_the_tier_through_the_file(tmp_path: Path) -> None:
     file.write_text("tiers: [{kind: redis, name: shared, options: {url: redis://127.0.0.1:1}}]")
     (tier,) = load_config(file).below
     with pytest.raises(TierUnavailable):
-        RedisTier("shared", open_redis.__globals__["read_options"]("shared", tier.options))
+        RedisTier("shared", checked(RedisOptions, "shared", tier.options))
 
 
 def test_contents_differ() -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import SplitResult, unquote, urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FilePath, ValidationError
+from pydantic import BeforeValidator, Field, FilePath
 from pydantic import model_validator as checks
 
 from kvstore.config import Count, Name, Seconds
-from kvstore.mistakes import explain
+from kvstore.tiers.options import TierOptions
 
 PASSWORD_VARIABLE: Final = "KVSTORE_REDIS_PASSWORD"
 
@@ -20,7 +19,6 @@ Node = tuple[str, int]
 """Host and port of a server; of one on a socket its path, and 0."""
 
 _EXAMPLE: Final = "write redis://host:6379, rediss://host:6379 or unix:///path/to/socket"
-_OF_DAEMON: Final = ("direct", "retry_seconds", "stall_seconds")
 
 Urls = Annotated[
     tuple[str, ...],
@@ -29,10 +27,8 @@ Urls = Annotated[
 ]
 
 
-class RedisOptions(BaseModel):
+class RedisOptions(TierOptions):
     """`options` of a tier of this kind; docs/tiers.md says what they mean."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     url: Urls
     mode: Literal["standalone", "sentinel", "cluster"] = "standalone"
@@ -125,17 +121,3 @@ def _split(url: str) -> SplitResult:
     if parts.scheme != "unix" and path and not path.isdecimal():
         raise ValueError("url: it may end with the number of a database: redis://host:6379/0")
     return parts
-
-
-def read_options(name: str, options: Mapping[str, Any]) -> RedisOptions:
-    """Those of the tier of that name.
-
-    Raises:
-        ConfigError: names the option and the remedy, and never a password.
-    """
-    given = {key: value for key, value in options.items() if key not in _OF_DAEMON}
-    try:
-        return RedisOptions.model_validate(given)
-    except ValidationError as e:
-        known = [f"options.{field}" for field in RedisOptions.model_fields]
-        raise explain(e, f"tier {name}", "options.", known) from None

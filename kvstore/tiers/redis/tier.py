@@ -14,11 +14,12 @@ from typing import Any, Final
 from kvstore.blocks.spec import MAX_OBJECT_BYTES
 from kvstore.errors import TierUnavailable
 from kvstore.tiers.base import PASSING, Held, Host, Job, JobDone, ObjectName, State
+from kvstore.tiers.options import checked
 from kvstore.tiers.redis.format import HEADER, decode, key_of, slot_of
 from kvstore.tiers.redis.keeper import Keeper
 from kvstore.tiers.redis.link import Refused, Reply, command
 from kvstore.tiers.redis.mover import Mover
-from kvstore.tiers.redis.options import RedisOptions, read_options
+from kvstore.tiers.redis.options import RedisOptions
 from kvstore.tiers.redis.servers import FAULTS, Links, Server, Servers, place, yielding
 from kvstore.tiers.remote import Crew
 from kvstore.tiers.vitals import Vitals
@@ -47,9 +48,8 @@ class RedisTier:
 
     Args:
         name: of the tier.
-        options: see docs/tiers.md.
-        retry_seconds: the longest pause between trials of a server that fails.
-        stall_seconds: see `Crew`.
+        options: see docs/tiers.md; `retry_seconds` is the longest pause between trials of a server
+            that fails, for `stall_seconds` see `Crew`.
 
     Raises:
         TierUnavailable: no server can be used now.
@@ -57,19 +57,12 @@ class RedisTier:
 
     shared = True
 
-    def __init__(
-        self,
-        name: str,
-        options: RedisOptions,
-        *,
-        retry_seconds: float = 5.0,
-        stall_seconds: float = 10.0,
-    ) -> None:
+    def __init__(self, name: str, options: RedisOptions) -> None:
         self.name = name
         self._timeout = options.timeout
         self._closed = False
         self._vitals = Vitals("Redis", _logger)
-        self._servers = servers = Servers(options, self._vitals, retry_seconds)
+        self._servers = servers = Servers(options, self._vitals, options.retry_seconds)
         _see(servers, options)
         self._keeper = Keeper(name, options, servers, self._vitals)
         self._crew = Crew(
@@ -77,7 +70,7 @@ class RedisTier:
             options.connections,
             lambda number, tasks: self._movers[number].run(tasks),
             self._vitals,
-            stall_seconds,
+            options.stall_seconds,
         )
         self._movers = [
             Mover(servers, self._keeper, self._crew) for _ in range(options.connections)
@@ -283,5 +276,4 @@ def _see(servers: Servers, options: RedisOptions) -> None:
 
 def open_redis(name: str, host: Host, options: Mapping[str, Any]) -> RedisTier:
     """Open a tier by its settings, as `OpenTier` says."""
-    waits = {key: options[key] for key in ("retry_seconds", "stall_seconds") if key in options}
-    return RedisTier(name, read_options(name, options), **waits)
+    return RedisTier(name, checked(RedisOptions, name, options))

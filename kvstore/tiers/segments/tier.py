@@ -9,18 +9,15 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
-from typing import Any, Final, TypeVar
-
-from pydantic import BaseModel, ConfigDict, ValidationError
+from typing import Final
 
 from kvstore._native import xxh3_64
-from kvstore.config import Seconds
-from kvstore.mistakes import explain
 from kvstore.tiers.base import Held, Host, InSegment, Job, JobDone, ObjectName, State
+from kvstore.tiers.options import TierOptions
 from kvstore.tiers.remote import Breaker, Crew
 from kvstore.tiers.segments.format import Block, Segment, decode, encode, path_of, shape_of, whole
 from kvstore.tiers.slab.direct import reason_of
@@ -30,32 +27,6 @@ from kvstore.tiers.vitals import Vitals
 _NEW: Final = 0.2
 """What a look weighs among those before."""
 _CLOSE_SECONDS: Final = 5.0
-
-
-class SegmentOptions(BaseModel):
-    """What the daemon says to a tier; kinds add `options` of theirs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
-
-    retry_seconds: Seconds = 5.0
-    stall_seconds: Seconds = 10.0
-    direct: bool = False
-
-
-_Options = TypeVar("_Options", bound=SegmentOptions)
-
-
-def checked(kind: type[_Options], name: str, options: Mapping[str, Any]) -> _Options:
-    """The options of the tier of that name.
-
-    Raises:
-        ConfigError: names what is wrong, and the remedy.
-    """
-    try:
-        return kind.model_validate(options)
-    except ValidationError as e:
-        known = [f"options.{field}" for field in kind.__annotations__]
-        raise explain(e, f"tier {name}", "options.", known) from None
 
 
 class Changed(Exception):
@@ -119,7 +90,7 @@ class SegmentTier(ABC):
         name: str,
         host: Host,
         what: str,
-        options: SegmentOptions,
+        options: TierOptions,
         threads: tuple[int, int, int],
         upload_seconds: float = 0.0,
     ) -> None:
