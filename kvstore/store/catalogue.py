@@ -20,6 +20,7 @@ from kvstore.slices import FEW, Work
 from kvstore.store.entry import BELOW, IN_MEMORY, Entry, members
 from kvstore.store.events import EventLog
 from kvstore.store.expiry import Expiry
+from kvstore.store.heads import Heads
 from kvstore.store.history import Cleared, History
 from kvstore.store.index import Index
 from kvstore.store.usage import Usage
@@ -74,6 +75,7 @@ class Catalogue:
         self.history = History(remembered, clock.wall)
         self.cleared = Cleared()
         self.events = EventLog(clock.wall)
+        self.heads = Heads(self.index)
         self.writes = WriteBehind(written)
         self.counters = Counters()
         self.histograms = Histograms()
@@ -120,6 +122,7 @@ class Catalogue:
     def whole(self, entry: Entry, tier: int, *, tell: bool = True) -> None:
         """An object's bytes are whole in a tier now; without `tell` watchers know."""
         entry.tiers |= 1 << tier
+        self.heads.note(entry)
         if tell and not entry.gone:
             self.events.arrived(entry.name.namespace, entry.name.key, tier)
 
@@ -155,6 +158,7 @@ class Catalogue:
             self.events.removed(entry.name.namespace, entry.name.key, tier, reason)
         entry.tiers &= ~(1 << tier)
         entry.places &= ~(1 << tier)
+        self.heads.note(entry)
         self.usage.gave(entry, tier)
         if tier == MEMORY and entry.writes is not None:
             self.writes.end(entry, "evicted")
@@ -190,6 +194,7 @@ class Catalogue:
             entry.gone = True
             self.expiry.forget(entry)
             self.index.remove(entry)
+            self.heads.note(entry)
             self.usage.removed(entry)
             self.history.record(entry.name.key, entry.name.namespace, reason, by)
             self.writes.end(entry, reason)

@@ -78,6 +78,11 @@ class Entry(Node, gc=False, eq=False):
         return hash((self.name.key, self.variant))
 
     @property
+    def begins_segment(self) -> bool:
+        """Whether its block is known to be the first one of a segment."""
+        return self.segment[:1] == (self.name.key,)
+
+    @property
     def stored(self) -> bool:
         """Whether some tier holds the whole object."""
         return self.tiers != 0

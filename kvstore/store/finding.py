@@ -85,8 +85,10 @@ class Finding:
             return self._refuse(tier, found, "cleared")
         if catalogue.leaving(found.name):
             return self._refuse(tier, found, "twice")
+        segment = found.name.keys if isinstance(found.name, InSegment) else ()
         if known is None:
             entry = Entry(plain(found.name), found.nbytes, now)
+            entry.segment = segment
             entry.checksum = found.checksum
             entry.created, entry.recorded = now - age, now + left
             entry.origin = self._number if tier.shared else MISS
@@ -98,6 +100,8 @@ class Finding:
         elif known.stored and not known.places >> self._number & 1 and _same(known, found):
             # In another tier, too, or saved anew while this one was away.
             catalogue.writes.end(known, None, self._number)
+            if segment[-1:] > (b"",) or not known.segment:
+                known.segment = segment
             catalogue.took(known, self._number)
             catalogue.whole(known, self._number)
             if not tier.shared:
@@ -105,8 +109,6 @@ class Finding:
             self._taken(tier, known)
         else:
             return self._refuse(tier, found, "twice")
-        if isinstance(found.name, InSegment):
-            (known or entry).segment = found.name.keys
         return True
 
     def _taken(self, tier: Guarded, entry: Entry) -> None:

@@ -16,6 +16,7 @@ from kvstore.store.entry import Entry
 from kvstore.store.leases import Lease, LeaseKind, Leases, lease_weight
 from kvstore.store.movement import Movement
 from kvstore.store.probing import Probing
+from kvstore.store.segments import begun
 from kvstore.tiers.base import MISS, PENDING
 
 PROBING: Final = "probing"
@@ -87,6 +88,7 @@ class Loading(Leases):
         again: bool = False,
         holes: bool = False,
         position: int = -1,
+        head: bytes = b"",
     ) -> Work[tuple[list[int], str]]:
         """The tier of each block of the longest usable prefix, and why it ends there.
 
@@ -97,7 +99,7 @@ class Loading(Leases):
         A block lies in the slowest tier of its parts. The reason is empty when all were found.
         Only blocks of `namespace` count; None is for those who may use them all. `again`: the
         request has been counted. `position` is that of the first block in its prompt, -1 if it is
-        not known.
+        not known; where that is within a segment, `head` is the key of the segment's first block.
         """
         started = self._clock()
         tiers: list[int] = []
@@ -113,7 +115,8 @@ class Loading(Leases):
                 at = first + len(found)
                 missing = keys[at:] if not holes else piece[len(found) :]
                 after = position + at if position >= 0 else -1
-                if (yield from self.probing.asking(missing, parts, namespace, after)):
+                begins = begun(namespace, keys[:at], after, head)
+                if (yield from self.probing.asking(missing, parts, namespace, after, begins)):
                     asked = True
             reason = reason or why
             if holes and why:

@@ -16,8 +16,8 @@ from kvstore.blocks.spec import Namespace, Part
 from kvstore.slices import FEW, Work
 from kvstore.store.lower import Lower
 from kvstore.store.movement import Movement
-from kvstore.store.segments import Segments
-from kvstore.tiers.base import Held, InSegment, ObjectName, in_segment
+from kvstore.store.segments import Segment, Segments
+from kvstore.tiers.base import Held, InSegment, ObjectName, plain
 
 _MOST_ASKED: Final = 2048
 """Objects in one question."""
@@ -91,10 +91,11 @@ class Probing:
         parts: Sequence[Part],
         namespace: Namespace,
         position: int = -1,
+        head: Segment = (),
     ) -> Work[bool]:
         """Ask for what is not known of these blocks; whether an answer may still come in time.
 
-        `position` is that of the first one in its prompt, -1: not known.
+        `position` is that of the first one in its prompt, -1: not known; `head` as in `Segments`.
         """
         now, names, waited = self._clock(), list[ObjectName](), dict[_Question, bool]()
         account = self._catalogue.usage.namespaces.get(namespace.digest)
@@ -106,16 +107,19 @@ class Probing:
             if number % FEW == 0:
                 yield
         most = min(_MOST_ASKED, _MOST_KNOWN - len(self._asked))
-        segments = Segments(namespace, keys, position)
+        segments = Segments(namespace, keys, position, head)
         whole = all(lower.segmented for lower in self._shared())
         for number, (key, part) in enumerate(itertools.product(keys, parts)):
             if number % FEW == FEW - 1:
                 yield
             if account is not None and self._catalogue.index.get(key, part, account) is not None:
                 continue
-            name = in_segment(ObjectName(namespace, key, part), segments.of(number // len(parts)))
-            if whole and not isinstance(name, InSegment):
+            segment = segments.of(number // len(parts))
+            if whole and not any(segment[-1:]):
                 continue  # None of them can have it.
+            name = ObjectName(namespace, key, part)
+            if segment:
+                name = InSegment(namespace, key, part, segment)
             since, question = self._asked.get(name, _NEVER)
             asked = now < since + _GIVEN_UP_SECONDS
             if asked and question not in waited:
@@ -139,8 +143,13 @@ class Probing:
             for name in names:
                 self._asked[name] = now, question
                 self._asked.move_to_end(name)
+        named: list[ObjectName] = []
         for lower in asked:
-            lower.probe(names, partial(self._answered, question, lower))
+            if lower.segmented:  # Without its end a segment has no name there.
+                named = named or [_named(name) for name in names]
+            lower.probe(
+                named if lower.segmented else names, partial(self._answered, question, lower)
+            )
         return question.waits
 
     def _answered(self, question: _Question, lower: Lower, found: list[Held | None]) -> None:
@@ -175,3 +184,7 @@ class Probing:
                     self._denied.popitem(last=False)
             if number % FEW == FEW - 1:
                 yield
+
+
+def _named(name: ObjectName) -> ObjectName:
+    return name if isinstance(name, InSegment) and name.keys[-1] else plain(name)

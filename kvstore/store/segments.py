@@ -53,6 +53,19 @@ class Segments:
             entry.segment = segment
 
 
+def begun(
+    namespace: Namespace, before: Sequence[bytes], position: int, first: bytes = b""
+) -> Segment:
+    """What is known of the keys, in its segment, before the block at a `position` (-1: nothing is).
+
+    `before` are keys before it in its prompt; `first` is that of the segment's first block.
+    """
+    count = position % segment_blocks(namespace.block_tokens) if position > 0 else 0
+    known = tuple(before[len(before) - min(count, len(before)) :])
+    head = (b"",) * (count - len(known)) + known
+    return (head[0] or first, *head[1:]) if head else ()
+
+
 def continued(
     index: Index,
     namespace: Namespace,

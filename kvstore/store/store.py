@@ -119,7 +119,7 @@ class Store(Loading):
         index = self.index
         within = self._within(namespace)
         segments = None
-        if self.movement.segmented:
+        if self.movement.segmented or self.catalogue.heads.on:
             segments = continued(index, namespace, keys, saving.position, saving.parent, within)
         known: list[Entry | None] = []
         for number, key in enumerate(keys):
@@ -164,6 +164,8 @@ class Store(Loading):
                             self.history.record(key, namespace, refusal)
                 if entry is not None and segments is not None:
                     segments.join(entry, number)
+                    if answer == HAVE:
+                        self.catalogue.heads.note(entry)
                 answers.append(answer)
             lease.blocks.append(tuple(block))
         if refusal:

@@ -22,7 +22,16 @@ from kvstore.store.memory import Memory
 from kvstore.store.opening import Below
 from kvstore.store.pace import Pace
 from kvstore.telemetry import Busy
-from kvstore.tiers.base import MISS, PASSING, InSegment, Job, ObjectName, State, in_segment
+from kvstore.tiers.base import (
+    MISS,
+    PASSING,
+    InSegment,
+    Job,
+    ObjectName,
+    State,
+    beginning,
+    in_segment,
+)
 from kvstore.transport.protocol import Cost
 
 _WRITES: Final = 16
@@ -83,7 +92,9 @@ class Road(ABC):
 
     def name_of(self, entry: Entry) -> ObjectName:
         """That of an object which lies there."""
-        return in_segment(entry.name, entry.segment) if self.segmented else entry.name
+        if self.segmented:
+            return in_segment(entry.name, entry.segment)
+        return beginning(entry.name) if entry.begins_segment else entry.name
 
     def times(self, entry: Entry) -> tuple[int, int]:
         """When an object was made and expires, as tiers are told."""
@@ -298,7 +309,7 @@ class Writes:
             elif one.recorded != one.expires:  # Others were told otherwise, and will be told.
                 one.recorded = math.nan
             catalogue.took(one, place)
-            name = in_segment(one.name, entry.segment) if road.segmented else one.name
+            name = in_segment(one.name, entry.segment) if road.segmented else road.name_of(one)
             address, times = road.memory.address(one), road.times(one)
             jobs.append(Job(name, address, one.nbytes, one.checksum, *times))
         tier.put(jobs, done)
@@ -315,7 +326,7 @@ class Writes:
         elif error is None and entry.checksum not in (None, job.checksum):
             error = "corrupt"  # Another tier was given other bytes meanwhile.
         if error is None:
-            if isinstance(job.name, InSegment):
+            if road.segmented and isinstance(job.name, InSegment):
                 entry.segment = job.name.keys
             entry.checksum = job.checksum
             catalogue.whole(entry, road.number)

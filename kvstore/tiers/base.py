@@ -35,6 +35,11 @@ def segment_blocks(block_tokens: int) -> int:
     return -(-SEGMENT_TOKENS // block_tokens)
 
 
+def fingerprint(key: bytes) -> int:
+    """Stands for a segment among peers: of the key of its first block, the first 64 bits."""
+    return int.from_bytes(key[:8], "little")
+
+
 class ObjectName(msgspec.Struct, frozen=True, gc=False, eq=False):
     """Names one object: what, of which block, in which layout.
 
@@ -67,10 +72,12 @@ class ObjectName(msgspec.Struct, frozen=True, gc=False, eq=False):
 
 
 class InSegment(ObjectName, frozen=True, gc=False, eq=False):
-    """The name of an object in a tier of segments; equal to the one without.
+    """The name of an object of which something of its segment is known; equal to the one without.
 
     `keys` are those of the segment's blocks, in their order; the last one names it. Others are
-    empty where they are not known: never to put, and `key` is there.
+    empty where they are not known: never to put, and `key` is there. In questions to tiers that
+    keep no segments, so may the last one be. An own tier's are told which blocks begin one, by
+    `beginning`.
     """
 
     keys: tuple[bytes, ...]
@@ -86,6 +93,11 @@ def in_segment(name: ObjectName, keys: tuple[bytes, ...]) -> ObjectName:
     if not (keys and keys[-1]):
         return name
     return InSegment(name.namespace, name.key, name.part, keys)
+
+
+def beginning(name: ObjectName) -> InSegment:
+    """The name of a block that begins a segment, of which no more is known or matters."""
+    return InSegment(name.namespace, name.key, name.part, (name.key, b""))
 
 
 def plain(name: ObjectName) -> ObjectName:

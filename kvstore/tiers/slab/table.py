@@ -16,7 +16,7 @@ import numpy.typing as npt
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.errors import SpecError
 from kvstore.memory.slots import align
-from kvstore.tiers.base import Held, ObjectName
+from kvstore.tiers.base import Held, InSegment, ObjectName, beginning
 from kvstore.tiers.slab.dictionary import Dictionary, DictionaryFull
 from kvstore.tiers.slab.direct import write_full
 from kvstore.tiers.slab.format import RECORD_BYTES, Header, checksum
@@ -35,7 +35,7 @@ RECORD: Final = np.dtype(
         ("created", "<u8"),
         ("expires", "<u8"),
         ("codec", "<u4"),
-        ("reserved", "V4"),
+        ("flags", "<u4"),
         ("stored", "<u8"),
         ("stored_checksum", "<u8"),
         ("record_checksum", "<u8"),
@@ -46,7 +46,10 @@ _COMMITTED: Final = 1
 _RAW: Final = 0
 """The codec that leaves the bytes as they are; the only one yet."""
 
-_BODY: Final = struct.Struct("<II32sII6QI4x2Q")
+_BEGINS_SEGMENT: Final = 1
+"""A flag: the block is the first one of a segment. Others are left for later."""
+
+_BODY: Final = struct.Struct("<II32sII6QII2Q")
 # What a record's checksum covers beyond its own body: the slab and the place it belongs to, and
 # what the two numbers in it stand for. A record that was copied from elsewhere, or whose numbers
 # mean something else by now, is not valid.
@@ -57,7 +60,7 @@ _NAME: Final = np.dtype(
     {"names": ["name"], "formats": ["S40"], "offsets": [8], "itemsize": RECORD_BYTES}
 )
 """Of a record key, namespace and part, as one."""
-_HELD: Final = ["key", "namespace", "part", "slot_bytes", *Held._fields[1:]]
+_HELD: Final = ["key", "namespace", "part", "slot_bytes", "flags", *Held._fields[1:]]
 _BATCH: Final = 256
 """Records that are read back at a time."""
 
@@ -218,8 +221,10 @@ class Table:
             rows = self._rows[_HELD][batch].tolist()
             numbers, indexes = batch.tolist(), self._indexes[batch].tolist()
             for number, index, row in zip(numbers, indexes, rows, strict=True):
-                key, namespace, part, slot_bytes, *rest = row
+                key, namespace, part, slot_bytes, flags, *rest = row
                 name = ObjectName(namespaces[namespace], key, parts[part])
+                if flags & _BEGINS_SEGMENT:
+                    name = beginning(name)
                 place = Place(self.header.slot_offset(index, slot_bytes), slot_bytes)
                 yield number, place, Held(name, *rest)
 
@@ -285,7 +290,9 @@ class Table:
         with self.lock:
             ids, sequence = self._numbers(name), self.next_sequence
             sizes = place.nbytes, nbytes, whole, sequence, created, expires
-            body = _BODY.pack(_MAGIC, _COMMITTED, name.key, *ids, *sizes, _RAW, nbytes, whole)
+            begins = isinstance(name, InSegment) and name.index == 0
+            how = _RAW, _BEGINS_SEGMENT if begins else 0
+            body = _BODY.pack(_MAGIC, _COMMITTED, name.key, *ids, *sizes, *how, nbytes, whole)
             known = self._checksum(index, body, name.namespace, name.part)
             self._write(index, body + _U64.pack(known))
             self.next_sequence += 1

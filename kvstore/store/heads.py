@@ -1,0 +1,53 @@
+"""The segments that begin here: what peers are told of what this node has.
+
+Belongs to the store's loop; nothing is thread-safe.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from kvstore.slices import FEW, Work
+from kvstore.store.entry import Entry
+from kvstore.store.index import Index
+from kvstore.tiers.base import fingerprint
+
+_MOST: Final = 512
+"""Changes that are looked at without a stop."""
+
+
+class Heads:
+    """Which first blocks of segments have come or gone, once it is `on`.
+
+    `index` are the objects.
+    """
+
+    def __init__(self, index: Index) -> None:
+        self.on = False
+        self._index = index
+        self._changed: dict[bytes, None] = {}
+
+    def note(self, entry: Entry) -> None:
+        """An object has come, gone, or is in other tiers than before."""
+        if self.on and entry.begins_segment:
+            self._changed[entry.name.key] = None
+
+    def noting_all(self) -> Work[None]:
+        """Turn it on; what is here counts as come."""
+        self.on = True
+        for number, entry in enumerate(self._index):
+            self.note(entry)
+            if number % FEW == 0:
+                yield
+
+    def take(self, tiers: int) -> tuple[list[int], list[int]]:
+        """The fingerprints of some segments that begin in one of `tiers` now, and of some that do
+        not, where that may have changed.
+        """
+        here, gone = list[int](), list[int]()
+        for _ in range(min(_MOST, len(self._changed))):
+            key = next(iter(self._changed))
+            del self._changed[key]
+            there = any(e.begins_segment and e.tiers & tiers for e in self._index.of(key))
+            (here if there else gone).append(fingerprint(key))
+        return here, gone
