@@ -13,6 +13,7 @@ _LINE: Final = 4096
 _SMALL: Final = 16 << 10
 """The largest reply that is none of a value, in bytes."""
 _MOST_SKIPPED: Final = 1 << 30
+_MOST_ITEMS: Final = 1 << 16
 
 
 class Refused(Exception):
@@ -39,13 +40,13 @@ class Link:
     """A connection that is used by one thread at a time.
 
     All methods raise OSError when the server is gone, TimeoutError when sending something, or an
-    answer from its beginning on, takes longer than `seconds`. After one of these, or `Broken`,
-    nothing more can be said.
+    answer from its beginning on, takes longer than `seconds`, which may be set. After one of these,
+    or `Broken`, nothing more can be said.
     """
 
     def __init__(self, wire: Wire, seconds: float) -> None:
         self.wire = wire
-        self._seconds = seconds
+        self.seconds = seconds
         self._raw = bytearray(_BUFFER)
         self._buffer = memoryview(self._raw)
         self._start = self._end = 0
@@ -53,7 +54,7 @@ class Link:
 
     def _begin(self, ahead: int) -> None:
         """An answer begins, of which so many bytes may be read ahead."""
-        self._ahead, self._until = ahead, time.monotonic() + self._seconds
+        self._ahead, self._until = ahead, time.monotonic() + self.seconds
 
     @property
     def idle(self) -> bool:
@@ -62,12 +63,26 @@ class Link:
 
     def send(self, views: Sequence[bytes | memoryview]) -> None:
         """Send commands, or parts of them."""
-        self.wire.send(views, self._seconds)
+        self.wire.send(views, self.seconds)
 
     def reply(self) -> Reply:
         """The next reply, a small one."""
         self._begin(_BUFFER)
         return self._rest(self._line())
+
+    def items(self) -> list[Reply] | Refused:
+        """The next reply, a list of small ones."""
+        self._begin(_BUFFER)
+        line = self._line()
+        if line.startswith(b"*"):
+            count = _number(line)
+            if count > _MOST_ITEMS:
+                raise Broken(f"a reply has {count} items, more than was asked for")
+            return [self._rest(self._line()) for _ in range(count)]
+        answer = self._rest(line)
+        if not isinstance(answer, Refused):
+            raise Broken("a list was asked for, and something else came")
+        return answer
 
     def value(self, ahead: int) -> int | Refused | None:
         """Bytes of the value that comes next, to be followed by `read` and `end`; None: no value.
