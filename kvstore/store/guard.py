@@ -19,25 +19,7 @@ _METHODS: Final = (
     "recover", "probe", "put", "settled", "get", "delete", "touch", "expire", "flush", "close",
 )  # fmt: skip
 _MOST: Final = 1 << 64
-
-
-class _Caught:
-    """Whatever is raised within ends there, and `raised` is told of it."""
-
-    __slots__ = ("_raised", "_what")
-
-    def __init__(self, raised: Callable[[str, Exception], None], what: str) -> None:
-        self._raised = raised
-        self._what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        self._raised(self._what, error)
-        return True
+_RAISED: Final = object()
 
 
 class Guarded:
@@ -89,22 +71,26 @@ class Guarded:
             return State(False, False, self._fault, gone=True)
         if self._until and self._clock() < self._failing_until:
             return State(False, False, self._fault)
-        with _Caught(self._raised, "state"):
+        try:
             state = self.tier.state
             if not isinstance(state, State):
                 raise TypeError(f"{type(state).__name__} is no State")
-            if self._until and self._clock() < self._until and not state.problem:
-                state = state._replace(problem=self._fault)
-            return state
-        return State(False, False, self._fault)
+        except Exception as e:  # noqa: BLE001 - it is logged, and said
+            self._raised("state", e)
+            return State(False, False, self._fault)
+        if self._until and self._clock() < self._until and not state.problem:
+            state = state._replace(problem=self._fault)
+        return state
 
     def recover(self) -> Iterator[Held]:
         """See `Tier.recover`."""
-        with _Caught(self._raised, "recover"):
+        try:
             for held in self.tier.recover():
                 if held is None or not _sound(held):
                     raise TypeError(f"{held!r:.80} is no whole Held")
                 yield held
+        except Exception as e:  # noqa: BLE001 - it is logged, and said
+            self._raised("recover", e)
 
     def probe(self, names: Sequence[ObjectName], done: Callable[[list[Held | None]], None]) -> None:
         """See `Tier.probe`; an answer that is none is an empty one."""
@@ -125,10 +111,8 @@ class Guarded:
             except IndexError:
                 self._notice("probe was answered twice")
 
-        with _Caught(self._raised, "probe"):
-            self.tier.probe(names, answer)
-            return
-        tell([])
+        if self._call("probe", names, answer) is _RAISED:
+            tell([])
 
     def put(self, jobs: Sequence[Job], done: JobDone) -> None:
         """See `Tier.put`."""
@@ -141,11 +125,9 @@ class Guarded:
     def _begin(self, what: str, jobs: Sequence[Job], done: JobDone) -> None:
         for job in jobs:
             self._jobs[job] = done
-        with _Caught(self._raised, what):
-            getattr(self.tier, what)(jobs, self._ended)
-            return
-        self._unknown += jobs
-        self.broken = True
+        if self._call(what, jobs, self._ended) is _RAISED:
+            self._unknown += jobs
+            self.broken = True
 
     def _ended(self, job: Job, error: str | None) -> None:
         """A job has, on any thread."""
@@ -188,9 +170,12 @@ class Guarded:
                 self._ended(job, "closed")
 
     def _call(self, what: str, *about: Any, **how: bool) -> Any:
-        with _Caught(self._raised, what):
+        """What a method returns; `_RAISED` if it has raised."""
+        try:
             return getattr(self.tier, what)(*about, **how)
-        return None
+        except Exception as e:  # noqa: BLE001 - it is logged, and said
+            self._raised(what, e)
+            return _RAISED
 
     def _raised(self, what: str, error: Exception) -> None:
         self._failing_until = self._clock() + self._retry_seconds

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 from kvstore.blocks.spec import Namespace, Part
@@ -263,7 +264,7 @@ class Loading(Leases):
             for entry in block:
                 if not entry.in_memory:
                     running.promoting += 1
-                    self.movement.promote(entry, self._promotion_ended(running, entry))
+                    self.movement.promote(entry, partial(self._arrived, running, entry))
             if running.failed and not running.holes:
                 break
         running.started_all = True
@@ -367,18 +368,11 @@ class Loading(Leases):
 
     prefetch = at_once(prefetching)
 
-    def _promotion_ended(self, running: Acquisition, entry: Entry) -> Callable[[str | None], None]:
-        def ended(error: str | None) -> None:
-            if error is not None:
-                running.failed[entry] = error
-            self._arrived(running)
-
-        return ended
-
-    def _arrived(self, running: Acquisition) -> None:
+    def _arrived(self, running: Acquisition, entry: Entry, error: str | None) -> None:
+        if error is not None:
+            running.failed[entry] = error
         running.promoting -= 1
-        if running.promoting:
-            if running.started_all and self._count_ready(running) >= running.enough:
-                self.settle(running, "later")
-            return
-        self.settle(running)
+        if not running.promoting:
+            self.settle(running)
+        elif running.started_all and self._count_ready(running) >= running.enough:
+            self.settle(running, "later")

@@ -77,13 +77,16 @@ class Opening:
         """Open it, and go on without, should it not answer. Blocks."""
         opened, seconds = self._open(), self._below.stall_seconds
         try:
-            return self._outcome(*opened.result(seconds))
+            error = opened.exception(seconds)
         except TimeoutError:
             self._busy = True
             self.problem = f"it cannot be opened: it has not answered for {seconds:g} s"
             _log.warning("no tier %s: %s; going on without", self._below.name, self.problem)
             opened.add_done_callback(self._opened)
             return None
+        if isinstance(error, ConfigError):
+            raise error
+        return self._outcome(opened)
 
     def retry(self) -> None:
         """Open it if it is time; call now and then while there is none."""
@@ -114,50 +117,45 @@ class Opening:
         """What is opened from now on is closed at once."""
         self._closed = True
 
-    def _open(self) -> Future[tuple[Guarded | None, str | None]]:
+    def _open(self) -> Future[Guarded]:
         """The tier, or why there is none, by a thread of its own."""
-        opened: Future[tuple[Guarded | None, str | None]] = Future()
+        opened: Future[Guarded] = Future()
 
         def work() -> None:
+            below, post = self._below, self._host.post
             try:
-                opened.set_result((self._guarded(self._below.open(self._host)), None))
-            except (OSError, FormatError) as e:
-                opened.set_result((None, str(e)))
-            except ConfigError as e:
+                tier, seconds = below.open(self._host), below.retry_seconds
+                opened.set_result(Guarded(tier, seconds, self._clock, self._counters, post))
+            except Exception as e:  # noqa: BLE001 - told by its `_outcome`
                 opened.set_exception(e)
-            except Exception as e:  # Of a package's kind, maybe at its options.
-                what = f"opening it failed with {type(e).__name__}: {str(e)[:200]}"
-                known, problem = self.problem, f"{what}; the log tells more"
-                opened.set_result((None, problem))
-                if problem != known:
-                    raise
 
         threading.Thread(target=work, name="kvstore-open", daemon=True).start()
         return opened
 
-    def _guarded(self, tier: Tier) -> Guarded:
-        seconds, post = self._below.retry_seconds, self._host.post
-        return Guarded(tier, seconds, self._clock, self._counters, post)
-
-    def _opened(self, opened: Future[tuple[Guarded | None, str | None]]) -> None:
-        error = opened.exception()
-        tier, problem = opened.result() if error is None else (None, str(error))
-
+    def _opened(self, opened: Future[Guarded]) -> None:
         def on_loop() -> None:
-            found = self._outcome(tier, problem)
+            found = self._outcome(opened)
             if found is not None:
                 self._attach(found)
 
         self._host.post(on_loop)
 
-    def _outcome(self, tier: Guarded | None, problem: str | None) -> Guarded | None:
+    def _outcome(self, opened: Future[Guarded]) -> Guarded | None:
         self._busy = False
         self._next = self._clock.monotonic() + self._below.retry_seconds
-        if tier is not None and self._closed:
-            tier.close()
+        error = opened.exception()
+        if error is None:
+            self.problem = None
+            if not self._closed:
+                return opened.result()
+            opened.result().close()
             return None
-        if tier is None and problem != self.problem:
+        expected, problem = isinstance(error, (OSError, FormatError, ConfigError)), str(error)
+        if not expected:  # Of a package's kind, maybe at its options.
+            what = f"{type(error).__name__}: {problem[:200]}"
+            problem = f"opening it failed with {what}; the log tells more"
+        if problem != self.problem:
             text = "no tier %s: %s; going on without, trying again"
-            _log.warning(text, self._below.name, problem)
+            _log.warning(text, self._below.name, problem, exc_info=None if expected else error)
         self.problem = problem
-        return tier
+        return None
