@@ -32,7 +32,8 @@ from kvstore.slices import FEW
 from kvstore.tiers.base import Host, InSegment, Job, ObjectName, State
 from kvstore.tiers.options import TierOptions, checked
 from kvstore.tiers.segments.format import MARKER, OWN, path_of, shape_of
-from kvstore.tiers.segments.tier import Put, SegmentTier
+from kvstore.tiers.segments.put import Put
+from kvstore.tiers.segments.tier import SegmentTier
 from kvstore.tiers.slab.direct import PIECE, Mover, open_direct, reason_of, remedy, write_full
 
 _MARK: Final = re.compile(rb"KVFILES 1 ([0-9a-f]{32})\n")
@@ -231,8 +232,7 @@ class FilesTier(SegmentTier):
         self._used += nbytes
         return None
 
-    def _put_over(self, put: Job, error: str | None) -> None:
-        assert isinstance(put, Put)
+    def _put_over(self, put: Put, error: str | None) -> None:
         self._host.post(partial(self._admitted, path_of(put.name), made=put.made))
         super()._put_over(put, error)
 
@@ -273,7 +273,7 @@ class FilesTier(SegmentTier):
             if isinstance(name, InSegment):
                 self._drop(path_of(name))
 
-    def _give_up(self, path: str, own: str, _: object) -> None:
+    def _give_up(self, path: str, own: str) -> None:
         root = self._root
         with suppress(FileNotFoundError):
             mine = os.stat(own, dir_fd=root, follow_symlinks=False)

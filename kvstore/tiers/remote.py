@@ -8,11 +8,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from kvstore.tiers.base import Job, JobDone
+from kvstore.tiers.base import Held, Job, JobDone, ObjectName
 from kvstore.tiers.tasks import Task, Tasks
 from kvstore.tiers.vitals import Vitals
 
@@ -21,6 +21,30 @@ _BATCH_BYTES: Final = 32 << 20
 _LEAST_BYTES: Final = 4 << 20
 """Less is not worth to be shared out."""
 _BATCH: Final = 128
+
+
+class Shared:
+    """What tiers that others write to, too, have in common, with the `_vitals` of each."""
+
+    shared = True
+    _vitals: Vitals
+
+    @property
+    def counters(self) -> Counter[str]:
+        """See `Tier.counters`: `bytes_read`, `bytes_written`, `read_errors.<reason>`,
+        `write_errors.<reason>`, and what docs/tiers.md says of the kind.
+        """
+        return self._vitals.counters
+
+    def recover(self) -> Iterator[Held]:
+        """See `Tier.recover`, which is for own tiers."""
+        return iter(())
+
+    def settled(self, job: Job, error: str | None) -> None:
+        """See `Tier.settled`; nothing is owed."""
+
+    def touch(self, names: Sequence[ObjectName], *, used: bool = True) -> None:
+        """See `Tier.touch`; not all media want to know."""
 
 
 class Breaker:

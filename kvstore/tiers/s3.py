@@ -32,7 +32,8 @@ from kvstore.memory.bounce import memory_at
 from kvstore.memory.slots import ALIGNMENT, align
 from kvstore.tiers.base import Host, Job
 from kvstore.tiers.options import TierOptions, checked
-from kvstore.tiers.segments.tier import Put, SegmentTier
+from kvstore.tiers.segments.put import Put
+from kvstore.tiers.segments.tier import SegmentTier
 
 _URL: Final = r"^(s3|s3a|gs|az|azure|abfs|abfss)://[^\s?#@]+$"
 _QUICK_SECONDS: Final = 5.0

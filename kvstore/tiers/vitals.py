@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Final
 
 from kvstore.telemetry import Busy
+from kvstore.tiers.base import State
 
 _GUESSED_SECONDS_PER_BYTE: Final = 1 / 1e9
 
@@ -75,3 +76,15 @@ class Vitals:
         """Seconds that a byte takes to be read, and bytes that wait."""
         with self._lock:
             return self._reading.each, self._reading.left
+
+    def state(self, *, readable: bool, writable: bool, fixed_seconds: float) -> State:
+        """How the tier is doing, as far as it is told here; a read takes `fixed_seconds` more."""
+        each, backlog = self.cost
+        return State(
+            readable,
+            writable,
+            self.problem,
+            seconds_per_byte=each,
+            backlog=backlog,
+            fixed_seconds=fixed_seconds,
+        )

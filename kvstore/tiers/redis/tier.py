@@ -6,8 +6,8 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from kvstore.tiers.redis.link import Refused, Reply, command
 from kvstore.tiers.redis.mover import Mover
 from kvstore.tiers.redis.options import RedisOptions
 from kvstore.tiers.redis.servers import FAULTS, Links, Server, Servers, place, yielding
-from kvstore.tiers.remote import Crew
+from kvstore.tiers.remote import Crew, Shared
 from kvstore.tiers.vitals import Vitals
 
 _logger: Final = logging.getLogger("kvstore.redis")
@@ -40,7 +40,7 @@ _LOOK: Final = (
 )
 
 
-class RedisTier:
+class RedisTier(Shared):
     """A `Tier` in Redis or Valkey. Opening it blocks, and is for any thread.
 
     Counters: `bytes_written`, `bytes_read`, `write_errors.<reason>`, `read_errors.<reason>`,
@@ -54,8 +54,6 @@ class RedisTier:
     Raises:
         TierUnavailable: no server can be used now.
     """
-
-    shared = True
 
     def __init__(self, name: str, options: RedisOptions) -> None:
         self.name = name
@@ -85,24 +83,11 @@ class RedisTier:
     def state(self) -> State:
         """See `Tier.state`."""
         servers = [] if self._closed or self._crew.stalled else self._servers.all
-        seconds, backlog = self._vitals.cost
-        return State(
+        return self._vitals.state(
             readable=any(server.barred(is_put=False) is None for server in servers),
             writable=any(server.barred(is_put=True) is None for server in servers),
-            problem=self._vitals.problem,
-            seconds_per_byte=seconds,
-            backlog=backlog,
             fixed_seconds=self._keeper.round_trip,
         )
-
-    @property
-    def counters(self) -> Counter[str]:
-        """A copy of the counters named above."""
-        return self._vitals.counters
-
-    def recover(self) -> Iterator[Held]:
-        """See `Tier.recover`; this one is shared."""
-        return iter(())
 
     def put(self, jobs: Sequence[Job], done: JobDone) -> None:
         """See `Tier.put`."""
@@ -115,9 +100,6 @@ class RedisTier:
             done(job, error)
 
         self._submit(jobs, told, is_put=True)
-
-    def settled(self, job: Job, error: str | None) -> None:
-        """See `Tier.settled`."""
 
     def get(self, jobs: Sequence[Job], done: JobDone) -> None:
         """See `Tier.get`."""

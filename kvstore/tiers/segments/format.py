@@ -9,13 +9,11 @@ import struct
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-import numpy as np
-
-from kvstore._native import xxh3_64
 from kvstore.blocks.keys import KEY_BYTES
 from kvstore.blocks.spec import MAX_OBJECT_BYTES
 from kvstore.memory.slots import ALIGNMENT, align
 from kvstore.tiers.base import SEGMENT_TOKENS, InSegment, segment_blocks
+from kvstore.tiers.slab.format import checksum
 
 VERSION: Final = 1
 MARKER: Final = "kvstore.files"
@@ -51,7 +49,7 @@ class Segment(NamedTuple):
         """Whether it is the one that the name means; keys that this does not know may be any."""
         return (
             (self.digest, self.variant) == (name.namespace.digest, name.part.variant)
-            and self.nbytes == name.part.nbytes(name.namespace.block_tokens)
+            and self.nbytes == nbytes_of(name)
             and len(self.blocks) == len(name.keys)
             and all(key in (b"", b.key) for key, b in zip(name.keys, self.blocks, strict=True))
         )
@@ -71,10 +69,14 @@ def shape(blocks: int, nbytes: int) -> Shape:
     return Shape(header, align(nbytes), header + blocks * align(nbytes))
 
 
+def nbytes_of(name: InSegment) -> int:
+    """The bytes of a block."""
+    return name.part.nbytes(name.namespace.block_tokens)
+
+
 def shape_of(name: InSegment) -> Shape:
     """Of the segment that a name means."""
-    tokens = name.namespace.block_tokens
-    return shape(segment_blocks(tokens), name.part.nbytes(tokens))
+    return shape(segment_blocks(name.namespace.block_tokens), nbytes_of(name))
 
 
 LARGEST_HEADER: Final = shape(SEGMENT_TOKENS, 1).header
@@ -104,7 +106,7 @@ def encode(segment: Segment) -> bytes:
         key, *rest = block
         parts.append(_BLOCK.pack(key, at, segment.nbytes, *rest, _RAW, 0))
     data = b"".join(parts)
-    return (data + _SUM.pack(_xxh3(data))).ljust(sizes.header, b"\0")
+    return (data + _SUM.pack(checksum(data))).ljust(sizes.header, b"\0")
 
 
 def decode(data: bytes) -> Segment | None:
@@ -120,7 +122,7 @@ def decode(data: bytes) -> Segment | None:
     end = _HEAD.size + count * _BLOCK.size
     if (header, total) != (sizes.header, sizes.total) or len(data) < header:
         return None
-    if _xxh3(data[:end]) != _SUM.unpack_from(data, end)[0]:
+    if checksum(data[:end]) != _SUM.unpack_from(data, end)[0]:
         return None
     blocks: list[Block] = []
     for number, fields in enumerate(_BLOCK.iter_unpack(data[_HEAD.size : end])):
@@ -134,7 +136,3 @@ def decode(data: bytes) -> Segment | None:
 def whole(keys: Sequence[bytes], block_tokens: int) -> bool:
     """Whether these are the keys of a segment."""
     return len(keys) == segment_blocks(block_tokens) and {KEY_BYTES} == set(map(len, keys))
-
-
-def _xxh3(data: bytes) -> int:
-    return xxh3_64(np.frombuffer(data, np.uint8).ctypes.data, len(data))

@@ -8,9 +8,9 @@ import math
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import Final
@@ -18,8 +18,9 @@ from typing import Final
 from kvstore._native import xxh3_64
 from kvstore.tiers.base import Held, Host, InSegment, Job, JobDone, ObjectName, State
 from kvstore.tiers.options import TierOptions
-from kvstore.tiers.remote import Breaker, Crew
-from kvstore.tiers.segments.format import Block, Segment, decode, encode, path_of, shape_of, whole
+from kvstore.tiers.remote import Breaker, Crew, Shared
+from kvstore.tiers.segments.format import Segment, decode, path_of, shape_of
+from kvstore.tiers.segments.put import Changed, Put, segment_of
 from kvstore.tiers.slab.direct import reason_of
 from kvstore.tiers.tasks import Task
 from kvstore.tiers.vitals import Vitals
@@ -29,50 +30,14 @@ _NEW: Final = 0.2
 _CLOSE_SECONDS: Final = 5.0
 
 
-class Changed(Exception):
-    """Memory does not hold what its checksums say."""
-
-
 @dataclass(slots=True, eq=False)
-class Put(Job):
-    """A whole segment on its way to the medium; `made`: there is one more now."""
+class _Work(Job):
+    """A put, or an errand: `run` does it, and says why it could not, or raises."""
 
-    name: InSegment
-    jobs: Sequence[Job] = ()
-    done: JobDone = lambda job, error: None
-    sums: Sequence[int] = ()
-    damaged: set[int] = field(default_factory=set)
-    made: bool = False
-
-    def seal(self, sums: Sequence[int]) -> bytes:
-        """The header, given the XXH3 of the blocks as they are written.
-
-        Raises:
-            Changed: some of them are `damaged`.
-        """
-        self.sums, now = sums, int(time.time())
-        wrong = (job.checksum not in (None, sums[n]) for n, job in enumerate(self.jobs))
-        self.damaged = {number for number, changed in enumerate(wrong) if changed}
-        if self.damaged:
-            raise Changed
-        blocks = tuple(
-            Block(job.name.key, checksum, job.created or now, job.expires)
-            for job, checksum in zip(self.jobs, sums, strict=True)
-        )
-        digest, variant = self.name.namespace.digest, self.name.part.variant
-        return encode(Segment(digest, variant, self.jobs[0].nbytes, blocks))
+    run: Callable[[], str | None] = lambda: None
 
 
-@dataclass(slots=True, eq=False)
-class _Errand(Job):
-    """A small thing to do: `run`; `found` is what it looked up."""
-
-    name: InSegment
-    run: Callable[[_Errand], None] = lambda errand: None
-    found: Segment | None = None
-
-
-class SegmentTier(ABC):
+class SegmentTier(Shared, ABC):
     """A `Tier` of segments on a medium that others write to, too. Opening it may block.
 
     What is there under a segment's name stays: it is never overwritten. `what` names the medium for
@@ -80,7 +45,6 @@ class SegmentTier(ABC):
     medium raises OSError, of which FileNotFoundError alone means that a segment is not there.
     """
 
-    shared = True
     segmented = True
     watched = False
     """It is looked after also where nothing failed."""
@@ -108,13 +72,10 @@ class SegmentTier(ABC):
         """Paths of segments that are to be deleted, or just being so."""
         self._going_on: list[InSegment] = []  # when the medium is well again
         (readers, writers, runners), stall = threads, options.stall_seconds
-        long, apart = (
-            max(stall, upload_seconds),
-            Vitals(what, self._logger),
-        )  # Errands move nothing.
+        long, apart = max(stall, upload_seconds), Vitals(what, self._logger)
         self._gets = Crew(name, readers, self._run_gets, self._vitals, stall)
-        self._puts = Crew(f"{name}-put", writers, self._run_puts, self._vitals, long)
-        self._errands = Crew(f"{name}-ask", runners, self._run_errands, apart, stall)
+        self._puts = Crew(f"{name}-put", writers, self._run_each, self._vitals, long)
+        self._errands = Crew(f"{name}-ask", runners, self._run_each, apart, stall)
         self._crews = self._gets, self._puts, self._errands
 
     # --- The medium; in its threads ---------------------------------------------------------------
@@ -155,27 +116,12 @@ class SegmentTier(ABC):
         well = alive and self._breaker.reason is None
         if alive and (self._breaker.may_try() if not well else now >= self._check_at):
             self._check_at = now + (self._retry_seconds if self.watched else math.inf)
-            self._run(lambda _: self._check())
-        seconds, backlog = self._vitals.cost
-        return State(
+            self._run(self._check)
+        return self._vitals.state(
             readable=well and not (self._gets.stalled or self._errands.stalled),
             writable=well and now >= self._no_writes_until and not self._puts.stalled,
-            problem=self._vitals.problem,
-            seconds_per_byte=seconds,
-            backlog=backlog,
             fixed_seconds=self._look_seconds,
         )
-
-    @property
-    def counters(self) -> Counter[str]:
-        """`bytes_read`, `bytes_written`, `read_errors.<reason>`, `write_errors.<reason>`,
-        `segments_written`, `segments_there`, `segments_removed`, `segments_invalid`.
-        """
-        return self._vitals.counters
-
-    def recover(self) -> Iterator[Held]:
-        """See `Tier.recover`; this one is shared."""
-        return iter(())
 
     # --- What the store asks for ------------------------------------------------------------------
 
@@ -188,15 +134,15 @@ class SegmentTier(ABC):
                 asked[name.keys[-1], name.part.variant, name.namespace.digest].append(number)
         left, lock = len(asked), threading.Lock()
 
-        def ended(numbers: list[int], job: Job, error: str | None) -> None:
+        def look(numbers: list[int], name: InSegment) -> None:
+            found = self._find(name)
+            for number in numbers if found is not None else ():
+                answers[number] = _held(names[number], found)
+
+        def ended(numbers: list[int], error: str | None) -> None:
             nonlocal left
-            found = job.found if isinstance(job, _Errand) else None
-            for number in numbers:
-                name = names[number]
-                if error is not None:
-                    answers[number] = Held(name, 0, None, 0, 0)  # Not known.
-                elif found is not None and isinstance(name, InSegment):
-                    answers[number] = _held(name, found)
+            for number in numbers if error is not None else ():
+                answers[number] = Held(names[number], 0, None, 0, 0)  # Not known.
             with lock:
                 left -= 1
                 if left:
@@ -209,27 +155,23 @@ class SegmentTier(ABC):
             done([])
         else:
             for numbers in asked.values():
-                name = names[numbers[0]]
-                assert isinstance(name, InSegment)
-                self._run(self._look, name, partial(ended, numbers))
+                self._run(partial(look, numbers, names[numbers[0]]), partial(ended, numbers))
 
     def put(self, jobs: Sequence[Job], done: JobDone) -> None:
         """See `Tier.put`."""
         for _, some in groupby(jobs, lambda job: (getattr(job.name, "keys", job), job.name.part)):
             segment = list(some)
-            error = self._unwritable() if _is_whole(segment) else "refused"
-            first = segment[0].name
-            if error is None and isinstance(first, InSegment):
-                nbytes = shape_of(first).total
-                error = self._admit(first, nbytes)
-                put = Put(first, 0, nbytes, jobs=segment, done=done)
+            name = segment_of(segment)
+            error = "refused" if name is None else self._unwritable()
+            if name is not None and error is None:
+                nbytes = shape_of(name).total
+                error = self._admit(name, nbytes)
                 if error is None:
-                    self._puts.submit([put], self._put_over, is_put=True)
-            for job in segment if error is not None else ():
+                    put = Put(name, segment, done)
+                    self._run(partial(self._put, put), partial(self._put_over, put), nbytes)
+                    continue
+            for job in segment:
                 done(job, error)
-
-    def settled(self, job: Job, error: str | None) -> None:  # noqa: B027 - nothing is owed
-        """See `Tier.settled`."""
 
     def get(self, jobs: Sequence[Job], done: JobDone) -> None:
         """See `Tier.get`."""
@@ -239,7 +181,9 @@ class SegmentTier(ABC):
             name, why = job.name, error
             if not isinstance(name, InSegment) or (self._going and path_of(name) in self._going):
                 why = why or "absent"
-            elif job.checksum is None or job.nbytes != _nbytes(name):
+            elif job.checksum is None or job.nbytes != name.part.nbytes(
+                name.namespace.block_tokens
+            ):
                 why = why or "refused"
             if why is None:
                 good.append(job)
@@ -253,14 +197,11 @@ class SegmentTier(ABC):
             if isinstance(name, InSegment) and not self._closed:
                 self._delete(name)
 
-    def touch(self, names: Sequence[ObjectName], *, used: bool = True) -> None:  # noqa: B027
-        """See `Tier.touch`; not all media want to know."""
-
     def expire(self, held: Sequence[Held]) -> None:
         """See `Tier.expire`. A segment never changes: what is to end sooner is deleted."""
         for one in held:
             if isinstance(one.name, InSegment) and one.expires and not self._closed:
-                self._run(partial(self._end_sooner, one.expires), one.name)
+                self._run(partial(self._end_sooner, one.name, one.expires))
 
     def flush(self, seconds: float) -> bool:
         """See `Tier.flush`."""
@@ -282,27 +223,27 @@ class SegmentTier(ABC):
 
     def _run(
         self,
-        run: Callable[[_Errand], None],
-        name: InSegment | None = None,
-        done: JobDone = lambda job, error: None,
+        run: Callable[[], str | None],
+        done: Callable[[str | None], None] = lambda error: None,
+        put_bytes: int = 0,
     ) -> None:
-        errand = _Errand(name, 0, 0, run=run)  # type: ignore[arg-type]
-        self._errands.submit([errand], done, is_put=False)
+        """Have an errand run, or a put of so many bytes."""
+        work = _Work(None, 0, put_bytes, run=run)  # type: ignore[arg-type]  # It has no name.
+        crew = self._puts if put_bytes else self._errands
+        crew.submit([work], lambda _, error: done(error), is_put=put_bytes > 0)
 
-    def _run_errands(self, _: int, tasks: list[Task]) -> None:
+    def _run_each(self, _: int, tasks: list[Task]) -> None:
         for task in tasks:
-            errand, started = task.job, time.monotonic()
-            assert isinstance(errand, _Errand)
-            error = None
+            work, started = task.job, time.monotonic()
+            assert isinstance(work, _Work)
             try:
-                errand.run(errand)
+                error = work.run()
                 self._worked(started)
+            except Changed:
+                error = "partial"
             except OSError as e:
-                error = self._failed(e, writes=False)
-            self._errands.finish(task, error)
-
-    def _look(self, errand: _Errand) -> None:
-        errand.found = self._find(errand.name)
+                error = self._failed(e, writes=task.is_put)
+            (self._puts if task.is_put else self._errands).finish(task, error)
 
     def _find(self, name: InSegment) -> Segment | None:
         """The header of a segment, if there is one that can be used."""
@@ -329,43 +270,29 @@ class SegmentTier(ABC):
             if path in self._going:
                 return
             self._going.add(path)
-        self._run(partial(self._remove_now, path), name, partial(self._removed, path))
+        self._run(partial(self._remove_now, path), partial(self._removed, name, path))
 
-    def _remove_now(self, path: str, _: _Errand) -> None:
+    def _remove_now(self, path: str) -> None:
         self._remove(path)
         self._vitals.count("segments_removed")
 
-    def _removed(self, path: str, job: Job, error: str | None) -> None:
+    def _removed(self, name: InSegment, path: str, error: str | None) -> None:
         with self._changed:
             if error is None or self._closed:
                 self._going.discard(path)
                 self._changed.notify_all()
-            elif isinstance(job, _Errand):
-                self._going_on.append(job.name)
+            else:
+                self._going_on.append(name)
 
-    def _end_sooner(self, expires: int, errand: _Errand) -> None:
-        found = self._find(errand.name)
-        held = found and _held(errand.name, found)
+    def _end_sooner(self, name: InSegment, expires: int) -> None:
+        found = self._find(name)
+        held = found and _held(name, found)
         if held and not 0 < held.expires <= expires:
-            self._host.post(partial(self.delete, [errand.name]))
+            self._host.post(partial(self.delete, [name]))
 
     # --- Puts and gets ----------------------------------------------------------------------------
 
-    def _run_puts(self, _: int, tasks: list[Task]) -> None:
-        for task in tasks:
-            put, started = task.job, time.monotonic()
-            assert isinstance(put, Put)
-            try:
-                error = self._put(put)
-                self._worked(started, wrote=put.made)
-            except Changed:
-                error = "partial"
-            except OSError as e:
-                error = self._failed(e, writes=True)
-            self._puts.finish(task, error)
-
-    def _put_over(self, put: Job, error: str | None) -> None:
-        assert isinstance(put, Put)
+    def _put_over(self, put: Put, error: str | None) -> None:
         for number, job in enumerate(put.jobs):
             put.done(job, "corrupt" if number in put.damaged else error)
 
@@ -387,7 +314,8 @@ class SegmentTier(ABC):
                 self._remove(path)
             if self._store(path, put):
                 self._vitals.count("segments_written")
-                put.made = True
+                put.made, self._fault = True, ""
+                self._vitals.notice("writes", None)
                 break
             if self._find(name) is None:  # What lies there is of no use to anybody.
                 self._remove(path)
@@ -453,10 +381,7 @@ class SegmentTier(ABC):
         self._vitals.notice("medium", f"it cannot be used, and is tried again: {what}")
         return "io_error"
 
-    def _worked(self, started: float, *, wrote: bool = False) -> None:
-        if wrote and self._fault:
-            self._fault = ""
-            self._vitals.notice("writes", None)
+    def _worked(self, started: float) -> None:
         if self._breaker.worked(started):
             self._vitals.notice("medium", None)
             with self._changed:
@@ -466,21 +391,9 @@ class SegmentTier(ABC):
                 self._delete(name)
 
 
-def _nbytes(name: ObjectName) -> int:
-    return name.part.nbytes(name.namespace.block_tokens)
-
-
-def _is_whole(jobs: Sequence[Job]) -> bool:
-    """Whether these are all blocks of a segment, in their order."""
-    first = jobs[0].name
-    if not isinstance(first, InSegment) or not whole(first.keys, first.namespace.block_tokens):
-        return False
-    return first.keys == tuple(job.name.key for job in jobs) and all(
-        job.nbytes == _nbytes(first) and job.name.namespace == first.namespace for job in jobs
-    )
-
-
-def _held(name: InSegment, found: Segment) -> Held | None:
+def _held(name: ObjectName, found: Segment | None) -> Held | None:
+    if found is None or not isinstance(name, InSegment):
+        return None
     block = found.blocks[name.index]
     if block.key != name.key:
         return None
