@@ -128,13 +128,14 @@ class SegmentTier(Shared, ABC):
     def probe(self, names: Sequence[ObjectName], done: Callable[[list[Held | None]], None]) -> None:
         """See `Tier.probe`."""
         answers: list[Held | None] = [None] * len(names)
-        asked: defaultdict[object, list[int]] = defaultdict(list)
+        asked: dict[object, tuple[InSegment, list[int]]] = {}
         for number, name in enumerate(names):
             if isinstance(name, InSegment):
-                asked[name.keys[-1], name.part.variant, name.namespace.digest].append(number)
+                segment = name.keys[-1], name.part.variant, name.namespace.digest
+                asked.setdefault(segment, (name, []))[1].append(number)
         left, lock = len(asked), threading.Lock()
 
-        def look(numbers: list[int], name: InSegment) -> None:
+        def look(name: InSegment, numbers: list[int]) -> None:
             found = self._find(name)
             for number in numbers if found is not None else ():
                 answers[number] = _held(names[number], found)
@@ -154,8 +155,8 @@ class SegmentTier(Shared, ABC):
         elif self._closed or self._breaker.reason is not None:
             done([])
         else:
-            for numbers in asked.values():
-                self._run(partial(look, numbers, names[numbers[0]]), partial(ended, numbers))
+            for name, numbers in asked.values():
+                self._run(partial(look, name, numbers), partial(ended, numbers))
 
     def put(self, jobs: Sequence[Job], done: JobDone) -> None:
         """See `Tier.put`."""
