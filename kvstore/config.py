@@ -26,6 +26,8 @@ from kvstore.errors import ConfigError
 from kvstore.mistakes import TIER_NAME, explain
 from kvstore.values import checked_text, format_size, parse_size, split_host_port
 
+PEERS: Final = "peers"
+"""The kind and name of the tier that others are."""
 MAX_BELOW: Final = 6
 """Tiers below memory."""
 _MAX_TIER: Final = 1 << 50
@@ -66,6 +68,19 @@ def _listener(value: object) -> object:
     return value
 
 
+def _elsewhere(value: str) -> str:
+    scheme, separator, rest = value.partition("://")
+    if not separator or scheme not in ("tcp", "tls"):
+        path = value if value.startswith("/") else "/path/to/socket"
+        raise ValueError(
+            f"{value!r} is no address of a daemon; write unix://{path} (in `address`), or "
+            "tcp://host:port or tls://host:port for one elsewhere"
+        )
+    if split_host_port(rest)[1] == 0:
+        raise ValueError(f"{value!r} has no port; write the one that the daemon listens on")
+    return value
+
+
 Seconds = Annotated[float, BeforeValidator(_number), Field(ge=0.001, le=_WEEK)]
 Count = Annotated[int, BeforeValidator(_number)]
 Part = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
@@ -82,6 +97,7 @@ Tenant = Annotated[str, AfterValidator(checked_text), Field(max_length=4096)]
 PolicyName = Literal["lru", "s3fifo"]
 TierName = Annotated[str, Field(pattern=TIER_NAME)]
 WriteRule = Literal["all", "reused", "none"]
+NodeAddress = Annotated[str, AfterValidator(_elsewhere)]
 
 
 def default_run_dir() -> Path:
@@ -183,6 +199,46 @@ class TierConfig(_Below):
         if slab.path is None:
             raise ValueError("a slab needs a path: the folder to lie in")
         return slab.model_dump()
+
+
+class PeersConfig(_Below):
+    """The pool that this daemon joins: what others of it hold is a tier named `peers`."""
+
+    nodes: tuple[NodeAddress, ...] = Field(
+        (), description="tcp://host:port or tls://host:port of all daemons; this one may be among"
+    )
+    dns: Listener = Field(None, description="host:port of a name with an address for each daemon")
+    directory: Annotated[Name | None, BeforeValidator(_none)] = Field(
+        None, description="redis:// URL of what knows them and what they hold, or a kind of its own"
+    )
+    address: Annotated[NodeAddress | None, BeforeValidator(_none)] = Field(
+        None,
+        description="where others reach this one; none: server.name, port of server.tcp",
+    )
+    token_file: MaybeFolder = Field(
+        None, description="file with the token for the others (or set KVSTORE_PEER_TOKEN)"
+    )
+    tls_ca: MaybeFolder = Field(None, description="certificates to trust, for tls:// addresses")
+    tls_cert: MaybeFolder = Field(None, description="own certificate, for mutual TLS")
+    tls_key: MaybeFolder = Field(None, description="key of `tls_cert`")
+    streams: Count = Field(4, description="connections to one peer that carry blocks", ge=1, le=16)
+    probe_seconds: Seconds = Field(0.02, description="a lookup may wait to be told what they have")
+    max_serving: Size = Field(
+        256 * 2**20,
+        description="bytes on their way to peers at a time; more are sent elsewhere",
+        ge=1,
+    )
+    copies: Literal["one", "many"] = Field(
+        "one", description="one: what came from a peer is given up first; many: as if saved here"
+    )
+    transport: Literal["tcp", "nixl"] = Field(
+        "tcp", description="nixl: RDMA, as far as NIXL finds it; tcp where that fails"
+    )
+
+    @property
+    def on(self) -> bool:
+        """Whether this daemon is in a pool."""
+        return bool(self.nodes or self.dns or self.directory)
 
 
 class SessionConfig(_Section):
@@ -308,6 +364,7 @@ class Config(_Section):
     tiers: tuple[TierConfig, ...] = Field(
         (), description="below memory and disk, in the order in which they are read from"
     )
+    peers: PeersConfig = Field(default_factory=PeersConfig)
     session: SessionConfig = Field(default_factory=SessionConfig)
     planner: PlannerConfig = Field(default_factory=PlannerConfig)
     server: ServerConfig = Field(default_factory=ServerConfig)
@@ -315,19 +372,35 @@ class Config(_Section):
     quotas: dict[Tenant, QuotaConfig] = Field(default_factory=dict, description="by tenant")
 
     @property
+    def reached_at(self) -> str:
+        """Where peers reach this daemon."""
+        if self.peers.address is not None or self.server.tcp is None:
+            return self.peers.address or ""
+        scheme = "tcp" if self.server.tls_cert is None else "tls"
+        host, port = split_host_port(self.server.tcp)
+        if host in ("", "0.0.0.0", "::"):
+            host = self.server.name
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+    @property
     def write_rules(self) -> dict[str, str]:
         """What is written to the tiers below memory, by their names."""
-        own = {tier.name: tier.write for tier in self.tiers if tier.write is not None}
+        own = {tier.name: tier.write for tier in self.below if tier.write is not None}
         return {**self.admission.below, **own}
 
     @property
     def below(self) -> tuple[TierConfig, ...]:
         """The tiers below memory, in their order; `disk` is the first."""
-        if self.disk.path is None:
-            return self.tiers
-        disk = self.disk.model_dump()
-        waits = {key: disk.pop(key) for key in _Below.model_fields}
-        return (TierConfig(kind="slab", name="disk", options=disk, **waits), *self.tiers)
+        tiers = list(self.tiers)
+        if self.peers.on:
+            own = {**_Below.model_fields, "probe_seconds": None}
+            said = {key: getattr(self.peers, key) for key in own}
+            tiers.insert(0, TierConfig(kind=PEERS, name=PEERS, write="none", **said))
+        if self.disk.path is not None:
+            disk = self.disk.model_dump()
+            waits = {key: disk.pop(key) for key in _Below.model_fields}
+            tiers.insert(0, TierConfig(kind="slab", name="disk", options=disk, **waits))
+        return tuple(tiers)
 
     @model_validator(mode="after")
     def _check_tiers(self) -> Config:
@@ -345,7 +418,12 @@ class Config(_Section):
                 text = "lie in one folder; give each a path of its own"
                 raise ValueError(f"tiers: {other!r} and {slab.name!r} {text}")
         said = self.admission.below
+        if self.peers.on and not self.reached_at:
+            text = "others of the pool must reach this daemon: set server.tcp (or peers.address)"
+            raise ValueError(f"peers: {text}")
         for number, tier in enumerate(self.tiers):
+            if tier.kind == PEERS:
+                raise ValueError(f"tiers.{number}.kind: peers have a section of their own, `peers`")
             twice = tier.write is not None and tier.name in self.admission.model_fields_set
             if twice and said[tier.name] != tier.write:
                 text = f"and admission.{tier.name} {said[tier.name]!r}; say it in one place"
@@ -364,16 +442,7 @@ class Config(_Section):
     def _check_address(cls, value: str | None) -> str | None:
         if value is None or (value.startswith("unix:///") and value != "unix:///"):
             return value if value is None else checked_text(value)
-        scheme, separator, rest = value.partition("://")
-        if not separator or scheme not in ("tcp", "tls"):
-            path = value if value.startswith("/") else "/path/to/socket"
-            raise ValueError(
-                f"{value!r} is no address of a daemon; write unix://{path}, or "
-                "tcp://host:port or tls://host:port for one elsewhere"
-            )
-        if split_host_port(rest)[1] == 0:
-            raise ValueError(f"{value!r} has no port; write the one that the daemon listens on")
-        return value
+        return _elsewhere(value)
 
     @property
     def socket(self) -> Path:

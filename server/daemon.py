@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kvstore.config import Config, ServerConfig
+from kvstore.config import Config, PeersConfig, ServerConfig
 from kvstore.errors import KVStoreError, NoPackage, missing
 from kvstore.memory.arena import Arena
 from kvstore.server.access.access import Access
@@ -73,7 +73,8 @@ class Daemon:
         self.path = path
         if embedded:  # It listens nowhere but beside its socket, whatever the engine's file says.
             server = ServerConfig(grpc=None, http=None)
-            config = config.model_copy(update={"address": f"unix://{path}", "server": server})
+            alone = {"server": server, "peers": PeersConfig()}
+            config = config.model_copy(update={"address": f"unix://{path}"} | alone)
         self._config = config
         self._steps = steps
         self._embedded = embedded

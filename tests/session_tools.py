@@ -21,12 +21,12 @@ import psutil
 from numpy.typing import NDArray
 
 from kvstore.blocks.spec import Described, Group, Layout, ModelIdentity, Namespace, Opaque, Part
-from kvstore.client.channel import Channel
 from kvstore.client.client import Client
 from kvstore.client.session import Session
 from kvstore.config import Config
 from kvstore.copier.base import PagedMemory, PlaneMemory
 from kvstore.sources import load_config
+from kvstore.transport.channel import Channel
 
 MIB: Final = 1 << 20
 ROOT: Final = Path(__file__).parents[1]

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.blocks.spec import Part
-from kvstore.client.channel import Channel
 from kvstore.client.client import Client
 from kvstore.client.session import Session
 from kvstore.config import Config
 from kvstore.sources import load_config
 from kvstore.transport import protocol
+from kvstore.transport.channel import Channel
 from kvstore.transport.protocol import Attach, Attached, Get, Message, Put, Reply
 from kvstore.transport.sockets import Wire, receive_frame
 from kvstore.transport.tcp import connect

@@ -17,8 +17,8 @@ from kvstore.transport.protocol import Acquire
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kvstore.client.channel import Channel
     from kvstore.copier.gate import LayerGate
+    from kvstore.transport.channel import Channel
 
 
 class Pages(NamedTuple):

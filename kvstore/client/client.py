@@ -21,7 +21,6 @@ from weakref import WeakSet, WeakValueDictionary, ref
 
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.client.arrivals import Loaded
-from kvstore.client.channel import FORKED, Channel
 from kvstore.client.embedded import join_or_start
 from kvstore.client.planner import Planner
 from kvstore.config import Config
@@ -31,6 +30,7 @@ from kvstore.errors import ConfigError, ProtocolError, SpecError, StoreUnavailab
 from kvstore.forks import in_child
 from kvstore.telemetry import Counters, QuietLog
 from kvstore.transport import protocol
+from kvstore.transport.channel import FORKED, Channel
 from kvstore.transport.credentials import client_token
 from kvstore.transport.protocol import Failure, Message, Release, Reply
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from kvstore.client.arrivals import Gates, Incoming, Load, Loaded
-from kvstore.client.channel import Channel
 from kvstore.client.client import Link
 from kvstore.client.transfer import Transfer
 from kvstore.copier.base import PagedMemory
+from kvstore.transport.channel import Channel
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from kvstore.blocks.keys import block_keys, join_keys, token_array
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.client.arrivals import Gates, Loaded
-from kvstore.client.channel import Channel
 from kvstore.client.client import Client, View, seconds
 from kvstore.client.held import Held
 from kvstore.client.planner import LoadPlan
@@ -28,6 +27,7 @@ from kvstore.copier.base import Copier, PagedMemory
 from kvstore.errors import SpecError
 from kvstore.sources import load_config
 from kvstore.transport import protocol
+from kvstore.transport.channel import Channel
 from kvstore.transport.protocol import Cost, Message, Reply
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ import numpy as np
 from kvstore.blocks.keys import KEY_BYTES, join_keys
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.client.arrivals import Gates, Incoming, Load, Loaded, Pages
-from kvstore.client.channel import Channel
 from kvstore.client.client import Client, Link, View, seconds
 from kvstore.copier.base import Copier, PagedMemory
 from kvstore.errors import SpecError, StoreUnavailable
 from kvstore.transport import protocol
+from kvstore.transport.channel import Channel
 from kvstore.transport.protocol import BUSY, HAVE, NO_ROOM, Committed, Held
 
 if TYPE_CHECKING:

@@ -22,8 +22,10 @@ from kvstore.transport.streams import StreamCarrier
 from kvstore.values import split_host_port
 
 
-def connect(config: Config) -> Connection:
+def connect(config: Config, token: str | None = None) -> Connection:
     """Connect to the daemon at `config.address` (tcp:// or tls://) and say hello.
+
+    `token`: other than that of sessions.
 
     Data connections follow when they are first needed: a process that only looks up has none.
 
@@ -36,7 +38,8 @@ def connect(config: Config) -> Connection:
     host, port = split_host_port(rest)
     context = client_context(config) if scheme == "tls" else None
     dialer = _Dialer(config.address, host, port, context, config.session.connect_timeout)
-    wire, welcome = with_features(partial(dialer.greet, client_token(config)))
+    token = client_token(config) if token is None else token
+    wire, welcome = with_features(partial(dialer.greet, token))
     attach = partial(dialer.attach, welcome)
     carrier = StreamCarrier(attach, config.session.streams, welcome.lease_seconds)
     return Connection(wire, welcome, carrier)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvstore.benchmarks.figures import BenchmarkError
-from kvstore.client.channel import Channel
+from kvstore.transport.channel import Channel
 from tests.engines.vllm_tools import Engine, document, transfer
 from tests.session_tools import PATIENCE, Served, Stores, eventually
 

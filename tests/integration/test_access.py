@@ -18,10 +18,10 @@ import pytest
 import yaml
 
 from kvstore.api import connection
-from kvstore.client.channel import Channel
 from kvstore.errors import StoreUnavailable
 from kvstore.server.listeners import make_folder
 from kvstore.transport import protocol
+from kvstore.transport.channel import Channel
 from kvstore.transport.protocol import Failure, Hello, Message, Open, Opened, Reply, Welcome
 from kvstore.transport.sockets import frame_size
 from tests.session_tools import (

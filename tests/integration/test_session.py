@@ -14,12 +14,12 @@ import pytest
 
 from kvstore.api.client import Orchestrator
 from kvstore.blocks.spec import Described, Opaque, Part
-from kvstore.client.channel import Channel
 from kvstore.client.session import Session
 from kvstore.copier.gate import LayerGate
 from kvstore.errors import SpecError
 from kvstore.sources import load_config
 from kvstore.transport import protocol
+from kvstore.transport.channel import Channel
 from kvstore.transport.protocol import HAVE
 from tests.session_tools import (
     BIG,

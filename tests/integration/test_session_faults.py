@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from kvstore.blocks.spec import Part
-from kvstore.client.channel import Channel
 from kvstore.client.session import Session
 from kvstore.transport import protocol
+from kvstore.transport.channel import Channel
 from tests.session_tools import (
     BIG,
     GROUP,

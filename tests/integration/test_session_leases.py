@@ -15,10 +15,10 @@ import numpy as np
 import psutil
 import pytest
 
-from kvstore.client.channel import Channel
 from kvstore.client.session import Session
 from kvstore.errors import SpecError, StoreUnavailable
 from kvstore.transport import protocol
+from kvstore.transport.channel import Channel
 from tests.session_tools import (
     BIG,
     MIB,

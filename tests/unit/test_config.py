@@ -332,6 +332,7 @@ NO_ADDRESS = [
     "", "tcp://", "tcp://host:0", "tls://::1:7422", "http://host:80", "unix://", "unix:///",
     "unix://relative", f"unix:///{NUL}", f"unix:///{SURROGATE}", "/run/kvstore.sock",
 ]  # fmt: skip
+NO_NODE = [*NO_ADDRESS, "unix:///run/kvstore.sock"]
 NO_NAME = [*NO_TEXT, "", "x" * 257, 5, True, []]
 NO_CHOICE = ["", "ALL", "lru ", "\uff4cru", NUL, 5, True, None, []]
 NO_FLAG = ["", "maybe", 2, "\uff11", None, [], 0.5]
@@ -367,6 +368,24 @@ WRONG: dict[str, list[Any]] = {
     "disk.stall_seconds": NO_SECONDS,
     "disk.write_rate": [*NO_SIZE, "2000TiB"],
     "disk.read_rate": [*NO_SIZE, "2000TiB"],
+    "peers.nodes": [5, True, {}, "tcp://host:7422", *([value] for value in NO_NODE)],
+    "peers.dns": NO_LISTENER,
+    "peers.directory": NO_NAME,
+    "peers.address": NO_NODE,
+    "peers.token_file": NO_PATH,
+    "peers.tls_ca": NO_PATH,
+    "peers.tls_cert": NO_PATH,
+    "peers.tls_key": NO_PATH,
+    "peers.streams": [*NO_NUMBER, 0, -1, 1.5, 17],
+    "peers.probe_seconds": NO_SECONDS,
+    "peers.max_serving": [*NO_SIZE, 0],
+    "peers.copies": NO_CHOICE,
+    "peers.transport": NO_CHOICE,
+    "peers.queue": [*NO_SIZE, 0],
+    "peers.retry_seconds": NO_SECONDS,
+    "peers.stall_seconds": NO_SECONDS,
+    "peers.write_rate": [*NO_SIZE, "2000TiB"],
+    "peers.read_rate": [*NO_SIZE, "2000TiB"],
     "session.lookup_timeout": NO_SECONDS,
     "session.load_timeout": NO_SECONDS,
     "session.save_timeout": NO_SECONDS,
