@@ -21,6 +21,7 @@ from kvstore.server.access.access import Access
 from kvstore.server.access.grants import LOCAL, Denied, Grant
 from kvstore.server.loop import Steps
 from kvstore.server.owners import Owner
+from kvstore.server.publishing import Publishing
 from kvstore.server.recent import Recent
 from kvstore.store.leases import Lease
 from kvstore.store.store import Store
@@ -111,6 +112,8 @@ class Node:
     recent: Recent = field(default_factory=Recent)
     control: Face | None = None
     """The API, once it is served."""
+    publishing: Publishing | None = None
+    """What peers are told, where there are any."""
     ready: bool = False
     started: float = field(default_factory=time.monotonic)
     quiet: QuietLog = field(default_factory=lambda: QuietLog(_log))

@@ -121,7 +121,13 @@ class Lookups:
                 self._stats.skipped(session)
             return Found(start, first, (), now)
         keys = asked.extend_keys()[first:usable]
-        plan = session.plan(keys, again=asked.answered, position=first)
+        plan = session.plan(
+            keys,
+            again=asked.answered,
+            position=first,
+            before=asked.keys[:first],
+            source=asked.wishes.remote_kv_source or "",
+        )
         self._stats.lookup(time.monotonic() - now)
         late = not plan.found and plan.reason.endswith("unavailable")
         asked.answered |= not late

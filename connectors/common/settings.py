@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from kvstore.blocks.spec import MAX_BLOCK_TOKENS
-from kvstore.config import Config
+from kvstore.config import Config, Name
 from kvstore.errors import ConfigError
 from kvstore.mistakes import explain, plainly
 from kvstore.sources import load_config
@@ -99,7 +99,8 @@ class Wishes(_Strict):
 
     `skip_save` and `skip_load` leave the store out; `ttl` seconds after a save its blocks expire;
     `pin` seconds long they are not evicted; `tenant` owns the blocks; `priority` orders transfers
-    that wait (lower first).
+    that wait (lower first); `remote_kv_source` is the node of the pool that has its blocks, by name
+    or address, as a router says.
     """
 
     skip_save: bool = False
@@ -108,6 +109,7 @@ class Wishes(_Strict):
     pin: Seconds | None = None
     tenant: Tenant | None = None
     priority: int = 0
+    remote_kv_source: Name | None = None
 
 
 def wishes_of(params: Mapping[str, Any] | None) -> tuple[Wishes, list[str]]:

@@ -47,6 +47,7 @@ from kvstore.connectors.sglang.hostpool import memory_of
 from kvstore.connectors.sglang.identity import identity_of
 from kvstore.errors import ConfigError, SpecError
 from kvstore.telemetry import QuietLog
+from kvstore.tiers.base import segment_blocks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -212,7 +213,8 @@ class KVStoreHiCache(HiCacheStorage):  # type: ignore[misc]
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
         """How many pages from the first on can be loaded, and are worth it."""
         before = _before(extra_info)
-        return self.session.plan(self._names(keys), position=len(before)).blocks
+        names = self._names(before[-segment_blocks(self.session.block_tokens) :])
+        return self.session.plan(self._names(keys), position=len(before), before=names).blocks
 
     @_guarded(_none_of)
     def batch_get_v1(self, keys: list[str], host_indices: Any, extra_info: Any = None) -> Any:

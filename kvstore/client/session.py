@@ -26,6 +26,7 @@ from kvstore.config import Config
 from kvstore.copier.base import Copier, PagedMemory
 from kvstore.errors import SpecError
 from kvstore.sources import load_config
+from kvstore.tiers.base import segment_blocks
 from kvstore.transport import protocol
 from kvstore.transport.channel import Channel
 from kvstore.transport.protocol import Cost, Message, Reply
@@ -145,13 +146,16 @@ class Session:
         holes: bool = False,
         wait: float = 0.0,
         position: int = 0,
+        before: Sequence[bytes] = (),
+        source: str = "",
     ) -> Lookup:
         """The longest prefix of `keys` that can be loaded. One round trip; moves nothing.
 
         With `holes`, `tiers` has every block: `miss` where it is missing, `pending` while it is on
         its way, for which up to `wait` seconds are waited. An older daemon tells the prefix.
         Hit rates count requests: say `again` if the daemon answered for this one before. `position`
-        is that of the first key in its prompt: some shared tiers find only whole, aligned segments.
+        is that of the first key in its prompt: some shared tiers find only whole, aligned segments;
+        keys `before` it tell how one begins. `source` is the node of the pool that has the blocks.
         """
         keys = keys[: protocol.MAX_KEYS]
         joined = join_keys(keys)
@@ -165,6 +169,11 @@ class Session:
             request = protocol.Lookup(handle, joined, again)
             if "position" in channel.welcome.features:
                 request.position = position
+            if "peers" in channel.welcome.features:
+                inside = position % segment_blocks(self.block_tokens)
+                if 0 < inside <= len(before):
+                    request.head = before[-inside]
+                request.source = source
             if holes and "holes" in channel.welcome.features:
                 request.holes, request.wait = True, seconds(wait)
             reply = self._client.call(channel, request, limit + request.wait)
@@ -185,12 +194,17 @@ class Session:
         again: bool = False,
         holes: bool = False,
         position: int = 0,
+        before: Sequence[bytes] = (),
+        source: str = "",
     ) -> LoadPlan:
         """Look up `keys` and decide how many blocks to load; the decision is counted and logged.
 
         With `holes` any may be loaded, and its `chosen` says which. Arguments as for `lookup`.
         """
-        found = self.lookup(keys, timeout=timeout, again=again, holes=holes, position=position)
+        found = self.lookup(
+            keys, timeout=timeout, again=again, holes=holes, position=position, before=before,
+            source=source,
+        )  # fmt: skip
         plan = self._client.planner.plan(
             found.tiers,
             found.costs,

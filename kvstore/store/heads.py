@@ -33,12 +33,16 @@ class Heads:
             self._changed[entry.name.key] = None
 
     def noting_all(self) -> Work[None]:
-        """Turn it on; what is here counts as come."""
-        self.on = True
+        """What is here counts as come."""
         for number, entry in enumerate(self._index):
             self.note(entry)
             if number % FEW == 0:
                 yield
+
+    @property
+    def more(self) -> bool:
+        """Whether `take` has something to tell."""
+        return bool(self._changed)
 
     def take(self, tiers: int) -> tuple[list[int], list[int]]:
         """The fingerprints of some segments that begin in one of `tiers` now, and of some that do

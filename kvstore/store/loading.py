@@ -348,17 +348,20 @@ class Loading(Leases):
         parts: Sequence[Part],
         namespace: Namespace | None = None,
         owner: Hashable = None,
+        done: Callable[[int], object] = lambda _: None,
     ) -> Work[int]:
         """Start to bring blocks into memory; returns how many were found in any tier.
 
-        `namespace` as for `lookup`. Until they have come, `owner` has a lease on them.
+        `namespace` as for `lookup`. Until they have come, `owner` has a lease on them; `done` is
+        told how many have.
 
         Raises:
             ValueError: too much is held.
         """
         lease = -next(self._prefetches)
 
-        def arrived(_: Acquired) -> None:
+        def arrived(acquired: Acquired) -> None:
+            done(len(acquired.blocks))
             self.release(owner, lease)
 
         running = yield from self.acquiring(

@@ -66,6 +66,19 @@ def begun(
     return (head[0] or first, *head[1:]) if head else ()
 
 
+def heads_of(
+    namespace: Namespace, keys: Sequence[bytes], position: int, head: bytes = b""
+) -> list[bytes]:
+    """The keys with which the segments of these blocks begin, as far as they are known.
+
+    `position` is that of the first block in its prompt, -1: not known; `head` begins its segment.
+    """
+    size = segment_blocks(namespace.block_tokens)
+    if position < 0:
+        return []
+    return [head] * bool(head and position % size) + list(keys[-position % size :: size])
+
+
 def continued(
     index: Index,
     namespace: Namespace,

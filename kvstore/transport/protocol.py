@@ -19,10 +19,11 @@ from kvstore.errors import ProtocolError
 from kvstore.telemetry import shown
 
 VERSION: Final = 1
-FEATURES: Final = ("tiers", "close", "holes", "position")
+FEATURES: Final = ("tiers", "close", "holes", "position", "peers")
 """What this release knows beyond the first of its version: tables and costs of tiers, the request
-`close`, `holes` of lookups and acquires, `position` of lookups and reserves. Each side does without
-what the other has not named."""
+`close`, `holes` of lookups and acquires, `position` of lookups and reserves; for nodes that serve
+each other `follow`, and `head` and `source` of lookups and prefetches. Each side does without what
+the other has not named."""
 
 HEADER: Final = struct.Struct("<IQ")
 MAX_FRAME: Final = 8 << 20
@@ -30,6 +31,8 @@ MAX_KEYS: Final = 1 << 16
 MAX_PARTS: Final = 256
 _MOST_SAID: Final = 1000  # characters of a failure
 MAX_OPEN: Final = 1024
+HEARTBEAT_SECONDS: Final = 1.0
+PREFETCH_SECONDS: Final = 10.0
 MAX_WAIT: Final = 600.0  # seconds that a request may ask the daemon to wait
 
 # Data connections of sessions over TCP.
@@ -135,7 +138,9 @@ class Close(Message, tag="close"):
 class Lookup(Message, tag="lookup"):
     """How long is the usable prefix of `keys` (32 bytes each, joined)? With `holes`: where does
     each block lie? Then up to `wait` seconds are waited for blocks that are on their way.
-    `position` is that of the first key in its prompt, -1: not known.
+    `position` is that of the first key in its prompt, -1: not known; where that is within a
+    segment, `head` is the key of the segment's first block. `source`: a router says that this node,
+    a name or an address, has them.
     """
 
     handle: int
@@ -144,6 +149,8 @@ class Lookup(Message, tag="lookup"):
     holes: bool = False
     wait: float = 0.0
     position: int = -1
+    head: bytes = b""
+    source: str = ""
 
 
 class Found(Message, tag="found"):
@@ -241,10 +248,15 @@ class Release(Message, tag="release"):
 
 
 class Prefetch(Message, tag="prefetch"):
-    """Start to bring blocks into memory."""
+    """Start to bring blocks into memory. With `source`, which is as the rest in `Lookup`: from
+    there, too, and the answer says how many have come, after `PREFETCH_SECONDS` at most.
+    """
 
     handle: int
     keys: bytes
+    position: int = -1
+    head: bytes = b""
+    source: str = ""
 
 
 class Pin(Message, tag="pin"):
@@ -274,6 +286,37 @@ class Flushed(Message, tag="flushed"):
     """
 
     unwritten: int
+
+
+class Follow(Message, tag="follow"):
+    """Tell which segments begin here, and from then on what changes, until the connection ends.
+
+    The asker knows those of `incarnation` up to change `after`.
+    """
+
+    incarnation: int = 0
+    after: int = 0
+
+
+class Published(Message, tag="published"):
+    """Answer to `Follow`, one of many: one comes within `HEARTBEAT_SECONDS`.
+
+    `added` and `removed` are fingerprints, u64 little-endian, joined. `sequence` counts the changes
+    of an incarnation; none is left out. Those with `snapshot` are together all there is as of that
+    number, and the one without it that follows says that they are whole. `name` is the node's.
+    """
+
+    incarnation: int
+    sequence: int
+    snapshot: bool = False
+    added: bytes = b""
+    removed: bytes = b""
+    name: str = ""
+
+    @property
+    def changes(self) -> bool:
+        """Whether it tells of any segment."""
+        return bool(self.added or self.removed)
 
 
 class Clear(Message, tag="clear"):
@@ -352,11 +395,11 @@ class Failure(Message, tag="failure"):
 # The last three of each belong on data connections.
 Request = (
     Hello | Open | Close | Lookup | Reserve | Commit | Acquire | Release | Prefetch | Pin | Flush
-    | Clear | Stats | Control | Attach | Put | Get
+    | Clear | Stats | Control | Follow | Attach | Put | Get
 )  # fmt: skip
 Reply = (
     Welcome | Opened | Found | Reserved | Committed | Held | Count | Flushed | StatsReply
-    | Controlled | Failure | Attached | Taken | Sending
+    | Controlled | Failure | Published | Attached | Taken | Sending
 )  # fmt: skip
 
 _encoder: Final = msgspec.msgpack.Encoder()

@@ -26,7 +26,8 @@ from kvstore.slices import Work
 from kvstore.store.entry import Entry
 from kvstore.store.leases import LeaseKind, Saving
 from kvstore.store.loading import PROBING, Acquired
-from kvstore.tiers.base import PENDING
+from kvstore.store.segments import heads_of
+from kvstore.tiers.base import PENDING, fingerprint
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Cost, Failure, Message
 
@@ -48,6 +49,7 @@ _PENDING_SHARE: Final = 50
 """Times what a look takes between it and the next one."""
 
 _FLUSH_POLL: Final = 0.02
+_FULL_POLL: Final = 0.05
 
 
 class SessionConnection(Connection):
@@ -60,6 +62,7 @@ class SessionConnection(Connection):
         self._recent = node.recent
         self._saves: dict[int, tuple[Namespace, int, float]] = {}  # lease: blocks asked, start
         self._flushes: set[asyncio.Task[None]] = set()
+        self._follows = False
         node.sessions[peer.session] = self
 
     def _handle(self, request_id: int, body: bytes) -> Work[None]:
@@ -92,8 +95,14 @@ class SessionConnection(Connection):
                 return (yield from self._acquire(request_id, request))
             case protocol.Release():
                 return (yield from self._release(request))
+            case protocol.Follow():
+                self._follow(request_id, request)
+                return None
             case protocol.Prefetch():
                 namespace, parts, keys = yield from self._named(request)
+                if request.source:
+                    self._later(request_id, partial(self._fetch, request, namespace, parts, keys))
+                    return None
                 found = yield from store.prefetching(keys, parts, namespace, self)
                 return protocol.Count(found)
             case protocol.Pin():
@@ -143,8 +152,10 @@ class SessionConnection(Connection):
         started, store, owner = time.monotonic(), self._store, self.owner
         namespace, parts, keys = yield from self._named(request)
         look = partial(
-            store.looking_up, keys, parts, namespace, holes=request.holes, position=request.position
-        )
+            store.looking_up, keys, parts, namespace, holes=request.holes,
+            position=request.position, head=request.head,
+        )  # fmt: skip
+        self._hint(request, namespace, keys)
         tiers, reason = yield from look(again=request.again)
         uncounted = reason == PROBING and not request.again
         wait = max(0.0, request.wait) if request.holes else store.probing.seconds  # NaN: no wait
@@ -178,6 +189,14 @@ class SessionConnection(Connection):
         owner.looking += 1
         self._later(request_id, look_again).add_done_callback(self._looked)
         return None
+
+    def _hint(
+        self, request: protocol.Lookup | protocol.Prefetch, namespace: Namespace, keys: list[bytes]
+    ) -> None:
+        """Believe a router, or a peer, where blocks are."""
+        if request.source and self._node.publishing is not None:
+            heads = heads_of(namespace, keys, request.position, request.head)
+            self._node.publishing.directory.hint(list(map(fingerprint, heads)), request.source)
 
     def _found(self, codes: bytes, reason: str) -> protocol.Found:
         costs = {number: lower.cost for number, lower in self._store.movement.lowers.items()}
@@ -329,6 +348,48 @@ class SessionConnection(Connection):
         return protocol.Held(
             _i64(slots), bytes(acquired.tiers), acquired.reason, other, tuple(sums)
         )
+
+    def _follow(self, request_id: int, request: protocol.Follow) -> None:
+        publishing = self._node.publishing
+        if publishing is None:
+            raise ValueError(
+                "this node has no peers: set peers.nodes, peers.dns or peers.directory"
+            )
+        if self._follows:
+            raise ValueError("this session follows already")
+        self._follows = True
+
+        async def tell() -> None:
+            async with contextlib.aclosing(
+                publishing.follow(request.incarnation, request.after)
+            ) as told:
+                async for published in told:
+                    while self._full:  # What it misses meanwhile it is told later, or all anew.
+                        await asyncio.sleep(_FULL_POLL)
+                    self._reply(request_id, published)
+
+        self._start(tell)
+
+    async def _fetch(
+        self, request: protocol.Prefetch, namespace: Namespace, parts: tuple[Part, ...],
+        keys: list[bytes],
+    ) -> Message:  # fmt: skip
+        """Bring blocks from a peer that says it has them; how many are here at the end."""
+        self._hint(request, namespace, keys)
+        loop, store = asyncio.get_running_loop(), self._store
+        until = loop.time() + protocol.PREFETCH_SECONDS
+        come: asyncio.Future[int] = loop.create_future()
+        look = partial(store.looking_up, keys, parts, namespace, again=True)
+        _, reason = await paced(look(position=request.position, head=request.head))
+        while reason == PROBING and loop.time() < until:
+            await asyncio.sleep(_PENDING_POLL)
+            _, reason = await paced(look(position=request.position, head=request.head))
+        try:
+            await paced(store.prefetching(keys, parts, namespace, self, come.set_result))
+        except ValueError as e:
+            return Failure(str(e))
+        await asyncio.wait([come], timeout=until - loop.time())
+        return protocol.Count(come.result() if come.done() else 0)
 
     def _flush(self, request_id: int, request: protocol.Flush) -> None:
         if len(self._flushes) >= _MAX_FLUSHES:

@@ -625,8 +625,11 @@ def test_wishes_are_read_and_wrong_ones_left_out() -> None:
     assert wishes == Wishes(skip_load=True, ttl=5)
     assert len(wrong) == 2
     wrong_ones = {"ttl": float("nan"), "pin": True, "tenant": "x" * 257, "skip_save": 1}
+    wrong_ones["remote_kv_source"] = "x" * 257
     wishes, wrong = wishes_of(wrong_ones | {"priority": -3})
     assert wishes == Wishes(priority=-3)
+    assert wrong.pop().startswith("remote_kv_source is ")
+    assert wishes_of({"remote_kv_source": "node"})[0].remote_kv_source == "node"
     assert [words.partition(" is ")[0] for words in wrong] == ["skip_save", "ttl", "pin", "tenant"]
     assert wishes_of(None) == (Wishes(), [])
 

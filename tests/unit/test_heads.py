@@ -30,6 +30,7 @@ def put(bench: Bench, chain: list[bytes], position: int = 0, parent: bytes = b""
 
 
 def watched(bench: Bench) -> Bench:
+    bench.store.catalogue.heads.on = True
     finish(bench.store.catalogue.heads.noting_all())
     return bench
 

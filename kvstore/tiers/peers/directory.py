@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from types import MappingProxyType
+from typing import Final, Protocol
+
+INCARNATION: Final = secrets.randbits(62) + 1
+"""Tells this process from all others, and from its predecessors."""
 
 
 class Directory(Protocol):
@@ -11,6 +16,14 @@ class Directory(Protocol):
 
     Segments are told by the `fingerprint` of their first block. Nodes have names.
     """
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """Counts since it was opened, for metrics and people."""
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with it, for people."""
 
     def publish(self, added: Sequence[int], removed: Sequence[int]) -> None:
         """This node has these segments now, and those no more. Returns at once."""
@@ -38,6 +51,9 @@ class Everyone:
         addresses: of all nodes, which are their names.
         own: this one's.
     """
+
+    counters: Mapping[str, int] = MappingProxyType({})
+    problem: str | None = None
 
     def __init__(self, addresses: Sequence[str], own: str) -> None:
         self._peers = {address: address for address in addresses if address != own}
