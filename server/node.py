@@ -23,6 +23,7 @@ from kvstore.server.loop import Steps
 from kvstore.server.owners import Owner
 from kvstore.server.publishing import Publishing
 from kvstore.server.recent import Recent
+from kvstore.server.sessions.serving import Serving
 from kvstore.store.leases import Lease
 from kvstore.store.store import Store
 from kvstore.telemetry import QuietLog
@@ -38,7 +39,7 @@ _log = logging.getLogger("kvstore.daemon")
 
 class Peer(NamedTuple):
     """Who is at the other end: number of the session, `unix` or `host:port`, process, software,
-    and the features it knows.
+    the features it knows, and of a daemon the address where others reach it.
     """
 
     session: int
@@ -46,6 +47,7 @@ class Peer(NamedTuple):
     pid: int
     software: str
     features: tuple[str, ...] = ()
+    node: str = ""
 
 
 class Session(Protocol):
@@ -117,9 +119,13 @@ class Node:
     ready: bool = False
     started: float = field(default_factory=time.monotonic)
     quiet: QuietLog = field(default_factory=lambda: QuietLog(_log))
+    serving: Serving = field(init=False)
     _collected: float = field(default_factory=time.monotonic)
     _opening: asyncio.Lock = field(default_factory=asyncio.Lock)
     _owners: dict[bytes | str, Owner] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.serving = Serving(self.config.peers.max_serving)
 
     def owner(self, grant: Grant) -> Owner:
         """Who pays for a session: its token, or itself where it is trusted like the daemon."""

@@ -119,6 +119,11 @@ class Catalogue:
         entry.places |= 1 << tier
         self.usage.took(entry, tier)
 
+    def times(self, entry: Entry) -> tuple[int, int]:
+        """When an object was made and expires (0: never), in Unix seconds."""
+        unix, ends = self.clock.unix, entry.expires < math.inf
+        return int(unix(entry.created)), math.ceil(unix(entry.expires)) if ends else 0
+
     def whole(self, entry: Entry, tier: int, *, tell: bool = True) -> None:
         """An object's bytes are whole in a tier now; without `tell` watchers know."""
         entry.tiers |= 1 << tier

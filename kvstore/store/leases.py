@@ -159,6 +159,14 @@ class Leases:
 
     release = at_once(releasing)
 
+    def renew(self, owner: Hashable, lease_id: int) -> bool:
+        """A lease lives as long from now on as a new one; False: it has ended or expired."""
+        lease = self.lease(owner, lease_id)
+        if lease is None or lease.withdrawn or lease.kind is LeaseKind.PIN:
+            return False
+        lease.expires = self._clock() + self._lease_seconds
+        return True
+
     def release_owner(self, owner: Hashable) -> None:
         """End all leases of an owner that is gone."""
         self._payers.pop(owner, None)

@@ -13,7 +13,7 @@ from typing import Final
 
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.slices import FEW, Work, at_once
-from kvstore.store.entry import Entry
+from kvstore.store.entry import BELOW, Entry
 from kvstore.store.leases import Lease, LeaseKind, Leases, lease_weight
 from kvstore.store.movement import Movement
 from kvstore.store.probing import Probing
@@ -53,6 +53,7 @@ class Acquisition:
     enough: int
     reads: bool = True  # somebody is to have the blocks, not only their memory
     holes: bool = False
+    own: bool = False
     tiers: list[int] = field(default_factory=list)
     reason: str = ""
     ready: int = 0  # blocks from the start that are in memory
@@ -197,6 +198,7 @@ class Loading(Leases):
         namespace: Namespace | None = None,
         reads: bool = True,
         holes: bool = False,
+        own: bool = False,
     ) -> Work[Acquisition]:
         """Bring blocks into memory and hold them there under a read lease.
 
@@ -206,14 +208,15 @@ class Loading(Leases):
         With `holes`, what is missing or does not come in time is an empty block in tier MISS, and
         those behind it are held all the same.
         `namespace` as for `lookup`. A prefix ends (`held`) where the payer may hold no more;
-        without `reads`, nobody wants the blocks yet, and nothing is counted.
+        without `reads`, nobody wants the blocks yet, and nothing is counted. `own`: what lies in
+        shared tiers alone counts as missing.
 
         Raises:
             ValueError: the owner holds a lease of that id, or too much is held.
         """
         weight = lease_weight(len(keys), len(parts))
         lease = self.new_lease(owner, lease_id, LeaseKind.READ, weight)
-        running = Acquisition(lease, done, self._clock(), enough or len(keys), reads, holes)
+        running = Acquisition(lease, done, self._clock(), enough or len(keys), reads, holes, own)
         self._acquiring += 1
         running.promoting = 1  # Held until all promotions are started.
         try:
@@ -239,6 +242,7 @@ class Loading(Leases):
     ) -> Work[None]:
         lease = running.lease
         within = self._within(namespace)
+        tiers = self.movement.own if running.own else ~0
         # In order, and holding nothing beyond the block at hand: later blocks that lie in memory
         # must not keep earlier ones from coming up.
         for number, key in enumerate(keys):
@@ -247,6 +251,8 @@ class Loading(Leases):
                 if lease.released:
                     break
             block = self._block(key, parts, within)
+            if not all(entry.tiers & tiers for entry in block):
+                block = ()
             if len(block) < len(parts):
                 _, why = self._find([key], parts, namespace)
                 running.reason = running.reason or why
@@ -264,7 +270,8 @@ class Loading(Leases):
             for entry in block:
                 if not entry.in_memory:
                     running.promoting += 1
-                    self.movement.promote(entry, partial(self._arrived, running, entry))
+                    arrived = partial(self._arrived, running, entry)
+                    self.movement.promote(entry, arrived, tiers & BELOW)
             if running.failed and not running.holes:
                 break
         running.started_all = True
@@ -341,6 +348,19 @@ class Loading(Leases):
                     return running.ready
             running.ready += 1
         return running.ready
+
+    def holding(
+        self, keys: Sequence[bytes], parts: Sequence[Part], namespace: Namespace
+    ) -> Work[list[Entry | None]]:
+        """Of each key and part, the object in exactly this layout, if it lies in own tiers."""
+        found: list[Entry | None] = []
+        tiers, within = self.movement.own, self._within(namespace)
+        for number, (key, part) in enumerate(itertools.product(keys, parts)):
+            if number % FEW == FEW - 1:
+                yield
+            entry = self.index.get(key, part, within)
+            found.append(entry if entry is not None and entry.tiers & tiers else None)
+        return found
 
     def prefetching(
         self,

@@ -16,7 +16,7 @@ from kvstore.memory.slots import Slot
 from kvstore.slices import FEW, Background, Inbox, Work
 from kvstore.store.admission import Admission
 from kvstore.store.catalogue import Catalogue
-from kvstore.store.entry import BELOW, Entry
+from kvstore.store.entry import BELOW, IN_MEMORY, Entry
 from kvstore.store.history import Uses
 from kvstore.store.lower import Lower
 from kvstore.store.memory import Memory
@@ -120,19 +120,30 @@ class Movement:
 
     # -- to memory --------------------------------------------------------------------------------
 
-    def promote(self, entry: Entry, ended: Done) -> None:
-        """Bring one object from a tier that has it to a slot; joins a running promotion."""
+    @property
+    def own(self) -> int:
+        """The set of tiers that this node alone writes to."""
+        lowers = self.lowers.items()
+        return IN_MEMORY | sum(1 << number for number, lower in lowers if not lower.shared)
+
+    def promote(self, entry: Entry, ended: Done, tiers: int = BELOW) -> None:
+        """Bring one object from one of the `tiers` that has it to a slot; joins a running promotion
+        from there.
+        """
+        if entry.waiting and not tiers >> entry.reading & 1:
+            ended("busy")
+            return
         if entry.waiting:
             entry.waiting.append(ended)
             return
-        source = self._source(entry, 0)
+        source = self._source(entry, BELOW & ~tiers)
         if source is None:
             reason = "no_tier"
         else:
             entry.waiting = [ended]  # Before allocating: from here on the entry is not idle.
             reason = self.memory.reserve(entry)
         if source is not None and not reason:
-            self._read(entry, source, 0)
+            self._read(entry, source, BELOW & ~tiers)
             return
         entry.waiting = None
         self.catalogue.counters.add("load.failed", reason)

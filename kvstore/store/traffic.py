@@ -98,8 +98,7 @@ class Road(ABC):
 
     def times(self, entry: Entry) -> tuple[int, int]:
         """When an object was made and expires, as tiers are told."""
-        unix, ends = self.catalogue.clock.unix, entry.expires < math.inf
-        return int(unix(entry.created)), math.ceil(unix(entry.expires)) if ends else 0
+        return self.catalogue.times(entry)
 
 
 class Reads:

@@ -96,15 +96,20 @@ class Connection(NamedTuple):
 
 
 def greet(
-    wire: Wire, token: str, address: object, seconds: float, features: tuple[str, ...]
+    wire: Wire,
+    token: str,
+    address: object,
+    seconds: float,
+    features: tuple[str, ...],
+    node: str = "",
 ) -> Welcome:
-    """Introduce this process to the daemon at `address`.
+    """Introduce this process to the daemon at `address`; a daemon says at which `node` it is.
 
     Raises:
         StoreUnavailable: it refuses; `Older` where it may not, without `features`.
         OSError, ProtocolError: as `receive_frame`.
     """
-    hello = Hello(protocol.VERSION, f"kvstore {__version__}", os.getpid(), token, features)
+    hello = Hello(protocol.VERSION, f"kvstore {__version__}", os.getpid(), token, features, node)
     send_message(wire, hello, seconds)
     reply = protocol.decode_reply(receive_frame(wire, seconds, _MAX_WELCOME))
     if isinstance(reply, Failure) and features and "unknown field `features`" in reply.reason:

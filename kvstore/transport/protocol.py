@@ -21,9 +21,10 @@ from kvstore.telemetry import shown
 VERSION: Final = 1
 FEATURES: Final = ("tiers", "close", "holes", "position", "peers")
 """What this release knows beyond the first of its version: tables and costs of tiers, the request
-`close`, `holes` of lookups and acquires, `position` of lookups and reserves; for nodes that serve
-each other `follow`, and `head` and `source` of lookups and prefetches. Each side does without what
-the other has not named."""
+`close`, `holes` of lookups and acquires, `position` of lookups and reserves; for `peers` what nodes
+of a pool say to each other (`follow`, `find`, acquires of what is a node's `own`), `head` and
+`source` of lookups and prefetches, and `renew`. Each side does without what the other has not
+named."""
 
 HEADER: Final = struct.Struct("<IQ")
 MAX_FRAME: Final = 8 << 20
@@ -89,13 +90,16 @@ class Message(msgspec.Struct, omit_defaults=True):
 
 
 class Hello(Message, tag="hello"):
-    """First message of a session. `token` is needed where the daemon has tokens."""
+    """First message of a session. `token` is needed where the daemon has tokens; `node` is the
+    address of the daemon that says it, if one does.
+    """
 
     version: int
     software: str
     pid: int
     token: str = ""
     features: tuple[str, ...] = ()
+    node: str = ""
 
 
 class Welcome(Message, tag="welcome"):
@@ -214,7 +218,8 @@ class Committed(Message, tag="committed"):
 
 class Acquire(Message, tag="acquire"):
     """Bring blocks to memory and hold them under a new lease. Answered when all have come, or the
-    first `enough` of them, or after `wait` seconds.
+    first `enough` of them, or after `wait` seconds. `own`: only those that lie in this node's own
+    tiers, if it serves peers any more at the moment.
     """
 
     handle: int
@@ -223,12 +228,14 @@ class Acquire(Message, tag="acquire"):
     wait: float
     enough: int
     holes: bool = False
+    own: bool = False
 
 
 class Held(Message, tag="held"):
     """i64 offsets per block and part, of the blocks that have come. `tiers` has a byte for every
     block found, come or not; with `holes` one for every block. `other` gives the layouts that are
-    not the session's own, by position in `slots`.
+    not the session's own, by position in `slots`. A daemon that is `busy` names `others` which
+    have had these blocks from it lately, by address.
     """
 
     slots: bytes
@@ -236,6 +243,32 @@ class Held(Message, tag="held"):
     reason: str
     other: dict[int, Part] = {}
     checksums: tuple[int | None, ...] = ()
+    others: tuple[str, ...] = ()
+
+
+class Find(Message, tag="find"):
+    """What does this node have of these blocks in its own tiers?"""
+
+    handle: int
+    keys: bytes
+
+
+class Holds(Message, tag="holds"):
+    """Per key and part a byte: whether the object is there. u64 little-endian of each that is:
+    when it was made and when it expires (Unix seconds, 0: never). `serving`: bytes on their way to
+    peers.
+    """
+
+    held: bytes
+    created: bytes
+    expires: bytes
+    serving: int = 0
+
+
+class Renew(Message, tag="renew"):
+    """The lease lives as long from now on as a new one. Answered by a count of 1; 0: it is over."""
+
+    lease: int
 
 
 class Release(Message, tag="release"):
@@ -395,11 +428,11 @@ class Failure(Message, tag="failure"):
 # The last three of each belong on data connections.
 Request = (
     Hello | Open | Close | Lookup | Reserve | Commit | Acquire | Release | Prefetch | Pin | Flush
-    | Clear | Stats | Control | Follow | Attach | Put | Get
+    | Clear | Stats | Control | Follow | Find | Renew | Attach | Put | Get
 )  # fmt: skip
 Reply = (
     Welcome | Opened | Found | Reserved | Committed | Held | Count | Flushed | StatsReply
-    | Controlled | Failure | Published | Attached | Taken | Sending
+    | Controlled | Failure | Published | Holds | Attached | Taken | Sending
 )  # fmt: skip
 
 _encoder: Final = msgspec.msgpack.Encoder()

@@ -22,10 +22,10 @@ from kvstore.transport.streams import StreamCarrier
 from kvstore.values import split_host_port
 
 
-def connect(config: Config, token: str | None = None) -> Connection:
+def connect(config: Config, token: str | None = None, node: str = "") -> Connection:
     """Connect to the daemon at `config.address` (tcp:// or tls://) and say hello.
 
-    `token`: other than that of sessions.
+    `token`: other than that of sessions. `node`: where this process is reached, if it is a daemon.
 
     Data connections follow when they are first needed: a process that only looks up has none.
 
@@ -37,7 +37,7 @@ def connect(config: Config, token: str | None = None) -> Connection:
     scheme, _, rest = config.address.partition("://")
     host, port = split_host_port(rest)
     context = client_context(config) if scheme == "tls" else None
-    dialer = _Dialer(config.address, host, port, context, config.session.connect_timeout)
+    dialer = _Dialer(config.address, host, port, context, config.session.connect_timeout, node)
     token = client_token(config) if token is None else token
     wire, welcome = with_features(partial(dialer.greet, token))
     attach = partial(dialer.attach, welcome)
@@ -53,13 +53,14 @@ class _Dialer(NamedTuple):
     port: int
     context: ssl.SSLContext | None
     timeout: float
+    node: str
 
     def greet(self, token: str, features: tuple[str, ...]) -> tuple[Wire, Welcome]:
         """A connection for messages, and what the daemon answered."""
         deadline = time.monotonic() + self.timeout
         with self._dialled(b"", deadline) as wire:
             left = deadline - time.monotonic()
-            return wire, greet(wire, token, self.address, left, features)
+            return wire, greet(wire, token, self.address, left, features, self.node)
 
     def attach(self, welcome: Welcome, deadline: float) -> Wire:
         """A connection for the blocks of the session that was welcomed.

@@ -9,8 +9,9 @@ from kvstore.errors import AccessDenied
 
 
 class Role(IntEnum):
-    """What a token allows; each role includes those before it."""
+    """What a token allows; each role includes those before it. A peer reads blocks, no more."""
 
+    PEER = 0
     READ = 1
     WRITE = 2
     ADMIN = 3

@@ -27,7 +27,7 @@ class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     name: Annotated[str, Field(min_length=1)]
-    role: Literal["read", "write", "admin"]
+    role: Literal["peer", "read", "write", "admin"]
     token: Annotated[str, Field(min_length=16)] | None = None
     sha256: str | None = None
     tenants: Annotated[list[str], Field(min_length=1)] = []

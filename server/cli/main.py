@@ -152,7 +152,9 @@ def _name_option(help: str) -> Any:
 @token_app.command()
 def new(
     name: Annotated[str, _name_option("Who will use it; unique in the file.")],
-    role: Annotated[Literal["read", "write", "admin"], typer.Option(help="What it allows.")],
+    role: Annotated[
+        Literal["peer", "read", "write", "admin"], typer.Option(help="What it allows.")
+    ],
     tenant: Annotated[
         list[str] | None, _name_option("Limit it to this one; may be repeated.")
     ] = None,

@@ -20,6 +20,7 @@ from kvstore.transport.sockets import Frames
 
 HELLO_SECONDS: Final = 5.0
 _MAX_HELLO: Final = 4096
+MAX_ADDRESS: Final = 300
 _MOST: Final = 128
 
 Welcomer = Callable[[Hello, int, asyncio.Transport], SessionConnection]
@@ -143,4 +144,5 @@ def welcome(
         lowers = node.store.movement.lowers
         below = (TierInfo(number, one.name, one.shared) for number, one in lowers.items())
         reply.tiers = (TierInfo(protocol.MEMORY, "memory"), *below)
-    return Peer(number, address, pid, hello.software, hello.features), grant, reply
+    peer = Peer(number, address, pid, hello.software, hello.features, hello.node[:MAX_ADDRESS])
+    return peer, grant, reply

@@ -61,9 +61,14 @@ class SessionConnection(Connection):
         super().__init__(node, peer, grant, left)
         self._recent = node.recent
         self._saves: dict[int, tuple[Namespace, int, float]] = {}  # lease: blocks asked, start
+        self._served: dict[int, int] = {}  # bytes on their way to a peer, by lease
         self._flushes: set[asyncio.Task[None]] = set()
         self._follows = False
         node.sessions[peer.session] = self
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._node.serving.end(sum(self._served.values()))
+        super().connection_lost(exc)
 
     def _handle(self, request_id: int, body: bytes) -> Work[None]:
         request = protocol.decode_request(body)
@@ -98,6 +103,10 @@ class SessionConnection(Connection):
             case protocol.Follow():
                 self._follow(request_id, request)
                 return None
+            case protocol.Find():
+                return (yield from self._find(request))
+            case protocol.Renew():
+                return protocol.Count(int(store.renew(self, request.lease)))
             case protocol.Prefetch():
                 namespace, parts, keys = yield from self._named(request)
                 if request.source:
@@ -141,7 +150,7 @@ class SessionConnection(Connection):
 
     def _named(
         self, request: protocol.Lookup | protocol.Reserve | protocol.Acquire | protocol.Prefetch
-        | protocol.Pin,
+        | protocol.Pin | protocol.Find,
     ) -> Work[tuple[Namespace, tuple[Part, ...], list[bytes]]]:  # fmt: skip
         """What a request is about: of what namespace, which parts of which blocks."""
         namespace, parts = self._handle_of(request.handle)
@@ -197,6 +206,17 @@ class SessionConnection(Connection):
         if request.source and self._node.publishing is not None:
             heads = heads_of(namespace, keys, request.position, request.head)
             self._node.publishing.directory.hint(list(map(fingerprint, heads)), request.source)
+
+    def _find(self, request: protocol.Find) -> Work[Message]:
+        namespace, parts, keys = yield from self._named(request)
+        entries = yield from self._store.holding(keys, parts, namespace)
+        times = [self._store.catalogue.times(entry) for entry in entries if entry is not None]
+        return protocol.Holds(
+            bytes(entry is not None for entry in entries),
+            _i64([created for created, _ in times]),
+            _i64([expires for _, expires in times]),
+            self._node.serving.nbytes,
+        )
 
     def _found(self, codes: bytes, reason: str) -> protocol.Found:
         costs = {number: lower.cost for number, lower in self._store.movement.lowers.items()}
@@ -275,7 +295,8 @@ class SessionConnection(Connection):
         await paced(self._end(lease, tuple(damaged)))
 
     def _saved(self, lease: int, blocks: int, reason: str) -> None:
-        """Note a save that has ended, if the lease was for one."""
+        """A lease has ended: note the save, if it was for one."""
+        self._node.serving.end(self._served.pop(lease, 0))
         save = self._saves.pop(lease, None)
         if save is not None:
             namespace, asked, started = save
@@ -288,6 +309,13 @@ class SessionConnection(Connection):
         namespace, parts, keys = yield from self._named(request)
         if not 0 <= request.wait <= protocol.MAX_WAIT:
             raise ValueError(f"a wait of {request.wait} seconds; give 0 to {protocol.MAX_WAIT:.0f}")
+        serving, node = self._node.serving, self.peer.node
+        nbytes = 0
+        if request.own:
+            nbytes = len(keys) * sum(part.nbytes(namespace.block_tokens) for part in parts)
+        if serving.busy(nbytes):
+            self._store.counters.add("peers.served", "busy")
+            return protocol.Held(b"", b"", "busy", others=serving.others(keys, node))
         come: asyncio.Future[Acquired] = asyncio.get_running_loop().create_future()
         running = yield from self._store.acquiring(
             self,
@@ -297,8 +325,14 @@ class SessionConnection(Connection):
             come.set_result,
             enough=len(keys) if request.holes else max(1, request.enough),
             namespace=namespace,
+            reads=not request.own,
             holes=request.holes,
+            own=request.own,
         )
+        if nbytes:
+            self._served[request.lease] = nbytes
+            serving.begin(nbytes, keys[0], node)
+            self._store.counters.add("peers.served", "done")
 
         def reply() -> Work[Message]:
             acquired = come.result()

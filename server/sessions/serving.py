@@ -1,0 +1,53 @@
+"""What peers are given of this node's blocks: so many bytes at a time, and who else has them."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Final
+
+_MOST_KEYS: Final = 4096
+_MOST_READERS: Final = 8
+_SECONDS: Final = 60.0
+
+
+class Serving:
+    """Bytes on their way to peers, `most` at a time: sessions of this machine come first.
+
+    Belongs to the daemon's loop.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.nbytes = 0
+        self._most = most
+        self._readers: OrderedDict[bytes, dict[str, float]] = OrderedDict()
+        """By the first key of what they asked for: addresses of nodes, and when."""
+
+    def busy(self, nbytes: int) -> bool:
+        """Whether so many bytes more are too many now. Whoever is alone is served anyway."""
+        return nbytes > 0 and self.nbytes > 0 and self.nbytes + nbytes > self._most
+
+    def begin(self, nbytes: int, key: bytes, node: str) -> None:
+        """A node is given so many bytes; `end` follows."""
+        self.nbytes += nbytes
+        if not node:
+            return
+        readers = self._readers.setdefault(key, {})
+        readers.pop(node, None)
+        readers[node] = time.monotonic()
+        if len(readers) > _MOST_READERS:
+            del readers[next(iter(readers))]
+        self._readers.move_to_end(key)
+        if len(self._readers) > _MOST_KEYS:
+            self._readers.popitem(last=False)
+
+    def end(self, nbytes: int) -> None:
+        """They have been sent, or will not be."""
+        self.nbytes -= nbytes
+
+    def others(self, keys: Sequence[bytes], node: str) -> tuple[str, ...]:
+        """Nodes that have had these blocks from here a while ago, other than `node`."""
+        since = time.monotonic() - _SECONDS
+        readers = self._readers.get(keys[0], {}) if keys else {}
+        return tuple(one for one, at in readers.items() if one != node and at > since)
