@@ -23,7 +23,7 @@ from kvstore.server.access.access import Access
 from kvstore.server.listeners import bind, clear, make_folder, take_lock
 from kvstore.server.loop import Steps, hear_threads, run
 from kvstore.server.node import Face, Node
-from kvstore.server.opening import make_arena, open_store
+from kvstore.server.opening import make_arena, open_pool, open_store
 from kvstore.server.process import end_after, exit_code, heed_signals, notify
 from kvstore.server.sessions.local import LocalFace
 from kvstore.store.store import Store
@@ -119,10 +119,11 @@ class Daemon:
                     make_arena, self._config, self._touched, private=self._embedded
                 )
                 post = partial(_post, self._loop)
+                pool = await asyncio.to_thread(open_pool, self._config)
                 store = await asyncio.to_thread(
-                    open_store, self._config, arena, post, self._loop.call_later
+                    open_store, self._config, arena, post, self._loop.call_later, pool
                 )
-                node = self._node = Node(self._config, store, access, self._steps, self.stop)
+                node = self._node = Node(self._config, store, access, self._steps, self.stop, pool)
                 # Goes on while the writes are waited for.
                 upkeep = [
                     run("upkeep", lambda: self._tick(store), store.counters, again=True),
@@ -138,6 +139,8 @@ class Daemon:
             for session in list(node.sessions.values()):
                 session.close()
             await asyncio.to_thread(node.store.close)
+            if pool is not None:
+                await asyncio.to_thread(pool.close)
             _log.info("stopped in order")
 
     async def _serve(self, node: Node, arena: Arena, local: LocalFace, ready: Ready) -> None:
@@ -264,7 +267,7 @@ class Daemon:
         while True:
             store.tick()
             if self._node is not None:
-                self._node.collect_garbage()
+                self._node.look_after()
             await asyncio.sleep(_TICK)
 
 

@@ -27,6 +27,7 @@ from kvstore.server.sessions.serving import Serving
 from kvstore.store.leases import Lease
 from kvstore.store.store import Store
 from kvstore.telemetry import QuietLog
+from kvstore.tiers.peers.pool import Pool
 from kvstore.transport.protocol import MEMORY
 
 _DRAIN_POLL: Final = 0.02
@@ -106,6 +107,8 @@ class Node:
     """Of its loop."""
     stop: Callable[[], None]
     """Ends the daemon, in order."""
+    pool: Pool | None = None
+    """Its peers, if it is in a pool."""
     sessions: dict[int, Session] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     """Of sessions to come."""
@@ -291,11 +294,14 @@ class Node:
             tiers[lower.name] = "missing" if lower.tier is None else word
         return {"status": status if self.ready else "stopping", "tiers": tiers}
 
-    def collect_garbage(self) -> None:
-        """Look for old garbage in circles if it is time; call now and then.
+    def look_after(self) -> None:
+        """Look after what needs it now and then; call about once a second.
 
-        Not while a large request is under way, whose keys would all be walked through.
+        Garbage in circles is not looked for while a large request is under way, whose keys would
+        all be walked through.
         """
+        if self.pool is not None:
+            self.pool.look_after()
         waited = time.monotonic() - self._collected
         busy = any(session.busy for session in self.sessions.values())
         if waited > (_COLLECT_AT_LAST if busy else _COLLECT_SECONDS):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from kvstore.config import Config, TierConfig
+from kvstore.config import PEERS, Config, TierConfig
 from kvstore.memory.arena import Arena
 from kvstore.store.admission import Admission
 from kvstore.store.opening import Below, OpenTier
 from kvstore.store.store import Store
 from kvstore.tiers.factory import find
+
+if TYPE_CHECKING:
+    from kvstore.tiers.peers.pool import Pool
 
 _ROOM_SECONDS: Final = 5.0
 """To wait for the arena's room: idle clients of a daemon before us give it back within a second."""
@@ -45,8 +48,9 @@ def open_store(
     arena: Arena,
     post: Callable[[Callable[[], None]], None],
     later: Callable[[float, Callable[[], None]], object],
+    pool: Pool | None = None,
 ) -> Store:
-    """The store, with what its tiers hold. Takes long.
+    """The store, with what its tiers hold, and peers if there is a `pool` of them. Takes long.
 
     `post` has a task done on the loop, and so does `later`, on the loop, in so many seconds.
 
@@ -60,7 +64,7 @@ def open_store(
         chunk=min(memory.chunk, arena.size),  # A private arena may be smaller than configured.
         policy=memory.policy,
         lease_seconds=config.lease_seconds,
-        below=tiers_below(config, direct=arena.huge),
+        below=tiers_below(config, direct=arena.huge, pool=pool),
         max_pinned=memory.max_pinned,
         later=later,
     )
@@ -72,7 +76,21 @@ def open_store(
     return store
 
 
-def tiers_below(config: Config, *, direct: bool) -> list[Below]:
+def open_pool(config: Config) -> Pool | None:
+    """The pool of daemons that this one is in, if it is.
+
+    Raises:
+        ConfigError: something that it needs cannot be had.
+    """
+    if not config.peers.on:
+        return None
+    from kvstore.tiers.peers.directory import Everyone
+    from kvstore.tiers.peers.pool import Pool
+
+    return Pool(config, Everyone(config.peers.nodes, config.reached_at))
+
+
+def tiers_below(config: Config, *, direct: bool, pool: Pool | None = None) -> list[Below]:
     """The configured tiers below memory.
 
     Raises:
@@ -81,7 +99,7 @@ def tiers_below(config: Config, *, direct: bool) -> list[Below]:
     return [
         Below(
             tier.name,
-            _opener(tier, config.server.name, direct),
+            _opener(tier, config.server.name, direct, pool),
             tier.queue,
             tier.retry_seconds,
             tier.stall_seconds,
@@ -94,7 +112,11 @@ def tiers_below(config: Config, *, direct: bool) -> list[Below]:
     ]
 
 
-def _opener(tier: TierConfig, node: str, direct: bool) -> OpenTier:
+def _opener(tier: TierConfig, node: str, direct: bool, pool: Pool | None) -> OpenTier:
+    if tier.kind == PEERS and pool is not None:
+        from kvstore.tiers.peers.tier import PeersTier
+
+        return lambda _: PeersTier(tier.name, pool, tier.stall_seconds)
     open_tier = find(tier.kind)
     waits = {"retry_seconds": tier.retry_seconds, "stall_seconds": tier.stall_seconds}
     known = {"node": node} if tier.kind == "files" else {}  # Whose its files are.

@@ -84,6 +84,12 @@ class Breaker:
                 self.reason, self._trying = None, False
             return ended
 
+    @property
+    def worth_trying(self) -> bool:
+        """Whether it is shut, or time for a trial."""
+        with self._lock:
+            return self.reason is None or time.monotonic() >= self._next
+
     def may_try(self) -> bool:
         """Whether it is time for a trial, which is this caller's then; it tells how that went."""
         with self._lock:

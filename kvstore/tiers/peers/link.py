@@ -1,0 +1,296 @@
+"""One peer: a connection that is made when it is needed, and what is asked and fetched over it."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple, TypeVar
+
+import numpy as np
+
+from kvstore._native import Xxh3Stream
+from kvstore.blocks.spec import Namespace, Part
+from kvstore.config import Config
+from kvstore.errors import KVStoreError, ProtocolError, StoreUnavailable
+from kvstore.telemetry import shown
+from kvstore.tiers.remote import Breaker
+from kvstore.transport import protocol
+from kvstore.transport.channel import Channel
+from kvstore.transport.protocol import Acquire, Close, Failure, Find, Open, Release
+from kvstore.transport.tcp import connect
+
+_MOST_OPEN: Final = 256
+_MISS: Final = 0
+_IDLE_SECONDS: Final = 60.0
+
+R = TypeVar("R")
+
+
+class There(NamedTuple):
+    """An object that a peer has: when it was made and expires (Unix seconds, 0: never)."""
+
+    created: int
+    expires: int
+
+
+class Busy(KVStoreError):
+    """The peer serves as much as it may; `others` had the same from it lately, by address."""
+
+    def __init__(self, others: tuple[str, ...]) -> None:
+        super().__init__("it serves as much as it may")
+        self.others = others
+
+
+class Refused(KVStoreError):
+    """The peer does not want to: a tenant that is out of our reach, say."""
+
+
+class Link:
+    """A peer's daemon. Thread-safe; all calls block, and raise StoreUnavailable where it fails.
+
+    Args:
+        config: its address, and how it is connected to.
+        token: shown to it, read anew for each connection.
+        node: where it reaches this node.
+        retry_seconds: the longest pause between trials while it fails.
+    """
+
+    def __init__(
+        self, config: Config, token: Callable[[], str], node: str, retry_seconds: float
+    ) -> None:
+        self.address = config.address or ""
+        self.breaker = Breaker(retry_seconds)
+        self.serving = 0
+        """Bytes that it was on its way to give to peers, when it last said so."""
+        self.fetching = 0
+        """Bytes that are being fetched from it."""
+        self._config = config
+        self._token = token
+        self._node = node
+        self._dialling = threading.Lock()
+        self._lock = threading.Lock()
+        self._leases = itertools.count(1)
+        self._channel: Channel | None = None
+        self._handles: OrderedDict[tuple[bytes, ...], int] = OrderedDict()
+        self._used = time.monotonic()
+        self._closed = False
+
+    @property
+    def load(self) -> float:
+        """How busy it is, in bytes."""
+        return self.serving + self.fetching
+
+    def find(
+        self, namespace: Namespace, parts: Sequence[Part], keys: Sequence[bytes], seconds: float
+    ) -> list[There | None]:
+        """What it has itself of these, per key and part.
+
+        Raises:
+            Refused: it does not say.
+        """
+
+        def ask(channel: Channel, handle: int, until: float) -> list[There | None]:
+            find = Find(handle, b"".join(keys))
+            answer = self._call(channel, find, until, protocol.Holds)
+            held = answer.held
+            created, expires = array("q"), array("q")
+            count = len(keys) * len(parts)
+            there = sum(map(bool, held))
+            if len(held) != count or {8 * there} != {len(answer.created), len(answer.expires)}:
+                raise ProtocolError("an answer does not fit its question")
+            created.frombytes(answer.created)
+            expires.frombytes(answer.expires)
+            self.serving = max(0, answer.serving)
+            times = map(There, created, expires)
+            return [next(times) if one else None for one in held]
+
+        return self._within(namespace, parts, seconds, ask)
+
+    def fetch(
+        self,
+        namespace: Namespace,
+        part: Part,
+        keys: Sequence[bytes],
+        addresses: Sequence[int],
+        seconds: float,
+    ) -> list[int | str]:
+        """Bring objects to memory; of each its XXH3, or the reason why it has not come.
+
+        Nothing touches the memory any more when this returns or raises.
+
+        Raises:
+            Busy: it serves as much as it may.
+            Refused: it does not say why.
+        """
+        nbytes = part.nbytes(namespace.block_tokens)
+
+        def bring(channel: Channel, handle: int, until: float) -> list[int | str]:
+            lease = next(self._leases)
+            wait = min(protocol.MAX_WAIT, max(0.0, (until - time.monotonic()) / 2))
+            acquire = Acquire(handle, lease, b"".join(keys), wait, len(keys), holes=True, own=True)
+            try:
+                held = self._call(channel, acquire, until, protocol.Held, lease)
+                if held.reason == "busy":
+                    raise Busy(held.others)
+                come: list[int | str] = ["absent"] * len(keys)
+                here = [number for number, tier in enumerate(held.tiers) if tier != _MISS]
+                slots = np.frombuffer(held.slots, "<i8").astype(np.int64)
+                if not here:
+                    return come
+                if len(held.tiers) != len(keys) or len(slots) != len(here):
+                    raise ProtocolError("an answer does not fit its question")
+                wanted = [at for at in range(len(here)) if at not in held.other]
+                sums = self._receive(
+                    channel, lease, slots[wanted], [addresses[here[at]] for at in wanted],
+                    nbytes, until,
+                )  # fmt: skip
+                for at, checksum in zip(wanted, sums, strict=True):
+                    come[here[at]] = "damaged" if checksum is None else checksum
+                return come
+            finally:
+                channel.notify(Release(lease))
+
+        self.fetching += nbytes * len(keys)
+        try:
+            return self._within(namespace, (part,), seconds, bring)
+        finally:
+            self.fetching -= nbytes * len(keys)
+
+    def _receive(
+        self,
+        channel: Channel,
+        lease: int,
+        slots: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
+        addresses: Sequence[int],
+        nbytes: int,
+        until: float,
+    ) -> list[int | None]:
+        came: list[int | None] = [None] * len(addresses)
+
+        def copy(first: int, sources: Sequence[int], sums: Sequence[int] | None) -> None:
+            assert sums is not None
+            for number, (source, checksum) in enumerate(zip(sources, sums, strict=True), first):
+                hashed = Xxh3Stream()
+                hashed.update(source, nbytes, addresses[number])
+                came[number] = checksum if hashed.digest() == checksum else None
+
+        if len(slots):
+            channel.carrier.read(lease, slots, nbytes, copy, until)
+        return came
+
+    # -- the connection ---------------------------------------------------------------------------
+
+    def _within(
+        self,
+        namespace: Namespace,
+        parts: Sequence[Part],
+        seconds: float,
+        do: Callable[[Channel, int, float], R],
+    ) -> R:
+        """Do something with a handle; what goes wrong, other than by refusal, opens the breaker."""
+        started = time.monotonic()
+        until = started + seconds
+        if self.breaker.reason is not None and not self.breaker.may_try():
+            raise StoreUnavailable(self.breaker.reason)
+        try:
+            channel = self._connected(until)
+            with channel.use() as usable:
+                if not usable:
+                    raise StoreUnavailable("the connection was closed")
+                result = do(channel, self._handle(channel, namespace, parts, until), until)
+        except (Busy, Refused):
+            self.breaker.worked(started)
+            raise
+        except (KVStoreError, OSError, ValueError) as e:
+            reason = f"{self.address}: {shown(str(e))}"
+            self.breaker.failed(reason)
+            if isinstance(e, ProtocolError):
+                self.close_if_idle(0.0)
+            raise StoreUnavailable(reason) from e
+        self.breaker.worked(started)
+        self._used = time.monotonic()
+        return result
+
+    def _connected(self, until: float) -> Channel:
+        channel = self._channel
+        if channel is not None and channel.broken is None:
+            return channel
+        if not self._dialling.acquire(timeout=max(0.0, until - time.monotonic())):
+            raise StoreUnavailable("it is being connected to")
+        try:
+            channel = self._channel
+            if channel is None or channel.broken is not None:
+                if channel is not None:
+                    channel.retire()
+                if self._closed:
+                    raise StoreUnavailable("closed")
+                left = max(0.001, until - time.monotonic())
+                patient = min(left, self._config.session.connect_timeout)
+                session = self._config.session.model_copy(update={"connect_timeout": patient})
+                config = self._config.model_copy(update={"session": session})
+                channel = Channel(connect(config, self._token(), self._node))
+                if "peers" not in channel.welcome.features:
+                    channel.retire()
+                    raise StoreUnavailable(f"it runs {channel.welcome.software}, which is too old")
+                with self._lock:
+                    self._channel = channel
+                    self._handles.clear()
+            return channel
+        finally:
+            self._dialling.release()
+
+    def _handle(
+        self, channel: Channel, namespace: Namespace, parts: Sequence[Part], until: float
+    ) -> int:
+        name = namespace.digest, *(part.variant for part in parts)
+        with self._lock:
+            if name in self._handles and self._channel is channel:
+                self._handles.move_to_end(name)
+                return self._handles[name]
+        opened = self._call(channel, Open(namespace, tuple(parts)), until, protocol.Opened)
+        with self._lock:
+            if self._channel is channel:
+                old = self._handles.get(name)
+                self._handles[name] = opened.handle
+                if len(self._handles) > _MOST_OPEN:
+                    _, old = self._handles.popitem(last=False)
+                if old is not None:
+                    channel.notify(Close(old))
+        return opened.handle
+
+    def _call(
+        self,
+        channel: Channel,
+        request: protocol.Message,
+        until: float,
+        kind: type[R],
+        lease: int | None = None,
+    ) -> R:
+        answer = channel.call(request, max(0.0, until - time.monotonic()), lease=lease)
+        if isinstance(answer, Failure):
+            raise Refused(answer.reason)
+        if not isinstance(answer, kind):
+            raise ProtocolError(f"{type(request).__name__} was answered by something else")
+        return answer
+
+    def close_if_idle(self, seconds: float = _IDLE_SECONDS) -> None:
+        """Give the connection up that was not used for so long, and what is open over it."""
+        with self._lock:
+            channel = self._channel
+            if channel is None or self.fetching or time.monotonic() < self._used + seconds:
+                return
+            self._channel = None
+            self._handles.clear()
+        channel.retire()
+
+    def close(self) -> None:
+        """End; who is waiting gets StoreUnavailable."""
+        self._closed = True
+        with self._lock:
+            channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.retire()
