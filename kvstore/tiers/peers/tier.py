@@ -217,7 +217,7 @@ class PeersTier:
 
     # -- bringing objects here --------------------------------------------------------------------
 
-    def _run(self, _: int, tasks: list[Task]) -> None:
+    def _run(self, number: int, tasks: list[Task]) -> None:
         """Fetch a batch: all that one holder has of one kind at a time, then what others have."""
         until = time.monotonic() + self._seconds
         tried: dict[Task, set[str]] = {task: set() for task in tasks}
