@@ -23,7 +23,7 @@ from kvstore.server.loop import Steps
 from kvstore.server.owners import Owner
 from kvstore.server.publishing import Publishing
 from kvstore.server.recent import Recent
-from kvstore.server.sessions.serving import Serving
+from kvstore.server.serving import Serving
 from kvstore.store.leases import Lease
 from kvstore.store.store import Store
 from kvstore.telemetry import QuietLog
