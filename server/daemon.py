@@ -25,6 +25,7 @@ from kvstore.server.loop import Steps, hear_threads, run
 from kvstore.server.node import Face, Node
 from kvstore.server.opening import make_arena, open_pool, open_store
 from kvstore.server.process import end_after, exit_code, heed_signals, notify
+from kvstore.server.publishing import Publishing
 from kvstore.server.sessions.local import LocalFace
 from kvstore.store.store import Store
 from kvstore.telemetry import LineFormatter
@@ -129,6 +130,11 @@ class Daemon:
                     run("upkeep", lambda: self._tick(store), store.counters, again=True),
                     run("following the tokens", node.follow_tokens, store.counters, again=True),
                 ]
+                if pool is not None:
+                    node.publishing = Publishing(store, pool.directory, server.name)
+                    upkeep.append(
+                        run("publishing", node.publishing.run, store.counters, again=True)
+                    )
                 await self._serve(node, arena, local, ready)
             assert self._until is not None
             spare = _CLOSING_PART * server.stop_timeout

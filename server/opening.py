@@ -84,10 +84,11 @@ def open_pool(config: Config) -> Pool | None:
     """
     if not config.peers.on:
         return None
-    from kvstore.tiers.peers.directory import Everyone
+    from kvstore.tiers.peers.directory import open_directory
     from kvstore.tiers.peers.pool import Pool
 
-    return Pool(config, Everyone(config.peers.nodes, config.reached_at))
+    directory = open_directory(config.server.name, config.reached_at, config.peers)
+    return Pool(config, directory)
 
 
 def tiers_below(config: Config, *, direct: bool, pool: Pool | None = None) -> list[Below]:

@@ -8,7 +8,6 @@ from typing import Final
 
 from kvstore.server.loop import paced
 from kvstore.slices import Work
-from kvstore.store.entry import IN_MEMORY
 from kvstore.store.store import Store
 from kvstore.tiers.peers.directory import INCARNATION, Directory
 from kvstore.tiers.peers.table import Table, packed
@@ -35,8 +34,8 @@ class Publishing:
     ) -> None:
         self._heads = store.catalogue.heads
         self._heads.on = True
-        self._lowers = store.movement.lowers
-        self.directory = directory
+        self._movement = store.movement
+        self._directory = directory
         self._name = name
         self._incarnation = incarnation
         self._table = Table()  # with one node: this
@@ -49,8 +48,7 @@ class Publishing:
         """Tell of what there is, and of what changes, for ever."""
         await paced(self._heads.noting_all())
         while True:
-            own = sum(1 << number for number, one in self._lowers.items() if not one.shared)
-            here, gone = self._heads.take(IN_MEMORY | own)
+            here, gone = self._heads.take(self._movement.own)
             if here or gone:
                 await paced(self._publishing(here, gone))
             await asyncio.sleep(0 if self._heads.more else _GATHERED_SECONDS)
@@ -63,7 +61,7 @@ class Publishing:
         yield from self._table.removing(0, old)
         if not (len(new) or len(old)):
             return
-        self.directory.publish(new.tolist(), old.tolist())
+        self._directory.publish(new.tolist(), old.tolist())
         self._sequence += 1
         self._kept[self._sequence] = self._says(
             self._sequence, added=new.tobytes(), removed=old.tobytes()

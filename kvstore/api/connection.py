@@ -163,7 +163,7 @@ def _control_socket(address: str) -> Path:
 
 
 def _credentials(config: Config) -> grpc.ChannelCredentials:
-    client_context(config)  # Tells what is wrong with the files; gRPC does not.
+    client_context(config.session)  # Tells what is wrong with the files; gRPC does not.
     session = config.session
     files = (session.tls_ca, session.tls_key, session.tls_cert)
     return grpc.ssl_channel_credentials(*(file.read_bytes() if file else None for file in files))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Final
@@ -46,15 +46,24 @@ def find(kind: str) -> OpenTier:
                 raise
             raise missing(f"tiers: kind {kind}", kind, e) from e
         return opened
-    offered = {point.name: point for point in entry_points(group=GROUP)}
-    if kind not in offered:
-        known = ", ".join(sorted({*_BUILT_IN, *offered}))
+    found: OpenTier = offered(GROUP, kind, "tiers", _BUILT_IN)
+    return found
+
+
+def offered(group: str, kind: str, key: str, known: Iterable[str]) -> Any:
+    """What an installed package offers under that name, beside the kinds that are `known`.
+
+    Raises:
+        ConfigError: none does, or it cannot be loaded; begins with the `key` that named it.
+    """
+    points = {point.name: point for point in entry_points(group=group)}
+    if kind not in points:
+        listed = ", ".join(sorted({*known, *points}))
         raise ConfigError(
-            f"tiers: there is no kind {kind!r}; known: {known}; others come with packages, which "
-            f"must be installed beside kvstore and offer it as an entry point of {GROUP}"
+            f"{key}: there is no kind {kind!r}; known: {listed}; others come with packages, which "
+            f"must be installed beside kvstore and offer it as an entry point of {group}"
         )
     try:
-        opened = offered[kind].load()
+        return points[kind].load()
     except (ImportError, AttributeError) as e:
-        raise ConfigError(f"tiers: kind {kind!r} cannot be loaded from its package: {e}") from e
-    return opened
+        raise ConfigError(f"{key}: kind {kind!r} cannot be loaded from its package: {e}") from e

@@ -16,7 +16,7 @@ from kvstore.errors import ConfigError, StoreUnavailable
 if TYPE_CHECKING:
     import ssl
 
-    from kvstore.config import Config
+    from kvstore.config import Config, PeersConfig, SessionConfig
 
 
 _PEER: Final = struct.Struct("3i")
@@ -28,11 +28,23 @@ def client_token(config: Config) -> str:
     Raises:
         ConfigError: the file cannot be read or holds no token, or it cannot be sent.
     """
-    token = os.environ.get("KVSTORE_TOKEN", "").strip()
-    path = config.session.token_file
+    return _token("KVSTORE_TOKEN", config.session.token_file, "session.token_file")
+
+
+def peer_token(peers: PeersConfig) -> str:
+    """The token for other daemons of the pool, as `client_token`: `KVSTORE_PEER_TOKEN` comes first.
+
+    Raises:
+        ConfigError: as `client_token`.
+    """
+    return _token("KVSTORE_PEER_TOKEN", peers.token_file, "peers.token_file")
+
+
+def _token(variable: str, path: Path | None, key: str) -> str:
+    token = os.environ.get(variable, "").strip()
     if token or path is None:
-        return checked_token(token, "KVSTORE_TOKEN")
-    return read_token(path, "session.token_file")
+        return checked_token(token, variable)
+    return read_token(path, key)
 
 
 def read_token(path: Path, key: str) -> str:
@@ -143,23 +155,24 @@ def check_daemon(connection: socket.socket, path: Path, user: str | None) -> Non
         )
 
 
-def client_context(config: Config) -> ssl.SSLContext:
+def client_context(
+    settings: SessionConfig | PeersConfig, section: str = "session"
+) -> ssl.SSLContext:
     """TLS for `tls://` addresses: 1.2 at least, the daemon's name and certificate are checked.
 
-    Trusts `session.tls_ca`, or what the system trusts; shows `session.tls_cert` if there is one.
+    Trusts `tls_ca` of that section, or what the system trusts; shows `tls_cert` if there is one.
 
     Raises:
         ConfigError: a file is missing or unusable; names it.
     """
     import ssl
 
-    session = config.session
     try:
-        context = ssl.create_default_context(cafile=session.tls_ca)
+        context = ssl.create_default_context(cafile=settings.tls_ca)
     except OSError as e:
-        text = f"session.tls_ca {session.tls_ca}: {tls_problem(e)}; give PEM certificates"
+        text = f"{section}.tls_ca {settings.tls_ca}: {tls_problem(e)}; give PEM certificates"
         raise ConfigError(text) from e
-    certify(context, "session", session.tls_cert, session.tls_key)
+    certify(context, section, settings.tls_cert, settings.tls_key)
     return context
 
 

@@ -36,7 +36,7 @@ def connect(config: Config, token: str | None = None, node: str = "") -> Connect
     assert config.address is not None
     scheme, _, rest = config.address.partition("://")
     host, port = split_host_port(rest)
-    context = client_context(config) if scheme == "tls" else None
+    context = client_context(config.session) if scheme == "tls" else None
     dialer = _Dialer(config.address, host, port, context, config.session.connect_timeout, node)
     token = client_token(config) if token is None else token
     wire, welcome = with_features(partial(dialer.greet, token))

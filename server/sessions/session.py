@@ -203,9 +203,9 @@ class SessionConnection(Connection):
         self, request: protocol.Lookup | protocol.Prefetch, namespace: Namespace, keys: list[bytes]
     ) -> None:
         """Believe a router, or a peer, where blocks are."""
-        if request.source and self._node.publishing is not None:
+        if request.source and self._node.pool is not None:
             heads = heads_of(namespace, keys, request.position, request.head)
-            self._node.publishing.directory.hint(list(map(fingerprint, heads)), request.source)
+            self._node.pool.directory.hint(list(map(fingerprint, heads)), request.source)
 
     def _find(self, request: protocol.Find) -> Work[Message]:
         namespace, parts, keys = yield from self._named(request)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.session_tools import BIG, Served, Stores, load, prompt, save
+from tests.session_tools import BIG, Served, Stores, eventually, load, prompt, save
 from tests.tcp_tools import free_port
 
 SECONDS = 10.0
@@ -48,8 +48,8 @@ def test_what_one_node_has_saved_another_one_loads(pool: Pool) -> None:
     with a.session(BIG) as here, b.session(BIG) as there:
         keys = here.keys(prompt(1, 24))
         save(here, keys)
-        found = there.lookup(keys, wait=SECONDS)
-        assert found.blocks == 24
+        eventually(lambda: there.lookup(keys).blocks == 24)
+        found = there.lookup(keys)
         assert set(found.tiers) == {"peers"}
         assert load(there, keys).blocks == 24
         assert counter(b, "load.blocks.peers") == 24

@@ -86,7 +86,7 @@ def test_contexts_check_names_and_certificates(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     mine = authority.issue("client")
     for session in ({}, {"tls_ca": authority.path, "tls_cert": mine.cert, "tls_key": mine.key}):
-        context = client_context(config(**session))
+        context = client_context(config(**session).session)
         assert context.verify_mode is ssl.CERT_REQUIRED
         assert context.check_hostname
         assert context.minimum_version >= ssl.TLSVersion.TLSv1_2
@@ -100,11 +100,11 @@ def test_files_that_are_not_there_are_named(tmp_path: Path, missing: str) -> Non
     gone = files[missing]
     gone.unlink()
     with pytest.raises(ConfigError, match=str(gone)) as e:
-        client_context(config(**files))
+        client_context(config(**files).session)
     assert "; give " in str(e.value)
 
 
 @pytest.mark.parametrize("only", ["tls_cert", "tls_key"])
 def test_a_certificate_needs_its_key(tmp_path: Path, only: str) -> None:
     with pytest.raises(ConfigError, match="TLS needs both"):
-        client_context(config(**{only: tmp_path / "file"}))
+        client_context(config(**{only: tmp_path / "file"}).session)

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Final, Protocol
+
+from kvstore.config import PeersConfig
+from kvstore.errors import missing
+from kvstore.tiers.factory import offered
+from kvstore.tiers.options import checked
+from kvstore.transport.credentials import client_context, peer_token
+
+GROUP: Final = "kvstore.directories"
+"""The group of entry points in which packages offer kinds of directories."""
 
 INCARNATION: Final = secrets.randbits(62) + 1
 """Tells this process from all others, and from its predecessors."""
@@ -44,33 +53,35 @@ class Directory(Protocol):
         """End. Blocks for a moment, and may be repeated."""
 
 
-class Everyone:
-    """A `Directory` of a few nodes: each may have everything.
+OpenDirectory = Callable[[str, str, PeersConfig], Directory]
+"""Opens a directory, given the node's name and address, and the configuration of peers.
 
-    Args:
-        addresses: of all nodes, which are their names.
-        own: this one's.
-    """
+It may block, and raise ConfigError, saying what to do.
+"""
 
-    counters: Mapping[str, int] = MappingProxyType({})
-    problem: str | None = None
 
-    def __init__(self, addresses: Sequence[str], own: str) -> None:
-        self._peers = {address: address for address in addresses if address != own}
+def open_directory(node: str, address: str, peers: PeersConfig) -> Directory:
+    """The directory that is configured; an `OpenDirectory`."""
+    kind = peers.directory
+    if kind is None:
+        from kvstore.tiers.peers.followed import FollowedDirectory
 
-    def publish(self, added: Sequence[int], removed: Sequence[int]) -> None:
-        """See `Directory.publish`: nobody needs to know."""
-
-    def find(self, segments: Sequence[int], seconds: float) -> list[tuple[str, ...]]:
-        """See `Directory.find`."""
-        return [tuple(self._peers)] * len(segments)
-
-    def peers(self) -> Mapping[str, str]:
-        """See `Directory.peers`."""
-        return self._peers
-
-    def hint(self, segments: Sequence[int], source: str) -> None:
-        """See `Directory.hint`: all are asked anyway."""
-
-    def close(self) -> None:
-        """See `Directory.close`."""
+        tls = any(one.startswith("tls") for one in (address, *peers.nodes))
+        context = client_context(peers, "peers") if tls else None
+        token = partial(peer_token, peers)
+        others = [node for node in peers.nodes if node != address]
+        return FollowedDirectory(
+            others, peers.dns, token=token, context=context, incarnation=INCARNATION
+        )
+    if "://" not in kind:
+        found: OpenDirectory = offered(GROUP, kind, "peers.directory", ("redis:// URLs",))
+        return found(node, address, peers)
+    try:
+        from kvstore.tiers.peers.valkey import ValkeyDirectory
+        from kvstore.tiers.redis.options import RedisOptions
+    except ImportError as e:
+        raise missing("peers.directory", "redis", e) from e
+    files = {"tls_ca": peers.tls_ca, "tls_cert": peers.tls_cert, "tls_key": peers.tls_key}
+    tls_files = files if kind.startswith("rediss") else {}
+    options = checked(RedisOptions, "peers.directory", {"url": kind, **tls_files})
+    return ValkeyDirectory(options, node, address, retry_seconds=peers.retry_seconds)

@@ -24,7 +24,6 @@ from kvstore import __version__
 from kvstore.errors import KVStoreError, ProtocolError, StoreUnavailable
 from kvstore.slices import Work
 from kvstore.telemetry import shown
-from kvstore.tiers.peers.directory import INCARNATION
 from kvstore.tiers.peers.hints import Hints, known
 from kvstore.tiers.peers.table import MAX_NODES, Fingerprints, Table
 from kvstore.tiers.vitals import Vitals
@@ -138,7 +137,7 @@ class FollowedDirectory:
         token: the one to show, read anew for each connection.
         context: of TLS, for tls:// and, if there is one, for nodes by DNS, which must have
             certificates of that name.
-        incarnation: of this node.
+        incarnation: of this node, which is none of its peers.
     """
 
     def __init__(
@@ -148,7 +147,7 @@ class FollowedDirectory:
         *,
         token: Callable[[], str] = str,
         context: ssl.SSLContext | None = None,
-        incarnation: int = INCARNATION,
+        incarnation: int = 0,
     ) -> None:
         self._listed, self._dns = tuple(nodes), dns
         self._token, self._context, self._incarnation = token, context, incarnation

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Final
 
 from kvstore.config import Config, SessionConfig
@@ -13,7 +13,7 @@ from kvstore.telemetry import QuietLog
 from kvstore.tiers.peers.directory import Directory
 from kvstore.tiers.peers.link import Link
 from kvstore.tiers.vitals import Vitals
-from kvstore.transport.credentials import checked_token, client_context, read_token
+from kvstore.transport.credentials import peer_token
 
 _logger: Final = logging.getLogger("kvstore.peers")
 
@@ -45,9 +45,8 @@ class Pool:
         self._lock = threading.Lock()
         self._quiet = QuietLog(_logger)
         self._closed = False
+        self._token = partial(peer_token, config.peers)
         self._token()
-        if any(address.startswith("tls://") for address in (*config.peers.nodes, self._node)):
-            client_context(self._to("tls://localhost:1"))
 
     def links(self, nodes: Iterable[str]) -> Mapping[str, Link]:
         """Those of the pool that are not failing, by name."""
@@ -121,10 +120,3 @@ class Pool:
             tls_key=own.tls_key,
         )
         return Config(address=address, session=session)
-
-    def _token(self) -> str:
-        token = os.environ.get("KVSTORE_PEER_TOKEN", "").strip()
-        path = self._config.token_file
-        if token or path is None:
-            return checked_token(token, "KVSTORE_PEER_TOKEN")
-        return read_token(path, "peers.token_file")

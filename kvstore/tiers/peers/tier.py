@@ -73,7 +73,7 @@ class PeersTier:
         return State(
             readable=not self._closed and not self._crew.stalled,
             writable=False,
-            problem=self._vitals.problem,
+            problem=self._vitals.problem or self._pool.directory.problem,
             seconds_per_byte=seconds,
             backlog=backlog,
             fixed_seconds=self._pool.round_trip,
@@ -81,8 +81,9 @@ class PeersTier:
 
     @property
     def counters(self) -> Counter[str]:
-        """A copy of the counters named above."""
-        return self._vitals.counters
+        """A copy of the counters named above, and those of the directory."""
+        told = self._pool.directory.counters
+        return self._vitals.counters + Counter({f"directory.{n}": v for n, v in told.items()})
 
     def recover(self) -> Iterator[Held]:
         """See `Tier.recover`; this one is shared."""
