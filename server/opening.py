@@ -108,6 +108,7 @@ def tiers_below(config: Config, *, direct: bool, pool: Pool | None = None) -> li
             tier.write_rate,
             tier.read_rate,
             tier.promote,
+            tier.kind == PEERS and config.peers.copies == "one",
         )
         for tier in config.below
     ]

@@ -78,6 +78,11 @@ class Lru(Ring[N]):
     touch = Ring.renew
     """The object was used."""
 
+    def cool(self, node: N) -> None:
+        """The object is to go before all others."""
+        self.remove(node)
+        self.add(node, self.oldest if len(self) else None)
+
     def remove(self, node: N, *, evicted: bool = False) -> None:
         """The object is gone; `evicted` lets a policy remember it."""
         super().remove(node)
@@ -138,6 +143,11 @@ class S3Fifo(Generic[N]):
 
     def renew(self, node: N) -> None:
         self._queue(node).renew(node)
+
+    def cool(self, node: N) -> None:
+        self._queue(node).remove(node)
+        node.mark = 0
+        self._small.add(node, self._small.oldest if self._small else None)
 
     def remove(self, node: N, *, evicted: bool = False) -> None:
         self._queue(node).remove(node)

@@ -68,6 +68,10 @@ def slot_policy(name: str) -> Callable[[], EvictionPolicy[Slot[Any]]]:
     return policies[name]
 
 
+_LENT, _LENT_AND_USED = -1, -2
+"""In place of when a slot was used."""
+
+
 class _SizeClass(Generic[T]):
     """Chunks of so many `places` each; `partial`: those with a free one, most recent last."""
 
@@ -200,23 +204,34 @@ class SlotPool(Generic[T]):
         chunk.refused = True
         chunk.cls.partial.pop(chunk.number, None)
 
-    def admit(self, slot: Slot[T], older_than: Slot[T] | None = None) -> None:
+    def admit(
+        self, slot: Slot[T], older_than: Slot[T] | None = None, *, lent: bool = False
+    ) -> None:
         """The slot's object is whole: from now on it is up for eviction, the newest of all.
 
-        Or the next one `older_than` another of its size, where that is still there.
+        Or the next one `older_than` another of its size, where that is still there. One that is
+        `lent` is to go first once it was used (`cool`), unless it is used again.
         """
         if older_than is not None and not older_than.admitted:
             older_than = None
         self._clock += older_than is None
         slot.used = self._clock if older_than is None else older_than.used
+        if lent:
+            slot.used = _LENT
         self._classes[slot.nbytes].policy.add(slot, older_than)
 
     def touch(self, slot: Slot[T]) -> None:
         """The slot's object was used."""
         self._clock += 1
-        slot.used = self._clock
+        slot.used = _LENT_AND_USED if slot.used == _LENT else self._clock
         if slot.after is not None:  # admitted
             self._classes[slot.nbytes].policy.touch(slot)
+
+    def cool(self, slot: Slot[T]) -> None:
+        """Nobody uses the slot's object any more: if it was lent, it goes before all others."""
+        if slot.used == _LENT_AND_USED:
+            slot.used = 0
+            self._classes[slot.nbytes].policy.cool(slot)
 
     def renew(self, slot: Slot[T]) -> None:
         """The slot's object, admitted before, is the newest of all again."""

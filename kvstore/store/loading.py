@@ -326,7 +326,9 @@ class Loading(Leases):
                     tier = self.catalogue.places[running.tiers[i]].name
                     self.counters.add("load.blocks", tier)
                     self.counters.add("load.bytes", tier, by=sum(e.nbytes for e in blocks[i]))
-            self.movement.touch([entry for i in some for entry in blocks[i]])
+            used = [entry for i in some for entry in blocks[i]]
+            for _ in range(1 if running.reads else 2):  # What is lent and not read yet stays, too.
+                self.movement.touch(used)
             yield
         if lease.released:
             running.done(Acquired([], [], "released"))

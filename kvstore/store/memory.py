@@ -64,10 +64,15 @@ class Memory:
         assert entry.slot is not None
         return self._arena.address + entry.slot.offset
 
-    def admit(self, entry: Entry, older_than: Slot[Entry] | None = None) -> None:
-        """An object is whole now, and the last to be evicted, or goes just before another."""
+    def admit(
+        self, entry: Entry, older_than: Slot[Entry] | None = None, *, lent: bool = False
+    ) -> None:
+        """An object is whole now, and the last to be evicted, or goes just before another.
+
+        One that is `lent` goes first, once it was used and until it is used again.
+        """
         assert entry.slot is not None
-        self.pool.admit(entry.slot, older_than)
+        self.pool.admit(entry.slot, older_than, lent=lent)
 
     def touch(self, entry: Entry, *, used: bool) -> None:
         """See `Place`."""

@@ -199,7 +199,7 @@ class Movement:
         catalogue = self.catalogue
         if error is None:
             catalogue.whole(entry, MEMORY)
-            self.memory.admit(entry)
+            self.memory.admit(entry, lent=source.below.lends)
             if source.shared and source.below.promote == "disk" and not entry.gone:
                 self._keep(entry)
         else:

@@ -29,6 +29,7 @@ class Below:
     committed beyond waits in memory. A lookup waits `probe_seconds` for a shared tier's answer.
     At most `write_rate` bytes a second go there, and `read_rate` come from there (0: no limit).
     What comes from a shared one goes to memory alone, or with `promote` `disk` to own tiers, too.
+    What one `lends` is the first that memory gives up, unless it is used again.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Below:
     write_rate: int = 0
     read_rate: int = 0
     promote: str = "memory"
+    lends: bool = False
 
 
 class Opening:

@@ -55,3 +55,24 @@ def test_what_one_node_has_saved_another_one_loads(pool: Pool) -> None:
         assert counter(b, "load.blocks.peers") == 24
         again = there.lookup(keys)
         assert set(again.tiers) == {"memory"}
+
+
+def test_what_came_from_a_peer_is_given_up_first_unless_it_is_used_again(pool: Pool) -> None:
+    a, b, _ = pool.daemons
+    with a.session(BIG) as here, b.session(BIG) as there:
+        lent, kept, own = (here.keys(prompt(number, 16)) for number in (2, 3, 4))
+        save(here, lent)
+        save(here, kept)
+        save(there, own)
+        for keys, times in ((kept, 2), (lent, 1)):
+            for _ in range(times):
+                assert there.lookup(keys, wait=SECONDS).blocks == 16
+                assert load(there, keys).blocks == 16
+        for number in range(5, 11):
+            save(there, there.keys(prompt(number, 16)))
+            first, again = there.lookup(lent).tiers, there.lookup(kept).tiers
+            if "memory" not in first:
+                break
+        assert set(first) == {"peers"}
+        assert set(again) == {"memory"}
+        assert set(there.lookup(own).tiers) == {"memory"}
