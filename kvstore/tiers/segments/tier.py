@@ -19,7 +19,7 @@ from kvstore._native import xxh3_64
 from kvstore.tiers.base import Held, Host, InSegment, Job, JobDone, ObjectName, State
 from kvstore.tiers.options import TierOptions
 from kvstore.tiers.remote import Breaker, Crew, Shared
-from kvstore.tiers.segments.format import Segment, decode, path_of, shape_of
+from kvstore.tiers.segments.format import Segment, decode, nbytes_of, path_of, shape_of
 from kvstore.tiers.segments.put import Changed, Put, segment_of
 from kvstore.tiers.slab.direct import reason_of
 from kvstore.tiers.tasks import Task
@@ -182,9 +182,7 @@ class SegmentTier(Shared, ABC):
             name, why = job.name, error
             if not isinstance(name, InSegment) or (self._going and path_of(name) in self._going):
                 why = why or "absent"
-            elif job.checksum is None or job.nbytes != name.part.nbytes(
-                name.namespace.block_tokens
-            ):
+            elif job.checksum is None or job.nbytes != nbytes_of(name):
                 why = why or "refused"
             if why is None:
                 good.append(job)
