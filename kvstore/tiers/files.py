@@ -258,6 +258,7 @@ class FilesTier(SegmentTier):
             keys = name.keys if name is not None else ()
             names = [ObjectName(name.namespace, key, name.part) for key in keys if name]
             if self._own[path].writing or any(map(self._host.busy, names)):
+                self._own.move_to_end(path)  # Nobody comes upon it again and again.
                 continue
             self._drop(path)
             for one in names:

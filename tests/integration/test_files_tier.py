@@ -20,6 +20,7 @@ from kvstore.server.cli.main import app
 from kvstore.tiers.base import Held, Host, ObjectName, Tier
 from kvstore.tiers.conformance import Bench, Objects, segment_of
 from kvstore.tiers.files import open_files
+from kvstore.tiers.segments import scrub
 from kvstore.tiers.segments.format import path_of, shape_of
 from tests.session_tools import eventually
 
@@ -108,6 +109,19 @@ def test_each_node_evicts_only_what_it_wrote(tmp_path: Path) -> None:
         assert small.given_up[:16] == names(2)
         assert sum(file.stat().st_size for file in own(tmp_path)) == most * SEGMENT
         assert small.tier.state.used == most * SEGMENT
+
+
+def test_what_is_held_keeps_nothing_else_from_going(tmp_path: Path) -> None:
+    """More segments are pinned, and longest unused, than are looked at for one to go."""
+    with node(tmp_path, size=8 * MIB) as bench:
+        for number in range(20):
+            bench.put(*names(number))
+            bench.pinned.update(names(number))
+        most = 8 * MIB // SEGMENT
+        bench.put(*(name for number in range(20, most) for name in names(number)))
+        ends = [Objects(bench, names(number)).put() for number in range(most, most + 4)]
+        assert [set(end) for end in ends[-3:]] == [{None}] * 3
+        assert bench.given_up[:32] == [*names(20), *names(21)]
 
 
 def test_what_others_have_put_is_not_ones_own(tmp_path: Path) -> None:
@@ -313,5 +327,16 @@ def test_fsck_finds_and_removes_what_is_damaged(tmp_path: Path) -> None:
     code, report = fsck()
     assert (code, report["damaged"], report["objects"]) == (0, {}, 4 * 16)
     with node(tmp_path) as bench:
+        bench.put(*names(20), *names(21))
+
+        def others(done: int, _: int) -> None:
+            """A node in use deletes what was listed, and is to be verified yet."""
+            if done < 2 * SEGMENT:
+                bench.tier.delete([names(number)[0] for number in (4, 5, 6, 7, 20, 21)])
+                settle(bench)
+
+        report = scrub.fsck(tmp_path, progress=others)
+        assert (report.clean, report.objects) == (True, 16)
+        bench.put(*names(4))
         assert probe(bench, 0, 1, 2, 3, 4, 9) == [*["absent"] * 4, "there", "absent"]
         bench.put(*names(0))

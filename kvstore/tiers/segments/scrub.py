@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Final
 
 from kvstore.errors import TierUnavailable
@@ -47,16 +48,20 @@ def fsck(
     damaged, mover = Counter[str](), Mover(PIECE)
     objects = nbytes = repaired = done = 0
     try:
-        files = [file for file in (folder / f"v{VERSION}").rglob("*") if file.is_file()]
-        total = sum(file.stat().st_size for file in files)
-        for file in files:
-            reason, blocks, size = _verify(folder, file, mover)
-            objects, nbytes, done = objects + blocks, nbytes + size, done + file.stat().st_size
-            damaged[reason] += bool(reason) and reason != "expired"
-            if repair and reason:
-                os.truncate(file, 0)
-                file.unlink()
-                repaired += reason != "expired"
+        sizes = dict(_segments(folder))
+        total = sum(sizes.values())
+        for file, size in sizes.items():
+            with suppress(FileNotFoundError):  # Its node has deleted it meanwhile.
+                reason, blocks, whole = _verify(folder, file, mover)
+                if reason:
+                    file.stat()  # It may have gone while it was read.
+                if repair and reason:
+                    os.truncate(file, 0)
+                    file.unlink()
+                    repaired += reason != "expired"
+                objects, nbytes = objects + blocks, nbytes + whole
+                damaged[reason] += bool(reason) and reason != "expired"
+            done += size
             if progress is not None:
                 progress(done, total)
         for file in _leftovers(folder):
@@ -67,6 +72,15 @@ def fsck(
     except OSError as e:
         raise TierUnavailable(remedy(folder, e)) from e
     return FsckReport(str(folder), objects, nbytes, dict(+damaged), repaired, [], None)
+
+
+def _segments(folder: Path) -> Iterator[tuple[Path, int]]:
+    """All there are now, and the bytes of each file."""
+    for file in (folder / f"v{VERSION}").rglob("*"):
+        with suppress(FileNotFoundError):
+            found = file.stat()
+            if S_ISREG(found.st_mode):
+                yield file, found.st_size
 
 
 def _verify(folder: Path, file: Path, mover: Mover) -> tuple[str, int, int]:
