@@ -7,6 +7,7 @@ from typing import Final
 
 from kvstore.blocks.spec import Part
 from kvstore.slices import tables
+from kvstore.store.chains import chain, without
 from kvstore.store.entry import IN_MEMORY, Entry, members
 from kvstore.store.usage import NamespaceUsage
 from kvstore.tiers.base import MISS, PENDING
@@ -56,12 +57,7 @@ class Index:
 
     def of(self, key: bytes) -> list[Entry]:
         """All objects of a block, stored or being written."""
-        found = []
-        entry = self._tables[key[0]].get(key)
-        while entry is not None:
-            found.append(entry)
-            entry = entry.beside
-        return found
+        return list(chain(self._tables[key[0]].get(key)))
 
     def get(self, key: bytes, part: Part, within: NamespaceUsage | None = None) -> Entry | None:
         """The object in exactly this layout."""
@@ -147,16 +143,11 @@ class Index:
     def remove(self, entry: Entry) -> None:
         """Forget an object."""
         table, key = self._tables[entry.name.key[0]], entry.name.key
-        before = table[key]
-        if before is not entry:
-            while before.beside is not entry:
-                before = before.beside or before
-            before.beside = entry.beside
-        elif entry.beside is not None:
-            table[key] = entry.beside
-        else:
+        left = without(table[key], entry)
+        if left is None:
             del table[key]
-        entry.beside = None
+        else:
+            table[key] = left
         self._count -= 1
 
     def __iter__(self) -> Iterator[Entry]:

@@ -147,11 +147,7 @@ class Store(Loading):
                 else:
                     answer = NO_ROOM
                     if not refusal:
-                        entry = Entry(
-                            ObjectName(namespace, key, part),
-                            nbytes,
-                            now,
-                        )
+                        entry = Entry(ObjectName(namespace, key, part), nbytes, now)
                         entry.writer = lease
                         refusal = self._reserve(entry, lease.payer)
                         if not refusal and entry.slot is not None:

@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.memory.eviction import Node, Ring
 from kvstore.memory.slots import align
+from kvstore.store.chains import chain, without
 from kvstore.tiers.base import ObjectName
 from kvstore.transport.protocol import MEMORY
 
@@ -86,21 +87,10 @@ class TierShare:
         copy = self._copy(entry)
         assert copy is not None
         self._order.remove(copy)
-        before = entry.copies
-        if before is copy:
-            entry.copies = copy.beside
-        else:
-            while before is not None and before.beside is not copy:
-                before = before.beside
-            assert before is not None
-            before.beside = copy.beside
-        copy.beside = None
+        entry.copies = without(entry.copies, copy)
 
     def _copy(self, entry: Counted) -> Copy | None:
-        copy = entry.copies
-        while copy is not None and copy.tier != self._tier:
-            copy = copy.beside
-        return copy
+        return next((copy for copy in chain(entry.copies) if copy.tier == self._tier), None)
 
 
 class TenantUsage:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from kvstore.memory.eviction import Node, Ring
 from kvstore.slices import FEW
+from kvstore.store.chains import chain, without
 from kvstore.store.entry import Entry
 
 Written = Callable[[str | None], None]
@@ -136,15 +137,10 @@ class WriteBehind:
 
     def end(self, entry: Entry, error: str | None, tier: int | None = None) -> None:
         """It is written to a tier (None: to all), or need not be any more."""
-        kept, ended = None, []
-        for write in _all(entry):
-            if tier in (None, write.tier):
-                ended.append(write)
-            else:
-                write.beside, kept = kept, write
-        entry.writes = kept
+        ended = [write for write in _all(entry) if tier in (None, write.tier)]
         for write in ended:
-            write.beside = None
+            entry.writes = without(entry.writes, write)
+        for write in ended:
             if write.mark:
                 self._waiting[write.tier].remove(write)
             self.copies -= 1
@@ -182,11 +178,8 @@ class WriteBehind:
 
 
 def _all(entry: Entry) -> Iterator[Write]:
-    write: Write | None = entry.writes
-    while write is not None:
-        after = write.beside
-        yield write
-        write = after
+    first: Write | None = entry.writes
+    return chain(first)
 
 
 def _of(entry: Entry, tier: int) -> Write | None:

@@ -103,10 +103,7 @@ class SlabSummary(msgspec.Struct, frozen=True):
 
 
 def fsck(
-    folder: Path,
-    *,
-    repair: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    folder: Path, *, repair: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> FsckReport:
     """Verify header, dictionary, every record and every object's bytes.
 
