@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvstore.client.session import Session
+from kvstore.transport import protocol
+from tests.certificates import Authority
+from tests.control_tools import secret, write_tokens
 from tests.session_tools import BIG, Served, Stores, eventually, load, prompt, save
-from tests.tcp_tools import free_port
+from tests.tcp_tools import ByHand, Proxy, free_port
 
 SECONDS = 10.0
 """Within which peers answer in these tests, whose daemons share their cores."""
@@ -17,18 +27,30 @@ SECONDS = 10.0
 class Pool:
     """Daemons that know each other by a list of their addresses."""
 
-    def __init__(self, stores: Stores, count: int, **peers: Any) -> None:
+    def __init__(self, stores: Stores, count: int, server: Any = None, **peers: Any) -> None:
+        self.stores = stores
+        self.settings = {"probe_seconds": SECONDS, "stall_seconds": SECONDS} | peers
+        self.server = server or {}
         ports = [free_port() for _ in range(count)]
-        self.nodes = [f"tcp://127.0.0.1:{port}" for port in ports]
-        common = {"nodes": self.nodes, "probe_seconds": SECONDS, "stall_seconds": SECONDS}
-        self.daemons = [
-            stores.serve(
-                "32MiB",
-                server={"tcp": f"127.0.0.1:{port}", "name": f"node-{number}"},
-                peers=common | peers,
-            )
-            for number, port in enumerate(ports)
-        ]
+        scheme = "tls" if "tls_cert" in self.server else "tcp"
+        self.nodes = [f"{scheme}://127.0.0.1:{port}" for port in ports]
+        self.daemons = [self.start(port, self.nodes) for port in ports]
+
+    def start(self, port: int, nodes: Sequence[str], fault: str = "", **peers: Any) -> Served:
+        server = {"tcp": f"127.0.0.1:{port}", "name": f"node-{port}"} | self.server
+        said = {"nodes": list(nodes)} | self.settings | peers
+        return self.stores.serve("32MiB", fault=fault, server=server, peers=said)
+
+
+def found(session: Session, keys: Sequence[bytes]) -> None:
+    """Wait until all of it can be loaded: other nodes hear of it a moment later."""
+    eventually(lambda: session.lookup(keys, wait=SECONDS).blocks == len(keys))
+
+
+def loads(session: Session, keys: Sequence[bytes]) -> bool:
+    """Whether all of it is found and can be loaded."""
+    session.lookup(keys, wait=SECONDS)
+    return bool(load(session, keys).blocks == len(keys))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +88,7 @@ def test_what_came_from_a_peer_is_given_up_first_unless_it_is_used_again(pool: P
         save(there, own)
         for keys, times in ((kept, 2), (lent, 1)):
             for _ in range(times):
-                assert there.lookup(keys, wait=SECONDS).blocks == 16
+                found(there, keys)
                 assert load(there, keys).blocks == 16
         for number in range(5, 11):
             save(there, there.keys(prompt(number, 16)))
@@ -76,3 +98,246 @@ def test_what_came_from_a_peer_is_given_up_first_unless_it_is_used_again(pool: P
         assert set(first) == {"peers"}
         assert set(again) == {"memory"}
         assert set(there.lookup(own).tiers) == {"memory"}
+
+
+def peers_counter(served: Served, name: str) -> int:
+    return counter(served, f"tier.peers.{name}")
+
+
+def test_nobody_asks_on_what_peers_have_in_turn(pool: Pool) -> None:
+    a, b, c = pool.daemons
+    with a.session(BIG) as here, b.session(BIG) as there, c.session(BIG) as third:
+        keys = here.keys(prompt(20, 8))
+        save(here, keys)
+        found(there, keys)
+        before = counter(a, "lookup.requests"), counter(c, "probe.answered.peers")
+        unknown = there.keys(prompt(21, 8))
+        for _ in range(3):
+            assert there.lookup(unknown, wait=SECONDS).blocks == 0
+        after = counter(a, "lookup.requests"), counter(c, "probe.answered.peers")
+        assert after == before
+        # B only knows where they are: it is no holder.
+        with ByHand(b, BIG) as hand:
+            answer = hand.call(protocol.Find(0, b"".join(keys)))
+            assert set(answer.held) == {0}
+            held = hand.call(protocol.Acquire(0, 1, b"".join(keys), 5.0, 8, True, own=True))
+            assert (set(held.tiers), held.slots) == ({0}, b"")
+        assert load(there, keys).blocks == 8
+        with ByHand(b, BIG) as hand:
+            assert set(hand.call(protocol.Find(0, b"".join(keys))).held) == {1}
+        found(third, keys)
+        assert load(third, keys).blocks == 8
+
+
+def test_times_to_live_and_clears_are_those_of_the_blocks(pool: Pool) -> None:
+    a, b, _ = pool.daemons
+    with a.session(BIG, "ttl") as here, b.session(BIG, "ttl") as there:
+        short, long = here.keys(prompt(30, 4)), here.keys(prompt(31, 4))
+        save(here, long)
+        save(here, short, ttl=3.0)
+        found(there, short)
+        assert load(there, short).blocks == 4
+        eventually(lambda: there.lookup(short, wait=SECONDS).blocks == 0)
+        found(there, long)
+        there.clear()
+        time.sleep(1.1)  # What was denied is asked for again.
+        assert there.lookup(long, wait=SECONDS).blocks == 0  # Cleared after it was made.
+        assert counter(b, "probe.refused.cleared") > 0
+        assert here.lookup(long).blocks == 4  # A peer's blocks are the peer's.
+
+
+def test_tokens_of_the_role_peer_over_tls_wall_tenants() -> None:
+    stores = Stores()
+    try:
+        authority = Authority(stores.folder)
+        mine = authority.issue("127.0.0.1")
+        tokens = write_tokens(
+            stores.folder,
+            {"name": "pool", "role": "peer", "tenants": ["open"]},
+            {"name": "team", "role": "write"},
+        )
+        token = Path(stores.folder, "peer.token")
+        token.write_text(secret("pool"))
+        server = {"tls_cert": str(mine.cert), "tls_key": str(mine.key), "tokens": tokens}
+        peers = {"token_file": str(token), "tls_ca": str(authority.path)}
+        a, b = Pool(stores, 2, server, **peers).daemons
+        for tenant, blocks in (("open", 8), ("closed", 0)):
+            with a.session(BIG, tenant) as here, b.session(BIG, tenant) as there:
+                keys = here.keys(prompt(1, 8))
+                save(here, keys)
+                if blocks:
+                    found(there, keys)
+                assert there.lookup(keys, wait=SECONDS).blocks == blocks
+                assert load(there, keys).blocks == blocks
+    finally:
+        stores.close()
+
+
+def test_damage_on_the_way_is_a_miss_and_another_holder_is_asked() -> None:
+    stores = Stores()
+    try:
+        pool = Pool(stores, 2)
+        a, c = pool.daemons
+        with Proxy(a) as proxy:
+            b = pool.start(free_port(), [proxy.address])
+            with a.session(BIG) as here, b.session(BIG) as there:
+                keys = here.keys(prompt(1, 16))
+                save(here, keys)
+                found(there, keys)
+                proxy.damage = 3 << 20
+                came = load(there, keys)  # Checks every byte that it says has come.
+                assert came.blocks < 16
+                proxy.damage = -1
+                eventually(lambda: loads(there, keys))
+            two = pool.start(free_port(), [proxy.address, pool.nodes[1]])
+            with a.session(BIG) as here, c.session(BIG) as other, two.session(BIG) as there:
+                keys = here.keys(prompt(2, 16))
+                save(here, keys)
+                save(other, keys)
+                found(there, keys)
+                proxy.damage = 3 << 20
+                eventually(lambda: loads(there, keys))
+    finally:
+        stores.close()
+
+
+LIES = {
+    "no times": "return protocol.Holds(b'\\1' * len(keys) * len(parts), b'', b'')",
+    "too few": "return protocol.Holds(b'\\1', bytes(8), bytes(8))",
+    "something else": "return protocol.Count(5)",
+    "from the future": "return protocol.Holds(b'\\1' * len(keys) * len(parts), (1 << 62)"
+    ".to_bytes(8, 'little') * len(keys) * len(parts), bytes(8) * len(keys) * len(parts))",
+    "has everything": "return protocol.Holds(b'\\1' * len(keys) * len(parts), bytes(8) * len(keys)"
+    " * len(parts), bytes(8) * len(keys) * len(parts))",
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_peer_that_lies_costs_a_miss(pool: Pool, lie: str) -> None:
+    fault = (
+        "from kvstore.server.sessions.session import SessionConnection\n"
+        "from kvstore.transport import protocol\n"
+        "def _find(self, request):\n"
+        "    namespace, parts, keys = yield from self._named(request)\n"
+        f"    {LIES[lie]}\n"
+        "SessionConnection._find = _find\n"
+    )
+    port = free_port()
+    liar = pool.start(port, [], fault, directory=None, dns="localhost:1")
+    honest = pool.start(free_port(), [f"tcp://127.0.0.1:{port}"])
+    with honest.session(BIG) as there:
+        keys = there.keys(prompt(40, 8))
+        assert load(there, keys).blocks == 0
+        save(there, keys)
+        assert load(there, keys).blocks == 8
+    liar.kill()
+    honest.kill()
+
+
+def test_a_busy_peer_names_others() -> None:
+    stores = Stores()
+    try:
+        pool = Pool(stores, 3, max_serving="1MiB")
+        a, b, c = pool.daemons
+        with a.session(BIG) as here, b.session(BIG) as there, c.session(BIG) as third:
+            keys = here.keys(prompt(1, 16))
+            save(here, keys)
+            found(there, keys)
+            assert load(there, keys).blocks == 16
+            found(third, keys)
+            with ByHand(a, BIG) as hand:
+                joined = b"".join(keys)
+                held = hand.call(protocol.Acquire(0, 1, joined, 5.0, 16, True, own=True))
+                assert len(held.tiers) == 16
+                busy = hand.call(protocol.Acquire(0, 2, joined, 5.0, 16, True, own=True))
+                assert (busy.reason, busy.others) == ("busy", (pool.nodes[1],))
+                assert load(third, keys).blocks == 16
+                assert counter(b, "peers.served.done") >= 1
+                other = here.keys(prompt(2, 4))
+                save(here, other)
+                found(there, other)
+                assert load(there, other).blocks == 0  # Nobody else has it.
+            assert load(there, other).blocks == 4
+    finally:
+        stores.close()
+
+
+def test_a_stopped_peer_costs_the_deadlines(pool: Pool) -> None:
+    stores = Stores()
+    try:
+        short = Pool(stores, 2, probe_seconds=0.1, stall_seconds=1.0)
+        a, b = short.daemons
+        with a.session(BIG) as here, b.session(BIG) as there:
+            keys, more = here.keys(prompt(1, 16)), here.keys(prompt(2, 16))
+            save(here, keys)
+            save(here, more)
+            found(there, keys)
+            found(there, more)
+            a.signal(signal.SIGSTOP)
+            began = time.monotonic()
+            assert load(there, keys).blocks == 0
+            assert time.monotonic() - began < 5
+            unknown = there.keys(prompt(3, 16))
+            began = time.monotonic()
+            assert there.lookup(unknown).blocks == 0
+            assert time.monotonic() - began < 1
+            save(there, unknown)
+            assert load(there, unknown).blocks == 16
+            a.signal(signal.SIGCONT)
+            eventually(lambda: loads(there, more))
+    finally:
+        stores.close()
+
+
+@pytest.mark.parametrize(
+    "times", [pytest.param(8, id="few"), pytest.param(100, marks=pytest.mark.slow, id="many")]
+)
+def test_a_node_killed_in_the_middle_of_a_transfer(times: int) -> None:
+    """No wrong byte, nothing over the deadline, nothing leaks, and memory goes on at once."""
+    stores = Stores()
+    chance = random.Random(times)
+    try:
+        pool = Pool(stores, 2, stall_seconds=3.0)
+        a, b = pool.daemons
+        with b.session(BIG) as there:
+            came = 0
+            for number in range(times):
+                with a.session(BIG) as here:
+                    keys = here.keys(prompt(100 + number, 64))
+                    save(here, keys)
+                    found(there, keys)
+                    kill = threading.Timer(chance.uniform(0, 0.03), a.kill)
+                    kill.start()
+                    began = time.monotonic()
+                    blocks = load(there, keys).blocks  # Checks every byte.
+                    came += 0 < blocks < 64
+                    assert time.monotonic() - began < 6
+                    kill.join()
+                own = there.keys(prompt(10_000, 8))
+                save(there, own)
+                assert load(there, own).blocks == 8
+                a.restart()
+            eventually(lambda: b.stats()["leases"] == 0)
+            there.clear()
+            eventually(lambda: b.stats()["tiers"]["memory"]["used"] == 0)
+            threads = len(os.listdir(f"/proc/{b.process.pid}/task"))
+            assert threads < 60
+    finally:
+        stores.close()
+
+
+def test_leases_are_renewed_over_tcp(pool: Pool) -> None:
+    stores = Stores()
+    try:
+        served = stores.serve("8MiB", server={"tcp": "127.0.0.1:0"}, lease_seconds=1.0)
+        with ByHand(served) as hand:
+            keys = [bytes([i]) * 32 for i in range(2)]
+            for lease in (1, 2):
+                hand.reserve(lease, keys[lease - 1 : lease])
+            for _ in range(6):
+                time.sleep(0.4)
+                assert hand.call(protocol.Renew(1)).blocks == 1
+            assert hand.call(protocol.Renew(2)).blocks == 0
+            assert hand.call(protocol.Renew(3)).blocks == 0
+    finally:
+        stores.close()
