@@ -200,6 +200,8 @@ class Catalogue:
             self.expiry.forget(entry)
             self.index.remove(entry)
             self.heads.note(entry)
+            if entry.pins:  # They hold nothing any more.
+                self.usage.pinned(entry, -1)
             self.usage.removed(entry)
             self.history.record(entry.name.key, entry.name.namespace, reason, by)
             self.writes.end(entry, reason)

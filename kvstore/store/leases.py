@@ -234,7 +234,7 @@ class Leases:
                 if lease.payer.most_pinned is not None:
                     tenant = block[0].account.tenant
                     room = min(room, lease.payer.most_pinned - tenant.pinned_bytes)
-            if lease.released or not all(entry.stored for entry in block):
+            if lease.released or any(entry.gone or not entry.stored for entry in block):
                 break
             room -= sum(self.usage.in_memory(entry.nbytes) for entry in block if not entry.pins)
             if room < 0:
@@ -309,7 +309,7 @@ class Leases:
                 yield
             if lease.kind is LeaseKind.PIN:
                 entry.pins -= 1
-                if not entry.pins:
+                if not (entry.pins or entry.gone):
                     self.usage.pinned(entry, -1)
                 self.catalogue.settle(entry)
             elif lease.kind is LeaseKind.READ:

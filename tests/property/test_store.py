@@ -414,12 +414,14 @@ class Machine(RuleBasedStateMachine):
         for number, tier in zip(store.movement.lowers, self.tiers(), strict=True):
             if isinstance(tier, SlabTier):
                 known = set().union(*tier._places)
-            else:
-                known = tier._objects if tier is not None else ()
+            elif tier is not None:
+                known = tier._objects
+            else:  # It goes, and what it held is being forgotten.
+                continue
             assert {e.name for e in placed[number] if e.lies_in(number)} <= set(known)
         leases = self.store.leases()
         in_use = {e for lease in leases for e in lease.entries() if e.readers or e.writer}
-        pinned = {e for lease in leases for e in lease.entries() if e.pins}
+        pinned = {e for lease in leases for e in lease.entries() if e.pins and not e.gone}
         for space in (NAMESPACE, OTHER):
             account = catalogue.usage.namespaces.get(space.digest)
             of_tiers = {

@@ -397,6 +397,20 @@ def test_pins_have_a_limit(tmp_path: Path) -> None:
     bench.close()
 
 
+def test_pins_on_what_is_gone_hold_nothing(memory: Bench) -> None:
+    """Nor are they taken off the account of whoever comes after."""
+    store = memory.store
+    memory.save(keys(0, 1))
+    assert store.pin("op", 1, keys(0), [PART], 5.0) == 1
+    memory.load(keys(0))
+    assert store.release("loader", memory.lease, damaged=[0])
+    assert store.usage.pinned_bytes == 0
+    memory.save(keys(0))
+    assert store.pin("op", 2, keys(0), [PART], 50.0) == 1
+    assert store.release("op", 1)
+    assert store.usage.pinned_bytes == NBYTES
+
+
 def test_a_pin_of_nothing_says_why(memory: Bench) -> None:
     assert memory.pins.pin("me", NAMESPACE, keys(1), 60)[:4] == ("", 0, 0, "never_stored")
     assert not memory.store.leases()
