@@ -184,7 +184,7 @@ def test_damage_on_the_way_is_a_miss_and_another_holder_is_asked() -> None:
                 keys = here.keys(prompt(1, 16))
                 save(here, keys)
                 found(there, keys)
-                proxy.damage = 3 << 20
+                proxy.damage = 1 << 19
                 came = load(there, keys)  # Checks every byte that it says has come.
                 assert came.blocks < 16
                 proxy.damage = -1
@@ -195,7 +195,7 @@ def test_damage_on_the_way_is_a_miss_and_another_holder_is_asked() -> None:
                 save(here, keys)
                 save(other, keys)
                 found(there, keys)
-                proxy.damage = 3 << 20
+                proxy.damage = 1 << 19
                 eventually(lambda: loads(there, keys))
     finally:
         stores.close()
