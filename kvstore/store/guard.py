@@ -82,6 +82,16 @@ class Guarded:
             state = state._replace(problem=self._fault)
         return state
 
+    @property
+    def counters(self) -> dict[str, int]:
+        """See `Tier.counters`."""
+        try:
+            counters = self.tier.counters
+            return {str(name): int(count) for name, count in counters.items()}
+        except Exception as e:  # noqa: BLE001 - it is logged, and said
+            self._raised("counters", e)
+            return {}
+
     def recover(self) -> Iterator[Held]:
         """See `Tier.recover`."""
         try:

@@ -98,6 +98,7 @@ class Lower(Road):
             "read_limit": self.reads.pace.rate,
             "reads_waiting": self.reads.waiting_bytes,
             "waited_for": self.patience.waits if self.shared else None,
+            "events": self.tier.counters,
         }
 
     # -- what the tier may ask, see `Host` --------------------------------------------------------

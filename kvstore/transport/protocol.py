@@ -265,6 +265,23 @@ class Holds(Message, tag="holds"):
     serving: int = 0
 
 
+class Where(Message, tag="where"):
+    """Where do the objects of a read lease lie? For peers that read them by NIXL."""
+
+    lease: int
+
+
+class Placed(Message, tag="placed"):
+    """NIXL's description of the agent to read from, the arena's address there, i64 offsets in it
+    and the XXH3 (u64) of each object, little-endian.
+    """
+
+    agent: bytes
+    address: int
+    offsets: bytes
+    checksums: bytes
+
+
 class Renew(Message, tag="renew"):
     """The lease lives as long from now on as a new one. Answered by a count of 1; 0: it is over."""
 
@@ -428,11 +445,11 @@ class Failure(Message, tag="failure"):
 # The last three of each belong on data connections.
 Request = (
     Hello | Open | Close | Lookup | Reserve | Commit | Acquire | Release | Prefetch | Pin | Flush
-    | Clear | Stats | Control | Follow | Find | Renew | Attach | Put | Get
+    | Clear | Stats | Control | Follow | Find | Where | Renew | Attach | Put | Get
 )  # fmt: skip
 Reply = (
     Welcome | Opened | Found | Reserved | Committed | Held | Count | Flushed | StatsReply
-    | Controlled | Failure | Published | Holds | Attached | Taken | Sending
+    | Controlled | Failure | Published | Holds | Placed | Attached | Taken | Sending
 )  # fmt: skip
 
 _encoder: Final = msgspec.msgpack.Encoder()

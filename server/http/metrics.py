@@ -204,6 +204,13 @@ def _of_tiers(node: Node, stats: Mapping[str, Any]) -> Iterator[Metric]:
         told = {tier: held.get(key) for tier, held in there.items()}
         known = {tier: float(value) for tier, value in told.items() if value is not None}
         yield _family(name, text, known, "tier")
+    events = {
+        (name, event): count
+        for name, tier in there.items()
+        for event, count in tier.get("events", {}).items()
+    }
+    text = "What a tier below memory counts itself, by tier and event."
+    yield _family("tier_events", text, events, "tier", "event", kind=CounterMetricFamily)
 
 
 def _of_work(node: Node, stats: Mapping[str, Any]) -> Iterator[Metric]:

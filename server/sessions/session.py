@@ -22,6 +22,7 @@ from kvstore.server.loop import paced
 from kvstore.server.node import Node, Peer
 from kvstore.server.recent import by_tier
 from kvstore.server.sessions.connection import Connection, keys_of
+from kvstore.server.sessions.placing import check, place
 from kvstore.slices import Work
 from kvstore.store.entry import Entry
 from kvstore.store.leases import LeaseKind, Saving
@@ -105,6 +106,11 @@ class SessionConnection(Connection):
                 return None
             case protocol.Find():
                 return (yield from self._find(request))
+            case protocol.Where():
+                check(self.grant)
+                lease = store.lease(self, request.lease)
+                self._later(request_id, partial(place, self._node, lease))
+                return None
             case protocol.Renew():
                 return protocol.Count(int(store.renew(self, request.lease)))
             case protocol.Prefetch():

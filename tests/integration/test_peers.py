@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from kvstore.client.session import Session
@@ -101,7 +102,8 @@ def test_what_came_from_a_peer_is_given_up_first_unless_it_is_used_again(pool: P
 
 
 def peers_counter(served: Served, name: str) -> int:
-    return counter(served, f"tier.peers.{name}")
+    counted: int = served.stats()["tiers"]["peers"]["events"].get(name, 0)
+    return counted
 
 
 def test_nobody_asks_on_what_peers_have_in_turn(pool: Pool) -> None:
@@ -339,5 +341,31 @@ def test_leases_are_renewed_over_tcp(pool: Pool) -> None:
                 assert hand.call(protocol.Renew(1)).blocks == 1
             assert hand.call(protocol.Renew(2)).blocks == 0
             assert hand.call(protocol.Renew(3)).blocks == 0
+    finally:
+        stores.close()
+
+
+def test_blocks_come_by_nixl_and_over_tcp_where_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nixl_cu13")
+    monkeypatch.setenv("UCX_TLS", "tcp")  # As between two hosts.
+    stores = Stores()
+    try:
+        pool = Pool(stores, 2, transport="nixl")
+        a, b = pool.daemons
+        with a.session(BIG) as here, b.session(BIG) as there:
+            for number in range(3):
+                keys = here.keys(prompt(number, 16))
+                save(here, keys)
+                found(there, keys)
+                assert load(there, keys).blocks == 16
+            assert peers_counter(b, "fetched.by_nixl") == 48
+            for helper in psutil.Process(a.process.pid).children():
+                helper.kill()
+            for number in range(3, 6):
+                keys = here.keys(prompt(number, 16))
+                save(here, keys)
+                found(there, keys)
+                assert load(there, keys).blocks == 16
+            assert peers_counter(b, "fetched") == 96
     finally:
         stores.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from array import array
@@ -12,19 +13,23 @@ from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 
-from kvstore._native import Xxh3Stream
+from kvstore._native import Xxh3Stream, xxh3_64
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.config import Config
 from kvstore.errors import KVStoreError, ProtocolError, StoreUnavailable
-from kvstore.telemetry import shown
+from kvstore.telemetry import QuietLog, shown
+from kvstore.tiers.peers.nixl import MAX_AGENT, MAX_SPANS, Agent, Helpers, Span
 from kvstore.tiers.remote import Breaker
 from kvstore.transport import protocol
 from kvstore.transport.channel import Channel
-from kvstore.transport.protocol import Acquire, Close, Failure, Find, Open, Release
+from kvstore.transport.protocol import Acquire, Close, Failure, Find, Open, Release, Where
 from kvstore.transport.tcp import connect
+
+_quiet: Final = QuietLog(logging.getLogger("kvstore.peers"))
 
 _MOST_OPEN: Final = 256
 _MISS: Final = 0
+_MOST_PLACE: Final = 1 << 62
 _IDLE_SECONDS: Final = 60.0
 
 R = TypeVar("R")
@@ -57,13 +62,24 @@ class Link:
         token: shown to it, read anew for each connection.
         node: where it reaches this node.
         retry_seconds: the longest pause between trials while it fails.
+        count: adds to a counter.
+        helpers: to fetch by NIXL, as far as that works.
     """
 
     def __init__(
-        self, config: Config, token: Callable[[], str], node: str, retry_seconds: float
+        self,
+        config: Config,
+        token: Callable[[], str],
+        node: str,
+        retry_seconds: float,
+        count: Callable[[str, int], None],
+        helpers: Helpers | None = None,
     ) -> None:
         self.address = config.address or ""
         self.breaker = Breaker(retry_seconds)
+        self._count = count
+        self._helpers = helpers
+        self._nixl = Breaker(retry_seconds)
         self.serving = 0
         """Bytes that it was on its way to give to peers, when it last said so."""
         self.fetching = 0
@@ -170,6 +186,17 @@ class Link:
         until: float,
     ) -> list[int | None]:
         came: list[int | None] = [None] * len(addresses)
+        if self._helpers is not None and (self._nixl.reason is None or self._nixl.may_try()):
+            begun = time.monotonic()
+            try:
+                came = self._read(self._helpers, channel, lease, slots, addresses, nbytes, until)
+            except (StoreUnavailable, Refused) as e:
+                self._nixl.failed(str(e))  # It goes on over TCP.
+                _quiet.warning(self.address, "%s gives nothing by NIXL: %s", self.address, e)
+            else:
+                self._nixl.worked(begun)
+                self._count("fetched.by_nixl", len(came))
+                return came
 
         def copy(first: int, sources: Sequence[int], sums: Sequence[int] | None) -> None:
             assert sums is not None
@@ -181,6 +208,39 @@ class Link:
         if len(slots):
             channel.carrier.read(lease, slots, nbytes, copy, until)
         return came
+
+    def _read(
+        self,
+        helpers: Helpers,
+        channel: Channel,
+        lease: int,
+        slots: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
+        addresses: Sequence[int],
+        nbytes: int,
+        until: float,
+    ) -> list[int | None]:
+        """By NIXL; half of the time is left for another way."""
+        until = (time.monotonic() + until) / 2
+        placed = self._call(channel, Where(lease), until, protocol.Placed)
+        offsets, sums = array("q"), array("Q")
+        if len(placed.offsets) % 8 or len(placed.offsets) != len(placed.checksums):
+            raise ProtocolError("places and checksums do not fit each other")
+        offsets.frombytes(placed.offsets)
+        sums.frombytes(placed.checksums)
+        if not all(0 <= slot < len(offsets) for slot in slots):
+            raise ProtocolError("the lease has fewer objects than were held")
+        places = (placed.address, *offsets)
+        if len(placed.agent) > MAX_AGENT or not all(0 <= place < _MOST_PLACE for place in places):
+            raise ProtocolError("what it says of its arena is no such thing")
+        agent = Agent(placed.agent, placed.address)
+        for first in range(0, len(slots), MAX_SPANS):
+            some = zip(slots[first : first + MAX_SPANS], addresses[first:], strict=False)
+            spans = [Span(offsets[slot], helpers.place(at), nbytes) for slot, at in some]
+            helpers.read(agent, spans, until)
+        return [
+            sums[slot] if xxh3_64(address, nbytes) == sums[slot] else None
+            for slot, address in zip(slots, addresses, strict=True)
+        ]
 
     # -- the connection ---------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from kvstore.config import Config, SessionConfig
 from kvstore.telemetry import QuietLog
 from kvstore.tiers.peers.directory import Directory
 from kvstore.tiers.peers.link import Link
+from kvstore.tiers.peers.nixl import Helpers
 from kvstore.tiers.vitals import Vitals
 from kvstore.transport.credentials import peer_token
 
@@ -27,13 +28,17 @@ class Pool:
     Args:
         config: of this daemon.
         directory: is closed with it.
+        helpers: to fetch by NIXL, if there are; are closed with it.
 
     Raises:
         ConfigError: what is shown to peers cannot be read.
     """
 
-    def __init__(self, config: Config, directory: Directory) -> None:
+    def __init__(
+        self, config: Config, directory: Directory, helpers: Helpers | None = None
+    ) -> None:
         self.directory = directory
+        self.helpers = helpers
         self.vitals = Vitals("peers", _logger)
         self.probe_seconds = config.peers.probe_seconds
         self.streams = config.peers.streams
@@ -95,6 +100,8 @@ class Pool:
         self._closed = True
         self.cut()
         self.directory.close()
+        if self.helpers is not None:
+            self.helpers.close()
 
     def _link(self, node: str, address: str | None) -> Link | None:
         if address is None or self._closed:
@@ -105,7 +112,10 @@ class Pool:
                 link = self._links.get(node)
                 if link is None or link.address != address:
                     retry = self._config.retry_seconds
-                    link = Link(self._to(address), self._token, self._node, retry)
+                    link = Link(
+                        self._to(address), self._token, self._node, retry, self.vitals.count,
+                        self.helpers,
+                    )  # fmt: skip
                     self._links[node] = link
         return link
 
