@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kvstore.config import Config, PeersConfig, ServerConfig
+from kvstore.config import Config
 from kvstore.errors import KVStoreError, NoPackage, missing
 from kvstore.memory.arena import Arena
+from kvstore.sections import PeersConfig, ServerConfig
 from kvstore.server.access.access import Access
 from kvstore.server.listeners import bind, clear, make_folder, take_lock
 from kvstore.server.loop import Steps, hear_threads, run

@@ -6,8 +6,9 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from kvstore.config import PEERS, Config, TierConfig
+from kvstore.config import PEERS, Config
 from kvstore.memory.arena import Arena
+from kvstore.sections import TierConfig
 from kvstore.store.admission import Admission
 from kvstore.store.opening import Below, OpenTier
 from kvstore.store.store import Store

@@ -16,11 +16,11 @@ from kvstore.errors import SpecError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from kvstore.config import SessionConfig
     from kvstore.copier.base import Copier
     from kvstore.copier.cuda.copier import CudaCopier
     from kvstore.copier.cuda.triton import TritonKernels
     from kvstore.copier.gate import Event
+    from kvstore.sections import SessionConfig
 
 _log = logging.getLogger("kvstore.device")
 

@@ -8,9 +8,10 @@ from typing import Annotated, Any, Final
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from kvstore.blocks.spec import MAX_BLOCK_TOKENS
-from kvstore.config import Config, Name
+from kvstore.config import Config
 from kvstore.errors import ConfigError
 from kvstore.mistakes import explain, plainly
+from kvstore.sections import Name
 from kvstore.sources import load_config
 
 PREFIX: Final = "kvstore."

@@ -25,9 +25,9 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import Field
 
-from kvstore.config import Count, Folder, Size
 from kvstore.errors import FormatError, TierUnavailable
 from kvstore.memory.slots import align
+from kvstore.sections import Count, Folder, Size
 from kvstore.slices import FEW
 from kvstore.tiers.base import Host, InSegment, Job, ObjectName, State
 from kvstore.tiers.options import TierOptions, checked

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from kvstore.config import Seconds
 from kvstore.mistakes import explain
+from kvstore.sections import Seconds
 
 
 class TierOptions(BaseModel):

@@ -26,10 +26,10 @@ from obstore.store import from_url
 from pydantic import Field
 
 from kvstore._native import Xxh3Stream, xxh3_64
-from kvstore.config import Count, MaybeFolder, Seconds
 from kvstore.errors import ConfigError, TierUnavailable
 from kvstore.memory.bounce import memory_at
 from kvstore.memory.slots import ALIGNMENT, align
+from kvstore.sections import Count, MaybeFolder, Seconds
 from kvstore.tiers.base import Host, Job
 from kvstore.tiers.options import TierOptions, checked
 from kvstore.tiers.segments.put import Put

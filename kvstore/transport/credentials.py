@@ -16,7 +16,8 @@ from kvstore.errors import ConfigError, StoreUnavailable
 if TYPE_CHECKING:
     import ssl
 
-    from kvstore.config import Config, PeersConfig, SessionConfig
+    from kvstore.config import Config
+    from kvstore.sections import PeersConfig, SessionConfig
 
 
 _PEER: Final = struct.Struct("3i")

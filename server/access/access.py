@@ -17,7 +17,7 @@ from kvstore.values import split_host_port
 if TYPE_CHECKING:
     import grpc
 
-    from kvstore.config import ServerConfig
+    from kvstore.sections import ServerConfig
 
 
 class Access:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import pytest
 
-from kvstore.config import PlannerConfig
+from kvstore.sections import PlannerConfig
 from tests.session_tools import Child, Stores, eventually
 
 pytest.importorskip("torch")

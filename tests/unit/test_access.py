@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from kvstore.config import ServerConfig
 from kvstore.errors import AccessDenied, ConfigError
+from kvstore.sections import ServerConfig
 from kvstore.server.access.access import Access
 from kvstore.server.access.grants import LOCAL, Grant, Role
 from tests.certificates import Authority, Identity

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Final, Protocol
 
-from kvstore.config import PeersConfig
 from kvstore.errors import missing
+from kvstore.sections import PeersConfig
 from kvstore.tiers.factory import offered
 from kvstore.tiers.options import checked
 from kvstore.transport.credentials import client_context, peer_token

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Final
 
-from kvstore.config import Config, SessionConfig
+from kvstore.config import Config
+from kvstore.sections import SessionConfig
 from kvstore.telemetry import QuietLog
 from kvstore.tiers.peers.directory import Directory
 from kvstore.tiers.peers.link import Link

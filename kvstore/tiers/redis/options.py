@@ -10,7 +10,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from pydantic import BeforeValidator, Field, FilePath
 from pydantic import model_validator as checks
 
-from kvstore.config import Count, Name, Seconds
+from kvstore.sections import Count, Name, Seconds
 from kvstore.tiers.options import TierOptions
 
 PASSWORD_VARIABLE: Final = "KVSTORE_REDIS_PASSWORD"
