@@ -23,6 +23,7 @@ from kvstore.server.loop import Steps
 from kvstore.server.owners import Owner
 from kvstore.server.publishing import Publishing
 from kvstore.server.recent import Recent
+from kvstore.server.resting import Resting
 from kvstore.server.serving import Serving
 from kvstore.store.leases import Lease
 from kvstore.store.store import Store
@@ -123,6 +124,7 @@ class Node:
     started: float = field(default_factory=time.monotonic)
     quiet: QuietLog = field(default_factory=lambda: QuietLog(_log))
     serving: Serving = field(init=False)
+    resting: Resting = field(default_factory=Resting)
     _collected: float = field(default_factory=time.monotonic)
     _opening: asyncio.Lock = field(default_factory=asyncio.Lock)
     _owners: dict[bytes | str, Owner] = field(default_factory=dict)

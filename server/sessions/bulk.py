@@ -66,6 +66,7 @@ class BulkServer:
 
     def __init__(self, node: Node, newcomers: Newcomers, context: ssl.SSLContext | None) -> None:
         self.threads: set[threading.Thread] = set()
+        self._resting = node.resting
         self.samples: deque[tuple[str, int, float]] = deque(maxlen=10_000)
         """What each request moved: `in` or `out`, bytes and seconds; the loop empties it."""
 
@@ -79,7 +80,7 @@ class BulkServer:
 
     def start(self, connection: socket.socket, number: int) -> None:
         """Serve a newcomer of that number. Called on the loop."""
-        if len(self.threads) >= _MAX_THREADS:
+        if len(self.threads) >= _MAX_THREADS and not self._resting.end_one():
             self._node.refused("streams", "data connection", f"{_MAX_THREADS} are open")
             self._newcomers.known(number)
             connection.close()
@@ -128,7 +129,8 @@ class BulkServer:
             self._newcomers.known(number)
             bounce = Bounce(_IN)
             while True:
-                wire.wait()
+                with self._resting.of(wire):
+                    wire.wait()
                 self._answer(wire, grants, bounce)
         except LeaseGone as e:
             self._refuse(wire, str(e))

@@ -17,6 +17,7 @@ from typing import Final
 from kvstore.errors import ProtocolError
 from kvstore.server.access.grants import Denied, Grant
 from kvstore.server.node import Node, Peer
+from kvstore.server.resting import Resting
 from kvstore.server.sessions.session import SessionConnection
 from kvstore.slices import FEW, Work
 from kvstore.store.entry import Entry
@@ -66,12 +67,14 @@ class Grants:
 
     Grants are made and ended on the loop, which also makes this. For as long as a grant lives and
     somebody uses it, its objects are held in `store`, so no slot is given to others.
-    `owned` has the data connections of all sessions of the same token.
+    `owned` has the data connections of all sessions of the same token, `resting` those of all that
+    nothing is asked over.
     """
 
-    def __init__(self, ticket: bytes, store: Store, owned: set[Wire]) -> None:
+    def __init__(self, ticket: bytes, store: Store, owned: set[Wire], resting: Resting) -> None:
         self._ticket = ticket
         self._owned = owned
+        self._resting = resting
         self._store = store
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
@@ -155,7 +158,7 @@ class Grants:
                 (self._wires, "session has", protocol.MAX_STREAMS),
                 (self._owned, "sessions of its token have", MAX_OWNED),
             ):
-                if len(wires) >= most:
+                if len(wires) >= most and not self._resting.end_one(wires):
                     raise Denied("streams", f"the {whose} {most} data connections already")
             self._wires.add(wire)
             self._owned.add(wire)
@@ -221,7 +224,7 @@ class StreamSession(SessionConnection):
         ticket: bytes,
     ) -> None:
         super().__init__(node, peer, grant)
-        self.grants = Grants(ticket, node.store, self.owner.wires)
+        self.grants = Grants(ticket, node.store, self.owner.wires, node.resting)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.grants.close()

@@ -266,6 +266,9 @@ def test_data_connections_are_counted(stores: Stores) -> None:
         eventually(
             lambda: isinstance(Stream(served, welcome.session, welcome.ticket).answer, Attached)
         )
+        time.sleep(1.1)  # Nobody asks anything over those that there are: the oldest gives way.
+        client.stream()
+        assert client.streams[0].closed()
 
 
 def frame(message: protocol.Message) -> bytes:
