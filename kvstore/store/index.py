@@ -112,15 +112,14 @@ class Index:
         self, keys: Sequence[bytes], part: Part, within: NamespaceUsage | None = None
     ) -> list[int]:
         """The rank of the tier where a reader of `part` finds each block, or PENDING, or MISS."""
-        states: list[int] = []
-        for key in keys:
+
+        def state(key: bytes) -> int:
             entry = self.usable(key, part, within)
             if entry is not None:
-                states.append(self._ranks[entry.tiers])
-            else:
-                writing = self.why_not(key, part, within) == "writing"
-                states.append(PENDING if writing else MISS)
-        return states
+                return self._ranks[entry.tiers]
+            return PENDING if self.why_not(key, part, within) == "writing" else MISS
+
+        return [state(key) for key in keys]
 
     def why_not(self, key: bytes, part: Part, within: NamespaceUsage | None = None) -> str:
         """The reason why `usable` has nothing: `absent`, `writing` or `layout`."""

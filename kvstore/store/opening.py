@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvstore.clock import Clock
 from kvstore.errors import ConfigError, FormatError
@@ -44,46 +44,33 @@ class Below:
     lends: bool = False
 
 
+@dataclass(eq=False)
 class Opening:
     """Opens a tier again and again until there is one.
 
-    Args:
-        below: the tier.
-        host: it is opened for.
-        attach: is given the tier, on the loop.
-        clock: what time it is.
-        counters: of the store.
+    `below`: the tier. `host`: it is opened for that. `attach` is given the tier, on the loop.
+    `clock`: what time it is. `counters`: of the store. `problem`: why there is none.
     """
 
-    def __init__(
-        self,
-        below: Below,
-        host: Host,
-        attach: Callable[[Guarded], None],
-        clock: Clock,
-        counters: Counters,
-    ) -> None:
-        self.problem: str | None = None
-        """Why there is none."""
-
-        self._below = below
-        self._host = host
-        self._attach = attach
-        self._clock = clock
-        self._counters = counters
-        self._next = 0.0
-        self._busy = False
-        self._closed = False
+    below: Below
+    host: Host
+    attach: Callable[[Guarded], None]
+    clock: Clock
+    counters: Counters
+    problem: str | None = field(default=None, init=False)
+    _next: float = field(default=0.0, init=False)
+    _busy: bool = field(default=False, init=False)
+    _closed: bool = field(default=False, init=False)
 
     def at_start(self) -> Guarded | None:
         """Open it, and go on without, should it not answer. Blocks."""
-        opened, seconds = self._open(), self._below.stall_seconds
+        opened, seconds = self._open(), self.below.stall_seconds
         try:
             error = opened.exception(seconds)
         except TimeoutError:
             self._busy = True
             self.problem = f"it cannot be opened: it has not answered for {seconds:g} s"
-            _log.warning("no tier %s: %s; going on without", self._below.name, self.problem)
+            _log.warning("no tier %s: %s; going on without", self.below.name, self.problem)
             opened.add_done_callback(self._opened)
             return None
         if isinstance(error, ConfigError):
@@ -92,7 +79,7 @@ class Opening:
 
     def retry(self) -> None:
         """Open it if it is time; call now and then while there is none."""
-        if not self._busy and self._clock.monotonic() >= self._next:
+        if not self._busy and self.clock.monotonic() >= self._next:
             self._busy = True
             self._open().add_done_callback(self._opened)
 
@@ -103,11 +90,11 @@ class Opening:
         """
         self._busy = True
         self.problem = tier.state.problem
-        self._next = self._clock.monotonic() + self._below.retry_seconds * tier.broken
+        self._next = self.clock.monotonic() + self.below.retry_seconds * tier.broken
 
         def close() -> None:
             tier.close()
-            self._host.post(lost)
+            self.host.post(lost)
 
         threading.Thread(target=close, name="kvstore-close", daemon=True).start()
 
@@ -124,10 +111,10 @@ class Opening:
         opened: Future[Guarded] = Future()
 
         def work() -> None:
-            below, post = self._below, self._host.post
+            below, post = self.below, self.host.post
             try:
-                tier, seconds = below.open(self._host), below.retry_seconds
-                opened.set_result(Guarded(tier, seconds, self._clock, self._counters, post))
+                tier, seconds = below.open(self.host), below.retry_seconds
+                opened.set_result(Guarded(tier, seconds, self.clock, self.counters, post))
             except Exception as e:  # noqa: BLE001 - told by its `_outcome`
                 opened.set_exception(e)
 
@@ -138,13 +125,13 @@ class Opening:
         def on_loop() -> None:
             found = self._outcome(opened)
             if found is not None:
-                self._attach(found)
+                self.attach(found)
 
-        self._host.post(on_loop)
+        self.host.post(on_loop)
 
     def _outcome(self, opened: Future[Guarded]) -> Guarded | None:
         self._busy = False
-        self._next = self._clock.monotonic() + self._below.retry_seconds
+        self._next = self.clock.monotonic() + self.below.retry_seconds
         error = opened.exception()
         if error is None:
             self.problem = None
@@ -158,6 +145,6 @@ class Opening:
             problem = f"opening it failed with {what}; the log tells more"
         if problem != self.problem:
             text = "no tier %s: %s; going on without, trying again"
-            _log.warning(text, self._below.name, problem, exc_info=None if expected else error)
+            _log.warning(text, self.below.name, problem, exc_info=None if expected else error)
         self.problem = problem
         return None

@@ -88,9 +88,8 @@ def test_a_disk_that_cannot_be_opened_for_an_error_of_ours_is_tried_again(
     assert disk is not None
     assert disk.tier is None
     (tmp_path / "disk").unlink()
-    threading.excepthook = lambda _: None  # It dies of it, and that is heard.
     with monkeypatch.context() as odd:
-        odd.setattr(disk._opening, "_below", replace(disk._opening._below, open=lambda _: 1 // 0))
+        odd.setattr(disk._opening, "below", replace(disk._opening.below, open=lambda _: 1 // 0))
         bench.now = 10.0
         bench.store.tick()
         bench.posted.get(timeout=5)()

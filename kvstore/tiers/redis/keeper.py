@@ -12,7 +12,7 @@ from typing import Final
 
 from kvstore.tiers.base import ObjectName
 from kvstore.tiers.redis.format import key_of, pieces, slot_of
-from kvstore.tiers.redis.link import Refused, Reply, command
+from kvstore.tiers.redis.link import FAILURES, Refused, Reply, command
 from kvstore.tiers.redis.options import RedisOptions
 from kvstore.tiers.redis.servers import Links, Server, Servers
 from kvstore.tiers.vitals import Vitals
@@ -155,7 +155,7 @@ class Keeper:
             try:
                 servers.discover()
                 self._vitals.notice("servers", None)
-            except (OSError, Refused) as e:
+            except FAILURES as e:
                 self._vitals.notice("servers", f"which server has what is not known: {e}")
         for server in servers.all:
             if server.all.may_try() or server.puts.may_try():

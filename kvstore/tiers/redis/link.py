@@ -31,6 +31,10 @@ class Broken(ConnectionError):
     """What came is no reply: whatever comes next means nothing, either."""
 
 
+FAILURES: Final = (OSError, Refused)
+"""What ends a connection, or an attempt to make one."""
+
+
 def command(*words: bytes) -> bytes:
     """A command as it is sent."""
     return b"*%d\r\n%s" % (len(words), b"".join(b"$%d\r\n%s\r\n" % (len(w), w) for w in words))

@@ -12,7 +12,7 @@ from kvstore._native import Xxh3Stream, xxh3_64
 from kvstore.memory.bounce import memory_at
 from kvstore.tiers.redis.format import HEADER, PIECE, Header, decode, encode, key_of, slot_of, spans
 from kvstore.tiers.redis.keeper import Keeper
-from kvstore.tiers.redis.link import Broken, Link, Refused, Reply, command
+from kvstore.tiers.redis.link import FAILURES, Broken, Link, Refused, Reply, command
 from kvstore.tiers.redis.servers import Links, Server, Servers
 from kvstore.tiers.remote import Crew
 from kvstore.tiers.tasks import Task
@@ -26,7 +26,6 @@ _ROUNDS: Final = 4
 """Attempts, where a server says that another one has it now."""
 _LINES: Final = 16
 """Bytes of what stands between values."""
-_FAILURES: Final = (OSError, Refused, Broken)
 _LOOK: Final = b"%d" % (HEADER - 1)
 
 
@@ -99,7 +98,7 @@ class Mover:
                 (self._put if is_put else self._get)(link, server, moves)
                 self._servers.worked(server, started, put=is_put)
                 return
-            except _FAILURES as e:
+            except FAILURES as e:
                 if _ended(e) and not any(move.retried for move in moves):
                     # It may have closed a connection that was too old for it.
                     self._links.drop(server)

@@ -22,7 +22,7 @@ from redis.exceptions import AuthenticationError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
-from kvstore.tiers.redis.link import Broken, Link, Refused, Reply
+from kvstore.tiers.redis.link import FAILURES, Broken, Link, Refused, Reply
 from kvstore.tiers.redis.options import Node, RedisOptions
 from kvstore.tiers.remote import Breaker
 from kvstore.tiers.vitals import Vitals
@@ -35,7 +35,6 @@ _logger: Final = logging.getLogger("kvstore.redis")
 _SLOTS: Final = 16384
 _YIELD: Final = 256
 _MOVED: Final = re.compile(r"MOVED \d+ (\S*):(\d{1,5})")
-_FAILURES: Final = (OSError, Refused, Broken)
 
 
 class Fault(NamedTuple):
@@ -171,7 +170,7 @@ class Servers:
             try:
                 self._set(self._ask(node))
                 return
-            except (OSError, Refused) as e:
+            except FAILURES as e:
                 error = e
         raise error
 
@@ -361,7 +360,7 @@ class Links(dict[Node, Link]):
         """Send commands, to be followed by `hear`; whether the server takes them."""
         try:
             self.to(server).send([words])
-        except _FAILURES as e:
+        except FAILURES as e:
             self.fail(server, e, key)
             return False
         return True
@@ -372,7 +371,7 @@ class Links(dict[Node, Link]):
         try:
             for _ in yielding(range(number)):
                 answers.append(self[server.node].reply())
-        except _FAILURES as e:
+        except FAILURES as e:
             self.fail(server, e, key)
             return []
         return answers

@@ -17,7 +17,7 @@ from kvstore.tiers.base import PASSING, Held, Host, Job, JobDone, ObjectName, St
 from kvstore.tiers.options import checked
 from kvstore.tiers.redis.format import HEADER, decode, key_of, slot_of
 from kvstore.tiers.redis.keeper import Keeper
-from kvstore.tiers.redis.link import Refused, Reply, command
+from kvstore.tiers.redis.link import FAILURES, Refused, Reply, command
 from kvstore.tiers.redis.mover import Mover
 from kvstore.tiers.redis.options import RedisOptions
 from kvstore.tiers.redis.servers import FAULTS, Links, Server, Servers, place, yielding
@@ -234,22 +234,21 @@ def _see(servers: Servers, options: RedisOptions) -> None:
     error: Exception = OSError("it has no servers")
     try:
         servers.discover()
-        for server in servers.all:
-            try:
-                link = servers.link(server.node)
-                try:
-                    link.send([command(b"PING")])
-                    answer = link.reply()
-                finally:
-                    servers.end(link.wire)
-            except OSError as e:
-                error = e
-                continue
-            if not isinstance(answer, Refused) or answer.word == "NOPERM":
-                return
-            error = answer
-    except (OSError, Refused) as e:
+    except FAILURES as e:
         error = e
+    for server in servers.all:
+        try:
+            link = servers.link(server.node)
+            link.send([command(b"PING")])
+            answer = link.reply()
+        except FAILURES as e:
+            error = e
+            continue
+        finally:
+            servers.end_all()
+        if not isinstance(answer, Refused) or answer.word == "NOPERM":
+            return
+        error = answer
     fault = FAULTS.get(error.word) if isinstance(error, Refused) else None
     advice = fault.advice if fault is not None else "see whether it runs, and url"
     where = ", ".join(map(place, options.nodes))
