@@ -263,9 +263,12 @@ def test_data_connections_are_counted(stores: Stores) -> None:
         assert "16 data connections" in refused.answer.reason
         refused.close()
         client.streams.pop().close()
-        eventually(
-            lambda: isinstance(Stream(served, welcome.session, welcome.ticket).answer, Attached)
-        )
+
+        def another() -> Stream | None:
+            stream = Stream(served, welcome.session, welcome.ticket)
+            return stream if isinstance(stream.answer, Attached) else None
+
+        client.streams.append(eventually(another))
         time.sleep(1.1)  # Nobody asks anything over those that there are: the oldest gives way.
         client.stream()
         assert client.streams[0].closed()
