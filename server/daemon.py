@@ -21,6 +21,7 @@ from kvstore.errors import KVStoreError, NoPackage, missing
 from kvstore.memory.arena import Arena
 from kvstore.sections import PeersConfig, ServerConfig
 from kvstore.server.access.access import Access
+from kvstore.server.handover import hand_over
 from kvstore.server.listeners import bind, clear, make_folder, take_lock
 from kvstore.server.loop import Steps, hear_threads, run
 from kvstore.server.node import Face, Node
@@ -40,6 +41,8 @@ _FIRST_SESSION_SECONDS: Final = 30.0
 _PREDECESSOR_SECONDS: Final = 30.0
 _COLLECT: Final = 2_000, 20, 1_000_000
 """When to look for garbage in circles: the old is looked at by `Node.collect_garbage`."""
+_HANDING_PART: Final = 0.3
+"""Of the time to stop, for peers to fetch what is here."""
 _CLOSING_PART: Final = 0.1
 """Of the time to stop, for all that comes after the writes."""
 
@@ -181,6 +184,9 @@ class Daemon:
             await self._stop.wait()
             if not self._embedded:
                 notify("STOPPING=1")
+            if node.pool is not None:
+                node.ready, node.store.draining = False, True
+                await hand_over(node, _HANDING_PART * self._config.server.stop_timeout)
         finally:
             node.ready = False
             local.close()

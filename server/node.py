@@ -18,7 +18,7 @@ from kvstore.blocks.spec import Namespace, Part
 from kvstore.config import Config
 from kvstore.errors import ConfigError, ProtocolError, missing
 from kvstore.server.access.access import Access
-from kvstore.server.access.grants import LOCAL, Denied, Grant
+from kvstore.server.access.grants import LOCAL, Denied, Grant, Role
 from kvstore.server.loop import Steps
 from kvstore.server.owners import Owner
 from kvstore.server.publishing import Publishing
@@ -35,6 +35,8 @@ _DRAIN_POLL: Final = 0.02
 _COLLECT_SECONDS: Final = 15.0
 _COLLECT_AT_LAST: Final = 120.0
 _FOLLOW_SECONDS: Final = 0.5
+_MOST_PEERS: Final = 2048
+"""Sessions of other daemons, which have up to two each."""
 
 _log = logging.getLogger("kvstore.daemon")
 
@@ -141,24 +143,31 @@ class Node:
         pinned = int(part * self.store.max_pinned_bytes)
         return self._owners.setdefault(key, Owner(int(part * memory), pinned))
 
-    def welcome(self, grant: Grant, *, here: bool) -> None:
+    def welcome(self, grant: Grant, *, here: bool, peer: bool = False) -> None:
         """Whether there is room for another session; some is kept for those on this machine.
+
+        Those of peers count apart; and until this node has gone, they fetch what it has.
 
         Raises:
             Denied: there is none.
         """
-        limit, sessions = self.config.max_sessions, self.sessions.values()
-        most = limit if here else limit - limit // 8
-        if len(sessions) >= most:
-            text = f"max_sessions: {len(sessions)} sessions are open; raise it"
-            raise Denied("max_sessions", text)
+        limit, peers = (
+            self.config.max_sessions,
+            sum(bool(s.peer.node) for s in self.sessions.values()),
+        )
+        sessions = self.sessions.values()
+        most = _MOST_PEERS if peer else limit if here else limit - limit // 8
+        count = peers if peer else len(sessions) - peers
+        if count >= most:
+            raise Denied("max_sessions", f"max_sessions: {count} sessions are open; raise it")
         most = self.config.server.max_token_sessions
-        if grant is not LOCAL and sum(self.owner(grant) is s.owner for s in sessions) >= most:
+        free = grant is LOCAL or (peer and grant.role is Role.PEER)
+        if not free and sum(self.owner(grant) is s.owner for s in sessions) >= most:
             raise Denied(
                 "max_token_sessions",
                 f"server.max_token_sessions: {most} sessions of {grant.name!r} are open; raise it",
             )
-        if self.draining:
+        if self.draining and not peer:
             text = "the daemon is draining and takes no new sessions; try another node"
             raise Denied("draining", text)
 

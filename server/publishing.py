@@ -40,6 +40,8 @@ class Publishing:
         self._incarnation = incarnation
         self._table = Table()  # with one node: this
         self._sequence = 0
+        self.count = 0
+        """Segments that begin here."""
         self._kept: dict[int, Published] = {}
         self._weight = 0
         self._news = asyncio.Event()
@@ -63,6 +65,7 @@ class Publishing:
             return
         self._directory.publish(new.tolist(), old.tolist())
         self._sequence += 1
+        self.count += len(new) - len(old)
         self._kept[self._sequence] = self._says(
             self._sequence, added=new.tobytes(), removed=old.tobytes()
         )

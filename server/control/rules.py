@@ -14,6 +14,7 @@ from kvstore.server.access.grants import Denied, Role
 from kvstore.server.control.errors import bad_field
 from kvstore.server.control.operations import Operation
 from kvstore.server.control.requests import Answers, name, seconds, slices
+from kvstore.server.handover import hand_over
 from kvstore.store.admission import Admission
 from kvstore.store.usage import TenantUsage
 
@@ -141,7 +142,7 @@ class RuleVerbs(Answers):
 
     async def _drain(self, operation: Operation, timeout: float, *, stop: bool) -> str:
         unwritten = operation.state.total = self._store.movement.unwritten
-        draining = asyncio.create_task(self._node.drain(timeout))
+        draining = asyncio.create_task(self._drained(timeout))
         try:
             while not (await asyncio.wait({draining}, timeout=_PROGRESS_SECONDS))[0]:
                 operation.progress(max(0, unwritten - self._store.movement.unwritten))
@@ -158,6 +159,10 @@ class RuleVerbs(Answers):
             text = f"{left} objects did not reach the tiers below memory{why}"
             raise TierUnavailable(f"{text}; {ending}")
         return f"all is written; {ending}"
+
+    async def _drained(self, timeout: float) -> int:
+        left, _ = await asyncio.gather(self._node.drain(timeout), hand_over(self._node, timeout))
+        return left
 
     def _check_unlimited(self, what: str) -> None:
         if self._caller.tenants is not None:

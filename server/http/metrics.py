@@ -58,6 +58,8 @@ COUNTERS: Final[Mapping[str, Counted]] = {
     "load.failed": Counted("load_failures",
         "Objects that could not be brought to memory, or were damaged there, by reason.",
         "reason", ("corrupt", "damaged", "no_room")),
+    "handed_over": Counted("handed_over_blocks",
+        "Blocks that peers fetched from this node because it was to go."),
     "probe.found": Counted("probe_hits", "Objects that a shared tier was found to have, by tier.",
         "tier", below=True),
     "probe.answered": Counted("tier_probes_answered",
@@ -220,6 +222,11 @@ def _of_work(node: Node, stats: Mapping[str, Any]) -> Iterator[Metric]:
     text = "Longest time of the last minute or two in which the daemon's loop answered nobody."
     yield _gauge("loop_longest_step_seconds", text, node.steps.longest)
     yield _gauge("sessions", "Open sessions.", len(node.sessions))
+    text = "Other nodes of the pool, as far as this one knows them."
+    yield _gauge("peers", text, 0 if node.pool is None else len(node.pool.directory.peers()))
+    text = "Segments that begin on this node, as peers are told."
+    published = 0 if node.publishing is None else node.publishing.count
+    yield _gauge("published_segments", text, published)
     leases = node.store.leases()
     kinds = Counter(dict.fromkeys(_LEASES, 0))
     kinds.update(lease.kind.value for lease in leases)

@@ -132,7 +132,7 @@ def welcome(
             f"daemon {protocol.VERSION} (kvstore {__version__}); install the same release",
         )
     grant = node.access.grant(hello.token) if hello.token or trusted is None else trusted
-    node.welcome(grant, here=here)
+    node.welcome(grant, here=here, peer=bool(hello.node))
     number = next(node.numbers)
     arena = node.store.movement.arena
     seconds = node.config.lease_seconds

@@ -137,6 +137,7 @@ class FollowedDirectory:
         token: the one to show, read anew for each connection.
         context: of TLS, for tls:// and, if there is one, for nodes by DNS, which must have
             certificates of that name.
+        own: where others reach this node.
         incarnation: of this node, which is none of its peers.
     """
 
@@ -147,10 +148,12 @@ class FollowedDirectory:
         *,
         token: Callable[[], str] = str,
         context: ssl.SSLContext | None = None,
+        own: str = "",
         incarnation: int = 0,
     ) -> None:
         self._listed, self._dns = tuple(nodes), dns
-        self._token, self._context, self._incarnation = token, context, incarnation
+        self._token, self._context = token, context
+        self._own, self._incarnation = own, incarnation
         self._vitals = Vitals("peers", _logger)
         self._hints = Hints()
         self._table = Table()
@@ -302,12 +305,9 @@ class FollowedDirectory:
             reader, writer = await asyncio.open_connection(host, port, limit=_MAX_FRAME, **tls)  # type: ignore[arg-type]
         try:
             tune(writer.get_extra_info("socket"))
+            software, features = f"kvstore {__version__}", protocol.FEATURES
             hello = Hello(
-                protocol.VERSION,
-                f"kvstore {__version__}",
-                os.getpid(),
-                self._token(),
-                protocol.FEATURES,
+                protocol.VERSION, software, os.getpid(), self._token(), features, self._own
             )
             writer.write(protocol.encode(1, hello))
             welcome = await _reply(reader)

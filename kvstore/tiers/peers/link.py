@@ -22,7 +22,16 @@ from kvstore.tiers.peers.nixl import MAX_AGENT, MAX_SPANS, Agent, Helpers, Span
 from kvstore.tiers.remote import Breaker
 from kvstore.transport import protocol
 from kvstore.transport.channel import Channel
-from kvstore.transport.protocol import Acquire, Close, Failure, Find, Open, Release, Where
+from kvstore.transport.protocol import (
+    Acquire,
+    Close,
+    Failure,
+    Find,
+    Open,
+    Prefetch,
+    Release,
+    Where,
+)
 from kvstore.transport.tcp import connect
 
 _quiet: Final = QuietLog(logging.getLogger("kvstore.peers"))
@@ -175,6 +184,21 @@ class Link:
             return self._within(namespace, (part,), seconds, bring)
         finally:
             self.fetching -= nbytes * len(keys)
+
+    def prefetch(
+        self, namespace: Namespace, parts: Sequence[Part], keys: Sequence[bytes], seconds: float
+    ) -> int:
+        """Have it fetch blocks, which begin a segment, from this node; how many it has then.
+
+        Raises:
+            Refused: it does not want to.
+        """
+
+        def ask(channel: Channel, handle: int, until: float) -> int:
+            request = Prefetch(handle, b"".join(keys), 0, source=self._node)
+            return self._call(channel, request, until, protocol.Count).blocks
+
+        return self._within(namespace, parts, seconds, ask)
 
     def _receive(
         self,

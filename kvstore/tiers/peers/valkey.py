@@ -256,7 +256,8 @@ class ValkeyDirectory:
             name, address = _read(card)
             if address and number != self._me:
                 peers[number] = name, address
-        self._peers = peers
+        # A server that has forgotten this node has forgotten the others, too, who will come.
+        self._peers = (self._peers | peers) if came == 1 else peers
         gone = [command(b"SREM", _NODES, number) for number, c in cards.items() if c is None]
         # Who was unknown when it was found may be new: it says that it is here before all else.
         gone += [command(b"SREM", key, number) for key, number in unknown if number not in peers]
