@@ -59,6 +59,25 @@ def test_objects_are_spread_over_a_cluster_and_each_lies_on_one_server(
         assert one.tier.state.fixed_seconds > 0
 
 
+def test_a_server_that_refuses_its_password_keeps_none_from_the_others(
+    empty: list[RedisServer], tmp_path: Path
+) -> None:
+    secret = tmp_path / "password"
+    secret.write_text("right")
+    clients = [server.client for server in empty]
+    try:
+        for client, password in zip(clients, ("wrong", "right", "right"), strict=True):
+            client.config_set("requirepass", password)
+        urls = [server.url for server in empty]
+        with bench(empty[0], mode="cluster", url=urls, password_file=str(secret)) as one:
+            there = [name for name in NAMES if slot_of(name) * 3 // 16384 > 0]
+            one.put(*there)
+            eventually(lambda: "WRONGPASS" in str(one.tier.state.problem))
+    finally:
+        for client in clients:
+            client.config_set("requirepass", "")
+
+
 def test_slots_that_move_are_followed(empty: list[RedisServer]) -> None:
     """MOVED, and ASK, in every state of a slot that moves from one server to another."""
     name = NAMES[0]
