@@ -15,7 +15,7 @@ slowly = @echo "$(1)"; (n=0; while sleep 20 >/dev/null 2>&1 && kill -0 $$$$ 2>/d
   do n=$$((n + 20)); echo "  … $$n s"; done) & trap "kill $$! 2>/dev/null" EXIT; $(2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-vllm demo-engines test test-slow test-vllm test-sglang lint format bench proto size clean
+.PHONY: help setup demo demo-vllm demo-engines demo-cluster test test-slow test-vllm test-sglang lint format bench proto size clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ demo-vllm: $(VLLM)/.built $(VENV)/.model ## the same with vLLM engines
 
 demo-engines: $(VLLM)/.built $(SGLANG)/.built $(VENV)/.model ## one engine computes, two others answer
 	@$(BIN)/python examples/demo.py --engine all --python vllm=$(VLLM)/bin/python --python sglang=$(SGLANG)/bin/python
+
+demo-cluster: setup ## three hosts in a pool: one computes, the others are served
+	@$(BIN)/python examples/demo_cluster.py
 
 test: setup $(VENV)/.nixl ## tests; ARGS="-k name" picks some
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
