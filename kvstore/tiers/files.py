@@ -62,8 +62,8 @@ class FilesOptions(TierOptions):
 class _Own(NamedTuple):
     """A file that this node wrote, or writes: since when (Unix, ms), its bytes, what is in it.
 
-    `name` is not known of those before this process; `there`: it has been written, `writing`: it is
-    being so, maybe once more.
+    `name` is not known of those before this process, or not of all its blocks; `there`: it has been
+    written, `writing`: it is being so, maybe once more.
     """
 
     created: int
@@ -256,7 +256,7 @@ class FilesTier(SegmentTier):
         for path in list(islice(self._own, FEW)) if self._used > size else ():
             name = self._own[path].name
             keys = name.keys if name is not None else ()
-            names = [ObjectName(name.namespace, key, name.part) for key in keys if name]
+            names = [ObjectName(name.namespace, key, name.part) for key in keys if name and key]
             if self._own[path].writing or any(map(self._host.busy, names)):
                 self._own.move_to_end(path)  # Nobody comes upon it again and again.
                 continue
@@ -288,10 +288,15 @@ class FilesTier(SegmentTier):
     def touch(self, names: Sequence[ObjectName], *, used: bool = True) -> None:
         """See `Tier.touch`."""
         for name in names:
-            if isinstance(name, InSegment) and (path := path_of(name)) in self._own:
+            if isinstance(name, InSegment) and (path := self._learn(name)) in self._own:
                 self._own.move_to_end(path)
-                if self._own[path].name is None:
-                    self._own[path] = self._own[path]._replace(name=name)
+
+    def _learn(self, name: InSegment) -> str:
+        path = path_of(name)
+        own = self._own.get(path)
+        if own is not None and (own.name is None or b"" in own.name.keys):
+            self._own[path] = own._replace(name=name)
+        return path
 
     # --- What it wrote before ---------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from kvstore.errors import ConfigError, FormatError, TierUnavailable
 from kvstore.server.cli.main import app
-from kvstore.tiers.base import Held, Host, ObjectName, Tier
+from kvstore.tiers.base import Held, Host, InSegment, ObjectName, Tier
 from kvstore.tiers.conformance import Bench, Objects, segment_of
 from kvstore.tiers.files import open_files
 from kvstore.tiers.segments import scrub
@@ -147,6 +147,28 @@ def test_a_node_knows_what_it_wrote_before(tmp_path: Path) -> None:
         assert probe(bench, 0, 1, 2, 20) == ["there", "absent", "there", "there"]
     with node(tmp_path, size=4 * MIB, node="other") as bench:
         assert bench.tier.state.used == 0
+
+
+def test_what_a_node_wrote_before_and_is_held_now_stays(tmp_path: Path) -> None:
+    """Its blocks are known once they are asked for, maybe not all of them at first."""
+    with node(tmp_path, size=4 * MIB) as bench:
+        for number in range(15):
+            bench.put(*names(number))
+            time.sleep(0.002)
+    with node(tmp_path, size=4 * MIB) as bench:
+        assert probe(bench, 0) == ["there"]
+        bench.pinned.update(names(0)[3:4])
+        late = names(1)[-1]
+        assert isinstance(late, InSegment)
+        bench.tier.touch(
+            [InSegment(late.namespace, late.key, late.part, (b"",) * 15 + (late.key,))]
+        )
+        for number in range(20, 35):
+            bench.put(*names(number))
+        settle(bench)
+        assert probe(bench, 0, 1) == ["there", "absent"]
+        assert all(name.key for name in bench.given_up)
+        assert late in bench.given_up
 
 
 def test_a_lowered_size_is_kept_with_the_next_put(tmp_path: Path) -> None:

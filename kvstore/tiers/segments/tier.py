@@ -66,8 +66,7 @@ class SegmentTier(Shared, ABC):
         self._retry_seconds = options.retry_seconds
         self._closed = self._ended = False
         self._fault, self._no_writes_until, self._check_at = "", 0.0, 0.0
-        self._look_seconds = 1e-3
-        self._changed = threading.Condition()
+        self._look_seconds, self._changed = 1e-3, threading.Condition()
         self._going: set[str] = set()
         """Paths of segments that are to be deleted, or just being so."""
         self._going_on: list[InSegment] = []  # when the medium is well again
@@ -106,6 +105,9 @@ class SegmentTier(Shared, ABC):
     def _admit(self, name: InSegment, nbytes: int) -> str | None:
         """Make room for a segment; why there is none. On the loop."""
         return None
+
+    def _learn(self, name: InSegment) -> object:
+        """A segment is asked for, and may become busy. On the loop."""
 
     # --- What it is like --------------------------------------------------------------------------
 
@@ -156,6 +158,7 @@ class SegmentTier(Shared, ABC):
             done([])
         else:
             for name, numbers in asked.values():
+                self._learn(name)
                 self._run(partial(look, name, numbers), partial(ended, numbers))
 
     def put(self, jobs: Sequence[Job], done: JobDone) -> None:
@@ -165,13 +168,11 @@ class SegmentTier(Shared, ABC):
             name = segment_of(segment)
             error = "refused" if name is None else self._unwritable()
             if name is not None and error is None:
-                nbytes = shape_of(name).total
+                put, nbytes = Put(name, segment, done), shape_of(name).total
                 error = self._admit(name, nbytes)
                 if error is None:
-                    put = Put(name, segment, done)
                     self._run(partial(self._put, put), partial(self._put_over, put), nbytes)
-                    continue
-            for job in segment:
+            for job in segment if error is not None else ():
                 done(job, error)
 
     def get(self, jobs: Sequence[Job], done: JobDone) -> None:
@@ -213,8 +214,7 @@ class SegmentTier(Shared, ABC):
             return
         self._closed = True
         until = time.monotonic() + _CLOSE_SECONDS
-        ends = [crew.close(max(0.0, until - time.monotonic())) for crew in self._crews]
-        self._ended = all(ends)
+        self._ended = all([crew.close(max(0.0, until - time.monotonic())) for crew in self._crews])
         if not self._ended:
             self._logger.error("%s: closed without waiting for what does not answer", self.name)
 
