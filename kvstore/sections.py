@@ -208,6 +208,9 @@ class PeersConfig(BelowMemory):
     tls_ca: MaybeFolder = Field(None, description="certificates to trust, for tls:// addresses")
     tls_cert: MaybeFolder = Field(None, description="own certificate, for mutual TLS")
     tls_key: MaybeFolder = Field(None, description="key of `tls_cert`")
+    tls_name: Annotated[Name | None, BeforeValidator(_none)] = Field(
+        None, description="that certificates of peers show; none: that of dns, or of the address"
+    )
     streams: Count = Field(4, description="connections to one peer that carry blocks", ge=1, le=16)
     probe_seconds: Seconds = Field(0.02, description="a lookup may wait to be told what they have")
     max_serving: Size = Field(
@@ -221,6 +224,11 @@ class PeersConfig(BelowMemory):
     transport: Literal["tcp", "nixl"] = Field(
         "tcp", description="nixl: RDMA, as far as NIXL finds it; tcp where that fails"
     )
+
+    @property
+    def certified(self) -> str | None:
+        """The name that certificates of peers must show, if not that of their address."""
+        return self.tls_name or (None if self.dns is None else split_host_port(self.dns)[0])
 
     @property
     def on(self) -> bool:

@@ -35,12 +35,15 @@ class Authority:
         self.path = folder / f"{name}.pem"
         self.path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
-    def issue(self, name: str) -> Identity:
-        """A certificate for `localhost` and the loopback addresses, for servers and clients."""
+    def issue(self, name: str, host: str = "") -> Identity:
+        """A certificate for `localhost` and the loopback addresses, or one `host`, for servers and
+        clients.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         hosts: list[x509.GeneralName] = [x509.DNSName("localhost")]
         hosts += [x509.IPAddress(ipaddress.ip_address(ip)) for ip in ("127.0.0.1", "::1")]
+        hosts = [x509.DNSName(host)] if host else hosts
         certificate = (
             self._builder(subject, key.public_key())
             .add_extension(x509.SubjectAlternativeName(hosts), critical=False)

@@ -22,10 +22,13 @@ from kvstore.transport.streams import StreamCarrier
 from kvstore.values import split_host_port
 
 
-def connect(config: Config, token: str | None = None, node: str = "") -> Connection:
+def connect(
+    config: Config, token: str | None = None, node: str = "", name: str | None = None
+) -> Connection:
     """Connect to the daemon at `config.address` (tcp:// or tls://) and say hello.
 
     `token`: other than that of sessions. `node`: where this process is reached, if it is a daemon.
+    `name`: that the certificate must show, if not that of the address.
 
     Data connections follow when they are first needed: a process that only looks up has none.
 
@@ -37,7 +40,8 @@ def connect(config: Config, token: str | None = None, node: str = "") -> Connect
     scheme, _, rest = config.address.partition("://")
     host, port = split_host_port(rest)
     context = client_context(config.session) if scheme == "tls" else None
-    dialer = _Dialer(config.address, host, port, context, config.session.connect_timeout, node)
+    timeout = config.session.connect_timeout
+    dialer = _Dialer(config.address, host, port, context, timeout, node, name or host)
     token = client_token(config) if token is None else token
     wire, welcome = with_features(partial(dialer.greet, token))
     attach = partial(dialer.attach, welcome)
@@ -54,6 +58,7 @@ class _Dialer(NamedTuple):
     context: ssl.SSLContext | None
     timeout: float
     node: str
+    name: str
 
     def greet(self, token: str, features: tuple[str, ...]) -> tuple[Wire, Welcome]:
         """A connection for messages, and what the daemon answered."""
@@ -91,7 +96,7 @@ class _Dialer(NamedTuple):
                 if mark:
                     connection.sendall(mark)
                 if self.context is not None:
-                    connection = self.context.wrap_socket(connection, server_hostname=self.host)
+                    connection = self.context.wrap_socket(connection, server_hostname=self.name)
                     in_child(connection, socket.socket.close)
                 if count() != forks:  # A child has it too, and may never let go of it.
                     shut(connection)

@@ -152,7 +152,7 @@ def test_tokens_of_the_role_peer_over_tls_wall_tenants() -> None:
     stores = Stores()
     try:
         authority = Authority(stores.folder)
-        mine = authority.issue("127.0.0.1")
+        mine = authority.issue("pool", "pool.example")  # Not an address: nodes come and go.
         tokens = write_tokens(
             stores.folder,
             {"name": "pool", "role": "peer", "tenants": ["open"]},
@@ -162,6 +162,7 @@ def test_tokens_of_the_role_peer_over_tls_wall_tenants() -> None:
         token.write_text(secret("pool"))
         server = {"tls_cert": str(mine.cert), "tls_key": str(mine.key), "tokens": tokens}
         peers = {"token_file": str(token), "tls_ca": str(authority.path)}
+        peers["tls_name"] = "pool.example"
         a, b = Pool(stores, 2, server, **peers).daemons
         for tenant, blocks in (("open", 8), ("closed", 0)):
             with a.session(BIG, tenant) as here, b.session(BIG, tenant) as there:

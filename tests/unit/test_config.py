@@ -376,6 +376,7 @@ WRONG: dict[str, list[Any]] = {
     "peers.tls_ca": NO_PATH,
     "peers.tls_cert": NO_PATH,
     "peers.tls_key": NO_PATH,
+    "peers.tls_name": NO_NAME,
     "peers.streams": [*NO_NUMBER, 0, -1, 1.5, 17],
     "peers.probe_seconds": NO_SECONDS,
     "peers.max_serving": [*NO_SIZE, 0],

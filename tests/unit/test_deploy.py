@@ -218,6 +218,98 @@ def test_the_example_engine_reaches_the_daemon_of_its_node() -> None:
     assert f"--gid {group} kvstore" in (DEPLOY / "Dockerfile").read_text()
 
 
+POOL: Final = DEPLOY / "kubernetes/pool"
+
+
+def pooled(name: str) -> list[dict[str, Any]]:
+    """The documents of a file of the overlay `pool`."""
+    return list(yaml.safe_load_all((POOL / name).read_text()))
+
+
+def from_environment(variables: dict[str, str]) -> dict[str, Any]:
+    """What such variables set."""
+    said: dict[str, Any] = {}
+    for variable, value in variables.items():
+        section, _, key = variable.removeprefix("KVSTORE_").lower().partition("__")
+        said.setdefault(section, {})[key] = value
+    return said
+
+
+def test_the_overlay_makes_a_pool_of_the_daemon_set(tmp_path: Path) -> None:
+    (kustomization,) = pooled("kustomization.yaml")
+    for resource in kustomization["resources"]:
+        assert (POOL / resource).is_file()
+    base = manifests("daemonset.yaml")
+    (patch,) = pooled("daemonset-patch.yaml")
+    assert patch["metadata"] == {"name": "kvstore", "namespace": "kvstore"}
+    (container,) = patch["spec"]["template"]["spec"]["containers"]
+    (own,) = base["DaemonSet"]["spec"]["template"]["spec"]["containers"]
+    assert container["name"] == own["name"]
+
+    (config,) = pooled("config-patch.yaml")
+    assert config["metadata"]["name"] == base["ConfigMap"]["metadata"]["name"]
+    path = tmp_path / "kvstore.yaml"
+    path.write_text(config["data"]["kvstore.yaml"])
+    said = {one["name"]: one["value"] for one in container["env"] if "value" in one}
+    said = {name: value.replace("$(POD_IP)", "10.0.0.7") for name, value in said.items()}
+    merged = load_config(path, from_environment(said))
+    alone = yaml.safe_load(base["ConfigMap"]["data"]["kvstore.yaml"])
+    pool = yaml.safe_load(config["data"]["kvstore.yaml"])
+    assert pool.pop("server") == alone.pop("server") | {"tcp": "0.0.0.0:7422"}
+    assert pool.pop("peers")
+    assert pool == alone
+    assert merged.peers.on
+    assert merged.reached_at == "tls://10.0.0.7:7422"
+    (service,) = pooled("peers.yaml")
+    meta = service["metadata"]
+    assert merged.peers.certified == f"{meta['name']}.{meta['namespace']}.svc"
+    assert merged.peers.dns == f"{merged.peers.certified}:7422"
+    labels = base["DaemonSet"]["spec"]["selector"]["matchLabels"]
+    assert service["spec"]["selector"] == labels
+    ports = {one["name"]: one["port"] for one in service["spec"]["ports"]}
+    assert f":{ports['tcp']}" in str(merged.server.tcp)
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert merged.peers.token_file == Path(mounts["peer"]) / "token"
+
+
+def test_the_overlay_lets_in_who_is_to_come() -> None:
+    budget, policy = pooled("access.yaml")
+    labels = manifests("daemonset.yaml")["DaemonSet"]["spec"]["selector"]["matchLabels"]
+    assert budget["spec"]["selector"]["matchLabels"] == labels
+    assert policy["spec"]["podSelector"]["matchLabels"] == labels
+    open_to_all = [rule for rule in policy["spec"]["ingress"] if "from" not in rule]
+    assert [p["port"] for rule in open_to_all for p in rule["ports"]] == [7421]
+    (monitor,) = pooled("servicemonitor.yaml")
+    (service,) = pooled("peers.yaml")
+    assert monitor["spec"]["selector"]["matchLabels"] == service["metadata"]["labels"]
+    names = {port["name"] for port in service["spec"]["ports"]}
+    assert monitor["spec"]["endpoints"][0]["port"] in names
+
+
+def test_the_overlay_with_valkey_names_it_instead_of_dns() -> None:
+    (component,) = pooled("valkey/kustomization.yaml")
+    added = [one["value"] for p in component["patches"] for one in yaml.safe_load(p["patch"])]
+    said = from_environment({one["name"]: one["value"] for one in added})
+    said["peers"]["address"] = "tls://10.0.0.7:7422"
+    config = load_config(overrides=said)
+    assert str(config.peers.directory).startswith("redis://valkey.kvstore.svc")
+    assert config.peers.dns is None
+
+
+def test_the_composed_daemons_are_a_pool() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    for name in ("a", "b"):
+        service = services[name]
+        assert service["hostname"] == name
+        check_command(service["command"])
+        said = from_environment(service["environment"])
+        said["server"]["name"] = name
+        config = load_config(overrides=said)
+        assert config.reached_at == f"tcp://{name}:7422"
+        assert config.peers.directory == "redis://valkey:6379"
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+
+
 def test_the_probe_of_the_guide_is_a_command() -> None:
     guide = (DEPLOY.parent / "docs/operations.md").read_text()
     (command,) = re.findall(r"`exec: \{command: (\[.*?\])\}`", guide)

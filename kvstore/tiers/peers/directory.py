@@ -71,8 +71,8 @@ def open_directory(node: str, address: str, peers: PeersConfig) -> Directory:
         token = partial(peer_token, peers)
         others = [node for node in peers.nodes if node != address]
         return FollowedDirectory(
-            others, peers.dns,
-            token=token, context=context, own=address, incarnation=INCARNATION,
+            others, peers.dns, token=token, context=context, name=peers.certified, own=address,
+            incarnation=INCARNATION,
         )  # fmt: skip
     if "://" not in kind:
         found: OpenDirectory = offered(GROUP, kind, "peers.directory", ("redis:// URLs",))

@@ -135,8 +135,8 @@ class FollowedDirectory:
         nodes: addresses, tcp:// or tls://; this node's own may be among them.
         dns: host:port of a name with an address for each node; None: there is none.
         token: the one to show, read anew for each connection.
-        context: of TLS, for tls:// and, if there is one, for nodes by DNS, which must have
-            certificates of that name.
+        context: of TLS, for tls:// and, if there is one, for nodes by DNS.
+        name: that their certificates must show, if not those of their addresses.
         own: where others reach this node.
         incarnation: of this node, which is none of its peers.
     """
@@ -148,11 +148,12 @@ class FollowedDirectory:
         *,
         token: Callable[[], str] = str,
         context: ssl.SSLContext | None = None,
+        name: str | None = None,
         own: str = "",
         incarnation: int = 0,
     ) -> None:
         self._listed, self._dns = tuple(nodes), dns
-        self._token, self._context = token, context
+        self._token, self._context, self._name = token, context, name
         self._own, self._incarnation = own, incarnation
         self._vitals = Vitals("peers", _logger)
         self._hints = Hints()
@@ -299,8 +300,9 @@ class FollowedDirectory:
         """Connect to a node, and take in what it says."""
         scheme, _, rest = node.address.partition("://")
         host, port = split_host_port(rest)
-        name = host if self._dns is None else split_host_port(self._dns)[0]
-        tls = {"ssl": self._context, "server_hostname": name} if scheme == "tls" else {}
+        tls = (
+            {"ssl": self._context, "server_hostname": self._name or host} if scheme == "tls" else {}
+        )
         async with asyncio.timeout(_DIAL_SECONDS):
             reader, writer = await asyncio.open_connection(host, port, limit=_MAX_FRAME, **tls)  # type: ignore[arg-type]
         try:

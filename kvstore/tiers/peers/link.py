@@ -71,6 +71,7 @@ class Link:
         token: shown to it, read anew for each connection.
         node: where it reaches this node.
         retry_seconds: the longest pause between trials while it fails.
+        name: that its certificate must show, if not that of its address.
         count: adds to a counter.
         helpers: to fetch by NIXL, as far as that works.
     """
@@ -81,11 +82,13 @@ class Link:
         token: Callable[[], str],
         node: str,
         retry_seconds: float,
+        name: str | None,
         count: Callable[[str, int], None],
         helpers: Helpers | None = None,
     ) -> None:
         self.address = config.address or ""
         self.breaker = Breaker(retry_seconds)
+        self._name = name
         self._count = count
         self._helpers = helpers
         self._nixl = Breaker(retry_seconds)
@@ -179,11 +182,13 @@ class Link:
             finally:
                 channel.notify(Release(lease))
 
-        self.fetching += nbytes * len(keys)
+        with self._lock:
+            self.fetching += nbytes * len(keys)
         try:
             return self._within(namespace, (part,), seconds, bring)
         finally:
-            self.fetching -= nbytes * len(keys)
+            with self._lock:
+                self.fetching -= nbytes * len(keys)
 
     def prefetch(
         self, namespace: Namespace, parts: Sequence[Part], keys: Sequence[bytes], seconds: float
@@ -316,7 +321,7 @@ class Link:
                 patient = min(left, self._config.session.connect_timeout)
                 session = self._config.session.model_copy(update={"connect_timeout": patient})
                 config = self._config.model_copy(update={"session": session})
-                channel = Channel(connect(config, self._token(), self._node))
+                channel = Channel(connect(config, self._token(), self._node, self._name))
                 if "peers" not in channel.welcome.features:
                     channel.retire()
                     raise StoreUnavailable(f"it runs {channel.welcome.software}, which is too old")

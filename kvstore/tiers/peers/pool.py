@@ -114,8 +114,8 @@ class Pool:
                 if link is None or link.address != address:
                     retry = self._config.retry_seconds
                     link = Link(
-                        self._to(address), self._token, self._node, retry, self.vitals.count,
-                        self.helpers,
+                        self._to(address), self._token, self._node, retry, self._config.certified,
+                        self.vitals.count, self.helpers,
                     )  # fmt: skip
                     self._links[node] = link
         return link
