@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
 from kvstore.transport import protocol
+from tests.certificates import Authority
 from tests.integration.test_peers import SECONDS
 from tests.redis_tools import RedisServer, redis_server
 from tests.session_tools import BIG, Served, Stores, eventually, load, prompt, save
@@ -152,6 +153,42 @@ def test_a_node_that_goes_hands_its_hottest_blocks_over(pool: Pool) -> None:
         assert there.lookup(cold).blocks == 0
         pool.one.restart()
         eventually(lambda: there.lookup(cold).blocks == 20)
+
+
+_RESOLVED: Final = """
+import socket
+real = socket.getaddrinfo
+def getaddrinfo(host, port, *how, **more):
+    ips = ("127.0.0.2", "127.0.0.3") if host == "localhost" else (host,)
+    return [one for ip in ips for one in real(ip, port, *how, **more)]
+socket.getaddrinfo = getaddrinfo
+"""
+
+
+def test_nodes_of_one_name_find_each_other_over_tls() -> None:
+    """As behind a headless service: certificates have its name, and no addresses."""
+    stores = Stores()
+    try:
+        authority, port = Authority(stores.folder), free_port()
+        mine = authority.issue("daemon")
+        one, two = (
+            stores.serve(
+                "8MiB", fault=_RESOLVED,
+                server={"tcp": f"127.0.0.{n}:{port}", "name": f"node-{n}", "insecure": True,
+                        "tls_cert": str(mine.cert), "tls_key": str(mine.key)},
+                peers={"dns": f"localhost:{port}", "tls_ca": str(authority.path),
+                       "probe_seconds": SECONDS},
+            )
+            for n in (2, 3)
+        )  # fmt: skip
+        with one.session(BIG) as here, two.session(BIG) as there:
+            keys = here.keys(prompt(1, 8))
+            save(here, keys)
+            eventually(lambda: there.lookup(keys).blocks == 8)
+            assert load(there, keys).blocks == 8
+            assert two.stats()["tiers"]["peers"]["problem"] is None, "it is not its own peer"
+    finally:
+        stores.close()
 
 
 def test_who_has_no_peers_says_so() -> None:

@@ -6,17 +6,22 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from importlib import metadata
 from typing import Any
 
 import numpy as np
 import pytest
 
+from kvstore.config import PeersConfig
+from kvstore.errors import ConfigError
 from kvstore.server import publishing as publishing_module
 from kvstore.server.publishing import Publishing
 from kvstore.slices import finish
 from kvstore.store.leases import Saving
+from kvstore.tiers import factory
 from kvstore.tiers.base import fingerprint
 from kvstore.tiers.peers import followed as followed_module
+from kvstore.tiers.peers.directory import open_directory
 from kvstore.tiers.peers.followed import SILENT_SECONDS, FollowedDirectory, Gap, Told
 from kvstore.tiers.peers.hints import Hints, known
 from kvstore.tiers.peers.table import MAX_NODES, Table, packed
@@ -146,6 +151,29 @@ def test_routers_may_name_a_node_by_address() -> None:
     assert known(peers, "[::1]:2") == "two"
     assert known(peers, "host") is None
     assert known(peers, "") is None
+
+
+# --- Which directory ---
+
+
+def opens(node: str, address: str, peers: PeersConfig) -> Any:
+    """A directory of a package."""
+    return node, address, peers.directory
+
+
+def test_a_package_offers_a_kind_of_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = metadata.EntryPoint("mine", f"{__name__}:opens", "kvstore.directories")
+    monkeypatch.setattr(factory, "entry_points", lambda group: [point][group != point.group :])
+    opened: Any = open_directory("name", "tcp://host:1", PeersConfig(directory="mine"))
+    assert opened == ("name", "tcp://host:1", "mine")
+    with pytest.raises(ConfigError, match=r"peers.directory: there is no kind 'other'; .* mine"):
+        open_directory("name", "tcp://host:1", PeersConfig(directory="other"))
+
+
+@pytest.mark.parametrize("url", ["http://host:1", "redis://", "redis://host:6379/x"])
+def test_a_url_of_no_directory_says_what_is_wrong(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"peers\.directory.*url"):
+        open_directory("name", "tcp://host:1", PeersConfig(directory=url))
 
 
 # --- Publishing -----------------------------------------------------------------------------------
