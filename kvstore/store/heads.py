@@ -25,12 +25,12 @@ class Heads:
     def __init__(self, index: Index) -> None:
         self.on = False
         self._index = index
-        self._changed: dict[bytes, None] = {}
+        self._changed: dict[bytes, str] = {}  # keys, and whose they are
 
     def note(self, entry: Entry) -> None:
         """An object has come, gone, or is in other tiers than before."""
         if self.on and entry.begins_segment:
-            self._changed[entry.name.key] = None
+            self._changed[entry.name.key] = entry.name.namespace.tenant
 
     def noting_all(self) -> Work[None]:
         """What is here counts as come."""
@@ -44,14 +44,14 @@ class Heads:
         """Whether `take` has something to tell."""
         return bool(self._changed)
 
-    def take(self, tiers: int) -> tuple[list[int], list[int]]:
-        """The fingerprints of some segments that begin in one of `tiers` now, and of some that do
-        not, where that may have changed.
+    def take(self, tiers: int) -> list[tuple[str, int, bool]]:
+        """Of some segments where that may have changed: the tenant, the fingerprint, and whether
+        they begin in one of `tiers` now.
         """
-        here, gone = list[int](), list[int]()
+        told: list[tuple[str, int, bool]] = []
         for _ in range(min(_MOST, len(self._changed))):
             key = next(iter(self._changed))
-            del self._changed[key]
-            there = any(e.begins_segment and e.tiers & tiers for e in self._index.of(key))
-            (here if there else gone).append(fingerprint(key))
-        return here, gone
+            tenant = self._changed.pop(key)
+            here = any(e.begins_segment and e.tiers & tiers for e in self._index.of(key))
+            told.append((tenant, fingerprint(key), here))
+        return told

@@ -401,7 +401,7 @@ class SessionConnection(Connection):
 
         async def tell() -> None:
             async with contextlib.aclosing(
-                publishing.follow(request.incarnation, request.after)
+                publishing.follow(self.grant, request.incarnation, request.after)
             ) as told:
                 async for published in told:
                     while self._full:  # What it misses meanwhile it is told later, or all anew.

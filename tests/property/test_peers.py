@@ -63,8 +63,10 @@ class AgainstADictionary(RuleBasedStateMachine):
         asked = [*self.model, 1, 2**40]
         assert self.table.find(asked) == [self._set(one) for one in asked]
         for node in range(4):
-            has = np.concatenate(list(self.table.of(node))).tolist()
+            has = np.concatenate(list(self.table.of(1 << node))).tolist()
             assert sorted(has) == sorted(one for one, n in self.model.items() if node in n)
+        everything = np.concatenate(list(self.table.of(2**64 - 1))).tolist()
+        assert sorted(everything) == sorted(one for one, n in self.model.items() if n)
 
     def _set(self, one: int) -> int:
         return sum(1 << node for node in self.model[one]) if one in self.model else 0

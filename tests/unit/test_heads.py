@@ -24,6 +24,13 @@ def prints(*chain: bytes) -> list[int]:
     return [fingerprint(key) for key in chain]
 
 
+def take(bench: Bench, tiers: int = OWN) -> tuple[list[int], list[int]]:
+    """Segments that begin in these tiers, and those that do not."""
+    told = bench.store.catalogue.heads.take(tiers)
+    here, gone = ([one for _, one, here in told if here == wanted] for wanted in (True, False))
+    return here, gone
+
+
 def put(bench: Bench, chain: list[bytes], position: int = 0, parent: bytes = b"") -> None:
     bench.save(chain, SMALL, NAMESPACE, Saving(parent, position=position))
     bench.drain()
@@ -37,16 +44,16 @@ def watched(bench: Bench) -> Bench:
 
 def test_first_blocks_of_segments_are_told_of_as_they_come_and_go() -> None:
     bench = watched(Bench(None))
-    heads, chain = bench.store.catalogue.heads, keys(*range(10))
+    chain = keys(*range(10))
     put(bench, chain)
-    assert heads.take(OWN) == (prints(chain[0], chain[4], chain[8]), [])
-    assert heads.take(OWN) == ([], []), "once"
+    assert take(bench) == (prints(chain[0], chain[4], chain[8]), [])
+    assert take(bench) == ([], []), "once"
     put(bench, keys(20, 21, 22), position=7, parent=keys(19)[0])
-    assert heads.take(OWN) == (prints(*keys(21)), []), "a segment begins at position 8"
+    assert take(bench) == (prints(*keys(21)), []), "a segment begins at position 8"
     put(bench, keys(30, 31), position=-1)
-    assert heads.take(OWN) == ([], []), "where blocks are is not known"
+    assert take(bench) == ([], []), "where blocks are is not known"
     bench.store.clear(NAMESPACE)
-    here, gone = heads.take(OWN)
+    here, gone = take(bench)
     assert not here
     assert set(gone) == set(prints(chain[0], chain[4], chain[8], *keys(21)))
     bench.close()
@@ -55,21 +62,21 @@ def test_first_blocks_of_segments_are_told_of_as_they_come_and_go() -> None:
 def test_only_the_last_copy_counts(tmp_path: Path) -> None:
     """Of several objects of a block, and of several tiers."""
     bench = watched(Bench(tmp_path))
-    heads, (first, *rest) = bench.store.catalogue.heads, keys(*range(4))
+    first, *rest = keys(*range(4))
     other = SMALL.__class__(SMALL.group.__class__(**{**_fields(SMALL.group), "name": "other"}))
     for part in (SMALL, other):
         bench.save([first, *rest], part, NAMESPACE, Saving(position=0))
     bench.drain()
-    assert heads.take(OWN) == (prints(first), [])
+    assert take(bench) == (prints(first), [])
     catalogue = bench.store.catalogue
     entries = bench.store.index.of(first)
     catalogue.evict(entries[0], MEMORY)
-    assert heads.take(OWN) == (prints(first), []), "it lies on disk"
-    assert heads.take(1 << MEMORY) == ([], [])
+    assert take(bench) == (prints(first), []), "it lies on disk"
+    assert take(bench, 1 << MEMORY) == ([], [])
     catalogue.discard(entries[0], "cleared")
-    assert heads.take(OWN) == (prints(first), []), "its other part is here"
+    assert take(bench) == (prints(first), []), "its other part is here"
     catalogue.discard(entries[1], "cleared")
-    assert heads.take(OWN) == ([], prints(first))
+    assert take(bench) == ([], prints(first))
     bench.close()
 
 
@@ -84,7 +91,7 @@ def test_a_slab_remembers_over_a_restart_which_blocks_begin_segments(tmp_path: P
     bench.store.catalogue.set_ttl(bench.store.index.of(chain[4])[0], 1000)  # Its record is new.
     bench.close()
     again = watched(Bench(tmp_path))
-    here, gone = again.store.catalogue.heads.take(OWN)
+    here, gone = take(again)
     assert set(here) == set(prints(chain[0], chain[4], chain[8]))
     assert not gone
     assert again.load(chain, SMALL).tiers == [DISK] * 10
@@ -98,9 +105,9 @@ def test_what_is_saved_again_is_told_of_whatever_was_known_before() -> None:
     bench = watched(Bench(None))
     chain = keys(*range(4))
     put(bench, chain, position=-1)
-    assert bench.store.catalogue.heads.take(OWN) == ([], [])
+    assert take(bench) == ([], [])
     put(bench, chain)
-    assert bench.store.catalogue.heads.take(OWN) == (prints(chain[0]), [])
+    assert take(bench) == (prints(chain[0]), [])
     bench.close()
 
 

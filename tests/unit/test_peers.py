@@ -15,6 +15,7 @@ import pytest
 from kvstore.config import PeersConfig
 from kvstore.errors import ConfigError
 from kvstore.server import publishing as publishing_module
+from kvstore.server.access.grants import LOCAL, Grant, Role
 from kvstore.server.publishing import Publishing
 from kvstore.slices import finish
 from kvstore.store.leases import Saving
@@ -70,8 +71,9 @@ def test_a_snapshot_and_what_changes() -> None:
     assert follower.has(1, 2, 3)
     assert follower.told.asks == Follow(9, 5)
     follower.take(Published(9, 6, added=joined(4), removed=joined(1)), Published(9, 6))
+    follower.take(Published(9, 7), Published(9, 7))  # Others' change.
     assert follower.has(2, 3, 4)
-    assert follower.told.asks == Follow(9, 6)
+    assert follower.told.asks == Follow(9, 7)
     follower.take(*whole(9, 8, 7))
     assert follower.has(7), "a new snapshot says all there is"
 
@@ -90,7 +92,7 @@ def test_a_snapshot_that_breaks_off_is_asked_for_again() -> None:
     "told",
     [
         Published(9, 7, added=joined(4)),  # Number 6 is missing.
-        Published(9, 7),
+        Published(9, 7),  # Also where it would say nothing.
         Published(9, 5, added=joined(4)),  # It tells something twice.
         Published(9, 4),
         Published(8, 6, added=joined(4)),  # Of another life.
@@ -217,7 +219,7 @@ def test_a_store_is_published_as_it_changes(monkeypatch: pytest.MonkeyPatch) -> 
         running = asyncio.get_running_loop().create_task(told.run())
         bench.save(keys(99), SMALL, NAMESPACE, Saving(position=3))  # Begins none.
         await asyncio.sleep(0.05)
-        follower = told.follow(0, 0)
+        follower = told.follow(LOCAL, 0, 0)
         start, all_there_is, done = await some(follower, 3)
         assert start == Published(5, start.sequence, True, name="node5")
         assert (all_there_is.added, all_there_is.snapshot) == (joined(first), True)
@@ -231,9 +233,9 @@ def test_a_store_is_published_as_it_changes(monkeypatch: pytest.MonkeyPatch) -> 
         while not (gone := await anext(follower)).changes:
             assert gone.sequence == news.sequence
         assert sorted(np.frombuffer(gone.removed, "<u8").tolist()) == sorted((first, second))
-        late = told.follow(5, news.sequence)
+        late = told.follow(LOCAL, 5, news.sequence)
         assert await anext(late) == gone, "who knows of it hears what came then"
-        for strange in (told.follow(4, 1), told.follow(5, gone.sequence + 1)):
+        for strange in (told.follow(LOCAL, 4, 1), told.follow(LOCAL, 5, gone.sequence + 1)):
             assert (await anext(strange)).snapshot
         directory: Any = told._directory
         assert directory.has == set()
@@ -243,22 +245,49 @@ def test_a_store_is_published_as_it_changes(monkeypatch: pytest.MonkeyPatch) -> 
     bench.close()
 
 
+def test_a_follower_is_told_of_its_tenants_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publishing_module, "_OTHERS", 2)
+    bench = Bench(None)
+    told = publishes(bench)
+    limited = Grant("team", Role.PEER, frozenset({"a", "late"}))
+
+    def publish(*changes: tuple[str, int, bool]) -> None:
+        finish(told._publishing(changes))
+
+    async def main() -> None:
+        publish(("a", 1, True), ("b", 2, True))
+        follower, everything = told.follow(limited, 0, 0), told.follow(LOCAL, 0, 0)
+        assert [one.added for one in await some(follower, 3)] == [b"", joined(1), b""]
+        assert sorted(np.frombuffer((await some(everything, 3))[1].added, "<u8")) == [1, 2]
+        publish(("b", 3, True), ("b", 2, False))
+        publish(("a", 4, True), ("late", 5, True))  # There are too many tenants by now.
+        nothing, news = await some(follower, 2)
+        assert not nothing.changes
+        assert news == Published(5, nothing.sequence + 1, added=joined(4), name="node5")
+        other, all_news = await some(everything, 2)
+        assert (other.added, other.removed) == (joined(3), joined(2))
+        assert all_news.added == joined(4, 5)
+
+    asyncio.run(main())
+    bench.close()
+
+
 def test_a_slow_follower_is_told_everything_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publishing_module, "_MOST_KEPT", 80)
+    monkeypatch.setattr(publishing_module, "_MOST_KEPT", 10)
     bench = Bench(None)
     told = publishes(bench)
 
     async def main() -> None:
-        slow = told.follow(0, 0)
+        slow = told.follow(LOCAL, 0, 0)
         start = await some(slow, 2)
         for number in range(1, 101):
-            finish(told._publishing([number], []))
+            finish(told._publishing([("", number, True)]))
         assert len(told._kept) == 10, "no memory without bound"
         again = await some(slow, 3)
         assert [one.snapshot for one in again] == [True, True, False]
         assert [one.sequence for one in again] == [start[0].sequence + 100] * 3
         assert sorted(np.frombuffer(again[1].added, "<u8").tolist()) == list(range(1, 101))
-        finish(told._publishing([101], [1]))
+        finish(told._publishing([("", 101, True), ("", 1, False)]))
         assert (await anext(slow)).added == joined(101)
 
     asyncio.run(main())
@@ -297,7 +326,7 @@ class Pool:
             writer.write(protocol.encode(1, welcome))
             follow = await request()
             with contextlib.suppress(ConnectionError):
-                async for one in told.follow(follow.incarnation, follow.after):
+                async for one in told.follow(LOCAL, follow.incarnation, follow.after):
                     writer.write(protocol.encode(2, one))
                     await writer.drain()
 
@@ -309,7 +338,9 @@ class Pool:
 
     def publish(self, address: str, added: list[int], removed: list[int] = []) -> None:  # noqa: B006
         async def publishing() -> None:
-            finish(self.nodes[address]._publishing(added, removed))
+            changes = [("", one, here) for some, here in ((added, True), (removed, False))
+                       for one in some]  # fmt: skip
+            finish(self.nodes[address]._publishing(changes))
 
         self.do(publishing())
 

@@ -87,12 +87,12 @@ class Told:
             Gap: something is missing; ask anew.
         """
         self.heard = self._clock()
-        same = told.incarnation == self._incarnation
+        same, step = told.incarnation == self._incarnation, told.sequence - self._sequence
         if told.snapshot:
-            if not (self._coming and same and told.sequence == self._sequence):
+            if not (self._coming and same and step == 0):
                 yield from self.forget()
             self._incarnation, self._sequence, self._coming = told.incarnation, told.sequence, True
-        elif same and told.sequence == self._sequence + (not self._coming and told.changes):
+        elif same and ((step == 0 and not told.changes) or (step == 1 and not self._coming)):
             self._sequence, self._coming = told.sequence, False
         else:
             yield from self.forget()

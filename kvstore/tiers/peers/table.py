@@ -92,12 +92,14 @@ class Table:
         found: list[int] = np.where(places < 0, 0, rows.nodes.reshape(-1)[places]).tolist()
         return found
 
-    def of(self, node: int) -> Iterator[Fingerprints]:
-        """What a node has, in pieces. What changes meanwhile may be as it was, or as it is."""
-        rows, bit = self._rows, np.uint64(1 << node)
+    def of(self, nodes: int) -> Iterator[Fingerprints]:
+        """What any of a set of nodes has, in pieces, each of it once. What changes meanwhile may be
+        as it was, or as it is.
+        """
+        rows, bits = self._rows, np.uint64(nodes)
         for first in range(0, rows.count, _BUCKETS):
             some = slice(first, first + _BUCKETS)
-            yield rows.fingerprints[some][(rows.nodes[some] & bit) != 0]
+            yield rows.fingerprints[some][(rows.nodes[some] & bits) != 0]
 
     def adding(self, node: int, fingerprints: Fingerprints) -> Work[None]:
         """A node has these."""

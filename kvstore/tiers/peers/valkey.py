@@ -212,7 +212,7 @@ class ValkeyDirectory:
             self._say(link, added, removed)
         if now >= self._again_at:
             self._again_at = now + segment_seconds / 2
-            for piece in self._has.of(0):
+            for piece in self._has.of(1):
                 self._say(link, piece, packed(()))
                 if time.monotonic() >= self._member_at:
                     self._meet(link)
