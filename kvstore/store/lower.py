@@ -132,7 +132,7 @@ class Lower(Road):
     def stamp(self, entry: Entry) -> None:
         """See `Place`."""
         if self.tier is not None:
-            name, times = self.name_of(entry), self.times(entry)
+            name, times = self.name_of(entry), self.catalogue.times(entry)
             self.tier.expire([Held(name, entry.nbytes, entry.checksum, *times)])
 
     # -- what goes there and comes from there -----------------------------------------------------

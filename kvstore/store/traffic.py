@@ -96,10 +96,6 @@ class Road(ABC):
             return in_segment(entry.name, entry.segment)
         return beginning(entry.name) if entry.begins_segment else entry.name
 
-    def times(self, entry: Entry) -> tuple[int, int]:
-        """When an object was made and expires, as tiers are told."""
-        return self.catalogue.times(entry)
-
 
 class Reads:
     """Those of one tier; what is beyond its limit waits for its turn."""
@@ -309,7 +305,7 @@ class Writes:
                 one.recorded = math.nan
             catalogue.took(one, place)
             name = in_segment(one.name, entry.segment) if road.segmented else road.name_of(one)
-            address, times = road.memory.address(one), road.times(one)
+            address, times = road.memory.address(one), catalogue.times(one)
             jobs.append(Job(name, address, one.nbytes, one.checksum, *times))
         tier.put(jobs, done)
 
