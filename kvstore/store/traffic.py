@@ -346,7 +346,10 @@ class Writes:
             catalogue.quiet.warning(road.name, "writes to %s pause: %s", road.name, problem)
             catalogue.writes.again(entry, road.number, error)
             return
-        catalogue.counters.add("write.dropped" if error == "no_room" else "write.failed", error)
+        if error == "no_room":
+            catalogue.counters.add("write.dropped", error)
+        else:
+            catalogue.counters.add("write.failed", error)
         if error == "corrupt":
             catalogue.quiet.warning("memory", "a block changed while in memory; it is dropped")
             catalogue.discard(entry, "damaged")
