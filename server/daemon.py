@@ -184,7 +184,7 @@ class Daemon:
             await self._stop.wait()
             if not self._embedded:
                 notify("STOPPING=1")
-            if node.pool is not None:
+            if node.pool is not None and not node.draining:  # Else it has done so.
                 node.ready, node.store.draining = False, True
                 await hand_over(node, _HANDING_PART * self._config.server.stop_timeout)
         finally:

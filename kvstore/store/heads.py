@@ -12,7 +12,7 @@ from kvstore.store.entry import Entry
 from kvstore.store.index import Index
 from kvstore.tiers.base import fingerprint
 
-_MOST: Final = 512
+_MOST: Final = 256
 """Changes that are looked at without a stop."""
 
 

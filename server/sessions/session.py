@@ -115,8 +115,12 @@ class SessionConnection(Connection):
                 return protocol.Count(int(store.renew(self, request.lease)))
             case protocol.Prefetch():
                 namespace, parts, keys = yield from self._named(request)
-                if request.source:
-                    self._later(request_id, partial(self._fetch, request, namespace, parts, keys))
+                if request.source and self._node.draining:
+                    return Failure("this node is to go itself")
+                if request.source and self.owner.looking < _MAX_LOOKING:
+                    self.owner.looking += 1
+                    fetch = partial(self._fetch, request, namespace, parts, keys)
+                    self._later(request_id, fetch).add_done_callback(self._looked)
                     return None
                 found = yield from store.prefetching(keys, parts, namespace, self)
                 return protocol.Count(found)

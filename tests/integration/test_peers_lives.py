@@ -9,11 +9,13 @@ from typing import Any, Final
 
 import pytest
 
+from kvstore.api import v1
 from kvstore.transport import protocol
 from tests.certificates import Authority
+from tests.control_tools import Api
 from tests.integration.test_peers import SECONDS
 from tests.redis_tools import RedisServer, redis_server
-from tests.session_tools import BIG, Served, Stores, eventually, load, prompt, save
+from tests.session_tools import BIG, PATIENCE, Served, Stores, eventually, load, prompt, save
 from tests.tcp_tools import TCP, ByHand, free_port
 
 SMALL_DISK = "32MiB"
@@ -146,7 +148,14 @@ def test_a_node_that_goes_hands_its_hottest_blocks_over(pool: Pool) -> None:
         assert load(here, hot).blocks == 20
         assert here.flush() == 0
         here.close()
-        pool.one.stop()
+        if pool.valkey is None:
+            pool.one.stop()
+        else:
+            with Api(pool.one) as api:
+                ended = api.finished(api.call("Drain", stop=True))
+                assert ended.state == v1.Operation.STATE_DONE, ended
+            assert pool.one.process.wait(PATIENCE) == 0
+        assert log(pool.one).count("handed over") == 1
         assert "20 blocks were handed over" in log(pool.one)
         assert there.lookup(hot).tiers == ("memory",) * 20
         assert load(there, hot).blocks == 20

@@ -13,7 +13,7 @@ _LINE: Final = 4096
 _SMALL: Final = 16 << 10
 """The largest reply that is none of a value, in bytes."""
 _MOST_SKIPPED: Final = 1 << 30
-_MOST_ITEMS: Final = 1 << 16
+_MOST_ITEMS: Final = 1 << 13
 
 
 class Refused(Exception):
