@@ -10,12 +10,28 @@ from typing import Any, Final
 import pytest
 
 from kvstore.api import v1
+from kvstore.config import PlannerConfig
+from kvstore.connectors.common.requests import Asked, Lookups
+from kvstore.connectors.common.sessions import Sessions
+from kvstore.connectors.common.settings import wishes_of
+from kvstore.connectors.common.stats import Stats
 from kvstore.transport import protocol
 from tests.certificates import Authority
 from tests.control_tools import Api
 from tests.integration.test_peers import SECONDS
 from tests.redis_tools import RedisServer, redis_server
-from tests.session_tools import BIG, PATIENCE, Served, Stores, eventually, load, prompt, save
+from tests.session_tools import (
+    BIG,
+    BLOCK_TOKENS,
+    PATIENCE,
+    Served,
+    Stores,
+    eventually,
+    load,
+    namespace,
+    prompt,
+    save,
+)
 from tests.tcp_tools import TCP, ByHand, free_port
 
 SMALL_DISK = "32MiB"
@@ -83,6 +99,27 @@ def _told(served: Served, name: str) -> int:
     """A counter of the tier of peers."""
     told: int = served.stats()["tiers"]["peers"]["events"].get(name, 0)
     return told
+
+
+@pytest.mark.parametrize("first", [0, 10])
+def test_a_request_of_an_engine_names_the_node_that_has_its_blocks(pool: Pool, first: int) -> None:
+    """Of which the engine may have some itself."""
+    wishes, wrong = wishes_of({"remote_kv_source": "node-0"})
+    assert not wrong
+    tokens = prompt(12 + first, 20)
+    with pool.one.session(BIG) as here, pool.two.session(BIG) as there:
+        warm = here.keys(prompt(70 + first, 4))
+        save(here, warm)
+        eventually(lambda: there.lookup(warm).blocks == 4)  # Now they know each other.
+        config = pool.two.config().model_copy(update={"planner": PlannerConfig(mode="load")})
+        sessions = Sessions(config, namespace(), [BIG])
+        save(here, here.keys(tokens))
+        asked = Asked(namespace(), wishes, tokens)
+        lookups = Lookups(sessions, Stats(BLOCK_TOKENS))
+        found = eventually(lambda: lookups.find(asked, first * BLOCK_TOKENS, 20))
+        assert (found.first, len(found.tiers)) == (first, 20 - first)
+        assert set(found.tiers) <= {"peers", "memory"}
+        sessions.close()
 
 
 def test_lookups_that_begin_within_a_segment_find_it(pool: Pool) -> None:
