@@ -172,6 +172,12 @@ def test_a_package_offers_a_kind_of_directory(monkeypatch: pytest.MonkeyPatch) -
         open_directory("name", "tcp://host:1", PeersConfig(directory="other"))
 
 
+def test_nodes_are_named_in_one_way() -> None:
+    peers = PeersConfig(directory="redis://host:1", dns="pool:7422")
+    with pytest.raises(ConfigError, match="leave nodes and dns out"):
+        open_directory("name", "tcp://host:1", peers)
+
+
 @pytest.mark.parametrize("url", ["http://host:1", "redis://", "redis://host:6379/x"])
 def test_a_url_of_no_directory_says_what_is_wrong(url: str) -> None:
     with pytest.raises(ConfigError, match=r"peers\.directory.*url"):

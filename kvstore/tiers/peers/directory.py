@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Final, Protocol
 
-from kvstore.errors import missing
+from kvstore.errors import ConfigError, missing
 from kvstore.sections import PeersConfig
 from kvstore.tiers.factory import offered
 from kvstore.tiers.options import checked
@@ -63,6 +63,8 @@ It may block, and raise ConfigError, saying what to do.
 def open_directory(node: str, address: str, peers: PeersConfig) -> Directory:
     """The directory that is configured; an `OpenDirectory`."""
     kind = peers.directory
+    if kind is not None and (peers.nodes or peers.dns):
+        raise ConfigError("peers: directory knows the nodes; leave nodes and dns out, or directory")
     if kind is None:
         from kvstore.tiers.peers.followed import FollowedDirectory
 

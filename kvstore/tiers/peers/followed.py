@@ -231,7 +231,7 @@ class FollowedDirectory:
         addresses = dict.fromkeys(self._listed)
         while not self._stop.is_set():
             if self._dns is not None:
-                addresses = await self._resolved() or addresses
+                addresses = dict.fromkeys(self._listed) | (await self._resolved() or addresses)
             for node in [one for one in self._nodes.values() if one.address not in addresses]:
                 await self._leave(node)
             for address in addresses:
