@@ -17,7 +17,7 @@ from kvstore.connectors.common.settings import wishes_of
 from kvstore.connectors.common.stats import Stats
 from kvstore.transport import protocol
 from tests.certificates import Authority
-from tests.control_tools import Api
+from tests.control_tools import Api, secret, write_tokens
 from tests.integration.test_peers import SECONDS
 from tests.redis_tools import RedisServer, redis_server
 from tests.session_tools import (
@@ -212,21 +212,32 @@ socket.getaddrinfo = getaddrinfo
 
 
 def test_nodes_of_one_name_find_each_other_over_tls() -> None:
-    """As behind a headless service: certificates have its name, and no addresses."""
+    """As behind a headless service: certificates have its name, and no addresses. However many
+    nodes have the one token, it admits them all.
+    """
     stores = Stores()
     try:
         authority, port = Authority(stores.folder), free_port()
         mine = authority.issue("daemon")
+        tokens = write_tokens(stores.folder, {"name": "pool", "role": "peer"})
+        token = stores.folder / "peer.token"
+        token.write_text(secret("pool"))
+        server = {"tls_cert": str(mine.cert), "tls_key": str(mine.key), "tokens": tokens}
+        server |= {"max_token_sessions": 1}
+        peers = {
+            "dns": f"localhost:{port}",
+            "tls_ca": str(authority.path),
+            "token_file": str(token),
+        }
         one, two = (
             stores.serve(
-                "8MiB", fault=_RESOLVED,
-                server={"tcp": f"127.0.0.{n}:{port}", "name": f"node-{n}", "insecure": True,
-                        "tls_cert": str(mine.cert), "tls_key": str(mine.key)},
-                peers={"dns": f"localhost:{port}", "tls_ca": str(authority.path),
-                       "probe_seconds": SECONDS},
+                "8MiB",
+                fault=_RESOLVED,
+                server=server | {"tcp": f"127.0.0.{n}:{port}", "name": f"node-{n}"},
+                peers=peers | {"probe_seconds": SECONDS},
             )
             for n in (2, 3)
-        )  # fmt: skip
+        )
         with one.session(BIG) as here, two.session(BIG) as there:
             keys = here.keys(prompt(1, 8))
             save(here, keys)
