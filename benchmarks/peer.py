@@ -29,11 +29,21 @@ def run(report: Report, *, size: int, streams: int) -> None:
     with served(memory=memory, server=faces, session={"streams": streams}) as daemon:
         config = daemon.config.model_copy(update={"address": f"tcp://{daemon.faces['tcp']}"})
         nbytes = blocks * SHAPE.block_bytes
-        with BareStream(nbytes, streams) as bare, Engine(SHAPE, blocks, config) as engine:
-            _measure(report, bare, engine, streams)
+        with (
+            BareStream(nbytes, streams) as bare,
+            BareStream(nbytes, streams, sums=True) as summing,
+            Engine(SHAPE, blocks, config) as engine,
+        ):
+            _measure(report, bare, summing, engine, streams)
 
 
-def _measure(report: Report, bare: BareStream, engine: Engine, streams: int) -> None:
+def _measure(
+    report: Report,
+    bare: BareStream,
+    summing: BareStream,
+    engine: Engine,
+    streams: int,
+) -> None:
     keys = engine.prompt(0)
     load = partial(engine.load, keys, engine.blocks)
 
@@ -49,20 +59,27 @@ def _measure(report: Report, bare: BareStream, engine: Engine, streams: int) -> 
         f"save and load over TCP, {streams} connections",
         {
             "bare save": Run(bare.save),
+            "hashing save": Run(summing.save),
             "bare save, copy": Run(copy_and_send),
             "save": Run(
                 partial(engine.save, keys, engine.blocks),
                 partial(engine.session.clear, timeout=_SECONDS),
             ),
             "bare load": Run(bare.load),
+            "hashing load": Run(summing.load),
             "bare load, copy": Run(receive_and_copy),
             "load": Run(load),
         },
     )
     engine.check(load)
+    limits = {
+        "a bare socket": "bare {}",
+        "a bare socket that hashes at both ends": "hashing {}",
+        "a bare socket, and the copy": "bare {}, copy",
+    }
     against = {
-        f"a bare socket{and_copy}": {n: taken[f"bare {n}{run}"] for n in ("save", "load")}
-        for and_copy, run in (("", ""), (", and the copy", ", copy"))
+        what: {name: taken[run.format(name)] for name in ("save", "load")}
+        for what, run in limits.items()
     }
     one_stream = _iperf3(engine.nbytes, report.samples)
     if one_stream is None:

@@ -106,6 +106,31 @@ def pack_u32(values: list[int]) -> bytes:
     no ``int``. Holds the GIL: about 5 ns a value.
     """
 
+def stream_block(
+    to_slots: bool,
+    segments: NDArray[np.int64],
+    page_ids: NDArray[np.int64],
+    page_tokens: int,
+    elem_size: int,
+) -> BlockStream | None:
+    """One block, whose pages ``page_ids`` (1, P) names, to go through a buffer smaller than it.
+
+    Arguments as for ``copy_blocks``; the memory must stay while the stream is in use. None where
+    the block's bytes do not follow each other in whole lines of 64 bytes, or a page is -1.
+    """
+
+class BlockStream:
+    """See ``stream_block``. Only one thread at a time may use an object."""
+
+    def next(self, capacity: int) -> int:
+        """Bytes of the next piece in a buffer of ``capacity`` (64 KiB at least); 0 at the end."""
+
+    def take(self, buffer: int) -> None:
+        """Copy that piece between the pages and the address ``buffer``, and hash it. Once each."""
+
+    def digest(self) -> int:
+        """The XXH3 of the block, once all pieces have been taken."""
+
 class Xxh3Stream:
     """XXH3 of data that comes in pieces. Only one thread at a time may use an object.
 

@@ -218,6 +218,58 @@ std::uint64_t copy_and_hash_block(const Plan& plan, const std::int64_t* pages,
 
 }  // namespace
 
+namespace {
+
+std::size_t strip_bytes(const Strip& strip) {
+  return static_cast<std::size_t>(strip.rows * strip.grid->columns) * strip.run;
+}
+
+}  // namespace
+
+bool BlockStream::fits(const Plan& plan) {
+  return plan.linear && std::all_of(plan.segments.begin(), plan.segments.end(), [](const auto& s) {
+    return static_cast<std::size_t>(s.rows * s.grid.columns) * s.run <= kLeast;
+  });
+}
+
+std::size_t BlockStream::next(std::size_t capacity) {
+  strips_.erase(strips_.begin(), strips_.begin() + static_cast<std::ptrdiff_t>(count_));
+  done_ += piece_;
+  count_ = piece_ = 0;
+  while (true) {
+    if (count_ == strips_.size()) {
+      if (cursor_.done()) break;
+      strips_.push_back(cursor_.next());
+    }
+    const std::size_t size = strip_bytes(strips_[count_]);
+    if (piece_ + size > capacity) break;
+    piece_ += size;
+    ++count_;
+  }
+  return piece_;
+}
+
+void BlockStream::take(std::uint8_t* buffer) {
+  const LineKernels& kernels = line_kernels();
+  for (std::size_t i = 0; i < count_; ++i) {
+    Strip strip = strips_[i];
+    // The side of the slot is counted from the begin of the block.
+    if (plan_.to_slots) {
+      strip.dst = buffer + (reinterpret_cast<std::uintptr_t>(strip.dst) - done_);
+    } else {
+      strip.src = buffer + (reinterpret_cast<std::uintptr_t>(strip.src) - done_);
+    }
+    // Into the buffer with ordinary stores, which leave it in the caches; past them into pages.
+    const bool stream = !plan_.to_slots && whole_lines(strip);
+    const std::size_t near = std::min(i + plan_.near, strips_.size() - 1);
+    Strip ahead = strips_[near];
+    if (!plan_.to_slots) ahead.src = strip.src;
+    copy_lines(stream ? kernels.hash_stream : kernels.hash_store, &state_, strip, ahead);
+  }
+  if (piece_ != 0) std::memcpy(last_, buffer + piece_ - kLine, kLine);
+  store_fence();
+}
+
 void linear_copy(std::uint8_t* dst, const std::uint8_t* src, std::size_t size, unsigned threads) {
   const std::size_t head = std::min(size, bytes_to_line(dst));
   const std::size_t body = (size - head) / kLine * kLine;

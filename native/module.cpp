@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <pthread.h>
@@ -12,6 +13,7 @@
 #include <chrono>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -167,27 +169,33 @@ std::vector<std::uint64_t> checked_slots(const Array& slots, std::size_t blocks)
   return std::vector<std::uint64_t>(data, data + blocks);
 }
 
-nb::object copy_blocks_checked(bool to_slots, const Array& segments, const Array& page_ids,
-                               const Array& slots, std::int64_t page_tokens,
-                               std::int64_t elem_size, std::int64_t threads, bool checksum) {
-  Shape shape{to_slots, checksum, page_tokens, elem_size};
-  if (page_tokens < 1 || page_tokens > kMaxPageTokens) {
+// The plan of a copy, once its pages have been checked.
+Plan checked_plan(const Array& segments, const Shape& shape) {
+  if (shape.page_tokens < 1 || shape.page_tokens > kMaxPageTokens) {
     reject("page_tokens must be between 1 and 2**24");
   }
-  if (elem_size != 1 && elem_size != 2 && elem_size != 4 && elem_size != 8) {
+  if (shape.elem_size != 1 && shape.elem_size != 2 && shape.elem_size != 4 &&
+      shape.elem_size != 8) {
     reject("elem_size must be 1, 2, 4 or 8");
   }
-  const unsigned workers = checked_threads(threads);
-  const std::vector<std::int64_t> pages = checked_pages(page_ids, shape);
-  const std::size_t blocks = page_ids.shape(0);
-  const std::vector<std::uint64_t> addresses = checked_slots(slots, blocks);
   const auto* rows = checked_array<std::int64_t>("segments", segments, 2, "(S, 11) of int64");
   const std::size_t count = segments.shape(0);
   if (segments.shape(1) != kSegmentFields) {
     reject("segments must be a C-contiguous array (S, 11) of int64");
   }
   if (count < 1 || count > kMaxSegments) reject("segments must have between 1 and 2**20 rows");
-  const Plan plan = make_plan(reinterpret_cast<const Segment*>(rows), count, shape);
+  return make_plan(reinterpret_cast<const Segment*>(rows), count, shape);
+}
+
+nb::object copy_blocks_checked(bool to_slots, const Array& segments, const Array& page_ids,
+                               const Array& slots, std::int64_t page_tokens,
+                               std::int64_t elem_size, std::int64_t threads, bool checksum) {
+  Shape shape{to_slots, checksum, page_tokens, elem_size};
+  const unsigned workers = checked_threads(threads);
+  const std::vector<std::int64_t> pages = checked_pages(page_ids, shape);
+  const std::size_t blocks = page_ids.shape(0);
+  const std::vector<std::uint64_t> addresses = checked_slots(slots, blocks);
+  const Plan plan = checked_plan(segments, shape);
   for (const std::uint64_t slot : addresses) {
     if (slot == 0) reject("slots must not be null");
     if (slot > INT64_MAX - plan.object_bytes) reject("slots: address overflows");
@@ -201,6 +209,33 @@ nb::object copy_blocks_checked(bool to_slots, const Array& segments, const Array
                 checksum ? hashes.data() : nullptr);
   }
   return checksum ? nb::cast(hashes) : nb::none();
+}
+
+// A stream of one block, or none: its bytes have no order in which they could be streamed.
+std::unique_ptr<BlockStream> stream_block(bool to_slots, const Array& segments,
+                                          const Array& page_ids, std::int64_t page_tokens,
+                                          std::int64_t elem_size) {
+  Shape shape{to_slots, true, page_tokens, elem_size};
+  std::vector<std::int64_t> pages = checked_pages(page_ids, shape);
+  if (page_ids.shape(0) != 1) reject("page_ids must have one row");
+  Plan plan = checked_plan(segments, shape);
+  if (!BlockStream::fits(plan) || std::find(pages.begin(), pages.end(), -1) != pages.end()) {
+    return nullptr;
+  }
+  return std::make_unique<BlockStream>(std::move(plan), std::move(pages));
+}
+
+std::size_t stream_next(BlockStream& stream, std::int64_t capacity) {
+  if (capacity < static_cast<std::int64_t>(BlockStream::kLeast)) {
+    reject("capacity must be 65536 at least");
+  }
+  return stream.next(static_cast<std::size_t>(capacity));
+}
+
+void stream_take(BlockStream& stream, std::int64_t buffer) {
+  const Range range = checked_range("buffer", buffer, 1);
+  const Unlocked unlocked;
+  stream.take(range.data);
 }
 
 nb::bytes chain_keys_checked(const nb::bytes& parent, const Array& tokens,
@@ -296,6 +331,12 @@ NB_MODULE(_native, m) {
   m.def("chain_keys", &chain_keys_checked, "parent"_a, "tokens"_a.noconvert(), "block_tokens"_a);
   m.def("pack_u32", &pack_u32, "values"_a);
 
+  m.def("stream_block", &stream_block, "to_slots"_a, "segments"_a.noconvert(),
+        "page_ids"_a.noconvert(), "page_tokens"_a, "elem_size"_a);
+  nb::class_<BlockStream>(m, "BlockStream")
+      .def("next", &stream_next, "capacity"_a)
+      .def("take", &stream_take, "buffer"_a)
+      .def("digest", &BlockStream::digest);
   nb::class_<Xxh3Stream>(m, "Xxh3Stream")
       .def(nb::init<>())
       .def("update", &stream_update, "src"_a, "nbytes"_a, "dst"_a = 0)

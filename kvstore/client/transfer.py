@@ -17,6 +17,7 @@ from kvstore.client.client import Client, Link, View, seconds
 from kvstore.copier.base import Copier, PagedMemory
 from kvstore.errors import SpecError, StoreUnavailable
 from kvstore.transport import protocol
+from kvstore.transport.carrier import Pieces, Streamed
 from kvstore.transport.channel import Channel
 from kvstore.transport.protocol import BUSY, HAVE, NO_ROOM, Committed, Held
 
@@ -215,8 +216,19 @@ class Transfer(View):
                 )
                 incoming.take(column, chosen, have, sent)
 
+            def opened(number: int) -> Pieces | None:
+                ids = job.pages.ids[column][incoming.rows[numbers[number : number + 1]]]  # noqa: B023
+                return self.copier.stream(
+                    job.pages.memory[column], ids, self.namespace.block_tokens,
+                    stored=stored, to_slots=False,  # noqa: B023
+                )  # fmt: skip
+
+            def landed(number: int, have: int, must: int) -> None:
+                incoming.take(column, numbers[number : number + 1], [have], [must])  # noqa: B023
+
             slots, nbytes = incoming.slots[numbers, column], self._part_bytes[column]
-            carrier.read(incoming.lease, slots, nbytes, scatter, job.deadline)
+            streamed = Streamed(opened, landed) if gates.after is None else None
+            carrier.read(incoming.lease, slots, nbytes, scatter, job.deadline, streamed)
 
     def save(
         self, link: Link, keys: Sequence[bytes], pages: Pages, about: About, result: Saved
@@ -306,7 +318,16 @@ class Transfer(View):
                     deadline=deadline,
                 )
 
-            made = carrier.write(lease, answers[rows, column], nbytes, gather, job.about.wait)
+            def opened(number: int) -> Pieces | None:
+                ids = pages.ids[column][job.first + rows[number : number + 1]]  # noqa: B023
+                return self.copier.stream(
+                    pages.memory[column], ids, self.namespace.block_tokens,  # noqa: B023
+                    stored=self.parts[column], to_slots=True,  # noqa: B023
+                )  # fmt: skip
+
+            streamed = Streamed(opened) if job.about.after is None else None
+            slots = answers[rows, column]
+            made = carrier.write(lease, slots, nbytes, gather, job.about.wait, streamed)
             if made is not None:
                 sums[rows, column] = made
         if not self._verify or carrier.checksums:

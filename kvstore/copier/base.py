@@ -16,6 +16,7 @@ from kvstore.errors import KVStoreError, SpecError, StoreUnavailable
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from kvstore._native import BlockStream
     from kvstore.copier.gate import Event, LayerGate
 
 LAYERS_BYTES: Final = 4 << 20
@@ -177,10 +178,31 @@ class Copier(ABC):
         copy = Copy(False, memory, page_ids, at, block_tokens, part, checksum, *gates, deadline)
         return self._checked(copy)
 
+    def stream(
+        self,
+        memory: PagedMemory,
+        page_ids: NDArray[np.int64],
+        block_tokens: int,
+        *,
+        stored: Part,
+        to_slots: bool,
+    ) -> BlockStream | None:
+        """One block between its pages, `page_ids` of shape (1, pages per block), and a buffer that
+        is smaller than it; None where blocks only go as a whole.
+
+        Raises:
+            SpecError: as `save`.
+        """
+        return None
+
+    def check(self, copy: Copy) -> None:
+        """Refuse what does not fit, before memory is touched. Raises SpecError."""
+        _check_layouts(copy, self.casts)
+        _check_pages(copy)
+
     def _checked(self, copy: Copy) -> list[int] | None:
         try:
-            _check_layouts(copy, self.casts)
-            _check_pages(copy)
+            self.check(copy)
             if len(copy.slots):
                 copy.page_ids = np.ascontiguousarray(copy.page_ids, dtype=np.int64)
                 return self.run(copy)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import numpy as np
+
 from kvstore import _native
-from kvstore.copier.base import Copier, Copy
+from kvstore.blocks.spec import Part
+from kvstore.copier.base import Copier, Copy, PagedMemory
 from kvstore.copier.segments import Plans, segments_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class CpuCopier(Copier):
@@ -13,6 +21,27 @@ class CpuCopier(Copier):
     def __init__(self, threads: int = 2) -> None:
         self._threads = threads
         self._plans = Plans(segments_of)
+
+    def stream(
+        self,
+        memory: PagedMemory,
+        page_ids: NDArray[np.int64],
+        block_tokens: int,
+        *,
+        stored: Part,
+        to_slots: bool,
+    ) -> _native.BlockStream | None:
+        """See `Copier.stream`."""
+        copy = Copy(to_slots, memory, page_ids, np.zeros(1, np.uint64), block_tokens, stored)
+        self.check(copy)
+        segments = self._plans.of(copy)
+        return _native.stream_block(
+            to_slots,
+            segments.rows,
+            np.ascontiguousarray(page_ids, dtype=np.int64),
+            segments.page_tokens,
+            segments.elem_size,
+        )
 
     def run(self, copy: Copy) -> list[int] | None:
         """See `Copier`."""

@@ -30,6 +30,28 @@ Scatter = Callable[[int, Sequence[int], "Sequence[int] | None"], None]
 they must have, it marks those that differ."""
 
 
+class Pieces(Protocol):
+    """An object on its way through a small buffer: copied, and hashed, piece by piece."""
+
+    def next(self, capacity: int) -> int:
+        """Bytes of the next piece, in a buffer of so many; 0 at the end."""
+
+    def take(self, buffer: int) -> None:
+        """Copy that piece to or from an address. After `next`."""
+
+    def digest(self) -> int:
+        """The XXH3 of the object, at the end."""
+
+
+class Streamed(NamedTuple):
+    """How single objects of a call can go in pieces: `open` gives those of one by its number, None
+    where it goes as a whole. `landed` is told the XXH3 of what has come, and the one it must have.
+    """
+
+    open: Callable[[int], Pieces | None]
+    landed: Callable[[int, int, int], None] = lambda number, have, must: None
+
+
 class Carrier(Protocol):
     """Moves objects of one size between copies and slots; thread-safe.
 
@@ -49,7 +71,13 @@ class Carrier(Protocol):
         """No other copiers will come any more."""
 
     def write(
-        self, lease: int, slots: NDArray[np.int64], nbytes: int, gather: Gather, patience: float
+        self,
+        lease: int,
+        slots: NDArray[np.int64],
+        nbytes: int,
+        gather: Gather,
+        patience: float,
+        streamed: Streamed | None = None,
     ) -> list[int] | None:
         """Fill `slots` of a write lease with objects of `nbytes`; what `gather` returned.
 
@@ -60,7 +88,13 @@ class Carrier(Protocol):
         """
 
     def read(
-        self, lease: int, slots: NDArray[np.int64], nbytes: int, scatter: Scatter, deadline: float
+        self,
+        lease: int,
+        slots: NDArray[np.int64],
+        nbytes: int,
+        scatter: Scatter,
+        deadline: float,
+        streamed: Streamed | None = None,
     ) -> None:
         """Bring the objects of `nbytes` in `slots` of a read lease.
 

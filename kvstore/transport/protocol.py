@@ -19,12 +19,12 @@ from kvstore.errors import ProtocolError
 from kvstore.telemetry import shown
 
 VERSION: Final = 1
-FEATURES: Final = ("tiers", "close", "holes", "position", "peers")
+FEATURES: Final = ("tiers", "close", "holes", "position", "peers", "trailing")
 """What this release knows beyond the first of its version: tables and costs of tiers, the request
 `close`, `holes` of lookups and acquires, `position` of lookups and reserves; for `peers` what nodes
 of a pool say to each other (`follow`, `find`, acquires of what is a node's `own`), `head` and
-`source` of lookups and prefetches, and `renew`. Each side does without what the other has not
-named."""
+`source` of lookups and prefetches, and `renew`; `trailing` checksums of puts. Each side does
+without what the other has not named."""
 
 HEADER: Final = struct.Struct("<IQ")
 MAX_FRAME: Final = 8 << 20
@@ -398,7 +398,8 @@ class Attached(Message, tag="attached"):
 
 class Put(Message, tag="put"):
     """Objects for slots under a write lease; their bytes follow the frame, in order. `slots` as in
-    `Reserved`, `checksums` u64 little-endian: the XXH3 of each object.
+    `Reserved`, `checksums` u64 little-endian: the XXH3 of each object. Without any, that of each
+    object follows its bytes.
     """
 
     lease: int

@@ -14,7 +14,7 @@ from weakref import finalize
 from kvstore.errors import ConfigError, KVStoreError, StoreUnavailable
 from kvstore.forks import in_child
 from kvstore.memory.arena import Arena
-from kvstore.transport.carrier import Connection, Gather, Scatter, greet, with_features
+from kvstore.transport.carrier import Connection, Gather, Scatter, Streamed, greet, with_features
 from kvstore.transport.credentials import check_daemon, trusted, why_not
 from kvstore.transport.protocol import Welcome
 from kvstore.transport.sockets import Wire
@@ -144,7 +144,13 @@ class ArenaCarrier:
                 end()
 
     def write(
-        self, lease: int, slots: NDArray[np.int64], nbytes: int, gather: Gather, patience: float
+        self,
+        lease: int,
+        slots: NDArray[np.int64],
+        nbytes: int,
+        gather: Gather,
+        patience: float,
+        streamed: Streamed | None = None,
     ) -> list[int] | None:
         """See `Carrier.write`."""
         sums = gather(0, self._addresses(slots, nbytes))
@@ -152,7 +158,13 @@ class ArenaCarrier:
         return sums
 
     def read(
-        self, lease: int, slots: NDArray[np.int64], nbytes: int, scatter: Scatter, deadline: float
+        self,
+        lease: int,
+        slots: NDArray[np.int64],
+        nbytes: int,
+        scatter: Scatter,
+        deadline: float,
+        streamed: Streamed | None = None,
     ) -> None:
         """See `Carrier.read`."""
         scatter(0, self._addresses(slots, nbytes), None)

@@ -279,17 +279,20 @@ def send_message(wire: Wire, message: Message, seconds: float) -> None:
     wire.send([protocol.encode(1, message)], seconds)
 
 
-def runs(sizes: Sequence[int], piece: int) -> Iterator[list[tuple[int, int, int]]]:
+def runs(
+    sizes: Sequence[int], piece: int, *, apart: bool = False
+) -> Iterator[list[tuple[int, int, int]]]:
     """Cut objects into what is moved at a time: lists of (object, start, end of its bytes).
 
-    A list has at most `piece` bytes in all. Objects are cut at multiples of that.
+    A list has at most `piece` bytes in all, and with `apart` of one object. Objects are cut at
+    multiples of that.
     """
     run: list[tuple[int, int, int]] = []
     taken = 0
     for number, size in enumerate(sizes):
         for start in range(0, size, piece):
             end = min(start + piece, size)
-            if run and (taken + end - start > piece or len(run) == _MAX_VIEWS):
+            if run and (apart or taken + end - start > piece or len(run) == _MAX_VIEWS):
                 yield run
                 run, taken = [], 0
             run.append((number, start, end))

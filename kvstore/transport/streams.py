@@ -19,7 +19,7 @@ from kvstore.errors import ProtocolError, StoreUnavailable
 from kvstore.memory.bounce import Bounce
 from kvstore.memory.slots import align
 from kvstore.transport import protocol
-from kvstore.transport.carrier import Gather, Scatter
+from kvstore.transport.carrier import Gather, Scatter, Streamed
 from kvstore.transport.protocol import Failure, Get, Put, Sending, Taken
 from kvstore.transport.sockets import Wire, receive_frame, send_message
 
@@ -33,6 +33,8 @@ _WINDOW: Final = 8 << 20
 """Bytes copied and sent at a time, if an object is not larger."""
 _BATCH: Final = 32 << 20
 """Bytes one connection takes on at a time, at most."""
+_PIECE: Final = 512 << 10
+"""Of objects of that size and more so much is copied and sent at a time: it stays in the caches."""
 _LEAST: Final = 1 << 20
 """Bytes that are not worth to be shared out."""
 _LEASE_BYTES: Final = 256 << 20
@@ -71,6 +73,12 @@ class _Stream:
         start = self._bounce.address
         return self._bounce.view[:needed], list(range(start, start + needed, nbytes))
 
+    @property
+    def piece(self) -> tuple[memoryview, int]:
+        """Memory for a piece, and its address."""
+        view, places = self.places(_Span(0, 1), _PIECE)
+        return view, places[0]
+
     def reply(self, seconds: float) -> protocol.Reply:
         """The next answer.
 
@@ -91,13 +99,17 @@ class StreamCarrier:
         dial: opens one.
         streams: how many at most.
         lease_seconds: life of a lease; no write goes on for longer.
+        trailing: the daemon takes checksums behind the bytes.
     """
 
     lease_bytes = _LEASE_BYTES
     checksums = True
     whole = False
 
-    def __init__(self, dial: Dial, streams: int, lease_seconds: float) -> None:
+    def __init__(
+        self, dial: Dial, streams: int, lease_seconds: float, *, trailing: bool = False
+    ) -> None:
+        self._trailing = trailing
         self._dial = dial
         self._streams = streams
         self._lease_seconds = lease_seconds
@@ -113,7 +125,13 @@ class StreamCarrier:
         """See `Carrier.retain`."""
 
     def write(
-        self, lease: int, slots: NDArray[np.int64], nbytes: int, gather: Gather, patience: float
+        self,
+        lease: int,
+        slots: NDArray[np.int64],
+        nbytes: int,
+        gather: Gather,
+        patience: float,
+        streamed: Streamed | None = None,
     ) -> list[int] | None:
         """See `Carrier.write`."""
         limit = time.monotonic() + self._lease_seconds
@@ -122,7 +140,29 @@ class StreamCarrier:
         def until() -> float:
             return min(limit, time.monotonic() + patience)
 
+        def send_pieces(stream: _Stream, batch: _Span, streamed: Streamed) -> int:
+            put = Put(lease, batch.of(numbers).tobytes(), b"")
+            ahead = protocol.encode(1, put)
+            for number in range(batch.first, batch.first + batch.number):
+                pieces = streamed.open(number)
+                if pieces is None:
+                    view, addresses = stream.places(_Span(number, 1), nbytes)
+                    (checksum,) = gather(number, addresses) or (0,)
+                    stream.wire.send([ahead, view], until() - time.monotonic())
+                else:
+                    view, address = stream.piece
+                    while piece := pieces.next(_PIECE):
+                        pieces.take(address)
+                        stream.wire.send([ahead, view[:piece]], until() - time.monotonic())
+                        ahead = b""
+                    checksum = pieces.digest()
+                ahead = checksum.to_bytes(8, "little")
+            stream.wire.send([ahead], until() - time.monotonic())
+            return 1
+
         def send(stream: _Stream, batch: _Span) -> int:
+            if streamed is not None and self._trailing and nbytes >= _PIECE:
+                return send_pieces(stream, batch, streamed)
             spans = _cut(batch, nbytes)
             for span in spans:
                 view, addresses = stream.places(span, nbytes)
@@ -141,7 +181,13 @@ class StreamCarrier:
         return None
 
     def read(
-        self, lease: int, slots: NDArray[np.int64], nbytes: int, scatter: Scatter, deadline: float
+        self,
+        lease: int,
+        slots: NDArray[np.int64],
+        nbytes: int,
+        scatter: Scatter,
+        deadline: float,
+        streamed: Streamed | None = None,
     ) -> None:
         """See `Carrier.read`."""
         numbers = slots.astype("<i8")
@@ -151,12 +197,30 @@ class StreamCarrier:
             send_message(stream.wire, get, deadline - time.monotonic())
             return batch
 
+        def take_pieces(
+            stream: _Stream, batch: _Span, sums: Sequence[int], streamed: Streamed
+        ) -> None:
+            for number, checksum in enumerate(sums, batch.first):
+                pieces = streamed.open(number)
+                if pieces is None:
+                    view, addresses = stream.places(_Span(number, 1), nbytes)
+                    stream.wire.receive(view, deadline - time.monotonic())
+                    scatter(number, addresses, [checksum])
+                    continue
+                view, address = stream.piece
+                while piece := pieces.next(_PIECE):
+                    stream.wire.receive(view[:piece], deadline - time.monotonic())
+                    pieces.take(address)
+                streamed.landed(number, pieces.digest(), checksum)
+
         def take(stream: _Stream, batch: _Span) -> None:
             answer = stream.reply(deadline - time.monotonic())
             sums = array("Q")
             if not isinstance(answer, Sending) or len(answer.checksums) != 8 * batch.number:
                 raise ProtocolError("a get was answered by something else")
             sums.frombytes(answer.checksums)
+            if streamed is not None and nbytes >= _PIECE:
+                return take_pieces(stream, batch, sums, streamed)
             for span in _cut(batch, nbytes):
                 view, addresses = stream.places(span, nbytes)
                 stream.wire.receive(view, deadline - time.monotonic())

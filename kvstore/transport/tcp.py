@@ -45,7 +45,10 @@ def connect(
     token = client_token(config) if token is None else token
     wire, welcome = with_features(partial(dialer.greet, token))
     attach = partial(dialer.attach, welcome)
-    carrier = StreamCarrier(attach, config.session.streams, welcome.lease_seconds)
+    carrier = StreamCarrier(
+        attach, config.session.streams, welcome.lease_seconds,
+        trailing="trailing" in welcome.features,
+    )  # fmt: skip
     return Connection(wire, welcome, carrier)
 
 

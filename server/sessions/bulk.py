@@ -46,7 +46,7 @@ from kvstore.transport.protocol import (
 )
 from kvstore.transport.sockets import TlsWire, Wire, receive_frame, runs, send_message, shut
 
-_IN: Final = 2 << 20
+_IN: Final = 512 << 10
 _OUT: Final = 8 << 20
 """Bytes per system call."""
 _MAX_ATTACH: Final = 256
@@ -175,13 +175,14 @@ class BulkServer:
 
     def _take_in(self, wire: Wire, grants: Grants, request: Put, bounce: Bounce) -> int:
         slots, sums = _numbers("q", request.slots), _numbers("Q", request.checksums)
-        if len(slots) != len(sums):
+        trailing = not sums
+        if len(slots) != len(sums) and not trailing:
             raise ProtocolError(f"{len(slots)} slots and {len(sums)} checksums; give one for each")
         damaged: list[int] = []
         with grants.use(wire, request.lease, slots, fill=True) as granted:
             sizes = [granted.sizes[slot] for slot in slots]
-            hashed = Xxh3Stream()
-            for run in runs(sizes, _IN):
+            hashed, tail = Xxh3Stream(), memoryview(bytearray(sums.itemsize))
+            for run in runs(sizes, _IN, apart=trailing):
                 nbytes = sum(end - start for _, start, end in run)
                 wire.receive(bounce.view[:nbytes], self._patience)
                 at = bounce.address
@@ -191,6 +192,9 @@ class BulkServer:
                     at += end - start
                     if end < sizes[i]:
                         continue
+                    if trailing:
+                        wire.receive(tail, self._patience)
+                        sums.frombytes(tail)
                     if hashed.digest() == sums[i]:
                         granted.checksums[slots[i]] = sums[i]
                     else:

@@ -291,7 +291,7 @@ WRONG = {
     "a slot twice": frame(protocol.Put(1, i64(0, 0), i64(0, 0))),
     "nothing": frame(protocol.Put(1, b"", b"")),
     "too many": frame(protocol.Get(2, i64(*[0] * (protocol.MAX_BATCH + 1)))),
-    "fewer checksums": frame(protocol.Put(1, i64(0), b"")),
+    "fewer checksums": frame(protocol.Put(1, i64(0, 1), bytes(8))),
     "half a number": frame(protocol.Get(2, b"123")),
     "a second attach": frame(protocol.Attach(1, b"")),
     "a message of the other kind": frame(protocol.Stats()),

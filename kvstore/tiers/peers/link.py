@@ -21,6 +21,7 @@ from kvstore.telemetry import QuietLog, shown
 from kvstore.tiers.peers.nixl import MAX_AGENT, MAX_SPANS, Agent, Helpers, Span
 from kvstore.tiers.remote import Breaker
 from kvstore.transport import protocol
+from kvstore.transport.carrier import Streamed
 from kvstore.transport.channel import Channel
 from kvstore.transport.protocol import (
     Acquire,
@@ -61,6 +62,29 @@ class Busy(KVStoreError):
 
 class Refused(KVStoreError):
     """The peer does not want to: a tenant that is out of our reach, say."""
+
+
+class _ToSlot:
+    """An object on its way into a slot; see `Pieces`."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self._hashed = Xxh3Stream()
+        self._to, self._left, self._piece = address, nbytes, 0
+
+    def next(self, capacity: int) -> int:
+        """See `Pieces.next`."""
+        self._piece = min(self._left, capacity)
+        return self._piece
+
+    def take(self, buffer: int) -> None:
+        """See `Pieces.take`."""
+        self._hashed.update(buffer, self._piece, self._to)
+        self._to += self._piece
+        self._left -= self._piece
+
+    def digest(self) -> int:
+        """See `Pieces.digest`."""
+        return self._hashed.digest()
 
 
 class Link:
@@ -234,8 +258,12 @@ class Link:
                 hashed.update(source, nbytes, addresses[number])
                 came[number] = checksum if hashed.digest() == checksum else None
 
+        def landed(number: int, have: int, must: int) -> None:
+            came[number] = must if have == must else None
+
         if len(slots):
-            channel.carrier.read(lease, slots, nbytes, copy, until)
+            streamed = Streamed(lambda number: _ToSlot(addresses[number], nbytes), landed)
+            channel.carrier.read(lease, slots, nbytes, copy, until, streamed)
         return came
 
     def _read(
