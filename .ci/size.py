@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 PRODUCT = ("kvstore", "server", "connectors", "native")
-OTHER = ("benchmarks", "examples", "tests")
+OTHER = ("benchmarks", "examples", "simulate", "tests")
 VENDORED = "native/xxhash/"
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
            tokenize.ENCODING, tokenize.ENDMARKER}  # fmt: skip

@@ -7,7 +7,9 @@ import random
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ import pytest
 
 from kvstore.client.session import Session
 from kvstore.transport import protocol
+from simulate.cluster import BLOCK_TOKENS as simulated_tokens
+from simulate.cluster import made_trace, simulate
 from tests.certificates import Authority
 from tests.control_tools import secret, write_tokens
-from tests.session_tools import BIG, Served, Stores, eventually, load, prompt, save
+from tests.session_tools import BIG, BLOCK_TOKENS, Served, Stores, eventually, load, prompt, save
 from tests.tcp_tools import ByHand, Proxy, free_port
 
 SECONDS = 10.0
@@ -370,3 +374,25 @@ def test_blocks_come_by_nixl_and_over_tcp_where_that_fails(monkeypatch: pytest.M
             assert peers_counter(b, "fetched") == 96
     finally:
         stores.close()
+
+
+def test_a_pool_hits_as_often_as_its_simulation_says(pool: Pool) -> None:
+    """Requests in turn to three daemons: of each, what is found here and what elsewhere."""
+    trace = made_trace(30, seed=11)
+    expected = simulate(trace, 3, 100_000, "pool", "robin")
+    with ExitStack() as ends:
+        sessions = [ends.enter_context(one.session(tenant="simulated")) for one in pool.daemons]
+        counts: Counter[str] = Counter()
+        for number, request in enumerate(trace):
+            session = sessions[number % 3]
+            tokens = [id for block in request.blocks for id in [block + 1] * BLOCK_TOKENS]
+            keys = session.keys(tokens)
+            tiers = session.lookup(keys, wait=SECONDS).tiers
+            counts.update(tiers)
+            counts["asked"] += len(keys)
+            assert load(session, keys[: len(tiers)]).blocks == len(tiers)
+            save(session, keys)
+            time.sleep(0.25)  # Until all have heard of it.
+    block = simulated_tokens
+    assert counts["asked"] == expected.tokens / block
+    assert (counts["memory"], counts["peers"]) == (expected.local / block, expected.peers / block)
