@@ -72,14 +72,14 @@ def _measure(
         },
     )
     engine.check(load)
-    limits = {
+    ways = {
         "a bare socket": "bare {}",
         "a bare socket that hashes at both ends": "hashing {}",
         "a bare socket, and the copy": "bare {}, copy",
     }
     against = {
         what: {name: taken[run.format(name)] for name in ("save", "load")}
-        for what, run in limits.items()
+        for what, run in ways.items()
     }
     one_stream = _iperf3(engine.nbytes, report.samples)
     if one_stream is None:
