@@ -18,7 +18,7 @@ from kvstore.benchmarks.crew import start
 from kvstore.benchmarks.figures import BenchmarkError
 from kvstore.memory.arena import Arena
 from kvstore.memory.bounce import Bounce
-from kvstore.transport.sockets import tune
+from kvstore.transport.sockets import congestion_of, tune
 
 _PIECE: Final = 2 << 20
 _HASHED: Final = 512 << 10
@@ -42,6 +42,8 @@ class BareStream:
             self._ends = [socket.create_connection(place) for _ in range(streams)]
         for connection in self._ends:
             tune(connection)
+        self.pid = self._server.pid or 0
+        self.congestion = congestion_of(self._ends[0])
         self._memory = [Bounce(self._share) for _ in range(streams)]
         self._threads = ThreadPoolExecutor(streams)
 

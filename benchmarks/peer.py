@@ -6,8 +6,12 @@ import json
 import shutil
 import socket
 import subprocess
+import time
+from collections.abc import Callable
 from functools import partial
 from typing import Final
+
+import psutil
 
 from kvstore.benchmarks.barestream import BareStream
 from kvstore.benchmarks.engine import Engine
@@ -34,7 +38,37 @@ def run(report: Report, *, size: int, streams: int) -> None:
             BareStream(nbytes, streams, sums=True) as summing,
             Engine(SHAPE, blocks, config) as engine,
         ):
-            _measure(report, bare, summing, engine, streams)
+            _measure(report, bare, summing, engine, daemon.pid, streams)
+
+
+class _Cpu:
+    """What runs take of the processor, in this process and in that of `pid`, but for the first."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._runs = -1
+        self._seconds = [0.0, 0.0]
+
+    def of(self, call: Callable[[], None]) -> Callable[[], None]:
+        """The call, watched."""
+
+        def watched() -> None:
+            before = time.process_time(), self._theirs()
+            call()
+            if self._runs >= 0:  # The first one is to warm up.
+                self._seconds[0] += time.process_time() - before[0]
+                self._seconds[1] += self._theirs() - before[1]
+            self._runs += 1
+
+        return watched
+
+    def _theirs(self) -> float:
+        times = psutil.Process(self._pid).cpu_times()
+        return float(times.user + times.system)
+
+    def each(self, nbytes: int) -> list[float]:
+        """Milliseconds per GiB, here and there."""
+        return [1000 * one / self._runs / (nbytes / (1 << 30)) for one in self._seconds]
 
 
 def _measure(
@@ -42,6 +76,7 @@ def _measure(
     bare: BareStream,
     summing: BareStream,
     engine: Engine,
+    daemon: int,
     streams: int,
 ) -> None:
     keys = engine.prompt(0)
@@ -55,20 +90,22 @@ def _measure(
         bare.load()
         engine.copy_in(engine.blocks)
 
+    used = {
+        name: _Cpu(summing.pid if name.startswith("hashing") else daemon)
+        for name in ("save", "hashing save", "load", "hashing load")
+    }
+    save = used["save"].of(partial(engine.save, keys, engine.blocks))
     taken = report.race(
         f"save and load over TCP, {streams} connections",
         {
             "bare save": Run(bare.save),
-            "hashing save": Run(summing.save),
+            "hashing save": Run(used["hashing save"].of(summing.save)),
             "bare save, copy": Run(copy_and_send),
-            "save": Run(
-                partial(engine.save, keys, engine.blocks),
-                partial(engine.session.clear, timeout=_SECONDS),
-            ),
+            "save": Run(save, partial(engine.session.clear, timeout=_SECONDS)),
             "bare load": Run(bare.load),
-            "hashing load": Run(summing.load),
+            "hashing load": Run(used["hashing load"].of(summing.load)),
             "bare load, copy": Run(receive_and_copy),
-            "load": Run(load),
+            "load": Run(used["load"].of(load)),
         },
     )
     engine.check(load)
@@ -81,6 +118,14 @@ def _measure(
         what: {name: taken[run.format(name)] for name in ("save", "load")}
         for what, run in ways.items()
     }
+    for name in ("save", "load"):
+        ours, theirs = (used[which].each(engine.nbytes) for which in (name, f"hashing {name}"))
+        for side, own, bare_one in zip(("client", "server"), ours, theirs, strict=True):
+            report.level(
+                f"TCP {name}, CPU of the {side}", own, bare_one, unit="ms/GiB",
+                less_is_better=True, samples=report.samples, streams=streams,
+                against="a bare socket that hashes at both ends",
+            )  # fmt: skip
     one_stream = _iperf3(engine.nbytes, report.samples)
     if one_stream is None:
         report.note(_NO_IPERF)
@@ -96,6 +141,7 @@ def _measure(
                 shape=SHAPE.name,
                 block_bytes=SHAPE.block_bytes,
                 streams=streams,
+                congestion=bare.congestion,
                 against=what,
             )
 

@@ -264,6 +264,9 @@ class SessionConfig(Section):
     tls_cert: MaybeFolder = Field(None, description="own certificate, for mutual TLS")
     tls_key: MaybeFolder = Field(None, description="key of `tls_cert`")
     streams: Count = Field(2, description="TCP connections that carry blocks", ge=1, le=16)
+    congestion: Annotated[Name | None, BeforeValidator(_none)] = Field(
+        None, description="control of it over TCP, e.g. cubic, bbr; none: the system's"
+    )
     publish_tokens: bool = Field(False, description="send token ids along, for watchers of events")
 
 
@@ -293,6 +296,9 @@ class ServerConfig(Section):
         50, description="tenants that metrics name; the others are one sum", ge=0, le=10_000
     )
     stop_timeout: Seconds = Field(30.0, description="seconds to write out and end, once told to")
+    congestion: Annotated[Name | None, BeforeValidator(_none)] = Field(
+        None, description="control of it on server.tcp, and to peers; none: the system's"
+    )
     max_requests: Count = Field(64, description="of gRPC and of HTTP at a time", ge=1, le=65536)
 
 

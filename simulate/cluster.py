@@ -105,21 +105,28 @@ class Directory:
         self.updates = 0
         self._table = Table() if nodes <= MAX_NODES else None
         self._plain: dict[int, set[int]] = {}
-        self._most = 0
+        self._news: dict[int, dict[int, bool]] = {}
 
     def tell(self, node: int, segment: int, *, there: bool) -> None:
-        """A segment has come to a node, or is gone from it."""
+        """A segment has come to a node, or is gone from it; others hear of it with the next one."""
         self.updates += 1
-        if self._table is not None:
-            change = self._table.adding if there else self._table.removing
-            finish(change(node, np.array([segment + 1], np.uint64)))
-            return
-        holders = self._plain.setdefault(segment, set())
-        (holders.add if there else holders.discard)(node)
-        self._most = max(self._most, len(self._plain))
+        self._news.setdefault(node, {})[segment] = there
+
+    def _hear(self) -> None:
+        for node, news in self._news.items():
+            for there in (True, False):
+                segments = [segment for segment, is_there in news.items() if is_there is there]
+                if self._table is not None and segments:
+                    change = self._table.adding if there else self._table.removing
+                    finish(change(node, np.array(segments, np.uint64) + np.uint64(1)))
+                for segment in segments if self._table is None else ():
+                    holders = self._plain.setdefault(segment, set())
+                    (holders.add if there else holders.discard)(node)
+        self._news.clear()
 
     def find(self, segments: Sequence[int]) -> list[list[int]]:
         """The nodes of each."""
+        self._hear()
         if self._table is None:
             return [list(self._plain.get(segment, ())) for segment in segments]
         bits = self._table.find([segment + 1 for segment in segments])
@@ -127,6 +134,7 @@ class Directory:
 
     def forget(self, node: int) -> None:
         """A node is gone."""
+        self._hear()
         if self._table is not None:
             finish(self._table.dropping(node))
         for holders in self._plain.values():
@@ -201,7 +209,7 @@ class Result:
     busiest: float = 0.0
     before_death: float | None = None
     after_death: float | None = None
-    requests_to_recover: int | None = None
+    seconds_to_recover: float | None = None
 
     @property
     def hit_rate(self) -> float:
@@ -221,9 +229,9 @@ def simulate(
 ) -> Result:
     """Replay a trace over `nodes` of `capacity` blocks each.
 
-    `cache` is one of `CACHES`: each node its own, a pool, or one shared tier that keeps all beside
-    them; `router` one of `ROUTERS`. With `death` the busiest node dies half-way, and comes back
-    empty.
+    `cache` is one of `CACHES`: each node its own, a pool, or beside them one shared tier that keeps
+    everything for ever; `router` one of `ROUTERS`. With `death` the busiest node dies half-way, and
+    comes back empty.
     """
     chance, directory = random.Random(seed), Directory(nodes)
     caches = [Cache(number, capacity, directory) for number in range(nodes)]
@@ -264,7 +272,7 @@ def simulate(
     result.directory_updates_per_second = directory.updates / seconds
     result.directory_bytes = directory.nbytes
     if death:
-        _recovery(result, hits)
+        _recovery(result, hits, [request.at for request in trace])
     return result
 
 
@@ -330,14 +338,14 @@ def _routed(
 ) -> int:
     if router == "random":
         return chance.randrange(nodes)
-    least = min(range(nodes), key=lambda node: (given[node], (node - number) % nodes))
     if router == "robin":
         return number % nodes
+    least = min(range(nodes), key=lambda node: (given[node], (node - number) % nodes))
     most = MOST_LOAD * (sum(given.values()) + 1) / nodes + 1
     has = Counter[int]()
     for some in holders:
         going = [node for node in some if not has or node in has]
-        if has and not going:
+        if not going:
             break
         has.update(going)
     allowed = [node for node, _ in has.most_common() if given[node] < most]
@@ -349,29 +357,35 @@ def _die(caches: list[Cache], node: int, directory: Directory) -> None:
     caches[node] = Cache(node, caches[node].capacity, directory)
 
 
-def _recovery(result: Result, hits: Sequence[float]) -> None:
-    """Hit rates of the 300 requests before the death and after it, and when it is as before."""
-    middle, window = len(hits) // 2, min(300, len(hits) // 4)
+def _recovery(result: Result, hits: Sequence[float], times: Sequence[float]) -> None:
+    """Hit rates of the 200 requests before the death and after it, and when it is as before.
+
+    That is the middle of the first 200 requests that hit as often, in seconds after the death.
+    """
+    middle, window = len(hits) // 2, min(200, len(hits) // 4)
     mean: Callable[[Sequence[float]], float] = lambda some: sum(some) / max(1, len(some))  # noqa: E731
     result.before_death = mean(hits[middle - window : middle])
     result.after_death = mean(hits[middle : middle + window])
-    for end in range(middle + window, len(hits) + 1, 10):
-        if mean(hits[end - window : end]) >= 0.98 * result.before_death:
-            result.requests_to_recover = end - middle - window
+    for first in range(middle, len(hits) - window + 1, 10):
+        if mean(hits[first : first + window]) >= 0.98 * result.before_death:
+            began = first == middle  # It was never worse.
+            result.seconds_to_recover = 0.0 if began else times[first + window // 2] - times[middle]
             return
 
 
 def everything(
     trace: Sequence[Request], sizes: Sequence[int], capacity: int, tell: Callable[[str], None]
 ) -> list[Result]:
-    """All caches and routers at all sizes, and a node's death in the pool."""
+    """All caches and routers at all sizes, and the same with a node's death."""
     results = []
     for nodes in sizes:
         for cache in CACHES:
             for router in ROUTERS:
                 tell(f"{nodes} nodes, {cache}, {router}")
-                death = nodes > 1 and router == "prefix"
-                results.append(simulate(trace, nodes, capacity, cache, router, death=death))
+                results.append(simulate(trace, nodes, capacity, cache, router))
+            if nodes > 1:
+                tell(f"{nodes} nodes, {cache}, one of which dies")
+                results.append(simulate(trace, nodes, capacity, cache, "prefix", death=True))
     return results
 
 
@@ -384,6 +398,8 @@ def show(results: Sequence[Result]) -> None:
         "nodes", "cache", "router", "hit", "local", "peers or tier", "wire", "directory"
     )
     for one in results:
+        if one.before_death is not None:
+            continue
         table.add_row(
             str(one.nodes), one.cache, one.router, f"{one.hit_rate:.1%}",
             f"{one.local / one.tokens:.1%}", f"{(one.peers + one.shared) / one.tokens:.1%}",
@@ -393,11 +409,11 @@ def show(results: Sequence[Result]) -> None:
     Console().print(table)
     for one in results:
         if one.before_death is not None and one.after_death is not None:
-            again = one.requests_to_recover
+            again = one.seconds_to_recover
             print(
                 f"{one.nodes} nodes, {one.cache}: a node dies: {one.before_death:.1%} before, "
                 f"{one.after_death:.1%} after, as before "
-                + ("not within the trace" if again is None else f"after {again} requests")
+                + ("not within the trace" if again is None else f"after {again:.0f} s")
             )
 
 
@@ -411,7 +427,11 @@ def draw(results: Sequence[Result], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for cache, style in zip(CACHES, ("--", "-", ":"), strict=True):
         for router, colour in zip(ROUTERS, ("tab:red", "tab:orange", "tab:blue"), strict=True):
-            some = [one for one in results if (one.cache, one.router) == (cache, router)]
+            some = [
+                one
+                for one in results
+                if (one.cache, one.router) == (cache, router) and one.before_death is None
+            ]
             rates = [100 * one.hit_rate for one in some]
             axes.plot(
                 [one.nodes for one in some], rates, style, color=colour, label=f"{cache}, {router}"

@@ -14,9 +14,10 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from kvstore.errors import ProtocolError
+from kvstore.errors import ConfigError, ProtocolError
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Message
 
@@ -32,6 +33,7 @@ _SPIN_SECONDS: Final = 50e-6
 """How long a reply is looked for before sleeping: most come within this, and to be woken takes as
 long again."""
 _TIMEVAL: Final = struct.Struct("@ll")
+_AVAILABLE: Final = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 _SLOW: Final = "the other side was too slow"
 _OPTIONS: Final = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -42,10 +44,34 @@ _OPTIONS: Final = (
 )
 
 
-def tune(connection: socket.socket) -> None:
-    """No waiting for more to send, and an end within half a minute of the other machine's."""
+def tune(connection: socket.socket, congestion: str | None = None) -> None:
+    """No waiting for more to send, and an end within half a minute of the other machine's.
+
+    `congestion` names the control of it, if not what the system has (`check_congestion`).
+    """
     for option in _OPTIONS:
         connection.setsockopt(*option)
+    if congestion is not None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
+
+
+def check_congestion(key: str, congestion: str | None) -> None:
+    """Whether there is such a control of congestion. Raises ConfigError: lists those there are."""
+    with socket.socket() as probe:
+        try:
+            tune(probe, congestion)
+        except OSError as e:
+            known = _AVAILABLE.read_text().split() if _AVAILABLE.exists() else ["none known"]
+            raise ConfigError(
+                f"{key}: {congestion!r} cannot be used ({e.strerror}); there are "
+                f"{', '.join(known)}; others are modules of the kernel (modprobe tcp_…)"
+            ) from e
+
+
+def congestion_of(connection: socket.socket) -> str:
+    """What controls the congestion of a connection."""
+    name = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+    return name.rstrip(b"\0").decode()
 
 
 class Wire:

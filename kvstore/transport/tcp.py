@@ -17,7 +17,15 @@ from kvstore.transport import protocol
 from kvstore.transport.carrier import Connection, greet, refusal, with_features
 from kvstore.transport.credentials import client_context, client_token
 from kvstore.transport.protocol import Attach, Attached, Welcome
-from kvstore.transport.sockets import TlsWire, Wire, receive_frame, send_message, shut, tune
+from kvstore.transport.sockets import (
+    TlsWire,
+    Wire,
+    check_congestion,
+    receive_frame,
+    send_message,
+    shut,
+    tune,
+)
 from kvstore.transport.streams import StreamCarrier
 from kvstore.values import split_host_port
 
@@ -40,8 +48,9 @@ def connect(
     scheme, _, rest = config.address.partition("://")
     host, port = split_host_port(rest)
     context = client_context(config.session) if scheme == "tls" else None
-    timeout = config.session.connect_timeout
-    dialer = _Dialer(config.address, host, port, context, timeout, node, name or host)
+    timeout, congestion = config.session.connect_timeout, config.session.congestion
+    check_congestion("session.congestion", congestion)
+    dialer = _Dialer(config.address, host, port, context, timeout, node, name or host, congestion)
     token = client_token(config) if token is None else token
     wire, welcome = with_features(partial(dialer.greet, token))
     attach = partial(dialer.attach, welcome)
@@ -62,6 +71,7 @@ class _Dialer(NamedTuple):
     timeout: float
     node: str
     name: str
+    congestion: str | None
 
     def greet(self, token: str, features: tuple[str, ...]) -> tuple[Wire, Welcome]:
         """A connection for messages, and what the daemon answered."""
@@ -94,7 +104,7 @@ class _Dialer(NamedTuple):
                 forks = count()
                 connection = socket.create_connection((self.host, self.port), self.timeout)
                 in_child(connection, socket.socket.close)
-                tune(connection)
+                tune(connection, self.congestion)
                 connection.settimeout(max(0.001, deadline - time.monotonic()))
                 if mark:
                     connection.sendall(mark)

@@ -21,7 +21,7 @@ from kvstore.server.sessions.grants import StreamSession
 from kvstore.server.sessions.greeting import HELLO_SECONDS, Greeting, Newcomers, welcome
 from kvstore.transport import protocol
 from kvstore.transport.protocol import STREAM_MARK, Hello
-from kvstore.transport.sockets import tune
+from kvstore.transport.sockets import check_congestion, tune
 
 _TICK: Final = 0.25
 _STOP_SECONDS: Final = 2.0
@@ -48,6 +48,7 @@ class StreamFace:
         """
         address = self.node.config.server.tcp
         assert address is not None
+        check_congestion("server.congestion", self.node.config.server.congestion)
         counters = self.node.store.counters
         self._listeners = bind("server.tcp", address)
         for listener in self._listeners:
@@ -100,7 +101,7 @@ class StreamFace:
     async def _meet(self, connection: socket.socket, number: int) -> None:
         """Find out what a connection is for."""
         try:
-            tune(connection)
+            tune(connection, self.node.config.server.congestion)
             async with asyncio.timeout(HELLO_SECONDS):
                 carries_blocks = await _begins_with_mark(connection)
             if carries_blocks:

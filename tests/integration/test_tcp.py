@@ -12,7 +12,9 @@ import pytest
 from kvstore.blocks.spec import Described, Part
 from kvstore.client.session import Session
 from kvstore.errors import ConfigError, SpecError
+from kvstore.transport.sockets import congestion_of
 from kvstore.transport.streams import StreamCarrier
+from kvstore.transport.tcp import connect
 from tests.certificates import Authority
 from tests.session_tools import (
     BIG,
@@ -29,7 +31,7 @@ from tests.session_tools import (
     save,
     wide,
 )
-from tests.tcp_tools import TCP, tcp_session, tls_settings, used
+from tests.tcp_tools import TCP, tcp_config, tcp_session, tls_settings, used
 
 SIZES = {"320 bytes": 320 * 16, "64 KiB": 64 << 10, "3 MiB and a bit": (3 << 20) + 256}
 
@@ -241,3 +243,17 @@ def test_mutual_tls(stores: Stores, tmp_path: Path) -> None:
         keys = session.keys(prompt(1, 3))
         assert save(session, keys).stored == 3
         assert load(session, keys).blocks == 3
+
+
+def test_the_control_of_congestion_can_be_chosen(stores: Stores) -> None:
+    """Each side its own; what the kernel has not is refused with what it has."""
+    served = stores.serve(server={"tcp": "127.0.0.1:0", "congestion": "reno"})
+    with tcp_session(served, congestion="reno") as session:
+        keys = session.keys(prompt(1, 4))
+        save(session, keys)
+        assert load(session, keys).blocks == 4
+    connection = connect(tcp_config(served, congestion="reno"))
+    assert congestion_of(connection.wire._socket) == "reno"
+    connection.wire.close()
+    with pytest.raises(ConfigError, match=r"session.congestion: 'swift' cannot be used .* reno"):
+        connect(tcp_config(served, congestion="swift"))

@@ -89,7 +89,7 @@ def test_a_death_costs_what_the_node_alone_had() -> None:
         assert one.before_death is not None
         assert one.after_death is not None
         assert one.after_death < one.before_death
-    assert simulate(trace, 3, 10_000, "shared", "prefix", death=True).requests_to_recover == 0
+    assert simulate(trace, 3, 10_000, "shared", "prefix", death=True).seconds_to_recover == 0
 
 
 def test_the_command_tells_and_bad_traces_are_named(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_the_command_tells_and_bad_traces_are_named(tmp_path: Path) -> None:
         [*command, "--json"], capture_output=True, text=True, check=True, cwd=ROOT
     )
     results = json.loads(done.stdout)
-    assert len(results) == 2 * len(CACHES) * len(ROUTERS)
+    assert len(results) == 2 * len(CACHES) * len(ROUTERS) + len(CACHES)
     assert len(read_trace(path)) == 30
     path.write_text('{"timestamp": 1, "hash_ids": [1]}\n{"timestamp": 2}\n')
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)

@@ -294,6 +294,13 @@ def test_the_overlay_with_valkey_names_it_instead_of_dns() -> None:
     config = load_config(overrides=said)
     assert str(config.peers.directory).startswith("redis://valkey.kvstore.svc")
     assert config.peers.dns is None
+    (own,) = pooled("config-patch.yaml")
+    by_name = yaml.safe_load(own["data"]["kvstore.yaml"])["peers"]["dns"]
+    assert config.peers.certified == by_name.partition(":")[0]
+    (policy,) = pooled("valkey/access.yaml")
+    (rule,) = policy["spec"]["ingress"]
+    labels = manifests("daemonset.yaml")["DaemonSet"]["spec"]["selector"]["matchLabels"]
+    assert [one["podSelector"]["matchLabels"] for one in rule["from"]] == [labels]
 
 
 def test_the_composed_daemons_are_a_pool() -> None:

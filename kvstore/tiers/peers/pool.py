@@ -47,6 +47,7 @@ class Pool:
         """Seconds that a question to a peer takes."""
         self._config = config.peers
         self._node = config.reached_at
+        self._congestion = config.server.congestion
         self._links: dict[str, Link] = {}
         self._lock = threading.Lock()
         self._quiet = QuietLog(_logger)
@@ -126,6 +127,7 @@ class Pool:
         session = SessionConfig(
             connect_timeout=_CONNECT_SECONDS,
             streams=own.streams,
+            congestion=self._congestion,
             tls_ca=own.tls_ca,
             tls_cert=own.tls_cert,
             tls_key=own.tls_key,
