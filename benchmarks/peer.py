@@ -13,6 +13,7 @@ from typing import Final
 
 import psutil
 
+from kvstore.benchmarks import pool
 from kvstore.benchmarks.barestream import BareStream
 from kvstore.benchmarks.engine import Engine
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run, Samples
@@ -39,6 +40,7 @@ def run(report: Report, *, size: int, streams: int) -> None:
             Engine(SHAPE, blocks, config) as engine,
         ):
             _measure(report, bare, summing, engine, daemon.pid, streams)
+    pool.run(report, size=size, streams=streams)
 
 
 class _Cpu:
