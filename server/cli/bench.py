@@ -153,7 +153,7 @@ def peer(
     much: Much,
     streams: Annotated[int, typer.Option(min=1, max=16, help="Connections that carry blocks.")] = 2,
 ) -> None:
-    """A session over TCP, through loopback, against a bare socket and iperf3."""
+    """A session over TCP, and loads from another daemon, against bare sockets and iperf3."""
     _run("peer", much, 64, 512, streams=streams)
 
 
