@@ -102,6 +102,9 @@ class Carrier(Protocol):
             StoreUnavailable: not all came before `deadline` (monotonic seconds), or a slot is none.
         """
 
+    def cut(self) -> None:
+        """End what is under way to or from another machine: it fails at once. For any thread."""
+
     def close(self) -> None:
         """Nobody may be copying."""
 

@@ -170,6 +170,9 @@ class ArenaCarrier:
         scatter(0, self._addresses(slots, nbytes), None)
         self.arena.populate()
 
+    def cut(self) -> None:
+        """See `Carrier.cut`: copies are not waited for."""
+
     def close(self) -> None:
         """See `Carrier.close`."""
         self.retain(())

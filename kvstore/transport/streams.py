@@ -114,6 +114,7 @@ class StreamCarrier:
         self._streams = streams
         self._lease_seconds = lease_seconds
         self._idle: list[_Stream] = []
+        self._used: set[_Stream] = set()
         self._busy = 0
         self._waiting = 0
         self._changed = threading.Condition()
@@ -229,6 +230,12 @@ class StreamCarrier:
 
         self._share(_batches(len(slots), nbytes, self._streams), ask, take, lambda: deadline)
 
+    def cut(self) -> None:
+        """See `Carrier.cut`."""
+        with self._changed:
+            for stream in self._used:
+                stream.wire.shutdown()
+
     def close(self) -> None:
         """See `Carrier.close`."""
         while self._idle:
@@ -307,9 +314,13 @@ class StreamCarrier:
         stream: _Stream | None = None
         try:
             stream = self._usable() or _Stream(self._dial(deadline))
+            with self._changed:
+                self._used.add(stream)
             yield stream
         except BaseException as e:
             if stream is not None:
+                with self._changed:
+                    self._used.discard(stream)
                 stream.wire.close()
                 stream = None
             if isinstance(e, (OSError, ProtocolError)) and not isinstance(e, StoreUnavailable):
@@ -319,6 +330,7 @@ class StreamCarrier:
             with self._changed:
                 self._busy -= 1
                 if stream is not None:
+                    self._used.discard(stream)
                     self._idle.append(stream)
                 self._changed.notify()
 

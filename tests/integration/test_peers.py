@@ -296,6 +296,29 @@ def test_a_stopped_peer_costs_the_deadlines(pool: Pool) -> None:
         stores.close()
 
 
+def test_a_node_ends_in_order_though_a_peer_has_stalled() -> None:
+    stores = Stores()
+    try:
+        a = Pool(stores, 1).daemons[0]
+        with Proxy(a) as proxy:
+            b = Pool(stores, 0).start(free_port(), [proxy.address])
+            with a.session(BIG) as here:
+                keys = here.keys(prompt(1, 32))
+                save(here, keys)
+                with b.session(BIG) as there:
+                    found(there, keys)
+                    proxy.stall = 1 << 19
+                    loading = threading.Thread(target=load, args=(there, keys))
+                    loading.start()
+                    time.sleep(0.5)
+                    began = time.monotonic()
+                    b.stop()
+                    assert time.monotonic() - began < SECONDS / 2
+                    loading.join()
+    finally:
+        stores.close()
+
+
 @pytest.mark.parametrize(
     "times", [pytest.param(8, id="few"), pytest.param(100, marks=pytest.mark.slow, id="many")]
 )

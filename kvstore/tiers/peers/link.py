@@ -13,15 +13,14 @@ from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 
-from kvstore._native import Xxh3Stream, xxh3_64
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.config import Config
 from kvstore.errors import KVStoreError, ProtocolError, StoreUnavailable
 from kvstore.telemetry import QuietLog, shown
-from kvstore.tiers.peers.nixl import MAX_AGENT, MAX_SPANS, Agent, Helpers, Span
+from kvstore.tiers.peers.nixl import Helpers
+from kvstore.tiers.peers.receive import Slots, by_nixl, over_tcp
 from kvstore.tiers.remote import Breaker
 from kvstore.transport import protocol
-from kvstore.transport.carrier import Streamed
 from kvstore.transport.channel import Channel
 from kvstore.transport.protocol import (
     Acquire,
@@ -39,7 +38,6 @@ _quiet: Final = QuietLog(logging.getLogger("kvstore.peers"))
 
 _MOST_OPEN: Final = 256
 _MISS: Final = 0
-_MOST_PLACE: Final = 1 << 62
 _IDLE_SECONDS: Final = 60.0
 
 R = TypeVar("R")
@@ -62,29 +60,6 @@ class Busy(KVStoreError):
 
 class Refused(KVStoreError):
     """The peer does not want to: a tenant that is out of our reach, say."""
-
-
-class _ToSlot:
-    """An object on its way into a slot; see `Pieces`."""
-
-    def __init__(self, address: int, nbytes: int) -> None:
-        self._hashed = Xxh3Stream()
-        self._to, self._left, self._piece = address, nbytes, 0
-
-    def next(self, capacity: int) -> int:
-        """See `Pieces.next`."""
-        self._piece = min(self._left, capacity)
-        return self._piece
-
-    def take(self, buffer: int) -> None:
-        """See `Pieces.take`."""
-        self._hashed.update(buffer, self._piece, self._to)
-        self._to += self._piece
-        self._left -= self._piece
-
-    def digest(self) -> int:
-        """See `Pieces.digest`."""
-        return self._hashed.digest()
 
 
 class Link:
@@ -233,71 +208,25 @@ class Link:
         self,
         channel: Channel,
         lease: int,
-        slots: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
+        slots: Slots,
         addresses: Sequence[int],
         nbytes: int,
         until: float,
     ) -> list[int | None]:
-        came: list[int | None] = [None] * len(addresses)
         if self._helpers is not None and (self._nixl.reason is None or self._nixl.may_try()):
             begun = time.monotonic()
+            half = (begun + until) / 2  # The rest is left for another way.
             try:
-                came = self._read(self._helpers, channel, lease, slots, addresses, nbytes, until)
+                placed = self._call(channel, Where(lease), half, protocol.Placed)
+                came = by_nixl(self._helpers, placed, slots, addresses, nbytes, half)
             except (StoreUnavailable, Refused) as e:
-                self._nixl.failed(str(e))  # It goes on over TCP.
+                self._nixl.failed(str(e))
                 _quiet.warning(self.address, "%s gives nothing by NIXL: %s", self.address, e)
             else:
                 self._nixl.worked(begun)
                 self._count("fetched.by_nixl", len(came))
                 return came
-
-        def copy(first: int, sources: Sequence[int], sums: Sequence[int] | None) -> None:
-            assert sums is not None
-            for number, (source, checksum) in enumerate(zip(sources, sums, strict=True), first):
-                hashed = Xxh3Stream()
-                hashed.update(source, nbytes, addresses[number])
-                came[number] = checksum if hashed.digest() == checksum else None
-
-        def landed(number: int, have: int, must: int) -> None:
-            came[number] = must if have == must else None
-
-        if len(slots):
-            streamed = Streamed(lambda number: _ToSlot(addresses[number], nbytes), landed)
-            channel.carrier.read(lease, slots, nbytes, copy, until, streamed)
-        return came
-
-    def _read(
-        self,
-        helpers: Helpers,
-        channel: Channel,
-        lease: int,
-        slots: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
-        addresses: Sequence[int],
-        nbytes: int,
-        until: float,
-    ) -> list[int | None]:
-        """By NIXL; half of the time is left for another way."""
-        until = (time.monotonic() + until) / 2
-        placed = self._call(channel, Where(lease), until, protocol.Placed)
-        offsets, sums = array("q"), array("Q")
-        if len(placed.offsets) % 8 or len(placed.offsets) != len(placed.checksums):
-            raise ProtocolError("places and checksums do not fit each other")
-        offsets.frombytes(placed.offsets)
-        sums.frombytes(placed.checksums)
-        if not all(0 <= slot < len(offsets) for slot in slots):
-            raise ProtocolError("the lease has fewer objects than were held")
-        places = (placed.address, *offsets)
-        if len(placed.agent) > MAX_AGENT or not all(0 <= place < _MOST_PLACE for place in places):
-            raise ProtocolError("what it says of its arena is no such thing")
-        agent = Agent(placed.agent, placed.address)
-        for first in range(0, len(slots), MAX_SPANS):
-            some = zip(slots[first : first + MAX_SPANS], addresses[first:], strict=False)
-            spans = [Span(offsets[slot], helpers.place(at), nbytes) for slot, at in some]
-            helpers.read(agent, spans, until)
-        return [
-            sums[slot] if xxh3_64(address, nbytes) == sums[slot] else None
-            for slot, address in zip(slots, addresses, strict=True)
-        ]
+        return over_tcp(channel.carrier, lease, slots, addresses, nbytes, until)
 
     # -- the connection ---------------------------------------------------------------------------
 
@@ -405,9 +334,10 @@ class Link:
         channel.retire()
 
     def close(self) -> None:
-        """End; who is waiting gets StoreUnavailable."""
+        """End; who is waiting, or receiving, gets StoreUnavailable."""
         self._closed = True
         with self._lock:
             channel, self._channel = self._channel, None
         if channel is not None:
             channel.retire()
+            channel.carrier.cut()

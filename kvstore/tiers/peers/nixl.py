@@ -130,7 +130,7 @@ class Helper:
         for something else.
 
         Raises:
-            StoreUnavailable: not all have come. If that was for the deadline, the process is ended.
+            StoreUnavailable: not all have come. The process is ended then.
             ValueError: more than `MAX_SPANS`.
         """
         if len(spans) > MAX_SPANS:
@@ -152,7 +152,8 @@ class Helper:
         finally:
             with self._lock:
                 self._running.pop(number, None)
-        if error:
+        if error:  # What has failed by halves may still land.
+            self.close()
             raise StoreUnavailable(f"NIXL: {error}")
 
     def close(self) -> None:
@@ -249,8 +250,6 @@ class _Agent:
         self._agent.register_memory([(self.address, size, 0, "")], "DRAM")
         self._peers: dict[bytes, str] = {}
         self._running: dict[int, Any] = {}
-        self.spoiled = False
-        """It has to be made anew."""
 
     @property
     def described(self) -> bytes:
@@ -300,7 +299,6 @@ class _Agent:
         """Of a transfer; "" or what is wrong."""
         handle = self._running.pop(number, None)
         if how != "DONE":
-            self.spoiled = True  # A peer that is known by halves can be neither used nor forgotten.
             return shown(f"{type(how).__name__}: {how}")
         self._agent.release_xfer_handle(handle)
         return ""
@@ -318,7 +316,7 @@ def _serve(arena: int, orders: socket.socket, size: int, *, serves: bool) -> Non
     except Exception as e:  # noqa: BLE001 - told to the daemon
         tell(_Ended(0, shown(f"{type(e).__name__}: {e}")))
         return
-    while agent.busy or not agent.spoiled:
+    while True:
         pause = _PAUSE if agent.busy else _SERVING_PAUSE if serves else None
         if select.select([orders], [], [], pause)[0]:
             frame = orders.recv(_MAX_FRAME)
