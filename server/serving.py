@@ -7,7 +7,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final
 
-_MOST_KEYS: Final = 4096
+_MOST_KEYS: Final = 1 << 14
+_NOTED: Final = 256
+"""Keys of a request that are looked at."""
 _MOST_READERS: Final = 8
 _SECONDS: Final = 60.0
 
@@ -22,24 +24,23 @@ class Serving:
         self.nbytes = 0
         self._most = most
         self._readers: OrderedDict[bytes, dict[str, float]] = OrderedDict()
-        """By the first key of what they asked for: addresses of nodes, and when."""
+        """By key: addresses of nodes, and when they had the block, the latest last."""
 
     def busy(self, nbytes: int) -> bool:
         """Whether so many bytes more are too many now. Whoever is alone is served anyway."""
         return nbytes > 0 and self.nbytes > 0 and self.nbytes + nbytes > self._most
 
-    def begin(self, nbytes: int, key: bytes, node: str) -> None:
-        """A node is given so many bytes; `end` follows."""
+    def begin(self, nbytes: int, keys: Sequence[bytes], node: str) -> None:
+        """A node is given these blocks, of so many bytes; `end` follows."""
         self.nbytes += nbytes
-        if not node:
-            return
-        readers = self._readers.setdefault(key, {})
-        readers.pop(node, None)
-        readers[node] = time.monotonic()
-        if len(readers) > _MOST_READERS:
-            del readers[next(iter(readers))]
-        self._readers.move_to_end(key)
-        if len(self._readers) > _MOST_KEYS:
+        for key in keys[:_NOTED] if node else ():
+            readers = self._readers.setdefault(key, {})
+            readers.pop(node, None)
+            readers[node] = time.monotonic()
+            if len(readers) > _MOST_READERS:
+                del readers[next(iter(readers))]
+            self._readers.move_to_end(key)
+        while len(self._readers) > _MOST_KEYS:
             self._readers.popitem(last=False)
 
     def end(self, nbytes: int) -> None:
@@ -47,7 +48,8 @@ class Serving:
         self.nbytes -= nbytes
 
     def others(self, keys: Sequence[bytes], node: str) -> tuple[str, ...]:
-        """Nodes that have had these blocks from here a while ago, other than `node`."""
+        """Nodes that have had some of these blocks from here a while ago, other than `node`."""
         since = time.monotonic() - _SECONDS
-        readers = self._readers.get(keys[0], {}) if keys else {}
-        return tuple(one for one, at in readers.items() if one != node and at > since)
+        had = (reader for key in keys[:_NOTED] for reader in self._readers.get(key, {}).items())
+        found = dict.fromkeys(one for one, at in had if one != node and at > since)
+        return tuple(found)[:_MOST_READERS]

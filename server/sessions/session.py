@@ -341,7 +341,7 @@ class SessionConnection(Connection):
         )
         if nbytes:
             self._served[request.lease] = nbytes
-            serving.begin(nbytes, keys[0], node)
+            serving.begin(nbytes, keys, node)
             self._store.counters.add("peers.served", "done")
 
         def reply() -> Work[Message]:

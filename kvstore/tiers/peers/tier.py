@@ -8,6 +8,7 @@ import time
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Final
 
 from kvstore.errors import StoreUnavailable
@@ -35,6 +36,8 @@ _MOST_PROBES: Final = 64
 """At a time; more are answered at once: not known."""
 _ANSWER_SECONDS: Final = 1.0
 """To wait for a peer that is asked what it has; the store waits for less, and uses what is late."""
+_BUSY_SECONDS, _BUSY_PAUSE = 1.0, 0.01
+"""How long peers that serve as much as they may are asked again, and when first."""
 _MOST_KNOWN: Final = 1 << 16
 _CLOSE_SECONDS: Final = 2.0
 
@@ -158,7 +161,7 @@ class PeersTier:
             self._probes.release()
             done([])
             return
-        answers = _Answers(names, len(asked), order, self._told(done))
+        answers = _Answers(names, len(asked), order, self._remember, partial(self._told, done))
         if not asked:
             answers.end()
         for node, numbers in asked.items():
@@ -168,24 +171,24 @@ class PeersTier:
             except RuntimeError:  # It was closed just now.
                 answers.add(node, [], [])
 
-    def _told(self, done: Callable[[list[Held | None]], None]) -> Callable[[_Answers], None]:
-        def told(answers: _Answers) -> None:
-            self._probes.release()
-            found = answers.found
-            with self._lock:
-                for name, (_, holders) in found.items():
-                    self._holders[plain(name)] = tuple(holders)
-                    self._holders.move_to_end(name)
-                while len(self._holders) > _MOST_KNOWN:
-                    self._holders.popitem(last=False)
-            unknown = answers.unsure
-            done([
-                found[name][0] if name in found
-                else Held(name, 0, None, 0, 0) if name in unknown else None
-                for name in answers.names
-            ])  # fmt: skip
+    def _told(self, done: Callable[[list[Held | None]], None], answers: _Answers) -> None:
+        """So many peers have answered that the question is."""
+        self._probes.release()
+        found, unknown = answers.found, answers.unsure
+        done([
+            found[name][0] if name in found
+            else Held(name, 0, None, 0, 0) if name in unknown else None
+            for name in answers.names
+        ])  # fmt: skip
 
-        return told
+    def _remember(self, answers: _Answers, names: Sequence[ObjectName]) -> None:
+        """Who has these, for when they are fetched."""
+        with self._lock:
+            for name in names:
+                self._holders[plain(name)] = tuple(answers.found[name][1])
+                self._holders.move_to_end(name)
+            while len(self._holders) > _MOST_KNOWN:
+                self._holders.popitem(last=False)
 
     def _ask(self, link: Link, node: str, names: list[ObjectName], answers: _Answers) -> None:
         """Have one peer say which of these it has."""
@@ -219,18 +222,26 @@ class PeersTier:
     # -- bringing objects here --------------------------------------------------------------------
 
     def _run(self, number: int, tasks: list[Task]) -> None:
-        """Fetch a batch: all that one holder has of one kind at a time, then what others have."""
-        until = time.monotonic() + self._seconds
+        """Fetch a batch: all that one holder has of one kind at a time, then what others have.
+
+        Those who are all busy are asked again for a while.
+        """
+        began = time.monotonic()
+        until, patient, pause = began + self._seconds, began + _BUSY_SECONDS, _BUSY_PAUSE
         tried: dict[Task, set[str]] = {task: set() for task in tasks}
+        busy: defaultdict[Task, set[str]] = defaultdict(set)
         errors: dict[Task, str] = {}
         while tried and time.monotonic() < until:
             groups: defaultdict[tuple[str, bytes, bytes], list[Task]] = defaultdict(list)
             for task in list(tried):
                 name = task.job.name
                 node = self._holder(name, tried[task])
+                if node is None and busy[task] and time.monotonic() < patient:
+                    tried[task] -= busy.pop(task)
+                    continue
                 if node is None:
                     del tried[task]
-                    self._crew.finish(task, errors.get(task, "absent"))
+                    self._crew.finish(task, _told_as(errors.get(task, "absent")))
                     continue
                 tried[task].add(node)
                 groups[node, name.namespace.digest, name.part.variant].append(task)
@@ -241,8 +252,13 @@ class PeersTier:
                         self._crew.finish(task, None)
                     else:
                         errors[task] = error
+                        if error == "busy":
+                            busy[task].add(node)
+            if not groups:  # All are busy.
+                time.sleep(pause)
+                pause *= 2
         for task in tried:
-            self._crew.finish(task, errors.get(task, "stalled"))
+            self._crew.finish(task, _told_as(errors.get(task, "stalled")))
 
     def _holder(self, name: ObjectName, tried: set[str]) -> str | None:
         """Whom to ask next for an object."""
@@ -284,7 +300,7 @@ class PeersTier:
                 told[task] = None
             else:
                 reason = came if isinstance(came, str) else "differs"
-                told[task] = _REASONS.get(reason, reason)
+                told[task] = reason
                 self._vitals.count(f"fetched.{reason}")
                 if reason not in ("busy", "away"):
                     self._forget(job.name, node)
@@ -313,23 +329,31 @@ _REASONS: Final = {"busy": "away", "damaged": "io_error", "differs": "absent", "
 """What the store is told for what only concerns peers."""
 
 
+def _told_as(reason: str) -> str:
+    return _REASONS.get(reason, reason)
+
+
 class _Answers:
-    """What peers say of some objects, put together when the last one has answered. Thread-safe."""
+    """What peers say of some objects, put together when the last one has answered, or one has
+    found the rest. Thread-safe.
+    """
 
     def __init__(
         self,
         names: list[ObjectName],
         left: int,
         order: Sequence[str],
+        found: Callable[[_Answers, Sequence[ObjectName]], None],
         told: Callable[[_Answers], None],
     ) -> None:
+        """`found` is told of objects that one has, and `told` once that all is known."""
         self.names = names
         self.found: dict[ObjectName, tuple[Held, list[str]]] = {}
         self.unsure: set[ObjectName] = set()
         """One that was asked for these did not say."""
-        self._left = left
+        self._left, self._wanted, self._ended = left, len(set(names)), False
         self._order = {node: place for place, node in enumerate(order)}
-        self._told = told
+        self._found, self._told = found, told
         self._lock = threading.Lock()
 
     def add(self, node: str, names: Sequence[ObjectName], told: Sequence[Held | None]) -> None:
@@ -344,7 +368,10 @@ class _Answers:
                 holders.append(node)
                 holders.sort(key=lambda one: self._order.get(one, 0))
             self._left -= 1
-            last = not self._left
+            # Who has found all need not wait for those who are slow, or gone.
+            last = not self._ended and (not self._left or len(self.found) == self._wanted)
+            self._ended = self._ended or last
+            self._found(self, [name for name, held in zip(names, told, strict=False) if held])
         if last:
             self.end()
 
