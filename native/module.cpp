@@ -317,6 +317,7 @@ nb::bytes pack_u32(const nb::list& values) {
 NB_MODULE(_native, m) {
   m.doc() = "Native core of KVStore: block copies, XXH3 checksums and token-chain keys.";
   cpu_features();  // reads KVSTORE_CPU now
+  nb::set_leak_warnings(false);  // threads may have blocks under way when the interpreter ends
   nb::module_::import_("atexit").attr("register")(nb::cpp_function(&Unlocked::finish));
   pthread_atfork(nullptr, nullptr, &Unlocked::forget);
 
