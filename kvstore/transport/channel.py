@@ -159,6 +159,14 @@ class Channel:
         if last:
             self._close()
 
+    def cut(self) -> None:
+        """Retire, and have all who wait for the daemon fail at once."""
+        with self.use() as usable:
+            if usable:
+                self._wire.shutdown()
+                self.carrier.cut()
+        self.retire()
+
     def _forked(self) -> None:
         """In the child: the connection is the parent's, and who held our locks is not here."""
         self._send_lock = threading.Lock()

@@ -115,6 +115,7 @@ class StreamCarrier:
         self._lease_seconds = lease_seconds
         self._idle: list[_Stream] = []
         self._used: set[_Stream] = set()
+        self._cut = False
         self._busy = 0
         self._waiting = 0
         self._changed = threading.Condition()
@@ -233,6 +234,7 @@ class StreamCarrier:
     def cut(self) -> None:
         """See `Carrier.cut`."""
         with self._changed:
+            self._cut = True
             for stream in self._used:
                 stream.wire.shutdown()
 
@@ -316,6 +318,8 @@ class StreamCarrier:
             stream = self._usable() or _Stream(self._dial(deadline))
             with self._changed:
                 self._used.add(stream)
+                if self._cut:
+                    raise StoreUnavailable("the connection was given up")
             yield stream
         except BaseException as e:
             if stream is not None:

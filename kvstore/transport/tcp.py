@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import ssl
 import time
@@ -31,12 +32,17 @@ from kvstore.values import split_host_port
 
 
 def connect(
-    config: Config, token: str | None = None, node: str = "", name: str | None = None
+    config: Config,
+    token: str | None = None,
+    node: str = "",
+    name: str | None = None,
+    until: float = math.inf,
 ) -> Connection:
     """Connect to the daemon at `config.address` (tcp:// or tls://) and say hello.
 
     `token`: other than that of sessions. `node`: where this process is reached, if it is a daemon.
-    `name`: that the certificate must show, if not that of the address.
+    `name`: that the certificate must show, if not that of the address. `until`: it has to answer by
+    then (monotonic seconds), if that is sooner than it must anyway.
 
     Data connections follow when they are first needed: a process that only looks up has none.
 
@@ -52,7 +58,7 @@ def connect(
     check_congestion("session.congestion", congestion)
     dialer = _Dialer(config.address, host, port, context, timeout, node, name or host, congestion)
     token = client_token(config) if token is None else token
-    wire, welcome = with_features(partial(dialer.greet, token))
+    wire, welcome = with_features(partial(dialer.greet, token, until))
     attach = partial(dialer.attach, welcome)
     carrier = StreamCarrier(
         attach, config.session.streams, welcome.lease_seconds,
@@ -73,9 +79,9 @@ class _Dialer(NamedTuple):
     name: str
     congestion: str | None
 
-    def greet(self, token: str, features: tuple[str, ...]) -> tuple[Wire, Welcome]:
+    def greet(self, token: str, until: float, features: tuple[str, ...]) -> tuple[Wire, Welcome]:
         """A connection for messages, and what the daemon answered."""
-        deadline = time.monotonic() + self.timeout
+        deadline = min(until, time.monotonic() + self.timeout)
         with self._dialled(b"", deadline) as wire:
             left = deadline - time.monotonic()
             return wire, greet(wire, token, self.address, left, features, self.node)
@@ -102,7 +108,8 @@ class _Dialer(NamedTuple):
         try:
             while connection is None:
                 forks = count()
-                connection = socket.create_connection((self.host, self.port), self.timeout)
+                left = max(0.001, deadline - time.monotonic())
+                connection = socket.create_connection((self.host, self.port), left)
                 in_child(connection, socket.socket.close)
                 tune(connection, self.congestion)
                 connection.settimeout(max(0.001, deadline - time.monotonic()))

@@ -35,6 +35,7 @@ from kvstore.transport.protocol import Cost, Failure, Message
 _MAX_PIN_SECONDS: Final = 30 * 24 * 3600.0
 _MAX_TTL_SECONDS: Final = 10 * 365 * 24 * 3600.0
 _MAX_FLUSHES: Final = 16
+_MAX_PLACING: Final = 64
 _MAX_RECHECKED: Final = 16
 """Blocks per release whose alleged damage is looked into."""
 
@@ -65,6 +66,7 @@ class SessionConnection(Connection):
         self._served: dict[int, int] = {}  # bytes on their way to a peer, by lease
         self._flushes: set[asyncio.Task[None]] = set()
         self._follows = False
+        self._placing = 0
         node.sessions[peer.session] = self
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -108,8 +110,12 @@ class SessionConnection(Connection):
                 return (yield from self._find(request))
             case protocol.Where():
                 check(self.grant)
+                if self._placing >= _MAX_PLACING:
+                    raise ValueError(f"{_MAX_PLACING} such questions are open; wait for answers")
+                self._placing += 1
                 lease = store.lease(self, request.lease)
-                self._later(request_id, partial(place, self._node, lease))
+                placing = self._later(request_id, partial(place, self._node, lease))
+                placing.add_done_callback(self._placed)
                 return None
             case protocol.Renew():
                 return protocol.Count(int(store.renew(self, request.lease)))
@@ -164,6 +170,9 @@ class SessionConnection(Connection):
     ) -> Work[tuple[Namespace, tuple[Part, ...], list[bytes]]]:  # fmt: skip
         """What a request is about: of what namespace, which parts of which blocks."""
         namespace, parts = self._handle_of(request.handle)
+        head = getattr(request, "head", b"")
+        if len(head) not in (0, KEY_BYTES):
+            raise ValueError(f"head has {len(head)} bytes; a key has {KEY_BYTES}")
         keys = yield from keys_of(request.keys, len(parts))
         return namespace, parts, keys
 
@@ -234,6 +243,9 @@ class SessionConnection(Connection):
             return protocol.Found(codes, reason, 0.0, costs=costs)
         disk = costs.get(protocol.DISK, Cost(0.0))
         return protocol.Found(codes, reason, disk.seconds_per_byte, disk.seconds(0))
+
+    def _placed(self, _: asyncio.Task[None]) -> None:
+        self._placing -= 1
 
     def _looked(self, _: asyncio.Task[None]) -> None:
         self.owner.looking -= 1
@@ -325,7 +337,8 @@ class SessionConnection(Connection):
             nbytes = len(keys) * sum(part.nbytes(namespace.block_tokens) for part in parts)
         if serving.busy(nbytes):
             self._store.counters.add("peers.served", "busy")
-            return protocol.Held(b"", b"", "busy", others=serving.others(keys, node))
+            others = serving.others(namespace.digest, keys, node)
+            return protocol.Held(b"", b"", "busy", others=others)
         come: asyncio.Future[Acquired] = asyncio.get_running_loop().create_future()
         running = yield from self._store.acquiring(
             self,
@@ -341,11 +354,12 @@ class SessionConnection(Connection):
         )
         if nbytes:
             self._served[request.lease] = nbytes
-            serving.begin(nbytes, keys, node)
+            serving.begin(nbytes, namespace.digest, keys, node)
             self._store.counters.add("peers.served", "done")
 
         def reply() -> Work[Message]:
             acquired = come.result()
+            self._serves_no_more(request.lease, acquired)
             held = yield from self._held(request.lease, acquired, parts)
             here = len(acquired.blocks)
             self._recent.note(
@@ -364,6 +378,13 @@ class SessionConnection(Connection):
             return (yield from reply())
         self._later(request_id, reply_late)
         return None
+
+    def _serves_no_more(self, lease: int, acquired: Acquired) -> None:
+        """Than what was there of what was asked for."""
+        given = sum(entry.nbytes for block in acquired.blocks for entry in block)
+        if (asked := self._served.get(lease, 0)) > given:
+            self._served[lease] = given
+            self._node.serving.end(asked - given)
 
     def _held(self, lease: int, acquired: Acquired, parts: tuple[Part, ...]) -> Work[protocol.Held]:
         """The reply that tells a client where its blocks lie."""

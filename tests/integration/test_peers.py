@@ -258,13 +258,59 @@ def test_a_busy_peer_names_others() -> None:
                 assert len(held.tiers) == 16
                 busy = hand.call(protocol.Acquire(0, 2, joined, 5.0, 16, True, own=True))
                 assert (busy.reason, busy.others) == ("busy", (pool.nodes[1],))
-                assert load(third, keys).blocks == 16
+                with ByHand(a, BIG, "another") as stranger:
+                    busy = stranger.call(protocol.Acquire(0, 1, joined, 5.0, 16, True, own=True))
+                    assert (busy.reason, busy.others) == ("busy", ())
+                eventually(lambda: loads(third, keys))  # Two fetches at a time find B busy, too.
                 assert counter(b, "peers.served.done") >= 1
                 other = here.keys(prompt(2, 4))
                 save(here, other)
                 found(there, other)
                 assert load(there, other).blocks == 0  # Nobody else has it.
             assert load(there, other).blocks == 4
+    finally:
+        stores.close()
+
+
+def test_what_a_node_has_not_keeps_nobody_from_being_served() -> None:
+    stores = Stores()
+    try:
+        (a,) = Pool(stores, 1, max_serving="1MiB").daemons
+        with a.session(BIG) as here, ByHand(a, BIG) as asks, ByHand(a, BIG) as other:
+            keys = here.keys(prompt(1, 8))
+            save(here, keys)
+            joined = b"".join(keys)
+            asks.call(protocol.Acquire(0, 1, os.urandom(32 * 64), 0.0, 64, True, own=True))
+            asks.call(protocol.Acquire(0, 2, joined[:32] + bytes(320), 0.0, 11, True, own=True))
+            assert other.call(protocol.Find(0, joined)).serving == 256 << 10
+            held = other.call(protocol.Acquire(0, 1, joined[:64], 0.0, 2, True, own=True))
+            assert len(held.slots) == 16
+            asks.channel.retire()
+            other.call(protocol.Release(1))
+            eventually(lambda: other.call(protocol.Find(0, joined)).serving == 0)
+            lookup = protocol.Lookup(0, os.urandom(64), position=3, head=bytes(33))
+            assert "head has 33 bytes" in other.call(lookup).reason
+    finally:
+        stores.close()
+
+
+@pytest.mark.parametrize("stall", [1 << 13, 1 << 20])
+def test_a_daemon_ends_at_once_while_a_peer_that_hangs_is_waited_for(stall: int) -> None:
+    """For an answer, or for bytes: nothing waits, or writes into the arena, after its end."""
+    stores = Stores()
+    try:
+        pool = Pool(stores, 1, stall_seconds=30.0)
+        with Proxy(pool.daemons[0]) as proxy:
+            b = pool.start(free_port(), [proxy.address])
+            with pool.daemons[0].session(BIG) as here, b.session(BIG) as there:
+                keys = here.keys(prompt(1, 32))
+                save(here, keys)
+                found(there, keys)
+                proxy.stall = stall
+                there.prefetch(keys)
+                time.sleep(0.5)
+                b.stop()
+                assert "hang" not in b.log.read_text()
     finally:
         stores.close()
 

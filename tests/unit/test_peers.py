@@ -125,6 +125,9 @@ def test_what_one_node_may_say_is_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     assert follower.has(1, 2, 3)
     follower.take(Published(9, 7, removed=joined(1)), Published(9, 8, added=joined(6)))
     assert follower.has(2, 3, 6)
+    never = Published(9, 9, removed=joined(*range(50, 90)))
+    follower.take(never, Published(9, 10, added=joined(2, 3)), Published(9, 11, added=joined(7)))
+    assert follower.has(2, 3, 6), "what it takes back without having said it makes no room"
 
 
 # --- What routers say -----------------------------------------------------------------------------

@@ -99,9 +99,8 @@ class Told:
             raise Gap("what it publishes has a gap; it is asked for all")
         added = _fingerprints(told.added)[: max(0, _MOST - self._count)]
         removed = _fingerprints(told.removed)
-        self._count += len(added) - len(removed)
-        yield from self._table.adding(self._number, added)
-        yield from self._table.removing(self._number, removed)
+        self._count += yield from self._table.adding(self._number, added)
+        self._count -= yield from self._table.removing(self._number, removed)
 
     def forget(self) -> Work[None]:
         """Nothing that it told counts any more."""

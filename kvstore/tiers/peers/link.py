@@ -274,17 +274,18 @@ class Link:
                     channel.retire()
                 if self._closed:
                     raise StoreUnavailable("closed")
-                left = max(0.001, until - time.monotonic())
-                patient = min(left, self._config.session.connect_timeout)
-                session = self._config.session.model_copy(update={"connect_timeout": patient})
-                config = self._config.model_copy(update={"session": session})
-                channel = Channel(connect(config, self._token(), self._node, self._name))
+                connection = connect(self._config, self._token(), self._node, self._name, until)
+                channel = Channel(connection)
                 if "peers" not in channel.welcome.features:
                     channel.retire()
                     raise StoreUnavailable(f"it runs {channel.welcome.software}, which is too old")
                 with self._lock:
-                    self._channel = channel
+                    closed = self._closed
+                    self._channel = None if closed else channel
                     self._handles.clear()
+                if closed:
+                    channel.retire()
+                    raise StoreUnavailable("closed")
             return channel
         finally:
             self._dialling.release()
@@ -335,9 +336,8 @@ class Link:
 
     def close(self) -> None:
         """End; who is waiting, or receiving, gets StoreUnavailable."""
-        self._closed = True
         with self._lock:
+            self._closed = True
             channel, self._channel = self._channel, None
         if channel is not None:
-            channel.retire()
-            channel.carrier.cut()
+            channel.cut()

@@ -90,8 +90,9 @@ class Pool:
                 link.close()
 
     def cut(self) -> None:
-        """Give all connections up: who waits for a peer waits no more."""
+        """Give all connections up, for good: who waits for a peer waits no more."""
         with self._lock:
+            self._closed = True
             links = list(self._links.values())
             self._links.clear()
         for link in links:
@@ -99,7 +100,6 @@ class Pool:
 
     def close(self) -> None:
         """End all of it. Blocks for a moment."""
-        self._closed = True
         self.cut()
         self.directory.close()
         if self.helpers is not None:
@@ -112,6 +112,8 @@ class Pool:
         if link is None or link.address != address:
             with self._lock:
                 link = self._links.get(node)
+                if self._closed:
+                    return None
                 if link is None or link.address != address:
                     retry = self._config.retry_seconds
                     link = Link(

@@ -101,8 +101,9 @@ class Table:
             some = slice(first, first + _BUCKETS)
             yield rows.fingerprints[some][(rows.nodes[some] & bits) != 0]
 
-    def adding(self, node: int, fingerprints: Fingerprints) -> Work[None]:
-        """A node has these."""
+    def adding(self, node: int, fingerprints: Fingerprints) -> Work[int]:
+        """A node has these; how many of them it had not."""
+        bit, count = np.uint64(1 << node), 0
         for first in range(0, len(fingerprints), _PIECE):
             piece = np.unique(fingerprints[first : first + _PIECE])
             piece = piece[piece != 0]
@@ -111,15 +112,22 @@ class Table:
             rows = self._rows
             places = rows.find(piece)
             places[places < 0] = rows.place(piece[places < 0])
-            rows.nodes.reshape(-1)[places] |= np.uint64(1 << node)
+            nodes = rows.nodes.reshape(-1)
+            count += int(np.count_nonzero(nodes[places] & bit == 0))
+            nodes[places] |= bit
             yield
+        return count
 
-    def removing(self, node: int, fingerprints: Fingerprints) -> Work[None]:
-        """A node has these no more."""
+    def removing(self, node: int, fingerprints: Fingerprints) -> Work[int]:
+        """A node has these no more; how many of them it had."""
+        bit, count = np.uint64(1 << node), 0
         for first in range(0, len(fingerprints), _PIECE):
             places = self._rows.find(np.unique(fingerprints[first : first + _PIECE]))
-            self._rows.nodes.reshape(-1)[places[places >= 0]] &= ~np.uint64(1 << node)
+            places, nodes = places[places >= 0], self._rows.nodes.reshape(-1)
+            count += int(np.count_nonzero(nodes[places] & bit))
+            nodes[places] &= ~bit
             yield
+        return count
 
     def dropping(self, node: int) -> Work[None]:
         """A node has nothing any more."""
