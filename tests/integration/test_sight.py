@@ -266,6 +266,12 @@ SESSION: Final[dict[type, Asked | None]] = {
     protocol.Pin: Asked("write", protocol.Pin(0, 52, THEIR_JOINED, 9.0), protocol.Count(0)),
     protocol.Flush: Asked("read", protocol.Flush(9.0), protocol.Flushed(0)),
     protocol.Clear: Asked("write", protocol.Clear(0), protocol.Count(0)),
+    protocol.Find: Asked(
+        "read", protocol.Find(0, THEIR_JOINED), protocol.Holds(bytes(len(THEIR_KEYS)), b"", b"")
+    ),
+    protocol.Renew: Asked("read", protocol.Renew(7), protocol.Count(0)),
+    protocol.Where: Asked("read", protocol.Where(7), "the role peer for all tenants"),
+    protocol.Follow: Asked("read", protocol.Follow(), "this node has no peers"),
     protocol.Stats: Asked("read", protocol.Stats(), ""),
     protocol.Control: Asked("admin", protocol.Control(), ""),
 }
@@ -292,7 +298,8 @@ def test_a_session_allows_each_role_what_is_its_tenants(world: World, kind: type
             assert f"needs the role {row.role}, 'my-{role}' has {role}" in reply.reason
         elif isinstance(row.told, str):
             assert row.told in getattr(reply, "reason", "")
-            assert isinstance(reply, Failure) is (kind is protocol.Open)
+            refused = kind in (protocol.Open, protocol.Where, protocol.Follow)
+            assert isinstance(reply, Failure) is refused
         else:
             assert reply == row.told
         wire.close()
