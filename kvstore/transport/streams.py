@@ -138,6 +138,7 @@ class StreamCarrier:
         """See `Carrier.write`."""
         limit = time.monotonic() + self._lease_seconds
         numbers = slots.astype("<i8")
+        in_pieces = _in_pieces(streamed, nbytes) if self._trailing else None
 
         def until() -> float:
             return min(limit, time.monotonic() + patience)
@@ -163,8 +164,8 @@ class StreamCarrier:
             return 1
 
         def send(stream: _Stream, batch: _Span) -> int:
-            if streamed is not None and self._trailing and nbytes >= _PIECE:
-                return send_pieces(stream, batch, streamed)
+            if in_pieces is not None:
+                return send_pieces(stream, batch, in_pieces)
             spans = _cut(batch, nbytes)
             for span in spans:
                 view, addresses = stream.places(span, nbytes)
@@ -193,6 +194,7 @@ class StreamCarrier:
     ) -> None:
         """See `Carrier.read`."""
         numbers = slots.astype("<i8")
+        in_pieces = _in_pieces(streamed, nbytes)
 
         def ask(stream: _Stream, batch: _Span) -> _Span:
             get = Get(lease, batch.of(numbers).tobytes())
@@ -221,8 +223,8 @@ class StreamCarrier:
             if not isinstance(answer, Sending) or len(answer.checksums) != 8 * batch.number:
                 raise ProtocolError("a get was answered by something else")
             sums.frombytes(answer.checksums)
-            if streamed is not None and nbytes >= _PIECE:
-                return take_pieces(stream, batch, sums, streamed)
+            if in_pieces is not None:
+                return take_pieces(stream, batch, sums, in_pieces)
             for span in _cut(batch, nbytes):
                 view, addresses = stream.places(span, nbytes)
                 stream.wire.receive(view, deadline - time.monotonic())
@@ -347,6 +349,13 @@ class StreamCarrier:
                     return stream
                 stream.wire.close()
         return None
+
+
+def _in_pieces(streamed: Streamed | None, nbytes: int) -> Streamed | None:
+    """How objects of that size go in pieces; None: many, or a whole one, at a time is better."""
+    if streamed is None or nbytes < _PIECE or streamed.open(0) is None:
+        return None
+    return streamed
 
 
 def _batches(count: int, nbytes: int, streams: int) -> list[_Span]:
