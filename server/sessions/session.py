@@ -229,7 +229,12 @@ class SessionConnection(Connection):
     def _find(self, request: protocol.Find) -> Work[Message]:
         namespace, parts, keys = yield from self._named(request)
         entries = yield from self._store.holding(keys, parts, namespace)
-        times = [self._store.catalogue.times(entry) for entry in entries if entry is not None]
+        times = list[tuple[int, int]]()
+        for number, entry in enumerate(entries):
+            if number % _HELD == _HELD - 1:
+                yield
+            if entry is not None:
+                times.append(self._store.catalogue.times(entry))
         return protocol.Holds(
             bytes(entry is not None for entry in entries),
             _i64([created for created, _ in times]),
