@@ -210,6 +210,18 @@ class Connection(asyncio.Protocol, ABC):
             raise ProtocolError(f"handle {handle} is not open")
         return found
 
+    def _named(
+        self, request: protocol.Lookup | protocol.Reserve | protocol.Acquire | protocol.Prefetch
+        | protocol.Pin | protocol.Find,
+    ) -> Work[tuple[Namespace, tuple[Part, ...], list[bytes]]]:  # fmt: skip
+        """What a request is about: of what namespace, which parts of which blocks."""
+        namespace, parts = self._handle_of(request.handle)
+        head = getattr(request, "head", b"")
+        if len(head) not in (0, KEY_BYTES):
+            raise ValueError(f"head has {len(head)} bytes; a key has {KEY_BYTES}")
+        keys = yield from keys_of(request.keys, len(parts))
+        return namespace, parts, keys
+
     def _later(
         self, request_id: int, work: Callable[[], Coroutine[None, None, Message]]
     ) -> asyncio.Task[None]:

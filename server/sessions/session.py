@@ -21,14 +21,12 @@ from kvstore.server.access.grants import Denied, Grant, Role
 from kvstore.server.loop import paced
 from kvstore.server.node import Node, Peer
 from kvstore.server.recent import by_tier
-from kvstore.server.sessions.connection import Connection, keys_of
-from kvstore.server.sessions.placing import check, place
+from kvstore.server.sessions.pooled import PooledConnection
 from kvstore.slices import Work
 from kvstore.store.entry import Entry
 from kvstore.store.leases import LeaseKind, Saving
 from kvstore.store.loading import PROBING, Acquired
-from kvstore.store.segments import heads_of
-from kvstore.tiers.base import PENDING, fingerprint
+from kvstore.tiers.base import PENDING
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Cost, Failure, Message
 
@@ -54,7 +52,7 @@ _FLUSH_POLL: Final = 0.02
 _FULL_POLL: Final = 0.05
 
 
-class SessionConnection(Connection):
+class SessionConnection(PooledConnection):
     """Answers the requests of one client's sessions."""
 
     def __init__(
@@ -63,15 +61,8 @@ class SessionConnection(Connection):
         super().__init__(node, peer, grant, left)
         self._recent = node.recent
         self._saves: dict[int, tuple[Namespace, int, float]] = {}  # lease: blocks asked, start
-        self._served: dict[int, int] = {}  # bytes on their way to a peer, by lease
         self._flushes: set[asyncio.Task[None]] = set()
-        self._follows = False
-        self._placing = 0
         node.sessions[peer.session] = self
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._node.serving.end(sum(self._served.values()))
-        super().connection_lost(exc)
 
     def _handle(self, request_id: int, body: bytes) -> Work[None]:
         request = protocol.decode_request(body)
@@ -109,13 +100,7 @@ class SessionConnection(Connection):
             case protocol.Find():
                 return (yield from self._find(request))
             case protocol.Where():
-                check(self.grant)
-                if self._placing >= _MAX_PLACING:
-                    raise ValueError(f"{_MAX_PLACING} such questions are open; wait for answers")
-                self._placing += 1
-                lease = store.lease(self, request.lease)
-                placing = self._later(request_id, partial(place, self._node, lease))
-                placing.add_done_callback(self._placed)
+                self._where(request_id, request)
                 return None
             case protocol.Renew():
                 return protocol.Count(int(store.renew(self, request.lease)))
@@ -164,18 +149,6 @@ class SessionConnection(Connection):
             case protocol.Attach() | protocol.Put() | protocol.Get():
                 raise ProtocolError("this belongs on a data connection")
 
-    def _named(
-        self, request: protocol.Lookup | protocol.Reserve | protocol.Acquire | protocol.Prefetch
-        | protocol.Pin | protocol.Find,
-    ) -> Work[tuple[Namespace, tuple[Part, ...], list[bytes]]]:  # fmt: skip
-        """What a request is about: of what namespace, which parts of which blocks."""
-        namespace, parts = self._handle_of(request.handle)
-        head = getattr(request, "head", b"")
-        if len(head) not in (0, KEY_BYTES):
-            raise ValueError(f"head has {len(head)} bytes; a key has {KEY_BYTES}")
-        keys = yield from keys_of(request.keys, len(parts))
-        return namespace, parts, keys
-
     def _lookup(self, request_id: int, request: protocol.Lookup) -> Work[Message | None]:
         started, store, owner = time.monotonic(), self._store, self.owner
         namespace, parts, keys = yield from self._named(request)
@@ -218,39 +191,12 @@ class SessionConnection(Connection):
         self._later(request_id, look_again).add_done_callback(self._looked)
         return None
 
-    def _hint(
-        self, request: protocol.Lookup | protocol.Prefetch, namespace: Namespace, keys: list[bytes]
-    ) -> None:
-        """Believe a router, or a peer, where blocks are."""
-        if request.source and self._node.pool is not None:
-            heads = heads_of(namespace, keys, request.position, request.head)
-            self._node.pool.directory.hint(list(map(fingerprint, heads)), request.source)
-
-    def _find(self, request: protocol.Find) -> Work[Message]:
-        namespace, parts, keys = yield from self._named(request)
-        entries = yield from self._store.holding(keys, parts, namespace)
-        times = list[tuple[int, int]]()
-        for number, entry in enumerate(entries):
-            if number % _HELD == _HELD - 1:
-                yield
-            if entry is not None:
-                times.append(self._store.catalogue.times(entry))
-        return protocol.Holds(
-            bytes(entry is not None for entry in entries),
-            _i64([created for created, _ in times]),
-            _i64([expires for _, expires in times]),
-            self._node.serving.nbytes,
-        )
-
     def _found(self, codes: bytes, reason: str) -> protocol.Found:
         costs = {number: lower.cost for number, lower in self._store.movement.lowers.items()}
         if "tiers" in self.peer.features:
             return protocol.Found(codes, reason, 0.0, costs=costs)
         disk = costs.get(protocol.DISK, Cost(0.0))
         return protocol.Found(codes, reason, disk.seconds_per_byte, disk.seconds(0))
-
-    def _placed(self, _: asyncio.Task[None]) -> None:
-        self._placing -= 1
 
     def _looked(self, _: asyncio.Task[None]) -> None:
         self.owner.looking -= 1
@@ -323,7 +269,7 @@ class SessionConnection(Connection):
 
     def _saved(self, lease: int, blocks: int, reason: str) -> None:
         """A lease has ended: note the save, if it was for one."""
-        self._node.serving.end(self._served.pop(lease, 0))
+        self._served_whole(lease)
         save = self._saves.pop(lease, None)
         if save is not None:
             namespace, asked, started = save
@@ -336,14 +282,9 @@ class SessionConnection(Connection):
         namespace, parts, keys = yield from self._named(request)
         if not 0 <= request.wait <= protocol.MAX_WAIT:
             raise ValueError(f"a wait of {request.wait} seconds; give 0 to {protocol.MAX_WAIT:.0f}")
-        serving, node = self._node.serving, self.peer.node
-        nbytes = 0
-        if request.own:
-            nbytes = len(keys) * sum(part.nbytes(namespace.block_tokens) for part in parts)
-        if serving.busy(nbytes):
-            self._store.counters.add("peers.served", "busy")
-            others = serving.others(namespace.digest, keys, node)
-            return protocol.Held(b"", b"", "busy", others=others)
+        nbytes = len(keys) * sum(part.nbytes(namespace.block_tokens) for part in parts)
+        if request.own and (busy := self._busy(namespace, keys, nbytes)) is not None:
+            return busy
         come: asyncio.Future[Acquired] = asyncio.get_running_loop().create_future()
         running = yield from self._store.acquiring(
             self,
@@ -357,10 +298,8 @@ class SessionConnection(Connection):
             holes=request.holes,
             own=request.own,
         )
-        if nbytes:
-            self._served[request.lease] = nbytes
-            serving.begin(nbytes, namespace.digest, keys, node)
-            self._store.counters.add("peers.served", "done")
+        if request.own:
+            self._serve(request.lease, namespace, keys, nbytes)
 
         def reply() -> Work[Message]:
             acquired = come.result()
@@ -383,13 +322,6 @@ class SessionConnection(Connection):
             return (yield from reply())
         self._later(request_id, reply_late)
         return None
-
-    def _serves_no_more(self, lease: int, acquired: Acquired) -> None:
-        """Than what was there of what was asked for."""
-        given = sum(entry.nbytes for block in acquired.blocks for entry in block)
-        if (asked := self._served.get(lease, 0)) > given:
-            self._served[lease] = given
-            self._node.serving.end(asked - given)
 
     def _held(self, lease: int, acquired: Acquired, parts: tuple[Part, ...]) -> Work[protocol.Held]:
         """The reply that tells a client where its blocks lie."""
@@ -418,48 +350,6 @@ class SessionConnection(Connection):
         return protocol.Held(
             _i64(slots), bytes(acquired.tiers), acquired.reason, other, tuple(sums)
         )
-
-    def _follow(self, request_id: int, request: protocol.Follow) -> None:
-        publishing = self._node.publishing
-        if publishing is None:
-            raise ValueError(
-                "this node has no peers: set peers.nodes, peers.dns or peers.directory"
-            )
-        if self._follows:
-            raise ValueError("this session follows already")
-        self._follows = True
-
-        async def tell() -> None:
-            async with contextlib.aclosing(
-                publishing.follow(self.grant, request.incarnation, request.after)
-            ) as told:
-                async for published in told:
-                    while self._full:  # What it misses meanwhile it is told later, or all anew.
-                        await asyncio.sleep(_FULL_POLL)
-                    self._reply(request_id, published)
-
-        self._start(tell)
-
-    async def _fetch(
-        self, request: protocol.Prefetch, namespace: Namespace, parts: tuple[Part, ...],
-        keys: list[bytes],
-    ) -> Message:  # fmt: skip
-        """Bring blocks from a peer that says it has them; how many are here at the end."""
-        self._hint(request, namespace, keys)
-        loop, store = asyncio.get_running_loop(), self._store
-        until = loop.time() + protocol.PREFETCH_SECONDS
-        come: asyncio.Future[int] = loop.create_future()
-        look = partial(store.looking_up, keys, parts, namespace, again=True)
-        _, reason = await paced(look(position=request.position, head=request.head))
-        while reason == PROBING and loop.time() < until:
-            await asyncio.sleep(_PENDING_POLL)
-            _, reason = await paced(look(position=request.position, head=request.head))
-        try:
-            await paced(store.prefetching(keys, parts, namespace, self, come.set_result))
-        except ValueError as e:
-            return Failure(str(e))
-        await asyncio.wait([come], timeout=until - loop.time())
-        return protocol.Count(come.result() if come.done() else 0)
 
     def _flush(self, request_id: int, request: protocol.Flush) -> None:
         if len(self._flushes) >= _MAX_FLUSHES:
