@@ -148,10 +148,10 @@ def test_two_nodes_of_one_name_are_told(join: Join) -> None:
 def test_what_is_no_card_of_a_node_is_left_alone(join: Join, valkey: RedisServer) -> None:
     one = join("one", node_seconds=1)
     client = valkey.client
-    client.sadd("kvstore:peers:nodes", "7", "8", "9", "10")
     client.set("kvstore:peers:7", b"evil\nhttp://nowhere")
     client.set("kvstore:peers:8", b"\xff\xfe\x00")
     client.set("kvstore:peers:9", b"fine\ntcp://there:1")
+    client.sadd("kvstore:peers:nodes", "7", "8", "9", "10")  # Last: who has no card is forgotten.
     eventually(lambda: one.peers() == {"fine": "tcp://there:1"})
     eventually(lambda: b"10" not in client.smembers("kvstore:peers:nodes"))
     client.set("kvp:" + "x" * 8, b"no set")
