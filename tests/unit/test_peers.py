@@ -18,6 +18,7 @@ from kvstore.server import publishing as publishing_module
 from kvstore.server.access.grants import LOCAL, Grant, Role
 from kvstore.server.publishing import Publishing
 from kvstore.slices import finish
+from kvstore.sources import load_config
 from kvstore.store.leases import Saving
 from kvstore.tiers import factory
 from kvstore.tiers.base import fingerprint
@@ -25,7 +26,9 @@ from kvstore.tiers.peers import followed as followed_module
 from kvstore.tiers.peers.directory import open_directory
 from kvstore.tiers.peers.followed import SILENT_SECONDS, FollowedDirectory, Gap, Told
 from kvstore.tiers.peers.hints import Hints, known
+from kvstore.tiers.peers.pool import Pool as Links
 from kvstore.tiers.peers.table import MAX_NODES, Table, packed
+from kvstore.tiers.peers.tier import PeersTier
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Follow, Hello, Published, Welcome
 from tests.session_tools import eventually
@@ -537,3 +540,24 @@ def test_sixty_four_nodes_in_one_table(pool: Pool, follow: Open) -> None:
     assert directory.nbytes < 22 * segments
     assert "peers.directory" in (directory.problem or ""), "one is too many"
     assert directory.find([1 + MAX_NODES * each], 0.0) == [()]
+
+
+def test_a_tier_that_is_opened_anew_reaches_its_peers_again() -> None:
+    config = load_config(
+        overrides={
+            "server": {"tcp": "127.0.0.1:7422", "name": "here"},
+            "peers": {"nodes": ["tcp://127.0.0.1:1"]},
+        }
+    )
+    pool = Links(config, open_directory("here", config.reached_at, config.peers))
+    try:
+        (there,) = config.peers.nodes
+        for _ in range(2):
+            tier = PeersTier("peers", pool, 1.0)
+            assert list(pool.links([there])) == [there]
+            tier.close()
+            assert not pool.links([there])
+    finally:
+        pool.close()
+    pool.begin()
+    assert not pool.links([there])

@@ -51,7 +51,7 @@ class Pool:
         self._links: dict[str, Link] = {}
         self._lock = threading.Lock()
         self._quiet = QuietLog(_logger)
-        self._closed = False
+        self._closed = self._ended = False
         self._token = partial(peer_token, config.peers)
         self._token()
 
@@ -89,8 +89,13 @@ class Pool:
                     self._links.pop(node, None)
                 link.close()
 
+    def begin(self) -> None:
+        """A tier uses it from now on, maybe after another one that has failed."""
+        with self._lock:
+            self._closed = self._ended
+
     def cut(self) -> None:
-        """Give all connections up, for good: who waits for a peer waits no more."""
+        """Give all connections up until `begin`: who waits for a peer waits no more."""
         with self._lock:
             self._closed = True
             links = list(self._links.values())
@@ -99,7 +104,8 @@ class Pool:
             link.close()
 
     def close(self) -> None:
-        """End all of it. Blocks for a moment."""
+        """End all of it, for good. Blocks for a moment."""
+        self._ended = True
         self.cut()
         self.directory.close()
         if self.helpers is not None:

@@ -59,6 +59,7 @@ class PeersTier:
     def __init__(self, name: str, pool: Pool, stall_seconds: float) -> None:
         self.name = name
         self._pool = pool
+        pool.begin()
         self._seconds = stall_seconds
         self._vitals = pool.vitals
         self._crew = Crew(name, pool.streams, self._run, self._vitals, 2 * stall_seconds)
