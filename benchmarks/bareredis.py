@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from kvstore._native import xxh3_64
 from kvstore.benchmarks.figures import BenchmarkError
+from kvstore.benchmarks.served import free_port
 from kvstore.memory.bounce import Bounce
 from kvstore.transport.sockets import tune
 
@@ -49,8 +50,7 @@ def server(room: int) -> Iterator[str | None]:
     if program is None:
         yield None
         return
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     with TemporaryDirectory(prefix="kvstore-bench-") as folder:
         started = subprocess.Popen(
             [program[1], "--port", str(port), "--bind", "127.0.0.1", "--save", "",

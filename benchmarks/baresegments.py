@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from shutil import rmtree
 from typing import Any, Final
 
 from kvstore.benchmarks.barefile import PIECE
+from kvstore.benchmarks.served import free_port
 from kvstore.memory.bounce import Bounce
 from kvstore.memory.slots import align
 
@@ -152,8 +152,7 @@ def s3_server() -> Iterator[tuple[dict[str, Any], Any] | None]:
     if find_spec("moto") is None:
         yield None
         return
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port = found.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     quiet = subprocess.DEVNULL
     with subprocess.Popen(command, stdout=quiet, stderr=quiet) as process:

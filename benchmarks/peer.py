@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-import psutil
-
 from kvstore.benchmarks import pool
 from kvstore.benchmarks.barestream import BareStream
+from kvstore.benchmarks.cpu import Used, of_process
 from kvstore.benchmarks.engine import Engine
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run, Samples
-from kvstore.benchmarks.served import served
+from kvstore.benchmarks.served import free_port, served
 from kvstore.benchmarks.shapes import LLAMA_NHD
 
 SHAPE: Final = LLAMA_NHD
@@ -43,36 +39,6 @@ def run(report: Report, *, size: int, streams: int) -> None:
     pool.run(report, size=size, streams=streams)
 
 
-class _Cpu:
-    """What runs take of the processor, in this process and in that of `pid`, but for the first."""
-
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
-        self._runs = -1
-        self._seconds = [0.0, 0.0]
-
-    def of(self, call: Callable[[], None]) -> Callable[[], None]:
-        """The call, watched."""
-
-        def watched() -> None:
-            before = time.process_time(), self._theirs()
-            call()
-            if self._runs >= 0:  # The first one is to warm up.
-                self._seconds[0] += time.process_time() - before[0]
-                self._seconds[1] += self._theirs() - before[1]
-            self._runs += 1
-
-        return watched
-
-    def _theirs(self) -> float:
-        times = psutil.Process(self._pid).cpu_times()
-        return float(times.user + times.system)
-
-    def each(self, nbytes: int) -> list[float]:
-        """Milliseconds per GiB, here and there."""
-        return [1000 * one / self._runs / (nbytes / (1 << 30)) for one in self._seconds]
-
-
 def _measure(
     report: Report,
     bare: BareStream,
@@ -93,21 +59,23 @@ def _measure(
         engine.copy_in(engine.blocks)
 
     used = {
-        name: _Cpu(summing.pid if name.startswith("hashing") else daemon)
+        name: Used(of_process(summing.pid if name.startswith("hashing") else daemon))
         for name in ("save", "hashing save", "load", "hashing load")
     }
-    save = used["save"].of(partial(engine.save, keys, engine.blocks))
     taken = report.race(
         f"save and load over TCP, {streams} connections",
         {
             "bare save": Run(bare.save),
-            "hashing save": Run(used["hashing save"].of(summing.save)),
+            "hashing save": used["hashing save"].run(summing.save),
             "bare save, copy": Run(copy_and_send),
-            "save": Run(save, partial(engine.session.clear, timeout=_SECONDS)),
+            "save": used["save"].run(
+                partial(engine.save, keys, engine.blocks),
+                partial(engine.session.clear, timeout=_SECONDS),
+            ),
             "bare load": Run(bare.load),
-            "hashing load": Run(used["hashing load"].of(summing.load)),
+            "hashing load": used["hashing load"].run(summing.load),
             "bare load, copy": Run(receive_and_copy),
-            "load": Run(used["load"].of(load)),
+            "load": used["load"].run(load),
         },
     )
     engine.check(load)
@@ -121,15 +89,14 @@ def _measure(
         for what, run in ways.items()
     }
     for name in ("save", "load"):
-        ours, theirs = (used[which].each(engine.nbytes) for which in (name, f"hashing {name}"))
-        for side, own, bare_one in zip(("client", "server"), ours, theirs, strict=True):
-            if not (own and bare_one):  # The system counts in steps of 10 ms.
-                continue
-            report.level(
-                f"TCP {name}, CPU of the {side}", own, bare_one, unit="ms/GiB",
-                less_is_better=True, samples=report.samples, streams=streams,
-                against="a bare socket that hashes at both ends",
-            )  # fmt: skip
+        used[name].report(
+            report,
+            f"TCP {name}",
+            used[f"hashing {name}"],
+            engine.nbytes,
+            against="a bare socket that hashes at both ends",
+            streams=streams,
+        )
     one_stream = _iperf3(engine.nbytes, report.samples)
     if one_stream is None:
         report.note(_NO_IPERF)
@@ -154,8 +121,7 @@ def _iperf3(nbytes: int, samples: int) -> Samples | None:
     """Seconds that iperf3 takes for as many bytes; None without it."""
     if shutil.which("iperf3") is None:
         return None
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     seconds = []
     server = subprocess.Popen(
         ["iperf3", "-s", "-B", "127.0.0.1", "-p", port, "--forceflush"],

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import socket
 import time
 from typing import Any, Final
 
 from kvstore.benchmarks.barestream import BareStream
 from kvstore.benchmarks.engine import Engine
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run
-from kvstore.benchmarks.served import served
+from kvstore.benchmarks.served import free_port, served
 from kvstore.benchmarks.shapes import LLAMA_NHD
 
 SHAPE: Final = LLAMA_NHD
@@ -20,7 +19,7 @@ _SECONDS: Final = 30.0
 def run(report: Report, *, size: int, streams: int) -> None:
     """Measure with `size` bytes of blocks and that many data connections between the daemons."""
     blocks = max(2, size // SHAPE.block_bytes)
-    ports = [_free_port() for _ in range(2)]
+    ports = [free_port() for _ in range(2)]
     nodes = [f"tcp://127.0.0.1:{port}" for port in ports]
     settings: list[dict[str, Any]] = [
         {
@@ -79,9 +78,3 @@ def run(report: Report, *, size: int, streams: int) -> None:
                 congestion=bare.congestion,
                 against=what,
             )
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -76,3 +77,10 @@ def _faces(daemon: subprocess.Popen[bytes]) -> dict[str, str]:
     if not said.startswith("ready"):
         raise BenchmarkError("the daemon did not start; its words are above")
     return dict(line.split(maxsplit=1) for line in said.splitlines()[1:])
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from itertools import product
@@ -13,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final, Protocol
 
 from kvstore.benchmarks import bareredis, baresegments
+from kvstore.benchmarks.cpu import Used
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run
 from kvstore.blocks.keys import block_keys
 from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part
@@ -106,7 +106,8 @@ def measure(
                 report.note(f"objects of {format_size(nbytes)} left out: they need a larger --size")
                 continue
             jobs = _Jobs(tier, arena, nbytes, count)
-            used = {name: _Used(bare) for name in ("bare put", "put", "bare get", "get")}
+            calls = ("bare put", "put", "bare get", "get")
+            used = {name: Used(lambda: bare.cpu_seconds) for name in calls}
             fill = partial(bare.write, nbytes, count)
             runs = {
                 "bare put": used["bare put"].run(fill, bare.clear),
@@ -130,56 +131,17 @@ def measure(
                     against=against[limit],
                     **about,
                 )
-            _cpu(report, tier.name, used, nbytes * count, object_bytes=nbytes, **how)
+            for name in ("put", "get"):
+                used[name].report(
+                    report,
+                    f"{tier.name} {name}",
+                    used[f"bare {name}"],
+                    nbytes * count,
+                    against="a bare client",
+                    **about,
+                )
             bare.clear()
     _probes(report, tier, **how)
-
-
-class _Used:
-    """CPU seconds of this process and of the server, over all runs but the first."""
-
-    def __init__(self, bare: Bare) -> None:
-        self._bare = bare
-        self.runs = -1  # The first one is to warm up.
-        self.client = self.server = 0.0
-
-    def run(self, call: Callable[[], None], before: Callable[[], None]) -> Run:
-        """Of a race, watched."""
-        started = [0.0, 0.0]
-
-        def begin() -> None:
-            before()
-            started[:] = time.process_time(), self._bare.cpu_seconds
-
-        def end() -> None:
-            call()
-            if self.runs >= 0:
-                self.client += time.process_time() - started[0]
-                self.server += self._bare.cpu_seconds - started[1]
-            self.runs += 1
-
-        return Run(end, begin)
-
-
-def _cpu(report: Report, kind: str, used: Mapping[str, _Used], nbytes: int, **how: Any) -> None:
-    for name in ("put", "get"):
-        for side in ("client", "server"):
-            each = [
-                1000 * getattr(used[key], side) / used[key].runs / (nbytes / (1 << 30))
-                for key in (name, f"bare {name}")
-            ]
-            if not all(each):  # It has none of its own, it is not ours, or used too little to tell.
-                continue
-            report.level(
-                f"{kind} {name}, CPU of the {side}",
-                each[0],
-                each[1],
-                unit="ms/GiB",
-                less_is_better=True,
-                samples=used[name].runs,
-                against="a bare client",
-                **how,
-            )
 
 
 def _probes(report: Report, tier: Tier, **how: Any) -> None:

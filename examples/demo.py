@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,6 +192,17 @@ def last_words(log: Path) -> str:
     return log.read_text(errors="replace").strip()[-2000:] or "(it said nothing)"
 
 
+def progress_on(console: Console) -> Progress:
+    """Steps with their seconds, for who watches a terminal."""
+    return Progress(
+        SpinnerColumn(finished_text="✓"),
+        TextColumn("{task.description}", markup=False),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
 def run(
     engine: str, pythons: dict[str, str], model: Path, tokens: int, console: Console
 ) -> list[dict[str, Any]]:
@@ -202,13 +213,7 @@ def run(
     Raises:
         DemoError: the store or a reader failed.
     """
-    progress = Progress(
-        SpinnerColumn(finished_text="✓"),
-        TextColumn("{task.description}", markup=False),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
+    progress = progress_on(console)
     results = []
     with tempfile.TemporaryDirectory(prefix="kvstore-demo-") as name, progress:
         folder = Path(name)
@@ -279,8 +284,31 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
         console.print(f"  {result['answer']}", markup=False, highlight=False)
 
 
+def conclude(
+    run: Callable[[Path, Console], list[dict[str, Any]]],
+    show: Callable[[list[dict[str, Any]], Console], None],
+    *,
+    as_json: bool,
+) -> int:
+    """Prepare the model, run a demo with it, print what came out; the exit code."""
+    console = Console(stderr=as_json)
+    try:
+        results = run(prepare(console), console)
+    except (DemoError, ModelUnavailable) as e:
+        console.print(f"[red]error:[/] {escape(str(e))}", highlight=False)
+        return 1
+    wrong = problems(results)
+    if as_json:
+        print(json.dumps({"readers": results, "problems": wrong}, indent=2))
+    else:
+        show(results, console)
+    for problem in wrong:
+        console.print(f"[red]wrong:[/] {escape(problem)}", highlight=False)
+    return 1 if wrong else 0
+
+
 def main() -> int:
-    """Prepare the model, run the demo, print what came out."""
+    """Ask three readers, and print what came out."""
     parser = argparse.ArgumentParser(description="Three processes share a document's KV.")
     parser.add_argument("--json", action="store_true", help="print the facts as one JSON object")
     parser.add_argument("--engine", choices=[*READERS, "all"], default="transformers")
@@ -294,21 +322,11 @@ def main() -> int:
         help="interpreter of an engine's environment (default: this one); may be repeated",
     )
     given = parser.parse_args()
-    console = Console(stderr=given.json)
-    try:
-        model = prepare(console)
-        results = run(given.engine, dict(given.python), model, given.new_tokens, console)
-    except (DemoError, ModelUnavailable) as e:
-        console.print(f"[red]error:[/] {escape(str(e))}", highlight=False)
-        return 1
-    wrong = problems(results)
-    if given.json:
-        print(json.dumps({"readers": results, "problems": wrong}, indent=2))
-    else:
-        show(results, console)
-    for problem in wrong:
-        console.print(f"[red]wrong:[/] {escape(problem)}", highlight=False)
-    return 1 if wrong else 0
+
+    def asked(model: Path, console: Console) -> list[dict[str, Any]]:
+        return run(given.engine, dict(given.python), model, given.new_tokens, console)
+
+    return conclude(asked, show, as_json=given.json)
 
 
 if __name__ == "__main__":

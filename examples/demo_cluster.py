@@ -39,16 +39,14 @@ from demo import (
     DemoError,
     Reader,
     begin,
+    conclude,
     last_words,
-    problems,
+    progress_on,
     run_reader,
     tell,
 )
-from model import ModelUnavailable, prepare
 from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 NETWORK: Final = "10.213.77"
@@ -197,13 +195,7 @@ def run(model: Path, tokens: int, console: Console) -> list[dict[str, Any]]:
     Raises:
         DemoError: something did not start, or a reader failed.
     """
-    progress = Progress(
-        SpinnerColumn(finished_text="✓"),
-        TextColumn("{task.description}", markup=False),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
+    progress = progress_on(console)
     results = []
     READER_ENVIRONMENT.update(PATIENCE)
     program = [sys.executable, str(HERE / READERS["transformers"])]
@@ -254,26 +246,16 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
 
 
 def main() -> int:
-    """Prepare the model, run the demo, print what came out."""
+    """Ask on three hosts, and print what came out."""
     parser = argparse.ArgumentParser(description="Three hosts share a document's KV.")
     parser.add_argument("--json", action="store_true", help="print the facts as one JSON object")
     parser.add_argument("--new-tokens", type=int, default=32, help="length of each answer")
     given = parser.parse_args()
-    console = Console(stderr=given.json)
-    try:
-        model = prepare(console)
-        results = run(model, given.new_tokens, console)
-    except (DemoError, ModelUnavailable) as e:
-        console.print(f"[red]error:[/] {escape(str(e))}", highlight=False)
-        return 1
-    wrong = problems(results)
-    if given.json:
-        print(json.dumps({"readers": results, "problems": wrong}, indent=2))
-    else:
-        show(results, console)
-    for problem in wrong:
-        console.print(f"[red]wrong:[/] {escape(problem)}", highlight=False)
-    return 1 if wrong else 0
+
+    def asked(model: Path, console: Console) -> list[dict[str, Any]]:
+        return run(model, given.new_tokens, console)
+
+    return conclude(asked, show, as_json=given.json)
 
 
 if __name__ == "__main__":

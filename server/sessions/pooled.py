@@ -113,7 +113,7 @@ class PooledConnection(Connection):
                 "this node has no peers: set peers.nodes, peers.dns or peers.directory"
             )
         if self._follows:
-            raise ValueError("this session follows already")
+            raise ValueError("this client follows already")
         self._follows = True
 
         async def tell() -> None:

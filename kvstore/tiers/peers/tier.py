@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Final
@@ -25,7 +25,7 @@ from kvstore.tiers.base import (
 from kvstore.tiers.peers.link import Busy, Link, Refused
 from kvstore.tiers.peers.policy import ranked, to_ask
 from kvstore.tiers.peers.pool import Pool
-from kvstore.tiers.remote import Crew
+from kvstore.tiers.remote import Crew, Shared
 from kvstore.tiers.tasks import Task
 
 _logger: Final = logging.getLogger("kvstore.peers")
@@ -42,7 +42,7 @@ _MOST_KNOWN: Final = 1 << 16
 _CLOSE_SECONDS: Final = 2.0
 
 
-class PeersTier:
+class PeersTier(Shared):
     """A `Tier` of what peers hold. It is never written to.
 
     Counters: `bytes_read`, `read_errors.<reason>`, `probes`, `probes_unanswered`; of questions to
@@ -53,8 +53,6 @@ class PeersTier:
         pool: the peers.
         stall_seconds: a fetch may take so long; see also `Crew`.
     """
-
-    shared = True
 
     def __init__(self, name: str, pool: Pool, stall_seconds: float) -> None:
         self.name = name
@@ -73,15 +71,12 @@ class PeersTier:
     @property
     def state(self) -> State:
         """See `Tier.state`."""
-        seconds, backlog = self._vitals.cost
-        return State(
+        state = self._vitals.state(
             readable=not self._closed and not self._crew.stalled,
             writable=False,
-            problem=self._vitals.problem or self._pool.directory.problem,
-            seconds_per_byte=seconds,
-            backlog=backlog,
             fixed_seconds=self._pool.round_trip,
         )
+        return state._replace(problem=state.problem or self._pool.directory.problem)
 
     @property
     def counters(self) -> Counter[str]:
@@ -89,17 +84,10 @@ class PeersTier:
         told = self._pool.directory.counters
         return self._vitals.counters + Counter({f"directory.{n}": v for n, v in told.items()})
 
-    def recover(self) -> Iterator[Held]:
-        """See `Tier.recover`; this one is shared."""
-        return iter(())
-
     def put(self, jobs: Sequence[Job], done: JobDone) -> None:
         """See `Tier.put`: a node holds what its own sessions have saved or read, and no more."""
         for job in jobs:
             done(job, "closed" if self._closed else "read_only")
-
-    def settled(self, job: Job, error: str | None) -> None:
-        """See `Tier.settled`."""
 
     def get(self, jobs: Sequence[Job], done: JobDone) -> None:
         """See `Tier.get`."""
@@ -110,9 +98,6 @@ class PeersTier:
         with self._lock:
             for name in names:
                 self._holders.pop(name, None)
-
-    def touch(self, names: Sequence[ObjectName], *, used: bool = True) -> None:
-        """See `Tier.touch`: peers see for themselves what is used."""
 
     def expire(self, held: Sequence[Held]) -> None:
         """See `Tier.expire`: it is for who holds an object to say."""
