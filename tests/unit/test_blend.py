@@ -1,0 +1,239 @@
+"""What requests ask of reuse, pieces in prompts, and the rows that are computed again."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from msgspec import structs
+
+from kvstore.blend.pieces import (
+    BASE,
+    BLOCK_TOKENS,
+    LONGEST,
+    SHORTEST,
+    PieceIndex,
+    Placed,
+    filler,
+    named,
+    piece_keys,
+    piece_namespace,
+)
+from kvstore.blend.reuse import MAX_PIECES, Reuse, asked
+from kvstore.blend.selection import SELECTIONS, runs
+from kvstore.blocks.keys import block_keys
+from kvstore.blocks.spec import ModelIdentity, Namespace
+from kvstore.errors import SpecError
+
+ROOM = Namespace(ModelIdentity("a-model", "1"), "someone", 64)
+APPROXIMATE = {"reuse": "approximate"}
+
+
+def text(count: int, seed: int = 0) -> Any:
+    """Tokens of which no two stretches are alike."""
+    return np.random.default_rng(seed).integers(0, 50_000, count, dtype=np.uint32)
+
+
+# -- what is asked ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("params", "wanted"),
+    [
+        (None, Reuse()),
+        ({"do_remote_prefill": True, "recompute": None}, Reuse()),
+        (APPROXIMATE, Reuse(approximate=True)),
+        (APPROXIMATE | {"recompute": 1}, Reuse(True, 1.0)),
+        (APPROXIMATE | {"recompute": "fast"}, Reuse(True, 0.1, "first")),
+        (APPROXIMATE | {"recompute": "careful"}, Reuse(True, 0.5)),
+        (
+            APPROXIMATE | {"recompute": "fast", "selection": "all"},
+            Reuse(True, 0.1, "all"),
+        ),
+        (
+            APPROXIMATE | {"pieces": [[0, 10], (10, 100)]},
+            Reuse(True, pieces=((0, 10), (10, 100))),
+        ),
+        ({"piece": {"start": 3, "end": 80}}, Reuse(piece=(3, 80))),
+    ],
+)
+def test_a_request_asks(params: Any, wanted: Reuse) -> None:
+    assert asked(params, 100) == wanted
+
+
+@pytest.mark.parametrize(
+    ("params", "problem"),
+    [
+        ([], "is no object"),
+        ({"reuse": "blended"}, 'must be "exact" or "approximate"'),
+        ({"reuse": ["exact"]}, 'must be "exact" or "approximate"'),
+        ({"recompute": 1.1}, "must be 0 to 1"),
+        ({"recompute": float("nan")}, "must be 0 to 1"),
+        ({"recompute": True}, "must be 0 to 1"),
+        ({"recompute": "slow"}, '"fast" (0.1)'),
+        ({"selection": "best"}, "must be one of first, question"),
+        ({"selection": {}}, "must be one of first, question"),
+        ({"pieces": {"start": 1}}, "write [[start, end], ...]"),
+        ({"pieces": [[1, 2]] * (MAX_PIECES + 1)}, "at most 256"),
+        ({"pieces": [[1, 2, 3]]}, "no [start, end]"),
+        ({"pieces": [[1.0, 2]]}, "whole numbers"),
+        ({"pieces": [[False, True]]}, "whole numbers"),
+        ({"pieces": [[5, 10], [9, 12]]}, "end of the one before (10)"),
+        ({"pieces": [[7, 7]]}, "start must be below end"),
+        ({"pieces": [[-1, 7]]}, "not in order"),
+        ({"pieces": [[7, 101]]}, "the 100 tokens"),
+        ({"piece": [1, 2]}, '"start": 512'),
+        ({"piece": {"start": 1}}, '"start": 512'),
+        ({"piece": {"start": 1, "end": 1000}}, "the 100 tokens"),
+        (APPROXIMATE | {"piece": {"start": 1, "end": 99}}, "cannot be registered"),
+    ],
+)
+def test_what_is_wrong_is_said(params: Any, problem: str) -> None:
+    with pytest.raises(SpecError) as e:
+        asked(params, 100)
+    assert problem in str(e.value)
+
+
+# -- pieces ----------------------------------------------------------------------------------------
+
+
+def test_the_filler_is_the_same_everywhere_and_long_enough_for_any_tokenizer() -> None:
+    def words(said: str) -> list[int]:
+        """As few tokens of English as tokenizers make."""
+        return [len(word) for word in said.split()]
+
+    made = filler(words, 100)
+    assert len(made) == BASE
+    assert made[:5].tolist() == [3, 7, 4, 5, 3]
+    scattered = filler(None, 300)
+    assert scattered.max() < 300
+    assert len(set(scattered.tolist())) > 200
+    with pytest.raises(SpecError, match="makes 1 tokens"):
+        filler(lambda _: [1], 100)
+
+
+def test_pieces_have_names_of_their_own() -> None:
+    before, tokens = text(BASE, 1), text(150)
+    room = piece_namespace(ROOM, before)
+    others = [
+        piece_namespace(structs.replace(ROOM, tenant="another"), before),
+        piece_namespace(structs.replace(ROOM, model=ModelIdentity("a-model", "2")), before),
+        piece_namespace(ROOM, before[::-1]),
+        structs.replace(ROOM, block_tokens=BLOCK_TOKENS),
+    ]
+    keys = piece_keys(room, tokens)
+    assert len(keys) == -(-150 // BLOCK_TOKENS)
+    assert keys[:-1] == block_keys(room, tokens)
+    for other in others:
+        assert not set(piece_keys(other, tokens)) & set(keys)
+    # The last block's key tells how long the piece is.
+    assert piece_keys(room, tokens[:149])[:-1] == keys[:-1]
+    assert piece_keys(room, tokens[:149])[-1] != keys[-1]
+
+
+def test_pieces_are_found_wherever_they_stand() -> None:
+    index = PieceIndex()
+    one, two, longer = text(200, 1), text(90, 2), text(300, 4)
+    longer[:100] = one[:100]  # begins alike
+    for piece in (one, two, longer, one):
+        index.add(piece)
+    assert len(index) == 3
+    prompt = np.concatenate([text(37, 5), two, longer, one[:70], text(3, 6), two[3:], one[:60]])
+    places = [(p.start, p.end, p.offset) for p in index.find(prompt)]
+    assert places == [(37, 127, 0), (127, 427, 0), (427, 497, 0), (500, 587, 3)]
+    assert index.find(prompt[:63]) == []
+    assert index.find([]) == []
+    for found in index.find(prompt):
+        own = found.piece[found.offset : found.offset + found.end - found.start]
+        assert np.array_equal(prompt[found.start : found.end], own)
+
+
+def test_a_place_is_cut_to_what_is_wanted_of_it() -> None:
+    piece = text(200)
+    placed = Placed(100, 300, piece)
+    assert placed.blocks == range(13)
+    assert placed.within(0, 300) == placed
+    cut = placed.within(120, 299)
+    assert cut is not None
+    assert (cut.start, cut.end, cut.offset, cut.blocks) == (120, 299, 20, range(1, 13))
+    assert placed.within(100, 100 + SHORTEST - 1) is None
+    assert [(p.start, p.end) for p in named(piece, ((3, 70), (70, 80)))] == [(3, 70), (70, 80)]
+
+
+def test_an_index_stays_small_and_forgets_what_is_not_used() -> None:
+    index = PieceIndex(limit=400)
+    pieces = [text(100, seed) for seed in range(6)]
+    for piece in pieces[:4]:
+        index.add(piece)
+    assert index.find(pieces[0])  # used, so that it stays
+    index.add(pieces[4])
+    assert [bool(index.find(piece)) for piece in pieces[:5]] == [True, False, True, True, True]
+    for length in (SHORTEST - 1, LONGEST + 1):
+        with pytest.raises(SpecError, match="a piece has 64 to 32768 tokens"):
+            index.add(text(length))
+    begins = text(SHORTEST + 4)
+    index = PieceIndex()
+    for seed in range(100):  # more than are told apart by their first windows
+        index.add(np.concatenate([begins, text(20, seed)]))
+    assert index.find(np.concatenate([begins, text(20, 99)]))[0].end == SHORTEST + 24
+
+
+def test_prompts_that_repeat_themselves_take_no_longer() -> None:
+    index = PieceIndex()
+    for count in (64, 1000, 30_000):
+        index.add(np.full(count, 7))
+        index.add(np.arange(count) % 2)
+    began = time.perf_counter()
+    for prompt in (np.full(100_000, 7), np.arange(100_000) % 2, text(100_000)):
+        index.find(prompt)
+    assert time.perf_counter() - began < 1.0
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+SPANS = [(10, 110), (110, 160), (200, 300)]
+
+
+def rows_of(name: str, share: float, scores: Any = None, tile: int = 1) -> list[int]:
+    return SELECTIONS[name].rows(SPANS, share, scores, tile=tile).tolist()
+
+
+def test_all_and_none_do_not_ask_for_the_share() -> None:
+    every = [row for span in SPANS for row in range(*span)]
+    assert rows_of("all", 0.1) == every
+    assert rows_of("none", 0.9) == []
+    for name in ("first", "question", "deviation"):
+        assert rows_of(name, 1.0) == every
+        assert rows_of(name, 0.0) == []
+
+
+def test_first_takes_the_head_of_each_piece() -> None:
+    taken = SELECTIONS["first"].rows(SPANS, 0.2)
+    assert runs(taken) == [(10, 30), (110, 120), (200, 220)]
+
+
+def test_question_takes_heads_and_what_the_question_attends_to() -> None:
+    scores = np.zeros(400)
+    scores[[50, 77, 250, 399]] = 1.0, 3.0, 2.0, 9.0
+    assert runs(SELECTIONS["question"].rows(SPANS, 50 / 250, scores)) == [
+        (10, 26), (77, 78), (110, 126), (200, 216), (250, 251),
+    ]  # fmt: skip
+    in_tiles = SELECTIONS["question"].rows(SPANS, 60 / 250, scores, tile=16)
+    assert runs(in_tiles) == [(10, 26), (74, 90), (110, 126), (200, 216)]
+    few = SELECTIONS["question"].rows(SPANS, 9 / 250, scores)
+    assert runs(few) == [(10, 13), (110, 113), (200, 203)]
+    scores[:] = np.nan  # of an engine whose numbers ran over: any rows do
+    assert len(rows_of("question", 0.3, scores)) == 75
+
+
+def test_deviation_takes_the_rows_that_differ_most() -> None:
+    scores = np.arange(300.0)
+    assert rows_of("deviation", 0.1, scores) == list(range(275, 300))
+
+
+def test_runs_of_rows() -> None:
+    assert runs(np.array([], np.int64)) == []
+    assert runs(np.array([3])) == [(3, 4)]
+    assert runs(np.array([0, 1, 2, 5, 7, 8])) == [(0, 3), (5, 6), (7, 9)]
