@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvstore.commands import grouped
 from kvstore.server.cli.options import (
     Link,
     Misuse,
@@ -16,7 +17,6 @@ from kvstore.server.cli.options import (
     WhereOptions,
     Yes,
     agreed,
-    grouped,
     parse_duration,
     time_option,
 )

@@ -18,10 +18,10 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from kvstore import __version__
+from kvstore.benchmarks.command import bench_app
 from kvstore.errors import KVStoreError
 from kvstore.server.cli import blocks as blocks_cli
 from kvstore.server.cli import node as node_cli
-from kvstore.server.cli.bench import bench_app
 from kvstore.server.cli.output import progress
 from kvstore.telemetry import shown
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
 import typer
 
-from kvstore.server.cli.options import Link, Misuse, Yes, agreed, grouped, limit_option, time_option
+from kvstore.commands import grouped
+from kvstore.server.cli.options import Link, Misuse, Yes, agreed, limit_option, time_option
 from kvstore.server.cli.output import answer, finish, many, show, told, when
 from kvstore.values import format_size, lasting
 

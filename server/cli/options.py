@@ -1,30 +1,26 @@
-"""Options that several commands share, and how their values are read.
-
-A command takes a group of options as one parameter, annotated with one of the dataclasses here;
-`grouped` spreads their fields out for the command line.
+"""Options that several commands share (groups of them as `grouped` takes them), and how their
+values are read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import math
 import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 
 import msgspec
 import typer
 
+from kvstore.commands import option, size_option
 from kvstore.errors import ConfigError, SpecError
 from kvstore.server.cli.output import Printing, say
 from kvstore.telemetry import shown
 from kvstore.transport.credentials import read_token
-from kvstore.values import parse_size
 
 if TYPE_CHECKING:
     from kvstore.api.client import Orchestrator
@@ -39,8 +35,6 @@ _LONGEST: Final = 36500 * 86400.0
 _TIMEOUT: Final = 5.0
 _MAX_FILE: Final = 64 << 20
 _Token = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
-
-N = TypeVar("N", int, float)
 
 
 def parse_duration(text: str) -> float:
@@ -64,24 +58,9 @@ class Misuse(typer.BadParameter):
         return self.message
 
 
-def _option(read: Callable[[str], N]) -> Callable[[str], N]:
-    """For typer: what `read` makes of a text, and its ValueError as a usage error."""
-
-    def option(text: str) -> N:
-        try:
-            return read(text)
-        except ValueError as e:
-            raise typer.BadParameter(str(e)) from e
-
-    return option
-
-
-size_option = _option(parse_size)
-
-
 def time_option(help: str) -> Any:
     """An option that takes a duration."""
-    return typer.Option(parser=_option(parse_duration), metavar="TIME", help=help)
+    return typer.Option(parser=option(parse_duration), metavar="TIME", help=help)
 
 
 def limit_option(text: str) -> float:
@@ -299,37 +278,3 @@ class WhereOptions(TokenOptions):
         if not where:
             raise Misuse("choose blocks by an option, or take --all")
         return cast("Where", where)
-
-
-def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the fields of its option groups as parameters of their own."""
-    hints = get_type_hints(command)
-    groups: dict[str, Any] = {
-        n: kind for n, kind in hints.items() if dataclasses.is_dataclass(kind)
-    }
-    parameters: list[inspect.Parameter] = []
-    for source in (command, *groups.values()):
-        of = get_type_hints(source, include_extras=True)
-        parameters += [
-            p.replace(annotation=of[p.name], kind=inspect.Parameter.KEYWORD_ONLY)
-            for p in inspect.signature(source).parameters.values()
-            if p.name not in groups
-        ]
-
-    @functools.wraps(command)
-    def spread(**values: Any) -> None:
-        gathered = {
-            name: kind(**{field.name: values.pop(field.name) for field in dataclasses.fields(kind)})
-            for name, kind in groups.items()
-        }
-        try:
-            command(**values, **gathered)
-        finally:
-            for group in gathered.values():
-                if isinstance(group, Link):
-                    group.close()
-
-    spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    spread.__annotations__ = {p.name: p.annotation for p in parameters}
-    del spread.__wrapped__
-    return spread

@@ -11,10 +11,10 @@ from typing import Any, Final
 import pytest
 from typer.testing import CliRunner
 
+from kvstore.benchmarks.command import bench_app
 from kvstore.benchmarks.serving import FRESH
 from kvstore.benchmarks.serving_engine import KVSTORE, PLAIN, UNCACHED
 from kvstore.benchmarks.sglang_engine import connector
-from kvstore.server.cli.bench import bench_app
 from tests.engines.model_tools import model
 
 pytestmark = pytest.mark.sglang

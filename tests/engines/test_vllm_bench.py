@@ -14,12 +14,12 @@ from typing import Any, Final
 import pytest
 from typer.testing import CliRunner
 
+from kvstore.benchmarks.command import bench_app
 from kvstore.benchmarks.figures import BenchmarkError, Report
 from kvstore.benchmarks.serving import FRESH, Taken, check, gist
 from kvstore.benchmarks.serving_engine import KVSTORE, PLAIN, UNCACHED
 from kvstore.benchmarks.serving_load import Chat, Documents, Size, Unseen
 from kvstore.benchmarks.vllm_engine import connector
-from kvstore.server.cli.bench import bench_app
 from tests.engines.vllm_tools import model
 
 pytestmark = pytest.mark.vllm

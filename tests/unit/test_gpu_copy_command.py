@@ -17,13 +17,13 @@ import pytest
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
+from kvstore.benchmarks import command as bench
 from kvstore.benchmarks import gpu_copy
 from kvstore.benchmarks.figures import BenchmarkError
 from kvstore.benchmarks.shapes import Shape
 from kvstore.blocks.spec import Group
 from kvstore.copier.base import PagedMemory
 from kvstore.copier.cpu import CpuCopier
-from kvstore.server.cli import bench as bench_cli
 
 torch = pytest.importorskip("torch")
 
@@ -85,7 +85,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         "--results",
         str(tmp_path / "r"),
     ]
-    done = CliRunner().invoke(bench_cli.bench_app, arguments, catch_exceptions=False)
+    done = CliRunner().invoke(bench.bench_app, arguments, catch_exceptions=False)
     assert done.exit_code == 0
     assert done.stderr.count("left out, not enough memory") == 2
     lines = done.stdout.splitlines()
@@ -131,7 +131,7 @@ def test_a_wrong_copy_ends_the_run_and_keeps_nothing(
 
     monkeypatch.setattr(gpu_copy, "_copiers", lambda report: [("dma", Wrong(1))])
     arguments = ["gpu-copy", "--quick", "--results", str(tmp_path)]
-    done = CliRunner().invoke(bench_cli.bench_app, arguments)
+    done = CliRunner().invoke(bench.bench_app, arguments)
     assert isinstance(done.exception, BenchmarkError)
     assert "dma: small: pages do not hold what was saved" in str(done.exception)
     assert list(tmp_path.iterdir()) == []
@@ -177,12 +177,12 @@ def test_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_benchmarks_leave_it_out_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     for name in ("copy", "disk", "session", "store", "weights", "peer", "gpu_copy"):
-        monkeypatch.setattr(bench_cli, name, lambda *_, name=name, **__: ran.append(name))
+        monkeypatch.setattr(bench, name, lambda *_, name=name, **__: ran.append(name))
     monkeypatch.setattr(gpu_copy, "missing_gpu", lambda: "gpu-copy needs an NVIDIA GPU")
-    done = CliRunner().invoke(bench_cli.bench_app, ["--quick"])
+    done = CliRunner().invoke(bench.bench_app, ["--quick"])
     assert done.exit_code == 0
     assert ran == ["copy", "disk", "session", "store", "weights", "peer"]
     assert "left out: gpu-copy needs an NVIDIA GPU" in done.stderr
     monkeypatch.setattr(gpu_copy, "missing_gpu", lambda: None)
-    assert CliRunner().invoke(bench_cli.bench_app, ["--quick"]).exit_code == 0
+    assert CliRunner().invoke(bench.bench_app, ["--quick"]).exit_code == 0
     assert ran[-1] == "gpu_copy"

@@ -12,7 +12,7 @@ from typing import Annotated, Final, Literal
 import typer
 
 from kvstore.benchmarks.figures import Report
-from kvstore.server.cli.options import grouped, size_option
+from kvstore.commands import grouped, size_option
 
 bench_app = typer.Typer(
     invoke_without_command=True,
