@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -66,9 +67,9 @@ def _check(pages: Bounce, slots: Bounce) -> None:
     ids = shape.page_ids(1)
     copier = CpuCopier(1)
     before = bytes(pages.view[: shape.block_bytes])
-    copier.save(memory, ids, [slots.address], shape.block_tokens)
+    copier.copy(shape.copy(True, memory, ids, [slots.address]))
     np.frombuffer(pages.view, np.uint8)[: shape.block_bytes] = 1
-    copier.load(memory, ids, [slots.address], shape.block_tokens)
+    copier.copy(shape.copy(False, memory, ids, [slots.address]))
     if bytes(pages.view[: shape.block_bytes]) != before:
         raise BenchmarkError("a block came back changed; run the tests before the benchmarks")
 
@@ -86,16 +87,16 @@ def _measure_shape(
     memory, ids = shape.memory(pages.address, blocks), shape.page_ids(blocks)
     addresses = [slots.address + i * shape.block_bytes for i in range(blocks)]
     copier = CpuCopier(threads)
-    copied: tuple[Any, ...] = (memory, ids, addresses, shape.block_tokens)
+    out, back = (shape.copy(to_slots, memory, ids, addresses) for to_slots in (True, False))
     cases = [
-        (action, shape.layout, checksum, partial(copy, *copied, checksum=checksum))
+        (action, shape.layout, checksum, partial(copier.copy, replace(copy, checksum=checksum)))
         for checksum in (False, True)
-        for action, copy in (("save", copier.save), ("load", copier.load))
+        for action, copy in (("save", out), ("load", back))
     ]
     for axes in others:
         stored = Part(shape.group, Described(axes))
-        converting = f"{axes}→{shape.layout}"
-        cases.append(("load", converting, False, partial(copier.load, *copied, stored=stored)))
+        copy, converting = replace(back, stored=stored), f"{axes}→{shape.layout}"
+        cases.append(("load", converting, False, partial(copier.copy, copy)))
     runs = {"limit": Run(partial(_native.copy, slots.address, pages.address, nbytes, threads))}
     runs |= {str(number): Run(copy) for number, (_, _, _, copy) in enumerate(cases)}
     taken = report.race(f"{shape.name} {shape.layout}, {threads} threads", runs)

@@ -88,13 +88,11 @@ class Engine:
     def copy_out(self, step: int) -> None:
         """All pages into slots, `step` blocks at a time."""
         for rows in self.rows(step):
-            self._copier.save(
-                self.source, self.ids[rows], self._slots[rows], self.shape.block_tokens
-            )
+            some = self.shape.copy(True, self.source, self.ids[rows], self._slots[rows])
+            self._copier.copy(some)
 
     def copy_in(self, step: int) -> None:
         """All slots into pages, `step` blocks at a time."""
         for rows in self.rows(step):
-            self._copier.load(
-                self.target, self.ids[rows], self._slots[rows], self.shape.block_tokens
-            )
+            some = self.shape.copy(False, self.target, self.ids[rows], self._slots[rows])
+            self._copier.copy(some)

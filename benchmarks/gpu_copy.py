@@ -255,10 +255,9 @@ def _report_memory(report: Report, ways: list[Way]) -> None:
 
 def _copy(action: Action, pages: DevicePages, blocks: int, way: Way) -> Callable[[], object]:
     rows, slots = pages.rows(blocks), pages.slots(way.address, blocks)
-    tokens = pages.shape.block_tokens
-    if action == "save":
-        return partial(way.copier.save, pages.source_memory, rows, slots, tokens)
-    return partial(way.copier.load, pages.target_memory, rows, slots, tokens)
+    to_slots = action == "save"
+    memory = pages.source_memory if to_slots else pages.target_memory
+    return partial(way.copier.copy, pages.shape.copy(to_slots, memory, rows, slots))
 
 
 def _described(shape: Shape, count: int) -> dict[str, Any]:

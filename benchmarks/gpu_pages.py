@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
@@ -127,7 +128,9 @@ class DevicePages:
         slots: list[int],
         lane: Callable[[], Lane],
     ) -> None:
-        name, tokens = self.shape.name, self.shape.block_tokens
+        name = self.shape.name
+        out = self.shape.copy(True, self.source_memory, rows, slots)
+        back = self.shape.copy(False, self.target_memory, rows, slots)
         stored = _bytes_at(slots[0], len(slots) * self.shape.block_bytes)
         source, target = self._view(self.source), self._view(self.target)
         with lane() as order:
@@ -137,13 +140,13 @@ class DevicePages:
                 content = torch.randint_like(source.index_select(self._page_axis, ids), 0, 256)
                 order.delay()
                 source.index_copy_(self._page_axis, ids, content)
-                copier.save(self.source_memory, rows, slots, tokens, after=order.fence())
+                copier.copy(replace(out, after=order.fence()))
                 wanted = self.objects(content).reshape(-1).cpu()
                 if not torch.equal(torch.from_numpy(stored), wanted):
                     raise BenchmarkError(f"{name}: slots do not hold what was saved")
                 order.delay()
                 target.index_fill_(self._page_axis, ids, _POISON)
-                copier.load(self.target_memory, rows, slots, tokens, after=order.fence())
+                copier.copy(replace(back, after=order.fence()))
                 if not torch.equal(target.index_select(self._page_axis, ids), content):
                     raise BenchmarkError(f"{name}: pages do not hold what was saved")
 

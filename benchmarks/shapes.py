@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any, Final
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Part
-from kvstore.copier.base import PagedMemory, PlaneMemory
+from kvstore.copier.base import Copy, PagedMemory, PlaneMemory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -67,6 +68,13 @@ class Shape:
             if axis == "N" and self.pages_per_block > 1:
                 break  # the next token of the block is on another page
         return run
+
+    def copy(
+        self, to_slots: bool, memory: PagedMemory, ids: NDArray[np.int64], slots: Sequence[int]
+    ) -> Copy:
+        """A copy of blocks between pages of that memory and slots, objects lying as pages do."""
+        at = np.array(slots, dtype=np.uint64)
+        return Copy(to_slots, memory, ids, at, self.block_tokens, memory.part)
 
     def sizes(self, pages: int) -> dict[str, int]:
         """How long each axis of `order` is in a memory of `pages` pages."""

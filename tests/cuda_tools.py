@@ -27,6 +27,7 @@ from kvstore.copier.cuda.copier import CudaCopier
 from kvstore.copier.cuda.device import Device
 from kvstore.copier.cuda.driver import Driver
 from kvstore.copier.cuda.tiles import KernelCopy
+from tests.copies import copy_in, copy_out
 
 SOURCE = Path(__file__).with_name("fake_cuda.cpp")
 DEVICE_MEMORY, PINNED_MEMORY = 1, 2
@@ -241,15 +242,15 @@ def agree(
     if attach:
         copier.attach(have.address, have.array.nbytes)
     saved = np.where(ids < 0, 7, ids)
-    CPU.save(ours.memory, saved, want.slots, TOKENS)
-    sums = copier.save(theirs.on_device, saved, have.slots, TOKENS, checksum=True)
+    copy_out(CPU, ours.memory, saved, want.slots, TOKENS)
+    sums = copy_out(copier, theirs.on_device, saved, have.slots, TOKENS, checksum=True)
     assert have.objects() == want.objects()
     assert sums == [xxhash.xxh3_64_intdigest(data) for data in have.objects()]
 
     want.fill(5)
     have.fill(5)
-    CPU.load(ours.memory, ids, want.slots, TOKENS, stored=stored)
-    sums = copier.load(theirs.on_device, ids, have.slots, TOKENS, stored=stored, checksum=True)
+    copy_in(CPU, ours.memory, ids, want.slots, TOKENS, stored=stored)
+    sums = copy_in(copier, theirs.on_device, ids, have.slots, TOKENS, stored=stored, checksum=True)
     assert np.array_equal(theirs.array, ours.array)
     assert sums == [xxhash.xxh3_64_intdigest(data) for data in want.objects()]
     if attach:

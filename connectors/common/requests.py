@@ -6,7 +6,10 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.blocks.keys import block_keys, prompt_extras
 from kvstore.blocks.spec import Namespace
@@ -14,10 +17,6 @@ from kvstore.client.planner import MEMORY
 from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.settings import Wishes
 from kvstore.connectors.common.stats import Stats
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 _FRESH: Final = 0.25
 """Seconds that an answer of the store is good for a request that waits in the queue."""

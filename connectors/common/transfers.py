@@ -10,21 +10,18 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.client.arrivals import Gates
 from kvstore.client.session import Loaded, Session
+from kvstore.connectors.common.device import Device
 from kvstore.connectors.common.sessions import REFUSED, Sessions
 from kvstore.connectors.common.stats import Stats
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from kvstore.connectors.common.device import Device
-    from kvstore.copier.base import PagedMemory
-    from kvstore.copier.gate import LayerGate
+from kvstore.copier.base import PagedMemory
+from kvstore.copier.gate import LayerGate
 
 _log = logging.getLogger("kvstore.transfers")
 

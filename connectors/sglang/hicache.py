@@ -20,9 +20,11 @@ import logging
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+import numpy as np
 from msgspec import structs
+from numpy.typing import NDArray
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolName, PoolTransferResult
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.utils import get_storage_hash_str
@@ -48,10 +50,6 @@ from kvstore.connectors.sglang.identity import identity_of
 from kvstore.errors import ConfigError, SpecError
 from kvstore.telemetry import QuietLog
 from kvstore.tiers.base import segment_blocks
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 _log = logging.getLogger("sglang.srt.kvstore.hicache")
 

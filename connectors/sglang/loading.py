@@ -8,19 +8,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.client.held import Held
 from kvstore.client.session import Loaded
 from kvstore.connectors.common.device import Device
+from kvstore.copier.base import PagedMemory
 from kvstore.copier.gate import LayerGate
 from kvstore.errors import StoreUnavailable
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from kvstore.copier.base import PagedMemory
 
 _log = logging.getLogger("sglang.srt.kvstore.loading")
 

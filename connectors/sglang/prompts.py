@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 from weakref import ref
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.blocks.keys import MAX_TOKEN, Media
 from kvstore.blocks.spec import Namespace
@@ -30,9 +31,6 @@ from kvstore.connectors.common.settings import Settings, Wishes, is_tenant, wish
 from kvstore.connectors.common.stats import Stats
 from kvstore.errors import SpecError
 from kvstore.telemetry import QuietLog
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _log = logging.getLogger("sglang.srt.kvstore.prompts")
 

@@ -6,7 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from kvstore.client.arrivals import Gates
 from kvstore.client.session import Session
@@ -17,10 +17,8 @@ from kvstore.connectors.common.stats import Stats
 from kvstore.connectors.common.transfers import Job, Transfers
 from kvstore.connectors.sglang.layout import Pool
 from kvstore.connectors.sglang.prompts import Prompt
-
-if TYPE_CHECKING:
-    from kvstore.copier.base import PagedMemory
-    from kvstore.copier.gate import LayerGate
+from kvstore.copier.base import PagedMemory
+from kvstore.copier.gate import LayerGate
 
 _TREE: Final = "tree"
 """What all saves are of, whichever request has made them."""

@@ -7,18 +7,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Final, TypedDict
+from typing import Final, TypedDict
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from kvstore.api import v1
 from kvstore.api.errors import RequestRefused
+from kvstore.blocks.keys import Media
 from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.errors import SpecError
-
-if TYPE_CHECKING:
-    from kvstore.blocks.keys import Media
 
 DOMAIN: Final = "kvstore"
 """Of the google.rpc.ErrorInfo in errors."""

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.blocks.keys import KEY_BYTES
 from kvstore.blocks.spec import Part
 from kvstore.copier.base import PagedMemory
+from kvstore.copier.gate import LayerGate
 from kvstore.transport import protocol
+from kvstore.transport.channel import Channel
 from kvstore.transport.protocol import Acquire
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from kvstore.copier.gate import LayerGate
-    from kvstore.transport.channel import Channel
 
 
 class Pages(NamedTuple):

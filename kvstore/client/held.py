@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.client.arrivals import Gates, Incoming, Load, Loaded
 from kvstore.client.client import Link
 from kvstore.client.transfer import Transfer
 from kvstore.copier.base import PagedMemory
+from kvstore.copier.gate import LayerGate
 from kvstore.transport.channel import Channel
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from kvstore.copier.gate import LayerGate
 
 
 class Held:

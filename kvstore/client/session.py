@@ -13,7 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.blocks.keys import block_keys, join_keys, token_array
 from kvstore.blocks.spec import Namespace, Part
@@ -24,18 +27,13 @@ from kvstore.client.planner import LoadPlan
 from kvstore.client.transfer import About, Saved, Transfer
 from kvstore.config import Config
 from kvstore.copier.base import Copier, PagedMemory
+from kvstore.copier.gate import LayerGate
 from kvstore.errors import SpecError
 from kvstore.sources import load_config
 from kvstore.tiers.base import segment_blocks
 from kvstore.transport import protocol
 from kvstore.transport.channel import Channel
 from kvstore.transport.protocol import Cost, Message, Reply
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from kvstore.copier.gate import LayerGate
 
 __all__ = ["Held", "LoadPlan", "Loaded", "Lookup", "Pin", "Saved", "Session"]
 

@@ -6,25 +6,23 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.blocks.keys import KEY_BYTES, join_keys
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.client.arrivals import Gates, Incoming, Load, Loaded, Pages
 from kvstore.client.client import Client, Link, View, seconds
-from kvstore.copier.base import Copier, PagedMemory
+from kvstore.copier.base import Copier, Copy, PagedMemory
+from kvstore.copier.gate import LayerGate
 from kvstore.errors import SpecError, StoreUnavailable
 from kvstore.transport import protocol
-from kvstore.transport.carrier import Pieces, Streamed
+from kvstore.transport.carrier import Streamed
 from kvstore.transport.channel import Channel
 from kvstore.transport.protocol import BUSY, HAVE, NO_ROOM, Committed, Held
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from kvstore.copier.gate import LayerGate
 
 _WINDOW_BYTES = 64 << 20
 """Bytes that come up from disk before the first of them are copied on."""
@@ -199,36 +197,26 @@ class Transfer(View):
         layouts = incoming.by_layout(column)
         # One call of the copier brings all, and nothing is left to verify after it.
         once = len(self.parts) == len(layouts) == 1 and carrier.whole and not verify
+        memory, ids = job.pages.memory[column], job.pages.ids[column]
+        tokens, then = self.namespace.block_tokens, gates.then if once else None
         for stored, numbers in layouts.items():
+            slots = incoming.slots[numbers, column]
+            copy = Copy(
+                False, memory, ids[incoming.rows[numbers]], slots.view(np.uint64), tokens, stored,
+                verify or carrier.checksums, gates.after, then, job.deadline,
+            )  # fmt: skip
 
             def scatter(first: int, addresses: Sequence[int], sent: Sequence[int] | None) -> None:
-                chosen = numbers[first : first + len(addresses)]  # noqa: B023 - used in the turn
-                have = self.copier.load(
-                    job.pages.memory[column],
-                    job.pages.ids[column][incoming.rows[chosen]],
-                    addresses,
-                    self.namespace.block_tokens,
-                    stored=stored,  # noqa: B023
-                    checksum=verify or sent is not None,
-                    after=gates.after,
-                    then=gates.then if once else None,
-                    deadline=job.deadline,
-                )
+                have = self.copier.copy(copy.some(first, addresses))  # noqa: B023 - in the turn
+                chosen = numbers[first : first + len(addresses)]  # noqa: B023
                 incoming.take(column, chosen, have, sent)
-
-            def opened(number: int) -> Pieces | None:
-                ids = job.pages.ids[column][incoming.rows[numbers[number : number + 1]]]  # noqa: B023
-                return self.copier.stream(
-                    job.pages.memory[column], ids, self.namespace.block_tokens,
-                    stored=stored, to_slots=False,  # noqa: B023
-                )  # fmt: skip
 
             def landed(number: int, have: int, must: int) -> None:
                 incoming.take(column, numbers[number : number + 1], [have], [must])  # noqa: B023
 
-            slots, nbytes = incoming.slots[numbers, column], self._part_bytes[column]
-            streamed = Streamed(opened, landed) if gates.after is None else None
-            carrier.read(incoming.lease, slots, nbytes, scatter, job.deadline, streamed)
+            streamed = Streamed(partial(self.copier.stream, copy), landed)
+            nbytes, way = self._part_bytes[column], streamed if gates.after is None else None
+            carrier.read(incoming.lease, slots, nbytes, scatter, job.deadline, way)
 
     def save(
         self, link: Link, keys: Sequence[bytes], pages: Pages, about: About, result: Saved
@@ -304,30 +292,16 @@ class Transfer(View):
             rows = np.flatnonzero((answers[:, column] >= 0) & wanted)
             if not len(rows):
                 continue
-
-            def gather(first: int, addresses: Sequence[int]) -> list[int] | None:
-                chosen = job.first + rows[first : first + len(addresses)]  # noqa: B023 - in the turn
-                return self.copier.save(
-                    pages.memory[column],  # noqa: B023
-                    pages.ids[column][chosen],  # noqa: B023
-                    addresses,
-                    self.namespace.block_tokens,
-                    stored=self.parts[column],  # noqa: B023
-                    checksum=checksum,
-                    after=job.about.after,
-                    deadline=deadline,
-                )
-
-            def opened(number: int) -> Pieces | None:
-                ids = pages.ids[column][job.first + rows[number : number + 1]]  # noqa: B023
-                return self.copier.stream(
-                    pages.memory[column], ids, self.namespace.block_tokens,  # noqa: B023
-                    stored=self.parts[column], to_slots=True,  # noqa: B023
-                )  # fmt: skip
-
-            streamed = Streamed(opened) if job.about.after is None else None
             slots = answers[rows, column]
-            made = carrier.write(lease, slots, nbytes, gather, job.about.wait, streamed)
+            copy = Copy(
+                True, pages.memory[column], pages.ids[column][job.first + rows],
+                slots.view(np.uint64), self.namespace.block_tokens, self.parts[column], checksum,
+                job.about.after, deadline=deadline,
+            )  # fmt: skip
+            gather = partial(_copied, self.copier, copy)
+            streamed = Streamed(partial(self.copier.stream, copy))
+            way = streamed if job.about.after is None else None
+            made = carrier.write(lease, slots, nbytes, gather, job.about.wait, way)
             if made is not None:
                 sums[rows, column] = made
         if not self._verify or carrier.checksums:
@@ -362,6 +336,10 @@ class Transfer(View):
             if len(ids) != len(keys):
                 raise SpecError(f"page_ids has {len(ids)} rows for {len(keys)} keys")
         return Pages(memory, page_ids)
+
+
+def _copied(copier: Copier, copy: Copy, first: int, slots: Sequence[int]) -> list[int] | None:
+    return copier.copy(copy.some(first, slots))
 
 
 def _reason_of(error: StoreUnavailable) -> str:

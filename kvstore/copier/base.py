@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
+from kvstore._native import BlockStream
 from kvstore.blocks.spec import Opaque, Part, check_block_tokens
+from kvstore.copier.gate import Event, LayerGate
 from kvstore.errors import KVStoreError, SpecError, StoreUnavailable
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from kvstore._native import BlockStream
-    from kvstore.copier.gate import Event, LayerGate
 
 LAYERS_BYTES: Final = 4 << 20
 """Bytes of neighbouring layers that are copied together, where each is waited for."""
@@ -80,7 +77,12 @@ class PagedMemory:
 
 @dataclass(slots=True, eq=False)
 class Copy:
-    """One call of a copier: which blocks, and how. See `Copier.save` and `Copier.load`."""
+    """One call of a copier: which blocks, out of pages into slots or back, and how.
+
+    `page_ids` has shape (blocks, pages per block); on the way into pages -1 leaves one out. `slots`
+    (blocks,) holds the addresses of the objects, whose layout is that of `stored`. `checksum` asks
+    for the XXH3 of each. `then` is not for calls with that: only their caller knows what is right.
+    """
 
     to_slots: bool
     memory: PagedMemory
@@ -92,6 +94,11 @@ class Copy:
     after: LayerGate | None = None
     then: LayerGate | None = None
     deadline: float = math.inf
+
+    def some(self, first: int, slots: Sequence[int]) -> Copy:
+        """The same of those blocks from the `first` on whose objects are at these addresses."""
+        ids = self.page_ids[first : first + len(slots)]
+        return replace(self, page_ids=ids, slots=np.array(slots, dtype=np.uint64))
 
     def turns(self, *, whole: bool) -> Iterator[tuple[int, int, list[Event]]]:
         """Layers to copy together, first and end, in turn, once `after` lets go of their pages.
@@ -130,77 +137,13 @@ class Copier(ABC):
     casts = False
     """Whether numbers are rounded to another type on the way, where the slots have another."""
 
-    def save(
-        self,
-        memory: PagedMemory,
-        page_ids: NDArray[np.int64],
-        slots: Sequence[int],
-        block_tokens: int,
-        *,
-        stored: Part | None = None,
-        checksum: bool = False,
-        after: LayerGate | None = None,
-        deadline: float = math.inf,
-    ) -> list[int] | None:
-        """Copy blocks from pages into slots.
-
-        `page_ids` has shape (blocks, pages per block); `slots` holds the addresses of the objects.
-        `stored` tells the layout of the slots where it is not `memory.part`'s.
-        Returns the XXH3 of each object when `checksum`.
+    def copy(self, copy: Copy) -> list[int] | None:
+        """Copy blocks; returns the XXH3 of each object if that is wanted.
 
         Raises:
             SpecError: a page id out of range, or layouts or shapes that do not fit.
             StoreUnavailable: the gate did not open, or the copy failed.
         """
-        at, part, gates = np.array(slots, dtype=np.uint64), stored or memory.part, (after, None)
-        copy = Copy(True, memory, page_ids, at, block_tokens, part, checksum, *gates, deadline)
-        return self._checked(copy)
-
-    def load(
-        self,
-        memory: PagedMemory,
-        page_ids: NDArray[np.int64],
-        slots: Sequence[int],
-        block_tokens: int,
-        *,
-        stored: Part | None = None,
-        checksum: bool = False,
-        after: LayerGate | None = None,
-        then: LayerGate | None = None,
-        deadline: float = math.inf,
-    ) -> list[int] | None:
-        """Copy blocks from slots into pages, as `save` does; a page id of -1 leaves that page out.
-
-        `then` is not for calls with `checksum`: only their caller knows what is right. It is told
-        what goes wrong.
-        """
-        at, part, gates = np.array(slots, dtype=np.uint64), stored or memory.part, (after, then)
-        copy = Copy(False, memory, page_ids, at, block_tokens, part, checksum, *gates, deadline)
-        return self._checked(copy)
-
-    def stream(
-        self,
-        memory: PagedMemory,
-        page_ids: NDArray[np.int64],
-        block_tokens: int,
-        *,
-        stored: Part,
-        to_slots: bool,
-    ) -> BlockStream | None:
-        """One block between its pages, `page_ids` of shape (1, pages per block), and a buffer that
-        is smaller than it; None where blocks only go as a whole.
-
-        Raises:
-            SpecError: as `save`.
-        """
-        return None
-
-    def check(self, copy: Copy) -> None:
-        """Refuse what does not fit, before memory is touched. Raises SpecError."""
-        _check_layouts(copy, self.casts)
-        _check_pages(copy)
-
-    def _checked(self, copy: Copy) -> list[int] | None:
         try:
             self.check(copy)
             if len(copy.slots):
@@ -216,9 +159,23 @@ class Copier(ABC):
                 raise
             raise StoreUnavailable(f"the copy failed: {error}") from error
 
+    def stream(self, copy: Copy, number: int) -> BlockStream | None:
+        """One block of a copy between its pages and a buffer that is smaller than it; None where
+        blocks only go as a whole.
+
+        Raises:
+            SpecError: as `copy`.
+        """
+        return None
+
+    def check(self, copy: Copy) -> None:
+        """Refuse what does not fit, before memory is touched. Raises SpecError."""
+        _check_layouts(copy, self.casts)
+        _check_pages(copy)
+
     @abstractmethod
     def run(self, copy: Copy) -> list[int] | None:
-        """Do what `save` and `load` describe, with at least one block; all has been checked."""
+        """Do what `copy` describes, with at least one block; all has been checked."""
 
     def attach(self, address: int, nbytes: int) -> None:  # noqa: B027 - most need nothing
         """Make memory that will hold slots ready for copies, such as by pinning it."""

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from kvstore import _native
-from kvstore.blocks.spec import Part
-from kvstore.copier.base import Copier, Copy, PagedMemory
+from kvstore.copier.base import Copier, Copy
 from kvstore.copier.segments import Plans, segments_of
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 class CpuCopier(Copier):
@@ -22,23 +16,15 @@ class CpuCopier(Copier):
         self._threads = threads
         self._plans = Plans(segments_of)
 
-    def stream(
-        self,
-        memory: PagedMemory,
-        page_ids: NDArray[np.int64],
-        block_tokens: int,
-        *,
-        stored: Part,
-        to_slots: bool,
-    ) -> _native.BlockStream | None:
+    def stream(self, copy: Copy, number: int) -> _native.BlockStream | None:
         """See `Copier.stream`."""
-        copy = Copy(to_slots, memory, page_ids, np.zeros(1, np.uint64), block_tokens, stored)
-        self.check(copy)
-        segments = self._plans.of(copy)
+        one = copy.some(number, [0])
+        self.check(one)
+        segments = self._plans.of(one)
         return _native.stream_block(
-            to_slots,
+            one.to_slots,
             segments.rows,
-            np.ascontiguousarray(page_ids, dtype=np.int64),
+            np.ascontiguousarray(one.page_ids, dtype=np.int64),
             segments.page_tokens,
             segments.elem_size,
         )

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.blocks.spec import Group, Opaque, Part, plane_strides
 from kvstore.copier.base import Copy, PagedMemory
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 
 T = TypeVar("T")
 

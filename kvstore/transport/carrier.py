@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
+from typing import Final, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvstore import __version__
+from kvstore.copier.base import Copier
 from kvstore.errors import StoreUnavailable
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Failure, Hello, Welcome
 from kvstore.transport.sockets import Wire, receive_frame, send_message
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from kvstore.copier.base import Copier
 
 _LONGEST_LEASE: Final = 1e6
 _MAX_WELCOME: Final = 64 << 10

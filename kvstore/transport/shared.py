@@ -8,9 +8,12 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 from weakref import finalize
 
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.copier.base import Copier
 from kvstore.errors import ConfigError, KVStoreError, StoreUnavailable
 from kvstore.forks import in_child
 from kvstore.memory.arena import Arena
@@ -18,12 +21,6 @@ from kvstore.transport.carrier import Connection, Gather, Scatter, Streamed, gre
 from kvstore.transport.credentials import check_daemon, trusted, why_not
 from kvstore.transport.protocol import Welcome
 from kvstore.transport.sockets import Wire
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from kvstore.copier.base import Copier
 
 
 def connect(path: Path, timeout: float, *, token: str = "", user: str | None = None) -> Connection:

@@ -13,8 +13,12 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.copier.base import Copier
 from kvstore.errors import ProtocolError, StoreUnavailable
 from kvstore.memory.bounce import Bounce
 from kvstore.memory.slots import align
@@ -22,12 +26,6 @@ from kvstore.transport import protocol
 from kvstore.transport.carrier import Gather, Scatter, Streamed
 from kvstore.transport.protocol import Failure, Get, Put, Sending, Taken
 from kvstore.transport.sockets import Wire, receive_frame, send_message
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from kvstore.copier.base import Copier
 
 _WINDOW: Final = 8 << 20
 """Bytes copied and sent at a time, if an object is not larger."""

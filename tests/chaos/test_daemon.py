@@ -23,6 +23,7 @@ import pytest
 
 from kvstore.client.session import Session
 from kvstore.config import Config
+from kvstore.copier.base import Copy
 from kvstore.copier.cpu import CpuCopier
 from tests.session_tools import (
     PATIENCE,
@@ -117,17 +118,10 @@ class Stalling(CpuCopier):
         self._rng = rng
         self._chance = chance
 
-    def save(self, *arguments: Any, **options: Any) -> list[int] | None:
-        self._maybe_stop()
-        return super().save(*arguments, **options)
-
-    def load(self, *arguments: Any, **options: Any) -> list[int] | None:
-        self._maybe_stop()
-        return super().load(*arguments, **options)
-
-    def _maybe_stop(self) -> None:
+    def copy(self, copy: Copy) -> list[int] | None:
         if self._rng.random() < self._chance:
             os.kill(os.getpid(), signal.SIGSTOP)
+        return super().copy(copy)
 
 
 class Clients:

@@ -16,6 +16,7 @@ from kvstore.copier.base import PagedMemory, PlaneMemory
 from kvstore.copier.cpu import CpuCopier
 from kvstore.copier.gate import LayerGate
 from kvstore.errors import SpecError
+from tests.copies import copy_in, copy_out
 from tests.session_tools import BLOCK_TOKENS, PAGE_TOKENS, Pages
 
 EQUAL = Group(layers=2, heads=3, channels=(4, 4), dtype="float16")
@@ -76,13 +77,13 @@ def test_saves_and_loads_in_every_axis_order(group: Group, axes: str) -> None:
     source = Pages(Part(group, Described(axes)), BLOCKS * 4 + 2)
     ids = source.ids(BLOCKS, first=2)
     slots = Slots(source.part.nbytes(BLOCK_TOKENS))
-    sums = copier.save(source.memory, ids, slots.addresses, BLOCK_TOKENS, checksum=True)
+    sums = copy_out(copier, source.memory, ids, slots.addresses, BLOCK_TOKENS, checksum=True)
     objects = slots.objects()
     assert objects == [in_order(source.block(row), group, axes) for row in ids]
     assert sums == [xxhash.xxh3_64_intdigest(data) for data in objects]
 
     target = Pages(source.part, BLOCKS * 4 + 2)
-    copier.load(target.memory, target.ids(BLOCKS), slots.addresses, BLOCK_TOKENS)
+    copy_in(copier, target.memory, target.ids(BLOCKS), slots.addresses, BLOCK_TOKENS)
     for ours, theirs in zip(target.ids(BLOCKS), ids, strict=True):
         for have, want in zip(target.block(ours), source.block(theirs), strict=True):
             assert np.array_equal(have, want)
@@ -99,7 +100,8 @@ def test_every_order_is_converted_to_every_other_on_the_way_in(group: Group) -> 
         for row, key in zip(slots.array, KEYS, strict=True):
             data = in_order(target.right(key), group, stored)
             row[: slots.nbytes] = np.frombuffer(data, np.uint8)
-        sums = copier.load(
+        sums = copy_in(
+            copier,
             target.memory,
             ids,
             slots.addresses,
@@ -120,8 +122,8 @@ def test_every_order_is_converted_to_every_other_on_the_way_out(group: Group) ->
         ids = source.ids(BLOCKS)
         slots = Slots(source.part.nbytes(BLOCK_TOKENS))
         part = Part(group, Described(stored))
-        sums = copier.save(
-            source.memory, ids, slots.addresses, BLOCK_TOKENS, stored=part, checksum=True
+        sums = copy_out(
+            copier, source.memory, ids, slots.addresses, BLOCK_TOKENS, stored=part, checksum=True
         )
         assert slots.objects() == [in_order(source.block(row), group, stored) for row in ids]
         assert sums == [xxhash.xxh3_64_intdigest(data) for data in slots.objects()]
@@ -130,10 +132,10 @@ def test_every_order_is_converted_to_every_other_on_the_way_out(group: Group) ->
 def test_numbers_of_another_type_are_refused() -> None:
     pages = Pages(Part(EQUAL), 12)
     other = Part(msgspec.structs.replace(EQUAL, dtype="float32"))
-    slots = Slots(other.nbytes(BLOCK_TOKENS))
-    for call in (CpuCopier().save, CpuCopier().load):
+    slots, ids = Slots(other.nbytes(BLOCK_TOKENS)), pages.ids(BLOCKS)
+    for call in (copy_out, copy_in):
         with pytest.raises(SpecError, match="turned into float16 by kernels of a GPU only"):
-            call(pages.memory, pages.ids(BLOCKS), slots.addresses, BLOCK_TOKENS, stored=other)
+            call(CpuCopier(), pages.memory, ids, slots.addresses, BLOCK_TOKENS, stored=other)
 
 
 def test_planes_of_different_width_cannot_lie_inside_the_channels() -> None:
@@ -148,8 +150,8 @@ def test_pages_of_any_size(page_tokens: int) -> None:
     target = Pages(Part(EQUAL), 64, PAGE_TOKENS)
     slots = Slots(source.part.nbytes(BLOCK_TOKENS))
     source.fill(KEYS, source.ids(BLOCKS))
-    copier.save(source.memory, source.ids(BLOCKS), slots.addresses, BLOCK_TOKENS)
-    copier.load(target.memory, target.ids(BLOCKS), slots.addresses, BLOCK_TOKENS)
+    copy_out(copier, source.memory, source.ids(BLOCKS), slots.addresses, BLOCK_TOKENS)
+    copy_in(copier, target.memory, target.ids(BLOCKS), slots.addresses, BLOCK_TOKENS)
     target.check(KEYS, target.ids(BLOCKS))
 
 
@@ -159,11 +161,11 @@ def test_opaque_pages_are_moved_as_they_are() -> None:
     source, target = Pages(part, 10), Pages(part, 10)
     slots = Slots(part.nbytes(BLOCK_TOKENS))
     ids = source.ids(BLOCKS, first=3)
-    sums = copier.save(source.memory, ids, slots.addresses, BLOCK_TOKENS, checksum=True)
+    sums = copy_out(copier, source.memory, ids, slots.addresses, BLOCK_TOKENS, checksum=True)
     want = [b"".join(pages.tobytes() for pages in source.block(row)) for row in ids]
     assert slots.objects() == want
     assert sums == [xxhash.xxh3_64_intdigest(data) for data in want]
-    copier.load(target.memory, ids, slots.addresses, BLOCK_TOKENS)
+    copy_in(copier, target.memory, ids, slots.addresses, BLOCK_TOKENS)
     for row in ids:
         assert all(map(np.array_equal, target.block(row), source.block(row)))
 
@@ -173,12 +175,12 @@ def test_pages_that_are_left_out_stay_as_they_are(part: Part) -> None:
     copier = CpuCopier(2)
     source, target = Pages(part), Pages(part)
     slots = Slots(part.nbytes(BLOCK_TOKENS))
-    copier.save(source.memory, source.ids(BLOCKS), slots.addresses, BLOCK_TOKENS)
+    copy_out(copier, source.memory, source.ids(BLOCKS), slots.addresses, BLOCK_TOKENS)
     before = [array.copy() for array in target.arrays]
     ids = target.ids(BLOCKS)
     holes = ids.copy()
     holes[0, 1] = holes[1, :] = holes[2, 3] = -1
-    copier.load(target.memory, holes, slots.addresses, BLOCK_TOKENS)
+    copy_in(copier, target.memory, holes, slots.addresses, BLOCK_TOKENS)
     filled = holes[holes >= 0]
     for array, old, whole in zip(target.arrays, before, source.arrays, strict=True):
         untouched = np.setdiff1d(np.arange(len(array)), filled)
@@ -192,7 +194,7 @@ def test_all_pages_left_out_is_nothing_to_do() -> None:
     before = [array.copy() for array in target.arrays]
     slots = Slots(target.part.nbytes(BLOCK_TOKENS))
     ids = np.full((BLOCKS, 4), -1)
-    CpuCopier().load(target.memory, ids, slots.addresses, BLOCK_TOKENS)
+    copy_in(CpuCopier(), target.memory, ids, slots.addresses, BLOCK_TOKENS)
     assert all(map(np.array_equal, target.arrays, before))
 
 
@@ -204,10 +206,10 @@ def test_page_ids_outside_are_refused_before_anything_is_copied(bad: int) -> Non
     ids[2, 3] = bad
     before = [array.copy() for array in pages.arrays]
     with pytest.raises(SpecError, match=f"page id {bad} is outside the engine's 64 pages"):
-        CpuCopier().save(pages.memory, ids, slots.addresses, BLOCK_TOKENS)
+        copy_out(CpuCopier(), pages.memory, ids, slots.addresses, BLOCK_TOKENS)
     gate = LayerGate(EQUAL.layers)
     with pytest.raises(SpecError, match=f"page id {bad} is outside"):
-        CpuCopier().load(pages.memory, ids, slots.addresses, BLOCK_TOKENS, then=gate)
+        copy_in(CpuCopier(), pages.memory, ids, slots.addresses, BLOCK_TOKENS, then=gate)
     assert gate.failed is not None, "who waits for layers would wait for ever"
     assert (slots.array == 0xA5).all()
     assert all(map(np.array_equal, pages.arrays, before))
@@ -219,7 +221,7 @@ def test_a_page_cannot_be_left_out_of_a_save() -> None:
     ids = pages.ids(BLOCKS)
     ids[0, 0] = -1
     with pytest.raises(SpecError, match="page id -1 is outside"):
-        CpuCopier().save(pages.memory, ids, slots.addresses, BLOCK_TOKENS)
+        copy_out(CpuCopier(), pages.memory, ids, slots.addresses, BLOCK_TOKENS)
 
 
 @pytest.mark.parametrize("shape", [(BLOCKS, 3), (BLOCKS, 5), (BLOCKS - 1, 4), (BLOCKS * 4,)])
@@ -227,20 +229,22 @@ def test_shapes_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
     pages = Pages(Part(EQUAL))
     slots = Slots(pages.part.nbytes(BLOCK_TOKENS))
     with pytest.raises(SpecError, match=r"page_ids has shape .*; \(3, 4\) is needed"):
-        CpuCopier().save(pages.memory, np.zeros(shape, np.int64), slots.addresses, BLOCK_TOKENS)
+        copy_out(
+            CpuCopier(), pages.memory, np.zeros(shape, np.int64), slots.addresses, BLOCK_TOKENS
+        )
 
 
 def test_blocks_must_be_made_of_whole_pages() -> None:
     pages = Pages(Part(EQUAL), 64, 4)
     with pytest.raises(SpecError, match=r"block_tokens is 18, .* page size 4; use 20"):
-        CpuCopier().save(pages.memory, np.zeros((1, 4), np.int64), [0], 18)
+        copy_out(CpuCopier(), pages.memory, np.zeros((1, 4), np.int64), [0], 18)
 
 
 def test_no_blocks_are_no_work() -> None:
     pages = Pages(Part(EQUAL))
     none = np.zeros((0, 4), np.int64)
-    assert CpuCopier().save(pages.memory, none, [], BLOCK_TOKENS) is None
-    assert CpuCopier().load(pages.memory, none, [], BLOCK_TOKENS, checksum=True) == []
+    assert copy_out(CpuCopier(), pages.memory, none, [], BLOCK_TOKENS) is None
+    assert copy_in(CpuCopier(), pages.memory, none, [], BLOCK_TOKENS, checksum=True) == []
 
 
 def test_layouts_that_cannot_be_converted_are_refused() -> None:
@@ -248,7 +252,7 @@ def test_layouts_that_cannot_be_converted_are_refused() -> None:
     opaque = Part(EQUAL, Opaque("engine", 4, 1000))
     for stored in (opaque, Part(DIFFERENT)):
         with pytest.raises(SpecError, match="cannot be turned into"):
-            CpuCopier().load(pages.memory, pages.ids(1), [0], BLOCK_TOKENS, stored=stored)
+            copy_in(CpuCopier(), pages.memory, pages.ids(1), [0], BLOCK_TOKENS, stored=stored)
 
 
 def test_ids_of_any_integer_type_and_order() -> None:
@@ -257,8 +261,8 @@ def test_ids_of_any_integer_type_and_order() -> None:
     pages.fill(KEYS, pages.ids(BLOCKS))
     ids = pages.ids(BLOCKS)
     copier = CpuCopier()
-    copier.save(pages.memory, ids.astype(np.int32), slots.addresses, BLOCK_TOKENS)  # type: ignore[arg-type]
-    copier.load(target.memory, np.asfortranarray(ids), slots.addresses, BLOCK_TOKENS)
+    copy_out(copier, pages.memory, ids.astype(np.int32), slots.addresses, BLOCK_TOKENS)  # type: ignore[arg-type]
+    copy_in(copier, target.memory, np.asfortranarray(ids), slots.addresses, BLOCK_TOKENS)
     target.check(KEYS, ids)
 
 

@@ -17,6 +17,7 @@ from kvstore.copier.cuda.tiles import KernelCopy
 from kvstore.copier.gate import LayerGate
 from kvstore.errors import SpecError, StoreUnavailable
 from tests import cuda_tools
+from tests.copies import copy_in, copy_out
 from tests.cuda_tools import IDS, PAGE, PAGES, TOKENS, Arena, EnginePages, FakeCuda, FakeKernels
 from tests.session_tools import Stores
 from tests.triton_tools import interpreted
@@ -69,12 +70,14 @@ def test_numbers_are_rounded_on_the_way_out_and_come_back_rounded(
     cuda.place(source.array, loaded.array)
     arena = Arena(stored.nbytes(TOKENS))
     copier.attach(arena.address, arena.array.nbytes)
-    copier.save(source.on_device, IDS, arena.slots, TOKENS, stored=stored)
+    copy_out(copier, source.on_device, IDS, arena.slots, TOKENS, stored=stored)
     arena.objects()
     before = loaded.array.copy()
     gate = LayerGate(GROUP.layers)
     soon = time.monotonic() + 20
-    copier.load(loaded.on_device, IDS, arena.slots, TOKENS, stored=stored, then=gate, deadline=soon)
+    copy_in(
+        copier, loaded.on_device, IDS, arena.slots, TOKENS, stored=stored, then=gate, deadline=soon
+    )
     assert gate.open_layers == GROUP.layers
     assert kernels.casts == {("bfloat16", target)}
     # Axes are L, B, …: whole pages by number.
@@ -95,10 +98,10 @@ def test_without_pinned_slots_or_room_on_the_device_nothing_is_turned(
     arena = Arena(stored.nbytes(TOKENS))
     copier = cuda.copier(kernels=kernels, path="kernel", staging_bytes=0)
     with pytest.raises(StoreUnavailable, match="need pinned slots, or room"):
-        copier.save(pages.on_device, IDS, arena.slots, TOKENS, stored=stored)
+        copy_out(copier, pages.on_device, IDS, arena.slots, TOKENS, stored=stored)
     plain = cuda.copier()
     with pytest.raises(SpecError, match="by kernels of a GPU only"):
-        plain.save(pages.on_device, IDS, arena.slots, TOKENS, stored=stored)
+        copy_out(plain, pages.on_device, IDS, arena.slots, TOKENS, stored=stored)
 
 
 def test_a_session_stores_what_its_parts_say(cuda: FakeCuda, kernels: Interpreted) -> None:
@@ -136,7 +139,7 @@ def test_kernels_of_both_kinds_give_the_same_bytes(cuda: FakeCuda, kernels: Inte
         arena = Arena(part.nbytes(TOKENS))
         copier = cuda.copier(kernels=some, path="staged")
         copier.attach(arena.address, arena.array.nbytes)
-        copier.save(pages.on_device, IDS, arena.slots, TOKENS)
+        copy_out(copier, pages.on_device, IDS, arena.slots, TOKENS)
         copier.detach(arena.address)
         objects.append(arena.objects())
     assert objects[0] == objects[1]

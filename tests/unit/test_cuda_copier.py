@@ -17,6 +17,7 @@ from kvstore.copier.cuda import lanes
 from kvstore.copier.gate import LayerGate
 from kvstore.errors import SpecError, StoreUnavailable
 from tests import cuda_tools
+from tests.copies import copy_in, copy_out
 from tests.cuda_tools import (
     CPU,
     GROUP,
@@ -91,8 +92,8 @@ def test_pages_that_repeat_are_left_out_or_are_all(cuda: FakeCuda, way: str) -> 
     ours, theirs = pair(cuda, PART, "LPBNHC")
     same = np.array([[5, 5, 6, 5], [5, 6, 7, 8]])
     want, have = Arena(PART.nbytes(TOKENS), 2), Arena(PART.nbytes(TOKENS), 2)
-    CPU.save(ours.memory, same, want.slots, TOKENS)
-    copier.save(theirs.on_device, same, have.slots, TOKENS)
+    copy_out(CPU, ours.memory, same, want.slots, TOKENS)
+    copy_out(copier, theirs.on_device, same, have.slots, TOKENS)
     assert have.objects() == want.objects()
 
 
@@ -115,11 +116,11 @@ def test_odd_sizes_and_opaque_pages(cuda: FakeCuda, way: str, group: Group, layo
     ids = source.ids(3, first=2)
     want, have = Arena(part.nbytes(BLOCK_TOKENS)), Arena(part.nbytes(BLOCK_TOKENS))
     copier.attach(have.address, have.array.nbytes)
-    CPU.save(source.memory, ids, want.slots, BLOCK_TOKENS)
-    copier.save(on_device(source.memory), ids, have.slots, BLOCK_TOKENS)
+    copy_out(CPU, source.memory, ids, want.slots, BLOCK_TOKENS)
+    copy_out(copier, on_device(source.memory), ids, have.slots, BLOCK_TOKENS)
     assert have.objects() == want.objects()
     before = [array.copy() for array in target.arrays]
-    copier.load(on_device(target.memory), ids[:, ::-1], have.slots, BLOCK_TOKENS)
+    copy_in(copier, on_device(target.memory), ids[:, ::-1], have.slots, BLOCK_TOKENS)
     for now, old, right in zip(target.arrays, before, source.arrays, strict=True):
         assert np.array_equal(now[ids[:, ::-1]], right[ids])
         untouched = np.setdiff1d(np.arange(20), ids)
@@ -131,8 +132,8 @@ def test_nothing_to_copy(cuda: FakeCuda) -> None:
     memory = EnginePages(PART, "LPBNHC", PAGES, PAGE).on_device
     none = np.zeros((0, 4), dtype=np.int64)
     gate = LayerGate(3)
-    assert copier.save(memory, none, [], TOKENS, checksum=True) == []
-    assert copier.load(memory, none, [], TOKENS, then=gate) is None
+    assert copy_out(copier, memory, none, [], TOKENS, checksum=True) == []
+    assert copy_in(copier, memory, none, [], TOKENS, then=gate) is None
     assert gate.open_layers == 3
 
 
@@ -141,13 +142,13 @@ def test_what_does_not_fit_is_refused(cuda: FakeCuda) -> None:
     pages = EnginePages(PART, "LPBNHC", PAGES, PAGE)
     arena = Arena(PART.nbytes(TOKENS))
     with pytest.raises(SpecError, match=r"pages on device None cannot be copied by .* device 0"):
-        copier.save(pages.memory, IDS, arena.slots, TOKENS)
+        copy_out(copier, pages.memory, IDS, arena.slots, TOKENS)
     with pytest.raises(SpecError, match="page id 40 is outside"):
-        copier.save(pages.on_device, IDS + 1, arena.slots, TOKENS)
+        copy_out(copier, pages.on_device, IDS + 1, arena.slots, TOKENS)
     gate = LayerGate(3)
     other = Part(Group(GROUP.layers + 1, GROUP.heads, GROUP.channels, GROUP.dtype))
     with pytest.raises(SpecError, match="cannot be turned into"):
-        copier.load(pages.on_device, IDS, arena.slots, TOKENS, stored=other, then=gate)
+        copy_in(copier, pages.on_device, IDS, arena.slots, TOKENS, stored=other, then=gate)
     assert gate.failed is not None
     assert "cannot be turned into" in gate.failed
 
@@ -178,8 +179,8 @@ def test_a_call_without_a_lane_ends_at_its_deadline(cuda: FakeCuda) -> None:
     gate = LayerGate(3)
     waiting = [
         threading.Thread(
-            target=copier.save,
-            args=(pages.on_device, IDS, arena.slots, TOKENS),
+            target=copy_out,
+            args=(copier, pages.on_device, IDS, arena.slots, TOKENS),
             kwargs={"after": gate},
         )
         for arena in arenas
@@ -191,7 +192,7 @@ def test_a_call_without_a_lane_ends_at_its_deadline(cuda: FakeCuda) -> None:
         time.sleep(0.001)
     begin = time.monotonic()
     with pytest.raises(StoreUnavailable, match="none of 4 lanes"):
-        copier.save(pages.on_device, IDS, arenas[0].slots, TOKENS, deadline=begin + 0.05)
+        copy_out(copier, pages.on_device, IDS, arenas[0].slots, TOKENS, deadline=begin + 0.05)
     assert time.monotonic() - begin < 5
     gate.open(3)
     for thread in waiting:

@@ -12,6 +12,7 @@ from kvstore.blocks.spec import Described, Part
 from kvstore.copier.cuda import pinning
 from kvstore.errors import StoreUnavailable
 from tests import cuda_tools
+from tests.copies import copy_out
 from tests.cuda_tools import (
     CPU,
     GROUP,
@@ -72,8 +73,8 @@ def test_slots_outside_the_arena_and_on_its_edge(cuda: FakeCuda, way: str) -> No
     want, have = Arena(PART.nbytes(TOKENS)), Arena(PART.nbytes(TOKENS))
     # One slot is outside, one is half inside, one is inside.
     copier.attach(have.slots[1] + 100, have.array.nbytes - have.array.shape[1] - 100)
-    CPU.save(ours.memory, IDS, want.slots, TOKENS)
-    copier.save(theirs.on_device, IDS, have.slots, TOKENS)
+    copy_out(CPU, ours.memory, IDS, want.slots, TOKENS)
+    copy_out(copier, theirs.on_device, IDS, have.slots, TOKENS)
     assert have.objects() == want.objects()
     assert cuda.counts().plain
 

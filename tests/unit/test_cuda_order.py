@@ -13,6 +13,7 @@ from kvstore.blocks.spec import Described, Part
 from kvstore.copier.gate import LayerGate
 from kvstore.errors import StoreUnavailable
 from tests import cuda_tools
+from tests.copies import copy_in, copy_out
 from tests.cuda_tools import (
     CPU,
     GROUP,
@@ -49,7 +50,7 @@ def test_a_save_copies_no_layer_before_it_is_computed(cuda: FakeCuda, way: str, 
         pages.array[:] = 0xEE
         want, have = Arena(part.nbytes(TOKENS)), Arena(part.nbytes(TOKENS))
         copier.attach(have.address, have.array.nbytes)
-        CPU.save(final.memory, IDS, want.slots, TOKENS)
+        copy_out(CPU, final.memory, IDS, want.slots, TOKENS)
         gate = LayerGate(3)
         with engine.current():
             model = engine.stream()
@@ -65,7 +66,7 @@ def test_a_save_copies_no_layer_before_it_is_computed(cuda: FakeCuda, way: str, 
                 gate.open(layer + 1, copier.mark(model))
 
         def save(gate: LayerGate = gate, pages: Any = pages, have: Arena = have) -> None:
-            copier.save(pages.on_device, IDS, have.slots, TOKENS, after=gate)
+            copy_out(copier, pages.on_device, IDS, have.slots, TOKENS, after=gate)
 
         in_threads(run, save)
         assert have.objects() == want.objects()
@@ -86,7 +87,7 @@ def test_layers_are_opened_when_their_bytes_are_there(
         arena = Arena(part.nbytes(TOKENS))
         arena.fill(again)
         copier.attach(arena.address, arena.array.nbytes)
-        CPU.load(want.memory, IDS, arena.slots, TOKENS)
+        copy_in(CPU, want.memory, IDS, arena.slots, TOKENS)
         before, seen = pages.array.copy(), np.zeros_like(pages.array)
         after, then = LayerGate(3), LayerGate(3)
         read = np.zeros_like(pages.array)
@@ -113,7 +114,7 @@ def test_layers_are_opened_when_their_bytes_are_there(
                 cuda.enqueue(model, look)
 
         def load(after: Any = after, then: Any = then, pages: Any = pages, a: Any = arena) -> None:
-            copier.load(pages.on_device, IDS, a.slots, TOKENS, after=after, then=then)
+            copy_in(copier, pages.on_device, IDS, a.slots, TOKENS, after=after, then=then)
 
         in_threads(use, load)
         with engine.current():
@@ -133,7 +134,7 @@ def test_layers_that_are_followed_one_by_one_have_events_of_their_own(
     for step, count in ((1, 3), (4 << 20, 1)):
         monkeypatch.setattr("kvstore.copier.base.LAYERS_BYTES", step)
         then = LayerGate(3)
-        copier.load(pages.on_device, IDS, arena.slots, TOKENS, then=then)
+        copy_in(copier, pages.on_device, IDS, arena.slots, TOKENS, then=then)
         events = [then.wait(layer, 0) for layer in range(3)]
         assert len({e.handle for e in events if e is not None}) == count
 
@@ -146,13 +147,19 @@ def test_a_gate_that_does_not_open_ends_the_call(cuda: FakeCuda, way: str) -> No
     gate = LayerGate(3)
     gate.open(1)
     with pytest.raises(StoreUnavailable, match="layer 1 was not there in time"):
-        copier.save(
-            pages.on_device, IDS, arena.slots, TOKENS, after=gate, deadline=time.monotonic() + 0.02
+        copy_out(
+            copier,
+            pages.on_device,
+            IDS,
+            arena.slots,
+            TOKENS,
+            after=gate,
+            deadline=time.monotonic() + 0.02,
         )
     gate.fail("the engine gave up")
     then = LayerGate(3)
     with pytest.raises(StoreUnavailable, match="the engine gave up"):
-        copier.load(pages.on_device, IDS, arena.slots, TOKENS, after=gate, then=then)
+        copy_in(copier, pages.on_device, IDS, arena.slots, TOKENS, after=gate, then=then)
     assert then.failed == "the engine gave up"
     agree(cuda, copier, PART, "LPBNHC")
 
@@ -178,9 +185,9 @@ def test_after_a_failure_nothing_is_copied_any_more(
 
     def copy() -> None:
         if saving:
-            copier.save(pages.on_device, IDS, arena.slots, TOKENS, after=gate)
+            copy_out(copier, pages.on_device, IDS, arena.slots, TOKENS, after=gate)
         else:
-            copier.load(pages.on_device, IDS, arena.slots, TOKENS, then=gate)
+            copy_in(copier, pages.on_device, IDS, arena.slots, TOKENS, then=gate)
 
     def fails() -> None:
         with pytest.raises(StoreUnavailable, match=r"CUDA_ERROR_UNKNOWN \(999\)|not compile"):
@@ -214,7 +221,7 @@ def test_a_broken_device_is_a_store_that_is_not_there(cuda: FakeCuda) -> None:
     cuda.library.fake_break_in(2)
     then = LayerGate(3)
     with pytest.raises(StoreUnavailable, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
-        copier.load(pages.on_device, IDS, arena.slots, TOKENS, then=then)
+        copy_in(copier, pages.on_device, IDS, arena.slots, TOKENS, then=then)
     with pytest.raises(StoreUnavailable, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
-        copier.save(pages.on_device, IDS, arena.slots, TOKENS)
+        copy_out(copier, pages.on_device, IDS, arena.slots, TOKENS)
     cuda.library.fake_break_in(0)

@@ -14,6 +14,7 @@ from kvstore.blocks.spec import Described, Group, Part
 from kvstore.copier.cpu import CpuCopier
 from kvstore.copier.gate import LayerGate
 from kvstore.errors import StoreUnavailable
+from tests.copies import copy_in, copy_out
 from tests.session_tools import BLOCK_TOKENS, Pages
 
 # A layer of all blocks is larger than what is copied at once.
@@ -78,7 +79,8 @@ def test_a_save_follows_the_layers_as_they_are_computed(checksum: bool) -> None:
 
     def save() -> None:
         sums.append(
-            CpuCopier(1).save(
+            copy_out(
+                CpuCopier(1),
                 source.memory,
                 ids,
                 addresses,
@@ -102,7 +104,7 @@ def test_a_save_follows_the_layers_as_they_are_computed(checksum: bool) -> None:
     assert len(sums) == 1
     assert (sums[0] is not None) == checksum
     target = pages()
-    CpuCopier(1).load(target.memory, ids, addresses, BLOCK_TOKENS)
+    copy_in(CpuCopier(1), target.memory, ids, addresses, BLOCK_TOKENS)
     target.check(KEYS, ids)
 
 
@@ -110,11 +112,12 @@ def test_a_save_whose_layers_never_come_ends() -> None:
     source = pages()
     gate = LayerGate.opened(GROUP.layers, None)
     _room, addresses = slots_for(source.part)
-    CpuCopier(1).save(source.memory, source.ids(BLOCKS), addresses, BLOCK_TOKENS, after=gate)
+    copy_out(CpuCopier(1), source.memory, source.ids(BLOCKS), addresses, BLOCK_TOKENS, after=gate)
     late = LayerGate(GROUP.layers)
     late.open(2)
     with pytest.raises(StoreUnavailable, match="layer 2 was not there in time"):
-        CpuCopier(1).save(
+        copy_out(
+            CpuCopier(1),
             source.memory,
             source.ids(BLOCKS),
             addresses,
@@ -130,7 +133,7 @@ def test_layers_are_opened_once_they_are_in_the_pages(axes: str) -> None:
     ids = source.ids(BLOCKS)
     source.fill(KEYS, ids)
     _room, addresses = slots_for(source.part)
-    CpuCopier(2).save(source.memory, ids, addresses, BLOCK_TOKENS)
+    copy_out(CpuCopier(2), source.memory, ids, addresses, BLOCK_TOKENS)
     target = pages()
     values = {key: target.right(key) for key in KEYS}
     gate = LayerGate(GROUP.layers)
@@ -154,8 +157,15 @@ def test_layers_are_opened_once_they_are_in_the_pages(axes: str) -> None:
             failures.append(e)
 
     follower = in_thread(guarded)
-    CpuCopier(1).load(
-        target.memory, ids, addresses, BLOCK_TOKENS, stored=source.part, then=gate, deadline=soon()
+    copy_in(
+        CpuCopier(1),
+        target.memory,
+        ids,
+        addresses,
+        BLOCK_TOKENS,
+        stored=source.part,
+        then=gate,
+        deadline=soon(),
     )
     follower.join(30)
     assert not failures
@@ -168,13 +178,13 @@ def test_a_load_waits_until_its_pages_are_free() -> None:
     ids = source.ids(BLOCKS)
     source.fill(KEYS, ids)
     _room, addresses = slots_for(source.part)
-    CpuCopier(1).save(source.memory, ids, addresses, BLOCK_TOKENS)
+    copy_out(CpuCopier(1), source.memory, ids, addresses, BLOCK_TOKENS)
     target = pages()
     busy = LayerGate(GROUP.layers)
     before = [array.copy() for array in target.arrays]
     thread = in_thread(
-        lambda: CpuCopier(1).load(
-            target.memory, ids, addresses, BLOCK_TOKENS, after=busy, deadline=soon()
+        lambda: copy_in(
+            CpuCopier(1), target.memory, ids, addresses, BLOCK_TOKENS, after=busy, deadline=soon()
         )
     )
     time.sleep(0.05)

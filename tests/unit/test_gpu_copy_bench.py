@@ -7,19 +7,19 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from kvstore.benchmarks import gpu_copy, shapes
 from kvstore.benchmarks.figures import BenchmarkError
 from kvstore.benchmarks.shapes import Shape
 from kvstore.blocks.spec import Group
-from kvstore.copier.base import PagedMemory
+from kvstore.copier.base import Copy
 from kvstore.copier.cpu import CpuCopier
 from kvstore.copier.gate import LayerGate
 from kvstore.errors import StoreUnavailable
@@ -52,42 +52,27 @@ def arena() -> Iterator[Arena]:
 
 
 class Wrong(CpuCopier):
-    """Does one thing wrong: see `save` and `load`."""
+    """Does one thing wrong: see `copy`."""
 
     def __init__(self, fault: str) -> None:
         super().__init__(1)
         self.fault = fault
 
-    def save(
-        self,
-        memory: PagedMemory,
-        page_ids: NDArray[np.int64],
-        slots: Sequence[int],
-        block_tokens: int,
-        **others: Any,
-    ) -> list[int] | None:
-        if self.fault == "a block is not saved":
-            page_ids, slots = page_ids[1:], slots[1:]
-        if self.fault == "pages of a block are swapped":
-            page_ids = np.ascontiguousarray(page_ids[:, ::-1])
-        return super().save(memory, page_ids, slots, block_tokens, **others)
-
-    def load(
-        self,
-        memory: PagedMemory,
-        page_ids: NDArray[np.int64],
-        slots: Sequence[int],
-        block_tokens: int,
-        **others: Any,
-    ) -> list[int] | None:
-        if self.fault == "a page is not loaded":
-            page_ids = page_ids.copy()
-            page_ids[-1, -1] = -1
-        if self.fault == "pages of others are overwritten":
-            every = np.arange(memory.pages).reshape(-1, page_ids.shape[1])
-            other = next(row for row in every[::-1] if not np.isin(row, page_ids).any())
-            super().load(memory, other[None], slots[:1], block_tokens)
-        return super().load(memory, page_ids, slots, block_tokens, **others)
+    def copy(self, copy: Copy) -> list[int] | None:
+        ids, slots = copy.page_ids, copy.slots
+        if copy.to_slots:
+            if self.fault == "a block is not saved":
+                ids, slots = ids[1:], slots[1:]
+            if self.fault == "pages of a block are swapped":
+                ids = np.ascontiguousarray(ids[:, ::-1])
+        elif self.fault == "a page is not loaded":
+            ids = ids.copy()
+            ids[-1, -1] = -1
+        elif self.fault == "pages of others are overwritten":
+            every = np.arange(copy.memory.pages).reshape(-1, ids.shape[1])
+            other = next(row for row in every[::-1] if not np.isin(row, ids).any())
+            super().copy(replace(copy, page_ids=other[None], slots=slots[:1]))
+        return super().copy(replace(copy, page_ids=ids, slots=slots))
 
 
 FAULTS = [
@@ -129,13 +114,9 @@ def test_the_check_orders_copies_after_work_of_the_device(arena: Arena) -> None:
             return gates[-1]
 
     class Recording(CpuCopier):
-        def save(self, *arguments: Any, **others: Any) -> list[int] | None:
-            assert others["after"] in gates
-            return super().save(*arguments, **others)
-
-        def load(self, *arguments: Any, **others: Any) -> list[int] | None:
-            assert others["after"] in gates
-            return super().load(*arguments, **others)
+        def copy(self, copy: Copy) -> list[int] | None:
+            assert copy.after in gates
+            return super().copy(copy)
 
     pages = DevicePages(TOKEN_FIRST, PAGES, "cpu")
     pages.check(Recording(1), arena.address, 12, Ordered)

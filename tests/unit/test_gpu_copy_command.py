@@ -6,15 +6,12 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from kvstore.benchmarks import command as bench
@@ -22,7 +19,7 @@ from kvstore.benchmarks import gpu_copy
 from kvstore.benchmarks.figures import BenchmarkError
 from kvstore.benchmarks.shapes import Shape
 from kvstore.blocks.spec import Group
-from kvstore.copier.base import PagedMemory
+from kvstore.copier.base import Copy
 from kvstore.copier.cpu import CpuCopier
 
 torch = pytest.importorskip("torch")
@@ -116,15 +113,10 @@ def test_a_wrong_copy_ends_the_run_and_keeps_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Wrong(CpuCopier):
-        def load(
-            self,
-            memory: PagedMemory,
-            page_ids: NDArray[np.int64],
-            slots: Sequence[int],
-            block_tokens: int,
-            **others: Any,
-        ) -> list[int] | None:
-            return super().load(memory, page_ids[1:], slots[1:], block_tokens, **others)
+        def copy(self, copy: Copy) -> list[int] | None:
+            if not copy.to_slots:
+                copy = replace(copy, page_ids=copy.page_ids[1:], slots=copy.slots[1:])
+            return super().copy(copy)
 
         def close(self) -> None:
             """Nothing is held."""

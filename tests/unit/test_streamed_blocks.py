@@ -10,6 +10,7 @@ from kvstore.blocks.spec import Described, Part
 from kvstore.copier.base import PagedMemory
 from kvstore.copier.cpu import CpuCopier
 from kvstore.memory.bounce import Bounce
+from tests.copies import copy, copy_out
 
 BLOCKS = 3
 
@@ -30,8 +31,8 @@ def test_pieces_and_their_hash_are_those_of_the_whole(shape: Shape, capacity: in
     slot, buffer = Bounce(shape.block_bytes), Bounce(1 << 20)
     for number in range(BLOCKS):
         one = ids[number : number + 1]
-        (must,) = copier.save(source, one, [slot.address], tokens, checksum=True) or ()
-        out = copier.stream(source, one, tokens, stored=shape.part, to_slots=True)
+        (must,) = copy_out(copier, source, one, [slot.address], tokens, checksum=True) or ()
+        out = copier.stream(copy(True, source, ids, [], tokens), number)
         assert out is not None
         came = bytearray()
         while size := out.next(capacity):
@@ -40,7 +41,7 @@ def test_pieces_and_their_hash_are_those_of_the_whole(shape: Shape, capacity: in
             came += buffer.view[:size]
         assert came == slot.view[: shape.block_bytes]
         assert out.digest() == must
-        back, at = copier.stream(target, one, tokens, stored=shape.part, to_slots=False), 0
+        back, at = copier.stream(copy(False, target, ids, [], tokens), number), 0
         assert back is not None
         while size := back.next(capacity):
             buffer.view[:size] = slot.view[at : at + size]
@@ -57,10 +58,10 @@ def test_what_has_no_such_order_goes_as_a_whole() -> None:
     ids, copier = shape.page_ids(1), CpuCopier(1)
     holes = ids.copy()
     holes[0, 1] = -1
-    assert copier.stream(memory, holes, tokens, stored=shape.part, to_slots=False) is None
+    assert copier.stream(copy(False, memory, holes, [], tokens), 0) is None
     turned = Part(shape.part.group, Described("CLPNH"))
-    assert copier.stream(memory, ids, tokens, stored=turned, to_slots=True) is None
-    stream = copier.stream(memory, ids, tokens, stored=shape.part, to_slots=True)
+    assert copier.stream(copy(True, memory, ids, [], tokens, stored=turned), 0) is None
+    stream = copier.stream(copy(True, memory, ids, [], tokens), 0)
     assert stream is not None
     with pytest.raises(ValueError, match="65536"):
         stream.next(1000)

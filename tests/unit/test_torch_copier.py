@@ -15,6 +15,7 @@ from kvstore.copier.cpu import CpuCopier
 from kvstore.copier.gate import LayerGate
 from kvstore.copier.torch import TorchCopier
 from kvstore.errors import SpecError, StoreUnavailable
+from tests.copies import copy_in, copy_out
 
 LAYERS, HEADS, WIDTH, PAGE, PAGES, BLOCK = 3, 2, 8, 4, 20, 8
 BLOCKS = 5
@@ -59,18 +60,18 @@ def test_bytes_are_those_of_the_native_copies(
     monkeypatch.setattr(plain, "STAGING_BYTES", staging)
     source, ids = memory(order, 1), some_pages(1)
     (ours, at), (theirs, there) = room(), room()
-    sums = TorchCopier().save(source, ids, at, BLOCK, checksum=True)
-    assert sums == CpuCopier().save(source, ids, there, BLOCK, checksum=True)
+    sums = copy_out(TorchCopier(), source, ids, at, BLOCK, checksum=True)
+    assert sums == copy_out(CpuCopier(), source, ids, there, BLOCK, checksum=True)
     assert np.array_equal(ours, theirs)
 
     into = some_pages(2)
     into[1, 0] = into[3, 1] = -1
     target, other = memory("LBNHC", 3), memory("LBNHC", 3)
     gate = LayerGate(LAYERS)
-    assert TorchCopier().load(target, into, at, BLOCK, checksum=True) == sums
-    TorchCopier().load(target, into, at, BLOCK, then=gate)
+    assert copy_in(TorchCopier(), target, into, at, BLOCK, checksum=True) == sums
+    copy_in(TorchCopier(), target, into, at, BLOCK, then=gate)
     assert gate.open_layers == LAYERS
-    CpuCopier().load(other, into, at, BLOCK)
+    copy_in(CpuCopier(), other, into, at, BLOCK)
     for mine, right in zip(target.owner, other.owner, strict=True):
         assert torch.equal(mine, right)
 
@@ -78,16 +79,16 @@ def test_bytes_are_those_of_the_native_copies(
 def test_opaque_pages_and_other_layouts() -> None:
     source, ids = memory("LBHNC", 4, opaque=True), some_pages(4)
     ours, at = room()
-    TorchCopier().save(source, ids, at, BLOCK)
+    copy_out(TorchCopier(), source, ids, at, BLOCK)
     target = memory("LBHNC", 5, opaque=True)
-    TorchCopier().load(target, ids, at, BLOCK)
+    copy_in(TorchCopier(), target, ids, at, BLOCK)
     for mine, right in zip(target.owner, source.owner, strict=True):
         assert torch.equal(mine[ids.ravel()], right[ids.ravel()])
 
     stored = Part(source.part.group, Described("LPNHC"))
     mine, right = memory("LBHNC", 6), memory("LBHNC", 6)
-    TorchCopier().load(mine, ids, at, BLOCK, stored=stored)
-    CpuCopier().load(right, ids, at, BLOCK, stored=stored)
+    copy_in(TorchCopier(), mine, ids, at, BLOCK, stored=stored)
+    copy_in(CpuCopier(), right, ids, at, BLOCK, stored=stored)
     for one, other in zip(mine.owner, right.owner, strict=True):
         assert torch.equal(one, other)
     assert not (ours == 0xA5).all()
@@ -97,11 +98,11 @@ def test_what_does_not_fit_is_refused_and_gates_are_kept() -> None:
     apart = memory("LHBNC", 7)
     _, at = room()
     with pytest.raises(SpecError, match="does not lie in one piece"):
-        TorchCopier().save(apart, some_pages(1), at, BLOCK)
+        copy_out(TorchCopier(), apart, some_pages(1), at, BLOCK)
     source = memory("LBHNC", 8)
     with pytest.raises(SpecError, match="page id 20 is outside"):
-        TorchCopier().save(source, np.full((BLOCKS, 2), PAGES), at, BLOCK)
-    soon = time.monotonic() + 0.02
-    for call in (TorchCopier().save, TorchCopier().load):
+        copy_out(TorchCopier(), source, np.full((BLOCKS, 2), PAGES), at, BLOCK)
+    soon, gate = time.monotonic() + 0.02, LayerGate(LAYERS)
+    for call in (copy_out, copy_in):
         with pytest.raises(StoreUnavailable, match="not there in time"):
-            call(source, some_pages(1), at, BLOCK, after=LayerGate(LAYERS), deadline=soon)
+            call(TorchCopier(), source, some_pages(1), at, BLOCK, after=gate, deadline=soon)

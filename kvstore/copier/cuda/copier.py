@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 
@@ -22,9 +22,6 @@ from kvstore.copier.cuda.tiles import KernelCopy, Kernels
 from kvstore.copier.gate import Event
 from kvstore.copier.segments import Plans
 from kvstore.errors import SpecError, StoreUnavailable
-
-if TYPE_CHECKING:
-    pass
 
 _RUNS_AT_ONCE: Final = 32768
 """Runs that are put together and handed over before the next; the device works meanwhile."""

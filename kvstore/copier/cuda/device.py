@@ -6,14 +6,12 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import byref, c_int, c_uint64, c_void_p
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from kvstore.copier.cuda.driver import Driver
+from kvstore.copier.gate import Event
 from kvstore.errors import DeviceUnavailable
 from kvstore.forks import in_child
-
-if TYPE_CHECKING:
-    from kvstore.copier.gate import Event
 
 _EVENT_FLAGS: Final = 0x1 | 0x2  # blocking synchronisation, no timing
 _NON_BLOCKING: Final = 0x1

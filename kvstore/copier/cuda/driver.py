@@ -9,14 +9,13 @@ import ctypes
 import enum
 import threading
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvstore import _native
 from kvstore.errors import DeviceUnavailable
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 MAX_BATCH: Final = 8192
 """Copies handed over in one call: drivers have crashed on very large batches."""

@@ -7,17 +7,15 @@ import threading
 import time
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.copier.cuda.device import Device
 from kvstore.copier.cuda.driver import Direction, SourceOrder
 from kvstore.copier.cuda.runs import Copies
 from kvstore.errors import DeviceUnavailable
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 PIECE: Final = 1 << 30
 """Memory is pinned in pieces of so many bytes, from its start on."""

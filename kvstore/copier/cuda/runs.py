@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.blocks.spec import Part
 from kvstore.copier.base import PagedMemory
 from kvstore.copier.cuda.tiles import Cast
 from kvstore.copier.segments import Segments, loops_of, segments_of
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 class Copies(NamedTuple):

@@ -6,15 +6,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.copier.segments import Loop, Segments, loops_of
 from kvstore.errors import SpecError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 NUMBERS: Final[dict[str, tuple[int, int]]] = {
     "float32": (8, 23),

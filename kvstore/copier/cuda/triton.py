@@ -12,10 +12,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.copier.cuda.tiles import NUMBERS, PAGES, SLOTS, Cast, KernelCopy, Tiling, tile
 from kvstore.copier.segments import Segments
@@ -30,8 +31,6 @@ except ImportError as error:
         f"copies by kernels need torch and triton ({error}): install both"
     ) from error
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _WARPS: Final = 4
 _RING_WORDS: Final = 1 << 17
