@@ -114,7 +114,7 @@ class Daemon:
                 # Until all else has ended: probes and metrics see the draining.
                 last.push_async_callback(self._http.stop)
             self._probe_places()
-            local = self._local = LocalFace(self.path, server.group, self._left)
+            local = self._local = LocalFace(self.path, server.group)
             with contextlib.closing(local):
                 if self._http is not None:  # Before all else: those who probe see the warm-up.
                     await self._http.start()
@@ -128,7 +128,9 @@ class Daemon:
                 store = await asyncio.to_thread(
                     open_store, self._config, arena, post, self._loop.call_later, pool
                 )
-                node = self._node = Node(self._config, store, access, self._steps, self.stop, pool)
+                node = self._node = Node(
+                    self._config, store, access, self._steps, self.stop, pool, self._left
+                )
                 # Goes on while the writes are waited for.
                 upkeep = [
                     run("upkeep", lambda: self._tick(store), store.counters, again=True),

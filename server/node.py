@@ -112,6 +112,8 @@ class Node:
     """Ends the daemon, in order."""
     pool: Pool | None = None
     """Its peers, if it is in a pool."""
+    left: Callable[[], object] = lambda: None
+    """Called whenever a session has ended."""
     sessions: dict[int, Session] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     """Of sessions to come."""

@@ -79,16 +79,20 @@ def checked_token(token: str, source: str) -> str:
     return token
 
 
+def peer_of(connection: socket.socket) -> tuple[int, int, int]:
+    """Process, user and main group at the other end of a unix socket. Raises OSError."""
+    return _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+
+
 def listener(path: Path, user: str | None = None) -> int | None:
     """The process that listens on a unix socket, if it is `trusted`; None: nobody."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         try:
             probe.connect(str(path))
-            peer = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+            pid, uid, _ = peer_of(probe)
         except OSError:
             return None
-        pid, uid, _ = _PEER.unpack(peer)
         return pid if trusted(uid, user) else None
 
 
@@ -146,8 +150,7 @@ def check_daemon(connection: socket.socket, path: Path, user: str | None) -> Non
         StoreUnavailable: it runs as a user who is not `trusted`.
         ConfigError: as `trusted`.
     """
-    peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-    uid = _PEER.unpack(peer)[1]
+    _, uid, _ = peer_of(connection)
     if not trusted(uid, user):
         raise StoreUnavailable(
             f"the daemon at {path} runs as user {uid}, which is neither this process's "

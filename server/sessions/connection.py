@@ -44,9 +44,7 @@ class Connection(asyncio.Protocol, ABC):
     shares_memory = True
     """Whether the client itself touches slots."""
 
-    def __init__(
-        self, node: Node, peer: Peer, grant: Grant, left: Callable[[], object] = lambda: None
-    ) -> None:
+    def __init__(self, node: Node, peer: Peer, grant: Grant) -> None:
         self.peer = peer
         self.grant = grant
         self.since = time.time()
@@ -59,7 +57,6 @@ class Connection(asyncio.Protocol, ABC):
 
         self._node = node
         self._store = node.store
-        self._left = left
         self._transport: asyncio.Transport | None = None
         self._frames = Frames()
         self._full = False  # of answers that the client does not read
@@ -97,7 +94,7 @@ class Connection(asyncio.Protocol, ABC):
         self.owner.owed -= sum(self._sizes.values()) + len(self._frames.rest())
         self._store.release_owner(self)
         del self._node.sessions[self.peer.session]
-        self._left()
+        self._node.left()
 
     def pause_writing(self) -> None:
         # A client that does not read its answers gets to ask no more questions.

@@ -216,13 +216,7 @@ class StreamSession(SessionConnection):
 
     shares_memory = False
 
-    def __init__(
-        self,
-        node: Node,
-        peer: Peer,
-        grant: Grant,
-        ticket: bytes,
-    ) -> None:
+    def __init__(self, node: Node, peer: Peer, grant: Grant, ticket: bytes) -> None:
         super().__init__(node, peer, grant)
         self.grants = Grants(ticket, node.store, self.owner.wires, node.resting)
 

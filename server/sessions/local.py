@@ -6,11 +6,8 @@ import asyncio
 import contextlib
 import os
 import socket
-import struct
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Final
 
 from kvstore.errors import ConfigError
 from kvstore.files import make_way
@@ -22,9 +19,8 @@ from kvstore.server.node import Node
 from kvstore.server.sessions.greeting import Greeting, Newcomers, welcome
 from kvstore.server.sessions.session import SessionConnection
 from kvstore.transport import protocol
+from kvstore.transport.credentials import peer_of
 from kvstore.transport.protocol import Hello
-
-_PEER: Final = struct.Struct("3i")
 
 
 class LocalFace:
@@ -33,16 +29,14 @@ class LocalFace:
     Args:
         path: the socket.
         group: unix group whose members may come, too.
-        left: called whenever a session has ended.
 
     Raises:
         ConfigError: there is no such group, or the socket cannot be had.
     """
 
-    def __init__(self, path: Path, group: str | None, left: Callable[[], None]) -> None:
+    def __init__(self, path: Path, group: str | None) -> None:
         self._path = path
         self._group = None if group is None else group_id(group)
-        self._left = left
         self._newcomers = Newcomers()
         self._accepting: asyncio.Server | None = None
         self._socket = self._bind()
@@ -88,15 +82,14 @@ class LocalFace:
         with socket.socket(
             fileno=os.dup(transport.get_extra_info("socket").fileno())
         ) as connection:
-            peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-            pid, uid, gid = _PEER.unpack(peer)
+            pid, uid, gid = peer_of(connection)
             member = self._group is not None and is_member(connection, self._group, gid)
             trusted = _trusted(node.access, uid, member)
             client, grant, reply = welcome(node, hello, "unix", pid, trusted, here=True)
             reply.arena_path = "" if arena.path is None else str(arena.path)
             reply.arena_inode = arena.inode
             socket.send_fds(connection, [protocol.encode(request_id, reply)], [arena.fd])
-        return SessionConnection(node, client, grant, self._left)
+        return SessionConnection(node, client, grant)
 
 
 def _trusted(access: Access, uid: int, member: bool) -> Grant | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from array import array
-from collections.abc import Callable
 from functools import partial
 from typing import Final
 
@@ -32,10 +31,8 @@ _PENDING_POLL: Final = 0.005
 class PooledConnection(Connection):
     """Answers what only peers ask; what they are given is counted until its lease has ended."""
 
-    def __init__(
-        self, node: Node, peer: Peer, grant: Grant, left: Callable[[], object] = lambda: None
-    ) -> None:
-        super().__init__(node, peer, grant, left)
+    def __init__(self, node: Node, peer: Peer, grant: Grant) -> None:
+        super().__init__(node, peer, grant)
         self._served: dict[int, int] = {}  # bytes on their way to a peer, by lease
         self._follows = False
         self._placing = 0

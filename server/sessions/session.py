@@ -7,7 +7,6 @@ import contextlib
 import json
 import time
 from array import array
-from collections.abc import Callable
 from functools import partial
 from typing import Final
 
@@ -33,7 +32,6 @@ from kvstore.transport.protocol import Cost, Failure, Message
 _MAX_PIN_SECONDS: Final = 30 * 24 * 3600.0
 _MAX_TTL_SECONDS: Final = 10 * 365 * 24 * 3600.0
 _MAX_FLUSHES: Final = 16
-_MAX_PLACING: Final = 64
 _MAX_RECHECKED: Final = 16
 """Blocks per release whose alleged damage is looked into."""
 
@@ -49,16 +47,13 @@ _PENDING_SHARE: Final = 50
 """Times what a look takes between it and the next one."""
 
 _FLUSH_POLL: Final = 0.02
-_FULL_POLL: Final = 0.05
 
 
 class SessionConnection(PooledConnection):
     """Answers the requests of one client's sessions."""
 
-    def __init__(
-        self, node: Node, peer: Peer, grant: Grant, left: Callable[[], object] = lambda: None
-    ) -> None:
-        super().__init__(node, peer, grant, left)
+    def __init__(self, node: Node, peer: Peer, grant: Grant) -> None:
+        super().__init__(node, peer, grant)
         self._recent = node.recent
         self._saves: dict[int, tuple[Namespace, int, float]] = {}  # lease: blocks asked, start
         self._flushes: set[asyncio.Task[None]] = set()
