@@ -131,7 +131,8 @@ class Bench:
     def put(self, *names: ObjectName, **times: int) -> Objects:
         """Objects that are put; with `created` and `expires`."""
         objects = Objects(self, names, **times)
-        expect(not any(objects.put()), "an object is stored where there is room")
+        ends = objects.put()
+        expect(not any(ends), f"an object is stored where there is room; they ended with {ends}")
         return objects
 
 
