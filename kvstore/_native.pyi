@@ -74,6 +74,23 @@ def copy_blocks(
     written: neither is checked. The arrays are copied before the GIL is released.
     """
 
+def e4_bytes(values: int) -> int:
+    """Bytes of so many bfloat16 numbers, 1 to 2**31, as ``e4_encode`` writes them."""
+
+def e4_encode(dst: int, src: int, values: int) -> tuple[int, int] | None:
+    """Code ``values`` bfloat16 numbers at ``src`` into ``e4_bytes(values)`` bytes at ``dst``.
+
+    Returns how many escapes there are, and the XXH3 of the numbers' bytes; None if there are too
+    many, and what ``dst`` holds then is of no use. See docs/formats.md.
+    """
+
+def e4_decode(dst: int, src: int, values: int, escapes: int) -> int | None:
+    """The reverse of ``e4_encode``; returns the XXH3 of what it has written to ``dst``.
+
+    None where the escapes are not in order or not of these values. Whatever lies at ``src``,
+    nothing beyond the sizes that follow from ``values`` is read or written.
+    """
+
 def call_copies(
     function_address: int,
     dst: NDArray[np.uint64],

@@ -28,6 +28,7 @@ from kvstore.sections import (
     Section,
     ServerConfig,
     SessionConfig,
+    Stored,
     Tenant,
     TierConfig,
     elsewhere,
@@ -100,7 +101,7 @@ class Config(Section):
             tiers.insert(0, TierConfig(kind=PEERS, name=PEERS, write="none", **said))
         if self.disk.path is not None:
             disk = self.disk.model_dump()
-            waits = {key: disk.pop(key) for key in BelowMemory.model_fields}
+            waits = {key: disk.pop(key) for key in Stored.model_fields}
             tiers.insert(0, TierConfig(kind="slab", name="disk", options=disk, **waits))
         return tuple(tiers)
 

@@ -148,11 +148,19 @@ class BelowMemory(Section):
     read_rate: Size = Field(0, description="bytes a second at most; 0: no limit", le=_MAX_TIER)
 
 
-class DiskConfig(BelowMemory, SlabConfig):
+class Stored(BelowMemory):
+    """A tier below memory that this daemon writes to."""
+
+    codec: Literal["raw", "e4", "zstd", "lz4", "auto"] = Field(
+        "raw", description="how objects are coded there, without loss: docs/codecs.md"
+    )
+
+
+class DiskConfig(Stored, SlabConfig):
     """The disk tier: short for a slab named `disk`, first of the tiers below memory."""
 
 
-class TierConfig(BelowMemory):
+class TierConfig(Stored):
     """A tier below memory."""
 
     kind: Name = Field(description="slab, or a kind that an installed package offers")

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -21,6 +22,7 @@
 
 #include "copy.hpp"
 #include "cpu.hpp"
+#include "e4.hpp"
 #include "plan.hpp"
 #include "sha256.hpp"
 #include "xxh3.hpp"
@@ -255,6 +257,47 @@ nb::bytes chain_keys_checked(const nb::bytes& parent, const Array& tokens,
   return nb::bytes(keys.data(), keys.size());
 }
 
+constexpr std::int64_t kMaxValues = std::int64_t{1} << 31;  // so that places are 32 bits
+
+std::size_t checked_values(std::int64_t values) {
+  if (values < 1 || values > kMaxValues) reject("values must be between 1 and 2**31");
+  return static_cast<std::size_t>(values);
+}
+
+std::size_t e4_bytes(std::int64_t values) { return E4Shape(checked_values(values)).total; }
+
+nb::object e4_encode_checked(std::int64_t dst, std::int64_t src, std::int64_t values) {
+  const std::size_t count = checked_values(values), total = E4Shape(count).total;
+  const Range to = checked_range("dst", dst, static_cast<std::int64_t>(total));
+  const Range from = checked_range("src", src, 2 * values);
+  check_disjoint(to, from);
+  if (src % 2 != 0) reject("src must be a multiple of 2");
+  std::optional<E4Coded> coded;
+  {
+    const Unlocked unlocked;
+    coded = e4_encode(to.data, reinterpret_cast<const std::uint16_t*>(from.data), count);
+  }
+  if (!coded) return nb::none();
+  return nb::make_tuple(coded->escapes, coded->checksum);
+}
+
+nb::object e4_decode_checked(std::int64_t dst, std::int64_t src, std::int64_t values,
+                             std::int64_t escapes) {
+  const E4Shape shape(checked_values(values));
+  const Range to = checked_range("dst", dst, 2 * values);
+  const Range from = checked_range("src", src, static_cast<std::int64_t>(shape.total));
+  check_disjoint(to, from);
+  if (escapes < 0 || static_cast<std::size_t>(escapes) > shape.escapes) {
+    reject("escapes must fit in their section");
+  }
+  std::optional<std::uint64_t> sum;
+  {
+    const Unlocked unlocked;
+    sum = e4_decode(to.data, from.data, shape.values, static_cast<std::size_t>(escapes));
+  }
+  return sum ? nb::cast(*sum) : nb::none();
+}
+
 // How drivers of devices take one copy: destination, source, bytes, stream; 0 is success.
 using CopyFunction = int (*)(std::uint64_t, std::uint64_t, std::size_t, void*);
 
@@ -323,6 +366,9 @@ NB_MODULE(_native, m) {
 
   m.def("cpu_features", &cpu_features);
   m.def("xxh3_64", &hash_range, "address"_a, "nbytes"_a);
+  m.def("e4_bytes", &e4_bytes, "values"_a);
+  m.def("e4_encode", &e4_encode_checked, "dst"_a, "src"_a, "values"_a);
+  m.def("e4_decode", &e4_decode_checked, "dst"_a, "src"_a, "values"_a, "escapes"_a);
   m.def("copy", &copy_range, "dst"_a, "src"_a, "nbytes"_a, "threads"_a = 1);
   m.def("copy_blocks", &copy_blocks_checked, "to_slots"_a, "segments"_a.noconvert(),
         "page_ids"_a.noconvert(), "slots"_a.noconvert(), "page_tokens"_a, "elem_size"_a,

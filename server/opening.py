@@ -12,6 +12,7 @@ from kvstore.sections import TierConfig
 from kvstore.store.admission import Admission
 from kvstore.store.opening import Below, OpenTier
 from kvstore.store.store import Store
+from kvstore.tiers.coded import coded
 from kvstore.tiers.factory import find
 
 if TYPE_CHECKING:
@@ -129,4 +130,4 @@ def _opener(tier: TierConfig, node: str, direct: bool, pool: Pool | None) -> Ope
     waits = {"retry_seconds": tier.retry_seconds, "stall_seconds": tier.stall_seconds}
     known = {"node": node} if tier.kind == "files" else {}  # Whose its files are.
     options = known | tier.options | waits | {"direct": direct}
-    return lambda host: open_tier(tier.name, host, options)
+    return coded(tier.codec, lambda host: open_tier(tier.name, host, options))

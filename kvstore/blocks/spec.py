@@ -200,6 +200,9 @@ class Opaque(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="opaqu
 
 Layout = Described | Opaque
 
+CODED: Final = "kvstore.codec."
+"""Layouts of such names are those of `kvstore.codecs`: they lie in tiers, nobody saves them."""
+
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     """One group × shard × layout: with a block key it names an object."""
@@ -226,6 +229,11 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     def variant(self) -> bytes:
         """16 bytes that, after the block key, complete an object's name."""
         return self.content + _digest(("kvstore/layout/1", self.layout), 8)
+
+    @cached_property
+    def coded(self) -> bool:
+        """Whether its bytes are coded ones, and its checksums those of what they stand for."""
+        return isinstance(self.layout, Opaque) and self.layout.name.startswith(CODED)
 
     def nbytes(self, block_tokens: int) -> int:
         """Bytes of one object of `block_tokens` tokens.

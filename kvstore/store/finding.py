@@ -79,6 +79,8 @@ class Finding:
         known = catalogue.find(found.name)
         if found.nbytes != found.name.part.nbytes(found.name.namespace.block_tokens):
             return self._refuse(tier, found, "size")
+        if found.name.part.coded:  # Its tier has no codec any more, or another one.
+            return self._refuse(tier, found, "codec")
         if left <= 0:
             return self._refuse(tier, found, "expired")
         if known is None and catalogue.was_cleared(found, self._number):

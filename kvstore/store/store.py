@@ -347,6 +347,8 @@ class Store(Loading):
 
     def check_object(self, part: Part, block_tokens: int) -> str | None:
         """Why an object of this part can never be stored here; None if it can."""
+        if part.coded:
+            return "layouts named kvstore.codec.* are kept for tiers; give it another name"
         nbytes = part.nbytes(block_tokens)
         if self.memory.pool.slot_bytes(nbytes) > self.memory.pool.chunk:
             return (

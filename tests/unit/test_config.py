@@ -381,6 +381,7 @@ WRONG: dict[str, list[Any]] = {
     "peers.probe_seconds": NO_SECONDS,
     "peers.max_serving": [*NO_SIZE, 0],
     "peers.copies": NO_CHOICE,
+    "disk.codec": NO_CHOICE,
     "peers.transport": NO_CHOICE,
     "peers.queue": [*NO_SIZE, 0],
     "peers.retry_seconds": NO_SECONDS,

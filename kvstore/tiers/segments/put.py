@@ -26,11 +26,13 @@ class Put:
     made: bool = False
 
     def seal(self, sums: Sequence[int]) -> bytes:
-        """The header, given the XXH3 of the blocks as they are written.
+        """The header, given the XXH3 of the blocks as they are written; coded ones tell theirs.
 
         Raises:
             Changed: some of them are `damaged`.
         """
+        if self.name.part.coded:
+            sums = [job.checksum or 0 for job in self.jobs]
         self.sums, now = sums, int(time.time())
         wrong = (job.checksum not in (None, sums[n]) for n, job in enumerate(self.jobs))
         self.damaged = {number for number, changed in enumerate(wrong) if changed}

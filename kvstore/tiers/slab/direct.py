@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from kvstore._native import Xxh3Stream
+from kvstore.codecs import frame_checksum
 from kvstore.errors import TierUnavailable
 from kvstore.files import open_own
 from kvstore.memory.bounce import Bounce, memory_at
@@ -130,6 +131,20 @@ class Mover:
             else:
                 stream.update(bounce.address, piece, address + at)
         return stream.digest()
+
+    def holds(self, fd: int, offset: int, nbytes: int, checksum: int) -> bool:
+        """Whether an object that this checksum stands for lies there whole; it may be coded.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        if self.load(fd, offset, None, nbytes) == checksum:
+            return True
+        whole = Bounce(align(nbytes))
+        return (
+            self.load(fd, offset, whole.address, nbytes) is not None
+            and frame_checksum(whole.address, nbytes) == checksum
+        )
 
     def _pieces(self, nbytes: int) -> Iterator[tuple[int, int]]:
         size = self._bounce.nbytes

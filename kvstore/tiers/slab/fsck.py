@@ -166,7 +166,7 @@ def _verified(table: Table, data_fd: int) -> Iterator[tuple[int, bytes, int, str
             index, wrong = first + position, None
             offset = header.data_offset + header.slot_offset(index, slot_bytes)
             try:
-                if mover.load(data_fd, offset, None, nbytes) != known:
+                if not mover.holds(data_fd, offset, nbytes, known):
                     wrong = "data_checksum"
             except OSError:
                 wrong = "read_error"

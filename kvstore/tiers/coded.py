@@ -1,0 +1,447 @@
+"""A tier whose objects are coded on their way there, by a codec that loses nothing.
+
+Coded objects lie in the tier inside under names of their own (see `kvstore.codecs.base`), beside
+such as are stored as they are: because they would not fit, or the setting was another one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
+from typing import Final
+
+from kvstore.blocks.spec import Part
+from kvstore.codecs import AUTO, RAW, find
+from kvstore.codecs.base import Codec, coded_part, decode, encode, plain_part
+from kvstore.memory.bounce import Bounce
+from kvstore.memory.slots import align
+from kvstore.tiers.base import Held, Host, InSegment, Job, JobDone, ObjectName, State, Tier
+
+_logger: Final = logging.getLogger("kvstore.codecs")
+
+_ROOM: Final = 64 << 20
+"""Bytes of coded objects in memory at a time; of the one whose turn it is, any number."""
+_THREADS: Final = 4
+_SAVED: Final = 1 / 4
+"""Of what a tier reads, so much less of coded objects."""
+_NEW: Final = 0.1
+"""What a measurement weighs among those before."""
+
+OpenTier = Callable[[Host], Tier]
+
+
+def coded(codec: str, open_tier: OpenTier) -> OpenTier:
+    """Opens a tier with a codec of the configuration; with `raw` as it is.
+
+    Raises:
+        ConfigError: the package of the codec is not there.
+    """
+    if codec == RAW:
+        return open_tier
+    found, auto = find("e4" if codec == AUTO else codec), codec == AUTO
+    return lambda host: CodedTier(found, host, open_tier, auto=auto)
+
+
+@dataclass(frozen=True)
+class _InnerHost:
+    """What the tier inside may ask: of objects by the names that it knows them by."""
+
+    host: Host
+    codec: Codec
+
+    def busy(self, name: ObjectName) -> bool:
+        return self.host.busy(_plain(self.codec, name))
+
+    def lost(self, name: ObjectName, reason: str) -> None:
+        self.host.lost(_plain(self.codec, name), reason)
+
+    def post(self, task: Callable[[], None]) -> None:
+        self.host.post(task)
+
+
+class CodedTier:
+    """A `Tier` around another one. Opening it blocks, and is for any thread.
+
+    Counters, beside those of the tier inside: `coded`, `coded_bytes` and `coded_bytes_plain`,
+    `not_coded` (too large for their place), `codec_damaged`.
+
+    Args:
+        codec: for what is put, and to be found.
+        host: the store.
+        open_tier: opens the tier inside.
+        auto: code only as long as that brings bytes sooner, as measured.
+    """
+
+    def __init__(self, codec: Codec, host: Host, open_tier: OpenTier, *, auto: bool) -> None:
+        self._codec, self._auto = codec, auto
+        self._host = host
+        self._inner = inner = open_tier(_InnerHost(host, codec))
+        self.name, self.shared = inner.name, inner.shared
+        self.segmented = bool(getattr(inner, "segmented", False))
+        self._threads = ThreadPoolExecutor(
+            min(_THREADS, os.cpu_count() or 1), f"kvstore-{self.name}-codec"
+        )
+        self._room = _Room()
+        self._sent: dict[Job, Job] = {}  # puts as the tier inside was given them
+        self._open: dict[Job, JobDone] = {}  # that are coded, or may be
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._decode_seconds = 0.0  # a plain byte
+        self._share = 1.0  # of bytes read that lie in the tier, of those brought
+
+    # --- What it is like --------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """See `Tier.state`."""
+        state = self._inner.state
+        if state.seconds_per_byte:
+            seconds = state.seconds_per_byte * self._share + self._decode_seconds
+            state = state._replace(seconds_per_byte=seconds)
+        return state
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """See `Tier.counters`."""
+        with self._lock:
+            return {**self._inner.counters, **self._counts}
+
+    def recover(self) -> Iterator[Held]:
+        """See `Tier.recover`."""
+        for held in self._inner.recover():
+            yield self._told(held)
+
+    def _told(self, held: Held) -> Held:
+        """The same, of the plain object."""
+        name = _plain(self._codec, held.name)
+        if name is held.name:
+            return held
+        return held._replace(name=name, nbytes=held.nbytes and _nbytes(name))
+
+    def _coded(self, name: ObjectName) -> ObjectName | None:
+        """Its name as a coded one, if it may be one."""
+        part = coded_part(self._codec, name.part, name.namespace.block_tokens)
+        return None if part is None else _named(name, part)
+
+    def _coded_of(self, job: Job) -> ObjectName | None:
+        return self._coded(job.name) if job.nbytes == _nbytes(job.name) else None
+
+    def _both(self, names: Sequence[ObjectName]) -> list[ObjectName]:
+        return [*names, *filter(None, map(self._coded, names))]
+
+    # --- What the store asks for ------------------------------------------------------------------
+
+    def probe(self, names: Sequence[ObjectName], done: Callable[[list[Held | None]], None]) -> None:
+        """See `Tier.probe`."""
+        coded = [(number, self._coded(name)) for number, name in enumerate(names)]
+        more = [(number, name) for number, name in coded if name is not None]
+
+        def answered(found: list[Held | None]) -> None:
+            best = found[: len(names)]
+            for (number, _), held in zip(more, found[len(names) :], strict=False):
+                if held is not None and (best[number] is None or held.nbytes):
+                    best[number] = self._told(held)
+            done(best)
+
+        self._inner.probe([*names, *(name for _, name in more)], answered)
+
+    def put(self, jobs: Sequence[Job], done: JobDone) -> None:
+        """See `Tier.put`."""
+        plain, pays = list[Job](), not self._closed and self._pays
+        for _, some in groupby(jobs, self._together):
+            group = list(some)
+            names = [self._coded_of(job) for job in group]
+            if pays and None not in names:
+                self._open.update(dict.fromkeys(group, done))
+                self._encode(group, [name for name in names if name is not None])
+            else:
+                plain += group
+        if plain:
+            self._put_plain(plain, done)
+
+    def settled(self, job: Job, error: str | None) -> None:
+        """See `Tier.settled`."""
+        self._inner.settled(self._sent.pop(job, job), error)
+
+    def get(self, jobs: Sequence[Job], done: JobDone) -> None:
+        """See `Tier.get`."""
+        plain: list[Job] = []
+        for job in jobs:
+            name = None if self._closed else self._coded_of(job)
+            if name is None:
+                plain.append(job)
+            else:
+                self._open[job] = done
+                self._get_coded(job, name)
+        if plain:
+            self._inner.get(plain, done)
+
+    def delete(self, names: Sequence[ObjectName]) -> None:
+        """See `Tier.delete`."""
+        self._inner.delete(self._both(names))
+
+    def touch(self, names: Sequence[ObjectName], *, used: bool = True) -> None:
+        """See `Tier.touch`."""
+        self._inner.touch(self._both(names), used=used)
+
+    def expire(self, held: Sequence[Held]) -> None:
+        """See `Tier.expire`."""
+        both = list(held)
+        for one in held:
+            name = self._coded(one.name)
+            if name is not None:
+                both.append(one._replace(name=name, nbytes=_nbytes(name)))
+        self._inner.expire(both)
+
+    def flush(self, seconds: float) -> bool:
+        """See `Tier.flush`."""
+        until = time.monotonic() + seconds
+        return self._room.wait(seconds) and self._inner.flush(max(0.0, until - time.monotonic()))
+
+    def close(self) -> None:
+        """See `Tier.close`."""
+        self._closed = True
+        self._inner.close()
+        self._threads.shutdown()
+        for job in list(self._open):
+            self._end(job, "closed")
+
+    def _end(self, job: Job, error: str | None) -> None:
+        """A job has ended, once."""
+        done = self._open.pop(job, None)
+        if done is not None:
+            done(job, error)
+
+    # --- Puts -------------------------------------------------------------------------------------
+
+    def _together(self, job: Job) -> object:
+        """Equal for jobs that go as one: those of a segment."""
+        if self.segmented and isinstance(job.name, InSegment):
+            return job.name.keys, job.name.part.variant
+        return id(job)
+
+    @property
+    def _pays(self) -> bool:
+        """Whether what is coded is brought sooner. A tier that was not measured may be slow."""
+        link = self._inner.state.seconds_per_byte
+        return not self._auto or not link or link * _SAVED > self._decode_seconds
+
+    def _put_plain(self, jobs: Sequence[Job], done: JobDone) -> None:
+        if not self.shared:  # Others may have a coded one that is good.
+            self._inner.delete([name for job in jobs if (name := self._coded(job.name))])
+        self._inner.put(jobs, done)
+
+    def _encode(self, jobs: list[Job], names: list[ObjectName]) -> None:
+        """Code jobs that go as one, and put them; if they cannot be, as they are."""
+
+        def work(lent: _Lent) -> None:
+            coded, at = list[Job](), lent.address
+            for job, name in zip(jobs, names, strict=True):
+                tokens, nbytes = name.namespace.block_tokens, _nbytes(name)
+                checksum = encode(self._codec, job.name.part, name.part, tokens, job.address, at)
+                if checksum is None or job.checksum not in (None, checksum):
+                    break  # The tier inside finds out what is wrong, if something is.
+                coded.append(replace(job, name=name, address=at, nbytes=nbytes, checksum=checksum))
+                at += align(nbytes)
+            else:
+                self._host.post(lambda: self._send(jobs, coded, lent))
+                return
+            lent.back()
+            self._count("not_coded", len(jobs))
+            self._host.post(lambda: self._put_plain(jobs, self._end))
+
+        self._run(sum(align(_nbytes(name)) for name in names), work, jobs)
+
+    def _send(self, jobs: list[Job], coded: list[Job], lent: _Lent) -> None:
+        """Put coded jobs, on the loop."""
+        if not self.shared:
+            self._inner.delete([job.name for job in jobs])
+        plain, under_way = dict(zip(coded, jobs, strict=True)), set(coded)
+        self._sent.update(zip(jobs, coded, strict=True))
+
+        def ended(job: Job, error: str | None) -> None:
+            one = plain[job]
+            one.checksum = job.checksum
+            if error is None:
+                self._count("coded", 1)
+                self._count("coded_bytes", job.nbytes)
+                self._count("coded_bytes_plain", one.nbytes)
+            with self._lock:
+                under_way.discard(job)
+            if not under_way:
+                lent.back()
+            self._end(one, error)
+
+        self._inner.put(coded, ended)
+
+    # --- Gets -------------------------------------------------------------------------------------
+
+    def _get_coded(self, job: Job, name: ObjectName) -> None:
+        def work(lent: _Lent) -> None:
+            coded = replace(job, name=name, address=lent.address, nbytes=_nbytes(name))
+            self._host.post(lambda: self._inner.get([coded], lambda _, error: ended(lent, error)))
+
+        def ended(lent: _Lent, error: str | None) -> None:
+            if error is None:
+                self._on_thread(lambda: self._decode(job, name, lent), [job], lent)
+                return
+            lent.back()
+            if error == "absent":
+                self._host.post(lambda: self._inner.get([job], self._end))
+            else:
+                self._end(job, error)
+
+        self._run(align(_nbytes(name)), work, [job])
+
+    def _decode(self, job: Job, name: ObjectName, lent: _Lent) -> None:
+        room, started = _nbytes(name), time.monotonic()
+        checksum = decode(self._codec, room, lent.address, job.address, job.nbytes)
+        seconds = (time.monotonic() - started) / job.nbytes
+        lent.back()
+        error = None
+        if checksum is None:
+            error = "corrupt"
+            self._count("codec_damaged", 1)
+            _logger.warning("%s: a coded object is not what was written", self.name)
+        elif job.checksum not in (None, checksum):  # Others have put another one since.
+            error = "absent" if self.shared else "corrupt"
+        else:
+            job.checksum = checksum
+        with self._lock:
+            self._decode_seconds += (seconds - self._decode_seconds) * _NEW
+            self._share += (room / job.nbytes - self._share) * _NEW
+        self._end(job, error)
+
+    # --- Threads ----------------------------------------------------------------------------------
+
+    def _count(self, what: str, count: int) -> None:
+        with self._lock:
+            self._counts[what] += count
+
+    def _run(self, nbytes: int, work: Callable[[_Lent], None], jobs: list[Job]) -> None:
+        """Do something for jobs, with so much memory, on a thread, once there is room."""
+
+        def go(lent: _Lent) -> None:
+            self._on_thread(lambda: work(lent), jobs, lent)
+
+        self._room.enter(nbytes, go)
+
+    def _on_thread(self, work: Callable[[], None], jobs: list[Job], lent: _Lent) -> None:
+        """The same; where that fails, or is too late, the memory goes back and the jobs end."""
+
+        def safely() -> None:
+            try:
+                work()
+            except Exception:
+                _logger.exception("%s: a codec failed unexpectedly", self.name)
+                stop("io_error")
+
+        def stop(error: str) -> None:
+            lent.back()
+            for job in jobs:
+                self._end(job, error)
+
+        try:
+            self._threads.submit(safely)
+        except RuntimeError:  # It was closed.
+            stop("closed")
+
+
+class _Lent:
+    """Memory for coded bytes, from a `_Room`."""
+
+    def __init__(self, room: _Room, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.buffer: Bounce | None = None
+        self._room = room
+
+    @cached_property
+    def address(self) -> int:
+        """Where it is. The first time takes a while: not on the loop."""
+        self.buffer = self._room.buffer(self.nbytes)
+        return self.buffer.address
+
+    def back(self) -> None:
+        """It is not used any more; once is enough."""
+        self._room.back(self)
+
+
+class _Room:
+    """Lends memory, so much at a time; thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Condition()
+        self._lent: dict[_Lent, int] = {}
+        self._spare: list[Bounce] = []
+        self._waiting: deque[tuple[_Lent, Callable[[_Lent], None]]] = deque()
+
+    def enter(self, nbytes: int, go: Callable[[_Lent], None]) -> None:
+        """Lend so much, at once or as soon as there is room; `go` gives it back."""
+        with self._lock:
+            self._waiting.append((_Lent(self, nbytes), go))
+        self._go_on()
+
+    def buffer(self, nbytes: int) -> Bounce:
+        """Memory of that size."""
+        with self._lock:
+            for spare in self._spare:
+                if spare.nbytes == nbytes:
+                    self._spare.remove(spare)
+                    return spare
+        return Bounce(nbytes)
+
+    def back(self, lent: _Lent) -> None:
+        """It is not used any more."""
+        with self._lock:
+            if self._lent.pop(lent, None) is None:
+                return
+            if lent.buffer is not None:
+                self._spare.append(lent.buffer)
+            while sum(one.nbytes for one in self._spare) + sum(self._lent.values()) > _ROOM:
+                if not self._spare:
+                    break
+                self._spare.pop(0)
+            self._lock.notify_all()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    return
+                lent, go = self._waiting[0]
+                if self._lent and sum(self._lent.values()) + lent.nbytes > _ROOM:
+                    return
+                self._waiting.popleft()
+                self._lent[lent] = lent.nbytes
+            go(lent)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until nothing is lent; whether that is so."""
+        with self._lock:
+            return self._lock.wait_for(lambda: not (self._lent or self._waiting), seconds)
+
+
+def _nbytes(name: ObjectName) -> int:
+    return name.part.nbytes(name.namespace.block_tokens)
+
+
+def _named(name: ObjectName, part: Part) -> ObjectName:
+    if isinstance(name, InSegment):
+        return InSegment(name.namespace, name.key, part, name.keys)
+    return ObjectName(name.namespace, name.key, part)
+
+
+def _plain(codec: Codec, name: ObjectName) -> ObjectName:
+    """The name of what a coded object stands for; of others theirs."""
+    part = plain_part(codec, name.part)
+    return name if part is None else _named(name, part)

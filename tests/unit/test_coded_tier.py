@@ -1,0 +1,175 @@
+"""Tiers whose objects are coded: all rules of tiers hold, and the bytes are those that were put."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvstore._native import xxh3_64
+from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part
+from kvstore.codecs import find
+from kvstore.codecs.base import coded_part, plain_part
+from kvstore.tiers import conformance
+from kvstore.tiers.base import Host, ObjectName, Tier
+from kvstore.tiers.coded import coded
+from kvstore.tiers.conformance import Bench, Objects
+from kvstore.tiers.files import open_files
+from kvstore.tiers.slab.file import SLAB_NAME
+from kvstore.tiers.slab.fsck import fsck
+from kvstore.tiers.slab.tier import SlabTier
+
+TOKENS = 64
+
+
+def slab(codec: str, size: int = 1 << 24) -> Callable[[Host, Path], Tier]:
+    def make(host: Host, folder: Path) -> Tier:
+        return coded(codec, lambda inner: SlabTier("disk", inner, folder / "slab", size))(host)
+
+    return make
+
+
+def files(codec: str) -> Callable[[Host, Path], Tier]:
+    def make(host: Host, folder: Path) -> Tier:
+        path = folder / "shared"
+        path.mkdir(exist_ok=True)
+        options = {"path": path, "node": "one", "retry_seconds": 0.2}
+        return coded(codec, lambda inner: open_files("nfs", inner, options))(host)
+
+    return make
+
+
+def kv(count: int, seed: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
+    """Numbers like those of a KV cache, as bfloat16; a little tidier, so that all codecs can."""
+    rng = np.random.default_rng(seed)
+    sizes = np.exp(rng.standard_normal(64) / 2)
+    found = (rng.standard_normal(count) * sizes[np.arange(count) % 64]).astype(np.float32)
+    return (found.view(np.uint32) >> 16).astype(np.uint16) & 0xFFE0
+
+
+def name_of(number: int) -> ObjectName:
+    part = Part(Group(layers=4, heads=2, channels=(64, 64), dtype="bfloat16"), Described("LPHNC"))
+    space = Namespace(ModelIdentity("coded"), "", TOKENS)
+    return ObjectName(space, bytes([number]) * 32, part)
+
+
+def content_of(name: ObjectName) -> bytes:
+    return kv(name.part.nbytes(name.namespace.block_tokens) // 2, name.key[0]).tobytes()
+
+
+@pytest.fixture
+def like_kv(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conformance, "content_of", content_of)
+
+
+def compressible(name: ObjectName) -> bytes:
+    """What codecs for all number types make smaller; no two the same."""
+    nbytes = name.part.nbytes(name.namespace.block_tokens)
+    return (name.key + name.part.variant).ljust(nbytes, b"\0")[:nbytes]
+
+
+@pytest.mark.parametrize("check", conformance.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("content", ["fits", "does not"])
+@pytest.mark.parametrize("make", [slab("zstd"), files("zstd")], ids=["slab", "files"])
+def test_it_keeps_the_rules_of_tiers(
+    make: Any, content: str, check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if content == "fits":
+        monkeypatch.setattr(conformance, "content_of", compressible)
+    check(make, tmp_path)
+
+
+@pytest.mark.usefixtures("like_kv")
+@pytest.mark.parametrize("codec", ["e4", "zstd", "lz4", "auto"])
+def test_less_lies_on_the_disk_and_the_bytes_come_back(codec: str, tmp_path: Path) -> None:
+    names = [name_of(n) for n in range(8)]
+    with Bench(slab(codec), tmp_path) as bench:
+        objects = bench.put(*names)
+        counters, nbytes = bench.tier.counters, objects.jobs[0].nbytes
+        assert counters["coded"] == 8
+        assert counters["bytes_written"] == counters["coded_bytes"] < 0.93 * 8 * nbytes
+        assert objects.get() == [None] * 8
+    with Bench(slab(codec), tmp_path) as bench:
+        assert {held.name for held in bench.found} == set(names)
+        assert {held.nbytes for held in bench.found} == {nbytes}
+        again = Objects(bench, names)
+        for job, held in zip(
+            again.jobs, sorted(bench.found, key=lambda h: h.name.key), strict=True
+        ):
+            job.checksum = held.checksum
+        assert again.get() == [None] * 8
+
+
+@pytest.mark.usefixtures("like_kv")
+def test_another_setting_finds_what_is_plain_and_drops_what_it_cannot_read(tmp_path: Path) -> None:
+    names = [name_of(n) for n in range(3)]
+    with Bench(slab("raw"), tmp_path) as bench:
+        bench.put(names[0])
+    with Bench(slab("e4"), tmp_path) as bench:
+        bench.put(names[1])
+        objects = Objects(bench, names)
+        objects.fill()
+        for job in objects.jobs:
+            job.checksum = xxh3_64(job.address, job.nbytes)
+        assert objects.get() == [None, None, "absent"]
+    with Bench(slab("zstd"), tmp_path) as bench:
+        found = {held.name: held.name.part.coded for held in bench.found}
+        assert sorted(found.values()) == [False, True], "coded by another codec: the store drops it"
+
+
+@pytest.mark.usefixtures("like_kv")
+def test_one_of_the_two_forms_is_there(tmp_path: Path) -> None:
+    """What is put again as it is, or coded, takes the place of what was there."""
+    with Bench(slab("raw"), tmp_path) as bench:
+        bench.put(name_of(1))
+    with Bench(slab("e4"), tmp_path) as bench:
+        bench.put(name_of(1))
+        assert bench.tier.state.objects == 1
+        bench.tier.delete([name_of(1)])
+        assert bench.tier.state.objects == 0
+
+
+@pytest.mark.usefixtures("like_kv")
+def test_damage_is_told(tmp_path: Path) -> None:
+    with Bench(slab("e4"), tmp_path) as bench:
+        objects = bench.put(name_of(1), name_of(2))
+        assert bench.tier.flush(10)
+    assert (report := fsck(tmp_path / "slab")).clean
+    assert report.objects == 2
+    path = tmp_path / "slab" / SLAB_NAME
+    with path.open("r+b") as file:
+        data = file.read()
+        at = data.index(b"KVCD")
+        file.seek(at + 5000)
+        file.write(bytes([data[at + 5000] ^ 1]))
+    assert fsck(tmp_path / "slab").damaged == {"data_checksum": 1}
+    with Bench(slab("e4"), tmp_path) as bench:
+        again = Objects(bench, [job.name for job in objects.jobs])
+        for job, old in zip(again.jobs, objects.jobs, strict=True):
+            job.checksum = old.checksum
+        assert sorted(map(str, again.get())) == ["None", "corrupt"]
+        assert bench.tier.counters["codec_damaged"] == 1
+
+
+def test_names_of_coded_objects_come_back() -> None:
+    for layout in (Described("LPHNC"), Opaque("vec16", 16, 4096, (("isa", "avx512"),))):
+        part = Part(Group(layers=3, heads=2, channels=(64, 64), dtype="bfloat16"), layout)
+        for codec in map(find, ("e4", "zstd", "lz4")):
+            found = coded_part(codec, part, TOKENS)
+            assert found is not None
+            assert found.coded
+            assert not part.coded
+            assert found.content == part.content
+            assert found.variant != part.variant
+            assert found.nbytes(TOKENS) < 0.93 * part.nbytes(TOKENS)
+            assert coded_part(codec, found, TOKENS) is None, "not twice"
+            plain = [plain_part(find(name), found) for name in ("e4", "zstd", "lz4")]
+            assert [one for one in plain if one is not None] == [part]
+    other = Part(Group(layers=3, heads=2, channels=(64, 64), dtype="float16"))
+    assert coded_part(find("e4"), other, TOKENS) is None, "not its numbers"
+    long = Opaque("x", 16, 4096, tuple((f"{n}", "y" * 4000) for n in range(2)))
+    part = Part(Group(layers=3, heads=2, channels=(64, 64), dtype="bfloat16"), long)
+    assert coded_part(find("e4"), part, TOKENS) is None, "its description has no room"
