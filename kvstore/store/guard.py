@@ -167,6 +167,10 @@ class Guarded:
         """See `Tier.expire`."""
         self._call("expire", held)
 
+    def recode(self, name: ObjectName, codec: str) -> bool:
+        """See `CodedTier.recode`, which other tiers have not."""
+        return hasattr(self.tier, "recode") and self._call("recode", name, codec) is True
+
     def flush(self, seconds: float) -> bool:
         """See `Tier.flush`."""
         return self._call("flush", seconds) is True

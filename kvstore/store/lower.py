@@ -135,6 +135,15 @@ class Lower(Road):
             name, times = self.name_of(entry), self.catalogue.times(entry)
             self.tier.expire([Held(name, entry.nbytes, entry.checksum, *times)])
 
+    def recodes(self, entry: Entry, codec: str) -> bool:
+        """Whether an object can be written there by this codec; its next write is, then.
+
+        Segments are never written again.
+        """
+        if self.tier is None or self.segmented:
+            return False
+        return self.tier.recode(self.name_of(entry), codec)
+
     # -- what goes there and comes from there -----------------------------------------------------
 
     def go_on(self) -> None:

@@ -2,16 +2,17 @@
 
 Belongs to the store's loop; nothing is thread-safe. Reasons why an object was left alone: `already`
 (it is as wanted), `gone`, `writing` (not committed yet), `pinned`, `in_use`, `no_tier` (the tier is
-away), `not_writable` (it took nothing for ten seconds), or why a read or write failed.
+away), `not_writable` (it took nothing for ten seconds), `no_codec` (no tier that it lies in is set
+to that one), or why a read or write failed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvstore.codecs import CODECS
+from kvstore.codecs import CODECS, RAW
 from kvstore.store.catalogue import Catalogue
-from kvstore.store.entry import Entry, members
+from kvstore.store.entry import BELOW, Entry, members
 from kvstore.store.movement import Movement
 from kvstore.transport.protocol import MEMORY
 
@@ -74,12 +75,41 @@ def remove(catalogue: Catalogue, entry: Entry) -> str | None:
     return None
 
 
-def reencode(entry: Entry, codec: str, done: Done) -> None:
-    """Give an object another codec in all tiers.
+def reencode(movement: Movement, entry: Entry, codec: str, done: Done) -> None:
+    """Write an object anew where it lies in tiers that have this codec, or one at all for `raw`.
 
     Raises:
         ValueError: a codec that this build does not have.
     """
     if codec not in CODECS:
         raise ValueError(f"codec {codec!r} is not known; use one of {', '.join(CODECS)}")
-    done("gone" if entry.gone else "writing" if not entry.stored else "already")
+    if entry.gone or not entry.stored:
+        done("gone" if entry.gone else "writing")
+        return
+    lowers = movement.lowers
+    tiers = [n for n in members(entry.tiers & BELOW) if lowers[n].recodes(entry, codec)]
+    if not tiers:
+        done("already" if codec == RAW else "no_codec")
+    elif not entry.in_memory:  # Everything goes by way of memory.
+        movement.promote(
+            entry,
+            lambda error: done(error) if error else reencode(movement, entry, codec, done),
+        )
+    elif not all(entry.may_leave(tier) for tier in tiers):
+        done("pinned" if entry.pins else "in_use")
+    else:
+        _write_anew(movement, entry, tiers, done)
+
+
+def _write_anew(movement: Movement, entry: Entry, tiers: list[int], done: Done) -> None:
+    tier, *others = tiers
+    movement.catalogue.leave(entry, tier)
+
+    def written(error: str | None) -> None:
+        if error is None and others:
+            _write_anew(movement, entry, others, done)
+        else:
+            done(error)
+
+    movement.catalogue.writes.add(entry, tier, written)
+    movement.pump()

@@ -91,6 +91,7 @@ class CodedTier:
         )
         self._room = _Room()
         self._sent: dict[Job, Job] = {}  # puts as the tier inside was given them
+        self._wanted: dict[ObjectName, bool] = {}  # whether the next put is to be coded
         self._open: dict[Job, JobDone] = {}  # that are coded, or may be
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -154,13 +155,21 @@ class CodedTier:
 
         self._inner.probe([*names, *(name for _, name in more)], answered)
 
+    def recode(self, name: ObjectName, codec: str) -> bool:
+        """Whether the next put of this object can be by that codec, or `raw`; then it will be."""
+        possible = codec == RAW or (codec == self._codec.name and self._coded(name) is not None)
+        if possible:
+            self._wanted[name] = codec != RAW
+        return possible
+
     def put(self, jobs: Sequence[Job], done: JobDone) -> None:
         """See `Tier.put`."""
-        plain, pays = list[Job](), not self._closed and self._pays
+        plain, pays = list[Job](), self._pays
         for _, some in groupby(jobs, self._together):
             group = list(some)
             names = [self._coded_of(job) for job in group]
-            if pays and None not in names:
+            wanted = [self._wanted.pop(job.name, pays) for job in group]
+            if all(wanted) and None not in names and not self._closed:
                 self._open.update(dict.fromkeys(group, done))
                 self._encode(group, [name for name in names if name is not None])
             else:

@@ -144,7 +144,9 @@ def copy(where: WhereOptions, link: Link, to: _To, wait: _Wait = True) -> None:
 def compress(
     where: WhereOptions,
     link: Link,
-    codec: Annotated[str, typer.Option(help="How to encode them: raw, the only one so far.")],
+    codec: Annotated[
+        str, typer.Option(help="That of the tiers they are in: e4, zstd, lz4; or raw.")
+    ],
     wait: _Wait = True,
 ) -> None:
     """Re-encode blocks in place."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import chain
-from typing import Final
 
 from kvstore.api import v1
 from kvstore.api.convert import timestamp
 from kvstore.blocks.spec import Namespace
-from kvstore.codecs import CODECS
+from kvstore.codecs import CODECS, RAW
 from kvstore.server.access.grants import Role
 from kvstore.server.control.errors import Refused, bad_field
 from kvstore.server.control.operations import Done, Operation, each
@@ -22,8 +21,6 @@ from kvstore.store.movement import Movement
 from kvstore.store.relocation import copy_to, move_to, reencode, remove
 from kvstore.store.selection import Selection, clearing_elsewhere
 from kvstore.transport.protocol import MEMORY
-
-_RAW: Final = "raw"
 
 _Step = Callable[[Entry, Done], None]
 _Carry = Callable[[Movement, Entry, int, Done], None]
@@ -111,11 +108,11 @@ class WriteVerbs(Answers):
         return await self._reencode("Compress", request.selection, request.codec)
 
     async def decompress(self, request: v1.DecompressRequest) -> v1.Operation:
-        return await self._reencode("Decompress", request.selection, _RAW)
+        return await self._reencode("Decompress", request.selection, RAW)
 
     async def _reencode(self, verb: str, selection: v1.Selection, codec: str) -> v1.Operation:
         selected = await self._selection(selection)
-        return self._start(verb, selected, lambda entry, done: reencode(entry, codec, done))
+        return self._start(verb, selected, self._recoded(codec))
 
     async def clear(self, request: v1.ClearRequest) -> v1.Operation:
         role = Role.WRITE
@@ -172,6 +169,9 @@ class WriteVerbs(Answers):
         return self._operations.start(
             verb, self._caller, work, tenants=tenants, role=role, dry_run=dry_run
         ).state
+
+    def _recoded(self, codec: str) -> _Step:
+        return lambda entry, done: reencode(self._store.movement, entry, codec, done)
 
     def _carried(self, how: _Carry, target: int) -> _Step:
         return lambda entry, done: how(self._store.movement, entry, target, done)

@@ -276,6 +276,7 @@ def test_codecs(api: Api, saved: list[bytes]) -> None:
     packed = done(api, "Compress", selection=everything, codec="raw")
     assert dict(packed.skipped) == {"already": 4}
     assert dict(done(api, "Decompress", selection=everything).skipped) == {"already": 4}
+    assert dict(done(api, "Compress", selection=everything, codec="e4").skipped) == {"no_codec": 4}
 
 
 def test_clear_counts_first_and_then_removes(

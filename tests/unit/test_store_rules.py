@@ -469,10 +469,10 @@ def test_only_known_codecs(memory: Bench) -> None:
     memory.save(keys(1))
     (entry,) = select(memory.store, Selection())
     told: list[str | None] = []
-    reencode(entry, "raw", told.append)
+    reencode(memory.store.movement, entry, "raw", told.append)
     assert told == ["already"]
     with pytest.raises(ValueError, match="use one of raw"):
-        reencode(entry, "zip", told.append)
+        reencode(memory.store.movement, entry, "zip", told.append)
 
 
 # --- selection ------------------------------------------------------------------------------------
