@@ -24,14 +24,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
+from kvstore.blend.reuse import Reuse, asked
 from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.client.session import Session
 from kvstore.client.transfer import Saved
-from kvstore.connectors.common.shards import shards_of, views
+from kvstore.connectors.common.shards import shards_of
 from kvstore.connectors.transformers.arguments import attended, refused, tokens_of
 from kvstore.connectors.transformers.contents import Contents
 from kvstore.connectors.transformers.model import (
@@ -40,9 +40,10 @@ from kvstore.connectors.transformers.model import (
     cache_part,
     model_identity,
 )
+from kvstore.connectors.transformers.pieces import Approximate, Pieces
+from kvstore.connectors.transformers.planes import allocate, pages
 from kvstore.connectors.transformers.state import unfit
 from kvstore.connectors.transformers.weights import Weights
-from kvstore.copier.base import PagedMemory, PlaneMemory
 from kvstore.errors import KVStoreError, SpecError
 from kvstore.sources import load_config
 from kvstore.telemetry import QuietLog
@@ -50,12 +51,16 @@ from kvstore.telemetry import QuietLog
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from kvstore.client.planner import LoadPlan
     from kvstore.config import Config
 
 __all__ = ["KVStoreCache", "Report", "cache_part", "model_identity"]
 
 _log = logging.getLogger("kvstore.transformers")
+_ASKED: Final = ("reuse", "pieces", "recompute", "selection")
 _CHANGED: Final = (
     "the model is not what this cache was opened for: the store is left alone; open another cache"
 )
@@ -75,6 +80,7 @@ class Report:
         first_token_seconds: from the call of `generate` to the first token's logits, the load
             included; None if `generate` of the model was called by hand.
         saved: what was stored afterwards; None before `save`.
+        approximate: what became of reused pieces; None if none were asked for.
     """
 
     prompt_tokens: int
@@ -85,6 +91,7 @@ class Report:
     plan: LoadPlan | None = None
     first_token_seconds: float | None = None
     saved: Saved | None = None
+    approximate: Approximate | None = None
 
     def __str__(self) -> str:
         """For people; `repr` has all."""
@@ -92,14 +99,16 @@ class Report:
         text = f"{self.loaded_tokens} of {self.prompt_tokens} tokens loaded"
         text += f" ({places}) in {self.load_seconds:.3f} s" if places else ""
         text += f": {self.reason}" if self.reason else ""
+        text += f"; {self.approximate}" if self.approximate else ""
         if self.first_token_seconds is not None:
             text += f"; first token after {self.first_token_seconds:.3f} s"
         return text + (f"; {self.saved.stored} blocks saved" if self.saved else "")
 
     @property
     def loaded_tokens(self) -> int:
-        """Tokens of the prompt that came from the store."""
-        return sum(self.tiers.values())
+        """Tokens of the prompt that came from the store and were not computed again."""
+        pieces = self.approximate.reused if self.approximate else 0
+        return sum(self.tiers.values()) + pieces
 
     @property
     def computed_tokens(self) -> int:
@@ -146,6 +155,7 @@ class KVStoreCache:
         # For each cache that `load` made: whose KV it is, and how many tokens of it may be saved.
         self._made = WeakKeyDictionary[DynamicCache, tuple[Session | None, int]]()
         self._once = QuietLog(_log, math.inf)
+        self._pieces: tuple[Session, Pieces] | None = None
 
     @classmethod
     def open(
@@ -182,6 +192,8 @@ class KVStoreCache:
 
     def close(self) -> None:
         """Close the session."""
+        if self._pieces is not None:
+            self._pieces[1].close()
         self.session.close()
 
     def __enter__(self) -> KVStoreCache:
@@ -282,12 +294,11 @@ class KVStoreCache:
         saved = Saved(had=known, dropped=held // size if problem else 0, reason=problem or None)
         if keys[known:]:
             new = len(keys) - known
-            pages = np.arange(new, dtype=np.int64).reshape(-1, 1)
-            memory = self._memory(planes, new)
+            memory, numbers = pages(self.session, group, planes, new)
             saved = self.session.save(
                 keys[known:],
                 memory,
-                [pages] * len(memory),
+                numbers,
                 parent=keys[known - 1] if known else b"",
                 position=known,
             )
@@ -306,21 +317,33 @@ class KVStoreCache:
 
         Takes what `model.generate` takes and returns what it returns. `last` tells what happened.
         Calls with arguments or options that may change KV values go without the store.
+
+        With any of `pieces`, `recompute` and `selection` (see `kvstore.blend.reuse`) pieces that
+        `add_piece` has stored are reused wherever they stand: then the answer is approximate, and
+        neither the prompt's blocks nor the answer's are stored.
+
+        Raises:
+            SpecError: these are not as they must be.
         """
         start = time.perf_counter()
         ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
+        words = {name: kwargs.pop(name) for name in _ASKED if name in kwargs}
+        count = ids.shape[-1] if isinstance(ids, torch.Tensor) and ids.ndim else 0
+        reuse = asked({"reuse": "approximate"} | words if words else None, count)
         if isinstance(attention_mask, GenerationConfig):  # where `model.generate` takes it
             kwargs["generation_config"], attention_mask = attention_mask, None
         past = None
         try:
             if names := refused(self.model, kwargs):
                 raise SpecError(f"{', '.join(names)} may change KV, or needs a cache of its own")
-            past = DynamicCache(config=self.model.config)
-            self._load(past, "", ids, attention_mask, kwargs)
+            kind = FilledCache if reuse.approximate else DynamicCache
+            past = kind(config=self.model.config)
+            if not self._load(past, "", ids, attention_mask, kwargs) and reuse.approximate:
+                self._blend(past, ids, reuse)
         except Exception as e:  # noqa: BLE001 - whatever is wrong, the model can compute
             why = str(e) if isinstance(e, KVStoreError) else f"{type(e).__name__}: {e}"
             past = None
-            self.last = Report(ids.shape[-1] if isinstance(ids, torch.Tensor) else 0, reason=why)
+            self.last = Report(count, reason=why)
             self._once.warning(why.split()[0], "computed without the store: %s", why)
         given = kwargs if attention_mask is None else kwargs | {"attention_mask": attention_mask}
         inputs = () if ids is None else (ids,)
@@ -336,26 +359,61 @@ class KVStoreCache:
             if first.at is not None:
                 self.last = replace(report, first_token_seconds=first.at - start)
                 # A short prefill measures the overhead of a step, not the rate of many tokens.
-                if report.computed_tokens >= self.session.block_tokens:
+                if report.computed_tokens >= self.session.block_tokens and not reuse.approximate:
                     self.session.report_prefill(report.computed_tokens, first.at - prefill)
             self.save(output if isinstance(output, torch.Tensor) else output.sequences, past)
         except Exception as e:  # noqa: BLE001 - the answer is there; it must not be lost
             self._once.warning("save", "not saved: %s: %s", type(e).__name__, e)
         return output
 
+    def add_piece(self, tokens: Sequence[int] | NDArray[np.integer[Any]]) -> Saved:
+        """Compute and store a piece of text, to be reused behind any other; see `generate`.
+
+        `tokens` as they will stand in prompts. It is then also found where a prompt does not say
+        that it is there: by this cache, until it is closed.
+
+        Raises:
+            SpecError: the piece is too short or too long, or the model's KV cannot be moved.
+            StoreUnavailable: the store refused a session for pieces.
+        """
+        if problem := self._left_alone():
+            raise SpecError(problem)
+        return self._of_pieces().add(tokens)
+
+    def _of_pieces(self) -> Pieces:
+        """The pieces of the model as it is now."""
+        if self._pieces is None or self._pieces[0] is not self.session:
+            old = self._pieces
+            made = Pieces(self.session, self.model, self._part.group)
+            self._pieces = self.session, made
+            if old is not None:
+                old[1].close()
+        return self._pieces[1]
+
+    def _blend(self, past: FilledCache, input_ids: torch.Tensor, reuse: Reuse) -> None:
+        """Reuse pieces beyond the exact prefix in `past`; whatever fails, that stays as it is."""
+        start, report, done = time.perf_counter(), self.last, Approximate()
+        assert report is not None
+        tokens = tokens_of(input_ids)
+        try:
+            if self._made[past][1] < len(tokens):
+                raise SpecError("not all tokens are attended to")
+            done = self._of_pieces().blend(past, tokens, reuse)
+        except Exception as e:  # noqa: BLE001 - what is wrong with pieces, an exact answer is not
+            why = str(e) if isinstance(e, KVStoreError) else f"{type(e).__name__}: {e}"
+            report = replace(report, reason=f"no pieces reused: {why}")
+            self._once.warning("pieces", "no pieces reused: %s", why)
+        if done.pieces:
+            past.problem = "it holds reused pieces, which are approximate"
+        seconds = report.load_seconds + time.perf_counter() - start
+        self.last = replace(report, approximate=done, load_seconds=seconds)
+
     def _fill(self, past: DynamicCache, keys: Sequence[bytes], report: Report) -> Report:
         """Load `keys` into `past`, as far as they arrive."""
         group, size = self._part.group, self.session.block_tokens
-        length = len(keys) * size
-        dtype = getattr(torch, group.dtype)
-        whole = [
-            _allocate((group.layers, 1, group.heads, length, width), dtype)
-            for width in group.channels
-        ]
-        planes = [plane[layer] for layer in range(group.layers) for plane in whole]
-        pages = np.arange(len(keys), dtype=np.int64).reshape(-1, 1)
-        memory = self._memory(planes, len(keys))
-        loaded = self.session.load(keys, memory, [pages] * len(memory))
+        planes = allocate(group, len(keys) * size)
+        memory, numbers = pages(self.session, group, planes, len(keys))
+        loaded = self.session.load(keys, memory, numbers)
         if not loaded.blocks:
             return replace(report, reason=loaded.reason or report.reason)
         arrived = loaded.blocks * size
@@ -364,7 +422,7 @@ class KVStoreCache:
             # Set, not `update`d: that would copy them, and the first step does so anyway.
             layer.keys = keys_of[:, :, :arrived].to(device)
             layer.values = values_of[:, :, :arrived].to(device)
-            layer.dtype, layer.device = dtype, device
+            layer.dtype, layer.device = layer.keys.dtype, device
             layer.is_initialized = True
         return replace(
             report,
@@ -372,19 +430,6 @@ class KVStoreCache:
             nbytes=loaded.nbytes,
             reason=loaded.reason or report.reason,
         )
-
-    def _memory(self, planes: Sequence[torch.Tensor], blocks: int) -> list[PagedMemory]:
-        """`planes`, each [1, heads, tokens, channels] on the CPU, as pages of one block each.
-
-        For each part of the session.
-        """
-        size = self.session.block_tokens
-        places = []
-        for plane in planes:
-            _, head, token, channel = (stride * plane.element_size() for stride in plane.stride())
-            places.append(PlaneMemory(plane.data_ptr(), size * token, token, head, channel))
-        memory = PagedMemory(self._part, size, blocks, tuple(places), owner=planes)
-        return views(memory, len(self.session.parts))
 
     def _left_alone(self) -> str:
         """Why a call that begins now must leave the store alone; empty if it need not.
@@ -421,12 +466,3 @@ class _FirstToken:
             scores[0, 0].item()  # waits for the device
             self.at = time.perf_counter()
         return scores
-
-
-def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor on the CPU, uninitialised, in numpy's memory.
-
-    numpy asks for huge pages: the first touch, which a load is, is three times as fast as torch's.
-    """
-    memory = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(memory).view(dtype).view(shape)

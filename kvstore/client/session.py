@@ -124,6 +124,14 @@ class Session:
         client.open(session._view)
         return session
 
+    def beside(self, namespace: Namespace) -> Session:
+        """Another session of the same client, for the same parts of other blocks.
+
+        Raises:
+            StoreUnavailable: the store refused it.
+        """
+        return type(self).open(namespace, self.parts, copier=self._view.copier, client=self._client)
+
     # -- what a caller does -----------------------------------------------------------------------
 
     def keys(

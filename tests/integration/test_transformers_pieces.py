@@ -1,0 +1,308 @@
+"""Pieces reused behind other text: what is exact stays exact, what is approximate stays apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from kvstore.blend.reuse import asked  # noqa: E402
+from kvstore.blend.selection import SELECTIONS  # noqa: E402
+from kvstore.connectors.transformers.cache import KVStoreCache, cache_part  # noqa: E402
+from kvstore.connectors.transformers.pieces import Approximate  # noqa: E402
+from kvstore.connectors.transformers.rows import Rows  # noqa: E402
+from kvstore.errors import SpecError  # noqa: E402
+from tests.transformers_tools import SIZES, build, greedy, llama, open_cache  # noqa: E402
+
+ROOM = {"max_position_embeddings": 2048}
+PIECES = [[20, 120], [120, 190], [200, 300]]
+INSIDE = 270
+
+
+def text(count: int, seed: int) -> Any:
+    return np.random.default_rng(seed).integers(1, 64, count)
+
+
+PROMPT = text(320, 0)
+
+
+def ids(tokens: Any = PROMPT) -> Any:
+    return torch.from_numpy(np.asarray(tokens))[None]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.set_num_threads(1)
+    return llama(**ROOM)
+
+
+@pytest.fixture(scope="module")
+def pieces(model: Any, shared_store: Any) -> Iterator[KVStoreCache]:
+    """A cache whose store has the pieces of PROMPT."""
+    with open_cache(model, shared_store, "pieces") as opened:
+        for start, end in PIECES:
+            opened.add_piece(PROMPT[start:end])
+        yield opened
+
+
+@pytest.fixture
+def cache(pieces: KVStoreCache) -> KVStoreCache:
+    """The same, whose store has nothing else."""
+    pieces.session.clear()
+    return pieces
+
+
+def blended(cache: KVStoreCache, tokens: Any = PROMPT, **words: Any) -> tuple[Any, Approximate]:
+    """A cache with pieces in it, and what became of them."""
+    past = transformers.DynamicCache(config=cache.model.config)
+    wanted = asked({"reuse": "approximate", "pieces": PIECES} | words, len(tokens))
+    return past, cache._of_pieces().blend(past, np.asarray(tokens), wanted)
+
+
+def prefilled(model: Any, tokens: Any = PROMPT) -> Any:
+    past = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids(tokens), past_key_values=past)
+    return past
+
+
+def apart(one: Any, other: Any, rows: Any) -> float:
+    """How far two caches differ at most."""
+    pairs = zip(one.layers, other.layers, strict=True)
+    planes = [(getattr(a, p), getattr(b, p)) for a, b in pairs for p in ("keys", "values")]
+    return max(float((a[:, :, rows] - b[:, :, rows]).abs().max()) for a, b in planes)
+
+
+def test_all_rows_computed_again_are_those_of_the_prompt(cache: KVStoreCache, model: Any) -> None:
+    past, done = blended(cache, recompute=1.0)
+    assert done == Approximate(0, INSIDE, 3, 0)
+    assert past.get_seq_length() == 300
+    assert apart(past, prefilled(model), slice(300)) < 1e-5
+    stale, done = blended(cache, recompute=0.0)
+    assert done == Approximate(INSIDE, 0, 3, 0)
+    assert apart(stale, prefilled(model), slice(20)) < 1e-5
+    assert apart(stale, prefilled(model), slice(20, 120)) > 1e-2
+    # Whatever context, the first layer's values depend on the token alone, and its keys on the
+    # place: rotated there, they are as computed there.
+    stale.layers[1:], full = [], prefilled(model)
+    full.layers[1:] = []
+    assert apart(stale, full, slice(300)) < 1e-4
+    said = greedy(lambda *a, **k: cache.generate(*a, recompute=1, pieces=PIECES, **k), ids(), 32)
+    assert said == greedy(model.generate, ids(), 32)
+
+
+def test_each_selection_computes_its_share(cache: KVStoreCache, model: Any) -> None:
+    stale, full = blended(cache, recompute=0.0)[0], prefilled(model)
+    for selection in SELECTIONS:
+        past, done = blended(cache, recompute=0.3, selection=selection)
+        wanted = {"all": INSIDE, "none": 0}.get(selection, round(0.3 * INSIDE))
+        assert done == Approximate(INSIDE - wanted, wanted, 3, 0), selection
+        assert apart(past, full, slice(20)) < 1e-5, selection
+        same = (past.layers[1].values == stale.layers[1].values).all(-1).all(1)[0]
+        assert int(same[20:190].sum() + same[200:300].sum()) == INSIDE - wanted, selection
+
+
+def test_rows_do_not_see_what_comes_after_them(cache: KVStoreCache) -> None:
+    """Neither computed ones in one pass nor in many small ones."""
+    other = PROMPT.copy()
+    other[250:] = text(70, 1)
+    one, _ = blended(cache, selection="first", recompute=0.5)
+    cache.add_piece(other[200:300])
+    two, _ = blended(cache, other, selection="first", recompute=0.5)
+    assert apart(one, two, slice(250)) < 1e-5
+    assert apart(one, two, slice(250, 300)) > 1e-2
+
+
+def test_rows_are_the_same_in_small_passes(
+    cache: KVStoreCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {name: blended(cache, selection=name)[0] for name in ("question", "deviation")}
+    monkeypatch.setattr("kvstore.connectors.transformers.rows._MOST", 8192)
+    for name, past in wanted.items():
+        assert apart(blended(cache, selection=name)[0], past, slice(300)) < 1e-5
+
+
+def test_the_question_is_asked_what_it_attends_to(model: Any) -> None:
+    group = cache_part(model).group
+    rows, full = Rows(model, group, PROMPT), prefilled(model)
+    for layer, held in enumerate(full.layers):
+        rows.put(layer, 0, held.keys, held.values)
+    scores = rows.question(np.arange(300, 320), 300)
+    assert model.config._attn_implementation == "sdpa"
+    assert not any(module._forward_hooks for module in model.modules())
+    looking = llama(**ROOM)
+    looking.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = looking(ids(), output_attentions=True).attentions[1][0, :, 300:, :300].sum(1)
+    norms = full.layers[1].values[0, :, :300].norm(dim=-1)
+    wanted = (weights.view(2, 2, 300).sum(1) * norms).sum(0)
+    assert np.allclose(scores, wanted.numpy(), rtol=1e-4)
+
+
+def test_what_is_approximate_is_kept_apart(cache: KVStoreCache, model: Any) -> None:
+    alone = greedy(model.generate, ids())
+    given = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids())}
+    output = cache.generate(
+        ids(), pieces=PIECES, recompute=0.1, return_dict_in_generate=True, **given
+    )
+    assert cache.last is not None
+    assert cache.last.approximate == Approximate(INSIDE - 27, 27, 3, 0)
+    assert cache.last.loaded_tokens == INSIDE - 27
+    assert "3 pieces reused, approximately: 27 of 270 tokens computed again" in str(cache.last)
+    keys = cache.session.keys(output.sequences[0].numpy())
+    assert cache.session.lookup(keys, holes=True).tiers == ("miss",) * len(keys)
+    saved = cache.save(output.sequences, output.past_key_values)
+    assert (saved.stored, saved.reason) == (0, "it holds reused pieces, which are approximate")
+    # An exact request finds nothing of it; and pieces begin where what is exact ends.
+    assert greedy(cache.generate, ids()) == alone
+    assert (cache.last.loaded_tokens, cache.last.approximate) == (0, None)
+    cache.generate(ids(), recompute="fast", **given)
+    assert cache.last.approximate == Approximate()
+    assert cache.last.tiers == {"memory": 304}
+
+
+def test_pieces_are_found_in_any_prompt_behind_what_is_exact(
+    cache: KVStoreCache, model: Any
+) -> None:
+    greedy(cache.generate, ids(PROMPT[:50]))  # its three blocks end inside of the first piece
+    prompt = np.concatenate([PROMPT[:50], PROMPT[200:300], text(9, 3), PROMPT[20:120], [5]])
+    said = greedy(lambda *a, **k: cache.generate(*a, recompute=1.0, **k), ids(prompt))
+    assert said == greedy(model.generate, ids(prompt))
+    assert cache.last is not None
+    assert cache.last.approximate == Approximate(0, 200, 2, 0)
+    assert cache.last.tiers == {"memory": 48}
+
+
+def test_pieces_that_are_not_there_are_computed(
+    cache: KVStoreCache, model: Any, shared_store: Any
+) -> None:
+    alone = greedy(model.generate, ids())
+
+    def ask(asking: KVStoreCache, **words: Any) -> tuple[list[int], Any]:
+        said = greedy(lambda *a, **k: asking.generate(*a, **words, **k), ids())
+        assert asking.last is not None
+        return said, asking.last.approximate
+
+    with open_cache(model, shared_store, "another") as other:
+        assert ask(other, pieces=PIECES) == (alone, Approximate(missed=3))
+    # Another process of the same tenant has them, if it is told where they stand.
+    with open_cache(model, shared_store, "pieces") as second:
+        named = [*PIECES[:2], [205, 300]]
+        assert ask(second, pieces=named, recompute=1.0) == (alone, Approximate(0, 170, 2, 1))
+    with open_cache(model, shared_store, "lost") as losing:
+        losing.add_piece(PROMPT[20:120])
+        losing._of_pieces()._session.clear()
+        assert ask(losing, recompute="fast") == (alone, Approximate(missed=1))
+
+
+def test_a_failure_leaves_an_exact_answer(
+    cache: KVStoreCache, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    greedy(cache.generate, ids(PROMPT[:17]))
+    alone = greedy(model.generate, ids())
+    calls = []
+
+    def broken(rows: Rows, *args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 4:  # in the last layer of the second pass
+            raise RuntimeError("no more memory")
+        return update(rows, *args)
+
+    update = Rows.update
+    monkeypatch.setattr(Rows, "update", broken)
+    assert greedy(lambda *a, **k: cache.generate(*a, pieces=PIECES, **k), ids()) == alone
+    assert cache.last is not None
+    assert cache.last.reason == "no pieces reused: RuntimeError: no more memory"
+    assert cache.last.tiers == {"memory": 16}
+    assert cache.last.saved.stored == 19
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (transformers.GPTNeoXConfig(**SIZES, rotary_pct=0.25), "rotates a part of each key"),
+        (transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4), "has 0 rotary"),
+        (
+            transformers.SmolLM3Config(**(SIZES | ROOM), no_rope_layers=[1, 0]),
+            "layer 1 of SmolLM3ForCausalLM depends on positions in another way",
+        ),
+    ],
+)
+def test_models_whose_keys_cannot_be_moved_are_refused(
+    shared_store: Any, config: Any, problem: str
+) -> None:
+    model = build(config)
+    alone = greedy(model.generate, ids())
+    with open_cache(model, shared_store, problem) as cache:
+        with pytest.raises(SpecError, match=problem):
+            cache.add_piece(PROMPT[20:120])
+        assert greedy(lambda *a, **k: cache.generate(*a, pieces=PIECES, **k), ids()) == alone
+        assert cache.last is not None
+        assert problem in cache.last.reason
+        assert cache.last.saved.stored > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        (transformers.MixtralConfig(**(SIZES | ROOM), num_local_experts=4), torch.float32),
+        (transformers.Qwen3Config(**(SIZES | ROOM), head_dim=16), torch.float32),
+        (
+            transformers.LlamaConfig(
+                **(SIZES | ROOM),
+                rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4},
+            ),
+            torch.bfloat16,
+        ),
+    ],
+)
+def test_models_of_other_kinds(shared_store: Any, request: Any, config: Any, dtype: Any) -> None:
+    model = build(config, dtype=dtype)
+    with open_cache(model, shared_store, request.node.name) as cache:
+        for start, end in PIECES:
+            cache.add_piece(PROMPT[start:end])
+        past, done = blended(cache, recompute=1.0)
+        assert done.recomputed == INSIDE
+        assert apart(past, prefilled(model), slice(300)) < (1e-5 if dtype == torch.float32 else 0.1)
+        assert blended(cache, recompute=0.2, selection="question")[1].recomputed == 54
+
+
+def test_what_is_wrong_is_said(cache: KVStoreCache, model: Any) -> None:
+    with pytest.raises(SpecError, match="recompute is 2"):
+        cache.generate(ids(), recompute=2)
+    with pytest.raises(SpecError, match="a piece has 64 to"):
+        cache.add_piece(PROMPT[:10])
+    with pytest.raises(SpecError, match="more than the 2048 that the model was made for"):
+        cache.add_piece(np.tile(PROMPT, 5))
+    model.train()
+    try:
+        with pytest.raises(SpecError, match=r"call model.eval\(\)"):
+            cache.add_piece(PROMPT)
+    finally:
+        model.eval()
+    masked = torch.ones_like(ids())
+    masked[0, 30] = 0
+    cache.generate(ids(), masked, pieces=PIECES, max_new_tokens=2, do_sample=False)
+    assert cache.last is not None
+    assert cache.last.reason == "no pieces reused: not all tokens are attended to"
+
+
+def test_pieces_of_a_model_that_has_changed_are_not_its_own(
+    shared_store: Any, request: Any
+) -> None:
+    model = llama(**ROOM)
+    with open_cache(model, shared_store, request.node.name) as cache:
+        cache.add_piece(PROMPT[20:120])
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+        alone = greedy(model.generate, ids())
+        asking = {"pieces": [[20, 120]], "recompute": 0.5}
+        assert greedy(lambda *a, **k: cache.generate(*a, **asking, **k), ids()) == alone
+        assert cache.last is not None
+        assert cache.last.approximate == Approximate(missed=1)
