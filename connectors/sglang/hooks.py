@@ -61,7 +61,7 @@ def install() -> None:
     }
     targets[contract.WRAPPER.replace(":", ".")] = (KVStoreWrapper, HookType.REPLACE)
     for target, (hook, kind) in targets.items():
-        HookRegistry.register(target, _safe(hook) if kind == HookType.BEFORE else hook, kind)
+        HookRegistry.register(target, hook, kind)
     HookRegistry.apply_hooks()
     missing = targets.keys() - HookRegistry._patched
     if missing or unified_radix_cache.UnifiedCacheLinkerWrapper is not KVStoreWrapper:
@@ -89,13 +89,18 @@ def adapters(scheduler: Any) -> Mapping[str, Any]:
     return {} if manager is None else manager.lora_refs
 
 
-def _safe(hook: Callable[..., None]) -> Callable[..., None]:
-    """What listens in before a call of SGLang's must not keep it from happening."""
+def _before(hook: Callable[..., None]) -> Callable[..., None]:
+    """What listens in before a call of SGLang's scheduler, or of a part of it, as long as that has
+    a linker of ours, given first. It must not keep the call from happening.
+    """
 
     @functools.wraps(hook)
-    def call(*args: Any, **kwargs: Any) -> None:
+    def call(owner: Any, *args: Any, **kwargs: Any) -> None:
         try:
-            hook(*args, **kwargs)
+            scheduler = getattr(owner, "scheduler", owner)
+            linker = _ours(getattr(scheduler, "tree_cache", None))
+            if linker is not None:
+                hook(linker, scheduler, *args, **kwargs)
         except Exception:  # noqa: BLE001 - it would end SGLang's scheduler
             _log.exception("SGLang goes on without a hook of the store's")
 
@@ -144,50 +149,43 @@ def _run(run: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwar
         linker.step_ends()
 
 
-def _arrive(scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
-    linker = _ours(scheduler.tree_cache)
-    if linker is not None:
-        ids = np.array(req.origin_input_ids, dtype=np.int64)[:-1]
-        linker.arrives(req, ids, _begin(scheduler.tree_cache, req, ids))
-
-
-def _begin(tree: Any, req: Any, ids: Any) -> int:
-    """Tokens of a prompt that the tree has."""
+@_before
+def _arrive(linker: Any, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
+    ids = np.array(req.origin_input_ids, dtype=np.int64)[:-1]
+    # Tokens of the prompt that the tree has.
     key = RadixKey(array("q", ids.tobytes()), req.extra_key, cache_salt=req.cache_salt)
-    return int(tree.tree_core.match_full_device_prefix(key)[0])
+    begin = int(scheduler.tree_cache.tree_core.match_full_device_prefix(key)[0])
+    linker.arrives(req, ids, begin)
 
 
-def _call(scheduler: Any, recv_req: Any) -> None:
-    linker = _ours(scheduler.tree_cache)
-    if linker is not None and recv_req.method not in _HARMLESS:
+@_before
+def _call(linker: Any, _: Any, recv_req: Any) -> None:
+    if recv_req.method not in _HARMLESS:
         linker.weights_change(str(recv_req.method))
 
 
-def _load_adapter(scheduler: Any, recv_req: Any) -> None:
-    linker = _ours(scheduler.tree_cache)
-    if linker is not None:
-        linker.adapters.loading(recv_req.lora_id, time.time())
+@_before
+def _load_adapter(linker: Any, _: Any, recv_req: Any) -> None:
+    linker.adapters.loading(recv_req.lora_id, time.time())
 
 
-def _load_tensors(scheduler: Any, recv_req: Any) -> None:
-    linker = _ours(scheduler.tree_cache)
-    if linker is not None:
-        linker.adapters.refuse(recv_req.lora_id)
+@_before
+def _load_tensors(linker: Any, _: Any, recv_req: Any) -> None:
+    linker.adapters.refuse(recv_req.lora_id)
 
 
-def _release(updater: Any, recv_req: Any) -> None:
+@_before
+def _release(linker: Any, _: Any, recv_req: Any) -> None:
     """The pool's memory may be taken away: before SGLang flushes its cache."""
-    linker = _ours(getattr(updater.scheduler, "tree_cache", None))
-    if linker is not None:
-        linker.quiesce()
+    linker.quiesce()
 
 
 def _update(name: str) -> Callable[..., None]:
-    def changes(updater: Any, recv_req: Any) -> None:
-        linker = _ours(getattr(updater.scheduler, "tree_cache", None))
+    @_before
+    def changes(linker: Any, _: Any, recv_req: Any) -> None:
         tags = getattr(recv_req, "tags", None)
         looks = name == "check_weights" and recv_req.action in _LOOKS
-        if linker is not None and not looks and (not tags or "weights" in tags):
+        if not looks and (not tags or "weights" in tags):
             linker.weights_change(name)
 
     return changes

@@ -69,12 +69,12 @@ _FROM_FILES: Final = re.compile(r"auto|safetensors|fastsafetensors")
 
 
 def identity_of(
-    server_args: Any, model_config: Any, dtype: str, revision: str = "", stored: str = ""
+    server_args: Any, model_config: Any, dtype: str, revision: str = ""
 ) -> ModelIdentity:
     """Everything about the engine's model that changes KV values; `dtype` is the cache's.
 
     A `revision` that is given names the weights, and is taken at its word; without one the files
-    name themselves. `stored` is the type that numbers are rounded to in the store, if another.
+    name themselves.
 
     Raises:
         SpecError: the model cannot be told from others.
@@ -95,7 +95,6 @@ def identity_of(
         quantization=model_config.quantization or "",
         config=config_digest(_as_given(server_args, hf_config)),
         flags=_flags(server_args),
-        stored=stored,
         precision="tf32" if tf32 else "",
         max_model_len=str(model_config.context_len) if depends_on_length(hf_config) else "",
         code="" if revision else _code(server_args, model_config),

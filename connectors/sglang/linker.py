@@ -42,7 +42,7 @@ from kvstore.connectors.common.stats import Stats
 from kvstore.connectors.sglang import contract, hooks
 from kvstore.connectors.sglang.identity import identity_of
 from kvstore.connectors.sglang.layout import Ranks, pool_of
-from kvstore.connectors.sglang.loading import LayerCounter, Load, patience
+from kvstore.connectors.sglang.loading import LayerCounter, Load
 from kvstore.connectors.sglang.metrics import Metrics
 from kvstore.connectors.sglang.prompts import Adapters, Prompt, Prompts
 from kvstore.connectors.sglang.saving import Offered, Offload, Saves
@@ -274,8 +274,9 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
         rows = np.full(len(keys) * (size // page), -1, np.int64)
         slots = transfer.device_indices.cpu().numpy()
         rows[len(rows) - pages :] = slots[::page] // page
-        limit = self._settings.config.session.load_timeout
-        held = session.acquire(keys, timeout=patience(found.seconds, limit))
+        # The scheduler waits for them; they lie in memory, or come soon.
+        patience = min(self._settings.config.session.load_timeout, 0.05 + 4 * found.seconds)
+        held = session.acquire(keys, timeout=patience)
 
         def done(loaded: Loaded) -> None:
             self.stats.loaded(loaded, len(keys), found.prefetched)

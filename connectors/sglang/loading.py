@@ -125,8 +125,3 @@ class LayerCounter:
         """End."""
         self.reset()
         self._thread.shutdown()
-
-
-def patience(found_seconds: float, limit: float) -> float:
-    """Seconds that the scheduler waits for blocks to be held, which lie in memory or come soon."""
-    return min(limit, 0.05 + 4 * found_seconds)
