@@ -5,18 +5,11 @@ from __future__ import annotations
 import re
 from typing import Final
 
-_UNITS: Final = {
-    "": 1,
-    "B": 1,
-    "kB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-    "TiB": 2**40,
-}
+_UNITS: Final = (
+    {"": 1, "B": 1}
+    | {f"{prefix}B": 1000**power for power, prefix in enumerate("kMGT", 1)}
+    | {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}
+)
 _SIZE: Final = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)\s*\Z")
 _MAX_BYTES: Final = 1 << 60
 

@@ -23,7 +23,7 @@ from kvstore.sections import PeersConfig, ServerConfig
 from kvstore.server.access.access import Access
 from kvstore.server.handover import hand_over
 from kvstore.server.listeners import bind, clear, make_folder, take_lock
-from kvstore.server.loop import Steps, hear_threads, run
+from kvstore.server.loop import Steps, hear_threads, post, run
 from kvstore.server.node import Face, Node
 from kvstore.server.opening import make_arena, open_pool, open_store
 from kvstore.server.process import end_after, exit_code, heed_signals, notify
@@ -73,7 +73,7 @@ class Daemon:
         steps: Steps,
         *,
         embedded: bool = False,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[int, int], None],
     ) -> None:
         self.path = path
         if embedded:  # It listens nowhere but beside its socket, whatever the engine's file says.
@@ -123,10 +123,10 @@ class Daemon:
                 arena = self._arena = await asyncio.to_thread(
                     make_arena, self._config, self._touched, private=self._embedded
                 )
-                post = partial(_post, self._loop)
+                to_loop = partial(post, self._loop)
                 pool = await asyncio.to_thread(open_pool, self._config, arena)
                 store = await asyncio.to_thread(
-                    open_store, self._config, arena, post, self._loop.call_later, pool
+                    open_store, self._config, arena, to_loop, self._loop.call_later, pool
                 )
                 node = self._node = Node(
                     self._config, store, access, self._steps, self.stop, pool, self._left
@@ -204,24 +204,23 @@ class Daemon:
         if self._until is None:
             self._until = time.monotonic() + self._config.server.stop_timeout
             end_after(self._config.server.stop_timeout, self._give_up)
-        _post(self._loop, self._stop.set)
+        post(self._loop, self._stop.set)
 
     def reload(self) -> None:
         """Read again what may change while we run; for any thread."""
         if self._node is not None:
-            _post(self._loop, self._node.access.forget)
+            post(self._loop, self._node.access.forget)
 
     def _say_what_is_lost(self) -> None:
         if self._node is None or not self._node.store.movement.unwritten:
             return
         movement = self._node.store.movement
-        lowers = movement.lowers.values()
-        problems = [f"{lower.name}: {why}" for lower in lowers if (why := lower.held_up)]
         _log.warning(
             "%d objects (%s) were not written before the stop: %s",
             movement.unwritten,
             format_size(movement.catalogue.writes.nbytes),
-            "; ".join(problems) or f"server.stop_timeout is {self._config.server.stop_timeout:g} s",
+            "; ".join(self._node.held_up())
+            or f"server.stop_timeout is {self._config.server.stop_timeout:g} s",
         )
 
     def _give_up(self) -> None:
@@ -239,8 +238,7 @@ class Daemon:
             raise _StoppedEarly
         if self._http is not None:
             self._http.touched = done / total
-        if self._progress is not None:
-            self._progress(done, total)
+        self._progress(done, total)
 
     def _probe_places(self) -> None:
         """See that the places beside our socket can be had."""
@@ -286,18 +284,13 @@ class Daemon:
             await asyncio.sleep(_TICK)
 
 
-def _post(loop: asyncio.AbstractEventLoop, task: Callable[[], None]) -> None:
-    with contextlib.suppress(RuntimeError):  # The loop is closed: nobody is left to tell.
-        loop.call_soon_threadsafe(task)
-
-
 def serve(
     config: Config,
     path: Path,
     *,
     embedded: bool = False,
     ready: Ready = lambda *_: None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Run a daemon in this process until it is told to stop (or, embedded, until it is alone).
 

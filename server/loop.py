@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from contextlib import suppress
 from functools import partial
 from selectors import EpollSelector, SelectorKey
 from typing import Any, Final, TypeVar
@@ -89,6 +90,12 @@ class Steps(EpollSelector):
     def longest(self) -> float:
         """Seconds of the longest step in the last minute or two."""
         return max(self._before, self._longest, self._clock() - self._began)
+
+
+def post(loop: asyncio.AbstractEventLoop, what: Callable[..., object], *arguments: Any) -> None:
+    """Have a loop do something; for any thread."""
+    with suppress(RuntimeError):  # It is closed: nobody is left to tell, and nothing to do.
+        loop.call_soon_threadsafe(what, *arguments)
 
 
 def run(

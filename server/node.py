@@ -7,6 +7,7 @@ import gc
 import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -22,7 +23,7 @@ from kvstore.server.access.grants import LOCAL, Denied, Grant, Role
 from kvstore.server.loop import Steps
 from kvstore.server.owners import Owner
 from kvstore.server.publishing import Publishing
-from kvstore.server.recent import Recent
+from kvstore.server.recent import RECENT, Request
 from kvstore.server.resting import Resting
 from kvstore.server.serving import Serving
 from kvstore.store.leases import Lease
@@ -119,7 +120,8 @@ class Node:
     """Of sessions to come."""
     calls: dict[asyncio.Timeout, Grant] = field(default_factory=dict)
     """Of the API that run, by what ends them."""
-    recent: Recent = field(default_factory=Recent)
+    recent: deque[Request] = field(default_factory=lambda: deque(maxlen=RECENT))
+    """The last ones that were answered, newest first."""
     control: Face | None = None
     """The API, once it is served."""
     publishing: Publishing | None = None
@@ -153,11 +155,8 @@ class Node:
         Raises:
             Denied: there is none.
         """
-        limit, peers = (
-            self.config.max_sessions,
-            sum(bool(s.peer.node) for s in self.sessions.values()),
-        )
-        sessions = self.sessions.values()
+        limit, sessions = self.config.max_sessions, self.sessions.values()
+        peers = sum(bool(s.peer.node) for s in sessions)
         most = _MOST_PEERS if peer else limit if here else limit - limit // 8
         count = peers if peer else len(sessions) - peers
         if count >= most:
@@ -297,6 +296,11 @@ class Node:
                 break
             await asyncio.sleep(_DRAIN_POLL)
         return movement.unwritten
+
+    def held_up(self) -> list[str]:
+        """The tiers below memory whose writes do not get on, and why."""
+        lowers = self.store.movement.lowers.values()
+        return [f"{lower.name}: {why}" for lower in lowers if (why := lower.held_up)]
 
     def health(self) -> dict[str, Any]:
         """In a word each how it is doing, and its `tiers` below memory, for those who probe."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from typing import Final, NamedTuple
 
 from kvstore.blocks.spec import Namespace
 from kvstore.tiers.base import MISS, PENDING
 from kvstore.transport.protocol import MEMORY
 
-_LIMIT: Final = 200
+RECENT: Final = 200
+"""How many requests are remembered."""
 
 
 class Request(NamedTuple):
@@ -32,26 +31,3 @@ def by_tier(tiers: bytes) -> tuple[int, int]:
     in_memory = tiers.count(MEMORY)
     nowhere = len(tiers) - in_memory and tiers.count(MISS) + tiers.count(PENDING)
     return in_memory, len(tiers) - in_memory - nowhere
-
-
-class Recent(deque[Request]):
-    """A window over the last requests, newest first. Belongs to the loop; noting one costs 1 µs."""
-
-    def __init__(self, limit: int = _LIMIT) -> None:
-        super().__init__(maxlen=limit)
-
-    def note(
-        self,
-        session: int,
-        namespace: Namespace,
-        what: str,
-        asked: int,
-        memory: int,
-        below: int,
-        reason: str,
-        started: float,
-    ) -> None:
-        """Take in a request that was just answered; `started` by `time.monotonic`."""
-        at, seconds = time.time(), time.monotonic() - started
-        noted = Request(at, session, namespace, what, asked, memory, below, reason, seconds)
-        self.appendleft(noted)

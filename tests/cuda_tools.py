@@ -139,6 +139,9 @@ class FakeKernels:
         self.calls = 0
         self.fail_at = 0
 
+    def close(self) -> None:
+        """Nothing is held."""
+
     def copy(self, copy: KernelCopy, stream: int) -> None:
         assert copy.cast is None, "plain copies turn nothing"
         self.calls += 1

@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import redis
+
+from kvstore.benchmarks.served import free_port
 
 _LIMIT: Final = ("--maxmemory", "256mb", "--maxmemory-policy", "allkeys-lru")
 
@@ -36,17 +37,16 @@ def debian_redis() -> str | None:
     return shutil.which("redis-server") or shutil.which("redis-check-rdb")
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-    return port if port < 55_000 else free_port()  # A cluster's bus is at 10,000 more.
+def bus_port() -> int:
+    """A free port, and the one that the bus of a cluster has, 10,000 more, is one, too."""
+    return port if (port := free_port()) < 55_000 else bus_port()
 
 
 class RedisServer:
     """A server process on loopback. `url` is without a password; `how` connects beside the tier."""
 
     def __init__(self, folder: Path, *arguments: str, program: str = "", tls: bool = False) -> None:
-        self.folder, self.port = folder, free_port()
+        self.folder, self.port = folder, bus_port()
         self.how: dict[str, Any] = {"host": "127.0.0.1", "port": self.port, "socket_timeout": 20}
         folder.mkdir(exist_ok=True, parents=True)
         ports = ("--port", "0", "--tls-port") if tls else ("--port",)
@@ -159,7 +159,7 @@ def sentinel(folder: Path, master: RedisServer) -> Iterator[RedisServer]:
         "sentinel failover-timeout mymaster 2000\n"
     )
     server = RedisServer.__new__(RedisServer)
-    server.folder, server.port = folder, free_port()
+    server.folder, server.port = folder, bus_port()
     server.how = {"host": "127.0.0.1", "port": server.port, "socket_timeout": 20}
     server._program, server.url = valkey(), f"redis://127.0.0.1:{server.port}"
     server._command = [

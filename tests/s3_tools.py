@@ -18,7 +18,7 @@ from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
 
-from tests.redis_tools import free_port
+from kvstore.benchmarks.served import free_port
 
 CREDENTIALS: Final = {"aws_access_key_id": "tester", "aws_secret_access_key": "not-to-be-told"}
 

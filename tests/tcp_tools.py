@@ -58,13 +58,6 @@ def tls_settings(folder: Path) -> dict[str, dict[str, str]]:
     }
 
 
-def free_port() -> int:
-    """A port that a daemon can be started on again and again."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
-
-
 class Stream:
     """A data connection made by hand."""
 

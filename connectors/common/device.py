@@ -6,21 +6,17 @@ import importlib.util
 import logging
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
+from kvstore.copier.base import Copier
+from kvstore.copier.cuda.copier import CudaCopier
+from kvstore.copier.gate import Event
 from kvstore.copier.torch import TorchCopier, TorchEvent
 from kvstore.errors import SpecError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from kvstore.copier.base import Copier
-    from kvstore.copier.cuda.copier import CudaCopier
-    from kvstore.copier.cuda.triton import TritonKernels
-    from kvstore.copier.gate import Event
-    from kvstore.sections import SessionConfig
+from kvstore.sections import SessionConfig
 
 _log = logging.getLogger("kvstore.device")
 
@@ -34,8 +30,7 @@ class Device:
     def __init__(self, number: int | None = None, copier: Copier | None = None) -> None:
         self.number = number
         self.copier = copier
-        self._cuda: CudaCopier | None = None
-        self._kernels: TritonKernels | None = None
+        self._cuda = copier if isinstance(copier, CudaCopier) else None
 
     @classmethod
     def of(cls, tensors: Iterable[torch.Tensor], session: SessionConfig) -> Device:
@@ -56,12 +51,6 @@ class Device:
         if torch.version.cuda is None:
             _log.info("copies go by torch: batched DMA and kernels are for NVIDIA GPUs")
             return cls(number, TorchCopier())
-        return cls._nvidia(number, session)
-
-    @classmethod
-    def _nvidia(cls, number: int, session: SessionConfig) -> Device:
-        from kvstore.copier.cuda.copier import CudaCopier
-
         kernels = None
         if importlib.util.find_spec("triton") is None:
             _log.warning("triton is not installed: short runs, as of small pages, copy slowly")
@@ -75,27 +64,18 @@ class Device:
             session.gpu_path,
             session.gpu_staging >> 20,
         )
-        copier = CudaCopier(
-            number,
-            kernels=kernels,
-            staging_bytes=session.gpu_staging,
-            path=session.gpu_path,
-        )
-        made = cls(number, copier)
-        made._cuda, made._kernels = copier, kernels
-        return made
+        staging, path = session.gpu_staging, session.gpu_path
+        return cls(number, CudaCopier(number, kernels=kernels, staging_bytes=staging, path=path))
 
     @property
     def casts(self) -> bool:
         """Whether its copier turns numbers into another type."""
-        return self._kernels is not None
+        return self.copier is not None and self.copier.casts
 
     def close(self) -> None:
         """Give back what copies needed; nothing may be copying, and no session be open."""
         if self._cuda is not None:
             self._cuda.close()
-        if self._kernels is not None:
-            self._kernels.close()
 
     def mark(self) -> Event | None:
         """This point in the work of the engine; None: all before it is done."""

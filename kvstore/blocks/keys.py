@@ -15,17 +15,14 @@ import hashlib
 import struct
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvstore import _native
+from kvstore.blocks.spec import Namespace
 from kvstore.errors import SpecError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from kvstore.blocks.spec import Namespace
 
 KEY_BYTES: Final = 32
 MAX_TOKEN: Final = 0xFFFFFFFF

@@ -5,15 +5,15 @@ from __future__ import annotations
 import getpass
 import os
 from itertools import groupby
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from kvstore.commands import grouped
 from kvstore.server.cli.options import (
     Link,
     Misuse,
     PromptOptions,
+    Wait,
     WhereOptions,
     Yes,
     agreed,
@@ -26,7 +26,6 @@ from kvstore.values import format_size, lasting
 if TYPE_CHECKING:
     from kvstore.api import v1
 
-_Wait = Annotated[bool, typer.Option(help="Wait for the end, or only start it.")]
 _To = Annotated[str, typer.Option("--to", help="The tier to bring them to.")]
 
 
@@ -124,19 +123,19 @@ def prefetch(
     prompt: PromptOptions,
     link: Link,
     tier: Annotated[str, typer.Option(help="The tier to bring them to.")] = "memory",
-    wait: _Wait = True,
+    wait: Wait = True,
 ) -> None:
     """Bring the stored prefix of a prompt into a tier."""
     operation = link.api.prefetch(prompt.namespace, tier=tier, **prompt.blocks())
     finish(link, operation, wait=wait, done="brought up")
 
 
-def move(where: WhereOptions, link: Link, to: _To, wait: _Wait = True) -> None:
+def move(where: WhereOptions, link: Link, to: _To, wait: Wait = True) -> None:
     """Bring blocks into a tier; they leave the others."""
     finish(link, link.api.move(to, **where.where()), wait=wait, done="moved")
 
 
-def copy(where: WhereOptions, link: Link, to: _To, wait: _Wait = True) -> None:
+def copy(where: WhereOptions, link: Link, to: _To, wait: Wait = True) -> None:
     """Bring blocks into a tier; they stay where they are, too."""
     finish(link, link.api.copy(to, **where.where()), wait=wait, done="copied")
 
@@ -147,13 +146,13 @@ def compress(
     codec: Annotated[
         str, typer.Option(help="That of the tiers they are in: e4, zstd, lz4; or raw.")
     ],
-    wait: _Wait = True,
+    wait: Wait = True,
 ) -> None:
     """Re-encode blocks in place."""
     finish(link, link.api.compress(codec, **where.where()), wait=wait, done="re-encoded")
 
 
-def decompress(where: WhereOptions, link: Link, wait: _Wait = True) -> None:
+def decompress(where: WhereOptions, link: Link, wait: Wait = True) -> None:
     """Re-encode blocks in place as raw bytes."""
     finish(link, link.api.decompress(**where.where()), wait=wait, done="re-encoded")
 
@@ -163,7 +162,7 @@ def clear(
     link: Link,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count them.")] = False,
     yes: Yes = False,
-    wait: _Wait = True,
+    wait: Wait = True,
 ) -> None:
     """Remove blocks that nobody holds, from all tiers.
 
@@ -180,9 +179,6 @@ def clear(
     finish(link, operation, wait=wait, done="removed")
 
 
-def add_to(app: typer.Typer) -> None:
-    """Register the commands."""
-    for command in (
-        lookup, explain, pin, unpin, ttl, prefetch, move, copy, compress, decompress, clear,
-    ):  # fmt: skip
-        app.command()(grouped(command))
+COMMANDS: Final = (
+    lookup, explain, pin, unpin, ttl, prefetch, move, copy, compress, decompress, clear,
+)  # fmt: skip

@@ -19,9 +19,9 @@ from typer.core import TyperGroup
 
 from kvstore import __version__
 from kvstore.benchmarks.command import bench_app
+from kvstore.commands import grouped
 from kvstore.errors import KVStoreError
-from kvstore.server.cli import blocks as blocks_cli
-from kvstore.server.cli import node as node_cli
+from kvstore.server.cli import blocks, node
 from kvstore.server.cli.output import progress
 from kvstore.telemetry import shown
 
@@ -52,8 +52,9 @@ app = typer.Typer(
 token_app = typer.Typer(no_args_is_help=True, help="Tokens that let callers in.")
 app.add_typer(bench_app, name="bench")
 app.add_typer(token_app, name="token")
-blocks_cli.add_to(app)
-node_cli.add_to(app)
+for _command in (*blocks.COMMANDS, *node.COMMANDS):
+    app.command()(grouped(_command))
+app.add_typer(node.operations_app, name="operations")
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file (default: $KVSTORE_CONFIG).")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 import typer
 
 from kvstore.commands import grouped
-from kvstore.server.cli.options import Link, Misuse, Yes, agreed, limit_option, time_option
+from kvstore.server.cli.options import Link, Misuse, Wait, Yes, agreed, limit_option, time_option
 from kvstore.server.cli.output import answer, finish, many, show, told, when
 from kvstore.values import format_size, lasting
 
@@ -242,12 +242,14 @@ def drain(
     link: Link,
     stop: Annotated[bool, typer.Option("--stop", help="End the daemon afterwards.")] = False,
     within: Annotated[float | None, time_option("For the writes (30s).")] = None,
-    wait: Annotated[bool, typer.Option(help="Wait for the end, or only start it.")] = True,
+    wait: Wait = True,
 ) -> None:
     """Take no more saves and new sessions, and write out what is not written yet."""
     finish(link, link.api.drain(stop=stop, timeout=within), wait=wait, done="wrote out")
 
 
+@operations_app.command("list")
+@grouped
 def list_operations(link: Link) -> None:
     """List long operations that run, and those that ended lately."""
     found = link.api.list_operations()
@@ -260,6 +262,8 @@ def _verb(operation: v1.Operation) -> str:
     return operation.verb + (" (dry run)" if operation.dry_run else "")
 
 
+@operations_app.command()
+@grouped
 def watch(operation: _Id, link: Link) -> None:
     """Wait for an operation, and print how it ended."""
     from kvstore.api.running import Operation
@@ -268,17 +272,12 @@ def watch(operation: _Id, link: Link) -> None:
     finish(link, known, wait=True, done="changed")
 
 
+@operations_app.command()
+@grouped
 def cancel(operation: _Id, link: Link) -> None:
     """Ask an operation to end; what it did so far stays done."""
     state = link.api.cancel(operation)
     answer(link, state, told(state, "changed"))
 
 
-def add_to(app: typer.Typer) -> None:
-    """Register the commands."""
-    for command in (stats, namespaces, sessions, leases, events, quota, admission, drain):
-        app.command()(grouped(command))
-    operations_app.command("list")(grouped(list_operations))
-    operations_app.command()(grouped(watch))
-    operations_app.command()(grouped(cancel))
-    app.add_typer(operations_app, name="operations")
+COMMANDS: Final = (stats, namespaces, sessions, leases, events, quota, admission, drain)

@@ -81,6 +81,7 @@ def agreed(what: str, *, yes: bool = False) -> None:
 
 
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+Wait = Annotated[bool, typer.Option(help="Wait for the end, or only start it.")]
 
 
 def _read_tokens(text: str, source: str) -> list[int]:

@@ -154,10 +154,8 @@ class RuleVerbs(Answers):
             asyncio.get_running_loop().call_later(_STOP_SECONDS, self._node.stop)
         ending = "the daemon stops" if stop else "the daemon takes no more saves and sessions"
         if left:
-            lowers = self._store.movement.lowers.values()
-            why = "".join(f"; {one.name}: {text}" for one in lowers if (text := one.held_up))
-            text = f"{left} objects did not reach the tiers below memory{why}"
-            raise TierUnavailable(f"{text}; {ending}")
+            text = f"{left} objects did not reach the tiers below memory"
+            raise TierUnavailable("; ".join([text, *self._node.held_up(), ending]))
         return f"all is written; {ending}"
 
     async def _drained(self, timeout: float) -> int:

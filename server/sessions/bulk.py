@@ -8,7 +8,6 @@ the slot, whose cold lines the kernel would fetch first, and to hash it there.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 import ssl
@@ -16,7 +15,6 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable
 from functools import partial
 from typing import Final
 
@@ -24,6 +22,7 @@ from kvstore._native import Xxh3Stream, xxh3_64
 from kvstore.errors import ProtocolError
 from kvstore.memory.bounce import Bounce
 from kvstore.server.access.grants import Denied
+from kvstore.server.loop import post
 from kvstore.server.node import Node
 from kvstore.server.sessions.grants import (
     MAX_OWNED,
@@ -109,16 +108,11 @@ class BulkServer:
                 wire = TlsWire(secured)
             self._answer_all(wire, number)
         except OSError as e:
-            self._post(self._node.ended, "data connection", e)
+            post(self._loop, self._node.ended, "data connection", e)
         finally:
             self._newcomers.known(number)
             connection.close()
             self.threads.discard(threading.current_thread())
-
-    def _post(self, what: Callable[..., None], *arguments: object) -> None:
-        """Do it on the loop."""
-        with contextlib.suppress(RuntimeError):  # The loop is closed: nothing is left to tell.
-            self._loop.call_soon_threadsafe(what, *arguments)
 
     def _answer_all(self, wire: Wire, number: int) -> None:
         """Serve until either side ends the connection."""
@@ -136,7 +130,8 @@ class BulkServer:
             self._refuse(wire, str(e))
         except (Denied, ProtocolError) as e:  # Before the others: what is denied is one of them.
             reason = e.reason if isinstance(e, Denied) else "protocol"
-            self._post(self._node.refused, reason, "data connection", f"from here on: {e}")
+            told = "data connection", f"from here on: {e}"
+            post(self._loop, self._node.refused, reason, *told)
             self._refuse(wire, str(e))
         except OSError as e:
             _log.debug("a data connection ended: %s", e)

@@ -11,11 +11,12 @@ import asyncio
 import hmac
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Final
 
 from kvstore.errors import ProtocolError
 from kvstore.server.access.grants import Denied, Grant
+from kvstore.server.loop import post
 from kvstore.server.node import Node, Peer
 from kvstore.server.resting import Resting
 from kvstore.server.sessions.session import SessionConnection
@@ -193,8 +194,7 @@ class Grants:
                 granted.filling.difference_update(slots if fill else ())
                 last = granted.ended and not granted.users
             if last:
-                with suppress(RuntimeError):  # The loop is closed: nothing is left to do.
-                    self._loop.call_soon_threadsafe(self._let_go, granted)
+                post(self._loop, self._let_go, granted)
 
 
 def _check(granted: Granted, slots: Sequence[int], fill: bool) -> None:

@@ -1,4 +1,6 @@
-"""Where the objects of a lease lie in the arena, for a peer that reads them by NIXL."""
+"""Where the objects of a lease lie in the arena, for a peer that reads them by NIXL, and what they
+hash to.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from kvstore._native import xxh3_64
 from kvstore.errors import KVStoreError
 from kvstore.server.access.grants import Denied, Grant, Role
 from kvstore.server.node import Node
+from kvstore.store.entry import Entry
 from kvstore.store.leases import Lease, LeaseKind
+from kvstore.store.store import Store
 from kvstore.transport.protocol import Placed
 
 
@@ -31,25 +35,26 @@ async def place(node: Node, lease: Lease | None) -> Placed:
         raise KVStoreError("this daemon does not use NIXL (peers.transport)")
     if lease is None or lease.kind is not LeaseKind.READ:
         raise KVStoreError("there is no such lease to load under")
-    entries = list(lease.entries())
-    arena, store, offsets = node.store.movement.arena, node.store, array("q")
+    entries, offsets = list(lease.entries()), array("q")
     for entry in entries:
         if entry.slot is None:
             raise KVStoreError("the lease has ended")
         offsets.append(entry.slot.offset)
-    unknown = [
-        (arena.address + offset, entry.nbytes)
-        for entry, offset in zip(entries, offsets, strict=True)
-        if entry.checksum is None
-    ]
-    store.hold(entries)
-    try:
-        agent = await asyncio.to_thread(lambda: helpers.agent)
-        made = iter(await asyncio.to_thread(lambda: [xxh3_64(*place) for place in unknown]))
-        for entry in entries:
-            if entry.checksum is None:
-                entry.checksum = next(made)
-    finally:
-        store.let_go(entries)
+    unknown = [entry for entry in entries if entry.checksum is None]
+    for entry, checksum in zip(unknown, await hashes(node.store, unknown), strict=True):
+        entry.checksum = checksum
+    agent = await asyncio.to_thread(lambda: helpers.agent)
     sums = array("Q", (entry.checksum or 0 for entry in entries))
     return Placed(agent.described, agent.address, offsets.tobytes(), sums.tobytes())
+
+
+async def hashes(store: Store, entries: list[Entry]) -> list[int]:
+    """The XXH3 of each of these objects in slots, which nobody else is given meanwhile."""
+    arena = store.movement.arena.address
+    slots = ((entry.slot, entry.nbytes) for entry in entries)
+    places = [(arena + slot.offset, nbytes) for slot, nbytes in slots if slot is not None]
+    store.hold(entries)
+    try:
+        return await asyncio.to_thread(lambda: [xxh3_64(*place) for place in places])
+    finally:
+        store.let_go(entries)

@@ -12,14 +12,14 @@ from typing import Final
 
 import msgspec
 
-from kvstore._native import xxh3_64
 from kvstore.blocks.keys import KEY_BYTES
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.errors import KVStoreError, ProtocolError
 from kvstore.server.access.grants import Denied, Grant, Role
 from kvstore.server.loop import paced
 from kvstore.server.node import Node, Peer
-from kvstore.server.recent import by_tier
+from kvstore.server.recent import Request, by_tier
+from kvstore.server.sessions.placing import hashes
 from kvstore.server.sessions.pooled import PooledConnection
 from kvstore.slices import Work
 from kvstore.store.entry import Entry
@@ -54,7 +54,6 @@ class SessionConnection(PooledConnection):
 
     def __init__(self, node: Node, peer: Peer, grant: Grant) -> None:
         super().__init__(node, peer, grant)
-        self._recent = node.recent
         self._saves: dict[int, tuple[Namespace, int, float]] = {}  # lease: blocks asked, start
         self._flushes: set[asyncio.Task[None]] = set()
         node.sessions[peer.session] = self
@@ -162,10 +161,7 @@ class SessionConnection(PooledConnection):
             if uncounted:
                 store.count_lookup(tiers, reason, keys, namespace)
             if not request.again:
-                self._recent.note(
-                    self.peer.session, namespace, "lookup", len(keys), *by_tier(codes), reason,
-                    started,
-                )  # fmt: skip
+                self._note("lookup", namespace, len(keys), by_tier(codes), reason, started)
             return self._found(codes, reason)
 
         async def look_again() -> Message:
@@ -246,20 +242,18 @@ class SessionConnection(PooledConnection):
         damaged = set[int]()
         if not self.owner.rechecks:
             self.owner.rechecks = True
-            arena = self._store.movement.arena
-            entries = [entry for block in blocks.values() for entry in block]
-            objects = [
-                (number, arena.address + entry.slot.offset, entry.nbytes, entry.checksum)
+            known = [
+                (number, entry)
                 for number, block in blocks.items()
                 for entry in block
                 if entry.slot is not None and entry.checksum is not None
             ]
-            self._store.hold(entries)
             try:
-                damaged = await asyncio.to_thread(_damaged, objects)
+                made = await hashes(self._store, [entry for _, entry in known])
             finally:
-                self._store.let_go(entries)
                 self.owner.rechecks = False
+            checked = zip(known, made, strict=True)
+            damaged = {number for (number, entry), have in checked if have != entry.checksum}
         await paced(self._end(lease, tuple(damaged)))
 
     def _saved(self, lease: int, blocks: int, reason: str) -> None:
@@ -269,8 +263,17 @@ class SessionConnection(PooledConnection):
         if save is not None:
             namespace, asked, started = save
             reason = reason or ("had" if blocks < asked else "")
-            session = self.peer.session
-            self._recent.note(session, namespace, "save", asked, blocks, 0, reason, started)
+            self._note("save", namespace, asked, (blocks, 0), reason, started)
+
+    def _note(
+        self, what: str, namespace: Namespace, asked: int, found: tuple[int, int], reason: str,
+        started: float,
+    ) -> None:  # fmt: skip
+        """Remember a request that was just answered; `started` by `time.monotonic`."""
+        at, seconds = time.time(), time.monotonic() - started
+        session = self.peer.session
+        noted = Request(at, session, namespace, what, asked, *found, reason, seconds)
+        self._node.recent.appendleft(noted)
 
     def _acquire(self, request_id: int, request: protocol.Acquire) -> Work[Message | None]:
         started = time.monotonic()
@@ -300,11 +303,8 @@ class SessionConnection(PooledConnection):
             acquired = come.result()
             self._serves_no_more(request.lease, acquired)
             held = yield from self._held(request.lease, acquired, parts)
-            here = len(acquired.blocks)
-            self._recent.note(
-                self.peer.session, namespace, "load", len(keys), *by_tier(held.tiers[:here]),
-                acquired.reason, started,
-            )  # fmt: skip
+            found = by_tier(held.tiers[: len(acquired.blocks)])
+            self._note("load", namespace, len(keys), found, acquired.reason, started)
             return held
 
         async def reply_late() -> Message:
@@ -400,15 +400,6 @@ def _saving(request: protocol.Reserve, namespace: Namespace, blocks: int) -> Sav
             )
         tokens.frombytes(request.tokens)
     return Saving(request.parent, tokens, request.ttl, position=request.position)
-
-
-def _damaged(objects: list[tuple[int, int, int, int]]) -> set[int]:
-    """The numbers of those, at addresses and of sizes, that do not hash to what is given."""
-    return {
-        number
-        for number, address, nbytes, checksum in objects
-        if xxh3_64(address, nbytes) != checksum
-    }
 
 
 def _i64(values: list[int]) -> bytes:

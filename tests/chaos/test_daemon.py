@@ -12,7 +12,6 @@ import json
 import os
 import random
 import signal
-import socket
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from typing import Any, Final
 import psutil
 import pytest
 
+from kvstore.benchmarks.served import free_port
 from kvstore.client.session import Session
 from kvstore.config import Config
 from kvstore.copier.base import Copy
@@ -221,14 +221,6 @@ def in_turns(rng: random.Random, kinds: Sequence[str]) -> Iterator[str]:
     """`kinds` again and again, each time in another order."""
     while True:
         yield from rng.sample(kinds, len(kinds))
-
-
-def free_port() -> int:
-    """A port that is the same after a restart; 0 would find another one each time."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def over(config: Config, tcp: str) -> Config:

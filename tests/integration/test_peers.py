@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from kvstore.benchmarks.served import free_port
 from kvstore.client.session import Session
 from kvstore.transport import protocol
 from simulate.cluster import BLOCK_TOKENS as simulated_tokens
@@ -24,7 +25,7 @@ from simulate.cluster import made_trace, simulate
 from tests.certificates import Authority
 from tests.control_tools import secret, write_tokens
 from tests.session_tools import BIG, BLOCK_TOKENS, Served, Stores, eventually, load, prompt, save
-from tests.tcp_tools import ByHand, Proxy, free_port
+from tests.tcp_tools import ByHand, Proxy
 
 SECONDS = 10.0
 """Within which peers answer in these tests, whose daemons share their cores."""

@@ -10,6 +10,7 @@ from typing import Any, Final
 import pytest
 
 from kvstore.api import v1
+from kvstore.benchmarks.served import free_port
 from kvstore.config import PlannerConfig
 from kvstore.connectors.common.requests import Asked, Lookups
 from kvstore.connectors.common.sessions import Sessions
@@ -32,7 +33,7 @@ from tests.session_tools import (
     prompt,
     save,
 )
-from tests.tcp_tools import TCP, ByHand, free_port
+from tests.tcp_tools import TCP, ByHand
 
 SMALL_DISK = "32MiB"
 

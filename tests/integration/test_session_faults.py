@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from kvstore.benchmarks.served import free_port
 from kvstore.blocks.spec import Part
 from kvstore.client.session import Session
 from kvstore.transport import protocol
@@ -38,7 +39,7 @@ from tests.session_tools import (
     prompt,
     save,
 )
-from tests.tcp_tools import free_port, tcp_session
+from tests.tcp_tools import tcp_session
 
 # --- Damage ---------------------------------------------------------------------------------------
 

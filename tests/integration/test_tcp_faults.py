@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from kvstore._native import xxh3_64
+from kvstore.benchmarks.served import free_port
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Attached, Failure, Sending, Taken
 from kvstore.transport.sockets import receive_frame
@@ -33,7 +34,7 @@ from tests.session_tools import (
     prompt,
     save,
 )
-from tests.tcp_tools import TCP, ByHand, Proxy, Stream, free_port, tcp_session, used
+from tests.tcp_tools import TCP, ByHand, Proxy, Stream, tcp_session, used
 
 OBJECT = 256 << 10
 KEY, OTHER = bytes(range(32)), bytes(range(32, 64))

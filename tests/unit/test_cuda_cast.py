@@ -36,6 +36,9 @@ class Interpreted:
         self._kernels = interpreted().TritonKernels(None)
         self.casts: set[tuple[str, str] | None] = set()
 
+    def close(self) -> None:
+        self._kernels.close()
+
     def copy(self, copy: KernelCopy, stream: int) -> None:
         self.casts.add(copy.cast)
         ours = replace(copy, page_ids=copy.page_ids.copy(), slots=copy.slots.copy())

@@ -12,10 +12,9 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.server.http.metrics import COUNTERS, counted
 from kvstore.server.http.status import Samples, quantile
-from kvstore.server.recent import Recent, by_tier
+from kvstore.server.recent import by_tier
 
 ROOT: Final = Path(__file__).parents[2]
 METRIC: Final = re.compile(r"\bkvstore_[a-z0-9_]+")
@@ -153,14 +152,7 @@ def test_quantiles_of_a_histogram() -> None:
     assert quantile([], [7], 0.5) == 0.0
 
 
-def test_recent_requests_are_the_last_ones() -> None:
-    recent = Recent(limit=3)
-    namespace = Namespace(ModelIdentity("m"))
-    for number in range(5):
-        recent.note(number, namespace, "lookup", 8, *by_tier(bytes([1, 1, 2])), "absent", 0.0)
-    assert [r.session for r in recent] == [4, 3, 2]
-    newest = next(iter(recent))
-    assert (newest.asked, newest.memory, newest.below, newest.reason) == (8, 2, 1, "absent")
-    assert newest.seconds > 0
+def test_what_was_found_is_told_by_tier() -> None:
+    assert by_tier(bytes([1, 1, 2])) == (2, 1)
     assert by_tier(b"") == (0, 0)
     assert by_tier(bytes([1, 3, 2, 0, 255])) == (1, 2)

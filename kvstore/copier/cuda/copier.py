@@ -133,6 +133,8 @@ class CudaCopier(Copier):
                 self._budget.close()
                 self._pinned.close()
             self._device.close()
+        if self._kernels is not None:
+            self._kernels.close()
 
     def _copy(self, copy: Copy, way: Way | Literal["auto"]) -> None:
         lanes = self._saving if copy.to_slots else self._loading

@@ -77,6 +77,9 @@ class Kernels(Protocol):
             StoreUnavailable: the device failed.
         """
 
+    def close(self) -> None:
+        """Wait for all copies, and give back what they needed."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Walk:
