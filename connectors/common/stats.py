@@ -21,6 +21,14 @@ COUNTERS: Final[dict[str, tuple[str, ...]]] = {
     "kvstore_saved_bytes": ("Bytes newly stored.",),
     "kvstore_dropped_tokens": ("Tokens whose KV was not stored, by reason.", "reason"),
     "kvstore_skipped_requests": ("Requests that went without the store, by reason.", "reason"),
+    "kvstore_approximate_requests": (
+        "Requests that asked for pieces, by what came of it: blended, or why they are exact.",
+        "reason",
+    ),
+    "kvstore_approximate_tokens": (
+        "Tokens of blended requests: reused as they were, or recomputed.",
+        "reason",
+    ),
 }
 HISTOGRAMS: Final = {
     "kvstore_lookup_seconds": "Time of a lookup in the scheduler, keys included.",
@@ -75,6 +83,12 @@ class Stats:
     def dropped(self, blocks: int, reason: str) -> None:
         """So many blocks were not stored."""
         self._note({f"kvstore_dropped_tokens.{reason}": blocks * self._block_tokens})
+
+    def approximate(self, outcome: str, reused: int = 0, recomputed: int = 0) -> None:
+        """A request that asked for pieces got them, or is exact for a reason."""
+        tokens = "kvstore_approximate_tokens"
+        counts = {f"{tokens}.reused": reused, f"{tokens}.recomputed": recomputed}
+        self._note({f"kvstore_approximate_requests.{outcome}": 1} | counts)
 
     def take(self) -> Data | None:
         """What was counted since the last call; None: nothing."""

@@ -106,10 +106,9 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
         scheduler = hooks.scheduler()
         self.forward_stream = forward_stream
         self._settings = settings = settings_of(extra_config, engine="sglang", place=PLACE)
-        if settings.store_dtype:
-            raise ConfigError(
-                f"{PLACE}: {PREFIX}sglang.store_dtype is not for SGLang; leave it out"
-            )
+        for name in ("store_dtype", "approximate"):
+            if getattr(settings, name):
+                raise ConfigError(f"{PLACE}: {PREFIX}sglang.{name} is not for SGLang; leave it out")
         self._group = params.attn_tp_cache_group or params.tp_cache_group
         self._ranks = ranks = _ranks(self._group)
         self._pool = pool = pool_of(

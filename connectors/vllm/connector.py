@@ -106,7 +106,7 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
             )
         namespace = Namespace(identity, settings.tenant, size)
         if worker:
-            self._side = WorkerSide(settings, namespace, pages, _rank())
+            self._side = WorkerSide(settings, namespace, pages, _rank(), vllm_config, self)
             return
         events = vllm_config.kv_events_config
         tokens = kv_cache_config.num_blocks * pages.page_tokens
@@ -121,6 +121,7 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
             inputs=inputs,
             watch=WeightsWatch(core, inputs.loaded),
             events=bool(events and events.enable_kv_cache_events),
+            config=vllm_config,
         )
         _log.info(
             "KVStore: model %s, %s, revision %.12s, blocks of %d tokens, namespace %.12s, store %s",
@@ -145,6 +146,7 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
     wait_for_save = _of(WorkerSide.computed)
     get_block_ids_with_load_errors = _of(WorkerSide.take_invalid)
     build_connector_worker_meta = _of(WorkerSide.take_report)
+    get_handshake_metadata = _of(WorkerSide.ready)
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         """Start a step, and its loads: they need not wait for the model to compute."""
@@ -185,12 +187,14 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
     has_pending_block_frees = _of(SchedulerSide.frees_pages_soon)
     take_events = _of(SchedulerSide.take_events)
     reset_cache = _of(SchedulerSide.clear)
+    set_xfer_handshake_metadata = _of(SchedulerSide.ready)
 
     def request_finished(
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Forget a request; its pages stay while they are being saved."""
-        return self._side.finished(request, block_ids), None
+        stays, told = self._side.finished(request, block_ids)
+        return bool(stays), told
 
     # -- both -------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ from kvstore.errors import SpecError
 _PLAIN: Final = (KVQuantMode.NONE, KVQuantMode.FP8_PER_TENSOR)
 _AXES: Final = {"HNC": "LHNPC", "NHC": "LNHPC"}
 """Order of head, token and content inside a page → axes, a head's content being K‖V."""
-_ON_CPU: Final = Described("LPHNC")
+ON_CPU: Final = Described("LPHNC")
 """Of blocks, where pages have a head's keys as [channel, token] and its values behind them."""
 _ASKED: Final = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -199,7 +199,7 @@ def _layout(vllm_config: Any, kv_cache_config: Any, spec: Any) -> Layout:
     name = str(kv_cache_config.kv_cache_layout)
     if vllm_config.device_config.device_type == "cpu":
         if name == "LBHNC" and _transposes(spec):
-            return _ON_CPU
+            return ON_CPU
         # Kernels of other instruction sets pack a page as suits them.
         params = {
             "vllm": vllm.__version__,
@@ -293,7 +293,7 @@ def memory_of(
                 f"{nbytes} bytes"
             )
         planes = [PlaneMemory(t.data_ptr(), page) for t in tensors]
-    elif layout == _ON_CPU:
+    elif layout == ON_CPU:
         if not first[0, 0].is_contiguous():
             raise SpecError(f"pages with strides {first.stride()} are not supported on a CPU")
         planes, (width, values) = [], group.channels

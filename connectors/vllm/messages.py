@@ -6,13 +6,76 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorWorkerMetadata,
 )
 
+from kvstore.blocks.spec import Described, Part
+
 if TYPE_CHECKING:
     from kvstore.blocks.spec import Namespace
     from kvstore.connectors.common.transfers import Job
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens `start` to `end` of a prompt, held by stored blocks of `keys`.
+
+    When they were stored, the first stood at `base`; it is `skip` tokens into the blocks.
+    """
+
+    start: int
+    end: int
+    base: int
+    skip: int
+    keys: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """Tokens `start` to `end` of a request are put together of pieces before this step computes.
+
+    `tokens` are those that the step computes up to, for which there are pages.
+    """
+
+    number: int
+    namespace: Namespace
+    pages: list[int]
+    tokens: list[int]
+    start: int
+    end: int
+    pieces: list[Piece]
+    selection: str
+    ratio: float
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Blended:
+    """What came of it: so many rows were computed, all of them for a `reason` that is not empty."""
+
+    rows: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A piece that this step completes: tokens `start` to `end` of the request that has `pages`."""
+
+    namespace: Namespace
+    pages: list[int]
+    start: int
+    end: int
+    keys: list[bytes]
+    ttl: float | None
+
+
+@dataclass(slots=True)
+class Ready(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+    """Workers to scheduler, once: why this one cannot recompute selectively (empty: it can)."""
+
+    problem: str
 
 
 @dataclass(slots=True)
@@ -23,6 +86,8 @@ class Step(KVConnectorMetadata):  # type: ignore[misc]
     each worker has named them once. `idle`: this step computes nothing. `asked` is true while a
     request waits for the store in the queue. `namespace` is the default one.
     `failures` counts the layered loads of which the scheduler knows that they failed.
+    `blends` are requests whose KV is put together before this step computes, `pieces` are to be
+    saved after it.
     """
 
     namespace: Namespace
@@ -34,6 +99,8 @@ class Step(KVConnectorMetadata):  # type: ignore[misc]
     idle: bool = False
     asked: bool = False
     failures: int = 0
+    blends: list[Blend] = field(default_factory=list)
+    pieces: list[Registered] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -44,7 +111,7 @@ class Report(KVConnectorWorkerMetadata):  # type: ignore[misc]
     how many ranks are done with it and the least number of blocks that the store now has.
     `computed` is (prompt tokens, seconds) of a step that computed nothing else, `copied` (blocks,
     seconds) of a load from memory. `failures` counts layered loads that failed, and steps that did;
-    `broken` is true of the latter.
+    `broken` is true of the latter. `blended` says what came of requests with pieces.
     """
 
     loaded: dict[int, int] = field(default_factory=dict)
@@ -53,6 +120,7 @@ class Report(KVConnectorWorkerMetadata):  # type: ignore[misc]
     copied: tuple[int, float] | None = None
     failures: int = 0
     broken: bool = False
+    blended: dict[int, Blended] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Both as one."""
@@ -69,4 +137,10 @@ class Report(KVConnectorWorkerMetadata):  # type: ignore[misc]
             self.copied or other.copied,
             self.failures + other.failures,
             self.broken or other.broken,
+            self.blended | other.blended,
         )
+
+
+def piece_part(part: Part) -> Part:
+    """How the store has a rank's share of pieces: token by token."""
+    return Part(part.group, Described("NLPHC"), part.shard)

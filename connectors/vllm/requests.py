@@ -10,6 +10,7 @@ from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from kvstore.connectors.common.requests import Asked
 from kvstore.connectors.common.transfers import Job
+from kvstore.connectors.vllm.blending import Blending
 
 MEDIUM: Final = "KVSTORE"
 
@@ -41,6 +42,14 @@ class Tracked(Asked):
     tainted: bool = False
     """Computed beside a layered load that failed, or while weights or names changed: what its pages
     hold is not saved."""
+    blending: Blending | None = None
+    """What it asks of pieces, if anything."""
+
+    @property
+    def exact(self) -> int:
+        """How many of its tokens, at most, are computed as they would be alone."""
+        first = None if self.blending is None else self.blending.first
+        return len(self.tokens) if first is None else first
 
 
 @dataclass(slots=True)

@@ -24,9 +24,10 @@ from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.settings import Settings, is_tenant, wishes_of
 from kvstore.connectors.common.stats import Stats
 from kvstore.connectors.common.transfers import Job, page_rows
+from kvstore.connectors.vllm.blend_scheduler import BlendScheduler
 from kvstore.connectors.vllm.inputs import Inputs, Unkeyed
 from kvstore.connectors.vllm.layout import Pages
-from kvstore.connectors.vllm.messages import Report, Step
+from kvstore.connectors.vllm.messages import Blend, Ready, Registered, Report, Step
 from kvstore.connectors.vllm.requests import Promise, Saving, Tracked, stored_event
 from kvstore.connectors.vllm.weights import WeightsWatch
 from kvstore.errors import SpecError
@@ -59,6 +60,7 @@ class SchedulerSide:
         inputs: Inputs,
         watch: WeightsWatch,
         events: bool,
+        config: Any = None,
     ) -> None:
         self._settings = settings
         self._namespace = namespace
@@ -72,6 +74,7 @@ class SchedulerSide:
         self._session = self._sessions.open(settings.tenant)
         self.stats = Stats(namespace.block_tokens)
         self._lookups = Lookups(self._sessions, self.stats)
+        self._blends = BlendScheduler(settings, namespace, pages, config, self.stats)
         self._tracked: dict[str, Tracked] = {}
         self._ended: set[str] = set()
         """Finished requests of which jobs or pages are left."""
@@ -124,6 +127,20 @@ class SchedulerSide:
 
     def match(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """How many tokens beyond `computed` will be loaded; None: ask again later."""
+        more, later = self._match(request, computed)
+        tracked = self._tracked.get(request.request_id)
+        if more is None or tracked is None or tracked.blending is None or tracked.tainted:
+            return more, later
+        if not self._may_load or tracked.wishes.skip_load:
+            return more, later
+        promised = self._blends.promise(tracked, computed + more, self._kv_cache_manager)
+        if promised is None:
+            self._waiting = True
+            return None, False
+        return more + promised, later
+
+    def _match(self, request: Any, computed: int) -> tuple[int | None, bool]:
+        """The same of what is exact."""
         tracked = self._track(request)
         if tracked is None or tracked.wishes.skip_load or tracked.tainted or not self._may_load:
             return 0, False
@@ -141,11 +158,12 @@ class SchedulerSide:
             self._waiting = True
             return None, False
         more = (first + len(found.tiers)) * size - computed
-        return (more, not self._layered(found)) if more > 0 else (0, False)
+        return (more, not self._layered(tracked, found)) if more > 0 else (0, False)
 
-    def _layered(self, found: Found) -> bool:
+    def _layered(self, tracked: Tracked, found: Found) -> bool:
         """Whether the step that computes the rest takes the layers as they arrive."""
-        return self._settings.layerwise and not found.below
+        blending = tracked.blending
+        return self._settings.layerwise and not found.below and blending is None
 
     def _track(self, request: Any) -> Tracked | None:
         if not (self._may_load or self._may_save):
@@ -172,13 +190,19 @@ class SchedulerSide:
             self._quiet.warning("unkeyed", "a request goes without the store: %s", e)
             return None
         tracked = Tracked(namespace, wishes, request.all_token_ids, extras, request=request)
+        tracked.blending = self._blends.arrived(request)
         self._tracked[request.request_id] = tracked
         return tracked
 
     def allocated(self, request: Any, blocks: Any, external: int) -> None:
         """Pages are there; `external` tokens are to be loaded into some of them."""
         tracked = self._tracked.get(request.request_id)
-        if external <= 0 or tracked is None or tracked.found is None:
+        if external <= 0 or tracked is None:
+            return
+        if (blending := tracked.blending) is not None and blending.end > blending.start:
+            blending.allocated = True
+            external -= blending.end - blending.start
+        if external <= 0 or tracked.found is None:
             return
         found, size = tracked.found, self._block_tokens
         start, end = found.start, found.start + external
@@ -187,7 +211,7 @@ class SchedulerSide:
         rows = page_rows(page_ids, self._page_tokens, size, first, last)
         # Pages that vLLM has itself are shared with other requests: they are left alone.
         rows.reshape(-1)[: start // self._page_tokens - first * rows.shape[1]] = -1
-        layered = self._layered(found)
+        layered = self._layered(tracked, found)
         patience = (_STEP_PATIENCE if layered else _PATIENCE) + 4 * found.seconds
         job = Job(
             next(self._numbers),
@@ -226,6 +250,7 @@ class SchedulerSide:
             if name in self._tracked:
                 self._tracked[name].asked = 0  # What was waiting to be saved is dropped.
         state, prompt, decoding = output.kv_connector_block_state, 0, False
+        blends, pieces = list[Blend](), list[Registered]()
         for name, scheduled in output.num_scheduled_tokens.items():
             tracked = self._tracked.get(name)
             if tracked is None:
@@ -234,17 +259,25 @@ class SchedulerSide:
             left = request.num_prompt_tokens - request.num_computed_tokens
             prompt += max(0, min(left, scheduled))
             decoding |= left < scheduled
-            self._save(tracked, request.num_computed_tokens + scheduled, state, None)
+            computed = request.num_computed_tokens + scheduled
+            self._save(tracked, computed, state, None)
+            if tracked.blending is not None:
+                page_ids = state.get_block_ids(name)[0]
+                blend, piece = self._blends.step(tracked, computed, page_ids)
+                blends += [blend] if blend else []
+                pieces += [piece] if piece else []
         step = Step(
             namespace=self._namespace,
             loads=self._loads,
             saves=self._saves,
             preempted=frozenset(output.preempted_req_ids or ()),
             held=frozenset(self._held),
-            prompt_tokens=0 if decoding else prompt,
+            prompt_tokens=0 if decoding or blends else prompt,
             idle=output.total_num_scheduled_tokens == 0,
             asked=self._waiting,
             failures=self._failures,
+            blends=blends,
+            pieces=pieces,
         )
         self._loads, self._saves, self._waiting = [], [], False
         self._held.clear()
@@ -258,7 +291,8 @@ class SchedulerSide:
         Drafts and tokens that are still on their way back are computed before they are known; a
         block that has some is not whole yet.
         """
-        first, last = tracked.asked, min(computed, len(tracked.tokens)) // self._block_tokens
+        known = min(computed, len(tracked.tokens), tracked.exact)
+        first, last = tracked.asked, known // self._block_tokens
         if last <= first or tracked.wishes.skip_save or not self._may_save:
             return
         if tracked.tainted or not self._is_sure(tracked):
@@ -313,6 +347,7 @@ class SchedulerSide:
                 promise.arrived = blocks if before is None else min(blocks, before)
                 if promise.job.layered:
                     self._arrived(tracked)
+            self._blends.done(report.blended)
             if report.computed is not None:
                 self._session.report_prefill(*report.computed)
             if report.copied is not None:
@@ -368,6 +403,8 @@ class SchedulerSide:
         if arrived >= promise.end:
             return
         tracked.failures += 1
+        if tracked.blending is not None:
+            tracked.blending.drop("prefix")
         kept = promise.start if layered else max(promise.start, arrived)
         self._quiet.warning(
             "short",
@@ -386,11 +423,18 @@ class SchedulerSide:
 
     # -- the end ----------------------------------------------------------------------------------
 
-    def finished(self, request: Any, page_ids: list[int]) -> bool:
-        """Forget a request; True: its pages must stay until workers have named it."""
+    def finished(self, request: Any, page_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Forget a request, and what its response says of pieces.
+
+        True: its pages must stay until workers have named it.
+        """
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
-            return False
+            return False, None
+        return self._stays(tracked, page_ids), self._blends.finished(tracked.blending)
+
+    def _stays(self, tracked: Tracked, page_ids: list[int]) -> bool:
+        request = tracked.request
         if tracked.promise is not None and not tracked.promise.job.layered:
             return False  # vLLM itself keeps the pages of a load until that has ended.
         if request.status != RequestStatus.FINISHED_ERROR:
@@ -416,6 +460,11 @@ class SchedulerSide:
         """Remove this model's blocks from the store; whether that worked."""
         return self._sessions.clear()
 
+    def ready(self, metadata: dict[int, Ready]) -> None:
+        """Take the workers' word on selective recompute."""
+        self._blends.ready(metadata.values())
+
     def close(self) -> None:
         """End the sessions."""
         self._sessions.close()
+        self._blends.close()

@@ -19,7 +19,7 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
@@ -34,8 +34,10 @@ from kvstore.connectors.common.settings import Settings
 from kvstore.connectors.common.shards import views
 from kvstore.connectors.common.stats import Stats
 from kvstore.connectors.common.transfers import Job, Transfers
+from kvstore.connectors.vllm.blend_refusals import refusal
+from kvstore.connectors.vllm.blend_worker import BlendWorker
 from kvstore.connectors.vllm.layout import Pages, memory_of
-from kvstore.connectors.vllm.messages import Report, Step
+from kvstore.connectors.vllm.messages import Blend, Ready, Report, Step
 from kvstore.copier.gate import LayerGate
 from kvstore.errors import SpecError, StoreUnavailable
 
@@ -57,12 +59,23 @@ _WORTH_PIECES: Final = 4
 class WorkerSide:
     """All that happens in one worker's process. Its methods belong to the worker's thread."""
 
-    def __init__(self, settings: Settings, namespace: Namespace, pages: Pages, rank: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        namespace: Namespace,
+        pages: Pages,
+        rank: int,
+        config: Any = None,
+        connector: object = None,
+    ) -> None:
         self._settings = settings
         self._namespace = namespace
         self._pages = pages
         self._part, self._stored, self._saves_here = pages.of(rank)
         self.stats = Stats(namespace.block_tokens)
+        self._blends: BlendWorker | None = None
+        if settings.approximate and refusal(config, pages) is None:
+            self._blends = BlendWorker(settings, pages, self._part, config, connector)
         self._closing = ExitStack()
         self._device: Device
         self._transfers: Transfers
@@ -123,6 +136,13 @@ class WorkerSide:
         )
         self._closing.callback(self._transfers.close)
         sessions.open(self._settings.tenant)
+        if self._blends is not None:
+            self._blends.register(caches)
+            self._closing.callback(self._blends.close)
+
+    def ready(self) -> Ready | None:
+        """What the scheduler is told of selective recompute at start."""
+        return None if self._blends is None else self._blends.ready
 
     # -- the course of a step ---------------------------------------------------------------------
 
@@ -152,10 +172,25 @@ class WorkerSide:
             if then is not None:
                 self._layered.append((job, then))
             self._transfers.load(job, Gates(after, then))
+        for blend in step.blends:
+            self._blend(blend)
         self._unsaved, self._computed = step.saves, None
         blocks = sum(len(job.keys) for job in step.saves)
         if step.failures == self._failures and blocks >= _WORTH_PIECES:
             self._start_saves()
+
+    def _blend(self, job: Blend) -> None:
+        """Put a request's KV together; what cannot even be computed is for vLLM to mend."""
+        assert self._blends is not None
+        came = self._blends.blend(job)
+        with self._changed:
+            if came is not None:
+                self._report.blended[job.number] = came
+                return
+            self._failures += 1
+            self._report.failures += 1
+        size = self._pages.page_tokens
+        self._invalid.update(job.pages[job.start // size : -(-job.end // size)])
 
     def _follow(self, namespace: Namespace) -> None:
         """Go by the scheduler's name of the model, but for other weights.
@@ -178,12 +213,16 @@ class WorkerSide:
     def layer_needed(self, name: str) -> None:
         """Before a layer is computed: wait for what is loaded of it."""
         layer = self._layers.get(name)
-        if not self._layered or layer is None:
+        if not self._layered or layer is None or self._aside():
             return
         self._passed += 1
         for _, gate in self._layered:
             if gate.failed is None:
                 self._wait_for(gate, layer)
+
+    def _aside(self) -> bool:
+        """Whether the model computes rows of pieces, before the step itself."""
+        return self._blends is not None and self._blends.busy
 
     def _wait_for(self, gate: LayerGate, layer: int) -> bool:
         try:
@@ -196,7 +235,7 @@ class WorkerSide:
     def layer_computed(self, name: str) -> None:
         """After a layer is computed: it may be saved, together with some neighbours."""
         layer, layers = self._layers.get(name), len(self._layers)
-        if self._computed is None or layer is None:
+        if self._computed is None or layer is None or self._aside():
             return
         done = layer + 1
         # The last one waits until it is known that no layered load has failed.
@@ -220,6 +259,9 @@ class WorkerSide:
             self._start_saves()
             if self._computed is not None:
                 self._computed.open(len(self._layers), self._device.mark())
+            if self._blends is not None and self._saves_here:
+                for piece in step.pieces:
+                    self._blends.save(piece, self.stats)
         else:
             if self._computed is not None:
                 self._computed.fail("the step failed, or had not loaded what it should have")

@@ -353,3 +353,14 @@ def test_tokens_are_counted_by_the_tiers_that_they_came_from(side: SchedulerSide
         "kvstore_loaded_tokens.disk": 2 * size,
         "kvstore_missed_tokens.failed": size,
     }
+
+
+def test_approximate_reuse_is_off_unless_allowed(side: SchedulerSide) -> None:
+    asked = request("blend", prompt(9, 4), reuse="approximate")
+    assert answered(side, asked) == 0
+    asked.status = RequestStatus.FINISHED_STOPPED
+    asked.num_computed_tokens = 0
+    told = {"reused": 0, "recomputed": 0, "pieces": 0, "missed": 0, "reason": "off"}
+    assert side.finished(asked, []) == (False, {"approximate": told})
+    counts = (side.stats.take() or nothing())["counts"]
+    assert counts["kvstore_approximate_requests.off"] == 1

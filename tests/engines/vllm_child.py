@@ -26,6 +26,7 @@ def _generate(llm: Any, order: dict[str, Any]) -> dict[str, Any]:
         temperature=0.0,
         max_tokens=order.get("max_tokens", 16),
         ignore_eos=True,
+        logprobs=order.get("logprobs"),
         extra_args={"kv_transfer_params": wishes} if wishes else None,
     )
     lora = order.get("lora")
@@ -52,7 +53,43 @@ def _generate(llm: Any, order: dict[str, Any]) -> dict[str, Any]:
         "finish": [output.outputs[0].finish_reason for output in outputs],
         "cached": [output.num_cached_tokens for output in outputs],
         "first": [output.metrics.first_token_latency for output in outputs],
+        "told": [output.kv_transfer_params for output in outputs],
+        "logprobs": [
+            [{token: one.logprob for token, one in each.items()} for each in logprobs]
+            for logprobs in (output.outputs[0].logprobs or [] for output in outputs)
+        ],
     }
+
+
+def _mix(llm: Any, order: dict[str, Any]) -> dict[str, Any]:
+    """Answers to requests that come while others run: (prompt, wishes, steps before it is aborted).
+
+    Of those that were aborted, None; and how many tokens each was spared.
+    """
+    from vllm import SamplingParams
+
+    engine, waiting = llm.llm_engine, dict(enumerate(order["requests"]))
+    left: dict[str, int] = {}
+    tokens: list[list[int] | None] = [None] * len(waiting)
+    while waiting or engine.has_unfinished_requests():
+        for number in list(waiting)[: order["at_once"]]:
+            prompt, wishes, steps = waiting.pop(number)
+            params = SamplingParams(
+                temperature=0.0,
+                max_tokens=order["max_tokens"],
+                ignore_eos=True,
+                extra_args={"kv_transfer_params": wishes} if wishes else None,
+            )
+            engine.add_request(f"mix-{number}", {"prompt_token_ids": prompt}, params)
+            if steps:
+                left[f"mix-{number}"] = steps
+        for output in engine.step():
+            if output.finished:
+                tokens[int(output.request_id.split("-")[1])] = list(output.outputs[0].token_ids)
+        left = {name: steps - 1 for name, steps in left.items()}
+        if ended := [name for name, steps in left.items() if steps == 0]:
+            engine.abort_request(ended)
+    return {"tokens": tokens}
 
 
 def _forget(llm: Any, store: bool) -> bool:
@@ -175,6 +212,8 @@ def obey(llm: Any, order: dict[str, Any]) -> dict[str, Any]:
             return {"done": _change(llm, order["how"], order["path"]) is None}
         case "midway":
             return _change_midway(llm, order)
+        case "mix":
+            return _mix(llm, order)
         case "metrics":
             return _metrics(llm)
         case "events":
