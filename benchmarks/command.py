@@ -94,6 +94,7 @@ def everything(context: typer.Context, much: Much, folder: FolderOption = Path()
     if context.invoked_subcommand is not None:
         return
     copy(much)
+    codec(much)
     disk(much, folder)
     session(much)
     store(much, folder)
@@ -118,6 +119,11 @@ def _run(name: str, much: Much, quick: int, whole: int, **options: object) -> No
 def copy(much: Much, threads: ThreadsOption = 2) -> None:
     """Copies between pages and slots, keys and checksums, against memory itself."""
     _run("copy", much, 64, 512, threads=threads)
+
+
+def codec(much: Much) -> None:
+    """Codecs of tiers against copies, on a real cache where the demo's model is there."""
+    _run("codec", much, 32, 256)
 
 
 def disk(much: Much, folder: FolderOption = Path(), threads: ThreadsOption = 2) -> None:
@@ -325,5 +331,18 @@ def soak(
         raise typer.Exit(1)
 
 
-for _command in (copy, disk, session, store, weights, peer, tier, loop, gpu_copy, engine, soak):
+for _command in (
+    copy,
+    codec,
+    disk,
+    session,
+    store,
+    weights,
+    peer,
+    tier,
+    loop,
+    gpu_copy,
+    engine,
+    soak,
+):
     bench_app.command()(grouped(_command))

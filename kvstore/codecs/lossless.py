@@ -69,8 +69,11 @@ class Planes:
 
     def encode(self, src: int, nbytes: int, width: int, dst: int, room: int) -> Body | None:
         """See `Codec.encode`."""
-        plain = np.frombuffer(memory_at(src, nbytes), np.uint8)
-        coded = self._compress(np.ascontiguousarray(plain.reshape(-1, width).T).data)
+        plain = np.frombuffer(memory_at(src, nbytes), f"<u{width}")
+        planes = np.empty((width, len(plain)), np.uint8)
+        for number, plane in enumerate(planes):
+            np.copyto(plane, plain >> (8 * number), casting="unsafe")
+        coded = self._compress(planes.data)
         if len(coded) > room:
             return None
         memory = memory_at(dst, room)
@@ -85,10 +88,12 @@ class Planes:
         except Exception:  # noqa: BLE001 - whatever the library says of damage
             return None
         width = body.extra
-        if len(planes) != nbytes or not 1 <= width <= 8 or nbytes % width:
+        if len(planes) != nbytes or width not in (1, 2, 4) or nbytes % width:
             return None
-        plain = np.frombuffer(memory_at(dst, nbytes), np.uint8).reshape(-1, width)
-        plain[:] = np.frombuffer(planes, np.uint8).reshape(width, -1).T
+        plain = np.frombuffer(memory_at(dst, nbytes), f"<u{width}")
+        plain[:] = 0
+        for number, plane in enumerate(np.frombuffer(planes, np.uint8).reshape(width, -1)):
+            plain |= plane.astype(plain.dtype) << (8 * number)
         return xxh3_64(dst, nbytes)
 
 

@@ -101,7 +101,7 @@ HARMLESS = {
     "version", "serve", "stats", "namespaces", "sessions", "leases", "events", "lookup", "explain",
     "inspect", "token new", "operations list", "operations watch", "operations cancel", "bench",
     *(f"bench {name}" for name in (
-        "copy", "disk", "session", "store", "weights", "peer", "gpu-copy", "engine", "soak",
+        "copy", "codec", "disk", "session", "store", "weights", "peer", "gpu-copy", "engine", "soak",
         "loop", "tier")),
     # What they change can be changed back, and nothing is lost by it.
     "pin", "unpin", "prefetch", "move", "copy", "compress", "decompress", "admission",

@@ -14,7 +14,7 @@ from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Opaq
 from kvstore.codecs import find
 from kvstore.codecs.base import coded_part, plain_part
 from kvstore.tiers import conformance
-from kvstore.tiers.base import Host, ObjectName, Tier
+from kvstore.tiers.base import Host, ObjectName, State, Tier
 from kvstore.tiers.coded import coded
 from kvstore.tiers.conformance import Bench, Objects
 from kvstore.tiers.files import open_files
@@ -173,3 +173,24 @@ def test_names_of_coded_objects_come_back() -> None:
     long = Opaque("x", 16, 4096, tuple((f"{n}", "y" * 4000) for n in range(2)))
     part = Part(Group(layers=3, heads=2, channels=(64, 64), dtype="bfloat16"), long)
     assert coded_part(find("e4"), part, TOKENS) is None, "its description has no room"
+
+
+@pytest.mark.usefixtures("like_kv")
+@pytest.mark.parametrize("seconds_per_byte", [1e-12, 1e-6])
+def test_auto_codes_where_that_is_sooner(tmp_path: Path, seconds_per_byte: float) -> None:
+    class Measured(SlabTier):
+        @property
+        def state(self) -> State:
+            return super().state._replace(seconds_per_byte=seconds_per_byte)
+
+    def make(host: Host, folder: Path) -> Tier:
+        return coded("auto", lambda inner: Measured("disk", inner, folder / "slab", 1 << 24))(host)
+
+    with Bench(make, tmp_path) as bench:
+        objects = bench.put(name_of(1))
+        assert objects.get() == [None], "what decoding takes is known now"
+        bench.put(name_of(2))
+        assert bench.tier.counters["coded"] == (1 if seconds_per_byte < 1e-9 else 2)
+        again = Objects(bench, [name_of(1), name_of(2)])
+        assert again.put() == again.get() == [None, None]
+        assert bench.tier.state.objects == 2
