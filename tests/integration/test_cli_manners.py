@@ -101,8 +101,8 @@ HARMLESS = {
     "version", "serve", "stats", "namespaces", "sessions", "leases", "events", "lookup", "explain",
     "inspect", "token new", "operations list", "operations watch", "operations cancel", "bench",
     *(f"bench {name}" for name in (
-        "copy", "codec", "disk", "session", "store", "weights", "peer", "gpu-copy", "engine", "soak",
-        "loop", "tier")),
+        "copy", "codec", "disk", "session", "store", "weights", "peer", "gpu-copy", "engine",
+        "soak", "loop", "tier")),
     # What they change can be changed back, and nothing is lost by it.
     "pin", "unpin", "prefetch", "move", "copy", "compress", "decompress", "admission",
     "drain",  # --stop says it, and writes out before
