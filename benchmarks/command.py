@@ -23,6 +23,7 @@ _SMALLEST: Final = 1 << 20
 _LARGEST: Final = 64 << 30
 _SAMPLES: Final = 9
 _QUICK_SAMPLES: Final = 3
+_NO_MODEL: Final = "the demo's model is not there: run `make setup`, or name another"
 
 
 def _bench_size(text: str) -> int:
@@ -262,9 +263,7 @@ def engine(
         raise typer.BadParameter(f"{kind.name} never runs in one process", param_hint="--processes")
     chosen = model or bench.default_model()
     if chosen is None:
-        raise typer.BadParameter(
-            "the demo's model is not there: run `make setup`, or name another", param_hint="--model"
-        )
+        raise typer.BadParameter(_NO_MODEL, param_hint="--model")
     quick, laps = how.quick, how.samples or (1 if how.quick else 2)
     with Report("engine", samples=laps, as_json=how.as_json) as report:
         size = Size.chosen(
@@ -272,6 +271,28 @@ def engine(
         )
         setup = bench.Setup(kind, str(chosen), dtype, processes == "one", size)
         bench.run(report, setup, connector or ["kvstore"])
+
+
+def blend(
+    how: How,
+    model: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Its folder (default: the demo's)."),
+    ] = None,
+) -> None:
+    """Pieces of prompts reused in transformers: how far answers are off, and what it saves."""
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
+        typer.echo("error: it needs more: pip install 'kvstore[transformers]'", err=True)
+        raise typer.Exit(2)
+    from kvstore.benchmarks.serving import default_model
+
+    chosen = model or default_model()
+    if chosen is None:
+        raise typer.BadParameter(_NO_MODEL, param_hint="--model")
+    # By name: it needs a connector, which nothing of a daemon's command may.
+    bench = import_module("kvstore.benchmarks.blend")
+    with how.report("blend") as report:
+        bench.run(report, chosen, quick=how.quick)
 
 
 def loop(
@@ -341,6 +362,7 @@ for _command in (
     peer,
     tier,
     loop,
+    blend,
     gpu_copy,
     engine,
     soak,

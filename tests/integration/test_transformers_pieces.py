@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from kvstore.benchmarks import blend  # noqa: E402
 from kvstore.blend.reuse import asked  # noqa: E402
 from kvstore.blend.selection import SELECTIONS  # noqa: E402
 from kvstore.connectors.transformers.cache import KVStoreCache, cache_part  # noqa: E402
@@ -306,3 +308,25 @@ def test_pieces_of_a_model_that_has_changed_are_not_its_own(
         assert greedy(lambda *a, **k: cache.generate(*a, **asking, **k), ids()) == alone
         assert cache.last is not None
         assert cache.last.approximate == Approximate(missed=1)
+
+
+@pytest.mark.model
+def test_answers_stay_close_to_the_exact_ones(model_folder: Path, shared_store: Any) -> None:
+    """A question on three short pieces of this project's documents, with a real model."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    real = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    ways = [("question", 1.0), ("question", 0.5), ("question", 0.2), ("none", 0.0)]
+    with KVStoreCache.open(real, shared_store.config(), tenant="judged", revision="1") as cache:
+        whole = next(blend.prompts(tokenizer))
+        prompt = blend.Prompt(whole.before, [p[:200] for p in whole.pieces[:3]], whole.question)
+        for piece in prompt.pieces:
+            cache.add_piece(piece)
+        exact = blend.Exact(real, prompt)
+        found = {share: exact.judge(cache._of_pieces(), name, share) for name, share in ways}
+    kl = {share: one.kl.mean() for share, one in found.items()}
+    assert found[1.0].kl.max() < 1e-4
+    assert found[1.0].same.all()
+    # Figures of more and longer prompts are in docs/recompute.md.
+    assert kl[0.5] < 0.02 < kl[0.0] < 0.1
+    assert kl[0.5] < 0.7 * kl[0.2] < 0.7 * 0.7 * kl[0.0]
+    assert found[0.2].same.mean() > 0.9

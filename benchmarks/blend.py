@@ -1,0 +1,168 @@
+"""What reusing pieces costs in quality and saves in time, in transformers, on a real model.
+
+Each prompt is computed in full, and continued greedily; then with pieces reused. How far the
+distribution of each next token is off is told by its KL divergence, the tokens before it being
+those of the exact answer.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+import transformers
+from transformers import DynamicCache
+
+from kvstore.benchmarks.figures import Report, Samples
+from kvstore.blend.reuse import Reuse
+from kvstore.connectors.transformers.cache import KVStoreCache, cache_part
+from kvstore.connectors.transformers.pieces import Pieces
+
+WAYS: Final = (
+    ("none", 0.0), ("first", 0.1), ("first", 0.2), ("deviation", 0.2), ("question", 0.1),
+    ("question", 0.2), ("question", 0.3), ("question", 0.5),
+)  # fmt: skip
+CONTINUED: Final = 32
+"""Tokens after a prompt of which the divergence is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Tokens: `before` pieces, pieces, and a question at the end."""
+
+    before: list[int]
+    pieces: list[list[int]]
+    question: list[int]
+
+    @property
+    def tokens(self) -> Any:
+        """All of them."""
+        return np.concatenate([self.before, *self.pieces, self.question])
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Where the pieces stand."""
+        ends = len(self.before) + np.cumsum([len(piece) for piece in self.pieces])
+        return tuple(
+            (int(end) - len(piece), int(end)) for piece, end in zip(self.pieces, ends, strict=True)
+        )
+
+
+def prompts(tokenizer: Any) -> Iterator[Prompt]:
+    """Questions on pieces of this project's documents."""
+    read = json.loads(files("kvstore.benchmarks").joinpath("blend_prompts.json").read_text("utf-8"))
+
+    def tokens(text: str) -> list[int]:
+        made: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        return made
+
+    pieces = [tokens(text) for text in read["pieces"]]
+    for asked in read["questions"]:
+        chosen = [pieces[number] for number in asked["pieces"]]
+        yield Prompt(tokens(read["system"]), chosen, tokens(asked["text"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of one prompt: divergence of each token, whether the likeliest is the same, and seconds."""
+
+    kl: Any
+    same: Any
+    seconds: float
+
+
+class Exact:
+    """One prompt computed in full, which others are compared with."""
+
+    def __init__(self, model: Any, prompt: Prompt) -> None:
+        self._model, self._prompt = model, prompt
+        past, started = DynamicCache(config=model.config), time.perf_counter()
+        told = [self._step(past, prompt.tokens)]
+        self.seconds = time.perf_counter() - started
+        self.answer: list[int] = []
+        while len(told) < CONTINUED:
+            self.answer.append(int(told[-1].argmax()))
+            told.append(self._step(past, self.answer[-1:]))
+        self._wanted = torch.cat(told)
+
+    def judge(self, pieces: Pieces, selection: str, share: float) -> Outcome:
+        """The same with `pieces`, the tokens before them being an exact prefix."""
+        tokens, past = self._prompt.tokens, DynamicCache(config=self._model.config)
+        self._step(past, self._prompt.before)
+        started = time.perf_counter()
+        pieces.blend(past, tokens, Reuse(True, share, selection, self._prompt.spans))
+        first = self._step(past, tokens[past.get_seq_length() :])
+        seconds = time.perf_counter() - started
+        got = torch.cat([first, self._step(past, self.answer, CONTINUED - 1)])
+        kl = (self._wanted.exp() * (self._wanted - got)).sum(-1)
+        return Outcome(kl.numpy(), (self._wanted.argmax(-1) == got.argmax(-1)).numpy(), seconds)
+
+    def _step(self, past: DynamicCache, tokens: Sequence[int], last: int = 1) -> torch.Tensor:
+        """Logarithms of the probabilities of what follows the last of `tokens`."""
+        ids = torch.as_tensor(np.asarray(tokens))[None]
+        with torch.no_grad():
+            output = self._model(ids, past_key_values=past, logits_to_keep=last)
+        told: torch.Tensor = output.logits[0].float().log_softmax(-1)
+        return told
+
+
+def run(report: Report, folder: Path, *, quick: bool) -> None:
+    """All ways to choose rows, on all prompts (quick: on two)."""
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    asked = list(prompts(transformers.AutoTokenizer.from_pretrained(folder)))[
+        : 2 if quick else None
+    ]
+    with KVStoreCache.open(model) as cache:
+        group = cache_part(model).group
+        pieces = Pieces(cache.session, model, group)
+        taken: dict[tuple[str, float], list[Outcome]] = {way: [] for way in WAYS}
+        bare: list[Outcome] = []
+        full = []
+        for prompt in asked:
+            for piece in prompt.pieces:
+                pieces.add(piece)
+            exact = Exact(model, prompt)
+            full.append(exact.seconds)
+            for way, outcomes in taken.items():
+                outcomes.append(exact.judge(pieces, *way))
+            behind = Pieces(cache.session, model, group, before=np.array(prompt.before))
+            for piece in prompt.pieces:
+                behind.add(piece)
+            bare.append(exact.judge(behind, "none", 0.0))
+            behind.close()
+        pieces.close()
+    tokens = round(sum(len(prompt.tokens) for prompt in asked) / len(asked))
+    stale, limit = _quality(taken["none", 0.0]), Samples(tuple(full))
+    named = {f"{selection} {share}": outcomes for (selection, share), outcomes in taken.items()}
+    for name, outcomes in (named | {"none 0.0, no filler": bare}).items():
+        for figure, value in _quality(outcomes).items():
+            report.level(
+                f"{name}: {figure}", value, 1.0 if "same" in figure else stale[figure],
+                less_is_better="same" not in figure, samples=len(outcomes),
+                against="the full prompt" if "same" in figure else "pieces as they are",
+            )  # fmt: skip
+        seconds = Samples(tuple(outcome.seconds for outcome in outcomes))
+        against = "the full prompt computed"
+        report.duration(
+            f"{name}: first token", seconds, limit, unit="ms", tokens=tokens, against=against
+        )
+
+
+def _quality(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    first = [float(outcome.kl[0]) for outcome in outcomes]
+    kl = np.concatenate([outcome.kl for outcome in outcomes])
+    return {
+        "KL": float(kl.mean()),
+        "KL, 99 of 100 tokens": float(np.quantile(kl, 0.99)),
+        "KL of the first token, median": float(np.median(first)),
+        "KL of the first token, worst": max(first),
+        "same likeliest token": float(np.concatenate([o.same for o in outcomes]).mean()),
+    }
