@@ -102,7 +102,7 @@ HARMLESS = {
     "inspect", "token new", "operations list", "operations watch", "operations cancel", "bench",
     *(f"bench {name}" for name in (
         "copy", "codec", "disk", "session", "store", "weights", "peer", "gpu-copy", "engine",
-        "soak", "loop", "tier")),
+        "soak", "loop", "blend", "tier")),
     # What they change can be changed back, and nothing is lost by it.
     "pin", "unpin", "prefetch", "move", "copy", "compress", "decompress", "admission",
     "drain",  # --stop says it, and writes out before
