@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 
+from kvstore.blocks.spec import Part
 from kvstore.copier.base import Copier
+from kvstore.copier.cpu import CpuCopier
 from kvstore.copier.cuda.copier import CudaCopier
 from kvstore.copier.gate import Event
+from kvstore.copier.quantized import QuantisingCopier
 from kvstore.copier.torch import TorchCopier, TorchEvent
 from kvstore.errors import SpecError
 from kvstore.sections import SessionConfig
@@ -71,6 +74,12 @@ class Device:
     def casts(self) -> bool:
         """Whether its copier turns numbers into another type."""
         return self.copier is not None and self.copier.casts
+
+    def copier_for(self, stored: Part) -> Copier | None:
+        """Copies between its memory and objects of `stored`; None as for `copier`."""
+        if stored.lossy:
+            return QuantisingCopier(self.copier or CpuCopier())
+        return self.copier
 
     def close(self) -> None:
         """Give back what copies needed; nothing may be copying, and no session be open."""

@@ -44,8 +44,9 @@ class _Own(_Strict):
     (empty: found out); with `salt_is_tenant`, a request's salt says whose its blocks are, and is no
     part of its keys; `block_tokens` are the tokens of a block (0: chosen). `layerwise` has steps
     compute a layer as soon as its KV has arrived, where blocks lie in memory. `store_dtype` is the
-    type that numbers are rounded to in the store (empty: none, they stay). `approximate` lets
-    requests reuse text that is no prefix, if they ask for that.
+    type that numbers are rounded to in the store (empty: none, they stay), `codec` the name of one
+    that quantises them there. `approximate` lets requests reuse text that is no prefix, if they ask
+    for that.
     """
 
     tenant: Tenant = ""
@@ -54,6 +55,7 @@ class _Own(_Strict):
     block_tokens: int = Field(0, ge=0, le=MAX_BLOCK_TOKENS)
     layerwise: bool = False
     store_dtype: str = ""
+    codec: str = ""
     approximate: bool = False
 
 

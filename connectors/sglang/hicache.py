@@ -377,6 +377,7 @@ def _check_settings(settings: Settings, page_tokens: int) -> None:
         "salt_is_tenant": settings.salt_is_tenant,
         "layerwise": settings.layerwise,
         "store_dtype": bool(settings.store_dtype),
+        "codec": bool(settings.codec),
         "approximate": settings.approximate,
         "block_tokens": settings.block_tokens not in (0, page_tokens),
     }

@@ -106,7 +106,7 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
         scheduler = hooks.scheduler()
         self.forward_stream = forward_stream
         self._settings = settings = settings_of(extra_config, engine="sglang", place=PLACE)
-        for name in ("store_dtype", "approximate"):
+        for name in ("store_dtype", "codec", "approximate"):
             if getattr(settings, name):
                 raise ConfigError(f"{PLACE}: {PREFIX}sglang.{name} is not for SGLang; leave it out")
         self._group = params.attn_tp_cache_group or params.tp_cache_group

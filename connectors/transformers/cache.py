@@ -25,12 +25,14 @@ from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
 import torch
+from msgspec import structs
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from kvstore.blend.reuse import Reuse, asked
 from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.client.session import Session
 from kvstore.client.transfer import Saved
+from kvstore.codecs.quantized import quantised
 from kvstore.connectors.common.shards import shards_of
 from kvstore.connectors.transformers.arguments import attended, refused, tokens_of
 from kvstore.connectors.transformers.contents import Contents
@@ -44,6 +46,8 @@ from kvstore.connectors.transformers.pieces import Approximate, Pieces
 from kvstore.connectors.transformers.planes import allocate, pages
 from kvstore.connectors.transformers.state import unfit
 from kvstore.connectors.transformers.weights import Weights
+from kvstore.copier.cpu import CpuCopier
+from kvstore.copier.quantized import QuantisingCopier
 from kvstore.errors import KVStoreError, SpecError
 from kvstore.sources import load_config
 from kvstore.telemetry import QuietLog
@@ -139,7 +143,8 @@ class KVStoreCache:
             SpecError: the model's KV cannot be stored, or the session is for another shape of KV.
         """
         part = cache_part(model)
-        if session.parts != shards_of(part, len(session.parts)):
+        shards = shards_of(part, len(session.parts))
+        if not all(a == b or b.lossy and a.casts_to(b) for a, b in zip(shards, session.parts)):
             raise SpecError(
                 f"the session holds {list(session.parts)}, but the model's cache is {part}; "
                 "open the session with parts=[cache_part(model)]"
@@ -148,6 +153,7 @@ class KVStoreCache:
         self.model = model
         self.last: Report | None = None
         self._part = part
+        self._quantised = session.parts[0].lossy
         self._anew: Callable[[], Session] | None = None
         self._weights = Weights(model)
         self._state = self._weights.state(Contents(model))
@@ -167,11 +173,14 @@ class KVStoreCache:
         block_tokens: int = 64,
         revision: str | None = None,
         identity: ModelIdentity | None = None,
+        codec: str = "",
     ) -> KVStoreCache:
         """Open a session for `model`. Without an address in `config` a private store is started.
 
         Caches of different tenants never share a block. `revision` names the weights (a commit)
         and saves hashing them; `identity` replaces all that would be found out about the model.
+        With a `codec` (`i8`, `i6`, `i4g32`; see docs/codecs.md) numbers are quantised in the store,
+        and answers may change; exact caches never find such blocks, nor the reverse.
 
         Raises:
             SpecError: the model's KV cannot be stored, and why.
@@ -183,8 +192,13 @@ class KVStoreCache:
         def anew() -> Session:
             part, settings = cache_part(model), config or load_config()
             named = identity or model_identity(model, part, weights, revision=revision)
-            parts = shards_of(part, settings.session.head_shards)
-            return Session.open(Namespace(named, tenant, block_tokens), parts, settings)
+            parts, copier = shards_of(part, settings.session.head_shards), None
+            if codec:
+                parts = tuple(quantised(shard, codec, block_tokens) for shard in parts)
+                named = structs.replace(named, extra=(*named.extra, ("stored", codec)))
+                copier = QuantisingCopier(CpuCopier(settings.session.copy_threads))
+            space = Namespace(named, tenant, block_tokens)
+            return Session.open(space, parts, settings, copier=copier)
 
         cache = cls(anew(), model)
         cache._anew = None if revision or identity else anew
@@ -250,6 +264,7 @@ class KVStoreCache:
             if plan.blocks:
                 report = self._fill(past, keys[: plan.blocks], report)
         session = None if problem else self.session
+        past.quantised = self._quantised
         self._made[past] = session, limit if limit < len(tokens) else sys.maxsize
         self.last = replace(report, load_seconds=time.perf_counter() - start)
         return problem
@@ -282,6 +297,8 @@ class KVStoreCache:
         changed = session is not self.session or self._weights.state(now) != self._state
         problem = getattr(past, "problem", "") or ("the model has changed" if changed else "")
         problem = problem or self._problem or unfit(self.model, now)
+        if getattr(past, "quantised", False) and not self._quantised:
+            problem = "past was loaded from a cache with a codec"
         keys = [] if problem else self.session.keys(tokens[: min(held, limit) // size * size])
         # Only what is new should cross from a device; on the CPU the store looks for itself.
         on_cpu = past.layers[0].keys.device.type == "cpu"

@@ -86,13 +86,19 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
             check_block_tokens(size, pages.page_tokens)
         except SpecError as e:
             raise ConfigError(f"{PLACE}: {PREFIX}vllm.{e}") from e
+        if settings.codec:
+            for other in ("store_dtype", "approximate"):
+                if getattr(settings, other):
+                    raise ConfigError(f"{PLACE}: set {PREFIX}vllm.codec or .{other}, not both")
+            pages = replace(pages, codec=settings.codec, block_tokens=size)
+            pages.all_stored()  # says what cannot be
         _check_layerwise(settings, vllm_config)
         self._side: Any
         dtype = pages.parts[0].group.dtype
         worker = role != KVConnectorRole.SCHEDULER
         identity, core, named = ModelIdentity("unnamed"), engine_core(), True
         try:
-            revision, stored = settings.revision, settings.store_dtype
+            revision, stored = settings.revision, settings.codec or settings.store_dtype
             identity = identity_of(vllm_config, dtype, revision, stored, worker=worker)
             if core is None and not worker:
                 raise SpecError("this release of vLLM does not show whether weights change")

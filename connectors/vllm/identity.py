@@ -73,7 +73,7 @@ def identity_of(
 ) -> ModelIdentity:
     """Everything about the engine's model that changes KV values; `dtype` is the cache's.
 
-    `stored` is the type that they are rounded to in the store, if it is another one. A `revision`
+    `stored` is the type that they are rounded to in the store, or the codec, if any. A `revision`
     that is given names the weights, their code, and functions that change the configuration, and
     is taken at its word; without one the files name themselves. Where they lie is no part of it. A
     `worker` goes by the scheduler's name in the end, and only for the weights needs its own.

@@ -30,6 +30,7 @@ from kvstore.blocks.spec import (
     Part,
     Shard,
 )
+from kvstore.codecs.quantized import quantised
 from kvstore.connectors.common.shards import shards_of
 from kvstore.copier.base import PagedMemory, PlaneMemory
 from kvstore.errors import SpecError
@@ -59,6 +60,9 @@ class Pages:
     """Of this process, in vLLM's words."""
     shards: int = 0
     """In how many shards all heads are stored; 0: as ranks hold them."""
+    codec: str = ""
+    """How they are quantised in the store, in blocks of so many tokens."""
+    block_tokens: int = 0
 
     def stored_as(self, dtype: str) -> Pages:
         """These pages, with numbers that are rounded to `dtype` in the store.
@@ -82,15 +86,21 @@ class Pages:
     def of(self, rank: int) -> tuple[Part, tuple[Part, ...], bool]:
         """What `rank` holds, what the store has of it, and whether that rank stores it."""
         held, copy = divmod(rank, self.replicas)
-        return self.parts[held], shards_of(self.stored[held], self.shards), copy == 0
+        return self.parts[held], self._shards_of(self.stored[held]), copy == 0
+
+    def _shards_of(self, part: Part) -> tuple[Part, ...]:
+        shards = shards_of(part, self.shards)
+        if not self.codec:
+            return shards
+        return tuple(quantised(shard, self.codec, self.block_tokens) for shard in shards)
 
     def all_stored(self) -> list[Part]:
         """What the store has of all ranks.
 
         Raises:
-            SpecError: heads cannot be cut into so many shards.
+            SpecError: heads cannot be cut into so many shards, or not be quantised.
         """
-        return [shard for part in self.stored for shard in shards_of(part, self.shards)]
+        return [shard for part in self.stored for shard in self._shards_of(part)]
 
 
 def pages_of(vllm_config: Any, kv_cache_config: Any) -> Pages:

@@ -123,7 +123,8 @@ class WorkerSide:
                 "kvstore.vllm.store_dtype needs an NVIDIA GPU and triton, which turn the numbers; "
                 "leave it out"
             )
-        sessions = Sessions(config, self._namespace, self._stored, device.copier)
+        copier = device.copier_for(self._stored[0])
+        sessions = Sessions(config, self._namespace, self._stored, copier)
         self._transfers = Transfers(
             sessions,
             config.session.load_timeout,
@@ -202,8 +203,9 @@ class WorkerSide:
         if before is not None:
             before.close()
         if own.revision == namespace.model.revision:
+            copier = self._device.copier_for(self._stored[0])
             self._transfers.sessions = Sessions(
-                self._settings.config, namespace, self._stored, self._device.copier
+                self._settings.config, namespace, self._stored, copier
             )
             _log.info("the configuration reads differently in this worker; the scheduler's counts")
         else:

@@ -203,6 +203,9 @@ Layout = Described | Opaque
 CODED: Final = "kvstore.codec."
 """Layouts of such names are those of `kvstore.codecs`: they lie in tiers, nobody saves them."""
 
+LOSSY: Final = "kvstore.lossy."
+"""Layouts of such names are those of `kvstore.codecs.quantized`, of numbers in few bits."""
+
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     """One group × shard × layout: with a block key it names an object."""
@@ -235,6 +238,11 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         """Whether its bytes are coded ones, and its checksums those of what they stand for."""
         return isinstance(self.layout, Opaque) and self.layout.name.startswith(CODED)
 
+    @cached_property
+    def lossy(self) -> bool:
+        """Whether its bytes are numbers in few bits."""
+        return isinstance(self.layout, Opaque) and self.layout.name.startswith(LOSSY)
+
     def nbytes(self, block_tokens: int) -> int:
         """Bytes of one object of `block_tokens` tokens.
 
@@ -263,7 +271,9 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         return isinstance(self.layout, Described) and isinstance(other.layout, Described)
 
     def casts_to(self, other: Part) -> bool:
-        """Whether it is `other` once its numbers are rounded to `other`'s type."""
+        """Whether it is `other` once its numbers are rounded to `other`'s type, or quantised."""
+        if other.lossy:
+            return isinstance(self.layout, Described) and self.content == other.content
         own, wanted = self.group.dtype, other.group.dtype
         if own == wanted or not {own, wanted} <= FLOATS or isinstance(self.layout, Opaque):
             return False

@@ -96,7 +96,7 @@ def coded_part(codec: Codec, part: Part, tokens: int) -> Part | None:
     """The part of objects of `tokens` tokens, coded; None where the codec is of no use."""
     nbytes = part.nbytes(tokens)
     room = codec.room(nbytes, part.group.dtype)
-    if part.coded or room is None:
+    if part.coded or part.lossy or room is None:
         return None
     layers = part.group.layers
     page = -(-(HEADER + room) // layers)

@@ -189,8 +189,10 @@ def _check_layouts(copy: Copy, casts: bool) -> None:
     part, pages = copy.stored, copy.memory.part
     if part.converts_to(pages):
         return
-    if not part.casts_to(pages):
+    if not pages.casts_to(part):
         raise SpecError(f"layout {part.layout} cannot be turned into {pages.layout}")
+    if part.lossy and not casts:
+        raise SpecError(f"objects in layout {part.layout} need a copier that quantises")
     if not casts:
         raise SpecError(
             f"numbers of {part.group.dtype} are turned into {pages.group.dtype} by kernels of a "
