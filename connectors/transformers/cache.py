@@ -144,7 +144,9 @@ class KVStoreCache:
         """
         part = cache_part(model)
         shards = shards_of(part, len(session.parts))
-        if not all(a == b or b.lossy and a.casts_to(b) for a, b in zip(shards, session.parts)):
+        pairs = list(zip(shards, session.parts, strict=False))
+        fit = all(own == held or (held.lossy and own.casts_to(held)) for own, held in pairs)
+        if not fit or len(shards) != len(session.parts):
             raise SpecError(
                 f"the session holds {list(session.parts)}, but the model's cache is {part}; "
                 "open the session with parts=[cache_part(model)]"

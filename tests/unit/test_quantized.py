@@ -108,8 +108,8 @@ def test_what_comes_back_is_near(
     assert have == sums
     copy_in(COPIER, loaded.memory, IDS, at, BLOCK, stored=part, then=gate)
     assert gate.open_layers == group.layers
-    pairs = zip(source.blocks(), loaded.blocks(), limits(group, codec, source.blocks()))
-    for wanted, found, limit in pairs:
+    errors = limits(group, codec, source.blocks())
+    for wanted, found, limit in zip(source.blocks(), loaded.blocks(), errors, strict=True):
         assert ((wanted - found).abs() <= limit).all()
     assert len(slots[0]) == part.nbytes(BLOCK) < source.memory.part.nbytes(BLOCK)
     if channels == (64, 64):
