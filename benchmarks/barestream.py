@@ -18,7 +18,7 @@ from kvstore.benchmarks.crew import start
 from kvstore.benchmarks.figures import BenchmarkError
 from kvstore.memory.arena import Arena
 from kvstore.memory.bounce import Bounce
-from kvstore.transport.sockets import congestion_of, tune
+from kvstore.transport.sockets import tune
 
 _PIECE: Final = 2 << 20
 _HASHED: Final = 512 << 10
@@ -120,3 +120,9 @@ def _answer(connection: socket.socket, view: memoryview, sums: bool) -> None:
                 connection.sendall(b"!")
             else:
                 _send(connection, view[:nbytes], sums)
+
+
+def congestion_of(connection: socket.socket) -> str:
+    """What controls the congestion of a connection."""
+    name = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+    return name.rstrip(b"\0").decode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import gc
@@ -339,20 +338,17 @@ def start_logging(level: str) -> None:
 
 def main() -> None:
     """Entry of the embedded daemon: configuration as JSON on stdin."""
-    parser = argparse.ArgumentParser(prog="kvstore.server.daemon")
-    parser.add_argument("--embedded", type=Path, required=True, metavar="SOCKET")
-    parser.add_argument("--ready-fd", type=int, required=True)
-    arguments = parser.parse_args()
+    _, _, path, _, ready_fd = sys.argv  # As `client.embedded` starts it: --embedded, --ready-fd.
     try:
         config = Config.model_validate_json(sys.stdin.readline())
         start_logging(config.log_level)
 
         def ready(*_: object) -> None:
             with contextlib.suppress(BrokenPipeError):  # The starter died; others will join.
-                os.write(arguments.ready_fd, b"1")
-            os.close(arguments.ready_fd)
+                os.write(int(ready_fd), b"1")
+            os.close(int(ready_fd))
 
-        serve(config, arguments.embedded, embedded=True, ready=ready)
+        serve(config, Path(path), embedded=True, ready=ready)
     except (KVStoreError, ValueError) as e:
         print(e, file=sys.stderr)
         sys.exit(exit_code(e))

@@ -10,10 +10,10 @@ from typing import Any, Final
 from sglang.srt.mem_cache.pool_host.mha import AsymmetricMHATokenToKVPoolHost, MHATokenToKVPoolHost
 from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
 
-from kvstore.blocks.spec import DTYPE_BYTES, Described, Group, Kind, Part
+from kvstore.blocks.spec import DTYPE_BYTES, Described, Kind, Part
 from kvstore.connectors.common.identity import type_name
-from kvstore.connectors.sglang.layout import Ranks, shard_of
-from kvstore.copier.base import PagedMemory, PlaneMemory
+from kvstore.connectors.sglang.layout import Ranks, group_of, plane_of, shard_of
+from kvstore.copier.base import PagedMemory
 from kvstore.errors import SpecError
 
 _AXES: Final = {
@@ -50,29 +50,14 @@ def memory_of(pool: Any, rank: int, ranks: int, total_heads: int) -> PagedMemory
     sizes = {
         "L": pool.layer_num, "T": pool.page_num * page, "G": pool.page_num, "N": page, "H": heads,
     }  # fmt: skip
-    places: list[dict[str, int]] = []
     for tensor, width in zip(tensors, widths, strict=True):
         if tensor.shape != tuple((sizes | {"C": width})[axis] for axis in axes):
             raise SpecError(f"a {pool.layout} host pool of shape {tuple(tensor.shape)} is unknown")
-        strides = (stride * tensor.element_size() for stride in tensor.stride())
-        at = dict(zip(axes, strides, strict=True)) | {"start": tensor.data_ptr()}
-        places.append({"G": page * at.get("T", 0), "N": at.get("T", 0)} | at)
-    planes = tuple(
-        PlaneMemory(at["start"] + layer * at["L"], at["G"], at["N"], at["H"], at["C"])
-        for layer in range(pool.layer_num)
-        for at in places
-    )
-    group = Group(
-        pool.layer_num,
-        heads,
-        widths,
-        type_name(pool.dtype),
-        kind=kind,
-        first_layer=pool.start_layer,
-    )
+    layers = range(pool.layer_num)
+    planes = tuple(plane_of(tensor, axes, page, layer) for layer in layers for tensor in tensors)
     # Objects lie as pages do, so that a page that is one run of bytes is copied as one.
     layout = Described("P" + axes.replace("G", "").replace("T", "N"))
-    part = Part(group, layout, shard)
+    part = Part(group_of(pool, heads, widths, kind), layout, shard)
     return PagedMemory(part, page, pool.page_num, planes, tensors)
 
 

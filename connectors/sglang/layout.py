@@ -62,28 +62,33 @@ def pool_of(pool: Any, page_tokens: int, total_heads: int, ranks: Ranks) -> Pool
             f"a KV pool of type {type(pool).__name__} is not supported; only full attention "
             "(MHA, GQA) and MLA, without scales of their own"
         )
-    dtype = type_name(pool.dtype)
-    if dtype not in DTYPE_BYTES:
+    if (dtype := type_name(pool.dtype)) not in DTYPE_BYTES:
         raise SpecError(f"KV cache of type {dtype} is not supported")
     shard, saves = shard_of(total_heads, heads, ranks)
-    group = Group(
-        pool.layer_num, heads, channels, dtype, kind=kind, first_layer=pool.start_layer or 0
-    )
-    part = Part(group, _LAYOUT, shard)
-    planes = []
-    for tensor in tensors:
-        slot, head, channel = (stride * tensor.element_size() for stride in tensor.stride())
-        planes.append(PlaneMemory(tensor.data_ptr(), slot * page_tokens, slot, head, channel))
+    part = Part(group_of(pool, heads, channels, kind), _LAYOUT, shard)
+    planes = tuple(plane_of(tensor, "THC", page_tokens) for tensor in tensors)
     first = tensors[0]
-    memory = PagedMemory(
-        part,
-        page_tokens,
-        len(first) // page_tokens,
-        tuple(planes),
-        tensors,
-        first.device.index if first.is_cuda else None,
-    )
+    device = first.device.index if first.is_cuda else None
+    pages = len(first) // page_tokens
+    memory = PagedMemory(part, page_tokens, pages, planes, tensors, device)
     return Pool(part, memory, tuple(tensors), saves)
+
+
+def group_of(pool: Any, heads: int, channels: tuple[int, ...], kind: Kind) -> Group:
+    """The layers of a pool, of so many heads each, with planes of so many channels."""
+    dtype, first = type_name(pool.dtype), pool.start_layer or 0
+    return Group(pool.layer_num, heads, channels, dtype, kind=kind, first_layer=first)
+
+
+def plane_of(tensor: torch.Tensor, axes: str, page_tokens: int, layer: int = 0) -> PlaneMemory:
+    """Where one plane of a layer lies in a tensor of these axes: layer (L, if it has more than
+    one), page (G) and token in it (N), or token of all pages (T), head and channel.
+    """
+    strides = (stride * tensor.element_size() for stride in tensor.stride())
+    at = dict(zip(axes, strides, strict=True))
+    token = at["T"] if "T" in at else at["N"]
+    address = tensor.data_ptr() + layer * at.get("L", 0)
+    return PlaneMemory(address, at.get("G", page_tokens * token), token, at["H"], at["C"])
 
 
 def shard_of(total_heads: int, heads: int, ranks: Ranks) -> tuple[Shard, bool]:

@@ -68,12 +68,6 @@ def check_congestion(key: str, congestion: str | None) -> None:
             ) from e
 
 
-def congestion_of(connection: socket.socket) -> str:
-    """What controls the congestion of a connection."""
-    name = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
-    return name.rstrip(b"\0").decode()
-
-
 class Wire:
     """A connected socket. At most one thread sends and one receives at a time.
 

@@ -25,7 +25,7 @@ _MAX_PLACING: Final = 64
 _TIMES: Final = 512
 """Objects of an answer without a stop."""
 _FULL_POLL: Final = 0.05
-_PENDING_POLL: Final = 0.005
+PENDING_POLL: Final = 0.005
 
 
 class PooledConnection(Connection):
@@ -136,7 +136,7 @@ class PooledConnection(Connection):
         look = partial(store.looking_up, keys, parts, namespace, again=True)
         _, reason = await paced(look(position=request.position, head=request.head))
         while reason == PROBING and loop.time() < until:
-            await asyncio.sleep(_PENDING_POLL)
+            await asyncio.sleep(PENDING_POLL)
             _, reason = await paced(look(position=request.position, head=request.head))
         try:
             await paced(store.prefetching(keys, parts, namespace, self, come.set_result))

@@ -20,7 +20,7 @@ from kvstore.server.loop import paced
 from kvstore.server.node import Node, Peer
 from kvstore.server.recent import Request, by_tier
 from kvstore.server.sessions.placing import hashes
-from kvstore.server.sessions.pooled import PooledConnection
+from kvstore.server.sessions.pooled import PENDING_POLL, PooledConnection
 from kvstore.slices import Work
 from kvstore.store.entry import Entry
 from kvstore.store.leases import LeaseKind, Saving
@@ -42,7 +42,6 @@ _MAX_LOOKING: Final = 16
 """Lookups of an owner that wait at a time; others are answered as things are."""
 
 _FIRST_POLL: Final = 0.001
-_PENDING_POLL: Final = 0.005
 _PENDING_SHARE: Final = 50
 """Times what a look takes between it and the next one."""
 
@@ -174,7 +173,7 @@ class SessionConnection(PooledConnection):
                 ended = time.monotonic()
                 if not _on_the_way(tiers, reason) or ended >= until:
                     return told(tiers, reason)
-                pause = max(min(2 * pause, _PENDING_POLL), _PENDING_SHARE * (ended - looked))
+                pause = max(min(2 * pause, PENDING_POLL), _PENDING_SHARE * (ended - looked))
 
         if wait <= 0 or not _on_the_way(tiers, reason) or owner.looking >= _MAX_LOOKING:
             return told(tiers, reason)

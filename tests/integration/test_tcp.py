@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.benchmarks.barestream import congestion_of
 from kvstore.blocks.spec import Described, Part
 from kvstore.client.session import Session
 from kvstore.errors import ConfigError, SpecError
-from kvstore.transport.sockets import congestion_of
 from kvstore.transport.streams import StreamCarrier
 from kvstore.transport.tcp import connect
 from tests.certificates import Authority
