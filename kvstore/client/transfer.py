@@ -20,7 +20,7 @@ from kvstore.copier.base import Copier, Copy, PagedMemory
 from kvstore.copier.gate import LayerGate
 from kvstore.errors import SpecError, StoreUnavailable
 from kvstore.transport import protocol
-from kvstore.transport.carrier import Streamed
+from kvstore.transport.carrier import Objects, Streamed
 from kvstore.transport.channel import Channel
 from kvstore.transport.protocol import BUSY, HAVE, NO_ROOM, Committed, Held
 
@@ -216,7 +216,7 @@ class Transfer(View):
 
             streamed = Streamed(partial(self.copier.stream, copy), landed)
             nbytes, way = self._part_bytes[column], streamed if gates.after is None else None
-            carrier.read(incoming.lease, slots, nbytes, scatter, job.deadline, way)
+            carrier.read(Objects(incoming.lease, slots, nbytes, scatter, way), job.deadline)
 
     def save(
         self, link: Link, keys: Sequence[bytes], pages: Pages, about: About, result: Saved
@@ -301,7 +301,7 @@ class Transfer(View):
             gather = partial(_copied, self.copier, copy)
             streamed = Streamed(partial(self.copier.stream, copy))
             way = streamed if job.about.after is None else None
-            made = carrier.write(lease, slots, nbytes, gather, job.about.wait, way)
+            made = carrier.write(Objects(lease, slots, nbytes, gather, way), job.about.wait)
             if made is not None:
                 sums[rows, column] = made
         if not self._verify or carrier.checksums:
@@ -338,7 +338,9 @@ class Transfer(View):
         return Pages(memory, page_ids)
 
 
-def _copied(copier: Copier, copy: Copy, first: int, slots: Sequence[int]) -> list[int] | None:
+def _copied(
+    copier: Copier, copy: Copy, first: int, slots: Sequence[int], _: object
+) -> list[int] | None:
     return copier.copy(copy.some(first, slots))
 
 

@@ -19,12 +19,9 @@ from kvstore.transport.sockets import Wire, receive_frame, send_message
 _LONGEST_LEASE: Final = 1e6
 _MAX_WELCOME: Final = 64 << 10
 
-Gather = Callable[[int, Sequence[int]], "list[int] | None"]
-"""Copies objects from pages to the addresses given; the first of them is the number given, the
-others follow. Returns their XXH3 if that is wanted."""
-
-Scatter = Callable[[int, Sequence[int], "Sequence[int] | None"], None]
-"""Copies objects to pages from the addresses given; numbers as for `Gather`. Given the XXH3 that
+Copying = Callable[[int, Sequence[int], "Sequence[int] | None"], "list[int] | None"]
+"""Copies objects between pages and the addresses given: the first of them is the number given, the
+others follow. Out of pages it returns their XXH3 if that is wanted; into pages, given the XXH3 that
 they must have, it marks those that differ."""
 
 
@@ -50,6 +47,18 @@ class Streamed(NamedTuple):
     landed: Callable[[int, int, int], None] = lambda number, have, must: None
 
 
+class Objects(NamedTuple):
+    """Objects of `nbytes` each in `slots` under a lease, and how they come from or get to pages:
+    several at a time by `copy`, single ones maybe as `streamed`.
+    """
+
+    lease: int
+    slots: NDArray[np.int64]
+    nbytes: int
+    copy: Copying
+    streamed: Streamed | None = None
+
+
 class Carrier(Protocol):
     """Moves objects of one size between copies and slots; thread-safe.
 
@@ -60,7 +69,7 @@ class Carrier(Protocol):
     lease_bytes: int
     checksums: bool
     whole: bool
-    """Each call of `write` and `read` makes one of `gather` or `scatter`, for all objects."""
+    """Each call of `write` and `read` makes one of `Objects.copy`, for all of them."""
 
     def prepare(self, copier: Copier) -> None:
         """Make slots ready for copies by `copier`. Called before any, by one thread at a time."""
@@ -68,16 +77,8 @@ class Carrier(Protocol):
     def retain(self, copiers: Sequence[Copier]) -> None:
         """No other copiers will come any more."""
 
-    def write(
-        self,
-        lease: int,
-        slots: NDArray[np.int64],
-        nbytes: int,
-        gather: Gather,
-        patience: float,
-        streamed: Streamed | None = None,
-    ) -> list[int] | None:
-        """Fill `slots` of a write lease with objects of `nbytes`; what `gather` returned.
+    def write(self, objects: Objects, patience: float) -> list[int] | None:
+        """Fill slots of a write lease; what `copy` returned.
 
         Gives up when nothing moved for `patience` seconds.
 
@@ -85,16 +86,8 @@ class Carrier(Protocol):
             StoreUnavailable: not all arrived, or a slot is none.
         """
 
-    def read(
-        self,
-        lease: int,
-        slots: NDArray[np.int64],
-        nbytes: int,
-        scatter: Scatter,
-        deadline: float,
-        streamed: Streamed | None = None,
-    ) -> None:
-        """Bring the objects of `nbytes` in `slots` of a read lease.
+    def read(self, objects: Objects, deadline: float) -> None:
+        """Bring the objects of a read lease.
 
         Raises:
             StoreUnavailable: not all came before `deadline` (monotonic seconds), or a slot is none.

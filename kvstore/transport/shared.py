@@ -10,14 +10,11 @@ from functools import partial
 from pathlib import Path
 from weakref import finalize
 
-import numpy as np
-from numpy.typing import NDArray
-
 from kvstore.copier.base import Copier
 from kvstore.errors import ConfigError, KVStoreError, StoreUnavailable
 from kvstore.forks import in_child
 from kvstore.memory.arena import Arena
-from kvstore.transport.carrier import Connection, Gather, Scatter, Streamed, greet, with_features
+from kvstore.transport.carrier import Connection, Objects, greet, with_features
 from kvstore.transport.credentials import check_daemon, trusted, why_not
 from kvstore.transport.protocol import Welcome
 from kvstore.transport.sockets import Wire
@@ -140,31 +137,15 @@ class ArenaCarrier:
             if end is not None:
                 end()
 
-    def write(
-        self,
-        lease: int,
-        slots: NDArray[np.int64],
-        nbytes: int,
-        gather: Gather,
-        patience: float,
-        streamed: Streamed | None = None,
-    ) -> list[int] | None:
+    def write(self, objects: Objects, patience: float) -> list[int] | None:
         """See `Carrier.write`."""
-        sums = gather(0, self._addresses(slots, nbytes))
+        sums = objects.copy(0, self._addresses(objects), None)
         self.arena.populate()
         return sums
 
-    def read(
-        self,
-        lease: int,
-        slots: NDArray[np.int64],
-        nbytes: int,
-        scatter: Scatter,
-        deadline: float,
-        streamed: Streamed | None = None,
-    ) -> None:
+    def read(self, objects: Objects, deadline: float) -> None:
         """See `Carrier.read`."""
-        scatter(0, self._addresses(slots, nbytes), None)
+        objects.copy(0, self._addresses(objects), None)
         self.arena.populate()
 
     def cut(self) -> None:
@@ -175,8 +156,8 @@ class ArenaCarrier:
         self.retain(())
         del self.arena  # Unmapped once no session of the process uses it.
 
-    def _addresses(self, slots: NDArray[np.int64], nbytes: int) -> list[int]:
-        offsets, start = slots.tolist(), self.arena.address
-        if offsets and (min(offsets) < 0 or max(offsets) + nbytes > self.arena.size):
+    def _addresses(self, objects: Objects) -> list[int]:
+        offsets, start = objects.slots.tolist(), self.arena.address
+        if offsets and (min(offsets) < 0 or max(offsets) + objects.nbytes > self.arena.size):
             raise StoreUnavailable("the daemon named a slot outside the arena")
         return [start + offset for offset in offsets]

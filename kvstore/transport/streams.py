@@ -23,7 +23,7 @@ from kvstore.errors import ProtocolError, StoreUnavailable
 from kvstore.memory.bounce import Bounce
 from kvstore.memory.slots import align
 from kvstore.transport import protocol
-from kvstore.transport.carrier import Gather, Scatter, Streamed
+from kvstore.transport.carrier import Objects, Streamed
 from kvstore.transport.protocol import Failure, Get, Put, Sending, Taken
 from kvstore.transport.sockets import Wire, receive_frame, send_message
 
@@ -124,16 +124,9 @@ class StreamCarrier:
     def retain(self, copiers: Sequence[Copier]) -> None:
         """See `Carrier.retain`."""
 
-    def write(
-        self,
-        lease: int,
-        slots: NDArray[np.int64],
-        nbytes: int,
-        gather: Gather,
-        patience: float,
-        streamed: Streamed | None = None,
-    ) -> list[int] | None:
+    def write(self, objects: Objects, patience: float) -> None:
         """See `Carrier.write`."""
+        lease, slots, nbytes, copy, streamed = objects
         limit = time.monotonic() + self._lease_seconds
         numbers = slots.astype("<i8")
         in_pieces = _in_pieces(streamed, nbytes) if self._trailing else None
@@ -148,7 +141,7 @@ class StreamCarrier:
                 pieces = streamed.open(number)
                 if pieces is None:
                     view, addresses = stream.places(_Span(number, 1), nbytes)
-                    (checksum,) = gather(number, addresses) or (0,)
+                    (checksum,) = copy(number, addresses, None) or (0,)
                     stream.wire.send([ahead, view], until() - time.monotonic())
                 else:
                     view, address = stream.piece
@@ -167,7 +160,7 @@ class StreamCarrier:
             spans = _cut(batch, nbytes)
             for span in spans:
                 view, addresses = stream.places(span, nbytes)
-                sums = gather(span.first, addresses)
+                sums = copy(span.first, addresses, None)
                 assert sums is not None
                 put = Put(lease, span.of(numbers).tobytes(), array("Q", sums).tobytes())
                 stream.wire.send([protocol.encode(1, put), view], until() - time.monotonic())
@@ -179,18 +172,10 @@ class StreamCarrier:
                     raise ProtocolError("a put was answered by something else")
 
         self._share(_batches(len(slots), nbytes, self._streams), send, finish, until)
-        return None
 
-    def read(
-        self,
-        lease: int,
-        slots: NDArray[np.int64],
-        nbytes: int,
-        scatter: Scatter,
-        deadline: float,
-        streamed: Streamed | None = None,
-    ) -> None:
+    def read(self, objects: Objects, deadline: float) -> None:
         """See `Carrier.read`."""
+        lease, slots, nbytes, copy, streamed = objects
         numbers = slots.astype("<i8")
         in_pieces = _in_pieces(streamed, nbytes)
 
@@ -207,7 +192,7 @@ class StreamCarrier:
                 if pieces is None:
                     view, addresses = stream.places(_Span(number, 1), nbytes)
                     stream.wire.receive(view, deadline - time.monotonic())
-                    scatter(number, addresses, [checksum])
+                    copy(number, addresses, [checksum])
                     continue
                 view, address = stream.piece
                 while piece := pieces.next(_PIECE):
@@ -227,7 +212,7 @@ class StreamCarrier:
                 view, addresses = stream.places(span, nbytes)
                 stream.wire.receive(view, deadline - time.monotonic())
                 at = span.first - batch.first
-                scatter(span.first, addresses, sums[at : at + span.number])
+                copy(span.first, addresses, sums[at : at + span.number])
 
         self._share(_batches(len(slots), nbytes, self._streams), ask, take, lambda: deadline)
 

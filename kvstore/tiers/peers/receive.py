@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kvstore._native import Xxh3Stream, xxh3_64
 from kvstore.errors import ProtocolError
 from kvstore.tiers.peers.nixl import MAX_AGENT, MAX_SPANS, Agent, Helpers, Span
-from kvstore.transport.carrier import Carrier, Streamed
+from kvstore.transport.carrier import Carrier, Objects, Streamed
 from kvstore.transport.protocol import Placed
 
 Slots: TypeAlias = NDArray[np.int64]
@@ -61,7 +61,7 @@ def over_tcp(
 
     if len(slots):
         streamed = Streamed(lambda number: _ToSlot(addresses[number], nbytes), landed)
-        carrier.read(lease, slots, nbytes, copy, until, streamed)
+        carrier.read(Objects(lease, slots, nbytes, copy, streamed), until)
     return came
 
 
