@@ -54,6 +54,8 @@ class EngineRows:
         self._config = config
         self.busy = False
         """Within a pass of ours: hooks of layers are not for the engine's step."""
+        self._order = torch.zeros(0)
+        """Rows of the pass that is under way, as the model is given them."""
         context = config.compilation_config.static_forward_context
         names, groups = list(pages.layer_names), self._runner.attn_groups
         if len(groups) != 1 or sorted(n for g in groups[0] for n in g.layer_names) != sorted(names):
@@ -148,7 +150,7 @@ class EngineRows:
         starts = torch.zeros(len(runs) + 1, dtype=torch.int32)
         starts[1:] = torch.tensor([len(run) for run in runs]).cumsum(0)
         ends = torch.tensor([run[-1] + 1 for run in runs], dtype=torch.int32)
-        ids = self._ids(page_ids)
+        ids, self._order = self._ids(page_ids), order
         slots = self._slots(ids, order)
         common = CommonAttentionMetadata(
             query_start_loc=starts.to(here),
@@ -183,30 +185,42 @@ class EngineRows:
             self.busy = False
 
     def attention(
-        self, page_ids: Sequence[int], tokens: Sequence[int], first: int, last: int, end: int
+        self, page_ids: Sequence[int], tokens: Sequence[int], fresh: Sequence[int], end: int
     ) -> torch.Tensor:
-        """What rows `first` to `last` attend to before `end`, × the size of what stands there.
+        """What the question, all `tokens` from `end` on, attends to, × the size of its values.
 
-        Computes those rows. Summed over heads and some of the layers; shape (end,), on the CPU.
+        Computes it, and the `fresh` rows before. Summed over heads and some of the layers; shape
+        (end,), on the CPU.
         """
+        last = len(tokens)
+        looked, rows = max(end, last - _SCORED), [*fresh, *range(end, last)]
+        if len(rows) > self._most:
+            self.run(page_ids, tokens, fresh)
+            rows = rows[len(fresh) :]
         score = torch.zeros(end, device=self.device)
-        looked = max(first, last - _SCORED)
+        places = torch.arange(last, device=self.device)
         handles = []
 
         def look(number: int) -> Callable[[Any, tuple[Any, ...]], None]:
             def hook(module: Any, given: tuple[Any, ...]) -> None:
-                query = given[0].view(last - first, module.num_heads, -1)[looked - first :].float()
-                fresh = given[1].view(last - first, module.num_kv_heads, -1)
-                held, values = self.read(number, page_ids, 0, first)
-                keys = torch.cat([held, fresh]).float().permute(1, 2, 0)  # heads, channels, tokens
-                sizes = values[:end].float().norm(dim=-1).T
+                # As this pass has them; the question's rows are neighbours in it, too.
+                order, heads = self._order, module.num_kv_heads
+                query, *fresher = (one.view(len(order), -1, self._width) for one in given[:3])
+                both = []
+                for held, new in zip(self.read(number, page_ids, 0, end), fresher, strict=True):
+                    both.append(torch.cat([held, new.new_zeros(last - end, heads, self._width)]))
+                    both[-1][order] = new
+                keys = both[0].float().permute(1, 2, 0)  # heads, channels, tokens
+                sizes = both[1][:end].float().norm(dim=-1).T
+                first = int((order == looked).nonzero())
+                query = query[first : first + last - looked].float()
                 step = max(1, _SCORES // (module.num_heads * last))
-                places = torch.arange(last, device=self.device)
                 for at in range(0, len(query), step):
-                    part = query[at : at + step].unflatten(1, (module.num_kv_heads, -1))
+                    part = query[at : at + step].unflatten(1, (heads, -1))
                     logits = torch.einsum("nkgd,kdt->kgnt", part, keys) * module.impl.scale
-                    rows = places[looked + at :][: len(part), None]
-                    logits.masked_fill_(places > rows, -torch.inf)
+                    logits.masked_fill_(
+                        places > places[looked + at :][: len(part), None], -torch.inf
+                    )
                     weights = logits.softmax(-1)[..., :end].sum((1, 2))
                     score.add_((weights * sizes).sum(0))
 
@@ -215,7 +229,7 @@ class EngineRows:
         for number in range(1, len(self._layers), _EVERY):
             handles.append(self._layers[number].register_forward_pre_hook(look(number)))
         try:
-            self.run(page_ids, tokens, range(first, last))
+            self.run(page_ids, tokens, rows)
         finally:
             for handle in handles:
                 handle.remove()

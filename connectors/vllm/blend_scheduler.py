@@ -120,9 +120,20 @@ class BlendScheduler:
         Asked again, it promises the same pieces beyond another start. vLLM's `manager` of pages
         knows by how many tokens it hashes them.
         """
-        blending, request = tracked.blending, tracked.request
+        blending = tracked.blending
         if blending is None or not blending.reuse.approximate or blending.reason:
             return 0
+        try:
+            return self._promise(tracked, blending, start, manager)
+        except Exception:  # noqa: BLE001 - the request is exact then
+            _log.exception("pieces of a request could not be promised")
+            blending.drop("failed")
+            return 0
+
+    def _promise(
+        self, tracked: Tracked, blending: Blending, start: int, manager: Any
+    ) -> int | None:
+        request = tracked.request
         if blending.placed is None:
             blending.reason = self._reason(tracked, blending)
             if not blending.reason and not self._ask(tracked, blending):

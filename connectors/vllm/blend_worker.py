@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Final
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +34,21 @@ if TYPE_CHECKING:
 
 _log = init_logger("vllm.kvstore.blend")
 
+_STAGED: Final = 32 << 20
+"""Bytes of pieces that are on their way at a time."""
+_SAVED: Final = 1 << 30
+_SAVES: Final = 4
+"""The largest piece, in bytes, and how many, that may wait to be saved."""
 _TILE: Final = 16
 """Rows that are chosen together: fewer, longer runs are faster to compute."""
+
+
+class Staged(NamedTuple):
+    """Memory for blocks, as (tokens, layers, keys and values, heads, channels)."""
+
+    tensor: torch.Tensor
+    memory: PagedMemory
+    ids: NDArray[np.int64]
 
 
 class BlendWorker:
@@ -50,6 +63,9 @@ class BlendWorker:
         self._engine: EngineRows | None = None
         self._model: ModelIdentity | None = None
         self._sessions: Sessions | None = None
+        self._block_bytes = self._part.nbytes(BLOCK_TOKENS)
+        self._staged: Staged | None = None
+        self._pending: list[Future[None]] = []
         self._saving = ThreadPoolExecutor(1, thread_name_prefix="kvstore-pieces")
         self.ready = Ready("no pages were registered")
         """What the scheduler is told at start."""
@@ -81,13 +97,12 @@ class BlendWorker:
 
     def _blend(self, job: Blend) -> Blended | None:
         assert self._engine is not None
-        engine, reason = self._engine, ""
+        engine, reason, done = self._engine, "", 0
         rows: Sequence[int] = range(job.start, job.end)
         try:
-            staged, reason = self._load(job)
-            if engine.agree(staged is not None) and staged is not None:
-                self._place(job, staged)
-                rows = self._choose(job)
+            reason = self._fill(job)
+            if engine.agree(not reason):
+                rows, done = self._choose(job)
             else:
                 reason = reason or "another_rank"
         except Exception:  # noqa: BLE001 - all rows are computed then
@@ -95,12 +110,12 @@ class BlendWorker:
             reason = "failed"
         try:
             if not engine.agree(not reason):
-                reason, rows = reason or "another_rank", range(job.start, job.end)
+                reason, rows, done = reason or "another_rank", range(job.start, job.end), 0
             engine.run(job.pages, job.tokens, rows)
         except Exception:  # noqa: BLE001 - the engine is told which pages to compute
             _log.exception("rows of a request could not be computed")
             return None
-        return Blended(len(rows), reason)
+        return Blended(done + len(rows), reason)
 
     def _open(self, namespace: Namespace) -> Session:
         """The session of a tenant's pieces.
@@ -115,27 +130,39 @@ class BlendWorker:
             self._model = namespace.model
         return self._sessions.open(namespace.tenant)
 
-    def _load(self, job: Blend) -> tuple[torch.Tensor | None, str]:
-        """The blocks of all pieces, as `_stage` has them, or why some are missing."""
+    def _fill(self, job: Blend) -> str:
+        """Put pieces into the request's pages, rotated to where they stand now; or why not all."""
+        assert self._engine is not None
         until = time.monotonic() + job.timeout
-        keys = [key for piece in job.pieces for key in piece.keys]
-        staged, memory, ids = self._stage(len(keys))
         try:
             session = self._open(job.namespace)
         except REFUSED:
-            return None, "refused"
-        with session.acquire(keys, holes=True, timeout=job.timeout) as held:
-            left = max(0.0, until - time.monotonic())
-            loaded = held.load([memory], [ids], timeout=left)
-        if loaded.blocks < len(keys):
-            return None, loaded.reason or "lost"
-        return staged, ""
+            return "refused"
+        held = self._staged = self._staged or self._stage(max(1, _STAGED // self._block_bytes))
+        for piece in job.pieces:
+            for first in range(0, len(piece.keys), len(held.ids)):
+                keys = piece.keys[first : first + len(held.ids)]
+                left = max(0.0, until - time.monotonic())
+                loaded = session.load(keys, [held.memory], [held.ids[: len(keys)]], timeout=left)
+                if loaded.blocks < len(keys):
+                    return loaded.reason or "lost"
+                # Where the first of these tokens stands in the prompt.
+                start = piece.start - piece.skip + first * BLOCK_TOKENS
+                low, high = max(piece.start, start), start + len(keys) * BLOCK_TOKENS
+                rows = range(low, min(piece.end, high))
+                part = held.tensor[low - start : low - start + len(rows)].to(self._engine.device)
+                slots = self._engine.slots(job.pages, rows)
+                for layer in range(self._engine.layers):
+                    turned = self._engine.rotate(layer, part[:, layer, 0], piece.start - piece.base)
+                    self._engine.write(layer, slots, turned, part[:, layer, 1])
+        return ""
 
-    def _stage(self, blocks: int) -> tuple[torch.Tensor, PagedMemory, NDArray[np.int64]]:
-        """Memory for so many blocks, as (tokens, layers, keys and values, heads, channels)."""
+    def _stage(self, blocks: int) -> Staged:
         group = self._part.group
-        shape = (blocks * BLOCK_TOKENS, group.layers, 2, group.heads, group.channels[0])
-        tensor = torch.zeros(shape, dtype=getattr(torch, group.dtype))
+        shape = (group.layers, 2, blocks * BLOCK_TOKENS, group.heads, group.channels[0])
+        # Layer by layer, as they are rotated and written.
+        whole = torch.empty(shape, dtype=getattr(torch, group.dtype))
+        tensor = whole.permute(2, 0, 1, 3, 4)
         each, start = tensor.element_size(), tensor.data_ptr()
         row, layer, plane, head = (stride * each for stride in tensor.stride()[:4])
         planes = tuple(
@@ -144,55 +171,48 @@ class BlendWorker:
             for p in range(2)
         )
         memory = PagedMemory(self._part, BLOCK_TOKENS, blocks, planes, tensor)
-        return tensor, memory, np.arange(blocks, dtype=np.int64)[:, None]
+        return Staged(tensor, memory, np.arange(blocks, dtype=np.int64)[:, None])
 
-    def _place(self, job: Blend, staged: torch.Tensor) -> None:
-        """Put pieces into the request's pages, rotated to where they stand now."""
-        engine, cut, at = self._engine, [], 0
-        assert engine is not None
-        staged = staged.to(engine.device)
-        for piece in job.pieces:
-            first = at + piece.skip
-            cut.append((staged[first : first + piece.end - piece.start], piece.start - piece.base))
-            at += len(piece.keys) * BLOCK_TOKENS
-        where = [row for piece in job.pieces for row in range(piece.start, piece.end)]
-        slots = engine.slots(job.pages, where)
-        for layer in range(engine.layers):
-            keys = torch.cat([engine.rotate(layer, one[:, layer, 0], by) for one, by in cut])
-            values = torch.cat([one[:, layer, 1] for one, _ in cut])
-            engine.write(layer, slots, keys, values)
+    def _choose(self, job: Blend) -> tuple[list[int], int]:
+        """The rows to compute: those of no piece, and what the selection picks of the pieces.
 
-    def _choose(self, job: Blend) -> list[int]:
-        """The rows to compute: those of no piece, and what the selection picks of the pieces."""
+        And how many have been computed for good on the way.
+        """
         assert self._engine is not None
         spans = [(piece.start, piece.end) for piece in job.pieces]
         covered = {row for start, end in spans for row in range(start, end)}
         fresh = [row for row in range(job.start, job.end) if row not in covered]
-        selection, scores = SELECTIONS[job.selection], None
+        selection, scores, before = SELECTIONS[job.selection], None, 0
         if selection.needs == "question" and 0 < job.ratio < 1:
-            self._engine.run(job.pages, job.tokens, fresh)
-            last = len(job.tokens)
-            scores = self._engine.attention(job.pages, job.tokens, job.end, last, job.end).numpy()
+            scores = self._engine.attention(job.pages, job.tokens, fresh, job.end).numpy()
+            before = spans[0][0] - job.start  # They see no piece.
         rows = selection.rows(spans, job.ratio, scores, tile=_TILE if selection.needs else 1)
-        return sorted({*fresh, *rows.tolist()})
+        return sorted({*fresh[before:], *rows.tolist()}), before
 
     def save(self, job: Registered, stats: Stats) -> None:
         """Copy a piece out of the request's pages now, and save it behind."""
         assert self._engine is not None
+        self._pending = [one for one in self._pending if not one.done()]
+        blocks = len(job.keys)
+        if len(self._pending) >= _SAVES or blocks * self._block_bytes > _SAVED:
+            stats.dropped(blocks, "no_room")
+            return
         try:
-            tensor, memory, ids = self._stage(len(job.keys))
+            tensor, memory, ids = self._stage(blocks)
             with torch.inference_mode():
                 held = tensor[: job.end - job.start]
+                tensor[len(held) :] = 0
                 for layer in range(self._engine.layers):
                     both = self._engine.read(layer, job.pages, job.start, job.end)
                     held[:, layer, 0], held[:, layer, 1] = both
             session = self._open(job.namespace)
-            self._saving.submit(
+            done = self._saving.submit(
                 lambda: stats.saved(session.save(job.keys, [memory], [ids], ttl=job.ttl))
             )
+            self._pending.append(done)
         except Exception:  # noqa: BLE001 - what is not saved is a miss later
             _log.exception("a piece could not be saved")
-            stats.dropped(len(job.keys), "failed")
+            stats.dropped(blocks, "failed")
 
     def close(self) -> None:
         """Let the last saves end, then the sessions."""

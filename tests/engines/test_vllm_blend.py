@@ -234,8 +234,8 @@ def _within(llm: Any, what: str) -> str:
         raise RuntimeError("for a test")
 
     match what:
-        case "place":
-            blends._place = fails
+        case "fill":
+            blends._fill = fails
         case "run":
             own.run = fails
         case "rotation":
@@ -248,7 +248,7 @@ def _within(llm: Any, what: str) -> str:
             finally:
                 own._turns[3] = turn
         case "mended":
-            vars(blends).pop("_place", None)
+            vars(blends).pop("_fill", None)
             vars(own).pop("run", None)
     return ""
 
@@ -259,7 +259,7 @@ def test_the_self_test_notices_a_wrong_rotation(engine: Engine, registered: Text
     assert "rotated keys in layer 3" in engine.answer()
 
 
-@pytest.mark.parametrize("what", ["place", "run", "lost"])
+@pytest.mark.parametrize("what", ["fill", "run", "lost"])
 def test_what_fails_is_computed(
     engine: Engine, registered: Texts, served: Served, what: str
 ) -> None:
