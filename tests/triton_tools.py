@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +24,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, *, interpret: bool) -> ModuleType:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     else:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delitem(sys.modules, "kvstore.copier.cuda.numbers", raising=False)
     spec = importlib.util.spec_from_file_location("kernels_under_test", SOURCE)
     assert spec is not None
     assert spec.loader is not None

@@ -77,7 +77,7 @@ class Device:
 
     def copier_for(self, stored: Part) -> Copier | None:
         """Copies between its memory and objects of `stored`; None as for `copier`."""
-        if stored.lossy:
+        if stored.lossy and not self.casts:
             return QuantisingCopier(self.copier or CpuCopier())
         return self.copier
 

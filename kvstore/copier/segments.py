@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.blocks.spec import Group, Opaque, Part, plane_strides
+from kvstore.codecs.quantized import Section, sections_in
 from kvstore.copier.base import Copy, PagedMemory
 
 T = TypeVar("T")
@@ -52,6 +53,17 @@ class Segments:
         """The rows of layers `first` to `last`."""
         each = len(self.rows) // self.layers
         return self.rows[first * each : last * each]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Quantised(Segments):
+    """Rows of which kernels make groups of numbers: one for each plane of each layer.
+
+    A row is as above, but for the slot: where the first head's section is, bytes of each, 0, 0.
+    """
+
+    sections: tuple[Section, ...]
+    block_tokens: int
 
 
 class Loop(NamedTuple):
@@ -110,6 +122,29 @@ def segments_of(memory: PagedMemory, stored: Part, block_tokens: int) -> Segment
     if stored.group.elem_size == group.elem_size:
         table = _join_planes(table, group)
     return Segments(table, memory.page_tokens, group.elem_size, group.layers)
+
+
+def quantised_segments(memory: PagedMemory, stored: Part, block_tokens: int) -> Quantised:
+    """The same for objects of numbers in few bits.
+
+    Raises:
+        SpecError: no such objects.
+    """
+    group, sections = memory.part.group, sections_in(stored, block_tokens)
+    each = stored.nbytes(block_tokens) // group.layers
+    rows = [
+        (
+            p.address, p.page, p.token, p.head, p.channel,
+            n // len(sections) * each + sections[n % len(sections)].begins,
+            sections[n % len(sections)].nbytes, 0, 0,
+            group.heads, group.channels[n % len(sections)],
+        )
+        for n, p in enumerate(memory.planes)
+    ]  # fmt: skip
+    table = np.array(rows, dtype=np.int64)
+    return Quantised(
+        table, memory.page_tokens, group.elem_size, group.layers, sections, block_tokens
+    )
 
 
 def _join_planes(table: NDArray[np.int64], group: Group) -> NDArray[np.int64]:

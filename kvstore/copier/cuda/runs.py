@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kvstore.blocks.spec import Part
 from kvstore.copier.base import PagedMemory
 from kvstore.copier.cuda.tiles import Cast
-from kvstore.copier.segments import Segments, loops_of, segments_of
+from kvstore.copier.segments import Segments, loops_of, quantised_segments, segments_of
 
 
 class Copies(NamedTuple):
@@ -132,7 +132,8 @@ def _row_runs(row: list[int], segments: Segments, pages: int) -> tuple[NDArray[n
 class CopyPlan:
     """Runs for DMA, segments for kernels; `cast` names the types that kernels turn, if any.
 
-    With `cast` only kernels will do; of `runs` the sizes and places in the slots still hold.
+    With `cast` (its second is "codes" where numbers are quantised) only kernels will do; of `runs`
+    the sizes and places in the slots still hold.
     """
 
     runs: Runs
@@ -142,6 +143,12 @@ class CopyPlan:
 
 def copy_plan(memory: PagedMemory, stored: Part, block_tokens: int) -> CopyPlan:
     """The plan for objects of `stored`, each of `block_tokens` tokens."""
+    if stored.lossy:
+        turned = quantised_segments(memory, stored, block_tokens)
+        layers = memory.planes[:: len(turned.sections)]
+        whole = replace(memory, part=stored, page_tokens=block_tokens, planes=layers)
+        runs = Runs(segments_of(whole, stored, block_tokens), 1)
+        return CopyPlan(runs, turned, (memory.part.group.dtype, "codes"))
     pages = block_tokens // memory.page_tokens
     segments = segments_of(memory, stored, block_tokens)
     own, other = memory.part.group.dtype, stored.group.dtype

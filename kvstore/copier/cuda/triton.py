@@ -19,13 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.copier.cuda.tiles import NUMBERS, PAGES, SLOTS, Cast, KernelCopy, Tiling, tile
-from kvstore.copier.segments import Segments
+from kvstore.copier.segments import Quantised, Segments
 from kvstore.errors import SpecError, StoreUnavailable
 
 try:
     import torch
     import triton
     import triton.language as tl
+
+    from kvstore.copier.cuda.numbers import group_constants, narrow, turn_groups, widen
 except ImportError as error:
     raise StoreUnavailable(
         f"copies by kernels need torch and triton ({error}): install both"
@@ -55,53 +57,6 @@ def _pointers(
     else:
         offsets = (b * b_stride)[:, None] + (c * c_stride)[None, :]
         return (base + offsets).to(tl.pointer_type(WORD))
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _widen(x: tl.tensor, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr) -> tl.tensor:
-    """The float32 (as int32) equal to number `x` (bits in an int32)."""
-    if MANTISSA == 23:
-        return x
-    else:
-        rest = x & ((1 << (EXPONENT + MANTISSA)) - 1)
-        sign = (x >> (EXPONENT + MANTISSA)) << 31
-        wide = rest << (23 - MANTISSA)
-        if EXPONENT < 8:
-            bias: tl.constexpr = 128 - (1 << (EXPONENT - 1))
-            tiny = rest.to(tl.float32) * (2.0 ** (bias - 126 - MANTISSA))
-            value = wide + (bias << 23)
-            value = tl.where(rest < (1 << MANTISSA), tiny.to(tl.int32, bitcast=True), value)
-            if EXPONENT == 4:
-                wide = tl.where(rest == 0x7F, 0x7FC00000, value)
-            else:
-                wide = tl.where(rest >= (31 << MANTISSA), wide | 0x7F800000, value)
-        return wide | sign
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _narrow(x: tl.tensor, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr) -> tl.tensor:
-    """Float32 `x` (as int32) rounded to the nearest number, ties to even; bits in an int32."""
-    if MANTISSA == 23:
-        return x
-    else:
-        drop: tl.constexpr = 23 - MANTISSA
-        bias: tl.constexpr = 128 - (1 << (EXPONENT - 1))
-        size = x & 0x7FFFFFFF
-        code = size - (bias << 23)
-        code = (code + ((1 << (drop - 1)) - 1) + ((code >> drop) & 1)) >> drop
-        if EXPONENT < 8:
-            # Below the smallest normal number: shift further; by 25 bits nothing is left.
-            shift = tl.minimum(tl.maximum(bias + 1 + drop - (size >> 23), 1), 25)
-            tiny = (size & 0x7FFFFF) | 0x800000
-            tiny = (tiny + ((1 << (shift - 1)) - 1) + ((tiny >> shift) & 1)) >> shift
-            code = tl.where(size < ((bias + 1) << 23), tiny, code)
-        if EXPONENT == 4:  # has no infinity
-            code = tl.where(size > 0x7F800000, 0x7F, tl.minimum(code, 0x7E))
-        else:
-            infinity: tl.constexpr = ((1 << EXPONENT) - 1) << MANTISSA
-            nan: tl.constexpr = infinity | (3 if MANTISSA == 2 else 1 << (MANTISSA - 1))
-            code = tl.where(size > 0x7F800000, nan, tl.minimum(code, infinity))
-        return code | ((x >> 31) << (EXPONENT + MANTISSA))
 
 
 @triton.jit(  # type: ignore[untyped-decorator]
@@ -159,8 +114,8 @@ def copy_rows(
         else:
             words = tl.load(slot_at, mask)
         if CAST:
-            numbers = _widen(words.to(tl.int32), FROM_EXPONENT, FROM_MANTISSA)
-            numbers = _narrow(numbers, TO_EXPONENT, TO_MANTISSA)
+            numbers = widen(words.to(tl.int32), FROM_EXPONENT, FROM_MANTISSA)
+            numbers = narrow(numbers, TO_EXPONENT, TO_MANTISSA)
             if TO_SLOTS:
                 words = numbers.to(SLOT_WORD)
             else:
@@ -172,10 +127,16 @@ def copy_rows(
 
 
 class _Plan(NamedTuple):
-    """A table on the device, and what else a launch needs."""
+    """A kernel, its table on the device, and what else a launch needs.
 
+    `numbers` of (pages, first layer, last layer) are further arguments; of a block, so many
+    programs as `programs` says of the same.
+    """
+
+    kernel: Any
     table: Any
-    tiles: tuple[int, int, int]
+    programs: Callable[[int, int, int], int]
+    numbers: Callable[[int, int, int], tuple[int, ...]]
     constants: dict[str, Any]
 
 
@@ -202,6 +163,40 @@ def constants_of(tiling: Tiling, to_slots: bool, cast: Cast | None) -> dict[str,
         "TO_EXPONENT": target[0],
         "TO_MANTISSA": target[1],
     }
+
+
+def _row_plan(segments: Segments, tiling: Tiling, table: Any, constants: dict[str, Any]) -> _Plan:
+    each = len(segments.rows) // segments.layers
+
+    def programs(pages: int, first: int, last: int) -> int:
+        return (last - first) * each * pages * math.prod(tiling.tiles)
+
+    def numbers(pages: int, first: int, last: int) -> tuple[int, ...]:
+        return first * each, (last - first) * each, *tiling.tiles
+
+    return _Plan(copy_rows, table, programs, numbers, constants)
+
+
+def _group_plan(segments: Quantised, plane: int, table: Any, to_slots: bool, source: str) -> _Plan:
+    """Of one plane."""
+    constants = group_constants(segments, plane)
+    planes, heads = len(segments.sections), int(segments.rows[plane, 9])
+    tiles = -(-segments.sections[plane].groups // int(constants["G"]))
+    exponent, mantissa = NUMBERS[source]
+    constants |= {
+        "TO_SLOTS": to_slots,
+        "WORD": _WORDS[segments.elem_size],
+        "EXPONENT": exponent,
+        "MANTISSA": mantissa,
+    }
+
+    def programs(pages: int, first: int, last: int) -> int:
+        return (last - first) * heads * tiles
+
+    def numbers(pages: int, first: int, last: int) -> tuple[int, ...]:
+        return first * planes + plane, last - first, planes, heads, tiles
+
+    return _Plan(turn_groups, table, programs, numbers, constants)
 
 
 class Ring:
@@ -265,7 +260,7 @@ class TritonKernels:
             )
         self._device = device
         self._lock = threading.Lock() if device is not None else _interpreter
-        self._plans: WeakKeyDictionary[Segments, dict[tuple[bool, Cast | None, int], _Plan]]
+        self._plans: WeakKeyDictionary[Segments, dict[tuple[bool, Cast | None, int], list[_Plan]]]
         self._plans = WeakKeyDictionary()
         with _device_errors():
             self._ring = Ring(ring_words, torch.cuda.Event)
@@ -284,49 +279,56 @@ class TritonKernels:
         if not 0 <= copy.first <= copy.last <= segments.layers:
             raise SpecError(f"no layers {copy.first} to {copy.last} among {segments.layers}")
         blocks, pages = page_ids.shape
-        each = len(segments.rows) // segments.layers
-        first_row, rows = copy.first * each, (copy.last - copy.first) * each
-        if not blocks or not pages or not rows:
+        if not blocks or not pages or copy.first == copy.last:
             return
         if copy.to_slots and int(page_ids.min()) < 0:
             raise SpecError("only loads can leave pages out; saves need every page id")
         cast = None if copy.cast is None or copy.cast[0] == copy.cast[1] else copy.cast
         slot_align = math.gcd(16, int(np.bitwise_or.reduce(slots)))
         with self._lock, _device_errors():
-            plan = self._plan(segments, copy.to_slots, cast, slot_align)
-            # A launch has at most 2**31 - 1 programs, and its words fit in the ring.
-            programs = rows * pages * math.prod(plan.tiles)
-            step = min(self._ring.words // (1 + pages), (2**31 - 1) // programs)
-            if not step:
-                raise SpecError(f"a block of {pages} pages is too large for one launch")
-            for start in range(0, blocks, step):
-                some = slice(start, start + step)
-                self._launch(plan, first_row, rows, page_ids[some], slots[some], stream)
+            shape = pages, copy.first, copy.last
+            for plan in self._plans_of(segments, copy.to_slots, cast, slot_align):
+                # A launch has at most 2**31 - 1 programs, and its words fit in the ring.
+                step = min(self._ring.words // (1 + pages), (2**31 - 1) // plan.programs(*shape))
+                if not step:
+                    raise SpecError(f"a block of {pages} pages is too large for one launch")
+                for start in range(0, blocks, step):
+                    some = slice(start, start + step)
+                    self._launch(plan, shape, page_ids[some], slots[some], stream)
 
     def close(self) -> None:
         """Wait for all copies. Before this the object must not be dropped."""
         with self._lock, _device_errors():
             self._ring.drain()
 
-    def _plan(
+    def _plans_of(
         self, segments: Segments, to_slots: bool, cast: Cast | None, slot_align: int
-    ) -> _Plan:
+    ) -> list[_Plan]:
         plans, key = self._plans.setdefault(segments, {}), (to_slots, cast, slot_align)
         if key not in plans:
-            tiling = tile(segments, cast, slot_align)
-            table = torch.from_numpy(tiling.table)
-            if self._device is not None:
-                with torch.cuda.stream(self._uploads):
-                    table = table.to(self._on_device.device)
-                self._uploads.synchronize()
-            plans[key] = _Plan(table, tiling.tiles, constants_of(tiling, to_slots, cast))
+            if isinstance(segments, Quantised):
+                assert cast is not None
+                table = self._table(segments.rows)
+                planes = range(len(segments.sections))
+                plans[key] = [_group_plan(segments, n, table, to_slots, cast[0]) for n in planes]
+            else:
+                tiling = tile(segments, cast, slot_align)
+                constants = constants_of(tiling, to_slots, cast)
+                plans[key] = [_row_plan(segments, tiling, self._table(tiling.table), constants)]
         return plans[key]
+
+    def _table(self, rows: NDArray[np.int64]) -> Any:
+        table = torch.from_numpy(rows)
+        if self._device is not None:
+            with torch.cuda.stream(self._uploads):
+                table = table.to(self._on_device.device)
+            self._uploads.synchronize()
+        return table
 
     def _launch(
         self,
         plan: _Plan,
-        first_row: int,
-        rows: int,
+        shape: tuple[int, int, int],
         page_ids: NDArray[np.int64],
         slots: NDArray[np.uint64],
         stream: int,
@@ -336,17 +338,17 @@ class TritonKernels:
         at = self._ring.take(words)
         self._words[at : at + blocks] = slots.view(np.int64)
         self._words[at + blocks : at + words] = page_ids.reshape(-1)
-        grid = (blocks * rows * pages * math.prod(plan.tiles),)
-        numbers = (at, blocks, pages, first_row, rows, *plan.tiles)
+        grid = (blocks * plan.programs(*shape),)
+        numbers = (at, blocks, pages, *plan.numbers(*shape))
         if self._device is None:
-            copy_rows[grid](plan.table, self._on_device, *numbers, **plan.constants)
+            plan.kernel[grid](plan.table, self._on_device, *numbers, **plan.constants)
             return
         external = torch.cuda.ExternalStream(stream, self._device)
         with torch.cuda.stream(external):
             try:
                 piece = slice(at, at + words)
                 self._on_device[piece].copy_(self._pinned[piece], non_blocking=True)
-                copy_rows[grid](
+                plan.kernel[grid](
                     plan.table, self._on_device, *numbers, **plan.constants, num_warps=_WARPS
                 )
             finally:
