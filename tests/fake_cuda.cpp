@@ -236,9 +236,6 @@ int cuMemcpyHtoDAsync(Address dst, Address src, std::size_t size, void* stream) 
 int cuMemcpyDtoHAsync(Address dst, Address src, std::size_t size, void* stream) {
   return plain(dst, src, size, stream, false, true);
 }
-int cuMemcpyDtoDAsync(Address dst, Address src, std::size_t size, void* stream) {
-  return plain(dst, src, size, stream, true, true);
-}
 
 struct Copy {
   Address dst, src;
@@ -312,7 +309,7 @@ const std::map<std::string, Entry> g_entries = {
     ENTRY(cuMemAlloc, 3020), ENTRY(cuMemFree, 3020), ENTRY(cuMemHostRegister, 6050),
     ENTRY(cuMemHostUnregister, 4000), ENTRY(cuMemHostGetDevicePointer, 3020),
     ENTRY(cuMemcpyHtoDAsync, 3020), ENTRY(cuMemcpyDtoHAsync, 3020),
-    ENTRY(cuMemcpyDtoDAsync, 3020), ENTRY(cuMemcpyBatchAsync, 12080),
+    ENTRY(cuMemcpyBatchAsync, 12080),
 };
 
 }  // namespace

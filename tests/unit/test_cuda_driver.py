@@ -81,10 +81,11 @@ def test_copies_go_both_ways(cuda: FakeCuda, version: int) -> None:
             driver.register(array.ctypes.data, array.nbytes)
 
         def copy(order: SourceOrder, way: Direction, to: Any, source: Any) -> None:
+            moves = addresses(to), addresses(source), sizes(100)
             if driver.batches:
-                driver.copy_batch(order, addresses(to), addresses(source), sizes(100), stream)
+                driver.copy_batch(order, moves, stream)
             else:
-                driver.copy_each(way, addresses(to), addresses(source), sizes(100), stream)
+                driver.copy_each(way, moves, stream)
 
         copy(SourceOrder.STREAM, Direction.TO_HOST, here, there)
         device.finish(stream)
@@ -92,13 +93,9 @@ def test_copies_go_both_ways(cuda: FakeCuda, version: int) -> None:
         copy(SourceOrder.ANY, Direction.TO_DEVICE, back, here)
         device.finish(stream)
         assert np.array_equal(back, there)
-        there[:] = 0
-        driver.copy_each(Direction.ON_DEVICE, addresses(there), addresses(back), sizes(100), stream)
-        device.finish(stream)
-        assert np.array_equal(back, there)
         driver.unregister(here.ctypes.data, here.nbytes)
     counts = cuda.counts()
-    assert (counts.batches, counts.plain) == ((2, 100) if driver.batches else (0, 300))
+    assert (counts.batches, counts.plain) == ((2, 0) if driver.batches else (0, 200))
 
 
 def test_batches_are_cut(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,9 +106,8 @@ def test_batches_are_cut(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Non
     with device.current():
         stream = device.stream()
         cuda.driver.register(here.ctypes.data, here.nbytes)
-        cuda.driver.copy_batch(
-            SourceOrder.STREAM, addresses(here), addresses(there), sizes(100), stream
-        )
+        moves = addresses(here), addresses(there), sizes(100)
+        cuda.driver.copy_batch(SourceOrder.STREAM, moves, stream)
         device.finish(stream)
         cuda.driver.unregister(here.ctypes.data, here.nbytes)
     assert np.array_equal(here, there)
@@ -125,15 +121,15 @@ def test_what_a_batch_refuses_is_told_with_its_number(cuda: FakeCuda) -> None:
     with device.current():
         stream = device.stream()
         cuda.driver.register(here.ctypes.data, here.nbytes // 2)
-        arguments = addresses(here), addresses(there), sizes(10)
+        moves = to, source, nbytes = addresses(here), addresses(there), sizes(10)
         with pytest.raises(DeviceUnavailable, match=r"10 copies, copy 5 .*CUDA_ERROR_INVALID_VAL"):
-            cuda.driver.copy_batch(SourceOrder.STREAM, *arguments, stream)
+            cuda.driver.copy_batch(SourceOrder.STREAM, moves, stream)
         with pytest.raises(DeviceUnavailable, match="CUDA_ERROR_INVALID_VALUE"):
-            cuda.driver.copy_batch(SourceOrder.STREAM, *(a[:5] for a in arguments), 0)
+            cuda.driver.copy_batch(SourceOrder.STREAM, (to[:5], source[:5], nbytes[:5]), 0)
         with pytest.raises(DeviceUnavailable, match=r"cuMemcpyDtoHAsync, copy 0 of 10 failed"):
-            cuda.driver.copy_each(Direction.TO_HOST, *arguments, 12345)
+            cuda.driver.copy_each(Direction.TO_HOST, moves, 12345)
         with pytest.raises(ValueError, match="must be contiguous and of the same length"):
-            cuda.driver.copy_batch(SourceOrder.STREAM, *(a[:5:2] for a in arguments), stream)
+            cuda.driver.copy_batch(SourceOrder.STREAM, (to[::2], source[::2], nbytes[::2]), stream)
         device.finish(stream)
         cuda.driver.unregister(here.ctypes.data, here.nbytes // 2)
     assert not here.any()

@@ -52,7 +52,6 @@ _FUNCTIONS: Final[dict[str, tuple[Any, ...]]] = {
     "cuMemHostGetDevicePointer": (POINTER(c_uint64), c_void_p, c_uint),
     "cuMemcpyHtoDAsync": (c_uint64, c_void_p, c_size_t, c_void_p),
     "cuMemcpyDtoHAsync": (c_void_p, c_uint64, c_size_t, c_void_p),
-    "cuMemcpyDtoDAsync": (c_uint64, c_uint64, c_size_t, c_void_p),
 }
 """Names without version, which cuGetProcAddress adds, and arguments."""
 
@@ -73,6 +72,10 @@ _BATCH_ARGUMENTS: Final = (
 )
 
 
+Moves = tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]
+"""Where copies go and come from (addresses), and their bytes: each (N,), contiguous."""
+
+
 class SourceOrder(enum.IntEnum):
     """``CUmemcpySrcAccessOrder``: when the source of a copy may be read."""
 
@@ -85,7 +88,6 @@ class Direction(enum.Enum):
 
     TO_DEVICE = "cuMemcpyHtoDAsync"
     TO_HOST = "cuMemcpyDtoHAsync"
-    ON_DEVICE = "cuMemcpyDtoDAsync"
 
 
 class Driver:
@@ -194,19 +196,12 @@ class Driver:
                 del self._registered[address, nbytes]
                 self.call("cuMemHostUnregister", address)
 
-    def copy_batch(
-        self,
-        order: SourceOrder,
-        dst: NDArray[np.uint64],
-        src: NDArray[np.uint64],
-        sizes: NDArray[np.uint64],
-        stream: int,
-    ) -> None:
+    def copy_batch(self, order: SourceOrder, moves: Moves, stream: int) -> None:
         """Enqueue copies between a device and pinned memory, in no order among themselves.
 
-        `dst`, `src` (addresses) and `sizes` (bytes) have shape (N,) and are contiguous. `stream`
-        is one of ours: the legacy default stream is refused by the driver.
+        `stream` is one of ours: the legacy default stream is refused by the driver.
         """
+        dst, src, sizes = moves
         attributes = _Attributes(order)
         first, refused = c_size_t(0), c_size_t(0)
         if not all(a.flags.c_contiguous and len(a) == len(dst) for a in (dst, src, sizes)):
@@ -222,15 +217,8 @@ class Driver:
             which = f", copy {begin + refused.value}" if refused.value < count else ""
             self.check(status, f"cuMemcpyBatchAsync of {len(dst)} copies{which}")
 
-    def copy_each(
-        self,
-        direction: Direction,
-        dst: NDArray[np.uint64],
-        src: NDArray[np.uint64],
-        sizes: NDArray[np.uint64],
-        stream: int,
-    ) -> None:
+    def copy_each(self, direction: Direction, moves: Moves, stream: int) -> None:
         """Enqueue copies one by one; memory of the host need not be pinned. See `copy_batch`."""
         function = ctypes.cast(self._functions[direction.value], c_void_p).value or 0
-        done, status = _native.call_copies(function, dst, src, sizes, stream)
-        self.check(status, f"{direction.value}, copy {done} of {len(dst)}")
+        done, status = _native.call_copies(function, *moves, stream)
+        self.check(status, f"{direction.value}, copy {done} of {len(moves[0])}")

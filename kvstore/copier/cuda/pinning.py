@@ -144,15 +144,15 @@ class PinnedMemory:
 
     def _enqueue(self, to_slots: bool, pinned: bool, copies: Copies, stream: int) -> None:
         device, host, nbytes = copies
-        dst, src = (host, device) if to_slots else (device, host)
+        moves = (host, device, nbytes) if to_slots else (device, host, nbytes)
         driver = self._device.driver
         if pinned and driver.batches:
             # Slots do not change while they are loaded, so they may be read at any time.
             order = SourceOrder.STREAM if to_slots else SourceOrder.ANY
-            driver.copy_batch(order, dst, src, nbytes, stream)
+            driver.copy_batch(order, moves, stream)
         else:
             direction = Direction.TO_HOST if to_slots else Direction.TO_DEVICE
-            driver.copy_each(direction, dst, src, nbytes, stream)
+            driver.copy_each(direction, moves, stream)
 
     def _cut(self, copies: Copies) -> tuple[Copies, NDArray[np.bool_]]:
         """Copies so cut that none leaves or enters a piece, and which of them are pinned."""
