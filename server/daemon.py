@@ -11,7 +11,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -122,11 +121,8 @@ class Daemon:
                 arena = self._arena = await asyncio.to_thread(
                     make_arena, self._config, self._touched, private=self._embedded
                 )
-                to_loop = partial(post, self._loop)
                 pool = await asyncio.to_thread(open_pool, self._config, arena)
-                store = await asyncio.to_thread(
-                    open_store, self._config, arena, to_loop, self._loop.call_later, pool
-                )
+                store = await asyncio.to_thread(open_store, self._config, arena, self._loop, pool)
                 node = self._node = Node(
                     self._config, store, access, self._steps, self.stop, pool, self._left
                 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from kvstore.config import PEERS, Config
 from kvstore.memory.arena import Arena
 from kvstore.sections import TierConfig
+from kvstore.server.loop import post
 from kvstore.store.admission import Admission
 from kvstore.store.opening import Below, OpenTier
 from kvstore.store.store import Store
@@ -46,15 +49,11 @@ def make_arena(config: Config, progress: Callable[[int, int], None], *, private:
 
 
 def open_store(
-    config: Config,
-    arena: Arena,
-    post: Callable[[Callable[[], None]], None],
-    later: Callable[[float, Callable[[], None]], object],
-    pool: Pool | None = None,
+    config: Config, arena: Arena, loop: asyncio.AbstractEventLoop, pool: Pool | None
 ) -> Store:
     """The store, with what its tiers hold, and peers if there is a `pool` of them. Takes long.
 
-    `post` has a task done on the loop, and so does `later`, on the loop, in so many seconds.
+    It works on the loop, and is called elsewhere.
 
     Raises:
         ConfigError: a kind of tier is not known.
@@ -62,13 +61,13 @@ def open_store(
     memory = config.memory
     store = Store(
         arena,
-        post,
+        partial(post, loop),
         chunk=min(memory.chunk, arena.size),  # A private arena may be smaller than configured.
         policy=memory.policy,
         lease_seconds=config.lease_seconds,
         below=tiers_below(config, direct=arena.huge, pool=pool),
         max_pinned=memory.max_pinned,
-        later=later,
+        later=loop.call_later,
     )
     rules = config.admission
     store.admission = Admission(rules.memory, config.write_rules, rules.denied_tenants)
