@@ -111,50 +111,91 @@ def _turn(copy: Copy, raw: torch.Tensor, data: torch.Tensor) -> None:
 def encode(
     section: Section, numbers: torch.Tensor, salience: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Sections (…, bytes) of what is (…, tokens, channels) in float32.
+    """Sections (…, bytes) of what is (…, tokens, channels) in float32, and is not left as it was.
 
     `salience` (…, tokens), how much tokens matter, is for schemes that ask for it: none so far.
     """
-    x = numbers.nan_to_num(0.0, LARGEST, -LARGEST).clamp_(-LARGEST, LARGEST)
-    x = x.transpose(-1, -2) if section.by_token else x
-    x = x.reshape(*x.shape[:-2], section.groups, section.group)
-    (low, high), minima = section.range, []
+    x = numbers.nan_to_num_(0.0, LARGEST, -LARGEST).clamp_(-LARGEST, LARGEST)
+    axis = -2 if section.by_token else -1
+    x = x.unflatten(axis, (-1, section.group))
+    (low, high), sides = section.range, []
     if section.minimum:
-        minima = [x.amin(-1).half()]
-        x = x - minima[0].float()[..., None]
-    most = x.amax(-1) if section.minimum else x.abs().amax(-1)
+        least = x.amin(axis, keepdim=True).half()
+        x -= least.float()
+        sides.append(least)
+        most = x.amax(axis, keepdim=True)
+    else:
+        most = torch.maximum(x.amax(axis, keepdim=True), -x.amin(axis, keepdim=True))
     scales = (most / high).clamp_(SMALLEST, LARGEST).half()
-    codes = (x / scales.float()[..., None]).round_().clamp_(low, high).to(torch.int64)
-    many, nbytes = section.together
-    codes = (codes & ((1 << section.bits) - 1)).reshape(*codes.shape[:-2], -1, many)
-    words = sum(codes[..., i] << (section.bits * i) for i in range(many))
-    assert isinstance(words, torch.Tensor)
-    packed = torch.stack([words >> (8 * i) & 255 for i in range(nbytes)], dim=-1)
-    parts = [piece.view(torch.uint8) for piece in (scales, *minima)]
-    parts.append(packed.to(torch.uint8).flatten(-2))
+    x /= scales.float()
+    codes = x.round_().clamp_(low, high).to(torch.int8).view(torch.uint8)
+    parts = [_by_group(section, side).view(torch.uint8) for side in (scales, *sides)]
+    parts.append(_pack(section, _by_group(section, codes)))
     rest = section.nbytes - sum(part.shape[-1] for part in parts)
-    return torch.cat([*parts, parts[0].new_zeros((*parts[0].shape[:-1], rest))], dim=-1)
+    return torch.cat([*parts, codes.new_zeros((*parts[0].shape[:-1], rest))], dim=-1)
 
 
 def decode(section: Section, data: torch.Tensor, tokens: int) -> torch.Tensor:
     """The reverse: (…, tokens, channels) in float32. Whatever the bytes are, they give numbers."""
-    lead, groups, group = data.shape[:-1], section.groups, section.group
-    many, nbytes = section.together
+    groups, group = section.groups, section.group
     end = section.codes + groups * group * section.bits // 8
-    packed = data[..., section.codes : end].to(torch.int64).reshape(*lead, -1, nbytes)
-    words = sum(packed[..., i] << (8 * i) for i in range(nbytes))
-    assert isinstance(words, torch.Tensor)
-    mask = (1 << section.bits) - 1
-    codes = torch.stack([words >> (section.bits * i) & mask for i in range(many)], dim=-1)
+    codes = _unpack(section, data[..., section.codes : end])
     if not section.minimum:
-        sign = 1 << (section.bits - 1)
-        codes = (codes ^ sign) - sign
+        codes = codes.view(torch.int8)
     head = data[..., : section.codes].contiguous().view(torch.float16).float()
-    x = codes.reshape(*lead, groups, group).float() * head[..., :groups, None]
+    x = _in_place(section, codes, tokens, group).float()
+    x *= _in_place(section, head[..., :groups], tokens, 1)
     if section.minimum:
-        x += head[..., groups:, None]
-    x = x.nan_to_num_(0.0, LARGEST, -LARGEST).clamp_(-LARGEST, LARGEST)
-    width = groups * group // tokens
+        x += _in_place(section, head[..., groups:], tokens, 1)
+    x = x.flatten(-3, -2) if section.by_token else x.flatten(-2)
+    return x.nan_to_num_(0.0, LARGEST, -LARGEST).clamp_(-LARGEST, LARGEST)
+
+
+def _by_group(section: Section, x: torch.Tensor) -> torch.Tensor:
+    """What is (…, runs, group, channels) or (…, tokens, runs, group), group by group, flat."""
+    return (x.movedim(-1, -3) if section.by_token else x).flatten(-3)
+
+
+def _in_place(section: Section, x: torch.Tensor, tokens: int, each: int) -> torch.Tensor:
+    """The reverse, with so many of each group."""
     if section.by_token:
-        return x.reshape(*lead, width, tokens).transpose(-1, -2)
-    return x.reshape(*lead, tokens, width)
+        return x.unflatten(-1, (-1, tokens // section.group, each)).movedim(-3, -1)
+    return x.unflatten(-1, (tokens, -1, each))
+
+
+def _pack(section: Section, codes: torch.Tensor) -> torch.Tensor:
+    """Bytes of codes, which are in a byte each."""
+    many, nbytes = section.together
+    if many == 1:
+        return codes
+    codes, bits = codes.unflatten(-1, (-1, many)), section.bits
+    packed = codes.new_zeros((*codes.shape[:-1], nbytes))
+    for i, k in _overlaps(section):
+        apart = k * bits - 8 * i
+        one = codes[..., k]
+        packed[..., i] |= one << apart if apart >= 0 else one >> -apart
+    return packed.flatten(-2)
+
+
+def _unpack(section: Section, packed: torch.Tensor) -> torch.Tensor:
+    many, nbytes = section.together
+    if many == 1:
+        return packed.contiguous()
+    packed, bits = packed.unflatten(-1, (-1, nbytes)), section.bits
+    codes = packed.new_zeros((*packed.shape[:-1], many))
+    for i, k in _overlaps(section):
+        apart = k * bits - 8 * i
+        one = packed[..., i]
+        codes[..., k] |= one >> apart if apart >= 0 else one << -apart
+    return (codes & ((1 << bits) - 1)).flatten(-2)
+
+
+def _overlaps(section: Section) -> list[tuple[int, int]]:
+    """Which bytes, of those packed together, have bits of which codes."""
+    (many, nbytes), bits = section.together, section.bits
+    return [
+        (i, k)
+        for i in range(nbytes)
+        for k in range(many)
+        if k * bits < 8 * (i + 1) and 8 * i < (k + 1) * bits
+    ]

@@ -147,6 +147,39 @@ def test_any_number_gives_a_number(codec: str, dtype: str) -> None:
     assert torch.isfinite(loaded.numbers).all()
 
 
+@pytest.mark.parametrize("codec", SCHEMES)
+def test_objects_read_as_their_format_says(codec: str) -> None:
+    """docs/formats.md, followed by hand for one head of the second layer."""
+    pages = Pages(Group(2, 2, (16, 64), "float32"))
+    chance = torch.Generator().manual_seed(2)
+    pages.numbers.copy_(torch.randn(pages.numbers.shape, generator=chance))
+    part = quantised(pages.memory.part, codec, BLOCK)
+    slots, at = room(part)
+    copy_out(COPIER, pages.memory, IDS, at, BLOCK, stored=part)
+    loaded = Pages(pages.group)
+    copy_in(COPIER, loaded.memory, IDS, at, BLOCK, stored=part)
+    page = slots[1].reshape(2, -1)[1]
+    bits = {"i8": (8, 8), "i6": (6, 6), "i4g32": (5, 4)}[codec]
+    groups = 16, 128 if codec == "i4g32" else 64
+    for plane, width in enumerate((16, 64)):
+        count, scales = BLOCK * width, 2 * groups[plane]
+        codes = scales * (1 if codec == "i8" else 2)
+        size = -(-(codes + count * bits[plane] // 8) // 16) * 16
+        sections, page = page[: 2 * size].reshape(2, size), page[2 * size :]
+        one = sections[1]
+        stream = np.unpackbits(one[codes : codes + count * bits[plane] // 8], bitorder="little")
+        weights = 1 << np.arange(bits[plane])
+        x = (stream.reshape(count, -1) * weights).sum(-1).astype(np.float32)
+        if codec == "i8":
+            x = np.where(x > 127, x - 256, x)
+        x = x.reshape(groups[plane], -1) * one[:scales].view(np.float16)[:, None].astype(np.float32)
+        if codec != "i8":
+            x += one[scales : 2 * scales].view(np.float16)[:, None].astype(np.float32)
+        x = x.reshape(width, BLOCK).T if plane == 0 else x.reshape(BLOCK, width)
+        assert np.array_equal(x, loaded.blocks()[plane][1, 1, :, 1].numpy())
+    assert not len(page)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     group = Group(1, 1, (32, 32), "bfloat16")
     pages = Pages(group)
