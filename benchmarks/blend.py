@@ -29,6 +29,10 @@ WAYS: Final = (
     ("none", 0.0), ("first", 0.1), ("first", 0.2), ("deviation", 0.2), ("question", 0.1),
     ("question", 0.2), ("question", 0.3), ("question", 0.5),
 )  # fmt: skip
+USUAL: Final = ("question", 0.2)
+_MOST: Final = 0.03
+_SAME: Final = 0.95
+"""Mean divergence and share of equal likeliest tokens that are good enough, of the usual way."""
 CONTINUED: Final = 32
 """Tokens after a prompt of which the divergence is told."""
 
@@ -113,8 +117,11 @@ class Exact:
         return told
 
 
-def run(report: Report, folder: Path, *, quick: bool) -> None:
-    """All ways to choose rows, on all prompts (quick: on two)."""
+def run(report: Report, folder: Path, *, quick: bool) -> list[str]:
+    """All ways to choose rows, on all prompts (quick: on two).
+
+    Returns why this model's pieces had better not be reused.
+    """
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     asked = list(prompts(transformers.AutoTokenizer.from_pretrained(folder)))[
@@ -154,6 +161,14 @@ def run(report: Report, folder: Path, *, quick: bool) -> None:
         report.duration(
             f"{name}: first token", seconds, limit, unit="ms", tokens=tokens, against=against
         )
+    usual = _quality(taken[USUAL])
+    problems = []
+    if not usual["KL"] <= _MOST:
+        problems.append(f"the mean KL is {usual['KL']:.3g}; up to {_MOST} is good enough")
+    if not usual["same likeliest token"] >= _SAME:
+        same = usual["same likeliest token"]
+        problems.append(f"{same:.1%} of the likeliest tokens are the same; {_SAME:.0%} would do")
+    return problems
 
 
 def _quality(outcomes: Sequence[Outcome]) -> dict[str, float]:

@@ -199,7 +199,7 @@ def _encode(model: Any) -> Callable[[str], list[int]] | None:
     try:
         place = str(model.config.name_or_path)
         encode: Callable[[str], list[int]] = AutoTokenizer.from_pretrained(
-            place, local_files_only=True
+            place, local_files_only=True, trust_remote_code=False
         ).encode
     except Exception as e:  # noqa: BLE001 - a library's many errors; the filler does without
         _log.info("pieces are computed behind scattered tokens; there is no tokenizer: %s", e)

@@ -37,9 +37,14 @@ def ids(tokens: Any = PROMPT) -> Any:
     return torch.from_numpy(np.asarray(tokens))[None]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    """Several wait for each other by spinning, which takes ages where others work as well."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
-    torch.set_num_threads(1)
     return llama(**ROOM)
 
 
@@ -326,7 +331,7 @@ def test_answers_stay_close_to_the_exact_ones(model_folder: Path, shared_store: 
     kl = {share: one.kl.mean() for share, one in found.items()}
     assert found[1.0].kl.max() < 1e-4
     assert found[1.0].same.all()
-    # Figures of more and longer prompts are in docs/recompute.md.
+    # One prompt, and a short one: it shows what recompute does, not how good answers are on the
+    # whole. That `kvstore bench blend` tells, with bounds, and docs/recompute.md.
     assert kl[0.5] < 0.02 < kl[0.0] < 0.1
     assert kl[0.5] < 0.7 * kl[0.2] < 0.7 * 0.7 * kl[0.0]
-    assert found[0.2].same.mean() > 0.9
