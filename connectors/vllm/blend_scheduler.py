@@ -227,13 +227,14 @@ class BlendScheduler:
         tokens, tenant = request.prompt_token_ids, tracked.namespace.tenant
         namespace = Namespace(self._namespace.model, tenant, self._namespace.block_tokens)
         if blending.allocated:
-            blending.allocated, blending.number = False, next(self._numbers)
+            self._promised.pop(blending.number, None)
+            pieces = blending.send(next(self._numbers))
             self._promised[blending.number] = blending
             known = min(computed, len(tokens))
             reuse, timeout = blending.reuse, _PATIENCE + 4 * blending.seconds
             job = Blend(
                 blending.number, namespace, page_ids, tokens[:known], blending.start, blending.end,
-                blending.pieces(), reuse.selection, reuse.recompute, timeout,
+                pieces, reuse.selection, reuse.recompute, timeout,
             )  # fmt: skip
             return job, None
         if blending.reuse.piece is None or blending.registered or tracked.wishes.skip_save:

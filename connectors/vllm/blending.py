@@ -36,6 +36,9 @@ class Blending:
     allocated: bool = False
     """Its pages are there, and the next step that computes it fills them."""
     number: int = 0
+    """Of the job that workers were last given; 0: none."""
+    sent: tuple[int, int, int] = (0, 0, 0)
+    """Of that: tokens that were promised, those of them to be kept as they are, and pieces."""
     came: Blended | None = None
     registered: bool = False
 
@@ -58,18 +61,24 @@ class Blending:
         """Have it computed after all."""
         self.reason, self.allocated, self.end = self.reason or reason, False, self.start
 
-    def account(self) -> dict[str, Any]:
-        """What a response says of it.
-
-        Of an answer of one token, what was planned: it ends before the worker's word is there.
-        """
-        pieces = self.pieces() if self.number else []
-        promised = self.end - self.start if pieces else 0
+    def send(self, number: int) -> list[Piece]:
+        """What workers are to put together now, as job `number`."""
+        pieces = self.pieces()
         covered = sum(piece.end - piece.start for piece in pieces)
         share = SELECTIONS[self.reuse.selection].share
         kept = covered - round(covered * (self.reuse.recompute if share is None else share))
+        self.sent = (self.end - self.start, kept, len(pieces))
+        self.number, self.came, self.allocated = number, None, False
+        return pieces
+
+    def account(self) -> dict[str, Any]:
+        """What a response says of it; of a request that was preempted, the last time.
+
+        Of an answer of one token, what was planned: it ends before the worker's word is there.
+        """
+        promised, kept, pieces = self.sent
         if self.came is not None:
             kept = promised - self.came.rows
         reason = self.reason or (self.came.reason if self.came else "")
-        told = {"reused": kept, "recomputed": promised - kept, "pieces": len(pieces)}
+        told = {"reused": kept, "recomputed": promised - kept, "pieces": pieces}
         return told | {"missed": self.missed} | ({"reason": reason} if reason else {})

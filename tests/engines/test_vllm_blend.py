@@ -8,12 +8,16 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, Final
 
+import numpy as np
 import pytest
 
-from kvstore.blend.pieces import BASE, filler
+from kvstore.blend.pieces import BASE, Placed, filler
+from kvstore.blend.reuse import Reuse
 from kvstore.blocks.spec import Group, Opaque, Part
 from kvstore.connectors.vllm.blend_refusals import refusal
+from kvstore.connectors.vllm.blending import Blending
 from kvstore.connectors.vllm.layout import Pages
+from kvstore.connectors.vllm.messages import Blended
 from kvstore.errors import SpecError
 from tests.engines.model_tools import document, model
 from tests.engines.test_vllm_layerwise import damage
@@ -278,6 +282,21 @@ def test_what_fails_is_computed(
     if what != "run":  # vLLM computes that one itself.
         assert told["reason"] == ("checksum" if what == "lost" else "failed")
         assert told["reused"] == 0
+
+
+def test_a_preempted_request_tells_of_its_last_time() -> None:
+    """Promised anew, it may be promised less than what workers have told of."""
+    piece = Placed(64, 264, np.arange(200, dtype=np.uint32))
+    blending = Blending(Reuse(True, 0.5, "first"), placed=[(piece, [b""] * 13)], end=264)
+    blending.send(1)
+    blending.came = Blended(rows=164, reason="")
+    assert blending.account() == {"reused": 100, "recomputed": 164, "pieces": 1, "missed": 0}
+    blending.start = 128
+    assert blending.account()["recomputed"] == 164
+    blending.send(2)
+    assert blending.account() == {"reused": 68, "recomputed": 68, "pieces": 1, "missed": 0}
+    blending.drop("prefix")
+    assert blending.account()["reused"] == 68
 
 
 def fits(**changed: Any) -> tuple[Any, Pages]:
