@@ -24,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 
 from kvstore.blocks.spec import ModelIdentity, Namespace, block_tokens_for, check_block_tokens
+from kvstore.codecs.quantized import quantised
 from kvstore.connectors.common.settings import PREFIX, Settings, settings_of
 from kvstore.connectors.vllm.identity import identity_of
 from kvstore.connectors.vllm.inputs import Inputs
@@ -84,6 +85,8 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
         size = settings.block_tokens or block_tokens_for(pages.page_tokens)
         try:
             check_block_tokens(size, pages.page_tokens)
+            if settings.codec:
+                quantised(pages.parts[0], settings.codec, size)
         except SpecError as e:
             raise ConfigError(f"{PLACE}: {PREFIX}vllm.{e}") from e
         if settings.codec:
@@ -91,7 +94,6 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
                 if getattr(settings, other):
                     raise ConfigError(f"{PLACE}: set {PREFIX}vllm.codec or .{other}, not both")
             pages = replace(pages, codec=settings.codec, block_tokens=size)
-            pages.all_stored()  # says what cannot be
         _check_layerwise(settings, vllm_config)
         self._side: Any
         dtype = pages.parts[0].group.dtype

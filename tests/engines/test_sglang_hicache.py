@@ -326,6 +326,7 @@ def test_a_model_without_a_name_goes_without_the_store(
         ({"sglang.layerwise": True}, "kvstore.sglang.layerwise"),
         ({"sglang.salt_is_tenant": True}, "kvstore.sglang.salt_is_tenant"),
         ({"sglang.store_dtype": "float16"}, "kvstore.sglang.store_dtype"),
+        ({"sglang.codec": "i8"}, "kvstore.sglang.codec"),
         ({"sglang.tenants": "a"}, "tenants"),
         ({"session.lookup_timeouts": 1}, "lookup_timeouts"),
     ],

@@ -373,6 +373,21 @@ def test_the_store_may_hold_numbers_of_another_type() -> None:
     assert stored.nbytes(BLOCK) * 4 == held.nbytes(BLOCK)
 
 
+def test_the_store_may_hold_numbers_in_few_bits() -> None:
+    pages = pages_of(engine(ranks=2, heads=4), config(full()))
+    few = replace(pages, shards=4, codec="i8", block_tokens=BLOCK)
+    held, stored, _ = few.of(1)
+    assert [part.shard.index for part in stored] == [2, 3]
+    assert all(part.lossy and part.group.heads == held.group.heads // 2 for part in stored)
+    assert few.all_stored()[2:] == list(stored)
+    assert sum(part.nbytes(BLOCK) for part in stored) < held.nbytes(BLOCK) * 0.7
+    private = replace(pages_of(engine(device="cpu"), config(full())), codec="i8", block_tokens=64)
+    with pytest.raises(SpecError, match="codec i8 cannot be used: pages are packed"):
+        private.all_stored()
+    with pytest.raises(SpecError, match="'i5' is not known; use one of i8, i6, i4g32"):
+        replace(few, codec="i5").all_stored()
+
+
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "float16"), ("cuda", "int8")])
 def test_numbers_that_cannot_be_rounded_are_refused(device: str, dtype: str) -> None:
     pages = pages_of(engine(device=device), config(full()))
