@@ -109,13 +109,23 @@ class Selection(_message.Message):
     def __init__(self, namespace_id: _Optional[str] = ..., tenant: _Optional[str] = ..., prefix: _Optional[_Union[Prefix, _Mapping[str, _Any]]] = ..., tier: _Optional[str] = ..., older_than: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping[str, _Any]]] = ..., unused_for: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping[str, _Any]]] = ..., everything: bool = ...) -> None: ...
 
 class LookupRequest(_message.Message):
-    __slots__ = ("prefix",)
+    __slots__ = ("prefix", "pieces")
     PREFIX_FIELD_NUMBER: _ClassVar[int]
+    PIECES_FIELD_NUMBER: _ClassVar[int]
     prefix: Prefix
-    def __init__(self, prefix: _Optional[_Union[Prefix, _Mapping[str, _Any]]] = ...) -> None: ...
+    pieces: _containers.RepeatedCompositeFieldContainer[Piece]
+    def __init__(self, prefix: _Optional[_Union[Prefix, _Mapping[str, _Any]]] = ..., pieces: _Optional[_Iterable[_Union[Piece, _Mapping[str, _Any]]]] = ...) -> None: ...
+
+class Piece(_message.Message):
+    __slots__ = ("start", "end")
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    end: int
+    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class LookupResponse(_message.Message):
-    __slots__ = ("blocks", "tokens", "asked_blocks", "runs", "reason", "estimate", "namespace_id")
+    __slots__ = ("blocks", "tokens", "asked_blocks", "runs", "reason", "estimate", "namespace_id", "order", "order_tokens")
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     ASKED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +133,8 @@ class LookupResponse(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     ESTIMATE_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    ORDER_TOKENS_FIELD_NUMBER: _ClassVar[int]
     blocks: int
     tokens: int
     asked_blocks: int
@@ -130,7 +142,9 @@ class LookupResponse(_message.Message):
     reason: str
     estimate: _duration_pb2.Duration
     namespace_id: str
-    def __init__(self, blocks: _Optional[int] = ..., tokens: _Optional[int] = ..., asked_blocks: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[Run, _Mapping[str, _Any]]]] = ..., reason: _Optional[str] = ..., estimate: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping[str, _Any]]] = ..., namespace_id: _Optional[str] = ...) -> None: ...
+    order: _containers.RepeatedScalarFieldContainer[int]
+    order_tokens: int
+    def __init__(self, blocks: _Optional[int] = ..., tokens: _Optional[int] = ..., asked_blocks: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[Run, _Mapping[str, _Any]]]] = ..., reason: _Optional[str] = ..., estimate: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping[str, _Any]]] = ..., namespace_id: _Optional[str] = ..., order: _Optional[_Iterable[int]] = ..., order_tokens: _Optional[int] = ...) -> None: ...
 
 class Run(_message.Message):
     __slots__ = ("first", "blocks", "tier", "node")

@@ -125,9 +125,19 @@ class Verbs:
     """All verbs; the base of both clients."""
 
     @asks(v1.LookupResponse)
-    def lookup(self, namespace: str | Namespace, **blocks: Unpack[Blocks]) -> v1.LookupRequest:
-        """The longest stored prefix of a prompt, and where its blocks lie."""
-        return v1.LookupRequest(prefix=prefix_of(namespace, blocks))
+    def lookup(
+        self,
+        namespace: str | Namespace,
+        pieces: Sequence[tuple[int, int]] = (),
+        **blocks: Unpack[Blocks],
+    ) -> v1.LookupRequest:
+        """The longest stored prefix of a prompt, and where its blocks lie.
+
+        `pieces`: spans of tokens that may stand in any order, each right behind the one before.
+        The answer has the `order` of which most is stored, by their numbers.
+        """
+        spans = [v1.Piece(start=start, end=end) for start, end in pieces]
+        return v1.LookupRequest(prefix=prefix_of(namespace, blocks), pieces=spans)
 
     @asks(v1.ExplainResponse)
     def explain(self, namespace: str | Namespace, **blocks: Unpack[Blocks]) -> v1.ExplainRequest:

@@ -29,10 +29,23 @@ if TYPE_CHECKING:
 _To = Annotated[str, typer.Option("--to", help="The tier to bring them to.")]
 
 
-def lookup(prompt: PromptOptions, link: Link) -> None:
+def lookup(
+    prompt: PromptOptions,
+    link: Link,
+    piece: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="START:END", help="Tokens that may stand in another order; repeat it."
+        ),
+    ] = None,
+) -> None:
     """Show the longest stored prefix of a prompt, and where its blocks lie."""
-    found = link.api.lookup(prompt.namespace, **prompt.blocks())
+    pieces = [_piece(one) for one in piece or ()]
+    found = link.api.lookup(prompt.namespace, pieces, **prompt.blocks())
     text = f"{found.blocks} of {found.asked_blocks} blocks, {found.tokens} tokens"
+    if found.order:
+        order = ", ".join(map(str, found.order))
+        text += f"; pieces in order {order}: {found.order_tokens} tokens"
     if found.reason:
         text += f"; block {found.blocks}: {found.reason}"
     if estimate := found.estimate.seconds + found.estimate.nanos / 1e9:
@@ -40,6 +53,13 @@ def lookup(prompt: PromptOptions, link: Link) -> None:
     show(
         link, found, found.runs, "blocks tier node", text, blocks=lambda r: _span(r.first, r.blocks)
     )
+
+
+def _piece(text: str) -> tuple[int, int]:
+    start, _, end = text.partition(":")
+    if not (start.isdecimal() and end.isdecimal() and len(text) < 32):
+        raise Misuse(f"--piece {text[:40]!r} is none; give START:END, numbers of tokens")
+    return int(start), int(end)
 
 
 def _span(first: int, blocks: int) -> str:

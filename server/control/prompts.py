@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Final
+from typing import Any, Final
 
 from kvstore.api import v1
 from kvstore.api.convert import duration, namespace_message, timestamp
 from kvstore.blocks.keys import block_keys
 from kvstore.blocks.spec import Namespace
+from kvstore.server.control.errors import bad_field
 from kvstore.server.control.requests import Answers, Prompt, engine_extras, slices
 from kvstore.server.loop import paced
 from kvstore.store.explain import BlockReason, explain, surveying
+from kvstore.store.ordering import MOST_PIECES, ordering
 
 _SLICE: Final = 64
 """Blocks looked at before others have their turn."""
@@ -50,7 +52,33 @@ class PromptVerbs(Answers):
                 sum(lowers[n].cost.seconds(b) for n, b in found.nbytes.items() if n in lowers)
             ),
             namespace_id=asked.namespace.digest.hex(),
+            **await self._ordered(asked, request.pieces),
         )
+
+    async def _ordered(self, asked: Prompt, pieces: Sequence[v1.Piece]) -> dict[str, Any]:
+        """The best order of pieces, if there are any."""
+        if not pieces:
+            return {}
+        tokens, size = asked.tokens, asked.namespace.block_tokens
+        if tokens is None or tokens.media or tokens.extras:
+            raise bad_field("pieces", "are of prompts of tokens alone, without media and extras")
+        if not 2 <= len(pieces) <= MOST_PIECES:
+            raise bad_field("pieces", f"are {len(pieces)}; give 2 to {MOST_PIECES}")
+        for number, piece in enumerate(pieces):
+            least = pieces[number - 1].end if number else 0
+            if not least <= piece.start < piece.end <= len(tokens.ids) or (
+                number and piece.start != least
+            ):
+                what = f"is {piece.start} to {piece.end} of {len(tokens.ids)} tokens"
+                raise bad_field(
+                    f"pieces[{number}]", f"{what}; give them in order, each right behind the last"
+                )
+        spans = [(piece.start, piece.end) for piece in pieces]
+        extras = engine_extras(tokens, size, range(len(tokens.ids) // size))
+        order, blocks = await paced(
+            ordering(self._store, asked.namespace, tokens.ids, spans, extras)
+        )
+        return {"order": order, "order_tokens": blocks * size}
 
     async def explain(self, request: v1.ExplainRequest) -> bytes:
         asked = await self._prompt(request.prefix)

@@ -98,6 +98,41 @@ def test_lookup_tells_tiers_and_the_time_to_bring_blocks_up(api: Api, saved: lis
     assert found.estimate.ToNanoseconds() > 0
 
 
+def test_lookup_tells_the_order_of_pieces_that_is_stored(api: Api, session: Session) -> None:
+    head, tail = prompt(7, 1), prompt(8, 2)
+    a, b, c = prompt(9, 2), prompt(10, 3)[:-5], prompt(11, 2)[:-3]  # Two end within blocks.
+
+    def asked(*pieces: list[int]) -> Any:
+        ids, spans = list(head), []
+        for piece in pieces:
+            spans.append({"start": len(ids), "end": len(ids) + len(piece)})
+            ids += piece
+        prefix = {"namespace_id": NAMESPACE_ID, "tokens": {"ids": ids + tail}}
+        return api.call("Lookup", prefix=prefix, pieces=spans)
+
+    save(session, session.keys(head + b + c + a + tail))
+    whole = (len(head + b + c + a + tail)) // BLOCK_TOKENS * BLOCK_TOKENS
+    for pieces, order in (((a, b, c), [1, 2, 0]), ((c, b, a), [1, 0, 2]), ((b, c, a), [0, 1, 2])):
+        found = asked(*pieces)
+        assert (list(found.order), found.order_tokens) == (order, whole)
+    partly = asked(prompt(12, 2), c, b)
+    assert (list(partly.order), partly.order_tokens) == ([2, 1, 0], len(head + b + c) // 16 * 16)
+    none = asked(prompt(13, 1), prompt(14, 1))
+    assert (list(none.order), none.order_tokens) == ([0, 1], BLOCK_TOKENS)
+    assert not api.call("Lookup", prefix=by_tokens(PROMPT)).order
+
+
+def test_many_short_pieces_take_no_time(api: Api, session: Session) -> None:
+    """All their orders are as good as each other, as far as whole blocks can tell."""
+    ids = list(range(64))
+    pieces = [{"start": n, "end": n + 1} for n in range(64)]
+    prefix = {"namespace_id": NAMESPACE_ID, "tokens": {"ids": ids}}
+    save(session, session.keys(ids))
+    found = api.call("Lookup", prefix=prefix, pieces=pieces)
+    assert sorted(found.order) == ids
+    assert found.order_tokens == 64
+
+
 def test_extras_name_other_blocks(api: Api, session: Session) -> None:
     keys = session.keys(PROMPT, extras={1: [b"image"]})
     save(session, keys[:2])

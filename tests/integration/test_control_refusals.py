@@ -41,6 +41,13 @@ MEDIA: Final = {"modality": "image", "digest": "a1", "offset": 0, "length": 4}
 KEYS: Final = {"keys": [bytes(32)]}
 ID: Final = {"namespace": namespace_message(namespace())}
 GOOD: Final = ID | {"keys": KEYS}
+LONG: Final = ID | {"tokens": {"ids": [1] * 64}}
+
+
+def piece(start: int, end: int) -> dict[str, int]:
+    return {"start": start, "end": end}
+
+
 BAD_FIELDS: Final[list[tuple[str, dict[str, Any], str]]] = [
     ("Lookup", {}, "prefix.namespace_id"),
     ("Lookup", {"prefix": {"keys": KEYS}}, "prefix.namespace_id"),
@@ -106,6 +113,12 @@ BAD_FIELDS: Final[list[tuple[str, dict[str, Any], str]]] = [
     ("Move", {"to": "disk"}, "selection"),
     ("Copy", {"selection": {"everything": True}, "to": "far"}, "to"),
     ("Copy", {"selection": {"tier": "far"}, "to": "disk"}, "selection.tier"),
+    ("Lookup", {"prefix": LONG, "pieces": [piece(0, 8)]}, "pieces"),
+    ("Lookup", {"prefix": LONG, "pieces": [piece(0, 1)] * 65}, "pieces"),
+    ("Lookup", {"prefix": LONG, "pieces": [piece(0, 8), piece(9, 10)]}, "pieces[1]"),
+    ("Lookup", {"prefix": LONG, "pieces": [piece(8, 8), piece(8, 9)]}, "pieces[0]"),
+    ("Lookup", {"prefix": LONG, "pieces": [piece(0, 8), piece(8, 65)]}, "pieces[1]"),
+    ("Lookup", {"prefix": GOOD, "pieces": [piece(0, 8), piece(8, 9)]}, "pieces"),
     ("Compress", {"selection": {"everything": True}, "codec": "zip"}, "codec"),
     ("Compress", {"codec": "raw"}, "selection"),
     ("Decompress", {}, "selection"),

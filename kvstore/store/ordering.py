@@ -1,0 +1,69 @@
+"""The order of a prompt's pieces of which most is stored as a prefix: reordering loses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.blocks.keys import block_keys, token_array
+from kvstore.blocks.spec import Namespace
+from kvstore.slices import Work
+from kvstore.store.explain import surveying
+from kvstore.store.store import Store
+
+MOST_PIECES: Final = 64
+_MOST_STEPS: Final = 4096
+"""Pieces tried behind others; the best order until then is the answer."""
+
+
+def ordering(
+    store: Store,
+    namespace: Namespace,
+    tokens: Sequence[int],
+    pieces: Sequence[tuple[int, int]],
+    extras: Mapping[int, Sequence[bytes]],
+) -> Work[tuple[list[int], int]]:
+    """The best order of pieces, by their numbers, and the blocks that are usable in it.
+
+    `pieces` are spans of tokens, each beginning where the one before ends; `extras` as for
+    `block_keys`, whatever the order. Of equally good orders it is the first, numbers ascending.
+    """
+    ids, size = token_array(tokens), namespace.block_tokens
+    head, tail = ids[: pieces[0][0]], ids[pieces[-1][1] :]
+    texts = [ids[start:end] for start, end in pieces]
+
+    def going_on(text: NDArray[np.uint32], blocks: int, key: bytes) -> Work[tuple[int, bytes]]:
+        """How many blocks of a text are usable, of which so many are, and the key of the last."""
+        while (blocks + 1) * size <= len(text):
+            block = text[blocks * size : (blocks + 1) * size]
+            more = {0: extras[blocks]} if blocks in extras else None
+            (following,) = block_keys(namespace, block, extras=more, parent=key)
+            found = yield from surveying(store, namespace, [following])
+            yield
+            if not found.tiers:
+                break
+            blocks, key = blocks + 1, following
+        return blocks, key
+
+    first = yield from going_on(head, 0, namespace.digest)
+    best, most = list(range(len(texts))), first[0]
+    open_ends = [((), head, *first)] if first[0] == len(head) // size else []
+    for _ in range(_MOST_STEPS):
+        if not open_ends:
+            break
+        order, text, blocks, key = open_ends.pop()
+        reached = []
+        rest = [number for number in range(len(texts)) if number not in order]
+        for number in rest:
+            longer = np.concatenate((text, texts[number], *(() if rest[1:] else (tail,))))
+            found = yield from going_on(longer, blocks, key)
+            tried = (*order, number)
+            if found[0] > most:
+                best, most = [*tried, *(n for n in rest if n != number)], found[0]
+            if found[0] == len(longer) // size and rest[1:]:
+                reached.append((tried, longer, *found))
+        open_ends += reversed(reached)
+    return best, most
