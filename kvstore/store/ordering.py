@@ -18,6 +18,9 @@ MOST_PIECES: Final = 64
 _MOST_STEPS: Final = 4096
 """Pieces tried behind others; the best order until then is the answer."""
 
+_End = tuple[tuple[int, ...], NDArray[np.uint32], int, bytes]
+"""Pieces in order, their text, its usable blocks, which are all, and the key of the last one."""
+
 
 def ordering(
     store: Store,
@@ -50,12 +53,12 @@ def ordering(
 
     first = yield from going_on(head, 0, namespace.digest)
     best, most = list(range(len(texts))), first[0]
-    open_ends = [((), head, *first)] if first[0] == len(head) // size else []
+    open_ends: list[_End] = [((), head, *first)] if first[0] == len(head) // size else []
     for _ in range(_MOST_STEPS):
         if not open_ends:
             break
         order, text, blocks, key = open_ends.pop()
-        reached = []
+        reached: list[_End] = []
         rest = [number for number in range(len(texts)) if number not in order]
         for number in rest:
             longer = np.concatenate((text, texts[number], *(() if rest[1:] else (tail,))))
