@@ -10,18 +10,17 @@ import logging
 import os
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import groupby
 from typing import Final
 
 from kvstore.blocks.spec import Part
 from kvstore.codecs import AUTO, RAW, find
 from kvstore.codecs.base import Codec, coded_part, decode, encode, plain_part
-from kvstore.memory.bounce import Bounce
+from kvstore.memory.lending import Lent, Room
 from kvstore.memory.slots import align
 from kvstore.tiers.base import Held, Host, InSegment, Job, JobDone, ObjectName, State, Tier
 
@@ -89,7 +88,7 @@ class CodedTier:
         self._threads = ThreadPoolExecutor(
             min(_THREADS, os.cpu_count() or 1), f"kvstore-{self.name}-codec"
         )
-        self._room = _Room()
+        self._room = Room(_ROOM)
         self._sent: dict[Job, Job] = {}  # puts as the tier inside was given them
         self._wanted: dict[ObjectName, bool] = {}  # whether the next put is to be coded
         self._open: dict[Job, JobDone] = {}  # that are coded, or may be
@@ -252,7 +251,7 @@ class CodedTier:
     def _encode(self, jobs: list[Job], names: list[ObjectName]) -> None:
         """Code jobs that go as one, and put them; if they cannot be, as they are."""
 
-        def work(lent: _Lent) -> None:
+        def work(lent: Lent) -> None:
             coded, at = list[Job](), lent.address
             for job, name in zip(jobs, names, strict=True):
                 tokens, nbytes = name.namespace.block_tokens, _nbytes(name)
@@ -268,9 +267,9 @@ class CodedTier:
             self._count("not_coded", len(jobs))
             self._host.post(lambda: self._put_plain(jobs, self._end))
 
-        self._run(sum(align(_nbytes(name)) for name in names), work, jobs)
+        self._run(sum(align(_nbytes(name)) for name in names), work, jobs, reads=False)
 
-    def _send(self, jobs: list[Job], coded: list[Job], lent: _Lent) -> None:
+    def _send(self, jobs: list[Job], coded: list[Job], lent: Lent) -> None:
         """Put coded jobs, on the loop."""
         if not self.shared:
             self._inner.delete([job.name for job in jobs])
@@ -295,11 +294,11 @@ class CodedTier:
     # --- Gets -------------------------------------------------------------------------------------
 
     def _get_coded(self, job: Job, name: ObjectName) -> None:
-        def work(lent: _Lent) -> None:
+        def work(lent: Lent) -> None:
             coded = replace(job, name=name, address=lent.address, nbytes=_nbytes(name))
             self._host.post(lambda: self._inner.get([coded], lambda _, error: ended(lent, error)))
 
-        def ended(lent: _Lent, error: str | None) -> None:
+        def ended(lent: Lent, error: str | None) -> None:
             if error is None:
                 self._on_thread(lambda: self._decode(job, name, lent), [job], lent)
                 return
@@ -309,9 +308,9 @@ class CodedTier:
             else:
                 self._end(job, error)
 
-        self._run(align(_nbytes(name)), work, [job])
+        self._run(align(_nbytes(name)), work, [job], reads=True)
 
-    def _decode(self, job: Job, name: ObjectName, lent: _Lent) -> None:
+    def _decode(self, job: Job, name: ObjectName, lent: Lent) -> None:
         room, started = _nbytes(name), time.monotonic()
         checksum = decode(self._codec, room, lent.address, job.address, job.nbytes)
         seconds = (time.monotonic() - started) / job.nbytes
@@ -336,15 +335,17 @@ class CodedTier:
         with self._lock:
             self._counts[what] += count
 
-    def _run(self, nbytes: int, work: Callable[[_Lent], None], jobs: list[Job]) -> None:
+    def _run(
+        self, nbytes: int, work: Callable[[Lent], None], jobs: list[Job], *, reads: bool
+    ) -> None:
         """Do something for jobs, with so much memory, on a thread, once there is room."""
 
-        def go(lent: _Lent) -> None:
+        def go(lent: Lent) -> None:
             self._on_thread(lambda: work(lent), jobs, lent)
 
-        self._room.enter(nbytes, go)
+        self._room.enter(nbytes, go, reads=reads)
 
-    def _on_thread(self, work: Callable[[], None], jobs: list[Job], lent: _Lent) -> None:
+    def _on_thread(self, work: Callable[[], None], jobs: list[Job], lent: Lent) -> None:
         """The same; where that fails, or is too late, the memory goes back and the jobs end."""
 
         def safely() -> None:
@@ -363,81 +364,6 @@ class CodedTier:
             self._threads.submit(safely)
         except RuntimeError:  # It was closed.
             stop("closed")
-
-
-class _Lent:
-    """Memory for coded bytes, from a `_Room`."""
-
-    def __init__(self, room: _Room, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self.buffer: Bounce | None = None
-        self._room = room
-
-    @cached_property
-    def address(self) -> int:
-        """Where it is. The first time takes a while: not on the loop."""
-        self.buffer = self._room.buffer(self.nbytes)
-        return self.buffer.address
-
-    def back(self) -> None:
-        """It is not used any more; once is enough."""
-        self._room.back(self)
-
-
-class _Room:
-    """Lends memory, so much at a time; thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Condition()
-        self._lent: dict[_Lent, int] = {}
-        self._spare: list[Bounce] = []
-        self._waiting: deque[tuple[_Lent, Callable[[_Lent], None]]] = deque()
-
-    def enter(self, nbytes: int, go: Callable[[_Lent], None]) -> None:
-        """Lend so much, at once or as soon as there is room; `go` gives it back."""
-        with self._lock:
-            self._waiting.append((_Lent(self, nbytes), go))
-        self._go_on()
-
-    def buffer(self, nbytes: int) -> Bounce:
-        """Memory of that size."""
-        with self._lock:
-            for spare in self._spare:
-                if spare.nbytes == nbytes:
-                    self._spare.remove(spare)
-                    return spare
-        return Bounce(nbytes)
-
-    def back(self, lent: _Lent) -> None:
-        """It is not used any more."""
-        with self._lock:
-            if self._lent.pop(lent, None) is None:
-                return
-            if lent.buffer is not None:
-                self._spare.append(lent.buffer)
-            while sum(one.nbytes for one in self._spare) + sum(self._lent.values()) > _ROOM:
-                if not self._spare:
-                    break
-                self._spare.pop(0)
-            self._lock.notify_all()
-        self._go_on()
-
-    def _go_on(self) -> None:
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    return
-                lent, go = self._waiting[0]
-                if self._lent and sum(self._lent.values()) + lent.nbytes > _ROOM:
-                    return
-                self._waiting.popleft()
-                self._lent[lent] = lent.nbytes
-            go(lent)
-
-    def wait(self, seconds: float) -> bool:
-        """Wait until nothing is lent; whether that is so."""
-        with self._lock:
-            return self._lock.wait_for(lambda: not (self._lent or self._waiting), seconds)
 
 
 def _nbytes(name: ObjectName) -> int:

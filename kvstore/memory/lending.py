@@ -1,0 +1,108 @@
+"""Memory that is lent for a while, so much at a time: those who want more wait for their turn."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable
+from functools import cached_property
+from typing import Final
+
+from kvstore.memory.bounce import Bounce
+
+_MOST: Final = 256
+"""Lent at a time: every one is a mapping of its own."""
+
+
+class Lent:
+    """Memory from a `Room`, for a read or a write."""
+
+    def __init__(self, room: Room, nbytes: int, *, reads: bool) -> None:
+        self.nbytes, self.reads = nbytes, reads
+        self.buffer: Bounce | None = None
+        self._room = room
+
+    @cached_property
+    def address(self) -> int:
+        """Where it is. The first time takes a while: not on the loop."""
+        self.buffer = self._room.buffer(self.nbytes)
+        return self.buffer.address
+
+    def back(self) -> None:
+        """It is not used any more; once is enough."""
+        self._room.back(self)
+
+
+Go = Callable[[Lent], None]
+
+
+class Room:
+    """Lends `nbytes` bytes, half of them to writes, for which no read waits. Thread-safe.
+
+    Whoever wants more than that has it alone.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._most = {True: nbytes, False: nbytes // 2}
+        self._lock = threading.Condition()
+        self._lent: set[Lent] = set()
+        self._used = 0
+        self._spare: defaultdict[int, list[Bounce]] = defaultdict(list)
+        self._spare_bytes = 0
+        self._waiting: dict[bool, deque[tuple[Lent, Go]]] = {True: deque(), False: deque()}
+
+    def enter(self, nbytes: int, go: Go, *, reads: bool) -> None:
+        """Lend so much, at once or as soon as there is room; `go` gives it back."""
+        with self._lock:
+            self._waiting[reads].append((Lent(self, nbytes, reads=reads), go))
+        self._go_on()
+
+    def buffer(self, nbytes: int) -> Bounce:
+        """Memory of that size."""
+        with self._lock:
+            if self._spare[nbytes]:
+                self._spare_bytes -= nbytes
+                return self._spare[nbytes].pop()
+        return Bounce(nbytes)
+
+    def back(self, lent: Lent) -> None:
+        """It is not used any more."""
+        with self._lock:
+            if lent not in self._lent:
+                return
+            self._lent.discard(lent)
+            self._used -= lent.nbytes
+            if lent.buffer is not None:
+                if self._spare_bytes + lent.nbytes > self._most[True]:
+                    self._spare.clear()
+                    self._spare_bytes = 0
+                self._spare[lent.nbytes].append(lent.buffer)
+                self._spare_bytes += lent.nbytes
+            self._lock.notify_all()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        while (found := self._next()) is not None:
+            lent, go = found
+            go(lent)
+
+    def _next(self) -> tuple[Lent, Go] | None:
+        """Whose turn it is: the next read's, or if there is none, a write's."""
+        with self._lock:
+            waiting = self._waiting[True] or self._waiting[False]
+            if not waiting:
+                return None
+            lent = waiting[0][0]
+            full = self._used + lent.nbytes > self._most[lent.reads] or len(self._lent) >= _MOST
+            if self._lent and full:
+                return None
+            self._lent.add(lent)
+            self._used += lent.nbytes
+            return waiting.popleft()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until nothing is lent, and nobody waits; whether that is so."""
+        with self._lock:
+            return self._lock.wait_for(
+                lambda: not (self._lent or any(self._waiting.values())), seconds
+            )
