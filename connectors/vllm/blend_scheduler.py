@@ -269,8 +269,11 @@ class BlendScheduler:
 
     def finished(self, blending: Blending | None) -> dict[str, Any] | None:
         """What the response to a request says of it."""
-        if blending is None or not blending.reuse.approximate:
+        if blending is None:
             return None
+        if not blending.reuse.approximate:
+            reason = blending.reason or ("" if blending.registered else "not_computed")
+            return {"piece": {"reason": reason} if reason else {}}
         told = blending.account()
         self._promised.pop(blending.number, None)
         if blending.number:

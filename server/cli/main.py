@@ -23,6 +23,7 @@ from kvstore.commands import grouped
 from kvstore.errors import KVStoreError
 from kvstore.server.cli import blocks, node
 from kvstore.server.cli.output import progress
+from kvstore.server.cli.pieces import pieces_app
 from kvstore.telemetry import shown
 
 _log = logging.getLogger("kvstore.cli")
@@ -55,6 +56,7 @@ app.add_typer(token_app, name="token")
 for _command in (*blocks.COMMANDS, *node.COMMANDS):
     app.command()(grouped(_command))
 app.add_typer(node.operations_app, name="operations")
+app.add_typer(pieces_app, name="pieces")
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file (default: $KVSTORE_CONFIG).")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.engines.server_tools import EngineServer
 from tests.engines.vllm_tools import ENVIRONMENT, document, model, transfer
-from tests.session_tools import Served, Stores, eventually
+from tests.session_tools import ROOT, Served, Stores, eventually
 
 pytestmark = pytest.mark.vllm
 
@@ -46,7 +49,9 @@ def served(stores: Stores) -> Served:
 @pytest.fixture(scope="module")
 def servers(served: Served) -> Iterator[tuple[Server, Server]]:
     connector = transfer(address=f"unix://{served.socket}", session__lookup_timeout=2.0)
-    one, other = Server(connector), Server(connector)
+    connector["kv_connector_extra_config"]["kvstore.vllm.approximate"] = True
+    plain = transfer(address=f"unix://{served.socket}", session__lookup_timeout=2.0)
+    one, other = Server(connector), Server(plain)
     try:
         one.wait()
         other.wait()
@@ -72,6 +77,47 @@ def test_the_second_server_answers_from_what_the_first_computed(
     )
     assert apart["choices"][0]["text"] == cold
     assert other.metric("kvstore_loaded_tokens_total") == 1152
+
+
+def _add(server: Server, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [Path(sys.executable).with_name("kvstore"), "pieces", "add", *arguments]
+    url = f"http://127.0.0.1:{server.port}"
+    return subprocess.run(
+        [*map(str, [*command[:3], "--url", url, *command[3:]])],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_texts_become_pieces_of_prompts(servers: tuple[Server, Server], tmp_path: Path) -> None:
+    one, plain = servers
+    text = (ROOT / "docs" / "recompute.md").read_text("utf-8")[:2400]
+    file = tmp_path / "text"
+    file.write_text(text)
+    said = _add(one, file, "--tokens", 256)
+    assert said.returncode == 0, said.stderr
+    assert re.match(r"[23] pieces, \d+ tokens, for small", said.stdout)
+    tokens = json.loads(one.ask("/tokenize", {"model": "small", "prompt": f"Read: {text} Why?"}))
+    asks = {"reuse": "approximate", "selection": "none"}
+
+    def met() -> bool:
+        answer = one.complete(tokens["tokens"], max_tokens=2, kv_transfer_params=asks)
+        told = answer["kv_transfer_params"]["approximate"]
+        return bool(told["pieces"] >= 2 and told["reused"] > 400)
+
+    eventually(met, 60)
+    refused = _add(plain, file)
+    assert refused.returncode == 1
+    assert "not taken: off; set kvstore.vllm.approximate" in refused.stderr
+    short = tmp_path / "short"
+    short.write_text("Too short.")
+    assert "a piece has 64 at least" in _add(one, short).stderr
+    assert (
+        "--url must be that of a vLLM server"
+        in _add(one, file, "--url", "http://127.0.0.1:9").stderr
+    )
 
 
 def _stored(server: Server) -> float:

@@ -106,6 +106,7 @@ HARMLESS = {
     # What they change can be changed back, and nothing is lost by it.
     "pin", "unpin", "prefetch", "move", "copy", "compress", "decompress", "admission",
     "drain",  # --stop says it, and writes out before
+    "pieces add",
     "fsck",  # --repair says it, and drops what nobody could be served
 }  # fmt: skip
 
@@ -366,6 +367,7 @@ VALUES: dict[str, list[str]] = {
     "--owner": NO_TEXT, "pin --owner": [*NO_TEXT, "", "x" * 300],
     "pin": ["", "pin-0", "x" * 300, NUL, SURROGATE, MARKUP],
     "--tier": NO_CHOICE, "--to": NO_CHOICE, "--codec": NO_CHOICE,
+    "files": NO_FILE, "--key-file": NO_FILE, "pieces add --tokens": NO_COUNT,
     "--piece": ["", "1", "1:", ":1", "a:b", "1:2", "-1:4", LONG, NUL],
     "--tenant": NO_TEXT, "tenant": [*NO_TEXT, "x" * 5000], "--deny": [*NO_TEXT, "x" * 5000],
     "--session": NO_COUNT, "--after": ["", "-1", "1.5", LONG, str(1 << 64)],
@@ -400,6 +402,7 @@ BESIDE: dict[str, list[str]] = {
     "quota": ["t"],
     "serve": ["--grpc", "none", "--http", "none", "--socket", "/no/such/folder/s.sock"],
     "bench": ["--quick"],
+    "pieces add": [__file__],
 }
 """What a command needs beside the value in question."""
 

@@ -1,0 +1,143 @@
+"""Pieces of prompts: have a running vLLM compute texts that prompts then reuse anywhere."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich.progress import Progress
+
+from kvstore.errors import KVStoreError
+from kvstore.server.cli.options import Misuse
+from kvstore.server.cli.output import many
+
+pieces_app = typer.Typer(no_args_is_help=True, help="Texts that prompts reuse wherever they stand.")
+
+_SECONDS: Final = 600.0
+_LARGEST: Final = 16 << 20
+"""Bytes of a text, and of an answer."""
+_SHORTEST: Final = 64
+_LONGEST: Final = 8192
+
+
+class EngineError(KVStoreError):
+    """The server of an engine did not do what it was asked for."""
+
+
+class _Engine:
+    """The OpenAI API of a vLLM server."""
+
+    def __init__(self, url: str, key: str | None) -> None:
+        self._url = url.rstrip("/").removesuffix("/v1")
+        self._headers = {"Content-Type": "application/json"}
+        if key:
+            self._headers["Authorization"] = f"Bearer {key}"
+
+    def ask(self, path: str, **body: Any) -> dict[str, Any]:
+        """What it answers, to a POST if there is a body.
+
+        Raises:
+            EngineError: nothing of use; says why.
+        """
+        data = json.dumps(body).encode() if body else None
+        where = f"{self._url}{path}"
+        try:
+            request = urllib.request.Request(where, data, self._headers)
+            with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
+                found = json.loads(answer.read(_LARGEST))
+        except urllib.error.HTTPError as e:
+            said = e.read(2000).decode(errors="replace")
+            raise EngineError(f"{where} answered {e.code}: {said[:300]}") from e
+        except (OSError, ValueError) as e:
+            raise EngineError(f"{where}: {e}; --url must be that of a vLLM server") from e
+        if not isinstance(found, dict):
+            raise EngineError(f"{where} answered with no object; is it a vLLM server?")
+        return found
+
+    def tokens(self, model: str, text: str, *, begins: bool) -> list[int]:
+        """A text's tokens, with what stands before a prompt (BOS) if it `begins` one."""
+        found = self.ask("/tokenize", model=model, prompt=text, add_special_tokens=begins)
+        tokens = found.get("tokens")
+        if not isinstance(tokens, list):
+            raise EngineError(f"{self._url}/tokenize answered without tokens")
+        return tokens
+
+
+def _cut(tokens: list[int], most: int) -> Iterator[list[int]]:
+    """Runs of `most` tokens at most, about as long as each other."""
+    parts = -(-len(tokens) // most)
+    for part in range(parts):
+        yield tokens[part * len(tokens) // parts : (part + 1) * len(tokens) // parts]
+
+
+@pieces_app.command()
+def add(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE…", exists=True, dir_okay=False, help="Of text.")
+    ],
+    url: Annotated[str, typer.Option(help="Of the vLLM server.")] = "http://localhost:8000",
+    model: Annotated[str | None, typer.Option(help="As it calls it (default: its first).")] = None,
+    tokens: Annotated[
+        int, typer.Option(min=2 * _SHORTEST, max=_LONGEST, help="Of a piece at most.")
+    ] = 1024,
+    key_file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Its API key.")
+    ] = None,
+) -> None:
+    """Have a vLLM server compute texts once, and store them for prompts that contain them.
+
+    It needs `kvstore.vllm.approximate`; prompts ask for it by `kv_transfer_params`. Exit code 1 if
+    some were not taken.
+    """
+    from kvstore.blend.pieces import BASE, filler
+
+    engine = _Engine(url, key_file.read_text().strip() if key_file else None)
+    chosen = model or _first(engine.ask("/v1/models"))
+    before = filler(lambda text: engine.tokens(chosen, text, begins=True), 0).tolist()
+    pieces: list[list[int]] = []
+    for file in files:
+        if file.stat().st_size > _LARGEST:
+            raise Misuse(f"{file} has more than {_LARGEST >> 20} MiB; cut it")
+        found = engine.tokens(chosen, file.read_text("utf-8"), begins=False)
+        if len(found) < _SHORTEST:
+            raise Misuse(f"{file} has {len(found)} tokens; a piece has {_SHORTEST} at least")
+        pieces += _cut(found, tokens)
+    reasons: dict[str, int] = {}
+    with Progress(transient=True) as progress:
+        for piece in progress.track(pieces, description="computing"):
+            answer = engine.ask(
+                "/v1/completions",
+                model=chosen,
+                prompt=before + piece,
+                max_tokens=1,
+                kv_transfer_params={"piece": {"start": BASE, "end": BASE + len(piece)}},
+            )
+            told = (answer.get("kv_transfer_params") or {}).get("piece")
+            reason = "no_connector" if told is None else told.get("reason", "")
+            if reason:
+                reasons[reason] = reasons.get(reason, 0) + 1
+    taken = len(pieces) - sum(reasons.values())
+    typer.echo(f"{many(taken, 'piece')}, {sum(map(len, pieces))} tokens, for {chosen}")
+    for reason, count in reasons.items():
+        what = _WHY.get(reason, "docs/recompute.md lists reasons")
+        typer.echo(f"{count} not taken: {reason}; {what}", err=True)
+    if reasons:
+        raise typer.Exit(1)
+
+
+_WHY: Final = {
+    "no_connector": "the server must run with KVStore's connector (docs/vllm.md)",
+    "off": "set kvstore.vllm.approximate to true in its kv_connector_extra_config",
+}
+
+
+def _first(models: dict[str, Any]) -> str:
+    try:
+        return str(models["data"][0]["id"])
+    except (KeyError, IndexError, TypeError) as e:
+        raise EngineError("the server names no model; give --model") from e
