@@ -272,7 +272,9 @@ class BlendScheduler:
         if blending is None:
             return None
         if not blending.reuse.approximate:
-            reason = blending.reason or ("" if blending.registered else "not_computed")
+            reason = blending.reason
+            if not (reason or blending.registered):
+                reason = self._refused.name if self._refused is not None else "not_computed"
             return {"piece": {"reason": reason} if reason else {}}
         told = blending.account()
         self._promised.pop(blending.number, None)

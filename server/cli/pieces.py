@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
+from rich.console import Console
 from rich.progress import Progress
 
 from kvstore.errors import KVStoreError
@@ -108,7 +109,7 @@ def add(
             raise Misuse(f"{file} has {len(found)} tokens; a piece has {_SHORTEST} at least")
         pieces += _cut(found, tokens)
     reasons: dict[str, int] = {}
-    with Progress(transient=True) as progress:
+    with Progress(transient=True, console=Console(stderr=True)) as progress:
         for piece in progress.track(pieces, description="computing"):
             answer = engine.ask(
                 "/v1/completions",
