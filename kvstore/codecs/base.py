@@ -95,8 +95,10 @@ def _sum(data: bytes) -> int:
 def coded_part(codec: Codec, part: Part, tokens: int) -> Part | None:
     """The part of objects of `tokens` tokens, coded; None where the codec is of no use."""
     nbytes = part.nbytes(tokens)
+    if part.coded or part.lossy or nbytes % part.group.elem_size:
+        return None
     room = codec.room(nbytes, part.group.dtype)
-    if part.coded or part.lossy or room is None:
+    if room is None:
         return None
     layers = part.group.layers
     page = -(-(HEADER + room) // layers)

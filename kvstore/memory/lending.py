@@ -10,8 +10,8 @@ from typing import Final
 
 from kvstore.memory.bounce import Bounce
 
-_MOST: Final = 256
-"""Lent at a time: every one is a mapping of its own."""
+_MOST: Final = {True: 256, False: 128}
+"""Lent at a time, to reads and to writes: every one is a mapping of its own."""
 
 
 class Lent:
@@ -44,7 +44,8 @@ class Room:
 
     def __init__(self, nbytes: int) -> None:
         self._most = {True: nbytes, False: nbytes // 2}
-        self._lock = threading.Condition()
+        self._lock = threading.Lock()
+        self._going = False
         self._lent: set[Lent] = set()
         self._used = 0
         self._spare: defaultdict[int, list[Bounce]] = defaultdict(list)
@@ -72,16 +73,22 @@ class Room:
                 return
             self._lent.discard(lent)
             self._used -= lent.nbytes
-            if lent.buffer is not None:
+            spare = self._spare  # What there is of it goes without the lock.
+            if lent.buffer is not None and lent.nbytes <= self._most[True]:
                 if self._spare_bytes + lent.nbytes > self._most[True]:
-                    self._spare.clear()
-                    self._spare_bytes = 0
+                    self._spare, self._spare_bytes = defaultdict(list), 0
                 self._spare[lent.nbytes].append(lent.buffer)
                 self._spare_bytes += lent.nbytes
-            self._lock.notify_all()
+            lent.buffer = None
+        del spare
         self._go_on()
 
     def _go_on(self) -> None:
+        """Whoever gives back in the course of it leaves the rest to those who are at it."""
+        with self._lock:
+            if self._going:
+                return
+            self._going = True
         while (found := self._next()) is not None:
             lent, go = found
             go(lent)
@@ -90,19 +97,14 @@ class Room:
         """Whose turn it is: the next read's, or if there is none, a write's."""
         with self._lock:
             waiting = self._waiting[True] or self._waiting[False]
-            if not waiting:
+            if not waiting or (self._lent and self._full(waiting[0][0])):
+                self._going = False
                 return None
-            lent = waiting[0][0]
-            full = self._used + lent.nbytes > self._most[lent.reads] or len(self._lent) >= _MOST
-            if self._lent and full:
-                return None
+            lent, _ = waiting[0]
             self._lent.add(lent)
             self._used += lent.nbytes
             return waiting.popleft()
 
-    def wait(self, seconds: float) -> bool:
-        """Wait until nothing is lent, and nobody waits; whether that is so."""
-        with self._lock:
-            return self._lock.wait_for(
-                lambda: not (self._lent or any(self._waiting.values())), seconds
-            )
+    def _full(self, lent: Lent) -> bool:
+        reads = lent.reads
+        return self._used + lent.nbytes > self._most[reads] or len(self._lent) >= _MOST[reads]

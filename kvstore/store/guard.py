@@ -167,9 +167,13 @@ class Guarded:
         """See `Tier.expire`."""
         self._call("expire", held)
 
-    def recode(self, name: ObjectName, codec: str) -> bool:
-        """See `CodedTier.recode`, which other tiers have not."""
-        return hasattr(self.tier, "recode") and self._call("recode", name, codec) is True
+    def recodes(self, name: ObjectName, codec: str) -> bool:
+        """See `CodedTier.recodes`, which other tiers have not."""
+        return hasattr(self.tier, "recodes") and self._call("recodes", name, codec) is True
+
+    def recode(self, name: ObjectName, codec: str | None) -> None:
+        """See `CodedTier.recode`; for tiers that answered `recodes`."""
+        self._call("recode", name, codec)
 
     def flush(self, seconds: float) -> bool:
         """See `Tier.flush`."""

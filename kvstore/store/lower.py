@@ -136,13 +136,15 @@ class Lower(Road):
             self.tier.expire([Held(name, entry.nbytes, entry.checksum, *times)])
 
     def recodes(self, entry: Entry, codec: str) -> bool:
-        """Whether an object can be written there by this codec; its next write is, then.
-
-        Segments are never written again.
-        """
+        """Whether an object can be written there by this codec. Segments never are again."""
         if self.tier is None or self.segmented:
             return False
-        return self.tier.recode(self.name_of(entry), codec)
+        return self.tier.recodes(self.name_of(entry), codec)
+
+    def recode(self, entry: Entry, codec: str | None) -> None:
+        """The next write of an object there is by a codec that it `recodes`; None: as any other."""
+        if self.tier is not None:
+            self.tier.recode(self.name_of(entry), codec)
 
     # -- what goes there and comes from there -----------------------------------------------------
 

@@ -15,11 +15,13 @@ from kvstore.store.explain import surveying
 from kvstore.store.store import Store
 
 MOST_PIECES: Final = 64
-_MOST_STEPS: Final = 4096
+_MOST_TRIES: Final = 4096
 """Pieces tried behind others; the best order until then is the answer."""
 
-_End = tuple[tuple[int, ...], NDArray[np.uint32], int, bytes]
-"""Pieces in order, their text, its usable blocks, which are all, and the key of the last one."""
+_Text = NDArray[np.uint32]
+_End = tuple[tuple[int, ...], _Text, int, bytes]
+"""Pieces in order, of which all blocks are usable: the text behind these, how many they are, and
+the key of the last one."""
 
 
 def ordering(
@@ -38,35 +40,34 @@ def ordering(
     head, tail = ids[: pieces[0][0]], ids[pieces[-1][1] :]
     texts = [ids[start:end] for start, end in pieces]
 
-    def going_on(text: NDArray[np.uint32], blocks: int, key: bytes) -> Work[tuple[int, bytes]]:
-        """How many blocks of a text are usable, of which so many are, and the key of the last."""
-        while (blocks + 1) * size <= len(text):
-            block = text[blocks * size : (blocks + 1) * size]
+    def going_on(text: _Text, blocks: int, key: bytes) -> Work[tuple[_Text, int, bytes]]:
+        """What is behind the usable blocks of a text, which is behind so many blocks that are."""
+        while len(text) >= size:
             more = {0: extras[blocks]} if blocks in extras else None
-            (following,) = block_keys(namespace, block, extras=more, parent=key)
+            (following,) = block_keys(namespace, text[:size], extras=more, parent=key)
             found = yield from surveying(store, namespace, [following])
             yield
             if not found.tiers:
                 break
-            blocks, key = blocks + 1, following
-        return blocks, key
+            text, blocks, key = text[size:], blocks + 1, following
+        return text, blocks, key
 
     first = yield from going_on(head, 0, namespace.digest)
-    best, most = list(range(len(texts))), first[0]
-    open_ends: list[_End] = [((), head, *first)] if first[0] == len(head) // size else []
-    for _ in range(_MOST_STEPS):
-        if not open_ends:
-            break
-        order, text, blocks, key = open_ends.pop()
+    best, most, tries = list(range(len(texts))), first[1], 0
+    open_ends: list[_End] = [((), *first)] if len(first[0]) < size else []
+    while open_ends and tries < _MOST_TRIES:
+        order, left, blocks, key = open_ends.pop()
         reached: list[_End] = []
         rest = [number for number in range(len(texts)) if number not in order]
         for number in rest:
-            longer = np.concatenate((text, texts[number], *(() if rest[1:] else (tail,))))
+            tries += 1
+            yield
+            longer = np.concatenate((left, texts[number], *(() if rest[1:] else (tail,))))
             found = yield from going_on(longer, blocks, key)
             tried = (*order, number)
-            if found[0] > most:
-                best, most = [*tried, *(n for n in rest if n != number)], found[0]
-            if found[0] == len(longer) // size and rest[1:]:
-                reached.append((tried, longer, *found))
+            if found[1] > most:
+                best, most = [*tried, *(n for n in rest if n != number)], found[1]
+            if len(found[0]) < size and rest[1:]:
+                reached.append((tried, *found))
         open_ends += reversed(reached)
     return best, most

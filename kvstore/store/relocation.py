@@ -90,26 +90,36 @@ def reencode(movement: Movement, entry: Entry, codec: str, done: Done) -> None:
     tiers = [n for n in members(entry.tiers & BELOW) if lowers[n].recodes(entry, codec)]
     if not tiers:
         done("already" if codec == RAW else "no_codec")
-    elif not entry.in_memory:  # Everything goes by way of memory.
-        movement.promote(
-            entry,
-            lambda error: done(error) if error else reencode(movement, entry, codec, done),
-        )
-    elif not all(entry.may_leave(tier) for tier in tiers):
-        done("pinned" if entry.pins else "in_use")
     else:
-        _write_anew(movement, entry, tiers, done)
+        _write_anew(movement, entry, tiers, codec, done)
 
 
-def _write_anew(movement: Movement, entry: Entry, tiers: list[int], done: Done) -> None:
-    tier, *others = tiers
-    movement.catalogue.leave(entry, tier)
+def _write_anew(movement: Movement, entry: Entry, tiers: list[int], codec: str, done: Done) -> None:
+    """In one tier after another, of those that it still lies in when their turn comes."""
+    tiers = [tier for tier in tiers if entry.lies_in(tier)]
+    if entry.gone or not tiers:
+        done("gone" if entry.gone else None)
+        return
+    lower = movement.lowers[tiers[0]]
 
     def written(error: str | None) -> None:
-        if error is None and others:
-            _write_anew(movement, entry, others, done)
+        if error is None:
+            _write_anew(movement, entry, tiers[1:], codec, done)
         else:
+            lower.recode(entry, None)
             done(error)
 
-    movement.catalogue.writes.add(entry, tier, written)
-    movement.pump()
+    if not entry.in_memory:  # Everything goes by way of memory.
+        movement.promote(
+            entry,
+            lambda error: (
+                done(error) if error else _write_anew(movement, entry, tiers, codec, done)
+            ),
+        )
+    elif not entry.may_leave(lower.number):
+        done("pinned" if entry.pins else "in_use")
+    else:
+        movement.catalogue.leave(entry, lower.number)
+        lower.recode(entry, codec)
+        movement.catalogue.writes.add(entry, lower.number, written)
+        movement.pump()

@@ -31,10 +31,12 @@ _ROOM: Final = 64 << 20
 _THREADS: Final = 4
 _SAVED: Final = 1 / 4
 """Of what a tier reads, so much less of coded objects."""
+_BROKEN: Final = "it raised an error, which the log tells: it is closed and opened again"
 _NEW: Final = 0.1
 """What a measurement weighs among those before."""
 
 OpenTier = Callable[[Host], Tier]
+_Begin = Callable[[Sequence[Job], JobDone], None]
 
 
 def coded(codec: str, open_tier: OpenTier) -> OpenTier:
@@ -92,9 +94,10 @@ class CodedTier:
         self._sent: dict[Job, Job] = {}  # puts as the tier inside was given them
         self._wanted: dict[ObjectName, bool] = {}  # whether the next put is to be coded
         self._open: dict[Job, JobDone] = {}  # that are coded, or may be
+        self._passing: Sequence[Job] = ()  # that the tier inside is just being given
         self._counts: Counter[str] = Counter()
-        self._lock = threading.Lock()
-        self._closed = False
+        self._lock = threading.Condition(threading.Lock())
+        self._closed = self._broken = False
         self._decode_seconds = 0.0  # a plain byte
         self._share = 1.0  # of bytes read that lie in the tier, of those brought
 
@@ -104,6 +107,8 @@ class CodedTier:
     def state(self) -> State:
         """See `Tier.state`."""
         state = self._inner.state
+        if self._broken:
+            return State(False, False, _BROKEN, gone=True)
         if state.seconds_per_byte:
             seconds = state.seconds_per_byte * self._share + self._decode_seconds
             state = state._replace(seconds_per_byte=seconds)
@@ -125,7 +130,8 @@ class CodedTier:
         name = _plain(self._codec, held.name)
         if name is held.name:
             return held
-        return held._replace(name=name, nbytes=held.nbytes and _nbytes(name))
+        whole = held.nbytes == _nbytes(held.name)
+        return held._replace(name=name, nbytes=_nbytes(name) if whole else held.nbytes)
 
     def _coded(self, name: ObjectName) -> ObjectName | None:
         """Its name as a coded one, if it may be one."""
@@ -154,12 +160,15 @@ class CodedTier:
 
         self._inner.probe([*names, *(name for _, name in more)], answered)
 
-    def recode(self, name: ObjectName, codec: str) -> bool:
-        """Whether the next put of this object can be by that codec, or `raw`; then it will be."""
-        possible = codec == RAW or (codec == self._codec.name and self._coded(name) is not None)
-        if possible:
+    def recodes(self, name: ObjectName, codec: str) -> bool:
+        """Whether a put of this object can be by that codec, or `raw`."""
+        return codec == RAW or (codec == self._codec.name and self._coded(name) is not None)
+
+    def recode(self, name: ObjectName, codec: str | None) -> None:
+        """The next put of this object is by a codec that it can be by; None: as any other."""
+        self._wanted.pop(name, None)
+        if codec is not None:
             self._wanted[name] = codec != RAW
-        return possible
 
     def put(self, jobs: Sequence[Job], done: JobDone) -> None:
         """See `Tier.put`."""
@@ -212,8 +221,16 @@ class CodedTier:
 
     def flush(self, seconds: float) -> bool:
         """See `Tier.flush`."""
-        until = time.monotonic() + seconds
-        return self._room.wait(seconds) and self._inner.flush(max(0.0, until - time.monotonic()))
+        until, before = time.monotonic() + seconds, list(self._open)
+
+        def ended() -> bool:
+            while before and before[-1] not in self._open and before[-1] not in self._passing:
+                before.pop()  # Each is looked at once.
+            return not before
+
+        with self._lock:
+            through = self._lock.wait_for(ended, seconds)
+        return through and self._inner.flush(max(0.0, until - time.monotonic()))
 
     def close(self) -> None:
         """See `Tier.close`."""
@@ -228,6 +245,42 @@ class CodedTier:
         done = self._open.pop(job, None)
         if done is not None:
             done(job, error)
+            self._fewer_open()
+
+    def _fewer_open(self) -> None:
+        with self._lock:
+            self._lock.notify_all()
+
+    def _on_loop(self, task: Callable[[], None]) -> None:
+        """Call the tier inside; once it has raised nobody knows what it does with its jobs."""
+
+        def safely() -> None:
+            try:
+                task()
+            except Exception:
+                _logger.exception("%s: a tier raised, see its kind", self.name)
+                self._broken = True
+
+        self._host.post(safely)
+
+    def _as_they_are(self, begin: _Begin, jobs: Sequence[Job], lent: Lent) -> None:
+        """Let the tier inside have jobs, and tell of their ends: it is at work on their memory."""
+
+        def work() -> None:
+            self._passing = jobs
+            ends = [(job, done) for job in jobs if (done := self._open.pop(job, None))]
+            lent.back()
+            try:
+                if ends:
+                    begin([job for job, _ in ends], ends[0][1])
+            except Exception:
+                self._open.update(ends)  # Until it is closed.
+                raise
+            finally:
+                self._passing = ()
+                self._fewer_open()
+
+        self._on_loop(work)
 
     # --- Puts -------------------------------------------------------------------------------------
 
@@ -261,11 +314,10 @@ class CodedTier:
                 coded.append(replace(job, name=name, address=at, nbytes=nbytes, checksum=checksum))
                 at += align(nbytes)
             else:
-                self._host.post(lambda: self._send(jobs, coded, lent))
+                self._on_loop(lambda: self._send(jobs, coded, lent))
                 return
-            lent.back()
             self._count("not_coded", len(jobs))
-            self._host.post(lambda: self._put_plain(jobs, self._end))
+            self._as_they_are(self._put_plain, jobs, lent)
 
         self._run(sum(align(_nbytes(name)) for name in names), work, jobs, reads=False)
 
@@ -296,16 +348,15 @@ class CodedTier:
     def _get_coded(self, job: Job, name: ObjectName) -> None:
         def work(lent: Lent) -> None:
             coded = replace(job, name=name, address=lent.address, nbytes=_nbytes(name))
-            self._host.post(lambda: self._inner.get([coded], lambda _, error: ended(lent, error)))
+            self._on_loop(lambda: self._inner.get([coded], lambda _, error: ended(lent, error)))
 
         def ended(lent: Lent, error: str | None) -> None:
             if error is None:
                 self._on_thread(lambda: self._decode(job, name, lent), [job], lent)
-                return
-            lent.back()
-            if error == "absent":
-                self._host.post(lambda: self._inner.get([job], self._end))
+            elif error == "absent":
+                self._as_they_are(self._inner.get, [job], lent)
             else:
+                lent.back()
                 self._end(job, error)
 
         self._run(align(_nbytes(name)), work, [job], reads=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from kvstore._native import xxh3_64
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part
 from kvstore.codecs import find
 from kvstore.codecs.base import coded_part, plain_part
+from kvstore.memory.bounce import memory_at
 from kvstore.tiers import conformance
-from kvstore.tiers.base import Host, ObjectName, State, Tier
+from kvstore.tiers.base import Host, Job, JobDone, ObjectName, State, Tier
 from kvstore.tiers.coded import coded
 from kvstore.tiers.conformance import Bench, Objects
 from kvstore.tiers.files import open_files
@@ -170,6 +172,10 @@ def test_names_of_coded_objects_come_back() -> None:
             assert [one for one in plain if one is not None] == [part]
     other = Part(Group(layers=3, heads=2, channels=(64, 64), dtype="float16"))
     assert coded_part(find("e4"), other, TOKENS) is None, "not its numbers"
+    for dtype, page in (("bfloat16", 1), ("bfloat16", 65537), ("float32", 65538)):
+        part = Part(Group(layers=1, heads=1, channels=(64, 64), dtype=dtype), Opaque("x", 16, page))
+        found = [coded_part(find(codec), part, 16) for codec in ("e4", "zstd", "lz4")]
+        assert found == [None] * 3, "they are no whole numbers"
     long = Opaque("x", 16, 4096, tuple((f"{n}", "y" * 4000) for n in range(2)))
     part = Part(Group(layers=3, heads=2, channels=(64, 64), dtype="bfloat16"), long)
     assert coded_part(find("e4"), part, TOKENS) is None, "its description has no room"
@@ -194,3 +200,83 @@ def test_auto_codes_where_that_is_sooner(tmp_path: Path, seconds_per_byte: float
         again = Objects(bench, [name_of(1), name_of(2)])
         assert again.put() == again.get() == [None, None]
         assert bench.tier.state.objects == 2
+
+
+class Slow(SlabTier):
+    """Never says that a job has ended; has no coded objects."""
+
+    raises = False
+
+    def get(self, jobs: Sequence[Job], done: JobDone) -> None:
+        for job in jobs if not self.raises else ():
+            if job.name.part.coded:
+                done(job, "absent")
+        self.put(jobs, done)
+
+    def put(self, jobs: Sequence[Job], done: JobDone) -> None:
+        if self.raises:
+            raise KeyError("a fault")
+        self.held = [*getattr(self, "held", ()), *((job, done) for job in jobs)]
+
+
+def slow(made: list[Slow]) -> Callable[[Host, Path], Tier]:
+    def make(host: Host, folder: Path) -> Tier:
+        made.append(Slow("disk", host, folder / "slab", 1 << 24))
+        return coded("e4", lambda inner: made[0])(host)
+
+    return make
+
+
+def begun(bench: Bench, what: str, jobs: int = 2) -> tuple[list[str | None], Objects]:
+    """How jobs end, of which the first one's bytes are not coded."""
+    objects = Objects(bench, [name_of(number) for number in range(jobs)])
+    ends: list[str | None] = []
+    objects.fill()
+    memory_at(objects.jobs[0].address, 1 << 16)[:] = bytes(range(256)) * 256
+    for job in objects.jobs:
+        job.checksum = xxh3_64(job.address, job.nbytes)
+    getattr(bench.tier, what)(objects.jobs, lambda job, error: ends.append(error))
+    return ends, objects
+
+
+@pytest.mark.usefixtures("like_kv")
+def test_memory_that_the_tier_inside_works_on_is_its_own_to_end(tmp_path: Path) -> None:
+    for what in ("put", "get"):
+        made: list[Slow] = []
+        with Bench(slow(made), tmp_path / what) as bench:
+            ends, objects = begun(bench, what)
+            own = [job for job in objects.jobs if what == "get" or job is objects.jobs[0]]
+
+            def given(made: list[Slow] = made, own: list[Job] = own) -> bool:
+                held = [job for job, _ in getattr(made[0], "held", ())]
+                return all(job in held for job in own) and len(held) >= 2
+
+            bench.run_until(given, "jobs come to the tier inside")
+        assert ends == ["closed"] * (2 - len(own)), "the memory of others is still at work"
+        for job, done in made[0].held:
+            done(job, "closed")
+        assert ends == ["closed"] * 2
+
+
+@pytest.mark.usefixtures("like_kv")
+@pytest.mark.parametrize("what", ["put", "get"])
+def test_a_tier_inside_that_raises_is_given_up(tmp_path: Path, what: str) -> None:
+    made: list[Slow] = []
+    with Bench(slow(made), tmp_path) as bench:
+        made[0].raises = True
+        ends, _ = begun(bench, what)
+        bench.run_until(lambda: bench.tier.state.gone, "it is closed, and opened anew")
+        assert ends == []
+    assert ends == ["closed"] * 2
+
+
+@pytest.mark.usefixtures("like_kv")
+def test_a_flush_waits_for_what_is_still_to_be_given_to_the_tier_inside(tmp_path: Path) -> None:
+    with Bench(slab("e4"), tmp_path) as bench:
+        ends, _ = begun(bench, "put", 1)
+        until = time.monotonic() + 10
+        while not bench.tier.counters.get("not_coded") and time.monotonic() < until:
+            time.sleep(0.001)  # The loop stands still.
+        assert not bench.tier.flush(0.02)
+        bench.run_until(lambda: ends == [None], "it ends")
+        assert bench.tier.flush(10)

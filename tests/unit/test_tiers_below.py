@@ -10,15 +10,18 @@ from typing import Any, Final
 
 import pytest
 
+from examples.memory_tier import MemoryTier
 from kvstore.errors import ConfigError
 from kvstore.slices import finish
 from kvstore.store.admission import Admission
 from kvstore.store.entry import Entry
-from kvstore.store.relocation import copy_to, move_to
+from kvstore.store.opening import Below
+from kvstore.store.relocation import copy_to, move_to, reencode
 from kvstore.store.selection import Selection
 from kvstore.tiers.base import Host, Job, Tier
+from kvstore.tiers.coded import CodedTier, coded
 from kvstore.transport.protocol import DISK, MEMORY
-from tests.store_tools import NBYTES, PART, Bench, Fickle, content, keys, select
+from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, Fickle, content, keys, select
 
 FAR: Final = DISK + 1
 
@@ -357,3 +360,29 @@ def test_a_tier_that_cannot_be_configured_so_leaves_none_open(tmp_path: Path) ->
     assert again.disk is not None
     assert again.disk.state.problem is None
     again.close()
+
+
+def test_what_is_written_anew_may_be_pinned_meanwhile(tmp_path: Path) -> None:
+    options = {"capacity": 64 * NBYTES}
+    two = [coded("zstd", lambda h: MemoryTier("far", h, options)) for _ in range(2)]
+    both = [Below(f"far{n}", one) for n, one in enumerate(two)]
+    bench = Bench(tmp_path, more=both)
+    bench.save(keys(1))
+    bench.drain()
+    entry, heard = entry_of(bench, 1), list[str | None]()
+    reencode(bench.store.movement, entry, "raw", heard.append)
+    pin = bench.pins.pin("me", NAMESPACE, keys(1), 60.0)
+    bench.drain()
+    assert heard == ["pinned"]
+    assert tiers(bench, 1) == [[MEMORY, DISK, FAR]]
+    assert entry.lies_in(FAR + 1)
+    bench.pins.unpin(pin.id)
+    far = [bench.store.movement.lowers[number].tier for number in (FAR, FAR + 1)]
+    for one in far:
+        assert one is not None
+        assert isinstance(one.tier, CodedTier)
+        assert one.tier._wanted == {}, "wishes end with the writes that they were for"
+    reencode(bench.store.movement, entry, "zstd", heard.append)
+    bench.drain()
+    assert heard == ["pinned", None]
+    bench.close()
