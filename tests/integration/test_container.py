@@ -98,14 +98,23 @@ def test_a_private_daemon_shrinks_and_goes_before_the_engine(
     stores: Stores, container: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = stores.embedded(memory={"size": "1GiB"})
-    with Child(INSIDE, container, config.model_dump_json()) as engine:
-        capacity, loaded = map(int, engine.says(60).split())
-        assert loaded == 8
-        assert 16 * MIB < capacity < LIMIT // 2
-        daemon = psutil.Process(daemon_pid(config))
-        assert Path(f"/proc/{daemon.pid}/oom_score_adj").read_text().strip() == "1000"
-        engine.tell(str(daemon.pid))
-        assert engine.says(60) == "unavailable"
-        assert engine.wait() == 0
-        assert not daemon.is_running() or daemon.status() == psutil.STATUS_ZOMBIE
+    for _ in range(3):
+        with Child(INSIDE, container, config.model_dump_json()) as engine:
+            capacity, loaded = map(int, engine.says(60).split())
+            assert loaded == 8
+            assert 16 * MIB < capacity < LIMIT // 2
+            daemon = psutil.Process(daemon_pid(config))
+            assert Path(f"/proc/{daemon.pid}/oom_score_adj").read_text().strip() == "1000"
+            engine.tell(str(daemon.pid))
+            said = engine.says(60)
+            code = engine.wait()
+            eventually(lambda daemon=daemon: _gone(daemon))
+        # On a busy machine the kernel may take a second one before the first has let go of its own.
+        if code != -signal.SIGKILL:
+            break
+    assert (said, code) == ("unavailable", 0)
     assert "memory.size: little was free" in capfd.readouterr().err
+
+
+def _gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
