@@ -129,4 +129,4 @@ def _opener(tier: TierConfig, node: str, direct: bool, pool: Pool | None) -> Ope
     waits = {"retry_seconds": tier.retry_seconds, "stall_seconds": tier.stall_seconds}
     known = {"node": node} if tier.kind == "files" else {}  # Whose its files are.
     options = known | tier.options | waits | {"direct": direct}
-    return coded(tier.codec, lambda host: open_tier(tier.name, host, options))
+    return coded(tier.codec, lambda host: open_tier(tier.name, host, options), tier.stall_seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 from functools import cached_property
@@ -33,7 +34,8 @@ class Lent:
         self._room.back(self)
 
 
-Go = Callable[[Lent], None]
+Go = Callable[[Lent | None], None]
+"""Given what is lent; None: it took too long."""
 
 
 class Room:
@@ -45,7 +47,8 @@ class Room:
     def __init__(self, nbytes: int) -> None:
         self._most = {True: nbytes, False: nbytes // 2}
         self._lock = threading.Lock()
-        self._going = False
+        self._going = self._stuck = False
+        self._moved = 0.0  # when something was lent that had been all there, or was given back
         self._lent: set[Lent] = set()
         self._used = 0
         self._spare: defaultdict[int, list[Bounce]] = defaultdict(list)
@@ -53,7 +56,10 @@ class Room:
         self._waiting: dict[bool, deque[tuple[Lent, Go]]] = {True: deque(), False: deque()}
 
     def enter(self, nbytes: int, go: Go, *, reads: bool) -> None:
-        """Lend so much, at once or as soon as there is room; `go` gives it back."""
+        """Lend so much, at once or as soon as there is room; `go` gives it back.
+
+        For reads that may be too late, see `stuck`.
+        """
         with self._lock:
             self._waiting[reads].append((Lent(self, nbytes, reads=reads), go))
         self._go_on()
@@ -72,6 +78,7 @@ class Room:
             if lent not in self._lent:
                 return
             self._lent.discard(lent)
+            self._moved, self._stuck = time.monotonic(), False
             self._used -= lent.nbytes
             spare = self._spare  # What there is of it goes without the lock.
             if lent.buffer is not None and lent.nbytes <= self._most[True]:
@@ -101,9 +108,23 @@ class Room:
                 self._going = False
                 return None
             lent, _ = waiting[0]
+            self._moved = self._moved if self._lent else time.monotonic()
             self._lent.add(lent)
             self._used += lent.nbytes
             return waiting.popleft()
+
+    def stuck(self, seconds: float) -> bool:
+        """Whether reads have waited for so long while nothing was given back: they do no more."""
+        with self._lock:
+            reads = self._waiting[True]
+            if reads and time.monotonic() >= self._moved + seconds:
+                self._stuck = True
+            stuck, late = self._stuck, list(reads) if self._stuck else ()
+            if stuck:
+                reads.clear()
+        for _, go in late:
+            go(None)
+        return stuck
 
     def _full(self, lent: Lent) -> bool:
         reads = lent.reads

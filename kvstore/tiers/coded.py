@@ -31,6 +31,7 @@ _ROOM: Final = 64 << 20
 _THREADS: Final = 4
 _SAVED: Final = 1 / 4
 """Of what a tier reads, so much less of coded objects."""
+_STUCK: Final = "it does not answer: what it was asked to read does not come"
 _BROKEN: Final = "it raised an error, which the log tells: it is closed and opened again"
 _NEW: Final = 0.1
 """What a measurement weighs among those before."""
@@ -39,8 +40,10 @@ OpenTier = Callable[[Host], Tier]
 _Begin = Callable[[Sequence[Job], JobDone], None]
 
 
-def coded(codec: str, open_tier: OpenTier) -> OpenTier:
+def coded(codec: str, open_tier: OpenTier, stall_seconds: float = 10.0) -> OpenTier:
     """Opens a tier with a codec of the configuration; with `raw` as it is.
+
+    Reads that find no memory for `stall_seconds` fail: others have it, and do not end.
 
     Raises:
         ConfigError: the package of the codec is not there.
@@ -48,7 +51,7 @@ def coded(codec: str, open_tier: OpenTier) -> OpenTier:
     if codec == RAW:
         return open_tier
     found, auto = find("e4" if codec == AUTO else codec), codec == AUTO
-    return lambda host: CodedTier(found, host, open_tier, auto=auto)
+    return lambda host: CodedTier(found, host, open_tier, stall_seconds, auto=auto)
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,20 @@ class CodedTier:
         codec: for what is put, and to be found.
         host: the store.
         open_tier: opens the tier inside.
+        stall_seconds: as long as a read waits for memory while none is given back.
         auto: code only as long as that brings bytes sooner, as measured.
     """
 
-    def __init__(self, codec: Codec, host: Host, open_tier: OpenTier, *, auto: bool) -> None:
-        self._codec, self._auto = codec, auto
+    def __init__(
+        self,
+        codec: Codec,
+        host: Host,
+        open_tier: OpenTier,
+        stall_seconds: float,
+        *,
+        auto: bool,
+    ) -> None:
+        self._codec, self._auto, self._stall_seconds = codec, auto, stall_seconds
         self._host = host
         self._inner = inner = open_tier(_InnerHost(host, codec))
         self.name, self.shared = inner.name, inner.shared
@@ -109,6 +121,8 @@ class CodedTier:
         state = self._inner.state
         if self._broken:
             return State(False, False, _BROKEN, gone=True)
+        if self._room.stuck(self._stall_seconds):
+            state = state._replace(readable=False, problem=state.problem or _STUCK)
         if state.seconds_per_byte:
             seconds = state.seconds_per_byte * self._share + self._decode_seconds
             state = state._replace(seconds_per_byte=seconds)
@@ -391,8 +405,12 @@ class CodedTier:
     ) -> None:
         """Do something for jobs, with so much memory, on a thread, once there is room."""
 
-        def go(lent: Lent) -> None:
-            self._on_thread(lambda: work(lent), jobs, lent)
+        def go(lent: Lent | None) -> None:
+            if lent is not None:
+                self._on_thread(lambda: work(lent), jobs, lent)
+                return
+            for job in jobs:
+                self._end(job, "stalled")
 
         self._room.enter(nbytes, go, reads=reads)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +281,23 @@ def test_a_flush_waits_for_what_is_still_to_be_given_to_the_tier_inside(tmp_path
         assert not bench.tier.flush(0.02)
         bench.run_until(lambda: ends == [None], "it ends")
         assert bench.tier.flush(10)
+
+
+@pytest.mark.usefixtures("like_kv")
+def test_reads_do_not_wait_for_ever_for_a_medium_that_hangs(tmp_path: Path) -> None:
+    """All memory is lent to reads that do not end; it may be fewer than the tier has threads."""
+
+    class Hangs(Slow):
+        def get(self, jobs: Sequence[Job], done: JobDone) -> None:
+            self.put(jobs, done)
+
+    def make(host: Host, folder: Path) -> Tier:
+        return coded("e4", lambda inner: Hangs("disk", inner, folder / "slab", 1 << 24), 0.05)(host)
+
+    with Bench(make, tmp_path) as bench:
+        job, ends = Objects(bench, [name_of(1)]).jobs[0], list[str | None]()
+        jobs = [replace(job, checksum=1) for _ in range(260)]
+        bench.tier.get(jobs, lambda job, error: ends.append(error))
+        bench.run_until(lambda: not bench.tier.state.readable, "it is seen")
+        assert ends == ["stalled"] * 4
+        assert "does not answer" in str(bench.tier.state.problem)

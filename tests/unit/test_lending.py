@@ -7,13 +7,25 @@ from kvstore.memory.lending import Lent, Room
 PAGE = 4096
 
 
+class Begun(list[Lent]):
+    """What was lent; `late`: how often it took too long."""
+
+    late = 0
+
+    def go(self, lent: Lent | None) -> None:
+        if lent is None:
+            self.late += 1
+        else:
+            self.append(lent)
+
+
 def test_reads_go_first_and_writes_leave_them_room() -> None:
-    room, begun = Room(8 * PAGE), list[Lent]()
+    room, begun = Room(8 * PAGE), Begun()
     for _ in range(6):
-        room.enter(PAGE, begun.append, reads=False)
+        room.enter(PAGE, begun.go, reads=False)
     assert len(begun) == 4, "half of it is for writes"
     for _ in range(6):
-        room.enter(PAGE, begun.append, reads=True)
+        room.enter(PAGE, begun.go, reads=True)
     assert [lent.reads for lent in begun] == [False] * 4 + [True] * 4
     begun[0].back()
     begun[0].back()
@@ -24,10 +36,10 @@ def test_reads_go_first_and_writes_leave_them_room() -> None:
 
 
 def test_what_is_too_large_has_it_alone() -> None:
-    room, begun = Room(2 * PAGE), list[Lent]()
-    room.enter(PAGE, begun.append, reads=True)
-    room.enter(9 * PAGE, begun.append, reads=True)
-    room.enter(PAGE, begun.append, reads=True)
+    room, begun = Room(2 * PAGE), Begun()
+    room.enter(PAGE, begun.go, reads=True)
+    room.enter(9 * PAGE, begun.go, reads=True)
+    room.enter(PAGE, begun.go, reads=True)
     assert len(begun) == 1
     begun[0].back()
     assert [lent.nbytes for lent in begun] == [PAGE, 9 * PAGE]
@@ -36,12 +48,12 @@ def test_what_is_too_large_has_it_alone() -> None:
 
 
 def test_memory_is_used_again_and_bounded_in_number() -> None:
-    room, begun = Room(1 << 30), list[Lent]()
+    room, begun = Room(1 << 30), Begun()
     for _ in range(200):
-        room.enter(PAGE, begun.append, reads=False)
+        room.enter(PAGE, begun.go, reads=False)
     assert len(begun) == 128, "in number, too, half of it is for writes"
     for _ in range(200):
-        room.enter(PAGE, begun.append, reads=True)
+        room.enter(PAGE, begun.go, reads=True)
     assert len(begun) == 256
     first = begun[0].address
     assert first % PAGE == 0
@@ -51,14 +63,15 @@ def test_memory_is_used_again_and_bounded_in_number() -> None:
 
 
 def test_any_number_may_wait_for_what_ends_at_once() -> None:
-    room, begun = Room(PAGE), list[Lent]()
+    room, begun = Room(PAGE), Begun()
     for _ in range(3000):
-        room.enter(PAGE, begun.append, reads=True)
+        room.enter(PAGE, begun.go, reads=True)
     begun[0].back()
     assert len(begun) == 2
     ended = list[Lent]()
 
-    def end(lent: Lent) -> None:
+    def end(lent: Lent | None) -> None:
+        assert lent is not None
         ended.append(lent)
         lent.back()
 
@@ -67,3 +80,22 @@ def test_any_number_may_wait_for_what_ends_at_once() -> None:
     while len(begun) < 3000 or not ended:
         begun[-1].back()
     assert len(ended) == 3000
+
+
+def test_reads_end_that_wait_for_what_is_not_given_back() -> None:
+    room, begun, writes = Room(2 * PAGE), Begun(), Begun()
+    for _ in range(4):
+        room.enter(PAGE, begun.go, reads=True)
+        room.enter(PAGE, writes.go, reads=False)
+    assert not room.stuck(60)
+    assert room.stuck(0)
+    assert (len(begun), begun.late, len(writes), writes.late) == (2, 2, 0, 0)
+    room.enter(PAGE, begun.go, reads=True)
+    assert room.stuck(60), "until something moves"
+    assert begun.late == 3
+    begun[0].back()
+    assert not room.stuck(0)
+    begun[1].back()
+    assert len(writes) == 1
+    room.enter(PAGE, begun.go, reads=True)
+    assert len(begun) == 3
