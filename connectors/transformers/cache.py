@@ -413,7 +413,7 @@ class KVStoreCache:
         """Reuse pieces beyond the exact prefix in `past`; whatever fails, that stays as it is."""
         start, report, done = time.perf_counter(), self.last, Approximate()
         assert report is not None
-        tokens = tokens_of(input_ids)
+        tokens, held = tokens_of(input_ids), past.get_seq_length()
         try:
             if self._made[past][1] < len(tokens):
                 raise SpecError("not all tokens are attended to")
@@ -422,7 +422,7 @@ class KVStoreCache:
             why = str(e) if isinstance(e, KVStoreError) else f"{type(e).__name__}: {e}"
             report = replace(report, reason=f"no pieces reused: {why}")
             self._once.warning("pieces", "no pieces reused: %s", why)
-        if done.pieces:
+        if past.get_seq_length() > held:
             past.problem = "it holds reused pieces, which are approximate"
         seconds = report.load_seconds + time.perf_counter() - start
         self.last = replace(report, approximate=done, load_seconds=seconds)

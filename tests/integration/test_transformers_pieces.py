@@ -230,6 +230,19 @@ def test_a_failure_leaves_an_exact_answer(
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_a_failure_at_the_very_end_stores_nothing_approximate(
+    cache: KVStoreCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("late")
+
+    monkeypatch.setattr("kvstore.connectors.transformers.pieces.Approximate", late)
+    cache.generate(ids(), pieces=PIECES, max_new_tokens=4, do_sample=False)
+    assert cache.last is not None
+    assert "late" in cache.last.reason
+    assert cache.last.saved.stored == 0
+
+
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
