@@ -11,15 +11,17 @@ from typing import Final
 
 from kvstore.memory.bounce import Bounce
 
-_MOST: Final = {True: 256, False: 128}
-"""Lent at a time, to reads and to writes: every one is a mapping of its own."""
+_MOST: Final = 128
+"""Lent at a time: every one is a mapping of its own."""
+_KEPT: Final = 4
+"""What is larger than that many times the room is not kept for whoever comes next."""
 
 
 class Lent:
-    """Memory from a `Room`, for a read or a write."""
+    """Memory from a `Room`."""
 
-    def __init__(self, room: Room, nbytes: int, *, reads: bool) -> None:
-        self.nbytes, self.reads = nbytes, reads
+    def __init__(self, room: Room, nbytes: int) -> None:
+        self.nbytes = nbytes
         self.buffer: Bounce | None = None
         self._room = room
 
@@ -39,13 +41,10 @@ Go = Callable[[Lent | None], None]
 
 
 class Room:
-    """Lends `nbytes` bytes, half of them to writes, for which no read waits. Thread-safe.
-
-    Whoever wants more than that has it alone.
-    """
+    """Lends `nbytes` bytes; whoever wants more than that has it alone. Thread-safe."""
 
     def __init__(self, nbytes: int) -> None:
-        self._most = {True: nbytes, False: nbytes // 2}
+        self._most = nbytes
         self._lock = threading.Lock()
         self._going = self._stuck = False
         self._moved = 0.0  # when something was lent that had been all there, or was given back
@@ -53,15 +52,15 @@ class Room:
         self._used = 0
         self._spare: defaultdict[int, list[Bounce]] = defaultdict(list)
         self._spare_bytes = 0
-        self._waiting: dict[bool, deque[tuple[Lent, Go]]] = {True: deque(), False: deque()}
+        self._waiting: deque[tuple[Lent, Go]] = deque()
 
-    def enter(self, nbytes: int, go: Go, *, reads: bool) -> None:
+    def enter(self, nbytes: int, go: Go) -> None:
         """Lend so much, at once or as soon as there is room; `go` gives it back.
 
-        For reads that may be too late, see `stuck`.
+        That may be too late, see `stuck`.
         """
         with self._lock:
-            self._waiting[reads].append((Lent(self, nbytes, reads=reads), go))
+            self._waiting.append((Lent(self, nbytes), go))
         self._go_on()
 
     def buffer(self, nbytes: int) -> Bounce:
@@ -81,8 +80,8 @@ class Room:
             self._moved, self._stuck = time.monotonic(), False
             self._used -= lent.nbytes
             spare = self._spare  # What there is of it goes without the lock.
-            if lent.buffer is not None and lent.nbytes <= self._most[True]:
-                if self._spare_bytes + lent.nbytes > self._most[True]:
+            if lent.buffer is not None and lent.nbytes <= _KEPT * self._most:
+                if self._spare_bytes + lent.nbytes > self._most:
                     self._spare, self._spare_bytes = defaultdict(list), 0
                 self._spare[lent.nbytes].append(lent.buffer)
                 self._spare_bytes += lent.nbytes
@@ -101,31 +100,29 @@ class Room:
             go(lent)
 
     def _next(self) -> tuple[Lent, Go] | None:
-        """Whose turn it is: the next read's, or if there is none, a write's."""
         with self._lock:
-            waiting = self._waiting[True] or self._waiting[False]
-            if not waiting or (self._lent and self._full(waiting[0][0])):
+            if not self._waiting or (self._lent and self._full(self._waiting[0][0])):
                 self._going = False
                 return None
-            lent, _ = waiting[0]
+            lent, _ = self._waiting[0]
             self._moved = self._moved if self._lent else time.monotonic()
             self._lent.add(lent)
             self._used += lent.nbytes
-            return waiting.popleft()
+            return self._waiting.popleft()
+
+    def _full(self, lent: Lent) -> bool:
+        return self._used + lent.nbytes > self._most or len(self._lent) >= _MOST
 
     def stuck(self, seconds: float) -> bool:
-        """Whether reads have waited for so long while nothing was given back: they do no more."""
+        """Whether some have waited for so long while nothing was given back: they do no more."""
+        late: list[tuple[Lent, Go]] = []
         with self._lock:
-            reads = self._waiting[True]
-            if reads and time.monotonic() >= self._moved + seconds:
+            if self._waiting and time.monotonic() >= self._moved + seconds:
                 self._stuck = True
-            stuck, late = self._stuck, list(reads) if self._stuck else ()
-            if stuck:
-                reads.clear()
+            if self._stuck:
+                late = list(self._waiting)
+                self._waiting.clear()
+            stuck = self._stuck
         for _, go in late:
             go(None)
         return stuck
-
-    def _full(self, lent: Lent) -> bool:
-        reads = lent.reads
-        return self._used + lent.nbytes > self._most[reads] or len(self._lent) >= _MOST[reads]

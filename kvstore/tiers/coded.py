@@ -26,8 +26,9 @@ from kvstore.tiers.base import Held, Host, InSegment, Job, JobDone, ObjectName, 
 
 _logger: Final = logging.getLogger("kvstore.codecs")
 
-_ROOM: Final = 64 << 20
-"""Bytes of coded objects in memory at a time; of the one whose turn it is, any number."""
+_READING: Final = 64 << 20
+_WRITING: Final = 32 << 20
+"""Bytes of coded objects in memory at a time; of one, or one segment, alone any number."""
 _THREADS: Final = 4
 _SAVED: Final = 1 / 4
 """Of what a tier reads, so much less of coded objects."""
@@ -102,7 +103,7 @@ class CodedTier:
         self._threads = ThreadPoolExecutor(
             min(_THREADS, os.cpu_count() or 1), f"kvstore-{self.name}-codec"
         )
-        self._room = Room(_ROOM)
+        self._reading, self._writing = Room(_READING), Room(_WRITING)
         self._sent: dict[Job, Job] = {}  # puts as the tier inside was given them
         self._wanted: dict[ObjectName, bool] = {}  # whether the next put is to be coded
         self._open: dict[Job, JobDone] = {}  # that are coded, or may be
@@ -121,7 +122,7 @@ class CodedTier:
         state = self._inner.state
         if self._broken:
             return State(False, False, _BROKEN, gone=True)
-        if self._room.stuck(self._stall_seconds):
+        if self._reading.stuck(self._stall_seconds):
             state = state._replace(readable=False, problem=state.problem or _STUCK)
         if state.seconds_per_byte:
             seconds = state.seconds_per_byte * self._share + self._decode_seconds
@@ -333,7 +334,7 @@ class CodedTier:
             self._count("not_coded", len(jobs))
             self._as_they_are(self._put_plain, jobs, lent)
 
-        self._run(sum(align(_nbytes(name)) for name in names), work, jobs, reads=False)
+        self._run(self._writing, sum(align(_nbytes(name)) for name in names), work, jobs)
 
     def _send(self, jobs: list[Job], coded: list[Job], lent: Lent) -> None:
         """Put coded jobs, on the loop."""
@@ -373,7 +374,7 @@ class CodedTier:
                 lent.back()
                 self._end(job, error)
 
-        self._run(align(_nbytes(name)), work, [job], reads=True)
+        self._run(self._reading, align(_nbytes(name)), work, [job])
 
     def _decode(self, job: Job, name: ObjectName, lent: Lent) -> None:
         room, started = _nbytes(name), time.monotonic()
@@ -400,9 +401,7 @@ class CodedTier:
         with self._lock:
             self._counts[what] += count
 
-    def _run(
-        self, nbytes: int, work: Callable[[Lent], None], jobs: list[Job], *, reads: bool
-    ) -> None:
+    def _run(self, room: Room, nbytes: int, work: Callable[[Lent], None], jobs: list[Job]) -> None:
         """Do something for jobs, with so much memory, on a thread, once there is room."""
 
         def go(lent: Lent | None) -> None:
@@ -412,7 +411,7 @@ class CodedTier:
             for job in jobs:
                 self._end(job, "stalled")
 
-        self._room.enter(nbytes, go, reads=reads)
+        room.enter(nbytes, go)
 
     def _on_thread(self, work: Callable[[], None], jobs: list[Job], lent: Lent) -> None:
         """The same; where that fails, or is too late, the memory goes back and the jobs end."""

@@ -296,8 +296,25 @@ def test_reads_do_not_wait_for_ever_for_a_medium_that_hangs(tmp_path: Path) -> N
 
     with Bench(make, tmp_path) as bench:
         job, ends = Objects(bench, [name_of(1)]).jobs[0], list[str | None]()
-        jobs = [replace(job, checksum=1) for _ in range(260)]
+        jobs = [replace(job, checksum=1) for _ in range(132)]
         bench.tier.get(jobs, lambda job, error: ends.append(error))
         bench.run_until(lambda: not bench.tier.state.readable, "it is seen")
         assert ends == ["stalled"] * 4
         assert "does not answer" in str(bench.tier.state.problem)
+
+
+@pytest.mark.usefixtures("like_kv")
+def test_reads_do_not_wait_for_a_segment_on_its_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A segment has tens or hundreds of MiB, and its upload may take many seconds."""
+    monkeypatch.setattr("kvstore.tiers.coded._WRITING", 4096)
+    made: list[Slow] = []
+    with Bench(slow(made), tmp_path) as bench:
+        writing, reading = Objects(bench, [name_of(1)]), Objects(bench, [name_of(2)])
+        writing.fill()
+        bench.tier.put(writing.jobs, lambda job, error: None)
+        bench.run_until(lambda: hasattr(made[0], "held"), "it is on its way")
+        reading.jobs[0].checksum = 1
+        bench.tier.get(reading.jobs, lambda job, error: None)
+        bench.run_until(lambda: len(made[0].held) > 1, "so is the read")
