@@ -8,6 +8,7 @@ stands for, which is also what tiers keep as its checksum. See docs/formats.md.
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from functools import lru_cache
 from typing import Final, NamedTuple, Protocol
@@ -135,6 +136,8 @@ def encode(codec: Codec, part: Part, coded: Part, tokens: int, src: int, dst: in
     body = codec.encode(src, nbytes, part.group.elem_size, dst + HEADER, room)
     if body is None:
         return None
+    # What is behind it may be of somebody else's object.
+    ctypes.memset(dst + HEADER + body.nbytes, 0, room - body.nbytes)
     write_header(dst, codec, nbytes, body)
     return body.checksum
 

@@ -76,9 +76,7 @@ class Planes:
         coded = self._compress(planes.data)
         if len(coded) > room:
             return None
-        memory = memory_at(dst, room)
-        memory[: len(coded)] = coded
-        np.frombuffer(memory, np.uint8)[len(coded) :] = 0
+        memory_at(dst, len(coded))[:] = coded
         return Body(len(coded), width, xxh3_64(src, nbytes))
 
     def decode(self, src: int, body: Body, dst: int, nbytes: int) -> int | None:

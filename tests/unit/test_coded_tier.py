@@ -14,8 +14,8 @@ import pytest
 from kvstore._native import xxh3_64
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part
 from kvstore.codecs import find
-from kvstore.codecs.base import coded_part, plain_part
-from kvstore.memory.bounce import memory_at
+from kvstore.codecs.base import coded_part, encode, plain_part
+from kvstore.memory.bounce import Bounce, memory_at
 from kvstore.tiers import conformance
 from kvstore.tiers.base import Host, Job, JobDone, ObjectName, State, Tier
 from kvstore.tiers.coded import coded
@@ -173,6 +173,15 @@ def test_names_of_coded_objects_come_back() -> None:
             assert [one for one in plain if one is not None] == [part]
     other = Part(Group(layers=3, heads=2, channels=(64, 64), dtype="float16"))
     assert coded_part(find("e4"), other, TOKENS) is None, "not its numbers"
+    for codec in map(find, ("e4", "zstd", "lz4")):
+        part = Part(Group(layers=61, heads=2, channels=(64, 64), dtype="bfloat16"))
+        found = coded_part(codec, part, TOKENS)
+        assert found is not None
+        plain, frames = Bounce(part.nbytes(TOKENS)), [Bounce(found.nbytes(TOKENS)) for _ in "ab"]
+        frames[0].view[:] = b"x" * frames[0].nbytes
+        for frame in frames:
+            assert encode(codec, part, found, TOKENS, plain.address, frame.address) is not None
+        assert frames[0].view == frames[1].view, "nothing of what was in memory before"
     for dtype, page in (("bfloat16", 1), ("bfloat16", 65537), ("float32", 65538)):
         part = Part(Group(layers=1, heads=1, channels=(64, 64), dtype=dtype), Opaque("x", 16, page))
         found = [coded_part(find(codec), part, 16) for codec in ("e4", "zstd", "lz4")]
