@@ -334,7 +334,14 @@ class CodedTier:
             self._count("not_coded", len(jobs))
             self._as_they_are(self._put_plain, jobs, lent)
 
-        self._run(self._writing, sum(align(_nbytes(name)) for name in names), work, jobs)
+        def safely(lent: Lent) -> None:
+            try:
+                work(lent)
+            except Exception:
+                _logger.exception("%s: a codec failed; objects go there as they are", self.name)
+                self._as_they_are(self._put_plain, jobs, lent)
+
+        self._run(self._writing, sum(align(_nbytes(name)) for name in names), safely, jobs)
 
     def _send(self, jobs: list[Job], coded: list[Job], lent: Lent) -> None:
         """Put coded jobs, on the loop."""

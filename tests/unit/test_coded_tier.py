@@ -327,3 +327,16 @@ def test_reads_do_not_wait_for_a_segment_on_its_way(
         reading.jobs[0].checksum = 1
         bench.tier.get(reading.jobs, lambda job, error: None)
         bench.run_until(lambda: len(made[0].held) > 1, "so is the read")
+
+
+@pytest.mark.usefixtures("like_kv")
+def test_what_a_codec_fails_with_is_stored_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(find("zstd"), "encode", fails)
+    with Bench(slab("zstd"), tmp_path) as bench:
+        assert bench.put(name_of(1)).get() == [None]
+        assert "coded" not in bench.tier.counters
