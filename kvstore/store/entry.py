@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 from kvstore.memory.eviction import Node
 from kvstore.memory.slots import Slot
@@ -40,8 +40,6 @@ class Entry(Node, gc=False, eq=False):
     There may be millions, so the garbage collector does not know them: whoever takes one out of
     sight unties it from its slots.
     """
-
-    codec: ClassVar[str] = "raw"
 
     name: ObjectName
     nbytes: int

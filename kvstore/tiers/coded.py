@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Final
 
-from kvstore.blocks.spec import Part
+from msgspec import structs
+
 from kvstore.codecs import AUTO, RAW, find
 from kvstore.codecs.base import Codec, coded_part, decode, encode, plain_part
 from kvstore.memory.lending import Lent, Room
@@ -151,7 +152,7 @@ class CodedTier:
     def _coded(self, name: ObjectName) -> ObjectName | None:
         """Its name as a coded one, if it may be one."""
         part = coded_part(self._codec, name.part, name.namespace.block_tokens)
-        return None if part is None else _named(name, part)
+        return None if part is None else structs.replace(name, part=part)
 
     def _coded_of(self, job: Job) -> ObjectName | None:
         return self._coded(job.name) if job.nbytes == _nbytes(job.name) else None
@@ -445,13 +446,7 @@ def _nbytes(name: ObjectName) -> int:
     return name.part.nbytes(name.namespace.block_tokens)
 
 
-def _named(name: ObjectName, part: Part) -> ObjectName:
-    if isinstance(name, InSegment):
-        return InSegment(name.namespace, name.key, part, name.keys)
-    return ObjectName(name.namespace, name.key, part)
-
-
 def _plain(codec: Codec, name: ObjectName) -> ObjectName:
     """The name of what a coded object stands for; of others theirs."""
     part = plain_part(codec, name.part)
-    return name if part is None else _named(name, part)
+    return name if part is None else structs.replace(name, part=part)

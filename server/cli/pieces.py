@@ -22,8 +22,8 @@ pieces_app = typer.Typer(no_args_is_help=True, help="Texts that prompts reuse wh
 _SECONDS: Final = 600.0
 _LARGEST: Final = 16 << 20
 """Bytes of a text, and of an answer."""
-_SHORTEST: Final = 64
-_LONGEST: Final = 8192
+_CUT: Final = (128, 8192)
+"""Tokens that pieces may be cut at: so none that is cut is too short."""
 
 
 class EngineError(KVStoreError):
@@ -84,7 +84,7 @@ def add(
     url: Annotated[str, typer.Option(help="Of the vLLM server.")] = "http://localhost:8000",
     model: Annotated[str | None, typer.Option(help="As it calls it (default: its first).")] = None,
     tokens: Annotated[
-        int, typer.Option(min=2 * _SHORTEST, max=_LONGEST, help="Of a piece at most.")
+        int, typer.Option(min=_CUT[0], max=_CUT[1], help="Of a piece at most.")
     ] = 1024,
     key_file: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Its API key.")
@@ -95,7 +95,7 @@ def add(
     It needs `kvstore.vllm.approximate`; prompts ask for it by `kv_transfer_params`. Exit code 1 if
     some were not taken.
     """
-    from kvstore.blend.pieces import BASE, filler
+    from kvstore.blend.pieces import BASE, SHORTEST, filler
 
     engine = _Engine(url, key_file.read_text().strip() if key_file else None)
     chosen = model or _first(engine.ask("/v1/models"))
@@ -105,8 +105,8 @@ def add(
         if file.stat().st_size > _LARGEST:
             raise Misuse(f"{file} has more than {_LARGEST >> 20} MiB; cut it")
         found = engine.tokens(chosen, file.read_text("utf-8"), begins=False)
-        if len(found) < _SHORTEST:
-            raise Misuse(f"{file} has {len(found)} tokens; a piece has {_SHORTEST} at least")
+        if len(found) < SHORTEST:
+            raise Misuse(f"{file} has {len(found)} tokens; a piece has {SHORTEST} at least")
         pieces += _cut(found, tokens)
     reasons: dict[str, int] = {}
     with Progress(transient=True, console=Console(stderr=True)) as progress:

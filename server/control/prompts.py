@@ -65,10 +65,8 @@ class PromptVerbs(Answers):
         if not 2 <= len(pieces) <= MOST_PIECES:
             raise bad_field("pieces", f"are {len(pieces)}; give 2 to {MOST_PIECES}")
         for number, piece in enumerate(pieces):
-            least = pieces[number - 1].end if number else 0
-            if not least <= piece.start < piece.end <= len(tokens.ids) or (
-                number and piece.start != least
-            ):
+            start = pieces[number - 1].end if number else piece.start
+            if not start == piece.start < piece.end <= len(tokens.ids):
                 what = f"is {piece.start} to {piece.end} of {len(tokens.ids)} tokens"
                 raise bad_field(
                     f"pieces[{number}]", f"{what}; give them in order, each right behind the last"
