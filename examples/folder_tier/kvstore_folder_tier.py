@@ -18,7 +18,7 @@ from uuid import uuid4
 
 from kvstore._native import xxh3_64
 from kvstore.errors import ConfigError, TierUnavailable
-from kvstore.tiers.base import Held, Host, Job, JobDone, ObjectName, State
+from kvstore.tiers.base import Held, Host, Job, JobDone, ObjectName, State, kept_sum
 
 _HEAD: Final = struct.Struct("<QQQQ")  # bytes, checksum, created, expires
 
@@ -78,7 +78,7 @@ class FolderTier:
                 self._thread.submit(self._put, job, done)
 
     def _put(self, job: Job, done: JobDone) -> None:
-        checksum = xxh3_64(job.address, job.nbytes)
+        checksum = kept_sum(job, xxh3_64(job.address, job.nbytes))
         if job.checksum not in (None, checksum):
             done(job, "corrupt")
             return
@@ -111,7 +111,7 @@ class FolderTier:
             done(job, "absent")
             return
         ctypes.memmove(job.address, data, min(len(data), job.nbytes))
-        whole = xxh3_64(job.address, job.nbytes) == job.checksum
+        whole = kept_sum(job, xxh3_64(job.address, job.nbytes)) == job.checksum
         done(job, None if whole else "corrupt")
 
     def delete(self, names: Sequence[ObjectName]) -> None:

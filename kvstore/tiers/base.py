@@ -126,7 +126,8 @@ class Job:
     """One object on its way between the arena, `nbytes` bytes at `address`, and a tier.
 
     put: a given `checksum` is compared with the bytes read; in the end it is that of the bytes
-    stored. get: as `put`, `recover` or `probe` told it. `created` and `expires` as in `Held`.
+    stored. get: as `put`, `recover` or `probe` told it. Of coded bytes see `kept_sum`. `created`
+    and `expires` as in `Held`.
     """
 
     name: ObjectName
@@ -135,6 +136,15 @@ class Job:
     checksum: int | None = None
     created: int = 0
     expires: int = 0
+
+
+def kept_sum(job: Job, computed: int) -> int:
+    """The checksum to keep of a job, and to compare, given the XXH3 of its bytes.
+
+    That of coded bytes is of what they stand for: whoever codes them tells and verifies it.
+    """
+    told = job.checksum if job.name.part.coded else None
+    return computed if told is None else told
 
 
 class State(NamedTuple):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from examples.folder_tier.kvstore_folder_tier import FolderTier
 from kvstore._native import xxh3_64
 from kvstore.blocks.spec import Described, Group, ModelIdentity, Namespace, Opaque, Part
 from kvstore.codecs import find
@@ -340,3 +341,15 @@ def test_what_a_codec_fails_with_is_stored_as_it_is(
     with Bench(slab("zstd"), tmp_path) as bench:
         assert bench.put(name_of(1)).get() == [None]
         assert "coded" not in bench.tier.counters
+
+
+@pytest.mark.usefixtures("like_kv")
+def test_a_tier_of_a_package_is_coded_as_well(tmp_path: Path) -> None:
+    def make(host: Host, folder: Path) -> Tier:
+        options = {"folder": folder / "own"}
+        return coded("e4", lambda inner: FolderTier("far", inner, options))(host)
+
+    with Bench(make, tmp_path) as bench:
+        objects = bench.put(name_of(1), name_of(2))
+        assert bench.tier.counters["coded"] == 2
+        assert objects.get() == [None, None]

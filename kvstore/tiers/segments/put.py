@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvstore.tiers.base import InSegment, Job, JobDone
+from kvstore.tiers.base import InSegment, Job, JobDone, kept_sum
 from kvstore.tiers.segments.format import Block, Segment, encode, nbytes_of, whole
 
 
@@ -31,8 +31,7 @@ class Put:
         Raises:
             Changed: some of them are `damaged`.
         """
-        if self.name.part.coded:
-            sums = [job.checksum or 0 for job in self.jobs]
+        sums = [kept_sum(job, found) for job, found in zip(self.jobs, sums, strict=True)]
         self.sums, now = sums, int(time.time())
         wrong = (job.checksum not in (None, sums[n]) for n, job in enumerate(self.jobs))
         self.damaged = {number for number, changed in enumerate(wrong) if changed}

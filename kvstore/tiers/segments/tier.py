@@ -16,7 +16,16 @@ from itertools import groupby
 from typing import Final
 
 from kvstore._native import xxh3_64
-from kvstore.tiers.base import Held, Host, InSegment, Job, JobDone, ObjectName, State
+from kvstore.tiers.base import (
+    Held,
+    Host,
+    InSegment,
+    Job,
+    JobDone,
+    ObjectName,
+    State,
+    kept_sum,
+)  # fmt: skip
 from kvstore.tiers.options import TierOptions
 from kvstore.tiers.remote import Breaker, Crew, Shared
 from kvstore.tiers.segments.format import Segment, decode, nbytes_of, path_of, shape_of
@@ -344,9 +353,9 @@ class SegmentTier(Shared, ABC):
         sums: Sequence[int | None] = ()
         found: Segment | None = None
         try:
-            sums = self._load(path, sizes.header + first.index * sizes.stride, jobs)
-            if first.part.coded:  # Who asks for them verifies them.
-                sums = [n if n is None else job.checksum for n, job in zip(sums, jobs, strict=True)]
+            loaded = self._load(path, sizes.header + first.index * sizes.stride, jobs)
+            both = zip(jobs, loaded, strict=True)
+            sums = [n if n is None else kept_sum(job, n) for job, n in both]
             if [job.checksum for job in jobs] != sums:
                 found = self._find(first)
             self._worked(started)

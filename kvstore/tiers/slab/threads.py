@@ -17,7 +17,7 @@ from typing import Final
 
 from kvstore.errors import SpecError
 from kvstore.tiers import tasks
-from kvstore.tiers.base import Held
+from kvstore.tiers.base import Held, kept_sum
 from kvstore.tiers.slab.dictionary import DictionaryFull
 from kvstore.tiers.slab.direct import Mover
 from kvstore.tiers.slab.file import ChunkRefused, SlabFile
@@ -199,10 +199,8 @@ class Threads:
             if slab.make_ready(task.place, job.name):
                 health.notice("room", None)
         at = slab.header.data_offset + task.place.offset
-        checksum = mover.store(slab.data_fd, at, job.address, job.nbytes)
-        if job.name.part.coded and job.checksum is not None:
-            checksum = job.checksum  # of what the bytes stand for
-        elif job.checksum not in (None, checksum):
+        checksum = kept_sum(job, mover.store(slab.data_fd, at, job.address, job.nbytes))
+        if job.checksum not in (None, checksum):
             health.count("corrupt_writes")
             return "corrupt"
         created = job.created or int(time.time())
@@ -220,8 +218,8 @@ class Threads:
         if error is not None:
             return error
         at = slab.header.data_offset + task.place.offset
-        checksum = mover.load(slab.data_fd, at, job.address, job.nbytes)
-        if checksum != job.checksum and not (job.name.part.coded and checksum is not None):
+        found = mover.load(slab.data_fd, at, job.address, job.nbytes)
+        if found is None or kept_sum(job, found) != job.checksum:
             health.count("corrupt_reads")
             _logger.warning("%s: the object at %d is not what was written", slab.path, at)
             return "corrupt"
