@@ -82,8 +82,11 @@ class Serving(ABC):
             assert session.flush() == 0
         self.served.stop()
 
-    def flip_bits(self, step: int) -> None:
-        """Restart the store with a bit changed in every `step` bytes of its disk."""
+    def bits_flip(self, step: int) -> None:
+        """The store is restarted with a bit changed in every `step` bytes of its disk, and notices.
+
+        It notices when it reads, which may be before an engine is promised anything.
+        """
         self.stop()
         slab = next((self.served.folder / "disk").rglob("kvstore.slab"))
         with slab.open("r+b") as file:
@@ -93,3 +96,10 @@ class Serving(ABC):
                 file.seek(offset)
                 file.write(bytes([byte[0] ^ 4]))
         self.served.restart()
+
+        def noticed() -> bool:
+            self.check(self.ask())
+            return any("corrupt" in name for name in self.served.stats()["counters"])
+
+        eventually(noticed, 120)
+        eventually(self.hits, 120)
