@@ -207,8 +207,8 @@ class Node:
         """Leases on blocks of tenants that the caller sees."""
         if grant.tenants is None:
             return self.store.leases()
-        first = ((lease, next(lease.entries(), None)) for lease in self.store.leases())
-        return [lease for lease, e in first if e and grant.sees(e.name.namespace.tenant)]
+        tenants = ((lease, self.store.tenant_of(lease)) for lease in self.store.leases())
+        return [lease for lease, tenant in tenants if tenant is not None and grant.sees(tenant)]
 
     def seen_sessions(self, grant: Grant) -> list[Session]:
         """Sessions that have opened what the caller sees, oldest first."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,9 +35,11 @@ from kvstore.transport import protocol
 from kvstore.transport.channel import Channel
 from kvstore.transport.protocol import Cost, Message, Reply
 
-__all__ = ["Held", "LoadPlan", "Loaded", "Lookup", "Pin", "Saved", "Session"]
+__all__ = ["Announced", "Held", "LoadPlan", "Loaded", "Lookup", "Pin", "Saved", "Session"]
 
 _AGES: Final = 1e12
+
+_P = TypeVar("_P", bound="Pin")
 
 _log = logging.getLogger("kvstore.session")
 
@@ -47,7 +49,8 @@ class Lookup:
     """The usable prefix, `blocks` long: its blocks' tiers, why it ends (None: all found), seconds
     to load it.
 
-    `costs` of tiers below memory, by name.
+    `costs` of tiers below memory, by name. Whoever brings the first block that is `pending` did
+    something for it `idle` seconds ago.
     """
 
     blocks: int
@@ -55,6 +58,7 @@ class Lookup:
     reason: str | None
     seconds: float
     costs: Mapping[str, Cost] = field(default_factory=dict)
+    idle: float = 0.0
 
 
 class Pin:
@@ -70,6 +74,13 @@ class Pin:
         """Let them be evicted again."""
         self._view.release(self._channel, self._lease)
         self._channel = None
+
+
+class Announced(Pin):
+    """Blocks that count as on their way until they are stored, `release`, or the session's end.
+
+    Also for `lease_seconds` at most after the last of them came.
+    """
 
 
 class Session:
@@ -190,7 +201,7 @@ class Session:
         tiers = channel.tiers(codes)
         costs = reply.costs_by_name(channel.tier_names)
         takes = self._client.planner.load_seconds(tiers[:usable], costs, self.block_bytes)
-        return Lookup(usable, tiers, reply.reason or None, takes, costs)
+        return Lookup(usable, tiers, reply.reason or None, takes, costs, reply.idle)
 
     def plan(
         self,
@@ -339,18 +350,32 @@ class Session:
     def pin(self, keys: Sequence[bytes], *, ttl: float = 300.0) -> Pin:
         """Keep a prefix from eviction for `ttl` seconds, or until released or closed."""
         joined, ttl = join_keys(keys[: protocol.MAX_KEYS]), seconds(ttl, longest=_AGES)
+        return self._leased(Pin, lambda handle, lease: protocol.Pin(handle, lease, joined, ttl))
+
+    def announce(self, keys: Sequence[bytes]) -> Announced:
+        """Say that these blocks are to be saved, by this process or others: whoever looks them up
+        with `holes` may wait for them. An older daemon takes no note.
+        """
+        joined = join_keys(keys[: protocol.MAX_KEYS])
+        return self._leased(
+            Announced, lambda handle, lease: protocol.Announce(handle, lease, joined), "announce"
+        )
+
+    def _leased(
+        self, kind: type[_P], ask: Callable[[int, int], Message], feature: str | None = None
+    ) -> _P:
+        """What is kept under a new lease."""
         lease = next(self._client.leases)
         with self._client.using(self._view) as link:
-            if link is not None:
+            if link is not None and (feature is None or feature in link[0].welcome.features):
                 channel, handle = link
-                request = protocol.Pin(handle, lease, joined, ttl)
                 reply = self._client.call(
-                    channel, request, self._config.session.lookup_timeout, lease=lease
+                    channel, ask(handle, lease), self._config.session.lookup_timeout, lease=lease
                 )
                 if isinstance(reply, protocol.Count):
                     self._view.leases.add(lease)
-                    return Pin(self._view, channel, lease, reply.blocks)
-        return Pin(self._view, None, lease, 0)
+                    return kind(self._view, channel, lease, reply.blocks)
+        return kind(self._view, None, lease, 0)
 
     def clear(self, *, timeout: float = 10.0) -> int:
         """Remove what the store has of this namespace and nobody holds; returns how many objects.

@@ -5,6 +5,7 @@ Belongs to the store's loop; nothing is thread-safe.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -12,6 +13,7 @@ from typing import Final
 
 from kvstore.blocks.spec import ModelIdentity, Namespace, Part
 from kvstore.slices import FEW, Work, at_once
+from kvstore.store.announcing import Announcement, Coming
 from kvstore.store.entry import Entry
 from kvstore.store.movement import Movement
 from kvstore.store.usage import NamespaceUsage, TenantUsage
@@ -40,6 +42,7 @@ class LeaseKind(Enum):
     WRITE = "write"
     READ = "read"
     PIN = "pin"
+    ANNOUNCE = "announce"
 
 
 @dataclass(slots=True, eq=False)
@@ -111,6 +114,7 @@ class Leases:
         self.usage = catalogue.usage
         self.counters = catalogue.counters
         self.background = movement.background
+        self.coming = Coming[Lease]()
         self.max_pinned_bytes = max_pinned_bytes
         self._clock = catalogue.clock.monotonic
         self._lease_seconds = seconds
@@ -164,8 +168,64 @@ class Leases:
         lease = self.lease(owner, lease_id)
         if lease is None or lease.withdrawn or lease.kind is LeaseKind.PIN:
             return False
-        lease.expires = self._clock() + self._lease_seconds
+        self._progressed(lease)
         return True
+
+    def _progressed(self, lease: Lease) -> None:
+        lease.expires = self._clock() + self._lease_seconds
+
+    def announcing(
+        self,
+        owner: Hashable,
+        lease_id: int,
+        keys: Sequence[bytes],
+        parts: Sequence[Part],
+        namespace: Namespace,
+    ) -> Work[int]:
+        """Say that blocks are to be saved, by anybody; returns how many are not stored yet.
+
+        Until they are, with all parts, they count as on their way. That ends with the lease, which
+        lives on with each of them that comes, and ends with the last one.
+
+        Raises:
+            ValueError: the owner holds a lease of that id, or too much is held.
+        """
+        lease = self.new_lease(owner, lease_id, LeaseKind.ANNOUNCE, lease_weight(len(keys), 0))
+        announcement, within = Announcement(lease, namespace, parts), self._within(namespace)
+        for number, key in enumerate(keys):
+            if number % FEW == FEW - 1:
+                yield
+            if lease.released:
+                return 0
+            if len(self._block(key, parts, within)) < len(parts):
+                self.coming.expect(announcement, key)
+        if not announcement.left:
+            yield from self.releasing(owner, lease_id)
+        return len(announcement.left)
+
+    announce = at_once(announcing)
+
+    def _came(self, namespace: Namespace, keys: Iterable[bytes]) -> None:
+        """Blocks are not being saved any more, most of them because they are visible now."""
+        if not self.coming:
+            return
+        within = self._within(namespace)
+        for key in keys:
+            for announcement in self.coming.came(namespace, key):
+                parts, lease = announcement.parts, announcement.lease
+                if len(self._block(key, parts, within)) == len(parts):
+                    self._progressed(lease)
+                    self.coming.forget(announcement, key)
+                    if not announcement.left:
+                        self.background.add(self.releasing(lease.owner, lease.id))
+
+    def progress(self, namespace: Namespace, key: bytes) -> float:
+        """When whoever brings a block last did something for it (monotonic); -inf: nobody does."""
+        said = self.coming.expected(namespace, key)
+        times = [lease.expires - self._lease_seconds for lease in said]
+        writers = (entry.writer for entry in self.index.of(key))
+        times += [writer.since for writer in writers if writer is not None]
+        return max(times, default=-math.inf)
 
     def release_owner(self, owner: Hashable) -> None:
         """End all leases of an owner that is gone."""
@@ -267,6 +327,12 @@ class Leases:
         for entry in entries:
             self._end_reading(entry)
 
+    def tenant_of(self, lease: Lease) -> str | None:
+        """Whose blocks a lease is about; None: it is about none."""
+        if (entry := next(lease.entries(), None)) is not None:
+            return entry.name.namespace.tenant
+        return self.coming.tenant_of(lease)
+
     def leases(self) -> list[Lease]:
         """All leases."""
         return [lease for held in self._leases.values() for lease in held.values()]
@@ -318,6 +384,8 @@ class Leases:
                 self._end_writing(entry)
                 self.counters.add("save.dropped", "uncommitted")
                 self.catalogue.discard(entry, "uncommitted")
+                self._came(entry.name.namespace, (entry.name.key,))
+        yield from self.coming.ending(lease)
 
     def _end_writing(self, entry: Entry) -> None:
         entry.writer = None

@@ -171,20 +171,36 @@ class Loading(Leases):
             return tiers, ""
         end = keys[len(tiers)]
         missing = next(part for part in parts if index.usable(end, part, within) is None)
-        return tiers, index.why_not(end, missing, within)
+        why = index.why_not(end, missing, within)
+        return tiers, "writing" if why == "absent" and self._expects(namespace, end) else why
+
+    def _expects(self, namespace: Namespace | None, key: bytes) -> bool:
+        return namespace is not None and bool(self.coming.expected(namespace, key))
 
     def _states(
         self, keys: Sequence[bytes], parts: Sequence[Part], namespace: Namespace | None
     ) -> list[int]:
         within = self._within(namespace)
         of_parts = [self.index.states(keys, part, within) for part in parts]
-        if namespace is not None and self.probing.on:
+        if namespace is not None and (self.probing.on or self.coming):
             for states, part in zip(of_parts, parts, strict=True):
                 for number, key in enumerate(keys):
-                    if states[number] == MISS and self.probing.asks(namespace, key, part):
+                    if states[number] == MISS and (
+                        self._expects(namespace, key) or self.probing.asks(namespace, key, part)
+                    ):
                         states[number] = PENDING
         blocks = zip(*of_parts, strict=True)
         return self.index.numbers([max(b) if min(b) != MISS else MISS for b in blocks])
+
+    def next_pending(
+        self, keys: Sequence[bytes], parts: Sequence[Part], namespace: Namespace, at: int
+    ) -> Work[int]:
+        """The first block from `at` on that is on its way, their number if there is none."""
+        while at < len(keys) and self._states(keys[at : at + 1], parts, namespace) != [PENDING]:
+            at += 1
+            if at % FEW == 0:
+                yield
+        return at
 
     def acquiring(
         self,

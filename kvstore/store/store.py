@@ -248,6 +248,7 @@ class Store(Loading):
                 self.counters.add("save.bytes", by=sum(entry.nbytes for entry in ready))
                 self.movement.committed(ready, colder)
                 self._committed(saving, numbers, ready[0].name.namespace)
+                self._came(ready[0].name.namespace, [saving.keys[n] for n in numbers])
                 ready[0].account.last_used = self._clock()
             stored += len(numbers)
             saved += ready
@@ -319,7 +320,7 @@ class Store(Loading):
             if now < lease.expires or lease.withdrawn:
                 continue
             self.counters.add("lease.expired", lease.kind.value)
-            if lease.kind is LeaseKind.PIN:
+            if lease.kind in (LeaseKind.PIN, LeaseKind.ANNOUNCE):
                 self.background.add(self.releasing(lease.owner, lease.id))
             else:
                 lease.withdrawn = True

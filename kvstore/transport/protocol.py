@@ -19,12 +19,12 @@ from kvstore.errors import ProtocolError
 from kvstore.telemetry import shown
 
 VERSION: Final = 1
-FEATURES: Final = ("tiers", "close", "holes", "position", "peers", "trailing")
+FEATURES: Final = ("tiers", "close", "holes", "position", "peers", "trailing", "announce")
 """What this release knows beyond the first of its version: tables and costs of tiers, the request
 `close`, `holes` of lookups and acquires, `position` of lookups and reserves; for `peers` what nodes
 of a pool say to each other (`follow`, `find`, acquires of what is a node's `own`), `head` and
-`source` of lookups and prefetches, and `renew`; `trailing` checksums of puts. Each side does
-without what the other has not named."""
+`source` of lookups and prefetches, and `renew`; `trailing` checksums of puts; `announce`, and
+`renew` with it. Each side does without what the other has not named."""
 
 HEADER: Final = struct.Struct("<IQ")
 MAX_FRAME: Final = 8 << 20
@@ -160,6 +160,7 @@ class Lookup(Message, tag="lookup"):
 class Found(Message, tag="found"):
     """One byte per block found: its tier's number, or one of `NOWHERE`. `costs` are those of tiers
     below memory; the others, for clients without the feature, go with the next minor version.
+    `idle` seconds ago, somebody did something for the first block that is on its way; inf: nobody.
     """
 
     tiers: bytes
@@ -167,6 +168,7 @@ class Found(Message, tag="found"):
     disk_seconds_per_byte: float
     disk_wait: float = 0.0
     costs: dict[int, Cost] = {}
+    idle: float = 0.0
 
     def costs_by_name(self, names: tuple[str, ...]) -> dict[str, Cost]:
         """Costs by the names of tiers; also those that a daemon without the feature tells."""
@@ -174,6 +176,16 @@ class Found(Message, tag="found"):
             disk = Cost(self.disk_seconds_per_byte, fixed_seconds=self.disk_wait)
             return {names[DISK]: disk}
         return {names[n]: cost for n, cost in self.costs.items() if 0 <= n < len(names)}
+
+
+class Announce(Message, tag="announce"):
+    """These blocks are to be saved, by whomever: until they are they count as on their way, under a
+    new lease, which lives on with each that comes. Answered by a count of those not stored.
+    """
+
+    handle: int
+    lease: int
+    keys: bytes
 
 
 class Reserve(Message, tag="reserve"):
@@ -445,8 +457,8 @@ class Failure(Message, tag="failure"):
 
 # The last three of each belong on data connections.
 Request = (
-    Hello | Open | Close | Lookup | Reserve | Commit | Acquire | Release | Prefetch | Pin | Flush
-    | Clear | Stats | Control | Follow | Find | Where | Renew | Attach | Put | Get
+    Hello | Open | Close | Lookup | Announce | Reserve | Commit | Acquire | Release | Prefetch | Pin
+    | Flush | Clear | Stats | Control | Follow | Find | Where | Renew | Attach | Put | Get
 )  # fmt: skip
 Reply = (
     Welcome | Opened | Found | Reserved | Committed | Held | Count | Flushed | StatsReply

@@ -18,16 +18,15 @@ from kvstore.errors import KVStoreError, ProtocolError
 from kvstore.server.access.grants import Denied, Grant, Role
 from kvstore.server.loop import paced
 from kvstore.server.node import Node, Peer
-from kvstore.server.recent import Request, by_tier
+from kvstore.server.recent import by_tier
+from kvstore.server.sessions.looking import MAX_LOOKING, LookingConnection
 from kvstore.server.sessions.placing import hashes
-from kvstore.server.sessions.pooled import PENDING_POLL, PooledConnection
 from kvstore.slices import Work
 from kvstore.store.entry import Entry
 from kvstore.store.leases import LeaseKind, Saving
-from kvstore.store.loading import PROBING, Acquired
-from kvstore.tiers.base import PENDING
+from kvstore.store.loading import Acquired
 from kvstore.transport import protocol
-from kvstore.transport.protocol import Cost, Failure, Message
+from kvstore.transport.protocol import Failure, Message
 
 _MAX_PIN_SECONDS: Final = 30 * 24 * 3600.0
 _MAX_TTL_SECONDS: Final = 10 * 365 * 24 * 3600.0
@@ -38,17 +37,10 @@ _MAX_RECHECKED: Final = 16
 _HELD: Final = 512
 """Blocks of an answer without a stop."""
 
-_MAX_LOOKING: Final = 16
-"""Lookups of an owner that wait at a time; others are answered as things are."""
-
-_FIRST_POLL: Final = 0.001
-_PENDING_SHARE: Final = 50
-"""Times what a look takes between it and the next one."""
-
 _FLUSH_POLL: Final = 0.02
 
 
-class SessionConnection(PooledConnection):
+class SessionConnection(LookingConnection):
     """Answers the requests of one client's sessions."""
 
     def __init__(self, node: Node, peer: Peer, grant: Grant) -> None:
@@ -83,6 +75,13 @@ class SessionConnection(PooledConnection):
                 return (yield from self._reserve(request))
             case protocol.Commit():
                 return (yield from self._commit(request))
+            case protocol.Announce():
+                self.grant.check(Role.WRITE, "announcing")
+                namespace, parts, keys = yield from self._named(request)
+                if self._node.draining:
+                    return protocol.Count(0)
+                expected = yield from store.announcing(self, request.lease, keys, parts, namespace)
+                return protocol.Count(expected)
             case protocol.Acquire():
                 return (yield from self._acquire(request_id, request))
             case protocol.Release():
@@ -101,7 +100,7 @@ class SessionConnection(PooledConnection):
                 namespace, parts, keys = yield from self._named(request)
                 if request.source and self._node.draining:
                     return Failure("this node is to go itself")
-                if request.source and self.owner.looking < _MAX_LOOKING:
+                if request.source and self.owner.looking < MAX_LOOKING:
                     self.owner.looking += 1
                     fetch = partial(self._fetch, request, namespace, parts, keys)
                     self._later(request_id, fetch).add_done_callback(self._looked)
@@ -141,55 +140,6 @@ class SessionConnection(PooledConnection):
                 raise ProtocolError("a second hello; say it once, first")
             case protocol.Attach() | protocol.Put() | protocol.Get():
                 raise ProtocolError("this belongs on a data connection")
-
-    def _lookup(self, request_id: int, request: protocol.Lookup) -> Work[Message | None]:
-        started, store, owner = time.monotonic(), self._store, self.owner
-        namespace, parts, keys = yield from self._named(request)
-        look = partial(
-            store.looking_up, keys, parts, namespace, holes=request.holes,
-            position=request.position, head=request.head,
-        )  # fmt: skip
-        self._hint(request, namespace, keys)
-        tiers, reason = yield from look(again=request.again)
-        uncounted = reason == PROBING and not request.again
-        wait = max(0.0, request.wait) if request.holes else store.probing.seconds  # NaN: no wait
-        until = started + min(wait, protocol.MAX_WAIT)
-
-        def told(tiers: list[int], reason: str) -> Message:
-            codes = bytes(tiers)
-            if uncounted:
-                store.count_lookup(tiers, reason, keys, namespace)
-            if not request.again:
-                self._note("lookup", namespace, len(keys), by_tier(codes), reason, started)
-            return self._found(codes, reason)
-
-        async def look_again() -> Message:
-            """Once nothing is on its way any more, or at the deadline."""
-            pause = _FIRST_POLL
-            while True:
-                await asyncio.sleep(min(pause, max(0.0, until - time.monotonic())))
-                looked = time.monotonic()
-                tiers, reason = await paced(look(again=True))
-                ended = time.monotonic()
-                if not _on_the_way(tiers, reason) or ended >= until:
-                    return told(tiers, reason)
-                pause = max(min(2 * pause, PENDING_POLL), _PENDING_SHARE * (ended - looked))
-
-        if wait <= 0 or not _on_the_way(tiers, reason) or owner.looking >= _MAX_LOOKING:
-            return told(tiers, reason)
-        owner.looking += 1
-        self._later(request_id, look_again).add_done_callback(self._looked)
-        return None
-
-    def _found(self, codes: bytes, reason: str) -> protocol.Found:
-        costs = {number: lower.cost for number, lower in self._store.movement.lowers.items()}
-        if "tiers" in self.peer.features:
-            return protocol.Found(codes, reason, 0.0, costs=costs)
-        disk = costs.get(protocol.DISK, Cost(0.0))
-        return protocol.Found(codes, reason, disk.seconds_per_byte, disk.seconds(0))
-
-    def _looked(self, _: asyncio.Task[None]) -> None:
-        self.owner.looking -= 1
 
     def _reserve(self, request: protocol.Reserve) -> Work[Message]:
         self.grant.check(Role.WRITE, "saving")
@@ -263,16 +213,6 @@ class SessionConnection(PooledConnection):
             namespace, asked, started = save
             reason = reason or ("had" if blocks < asked else "")
             self._note("save", namespace, asked, (blocks, 0), reason, started)
-
-    def _note(
-        self, what: str, namespace: Namespace, asked: int, found: tuple[int, int], reason: str,
-        started: float,
-    ) -> None:  # fmt: skip
-        """Remember a request that was just answered; `started` by `time.monotonic`."""
-        at, seconds = time.time(), time.monotonic() - started
-        session = self.peer.session
-        noted = Request(at, session, namespace, what, asked, *found, reason, seconds)
-        self._node.recent.appendleft(noted)
 
     def _acquire(self, request_id: int, request: protocol.Acquire) -> Work[Message | None]:
         started = time.monotonic()
@@ -373,11 +313,6 @@ class SessionConnection(PooledConnection):
 
     async def _open_control(self) -> Message:
         return protocol.Controlled(str(await self._node.open_control()))
-
-
-def _on_the_way(tiers: list[int], reason: str) -> bool:
-    """Whether another look may find more: blocks are being saved, or asked for elsewhere."""
-    return reason == PROBING or PENDING in tiers
 
 
 def _saving(request: protocol.Reserve, namespace: Namespace, blocks: int) -> Saving:

@@ -258,6 +258,7 @@ SESSION: Final[dict[type, Asked | None]] = {
     protocol.Open: Asked("read", protocol.Open(THEIRS, (PART,)), "may not use the tenant 'theirs'"),
     protocol.Close: Asked("read", protocol.Close(0), protocol.Count(0)),
     protocol.Lookup: Asked("read", protocol.Lookup(0, THEIR_JOINED), "absent"),
+    protocol.Announce: Asked("write", protocol.Announce(0, 53, THEIR_JOINED), protocol.Count(3)),
     protocol.Reserve: Asked("write", protocol.Reserve(0, 50, THEIR_JOINED), ""),
     protocol.Commit: Asked("read", protocol.Commit(8), protocol.Committed(0, "lease")),
     protocol.Acquire: Asked("read", protocol.Acquire(0, 51, THEIR_JOINED, 1.0, 3), "absent"),

@@ -31,6 +31,7 @@ REQUESTS: list[Message] = [
     protocol.Prefetch(0, KEYS, 16, source="node"),
     protocol.Follow(),
     protocol.Follow(1 << 62, 7),
+    protocol.Announce(0, 1, KEYS),
     protocol.Reserve(0, 1, KEYS),
     protocol.Commit(1),
     protocol.Commit(1, (0, 3), (0, (1 << 64) - 1)),
