@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ import redis
 from kvstore.errors import TierUnavailable
 from kvstore.tiers import conformance
 from kvstore.tiers.conformance import Bench, Objects, name_of
+from kvstore.tiers.peers.valkey import ValkeyDirectory
 from kvstore.tiers.redis.format import key_of, slot_of
+from kvstore.tiers.redis.options import RedisOptions
 from kvstore.tiers.redis.tier import open_redis
 from tests.certificates import Authority
 from tests.integration.test_redis import bench, ends_within, opens, probe, well
@@ -254,6 +256,9 @@ def test_a_cluster_taken_for_one_server_is_named(empty: list[RedisServer]) -> No
 ALLOWED = "get set getrange pttl pexpire persist unlink touch ping info"
 """What docs/tiers.md says that the user has to be allowed."""
 
+POOL = "~kvp:* ~kvstore:peers:* +sadd +srem +smembers +expire +set +mget +del"
+"""The same of docs/peers.md and the directory."""
+
 Secure = tuple[RedisServer, dict[str, str]]
 
 
@@ -281,6 +286,7 @@ def secure(
         client = server.client
         rules = [f"+{command}" for command in ALLOWED.split()]
         client.execute_command("ACL", "SETUSER", "tier", "on", ">s3cret", "~kvstore:*", *rules)
+        client.execute_command("ACL", "SETUSER", "pool", "on", ">s3cret", *POOL.split())
         client.execute_command("ACL", "SETUSER", "default", "resetpass", "-@all", "+ping")
         password = folder / "password"
         password.write_text("s3cret\n")
@@ -335,3 +341,23 @@ def test_what_its_user_may_not_do_is_said(secure: Secure) -> None:
         objects = Objects(one, [name_of(1)])
         assert objects.put() == ["io_error"]
         assert "docs/tiers.md" in (one.tier.state.problem or "")
+
+
+def test_a_directory_of_peers_needs_tls_and_a_user_who_may_do_what_is_documented(
+    secure: Secure,
+) -> None:
+    server, options = secure
+    with ExitStack() as last:
+
+        def join(name: str, **changed: Any) -> ValkeyDirectory:
+            how = RedisOptions(url=(server.url,), **(options | changed))  # type: ignore[arg-type]
+            directory = ValkeyDirectory(how, name, f"tcp://{name}:7422", retry_seconds=0.2)
+            last.callback(directory.close)
+            return directory
+
+        one, two = (join(name, username="pool") for name in ("one", "two"))
+        one.publish([1, 2], [2])
+        eventually(lambda: two.find([1, 2], 1.0) == [("one",), ()])
+        assert one.problem is None
+        refused = join("three")  # As a user of the tier alone.
+        eventually(lambda: "NOPERM" in (refused.problem or ""))
