@@ -105,7 +105,8 @@ class Wishes(_Strict):
     `skip_save` and `skip_load` leave the store out; `ttl` seconds after a save its blocks expire;
     `pin` seconds long they are not evicted; `tenant` owns the blocks; `priority` orders transfers
     that wait (lower first); `remote_kv_source` is the node of the pool that has its blocks, by name
-    or address, as a router says.
+    or address, as a router says. `do_remote_decode`: another engine goes on with it after this one;
+    `do_remote_prefill`: another one has computed its prompt, or is about to.
     """
 
     skip_save: bool = False
@@ -115,6 +116,8 @@ class Wishes(_Strict):
     tenant: Tenant | None = None
     priority: int = 0
     remote_kv_source: Name | None = None
+    do_remote_decode: bool = False
+    do_remote_prefill: bool = False
 
 
 def wishes_of(params: Mapping[str, Any] | None) -> tuple[Wishes, list[str]]:

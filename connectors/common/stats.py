@@ -21,6 +21,10 @@ COUNTERS: Final[dict[str, tuple[str, ...]]] = {
     "kvstore_saved_bytes": ("Bytes newly stored.",),
     "kvstore_dropped_tokens": ("Tokens whose KV was not stored, by reason.", "reason"),
     "kvstore_skipped_requests": ("Requests that went without the store, by reason.", "reason"),
+    "kvstore_remote_prefills": (
+        "Requests prefilled by another engine, by what came of waiting for it.",
+        "reason",
+    ),
     "kvstore_approximate_requests": (
         "Requests that asked for pieces, by what came of it: blended, or why they are exact.",
         "reason",
@@ -79,6 +83,10 @@ class Stats:
     def skipped(self, reason: str) -> None:
         """A request goes without the store."""
         self._note({f"kvstore_skipped_requests.{reason}": 1})
+
+    def handed(self, outcome: str) -> None:
+        """A request that another engine has prefilled has waited for its blocks."""
+        self._note({f"kvstore_remote_prefills.{outcome}": 1})
 
     def dropped(self, blocks: int, reason: str) -> None:
         """So many blocks were not stored."""

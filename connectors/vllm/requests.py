@@ -11,6 +11,7 @@ from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 from kvstore.connectors.common.requests import Asked
 from kvstore.connectors.common.transfers import Job
 from kvstore.connectors.vllm.blending import Blending
+from kvstore.connectors.vllm.disaggregated import HandOff
 
 MEDIUM: Final = "KVSTORE"
 
@@ -44,6 +45,7 @@ class Tracked(Asked):
     hold is not saved."""
     blending: Blending | None = None
     """What it asks of pieces, if anything."""
+    handoff: HandOff = field(default_factory=HandOff)
 
     @property
     def exact(self) -> int:

@@ -25,6 +25,7 @@ from kvstore.connectors.common.settings import Settings, is_tenant, wishes_of
 from kvstore.connectors.common.stats import Stats
 from kvstore.connectors.common.transfers import Job, page_rows
 from kvstore.connectors.vllm.blend_scheduler import BlendScheduler
+from kvstore.connectors.vllm.disaggregated import HandOffs
 from kvstore.connectors.vllm.inputs import Inputs, Unkeyed
 from kvstore.connectors.vllm.layout import Pages
 from kvstore.connectors.vllm.messages import Blend, Ready, Registered, Report, Step
@@ -75,6 +76,13 @@ class SchedulerSide:
         self.stats = Stats(namespace.block_tokens)
         self._lookups = Lookups(self._sessions, self.stats)
         self._blends = BlendScheduler(settings, namespace, pages, config, self.stats)
+        self._handoffs = HandOffs(
+            self._sessions,
+            self.stats,
+            settings.config.session.load_timeout,
+            engine=config.kv_transfer_config.engine_id if config is not None else "",
+            ranks=ranks,
+        )
         self._tracked: dict[str, Tracked] = {}
         self._ended: set[str] = set()
         """Finished requests of which jobs or pages are left."""
@@ -122,6 +130,7 @@ class SchedulerSide:
                 if tracked.promise is not None and not tracked.promise.job.layered:
                     tracked.promise.arrived = 0
                 elif not tracked.saving:
+                    self._handoffs.end(tracked.handoff)
                     del self._tracked[name]  # If it still waits, it is looked at anew.
         return self._watch.name(self._kv_cache_manager)
 
@@ -153,6 +162,9 @@ class SchedulerSide:
         first = computed // size
         if first >= usable or tracked.failures >= _FAILURES:
             return 0, False
+        if self._handoffs.waits(tracked, tracked.handoff, first, usable):
+            self._waiting = True
+            return None, False
         found = self._lookups.find(tracked, computed, usable)
         if found is None:
             self._waiting = True
@@ -260,6 +272,8 @@ class SchedulerSide:
             prompt += max(0, min(left, scheduled))
             decoding |= left < scheduled
             computed = request.num_computed_tokens + scheduled
+            if self._may_save and not (tracked.tainted or tracked.wishes.skip_save):
+                self._handoffs.announce(tracked, tracked.handoff, request.num_prompt_tokens)
             self._save(tracked, computed, state, None)
             if tracked.blending is not None:
                 page_ids = state.get_block_ids(name)[0]
@@ -381,6 +395,8 @@ class SchedulerSide:
             )
         if not tracked.saving:
             self._pin(tracked)
+            if self._tracked.get(tracked.request.request_id) is not tracked:
+                self._handoffs.end(tracked.handoff)
 
     def _pin(self, tracked: Tracked) -> None:
         session, seconds = self._sessions.get(tracked.namespace.tenant), tracked.wishes.pin
@@ -431,7 +447,12 @@ class SchedulerSide:
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return False, None
-        return self._stays(tracked, page_ids), self._blends.finished(tracked.blending)
+        told = self._handoffs.told(request, tracked)
+        stays = self._stays(tracked, page_ids)
+        if not tracked.saving:
+            self._handoffs.end(tracked.handoff)
+        blended = self._blends.finished(tracked.blending)
+        return stays, (told or {}) | (blended or {}) or None
 
     def _stays(self, tracked: Tracked, page_ids: list[int]) -> bool:
         request = tracked.request
@@ -466,5 +487,6 @@ class SchedulerSide:
 
     def close(self) -> None:
         """End the sessions."""
+        self._handoffs.close()
         self._sessions.close()
         self._blends.close()

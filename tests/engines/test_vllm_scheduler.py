@@ -364,3 +364,30 @@ def test_approximate_reuse_is_off_unless_allowed(side: SchedulerSide) -> None:
     assert side.finished(asked, []) == (False, {"approximate": told})
     counts = (side.stats.take() or nothing())["counts"]
     assert counts["kvstore_approximate_requests.off"] == 1
+
+
+@pytest.mark.parametrize("more", [{"kvstore.session.load_timeout": 0.4}])
+def test_a_prefill_elsewhere_is_waited_for_while_something_comes(
+    served: Served, side: SchedulerSide
+) -> None:
+    """Not for a moment where nothing was announced; blocks that never come are not for long."""
+    tokens = [*prompt(70, 4), 7]
+    assert answered(side, request("not announced", tokens, do_remote_prefill=True)) == 0
+    with served.session() as producer:
+        keys = producer.keys(tokens)
+        announced = producer.announce(keys)
+        asked = request("announced", tokens, do_remote_prefill=True)
+        assert side.match(asked, 0) == (None, False)
+        assert answered(side, request("other", tokens)) == 0, "not asked to wait"
+        for key in keys:
+            time.sleep(0.3)
+            assert side.match(asked, 0) == (None, False)
+            save(producer, [key])
+        assert answered(side, asked) == 4 * BLOCK_TOKENS
+        producer.announce(producer.keys(prompt(71, 4)))
+        stalled = request("stalled", [*prompt(71, 4), 7], do_remote_prefill=True)
+        assert answered(side, stalled) == 0
+        announced.release()
+    counts = (side.stats.take() or nothing())["counts"]
+    outcomes = {k.partition(".")[2]: n for k, n in counts.items() if "remote_prefills" in k}
+    assert outcomes == {"missing": 1, "came": 1, "stalled": 1}

@@ -1,0 +1,132 @@
+"""Prefill in one engine, decode in another: what the schedulers of both say and wait for.
+
+The blocks of a request with `do_remote_decode` are announced with its first step, and saved as it
+is computed; its answer hands it on. One with `do_remote_prefill` waits, outside the batch, until
+what is announced of its prompt has come. The words are those of vLLM's NIXL connector, so that its
+proxies and routers serve; where the blocks are the store knows better than they.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from vllm.v1.request import RequestStatus
+
+from kvstore.client.session import Announced, Session
+from kvstore.connectors.common.requests import Asked
+from kvstore.connectors.common.sessions import Sessions
+from kvstore.connectors.common.stats import Stats
+
+_WAITING: Final = 64
+"""Requests that the store is asked for at a time; others wait for their turn to ask."""
+_ROUND: Final = 1.0
+"""Seconds of one question; whoever is gone by then asks no other."""
+_PAUSE: Final = 0.02
+"""Seconds until a store is asked again that has too many who wait."""
+_WHOLE: Final = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+
+
+@dataclass(slots=True)
+class HandOff:
+    """What one request has announced, or waits for."""
+
+    announced: Announced | None = None
+    waiting: Future[str] | None = None
+    over: threading.Event = field(default_factory=threading.Event)
+
+
+class HandOffs:
+    """Requests that two engines share. Used by the scheduler's thread.
+
+    `patience` seconds may pass without anything new from the other engine. `engine` and `ranks` are
+    what proxies are told of this one.
+    """
+
+    def __init__(
+        self, sessions: Sessions, stats: Stats, patience: float, *, engine: str, ranks: int
+    ) -> None:
+        self._sessions = sessions
+        self._stats = stats
+        self._patience = patience
+        self._engine, self._ranks = engine, ranks
+        self._threads = ThreadPoolExecutor(_WAITING, thread_name_prefix="kvstore-handoff")
+
+    def announce(self, asked: Asked, own: HandOff, prompt_tokens: int) -> None:
+        """The first step of a request: all whole blocks of its prompt are to come."""
+        if not asked.wishes.do_remote_decode or own.announced is not None:
+            return
+        session = self._sessions.get(asked.namespace.tenant)
+        if not isinstance(session, str):
+            whole = prompt_tokens // asked.namespace.block_tokens
+            own.announced = session.announce(asked.extend_keys()[:whole])
+
+    def waits(self, asked: Asked, own: HandOff, first: int, usable: int) -> bool:
+        """Whether blocks `first` to `usable` are still to come from the other engine."""
+        if not asked.wishes.do_remote_prefill:
+            return False
+        if own.waiting is None:
+            session = self._sessions.get(asked.namespace.tenant)
+            if isinstance(session, str):
+                return False  # Whoever looks the blocks up waits for it.
+            keys = asked.extend_keys()
+            given = session, keys[first:usable], first, keys[:first], own.over
+            own.waiting = self._threads.submit(self._wait, *given)
+        if not own.waiting.done():
+            return True
+        if not own.over.is_set():
+            own.over.set()
+            self._stats.handed(own.waiting.result())
+        return False
+
+    def _wait(
+        self, session: Session, keys: list[bytes], first: int, before: Sequence[bytes],
+        over: threading.Event,
+    ) -> str:  # fmt: skip
+        """Until all blocks have come, one is known to be missing, or nothing happens any more."""
+        while not over.is_set():
+            asked = time.monotonic()
+            found = session.lookup(
+                keys, timeout=_ROUND, again=True, holes=True, wait=_ROUND, position=first,
+                before=before,
+            )  # fmt: skip
+            if found.blocks == len(keys):
+                return "came"
+            if not found.tiers:
+                return "unavailable"
+            if found.tiers[found.blocks] != "pending":
+                return "missing"
+            if found.idle > self._patience:
+                return "stalled"
+            over.wait(_PAUSE - (time.monotonic() - asked))
+        return "ended"
+
+    def end(self, own: HandOff) -> None:
+        """Nothing more comes of this request, and it waits for nothing."""
+        own.over.set()
+        if own.announced is not None:
+            own.announced.release()
+
+    def told(self, request: Any, asked: Asked) -> dict[str, Any] | None:
+        """What the answer of a request says to whoever decodes it."""
+        if not asked.wishes.do_remote_decode or request.status not in _WHOLE:
+            return None
+        return {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "remote_engine_id": self._engine,
+            "remote_request_id": request.request_id,
+            "remote_block_ids": [],
+            "remote_host": None,
+            "remote_port": None,
+            "remote_num_tokens": request.num_computed_tokens,
+            "tp_size": self._ranks,
+        }
+
+    def close(self) -> None:
+        """Wait for nothing any more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,134 @@
+"""One engine computes prompts, another goes on from there: the same answers, whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import pytest
+
+from tests.engines.vllm_tools import Engine, document, transfer
+from tests.session_tools import Served, Stores, eventually, no_leases
+
+pytestmark = pytest.mark.vllm
+
+BLOCK: Final = 64
+TOKENS: Final = 12
+LONG: Final = 1200
+PREFILL: Final[dict[str, Any]] = {
+    # As vLLM's proxies say it for the NIXL connector.
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+APART: Final[dict[str, Any]] = {"skip_load": True, "skip_save": True}
+
+
+@pytest.fixture(scope="module")
+def served(stores: Stores) -> Served:
+    return stores.serve("512MiB")
+
+
+def engine(served: Served, role: str) -> Engine:
+    connector = transfer(
+        address=f"unix://{served.socket}",
+        vllm__block_tokens=BLOCK,
+        session__lookup_timeout=2.0,
+        planner__mode="load",
+    )
+    connector["kv_role"] = role
+    return Engine(connector, block_size=BLOCK, max_num_batched_tokens=128)
+
+
+@pytest.fixture(scope="module")
+def prefill(served: Served) -> Iterator[Engine]:
+    with engine(served, "kv_producer") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def decode(served: Served) -> Iterator[Engine]:
+    with engine(served, "kv_consumer") as made:
+        yield made
+
+
+def alone(decode: Engine, prompts: list[list[int]]) -> list[list[int]]:
+    """What one engine answers that does all of it."""
+    told = decode.generate(*prompts, max_tokens=TOKENS, wishes=APART)
+    decode.forget()
+    tokens: list[list[int]] = told["tokens"]
+    return tokens
+
+
+def came(decode: Engine, reason: str = "came") -> float:
+    return decode.metrics().get(f"kvstore_remote_prefills_total.{reason}", 0)
+
+
+def test_many_requests_at_once_are_answered_as_by_one_engine(
+    served: Served, prefill: Engine, decode: Engine
+) -> None:
+    text = document(1400)
+    prompts = [text[n * 60 : n * 60 + 190 + n] for n in range(12)]
+    expected = alone(decode, prompts)
+    computed = prefill.generate(*prompts, max_tokens=1, wishes=PREFILL)
+    assert [tokens[:1] for tokens in expected] == computed["tokens"]
+    for told, prompt in zip(computed["told"], prompts, strict=True):
+        assert (told["do_remote_prefill"], told["do_remote_decode"]) == (True, False)
+        assert told["remote_num_tokens"] == len(prompt)
+    # At once: the last saves are under way.
+    requests = [(p, told, 0) for p, told in zip(prompts, computed["told"], strict=True)]
+    answered = decode.ask(do="mix", requests=requests, at_once=12, max_tokens=TOKENS)
+    assert answered["tokens"] == expected
+    assert came(decode) == 12
+    loaded = decode.metrics()["kvstore_loaded_tokens_total.memory"]
+    assert loaded == sum((len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts)
+    eventually(lambda: no_leases(served))
+
+
+def test_a_decode_that_is_asked_early_waits_for_the_prefill(
+    served: Served, prefill: Engine, decode: Engine
+) -> None:
+    prompt = document(LONG, 10)
+    [expected] = alone(decode, [prompt])
+    before = came(decode)
+    prefill.order(do="generate", prompts=[prompt], max_tokens=1, wishes=PREFILL)
+    eventually(lambda: not no_leases(served))
+    answered = decode.generate(prompt, max_tokens=TOKENS, wishes={"do_remote_prefill": True})
+    prefill.answer()
+    assert (answered["tokens"], answered["cached"]) == ([expected], [(LONG - 1) // BLOCK * BLOCK])
+    assert came(decode) == before + 1
+    eventually(lambda: no_leases(served))
+
+
+def test_requests_that_are_aborted_leave_nothing(
+    served: Served, prefill: Engine, decode: Engine
+) -> None:
+    prompts = [document(500, 20 + n) for n in range(4)]
+    mixed = [(p, PREFILL, n) for n, p in enumerate(prompts)]  # the first one ends
+    prefill.ask(do="mix", requests=mixed, at_once=4, max_tokens=1)
+    requests = [(p, {"do_remote_prefill": True}, 1 + n % 2) for n, p in enumerate(prompts)]
+    decode.ask(do="mix", requests=requests, at_once=4, max_tokens=TOKENS)
+    eventually(lambda: no_leases(served))
+
+
+def test_a_prefill_that_dies_is_completed_by_the_decode(
+    served: Served, prefill: Engine, decode: Engine
+) -> None:
+    prompt = document(LONG, 30)
+    [expected] = alone(decode, [prompt])
+    before = came(decode, "missing")
+    prefill.order(do="generate", prompts=[prompt], max_tokens=1, wishes=PREFILL)
+    eventually(lambda: not no_leases(served))
+    decode.order(do="generate", prompts=[prompt], max_tokens=TOKENS,
+                 wishes={"do_remote_prefill": True})  # fmt: skip
+    saved = served.stats()["counters"]["save.blocks"]
+    eventually(lambda: served.stats()["counters"]["save.blocks"] > saved)
+    prefill._process.kill()
+    answered = decode.answer()
+    assert answered["tokens"] == [expected]
+    assert 0 < answered["cached"][0] < (LONG - 1) // BLOCK * BLOCK
+    assert came(decode, "missing") == before + 1
+    eventually(lambda: no_leases(served))
