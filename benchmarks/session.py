@@ -115,7 +115,7 @@ def _lookups(config: Config, _: int, stack: ExitStack, tokens: int) -> tuple[Job
     if saved.stored + saved.had != len(keys):
         raise BenchmarkError(f"{saved.dropped} blocks were not stored: {saved.reason}")
     asked = protocol.encode(1, protocol.Lookup(0, b"".join(keys)))
-    answer = protocol.encode(1, protocol.Found(bytes([protocol.MEMORY]) * len(keys), "", 1e-9))
+    answer = protocol.encode(1, protocol.Found(bytes([protocol.MEMORY]) * len(keys), ""))
     bare = stack.enter_context(PingPong(len(asked), len(answer)))
     hashed = bytes(4 * tokens + 32 * len(keys))
 

@@ -44,14 +44,13 @@ _log = logging.getLogger("kvstore.daemon")
 
 class Peer(NamedTuple):
     """Who is at the other end: number of the session, `unix` or `host:port`, process, software,
-    the features it knows, and of a daemon the address where others reach it.
+    and of a daemon the address where others reach it.
     """
 
     session: int
     address: str
     pid: int
     software: str
-    features: tuple[str, ...] = ()
     node: str = ""
 
 

@@ -24,8 +24,9 @@ from kvstore.store.pins import Pins
 from kvstore.store.selection import Selection, candidates
 from kvstore.store.store import Store
 from kvstore.tiers.base import Held, Host, Job, JobDone, ObjectName, State, Tier
-from kvstore.transport.protocol import DISK
+from kvstore.transport.protocol import MEMORY
 
+DISK = MEMORY + 1
 NAMESPACE = Namespace(ModelIdentity("model"), "", 16)
 GROUP = Group(layers=2, heads=4, channels=(32, 32), dtype="float32")
 PART = Part(GROUP)

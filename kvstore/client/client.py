@@ -187,9 +187,8 @@ class Client:
             for handle in gone:
                 del channel.handles[handle]
         channel.carrier.retain([view.copier for view in live.values()])
-        if "close" in channel.welcome.features:
-            for handle in gone:
-                channel.notify(protocol.Close(handle))
+        for handle in gone:
+            channel.notify(protocol.Close(handle))
 
     def problem(self, view: View) -> str | None:
         """Why the store cannot be used now; None while it can."""

@@ -36,7 +36,6 @@ class Held:
     def acquire(self, link: Link, deadline: float, *, holes: bool) -> None:
         """Ask for the blocks, as far as the first that is missing, or with `holes` for all."""
         self._channel, _ = link
-        holes = holes and "holes" in self._channel.welcome.features
         step, keys = self._transfer.step(self._channel), self._keys
         tiers, here = bytearray(), list[int]()
         for first in range(0, len(keys), step):

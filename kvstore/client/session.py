@@ -169,7 +169,7 @@ class Session:
         """The longest prefix of `keys` that can be loaded. One round trip; moves nothing.
 
         With `holes`, `tiers` has every block: `miss` where it is missing, `pending` while it is on
-        its way, for which up to `wait` seconds are waited. An older daemon tells the prefix.
+        its way, for which up to `wait` seconds are waited.
         Hit rates count requests: say `again` if the daemon answered for this one before. `position`
         is that of the first key in its prompt: some shared tiers find only whole, aligned segments;
         keys `before` it tell how one begins. `source` is the node of the pool that has the blocks.
@@ -183,15 +183,11 @@ class Session:
             if link is None:
                 return Lookup(0, (), "unavailable", 0.0)
             channel, handle = link
-            request = protocol.Lookup(handle, joined, again)
-            if "position" in channel.welcome.features:
-                request.position = position
-            if "peers" in channel.welcome.features:
-                inside = position % segment_blocks(self.block_tokens)
-                if 0 < inside <= len(before):
-                    request.head = before[-inside]
-                request.source = source
-            if holes and "holes" in channel.welcome.features:
+            request = protocol.Lookup(handle, joined, again, position=position, source=source)
+            inside = position % segment_blocks(self.block_tokens)
+            if 0 < inside <= len(before):
+                request.head = before[-inside]
+            if holes:
                 request.holes, request.wait = True, seconds(wait)
             reply = self._client.call(channel, request, limit + request.wait)
         if not isinstance(reply, protocol.Found):
@@ -277,7 +273,7 @@ class Session:
         """Bring blocks to memory and hold them there: those that come within `timeout` seconds.
 
         As far as the first that is missing; with `holes`, all that there are, for caches that do
-        not need a whole prefix (an older daemon gives the prefix). Release what is returned.
+        not need a whole prefix. Release what is returned.
         """
         join_keys(keys)
         held = Held(self._view, list(keys))
@@ -354,20 +350,18 @@ class Session:
 
     def announce(self, keys: Sequence[bytes]) -> Announced:
         """Say that these blocks are to be saved, by this process or others: whoever looks them up
-        with `holes` may wait for them. An older daemon takes no note.
+        with `holes` may wait for them.
         """
         joined = join_keys(keys[: protocol.MAX_KEYS])
         return self._leased(
-            Announced, lambda handle, lease: protocol.Announce(handle, lease, joined), "announce"
+            Announced, lambda handle, lease: protocol.Announce(handle, lease, joined)
         )
 
-    def _leased(
-        self, kind: type[_P], ask: Callable[[int, int], Message], feature: str | None = None
-    ) -> _P:
+    def _leased(self, kind: type[_P], ask: Callable[[int, int], Message]) -> _P:
         """What is kept under a new lease."""
         lease = next(self._client.leases)
         with self._client.using(self._view) as link:
-            if link is not None and (feature is None or feature in link[0].welcome.features):
+            if link is not None:
                 channel, handle = link
                 reply = self._client.call(
                     channel, ask(handle, lease), self._config.session.lookup_timeout, lease=lease

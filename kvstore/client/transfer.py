@@ -231,8 +231,7 @@ class Transfer(View):
             request = protocol.Reserve(handle, next(self.client.leases), b"".join(asked))
             request.parent = keys[first - 1] if first else about.parent
             request.ttl = about.ttl
-            if "position" in channel.welcome.features:
-                request.position = about.position + first
+            request.position = about.position + first
             if about.tokens is not None:
                 ids = about.tokens[first * size : (first + step) * size]
                 request.tokens = ids.astype("<u4").tobytes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple, Protocol, TypeVar
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,21 +100,6 @@ class Carrier(Protocol):
         """Nobody may be copying."""
 
 
-class Older(StoreUnavailable):
-    """The daemon knows no features: it takes hellos without."""
-
-
-_R = TypeVar("_R")
-
-
-def with_features(connect: Callable[[tuple[str, ...]], _R]) -> _R:
-    """What `connect` returns, given the features to name to the daemon: ours, if it takes any."""
-    try:
-        return connect(protocol.FEATURES)
-    except Older:
-        return connect(())
-
-
 class Connection(NamedTuple):
     """To a daemon that has said welcome."""
 
@@ -123,25 +108,16 @@ class Connection(NamedTuple):
     carrier: Carrier
 
 
-def greet(
-    wire: Wire,
-    token: str,
-    address: object,
-    seconds: float,
-    features: tuple[str, ...],
-    node: str = "",
-) -> Welcome:
+def greet(wire: Wire, token: str, address: object, seconds: float, node: str = "") -> Welcome:
     """Introduce this process to the daemon at `address`; a daemon says at which `node` it is.
 
     Raises:
-        StoreUnavailable: it refuses; `Older` where it may not, without `features`.
+        StoreUnavailable: it refuses.
         OSError, ProtocolError: as `receive_frame`.
     """
-    hello = Hello(protocol.VERSION, f"kvstore {__version__}", os.getpid(), token, features, node)
+    hello = Hello(protocol.VERSION, f"kvstore {__version__}", os.getpid(), token, node)
     send_message(wire, hello, seconds)
     reply = protocol.decode_reply(receive_frame(wire, seconds, _MAX_WELCOME))
-    if isinstance(reply, Failure) and features and "unknown field `features`" in reply.reason:
-        raise Older(reply.reason)
     if not isinstance(reply, Welcome) or not 0 < reply.lease_seconds <= _LONGEST_LEASE:
         raise StoreUnavailable(refusal(reply, address))
     return reply

@@ -19,12 +19,6 @@ from kvstore.errors import ProtocolError
 from kvstore.telemetry import shown
 
 VERSION: Final = 1
-FEATURES: Final = ("tiers", "close", "holes", "position", "peers", "trailing", "announce")
-"""What this release knows beyond the first of its version: tables and costs of tiers, the request
-`close`, `holes` of lookups and acquires, `position` of lookups and reserves; for `peers` what nodes
-of a pool say to each other (`follow`, `find`, acquires of what is a node's `own`), `head` and
-`source` of lookups and prefetches, and `renew`; `trailing` checksums of puts; `announce`, and
-`renew` with it. Each side does without what the other has not named."""
 
 HEADER: Final = struct.Struct("<IQ")
 MAX_FRAME: Final = 8 << 20
@@ -49,10 +43,8 @@ HAVE: Final = -1
 NO_ROOM: Final = -2
 BUSY: Final = -3
 
-# Tiers, fastest first, of a daemon that sends no table.
 MEMORY: Final = 1
-DISK: Final = 2
-TIER_NAMES: Final = {MEMORY: "memory", DISK: "disk"}
+"""The number of the first tier; those below it follow in their order."""
 NOWHERE: Final = {0: "miss", 255: "pending"}
 """In place of the number of a tier, and its name: the block is missing, or on its way."""
 
@@ -80,8 +72,8 @@ class Cost(NamedTuple):
 
 
 def tier_names(tiers: tuple[TierInfo, ...]) -> tuple[str, ...]:
-    """The name of each of 256 numbers, given a daemon's table; without, that of the first ones."""
-    known = {tier.number: tier.name for tier in tiers} or TIER_NAMES
+    """The name of each of 256 numbers, given a daemon's table."""
+    known = {tier.number: tier.name for tier in tiers}
     return tuple({**known, **NOWHERE}.get(number, "unknown") for number in range(256))
 
 
@@ -98,7 +90,6 @@ class Hello(Message, tag="hello"):
     software: str
     pid: int
     token: str = ""
-    features: tuple[str, ...] = ()
     node: str = ""
 
 
@@ -117,7 +108,6 @@ class Welcome(Message, tag="welcome"):
     arena_inode: int = 0
     ticket: bytes = b""
     tiers: tuple[TierInfo, ...] = ()
-    features: tuple[str, ...] = ()
 
 
 class Open(Message, tag="open"):
@@ -159,22 +149,17 @@ class Lookup(Message, tag="lookup"):
 
 class Found(Message, tag="found"):
     """One byte per block found: its tier's number, or one of `NOWHERE`. `costs` are those of tiers
-    below memory; the others, for clients without the feature, go with the next minor version.
-    `idle` seconds ago, somebody did something for the first block that is on its way; inf: nobody.
+    below memory. `idle` seconds ago, somebody did something for the first block that is on its way;
+    inf: nobody.
     """
 
     tiers: bytes
     reason: str
-    disk_seconds_per_byte: float
-    disk_wait: float = 0.0
     costs: dict[int, Cost] = {}
     idle: float = 0.0
 
     def costs_by_name(self, names: tuple[str, ...]) -> dict[str, Cost]:
-        """Costs by the names of tiers; also those that a daemon without the feature tells."""
-        if not self.costs:
-            disk = Cost(self.disk_seconds_per_byte, fixed_seconds=self.disk_wait)
-            return {names[DISK]: disk}
+        """Costs by the names of tiers."""
         return {names[n]: cost for n, cost in self.costs.items() if 0 <= n < len(names)}
 
 

@@ -6,7 +6,6 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from weakref import finalize
 
@@ -14,7 +13,7 @@ from kvstore.copier.base import Copier
 from kvstore.errors import ConfigError, KVStoreError, StoreUnavailable
 from kvstore.forks import in_child
 from kvstore.memory.arena import Arena
-from kvstore.transport.carrier import Connection, Objects, greet, with_features
+from kvstore.transport.carrier import Connection, Objects, greet
 from kvstore.transport.credentials import check_daemon, trusted, why_not
 from kvstore.transport.protocol import Welcome
 from kvstore.transport.sockets import Wire
@@ -27,12 +26,6 @@ def connect(path: Path, timeout: float, *, token: str = "", user: str | None = N
         StoreUnavailable: nobody answers there in `timeout` seconds, or the daemon refuses.
         ConfigError: as `check_daemon`.
     """
-    return with_features(partial(_connect, path, timeout, token, user))
-
-
-def _connect(
-    path: Path, timeout: float, token: str, user: str | None, features: tuple[str, ...]
-) -> Connection:
     end = time.monotonic() + timeout
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     in_child(connection, socket.socket.close)
@@ -42,7 +35,7 @@ def _connect(
         check_daemon(connection, path, user)
         wire = _Receiving(connection)
         try:
-            welcome = greet(wire, token, path, end - time.monotonic(), features)
+            welcome = greet(wire, token, path, end - time.monotonic())
             fd = wire.fds.pop() if wire.fds else _open_arena(path, welcome, user)
         finally:
             for other in wire.fds:

@@ -97,17 +97,13 @@ class StreamCarrier:
         dial: opens one.
         streams: how many at most.
         lease_seconds: life of a lease; no write goes on for longer.
-        trailing: the daemon takes checksums behind the bytes.
     """
 
     lease_bytes = _LEASE_BYTES
     checksums = True
     whole = False
 
-    def __init__(
-        self, dial: Dial, streams: int, lease_seconds: float, *, trailing: bool = False
-    ) -> None:
-        self._trailing = trailing
+    def __init__(self, dial: Dial, streams: int, lease_seconds: float) -> None:
         self._dial = dial
         self._streams = streams
         self._lease_seconds = lease_seconds
@@ -129,7 +125,7 @@ class StreamCarrier:
         lease, slots, nbytes, copy, streamed = objects
         limit = time.monotonic() + self._lease_seconds
         numbers = slots.astype("<i8")
-        in_pieces = _in_pieces(streamed, nbytes) if self._trailing else None
+        in_pieces = _in_pieces(streamed, nbytes)
 
         def until() -> float:
             return min(limit, time.monotonic() + patience)

@@ -15,7 +15,7 @@ from kvstore.config import Config
 from kvstore.errors import ProtocolError, StoreUnavailable
 from kvstore.forks import count, in_child
 from kvstore.transport import protocol
-from kvstore.transport.carrier import Connection, greet, refusal, with_features
+from kvstore.transport.carrier import Connection, greet, refusal
 from kvstore.transport.credentials import client_context, client_token
 from kvstore.transport.protocol import Attach, Attached, Welcome
 from kvstore.transport.sockets import (
@@ -58,12 +58,9 @@ def connect(
     check_congestion("session.congestion", congestion)
     dialer = _Dialer(config.address, host, port, context, timeout, node, name or host, congestion)
     token = client_token(config) if token is None else token
-    wire, welcome = with_features(partial(dialer.greet, token, until))
+    wire, welcome = dialer.greet(token, until)
     attach = partial(dialer.attach, welcome)
-    carrier = StreamCarrier(
-        attach, config.session.streams, welcome.lease_seconds,
-        trailing="trailing" in welcome.features,
-    )  # fmt: skip
+    carrier = StreamCarrier(attach, config.session.streams, welcome.lease_seconds)
     return Connection(wire, welcome, carrier)
 
 
@@ -79,12 +76,12 @@ class _Dialer(NamedTuple):
     name: str
     congestion: str | None
 
-    def greet(self, token: str, until: float, features: tuple[str, ...]) -> tuple[Wire, Welcome]:
+    def greet(self, token: str, until: float) -> tuple[Wire, Welcome]:
         """A connection for messages, and what the daemon answered."""
         deadline = min(until, time.monotonic() + self.timeout)
         with self._dialled(b"", deadline) as wire:
             left = deadline - time.monotonic()
-            return wire, greet(wire, token, self.address, left, features, self.node)
+            return wire, greet(wire, token, self.address, left, self.node)
 
     def attach(self, welcome: Welcome, deadline: float) -> Wire:
         """A connection for the blocks of the session that was welcomed.

@@ -19,7 +19,6 @@ from prometheus_client.registry import Collector
 from kvstore import __version__
 from kvstore.server.access.grants import Grant
 from kvstore.server.node import Node
-from kvstore.transport.protocol import MEMORY, TIER_NAMES
 
 _LEASES: Final = ("read", "write", "pin")
 
@@ -249,7 +248,7 @@ def _of_work(node: Node, stats: Mapping[str, Any]) -> Iterator[Metric]:
 def _of_counters(counters: Mapping[str, int], tiers: Iterable[str]) -> Iterator[Metric]:
     every = tuple(tiers)
     words = {"": ("",), "tier": every}
-    below = tuple(tier for tier in every if tier != TIER_NAMES[MEMORY])
+    below = tuple(tier for tier in every if tier != "memory")
     grouped: dict[str, dict[str, int]] = {
         event: dict.fromkeys(below if known.below else words.get(known.label, known.values), 0)
         for event, known in COUNTERS.items()

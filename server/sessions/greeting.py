@@ -138,11 +138,8 @@ def welcome(
     seconds = node.config.lease_seconds
     software = f"kvstore {__version__}"
     reply = Welcome(protocol.VERSION, software, number, arena.size, arena.pages, seconds)
-    if hello.features:
-        reply.features = protocol.FEATURES
-    if "tiers" in hello.features:
-        lowers = node.store.movement.lowers
-        below = (TierInfo(number, one.name, one.shared) for number, one in lowers.items())
-        reply.tiers = (TierInfo(protocol.MEMORY, "memory"), *below)
-    peer = Peer(number, address, pid, hello.software, hello.features, hello.node[:MAX_ADDRESS])
+    lowers = node.store.movement.lowers
+    below = (TierInfo(number, one.name, one.shared) for number, one in lowers.items())
+    reply.tiers = (TierInfo(protocol.MEMORY, "memory"), *below)
+    peer = Peer(number, address, pid, hello.software, hello.node[:MAX_ADDRESS])
     return peer, grant, reply

@@ -16,7 +16,7 @@ from kvstore.slices import Work
 from kvstore.store.loading import PROBING
 from kvstore.tiers.base import PENDING
 from kvstore.transport import protocol
-from kvstore.transport.protocol import Cost, Message
+from kvstore.transport.protocol import Message
 
 MAX_LOOKING: Final = 64
 """Lookups of an owner that wait at a time; others are answered as things are."""
@@ -96,10 +96,7 @@ class LookingConnection(PooledConnection):
 
     def _found(self, codes: bytes, reason: str) -> protocol.Found:
         costs = {number: lower.cost for number, lower in self._store.movement.lowers.items()}
-        if "tiers" in self.peer.features:
-            return protocol.Found(codes, reason, 0.0, costs=costs)
-        disk = costs.get(protocol.DISK, Cost(0.0))
-        return protocol.Found(codes, reason, disk.seconds_per_byte, disk.seconds(0))
+        return protocol.Found(codes, reason, costs)
 
     def _looked(self, _: asyncio.Task[None]) -> None:
         self.owner.looking -= 1

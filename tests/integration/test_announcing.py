@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from kvstore.client.session import Lookup, Session
-from kvstore.transport import protocol
 from tests.session_tools import (
     BIG,
     PATIENCE,
@@ -90,12 +89,3 @@ def test_a_producer_that_gives_up_dies_or_never_saves_is_not_waited_for(
         child.kill()
         assert asked.result(LEASE).tiers[2] == "miss"
     assert no_leases(served)
-
-
-def test_an_older_daemon_is_not_told(served: Served, asker: Session) -> None:
-    keys = asker.keys(prompt(1, 2))
-    channel = asker._client._channel
-    assert channel is not None
-    channel.welcome.features = tuple(f for f in protocol.FEATURES if f != "announce")
-    assert asker.announce(keys).blocks == 0
-    assert asker.lookup(keys, holes=True).tiers == ("miss", "miss")

@@ -38,8 +38,8 @@ from kvstore.store.relocation import copy_to, move_to, remove
 from kvstore.store.selection import Selection
 from kvstore.store.store import Store
 from kvstore.tiers.slab.tier import SlabTier
-from kvstore.transport.protocol import DISK as DISK_TIER
 from kvstore.transport.protocol import MEMORY
+from tests.store_tools import DISK as DISK_TIER
 from tests.store_tools import Fickle, select
 
 NAMESPACE = Namespace(ModelIdentity("model"), "", 16)

@@ -15,8 +15,7 @@ from kvstore.store.admission import Admission
 from kvstore.store.relocation import copy_to
 from kvstore.store.selection import Selection
 from kvstore.tiers.base import Held, Host, Job, JobDone, ObjectName, State
-from kvstore.transport.protocol import DISK
-from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, Fickle, keys, select
+from tests.store_tools import DISK, NAMESPACE, NBYTES, PART, Bench, Fickle, keys, select
 
 FAULTS: Final = "tier.faults.far"
 

@@ -12,8 +12,8 @@ from kvstore.slices import finish
 from kvstore.store.leases import Saving
 from kvstore.store.loading import PROBING
 from kvstore.tiers.base import InSegment, ObjectName, fingerprint
-from kvstore.transport.protocol import DISK, MEMORY
-from tests.store_tools import Bench, Fickle, keys
+from kvstore.transport.protocol import MEMORY
+from tests.store_tools import DISK, Bench, Fickle, keys
 from tests.unit.test_segments import NAMESPACE
 from tests.unit.test_segments import PART as SMALL
 

@@ -334,7 +334,7 @@ class Pool:
 
             self.open[address].add(writer)
             assert isinstance(await request(), Hello)
-            welcome = Welcome(1, "test", 1, 1, "", 30.0, features=protocol.FEATURES)
+            welcome = Welcome(1, "test", 1, 1, "", 30.0)
             writer.write(protocol.encode(1, welcome))
             follow = await request()
             with contextlib.suppress(ConnectionError):

@@ -23,7 +23,6 @@ KEYS = bytes(range(64))
 
 REQUESTS: list[Message] = [
     protocol.Hello(1, "kvstore 0.1.0", 4711),
-    protocol.Hello(1, "kvstore 0.1.0", 4711, features=protocol.FEATURES),
     protocol.Open(NAMESPACE, (PART, OPAQUE)),
     protocol.Close(3),
     protocol.Lookup(0, KEYS),
@@ -54,8 +53,8 @@ REPLIES: list[Message] = [
     protocol.Welcome(1, "kvstore 0.1.0", 7, 1 << 40, "shmem", 30.0),
     protocol.Opened(7),
     protocol.Welcome(1, "k", 7, 1, "shmem", 3.0, tiers=(protocol.TierInfo(3, "s3", True),)),
-    protocol.Found(b"\x01\x02", "absent", 1e-9),
-    protocol.Found(b"\x01\x03", "", 0.0, costs={3: protocol.Cost(1e-9, 5 << 20, 0.02)}),
+    protocol.Found(b"\x01\x02", "absent"),
+    protocol.Found(b"\x01\x03", "", costs={3: protocol.Cost(1e-9, 5 << 20, 0.02)}),
     protocol.Reserved(b"\xff" * 8),
     protocol.Committed(3, ""),
     protocol.Held(b"\0" * 16, b"\x01", "", {1: OPAQUE}, (5, None)),

@@ -23,8 +23,8 @@ from kvstore.store.history import History, Uses
 from kvstore.store.leases import Payer, Saving
 from kvstore.store.relocation import copy_to, move_to, reencode, remove
 from kvstore.store.selection import Selection
-from kvstore.transport.protocol import DISK, MEMORY, NO_ROOM
-from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, keys, select
+from kvstore.transport.protocol import MEMORY, NO_ROOM
+from tests.store_tools import DISK, NAMESPACE, NBYTES, PART, Bench, keys, select
 
 ALICE = Namespace(ModelIdentity("model"), "alice", 16)
 BOB = Namespace(ModelIdentity("model"), "bob", 16)

@@ -22,8 +22,8 @@ from kvstore.store.pace import Pace
 from kvstore.store.relocation import copy_to, move_to
 from kvstore.store.selection import Selection, clearing_elsewhere
 from kvstore.tiers.base import Held, ObjectName, Tier
-from kvstore.transport.protocol import DISK, MEMORY
-from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, Fickle, keys, select
+from kvstore.transport.protocol import MEMORY
+from tests.store_tools import DISK, NAMESPACE, NBYTES, PART, Bench, Fickle, keys, select
 
 FAR: Final = DISK + 1
 RATE: Final = NBYTES

@@ -20,8 +20,8 @@ from kvstore.store.relocation import copy_to, move_to, reencode
 from kvstore.store.selection import Selection
 from kvstore.tiers.base import Host, Job, Tier
 from kvstore.tiers.coded import CodedTier, coded
-from kvstore.transport.protocol import DISK, MEMORY
-from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, Fickle, content, keys, select
+from kvstore.transport.protocol import MEMORY
+from tests.store_tools import DISK, NAMESPACE, NBYTES, PART, Bench, Fickle, content, keys, select
 
 FAR: Final = DISK + 1
 

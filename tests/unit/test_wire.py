@@ -208,4 +208,4 @@ def test_a_welcome_with_a_lease_of_no_time_is_none(seconds: float) -> None:
     with ours, theirs:
         theirs.sendall(protocol.encode(1, protocol.Welcome(1, "false", 1, 4096, "shmem", seconds)))
         with pytest.raises(StoreUnavailable, match="did not answer the greeting"):
-            greet(Wire(ours), "", "somewhere", 5.0, ())
+            greet(Wire(ours), "", "somewhere", 5.0)

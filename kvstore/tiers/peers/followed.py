@@ -306,13 +306,11 @@ class FollowedDirectory:
             reader, writer = await asyncio.open_connection(host, port, limit=_MAX_FRAME, **tls)  # type: ignore[arg-type]
         try:
             tune(writer.get_extra_info("socket"))
-            software, features = f"kvstore {__version__}", protocol.FEATURES
-            hello = Hello(
-                protocol.VERSION, software, os.getpid(), self._token(), features, self._own
-            )
+            software = f"kvstore {__version__}"
+            hello = Hello(protocol.VERSION, software, os.getpid(), self._token(), self._own)
             writer.write(protocol.encode(1, hello))
             welcome = await _reply(reader)
-            if not isinstance(welcome, Welcome) or "peers" not in welcome.features:
+            if not isinstance(welcome, Welcome):
                 raise StoreUnavailable(refusal(welcome, node.address))
             writer.write(protocol.encode(2, node.told.asks))
             while not node.itself:

@@ -276,9 +276,6 @@ class Link:
                     raise StoreUnavailable("closed")
                 connection = connect(self._config, self._token(), self._node, self._name, until)
                 channel = Channel(connection)
-                if "peers" not in channel.welcome.features:
-                    channel.retire()
-                    raise StoreUnavailable(f"it runs {channel.welcome.software}, which is too old")
                 with self._lock:
                     closed = self._closed
                     self._channel = None if closed else channel

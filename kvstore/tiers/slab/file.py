@@ -30,7 +30,7 @@ from kvstore.tiers.slab.direct import (
     sync_folder,
     write_full,
 )
-from kvstore.tiers.slab.format import HEADER_BYTES, VERSION, Header, version_of
+from kvstore.tiers.slab.format import HEADER_BYTES, Header
 from kvstore.tiers.slab.table import Place, Table
 
 _logger = logging.getLogger("kvstore.disk")
@@ -142,13 +142,6 @@ class SlabFile:
             os.dup2(fd, self._table_fd, inheritable=False)
             os.dup2(data_fd, self.data_fd, inheritable=False)
         hold(self._table_fd, self._folder)
-        # A slab of an older version becomes one of this; records of both are valid in it.
-        for file in (self._table_path, self.path):
-            with file.open("r+b", buffering=0) as raw:
-                if version_of(raw.read(HEADER_BYTES)) != VERSION:
-                    write_full(raw.fileno(), memoryview(self.header.pack()), 0)
-                    os.fdatasync(raw.fileno())
-                    _logger.info("%s: carried over to format %d", file, VERSION)
         self.table.read_only = False
 
     def _create(self, capacity: int, chunk: int) -> None:

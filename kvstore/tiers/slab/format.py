@@ -21,8 +21,6 @@ from kvstore.memory.slots import ALIGNMENT, align
 
 MAGIC: Final = b"KVSLAB\r\n"
 VERSION: Final = 2
-"""Written. Version 1, whose records say nothing of codecs, is read and carried over."""
-_VERSIONS: Final = (1, VERSION)
 HEADER_BYTES: Final = ALIGNMENT
 """The first page of both files; the dictionary follows it in the table, the data in the slab."""
 
@@ -42,12 +40,6 @@ def checksum(data: bytes | bytearray | memoryview) -> int:
     """XXH3 (64 bits, seed 0) of `data`."""
     array = np.frombuffer(data, np.uint8)
     return xxh3_64(array.ctypes.data, array.nbytes)
-
-
-def version_of(page: bytes) -> int:
-    """The format version in a whole header page."""
-    version: int = _HEADER.unpack_from(page)[1]
-    return version
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -175,9 +167,9 @@ class Header(msgspec.Struct, frozen=True):
         if len(raw) != HEADER_BYTES:
             raise damaged
         _, version, *fields = _HEADER.unpack_from(raw)
-        if version not in _VERSIONS:
+        if version != VERSION:
             raise FormatError(
-                f"{path} has format version {version}; this kvstore reads up to {VERSION}. Use "
+                f"{path} has format version {version}; this kvstore reads {VERSION} alone. Use "
                 "the kvstore that wrote it, or move the file away to start with an empty slab"
             )
         body, stored = raw[: -_U64.size], _U64.unpack(raw[-_U64.size :])[0]

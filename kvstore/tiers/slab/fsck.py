@@ -28,7 +28,7 @@ from kvstore.tiers.slab.direct import (
     write_full,
 )
 from kvstore.tiers.slab.file import SLAB_NAME, TABLE_NAME, read_header, read_headers
-from kvstore.tiers.slab.format import HEADER_BYTES, MAGIC, Header, version_of
+from kvstore.tiers.slab.format import MAGIC, VERSION, Header
 from kvstore.tiers.slab.table import Checked, Table
 
 
@@ -36,7 +36,7 @@ class FsckReport(msgspec.Struct, frozen=True):
     """What `fsck` found.
 
     `objects` and `nbytes` count what is whole. `damaged` counts records by reason: those of
-    opening (see `RecordChecker`), `data_checksum` (the bytes are not those that were stored) and
+    opening (see `Table.scan`), `data_checksum` (the bytes are not those that were stored) and
     `read_error` (the disk could not read them). `repaired` counts erased records. `problems` are
     findings about the files themselves, each with its remedy. `in_use_by` is the process that had
     the slab open (0: unknown); objects that it replaced during the check are left out.
@@ -207,7 +207,7 @@ def inspect(folder: Path) -> SlabSummary:
                 use.oldest_age = max(use.oldest_age, age)
         return SlabSummary(
             path=str(folder / SLAB_NAME),
-            version=version_of(os.pread(table_fd, HEADER_BYTES, 0)),
+            version=VERSION,
             store_id=header.store_id.hex(),
             created=header.created,
             capacity=header.capacity,

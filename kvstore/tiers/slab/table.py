@@ -154,7 +154,7 @@ class Table:
         except SpecError:  # There can be no object of this kind.
             expected = -1
         if (
-            (stored, stored_checksum) not in ((nbytes, whole), (0, 0))  # none in version 1
+            (stored, stored_checksum) != (nbytes, whole)
             or not 0 < nbytes == expected
             or slot_bytes != max(header.min_slot, align(nbytes))
             or (index % header.slots_per_chunk + 1) * slot_bytes > header.chunk
