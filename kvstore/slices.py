@@ -5,13 +5,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator
-from functools import wraps
-from typing import Concatenate, Final, ParamSpec, TypeVar
+from typing import Final, TypeVar
 
 K = TypeVar("K")
-S = TypeVar("S")
 T = TypeVar("T")
-P = ParamSpec("P")
 
 Work = Generator[None, None, T]
 
@@ -39,16 +36,6 @@ def finish(work: Work[T]) -> T:
         except StopIteration as e:
             result: T = e.value
             return result
-
-
-def at_once(method: Callable[Concatenate[S, P], Work[T]]) -> Callable[Concatenate[S, P], T]:
-    """The method, as one that does its work in one go."""
-
-    @wraps(method)
-    def whole(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return finish(method(self, *args, **kwargs))
-
-    return whole
 
 
 class Inbox:

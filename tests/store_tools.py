@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from examples.memory_tier import MemoryTier
 from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part
@@ -16,6 +16,7 @@ from kvstore.clock import Clock
 from kvstore.config import Config
 from kvstore.memory.arena import Arena
 from kvstore.server.opening import tiers_below
+from kvstore.slices import Work, finish
 from kvstore.store.entry import Entry
 from kvstore.store.leases import Saving
 from kvstore.store.loading import Acquired
@@ -96,6 +97,38 @@ class Fickle(MemoryTier):
         self._may_raise("touch")
 
 
+S = TypeVar("S")
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+def at_once(method: Callable[Concatenate[S, P], Work[T]]) -> Callable[Concatenate[S, P], T]:
+    """The method, as one that does its work in one go."""
+
+    def whole(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return finish(method(self, *args, **kwargs))
+
+    return whole
+
+
+class WholeStore(Store):
+    """Does at once what takes long with many keys."""
+
+    lookup = at_once(Store.looking_up)
+    announce = at_once(Store.announcing)
+    acquire = at_once(Store.acquiring)
+    prefetch = at_once(Store.prefetching)
+    reserve = at_once(Store.reserving)
+    commit = at_once(Store.committing)
+    clear = at_once(Store.clearing)
+    pin = at_once(Store.pinning)
+    release = at_once(Store.releasing)
+
+
+class WholePins(Pins):
+    pin = at_once(Pins.pinning)
+
+
 class Bench:
     """A store whose loop is this test."""
 
@@ -125,7 +158,7 @@ class Bench:
             below.append(Below("far", lambda host: kind("far", host, far), **(rules or {})))
         below += more
         self.alarms: list[tuple[float, Callable[[], None]]] = []
-        self.store = Store(
+        self.store = WholeStore(
             self.arena,
             self.posted.put,
             chunk=CHUNK,
@@ -136,7 +169,7 @@ class Bench:
             later=lambda seconds, task: self.alarms.append((self.now + seconds, task)),
         )
         self.disk = self.store.movement.lowers.get(DISK)
-        self.pins = Pins(self.store)
+        self.pins = WholePins(self.store)
         self.lease = 0
 
     def save(

@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Final
 
 from kvstore.blocks.spec import ModelIdentity, Namespace, Part
-from kvstore.slices import FEW, Work, at_once
+from kvstore.slices import FEW, Work
 from kvstore.store.announcing import Announcement, Coming
 from kvstore.store.entry import Entry
 from kvstore.store.movement import Movement
@@ -161,8 +161,6 @@ class Leases:
         yield from self._ending(lease)
         return True
 
-    release = at_once(releasing)
-
     def renew(self, owner: Hashable, lease_id: int) -> bool:
         """A lease lives as long from now on as a new one; False: it has ended or expired."""
         lease = self.lease(owner, lease_id)
@@ -202,8 +200,6 @@ class Leases:
         if not announcement.left:
             yield from self.releasing(owner, lease_id)
         return len(announcement.left)
-
-    announce = at_once(announcing)
 
     def _came(self, namespace: Namespace, keys: Iterable[bytes]) -> None:
         """Blocks are not being saved any more, most of them because they are visible now."""
@@ -245,7 +241,7 @@ class Leases:
         """Keep a stored prefix from being evicted, in the tiers it lies in, for `ttl` seconds.
 
         Returns the number of blocks pinned, fewer where `max_pinned_bytes` or the payer's limit is
-        reached. `namespace` as for `lookup`.
+        reached. `namespace` as for `looking_up`.
 
         Raises:
             ValueError: the owner holds a lease of that id, or too much is held.
@@ -261,8 +257,6 @@ class Leases:
             blocks.append(block)
         lease = yield from self.pinning_blocks(owner, lease_id, blocks, ttl)
         return len(lease.blocks)
-
-    pin = at_once(pinning)
 
     def _block(
         self, key: bytes, parts: Sequence[Part], within: NamespaceUsage | None

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Final
 
 from kvstore.blocks.spec import Namespace, Part
-from kvstore.slices import FEW, Work, at_once
+from kvstore.slices import FEW, Work, finish
 from kvstore.store.entry import BELOW, Entry
 from kvstore.store.leases import Lease, LeaseKind, Leases, lease_weight
 from kvstore.store.movement import Movement
@@ -135,8 +135,6 @@ class Loading(Leases):
         self.histograms.observe("seconds.lookup", self._clock() - started)
         return tiers, reason
 
-    lookup = at_once(looking_up)
-
     def count_lookup(
         self,
         tiers: Sequence[int],
@@ -223,7 +221,7 @@ class Loading(Leases):
         then; the rest goes on coming up, for the next acquire. `settle` ends the waiting early.
         With `holes`, what is missing or does not come in time is an empty block in tier MISS, and
         those behind it are held all the same.
-        `namespace` as for `lookup`. A prefix ends (`held`) where the payer may hold no more;
+        `namespace` as for `looking_up`. A prefix ends (`held`) where the payer may hold no more;
         without `reads`, nobody wants the blocks yet, and nothing is counted. `own`: what lies in
         shared tiers alone counts as missing.
 
@@ -246,8 +244,6 @@ class Loading(Leases):
         elif self._count_ready(running) >= running.enough:
             yield from self._settling(running, "later")
         return running
-
-    acquire = at_once(acquiring)
 
     def _promoting(
         self,
@@ -390,8 +386,8 @@ class Loading(Leases):
     ) -> Work[int]:
         """Start to bring blocks into memory; returns how many were found in any tier.
 
-        `namespace` as for `lookup`. Until they have come, `owner` has a lease on them; `done` is
-        told how many have.
+        `namespace` as for `looking_up`. Until they have come, `owner` has a lease on them; `done`
+        is told how many have.
 
         Raises:
             ValueError: too much is held.
@@ -400,14 +396,12 @@ class Loading(Leases):
 
         def arrived(acquired: Acquired) -> None:
             done(len(acquired.blocks))
-            self.release(owner, lease)
+            finish(self.releasing(owner, lease))
 
         running = yield from self.acquiring(
             owner, lease, keys, parts, arrived, namespace=namespace, reads=False
         )
         return len(running.tiers)
-
-    prefetch = at_once(prefetching)
 
     def _arrived(self, running: Acquisition, entry: Entry, error: str | None) -> None:
         if error is not None:

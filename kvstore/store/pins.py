@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvstore.blocks.spec import Namespace
-from kvstore.slices import Work, at_once
+from kvstore.slices import Work
 from kvstore.store.explain import surveying
 from kvstore.store.leases import Lease, Payer
 from kvstore.store.store import Store
@@ -62,12 +62,10 @@ class Pins:
         lease = yield from self._store.pinning_blocks(holder, number, found.entries, ttl, payer)
         nbytes = sum(entry.nbytes for entry in lease.entries())
         if not lease.blocks:
-            self._store.release(holder, number)
+            yield from self._store.releasing(holder, number)
             return PinResult("", 0, 0, "max_pinned", expires)
         reason = found.reason if len(lease.blocks) == len(found.entries) else "max_pinned"
         return PinResult(f"pin-{number}", len(lease.blocks), nbytes, reason, expires)
-
-    pin = at_once(pinning)
 
     def _all(self) -> list[tuple[PinOwner, Lease]]:
         leases = self._store.leases()

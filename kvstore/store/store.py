@@ -14,7 +14,7 @@ from kvstore.blocks.spec import Namespace, Part
 from kvstore.clock import SYSTEM, Clock
 from kvstore.memory.arena import Arena
 from kvstore.memory.slots import Slot
-from kvstore.slices import FEW, Work, at_once
+from kvstore.slices import FEW, Work
 from kvstore.store.admission import Admission
 from kvstore.store.entry import Entry
 from kvstore.store.leases import Lease, LeaseKind, Payer, Saving, lease_weight
@@ -168,8 +168,6 @@ class Store(Loading):
             self.catalogue.quiet.warning(f"save.{refusal}", "saves dropped: %s", _DROPPED[refusal])
         return answers, refusal
 
-    reserve = at_once(reserving)
-
     def _touching(self, entries: Sequence[Entry]) -> Work[None]:
         """Of these, in the order of their blocks, the first one is the last to go."""
         for end in range(len(entries), 0, -FEW):
@@ -217,8 +215,6 @@ class Store(Loading):
             raise
         yield from self.releasing(owner, lease_id)
         return stored, "dropped" if without else ""
-
-    commit = at_once(committing)
 
     def _making_visible(
         self, lease: Lease, without: set[int], checksums: Sequence[int] | None, saved: list[Entry]
@@ -289,8 +285,6 @@ class Store(Loading):
         for cleared in of:
             self.events.cleared(cleared)
         return removed
-
-    clear = at_once(clearing)
 
     # -- rules ----------------------------------------------------------------------------------
 

@@ -36,11 +36,10 @@ from kvstore.store.loading import Acquired
 from kvstore.store.opening import Below
 from kvstore.store.relocation import copy_to, move_to, remove
 from kvstore.store.selection import Selection
-from kvstore.store.store import Store
 from kvstore.tiers.slab.tier import SlabTier
 from kvstore.transport.protocol import MEMORY
 from tests.store_tools import DISK as DISK_TIER
-from tests.store_tools import Fickle, select
+from tests.store_tools import Fickle, WholeStore, select
 
 NAMESPACE = Namespace(ModelIdentity("model"), "", 16)
 OTHER = Namespace(ModelIdentity("model"), "other", 16)
@@ -91,7 +90,7 @@ class Machine(RuleBasedStateMachine):
         config = Config.model_validate({"disk": disk})
         self.posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.arena = Arena.create(ARENA)
-        self.store = Store(
+        self.store = WholeStore(
             self.arena,
             self.posted.put,
             chunk=1 << 18,
