@@ -92,12 +92,6 @@ class Busy:
         value = self._average.value or self._guess
         return max(value * float(0.5 ** (idle / self._HALF_LIFE)), min(value, self._guess))
 
-    @property
-    def wait(self) -> float:
-        """Seconds before it begins with something new."""
-        stuck = self._clock() - self._last if self._running else 0.0
-        return self.left * self.each + stuck
-
 
 class Histograms:
     """Distributions of times and sizes. Not thread-safe; one per owner.

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from kvstore.clock import SYSTEM
 from kvstore.config import PEERS, Config
 from kvstore.memory.arena import Arena
 from kvstore.sections import TierConfig
 from kvstore.server.loop import post
 from kvstore.store.admission import Admission
+from kvstore.store.movement import Movement
 from kvstore.store.opening import Below, OpenTier
 from kvstore.store.store import Store
 from kvstore.tiers.coded import coded
@@ -59,16 +61,16 @@ def open_store(
         ConfigError: a kind of tier is not known.
     """
     memory = config.memory
-    store = Store(
+    movement = Movement(
         arena,
         partial(post, loop),
+        SYSTEM,
         chunk=min(memory.chunk, arena.size),  # A private arena may be smaller than configured.
         policy=memory.policy,
-        lease_seconds=config.lease_seconds,
         below=tiers_below(config, direct=arena.huge, pool=pool),
-        max_pinned=memory.max_pinned,
         later=loop.call_later,
     )
+    store = Store(movement, config.lease_seconds, memory.max_pinned)
     rules = config.admission
     store.admission = Admission(rules.memory, config.write_rules, rules.denied_tenants)
     for tenant, quota in config.quotas.items():

@@ -20,6 +20,7 @@ from kvstore.slices import Work, finish
 from kvstore.store.entry import Entry
 from kvstore.store.leases import Saving
 from kvstore.store.loading import Acquired
+from kvstore.store.movement import Movement
 from kvstore.store.opening import Below
 from kvstore.store.pins import Pins
 from kvstore.store.selection import Selection, candidates
@@ -158,16 +159,16 @@ class Bench:
             below.append(Below("far", lambda host: kind("far", host, far), **(rules or {})))
         below += more
         self.alarms: list[tuple[float, Callable[[], None]]] = []
-        self.store = WholeStore(
+        movement = Movement(
             self.arena,
             self.posted.put,
+            Clock(lambda: self.now, lambda: self.wall + self.now),
             chunk=CHUNK,
             policy=policy,
-            lease_seconds=10,
             below=[replace(one, retry_seconds=1.0) for one in below],
-            clock=Clock(lambda: self.now, lambda: self.wall + self.now),
             later=lambda seconds, task: self.alarms.append((self.now + seconds, task)),
         )
+        self.store = WholeStore(movement, 10)
         self.disk = self.store.movement.lowers.get(DISK)
         self.pins = WholePins(self.store)
         self.lease = 0

@@ -108,13 +108,8 @@ def _turn(copy: Copy, raw: torch.Tensor, data: torch.Tensor) -> None:
             numbers.copy_(decode(section, place, copy.block_tokens))
 
 
-def encode(
-    section: Section, numbers: torch.Tensor, salience: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Sections (…, bytes) of what is (…, tokens, channels) in float32, and is not left as it was.
-
-    `salience` (…, tokens), how much tokens matter, is for schemes that ask for it: none so far.
-    """
+def encode(section: Section, numbers: torch.Tensor) -> torch.Tensor:
+    """Sections (…, bytes) of what is (…, tokens, channels) in float32, not left as it was."""
     x = numbers.nan_to_num_(0.0, LARGEST, -LARGEST).clamp_(-LARGEST, LARGEST)
     axis = -2 if section.by_token else -1
     x = x.unflatten(axis, (-1, section.group))

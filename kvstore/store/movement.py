@@ -48,8 +48,8 @@ class Movement:
         clock: what time it is.
         chunk: bytes per chunk of the arena (0: chosen).
         policy: eviction policy of the memory tier.
-        below: the tiers below memory, in their order.
-        later: calls a function on the loop in so many seconds.
+        below: the tiers below memory, of which the first is preferred where all is equal.
+        later: calls a function on the loop in so many seconds, or ticks do.
     """
 
     def __init__(

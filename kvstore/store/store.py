@@ -7,12 +7,10 @@ through `post`, which must run a function on the loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from kvstore.blocks.spec import Namespace, Part
-from kvstore.clock import SYSTEM, Clock
-from kvstore.memory.arena import Arena
 from kvstore.memory.slots import Slot
 from kvstore.slices import FEW, Work
 from kvstore.store.admission import Admission
@@ -20,7 +18,6 @@ from kvstore.store.entry import Entry
 from kvstore.store.leases import Lease, LeaseKind, Payer, Saving, lease_weight
 from kvstore.store.loading import Loading
 from kvstore.store.movement import Movement
-from kvstore.store.opening import Below
 from kvstore.store.segments import continued
 from kvstore.tiers.base import ObjectName
 from kvstore.transport.protocol import BUSY, HAVE, MEMORY, NO_ROOM
@@ -47,37 +44,15 @@ class Store(Loading):
     """A memory tier over an arena, and tiers below it.
 
     Args:
-        arena: where objects live in memory.
-        post: runs a function on the loop; called from any thread.
-        chunk: bytes per chunk of the arena (0: chosen).
-        policy: eviction policy of the memory tier.
+        movement: carries the objects between them.
         lease_seconds: life of read and write leases.
-        below: the tiers below memory, of which the first is preferred where all is equal.
         max_pinned: part of the arena's bytes that pins may hold.
-        clock: what time it is.
-        later: calls a function on the loop in so many seconds; None: ticks do.
     """
 
-    def __init__(
-        self,
-        arena: Arena,
-        post: Callable[[Callable[[], None]], None],
-        *,
-        chunk: int = 0,
-        policy: str = "lru",
-        lease_seconds: float = 30.0,
-        below: Sequence[Below] = (),
-        max_pinned: float = 1.0,
-        clock: Clock = SYSTEM,
-        later: Callable[[float, Callable[[], None]], object] | None = None,
-    ) -> None:
-        later = later or (lambda *_: None)
-        movement = Movement(
-            arena, post, clock, chunk=chunk, policy=policy, below=below, later=later
-        )
-        super().__init__(movement, lease_seconds, int(max_pinned * arena.size))
+    def __init__(self, movement: Movement, lease_seconds: float, max_pinned: float = 1.0) -> None:
+        super().__init__(movement, lease_seconds, int(max_pinned * movement.arena.size))
         self.memory = movement.memory
-        self.clock = clock
+        self.clock = self.catalogue.clock
         self.draining = False
         self.history = self.catalogue.history
         self.events = self.catalogue.events

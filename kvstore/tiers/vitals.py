@@ -71,15 +71,10 @@ class Vitals:
             if error is None:
                 self._counters["bytes_read"] += nbytes
 
-    @property
-    def cost(self) -> tuple[float, int]:
-        """Seconds that a byte takes to be read, and bytes that wait."""
-        with self._lock:
-            return self._reading.each, self._reading.left
-
     def state(self, *, readable: bool, writable: bool, fixed_seconds: float) -> State:
         """How the tier is doing, as far as it is told here; a read takes `fixed_seconds` more."""
-        each, backlog = self.cost
+        with self._lock:
+            each, backlog = self._reading.each, self._reading.left
         return State(
             readable,
             writable,

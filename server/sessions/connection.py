@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Final
 
@@ -65,6 +67,7 @@ class Connection(asyncio.Protocol, ABC):
         self._refused = False
         self._running: Work[None] | None = None  # the request that is being answered
         self._tasks: set[asyncio.Task[None]] = set()
+        self._late = Counter[str]()  # answers that are to come, by what they are
 
     @abstractmethod
     def _handle(self, request_id: int, body: bytes) -> Work[None]:
@@ -220,9 +223,19 @@ class Connection(asyncio.Protocol, ABC):
         return namespace, parts, keys
 
     def _later(
-        self, request_id: int, work: Callable[[], Coroutine[None, None, Message]]
+        self,
+        request_id: int,
+        work: Callable[[], Coroutine[None, None, Message]],
+        what: str = "",
+        most: float = math.inf,
     ) -> asyncio.Task[None]:
-        """Answer a request with what `work` returns, when that is done."""
+        """Answer a request with what `work` returns, when that is done.
+
+        Raises:
+            ValueError: `most` of `what` it is are running.
+        """
+        if self._late[what] >= most:
+            raise ValueError(f"{most} {what} of this session are running; wait for them")
 
         async def answer() -> None:
             try:
@@ -232,7 +245,10 @@ class Connection(asyncio.Protocol, ABC):
             if request_id:
                 self._reply(request_id, reply)
 
-        return self._start(answer)
+        task = self._start(answer)
+        self._late[what] += 1
+        task.add_done_callback(lambda _: self._late.subtract((what,)))
+        return task
 
     def _start(self, work: Callable[[], Coroutine[None, None, None]]) -> asyncio.Task[None]:
         """Do something beside the requests, as long as the connection lasts."""

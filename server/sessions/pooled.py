@@ -35,7 +35,6 @@ class PooledConnection(Connection):
         super().__init__(node, peer, grant)
         self._served: dict[int, int] = {}  # bytes on their way to a peer, by lease
         self._follows = False
-        self._placing = 0
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._node.serving.end(sum(self._served.values()))
@@ -93,15 +92,9 @@ class PooledConnection(Connection):
 
     def _where(self, request_id: int, request: protocol.Where) -> None:
         check(self.grant)
-        if self._placing >= _MAX_PLACING:
-            raise ValueError(f"{_MAX_PLACING} such questions are open; wait for answers")
-        self._placing += 1
         lease = self._store.lease(self, request.lease)
-        placing = self._later(request_id, partial(place, self._node, lease))
-        placing.add_done_callback(self._placed)
-
-    def _placed(self, _: asyncio.Task[None]) -> None:
-        self._placing -= 1
+        work = partial(place, self._node, lease)
+        self._later(request_id, work, "questions for places", _MAX_PLACING)
 
     def _follow(self, request_id: int, request: protocol.Follow) -> None:
         publishing = self._node.publishing

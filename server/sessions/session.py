@@ -46,7 +46,6 @@ class SessionConnection(LookingConnection):
     def __init__(self, node: Node, peer: Peer, grant: Grant) -> None:
         super().__init__(node, peer, grant)
         self._saves: dict[int, tuple[Namespace, int, float]] = {}  # lease: blocks asked, start
-        self._flushes: set[asyncio.Task[None]] = set()
         node.sessions[peer.session] = self
 
     def _handle(self, request_id: int, body: bytes) -> Work[None]:
@@ -286,9 +285,6 @@ class SessionConnection(LookingConnection):
         )
 
     def _flush(self, request_id: int, request: protocol.Flush) -> None:
-        if len(self._flushes) >= _MAX_FLUSHES:
-            raise ValueError(f"{_MAX_FLUSHES} flushes of this session are running; wait for them")
-
         async def wait() -> Message:
             loop = asyncio.get_running_loop()
             until = loop.time() + min(max(0.0, request.wait), protocol.MAX_WAIT)
@@ -307,9 +303,7 @@ class SessionConnection(LookingConnection):
             left = watch.left
             return protocol.Flushed(left if synced or left else -1)
 
-        task = self._later(request_id, wait)
-        self._flushes.add(task)
-        task.add_done_callback(self._flushes.discard)
+        self._later(request_id, wait, "flushes", _MAX_FLUSHES)
 
     async def _open_control(self) -> Message:
         return protocol.Controlled(str(await self._node.open_control()))

@@ -33,6 +33,7 @@ from kvstore.store.admission import WRITE_RULES, Admission
 from kvstore.store.entry import Entry
 from kvstore.store.explain import explain, surveying
 from kvstore.store.loading import Acquired
+from kvstore.store.movement import Movement
 from kvstore.store.opening import Below
 from kvstore.store.relocation import copy_to, move_to, remove
 from kvstore.store.selection import Selection
@@ -90,12 +91,12 @@ class Machine(RuleBasedStateMachine):
         config = Config.model_validate({"disk": disk})
         self.posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.arena = Arena.create(ARENA)
-        self.store = WholeStore(
+        movement = Movement(
             self.arena,
             self.posted.put,
+            Clock(lambda: self.now),
             chunk=1 << 18,
             policy=self.policy,
-            lease_seconds=10.0,
             below=[
                 *(replace(one, queue=1 << 18) for one in tiers_below(config, direct=False)),
                 Below(
@@ -106,9 +107,9 @@ class Machine(RuleBasedStateMachine):
                     read_rate=self.rates[1],
                 ),
             ],
-            clock=Clock(lambda: self.now),
             later=lambda seconds, task: self.posted.put(partial(self.pass_time, seconds, task)),
         )
+        self.store = WholeStore(movement, 10.0)
         self.held: dict[tuple[str, int], list[tuple[Entry, bytes]]] = {}
         self.pinned: dict[tuple[str, int], tuple[float, list[Entry]]] = {}
         self.reserved: dict[tuple[str, int], None] = {}

@@ -487,7 +487,7 @@ def test_a_name_with_an_address_for_each_node(
     finds(directory, (one,))  # It stays as it was.
     answers.append([(2, 1, 6, "", ("127.0.0.9", int(port)))])
     finds(directory, ())
-    assert directory.peers().keys() == {f"tcp://127.0.0.9:{port}"}
+    eventually(lambda: directory.peers().keys() == {f"tcp://127.0.0.9:{port}"})
     answers.append([])
     finds(directory, (one,))
 

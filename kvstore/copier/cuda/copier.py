@@ -56,14 +56,12 @@ class CudaCopier(Copier):
         driver: Driver | None = None,
         staging_bytes: int = 64 << 20,
         path: Way | Literal["auto"] = "auto",
-        costs: PathCosts | None = None,
     ) -> None:
         """Copy to and from CUDA device number `device`.
 
         Without `kernels` all goes by DMA. `staging_bytes` of the device's memory, at most, are
-        used by kernels. `path` forces a way wherever it can be gone; "auto" takes the cheapest
-        by `costs`, which are measured now if they are not given: half a second, and longer the
-        first time that kernels are compiled.
+        used by kernels. `path` forces a way wherever it can be gone; "auto" takes the cheapest by
+        what is measured now: half a second, and longer the first time that kernels are compiled.
 
         Raises:
             DeviceUnavailable: no driver, or no such device.
@@ -77,8 +75,8 @@ class CudaCopier(Copier):
         self._budget = Budget(self._device, staging_bytes if kernels else 0)
         self._saving = Lanes(self._device, low_priority=True)
         self._loading = Lanes(self._device, low_priority=False)
-        self._costs = costs or PathCosts()
-        if kernels is not None and path == "auto" and costs is None:
+        self._costs = PathCosts()
+        if kernels is not None and path == "auto":
             with self._device.current():
                 samples = calibrate(self._device, self._pinned, self._copy)
             self._costs = PathCosts(samples)

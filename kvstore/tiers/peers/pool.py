@@ -112,22 +112,18 @@ class Pool:
             self.helpers.close()
 
     def _link(self, node: str, address: str | None) -> Link | None:
-        if address is None or self._closed:
+        if address is None:
             return None
-        link = self._links.get(node)
-        if link is None or link.address != address:
-            with self._lock:
-                link = self._links.get(node)
-                if self._closed:
-                    return None
-                if link is None or link.address != address:
-                    retry = self._config.retry_seconds
-                    link = Link(
-                        self._to(address), self._token, self._node, retry, self._config.certified,
-                        self.vitals.count, self.helpers,
-                    )  # fmt: skip
-                    self._links[node] = link
-        return link
+        with self._lock:
+            link = self._links.get(node)
+            if self._closed:
+                return None
+            if link is None or link.address != address:
+                link = self._links[node] = Link(
+                    self._to(address), self._token, self._node, self._config.retry_seconds,
+                    self._config.certified, self.vitals.count, self.helpers,
+                )  # fmt: skip
+            return link
 
     def _to(self, address: str) -> Config:
         """How a peer is connected to."""

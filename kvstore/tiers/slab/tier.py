@@ -125,19 +125,16 @@ class SlabTier:
     def state(self) -> State:
         """See `Tier.state`."""
         health, pool = self._health, self._pool
-        seconds, backlog = health.cost
-        return State(
+        return health.state(
             readable=not self._closed and health.unreadable is None,
             writable=not self._closed and health.unwritable is None,
-            problem=health.problem,
+            fixed_seconds=_FIXED_SECONDS,
+        )._replace(
             gone=health.gone,
             capacity=pool.capacity,
             used=pool.used_bytes,
             fragmented=pool.fragmented_bytes,
             objects=pool.used_slots,
-            seconds_per_byte=seconds,
-            backlog=backlog,
-            fixed_seconds=_FIXED_SECONDS,
         )
 
     @property
