@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from kvstore.blocks.keys import block_keys, prompt_extras
 from kvstore.blocks.spec import Namespace
 from kvstore.client.planner import MEMORY
+from kvstore.client.session import Pin
 from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.settings import Wishes
 from kvstore.connectors.common.stats import Stats
@@ -26,6 +27,8 @@ _WORTH_WAITING: Final = 0.03
 """Seconds a load must take for its request to wait in the queue, without pages, meanwhile."""
 _REST: Final = 1.0
 """Seconds not to ask a store that did not answer."""
+_APART: Final = 0.05
+"""Seconds between one that was not answered in time and the next."""
 _OPENING: Final = 1.0
 """Seconds that a request waits for the session of its tenant."""
 
@@ -73,6 +76,8 @@ class Asked:
     """Counted as one that goes without the store."""
     answered: bool = False
     """The store was asked and has answered, so it has counted the request."""
+    pin: Pin | None = None
+    """What keeps blocks of it, if it wishes that."""
 
     def extend_keys(self) -> list[bytes]:
         """The keys of all whole blocks whose tokens are known."""
@@ -92,7 +97,7 @@ class Lookups:
     def __init__(self, sessions: Sessions, stats: Stats) -> None:
         self._sessions = sessions
         self._stats = stats
-        self._late = False
+        self._late, self._late_at = False, 0.0
         self._rest_until = 0.0
 
     def find(self, asked: Asked, start: int, usable: int) -> Found | None:
@@ -103,6 +108,8 @@ class Lookups:
         now = time.monotonic()
         first = start // asked.namespace.block_tokens
         found = asked.found
+        if self._late and now < self._late_at + _APART:
+            return None  # Whoever asks waits for each answer: not for two at a time.
         if found is not None and found.start == start:
             on_the_way = found.is_on_the_way(now)
             if now - found.at < (_POLL if on_the_way else _FRESH):
@@ -132,7 +139,7 @@ class Lookups:
         asked.answered |= not late
         if late and self._late:  # Twice in a row: it is left alone for a while.
             self._rest_until = time.monotonic() + _REST
-        self._late = late
+        self._late, self._late_at = late, time.monotonic()
         answer = Found(start, first, plan.tiers[: plan.blocks], now, plan.load_seconds)
         if found is not None and found.prefetched:
             answer.prefetched, answer.deadline = found.prefetched, found.deadline

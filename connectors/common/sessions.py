@@ -57,6 +57,7 @@ class Sessions:
     ) -> None:
         self._config = config
         self._namespace = namespace
+        self.block_tokens = namespace.block_tokens
         self._parts = parts
         self._copier = copier
         self._lock = threading.Lock()

@@ -22,13 +22,16 @@ from kvstore.connectors.common.sessions import REFUSED, Sessions
 from kvstore.connectors.common.stats import Stats
 from kvstore.copier.base import PagedMemory
 from kvstore.copier.gate import LayerGate
+from kvstore.errors import StoreUnavailable
 
 _log = logging.getLogger("kvstore.transfers")
 
 _COMES_BACK: Final = 0.5
 """Seconds that a load waits for a connection that was lost."""
-_LAST_SAVES: Final = 5.0
+LAST_SAVES: Final = 5.0
 """Seconds that saves may go on when the engine ends."""
+_LONG: Final = 64 << 20
+"""Bytes from which on a load is long, and holds up no others."""
 _REST: Final = 1.0
 """Seconds in which nothing is saved after the store did not answer."""
 
@@ -95,9 +98,19 @@ class Lane:
                 self._running = None
                 self._changed.notify_all()
 
-    def drop(self, requests: Collection[str]) -> list[Job]:
-        """Take back what waits of these requests."""
-        return self._take_back(lambda job: job.request in requests)
+    def drop(self, requests: Collection[str] | None) -> list[Job]:
+        """Take back what waits of these requests; None: of all."""
+        return self._take_back(lambda job: requests is None or job.request in requests)
+
+    def wait(self, requests: Collection[str] | None) -> None:
+        """Wait until nothing of these requests is running; None: nothing at all."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (
+                    self._running is None
+                    or (requests is not None and self._running not in requests)
+                )
+            )
 
     def _take_back(self, chosen: Callable[[Job], bool]) -> list[Job]:
         with self._changed:
@@ -105,11 +118,6 @@ class Lane:
             self._waiting = [entry for entry in self._waiting if not chosen(entry[2])]
             heapq.heapify(self._waiting)
         return dropped
-
-    def wait(self, requests: Collection[str]) -> None:
-        """Wait until nothing of these requests is running."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._running not in requests)
 
     def drain(self, timeout: float) -> None:
         """Run what waits, for up to `timeout` seconds."""
@@ -124,12 +132,38 @@ class Lane:
         self._thread.shutdown(wait=True)
 
 
+class Reading:
+    """Entered while pages of a save are read, until they are taken back."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._readers = 0
+        self.over = False
+
+    def __enter__(self) -> None:
+        with self._changed:
+            if self.over:
+                raise StoreUnavailable("its pages are needed")
+            self._readers += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._readers -= 1
+            self._changed.notify_all()
+
+    def take_back(self) -> None:
+        """Let nobody read any more; who reads has ended then."""
+        with self._changed:
+            self.over = True
+            self._changed.wait_for(lambda: not self._readers)
+
+
 class Transfers:
     """Loads and saves of one process of an engine; thread-safe.
 
     Threads make one call of a tenant's session per job, which lets go of the GIL while it copies.
     `loaded` and `saved` are called from them when a job has ended, whatever came of it: with what
-    arrived, and with how many of its blocks the store has now, all or none.
+    arrived; with how many of its blocks the store has now, all or none, and which of them are new.
     """
 
     def __init__(
@@ -142,45 +176,70 @@ class Transfers:
         stats: Stats,
         *,
         loaded: Callable[[Job, Loaded], None],
-        saved: Callable[[Job, int], None],
+        saved: Callable[[Job, int, Collection[int]], None],
     ) -> None:
         """The engine's pages are in `memory`, part by part, each cut into `cut` for its kernels."""
         self.sessions: Sessions | None = sessions
         """None: the model has no name, and nothing is loaded or saved."""
         self._load_timeout = load_timeout
         self._device = device
-        self._memory = memory
+        self.memory = memory
         self._cut = cut
         self._stats = stats
+        self._block_bytes = sum(one.part.nbytes(sessions.block_tokens) for one in memory)
         self._loaded, self._saved = loaded, saved
         self._rest_until = 0.0
+        self._reading: dict[int, tuple[str, Reading]] = {}
+        """Of saves that have not ended, by their number: whose they are, and who reads pages."""
         self._loading = Lane("kvstore-load", self._load)
+        self._long = Lane("kvstore-long", self._load)
         self._joining = Lane("kvstore-layers", self._load)
         self._saving = Lane("kvstore-save", self._save)
 
     def load(self, job: Job, gates: Gates) -> None:
-        """Have a job load; one that is layered waits for layered ones only."""
-        (self._joining if job.layered else self._loading).put(job, gates)
+        """Have a job load: one that is layered waits for layered ones only, a long one for such."""
+        lane = self._long if len(job.keys) * self._block_bytes > _LONG else self._loading
+        (self._joining if job.layered else lane).put(job, gates)
 
     def save(self, job: Job, gates: Gates) -> None:
         """Have a job save."""
+        self._reading[job.number] = job.request, Reading()
         self._saving.put(job, gates)
 
     def drain_saves(self, seconds: float) -> None:
         """Let saves end that wait, for up to so many seconds."""
         self._saving.drain(seconds)
 
-    def drop_saves(self, requests: Collection[str]) -> None:
-        """Save no more of these requests: what waits is dropped, what runs has ended then."""
+    def drop_loads(self, requests: Collection[str] | None) -> None:
+        """Load no more for these requests (None: for any), and write none of their pages when this
+        returns; what runs is waited for.
+        """
+        for lane in (self._loading, self._long, self._joining):
+            for job in lane.drop(requests):
+                self._loaded(job, Loaded(reason="taken_back"))
+            lane.wait(requests)
+
+    def drop_saves(self, requests: Collection[str] | None) -> None:
+        """Save no more of these requests (None: of any), and read none of their pages when this
+        returns.
+
+        What waits is dropped, and what runs, too, unless it has read them; the store is not waited
+        for.
+        """
         for job in self._saving.drop(requests):
-            self._saved(job, 0)
-        self._saving.wait(requests)
+            del self._reading[job.number]
+            self._stats.dropped(len(job.keys), "taken_back")
+            self._saved(job, 0, ())
+        for request, reading in list(self._reading.values()):
+            if requests is None or request in requests:
+                reading.take_back()
 
     def close(self) -> None:
         """Let the last saves end, then the sessions."""
         self._loading.close(0.0)
+        self._long.close(0.0)
         self._joining.close(0.0)
-        self._saving.close(_LAST_SAVES)
+        self._saving.close(LAST_SAVES)
         if self.sessions is not None:
             self.sessions.close()
 
@@ -213,9 +272,9 @@ class Transfers:
             self._device.wait(after.wait(0, until))
 
         def load(first: int, timeout: float | None, then: LayerGate | None = None) -> Loaded:
-            ids = [pages[first:]] * len(self._memory)
+            ids = [pages[first:]] * len(self.memory)
             keys = job.keys[first:]
-            return session.load(keys, self._memory, ids, timeout=timeout, after=after, then=then)
+            return session.load(keys, self.memory, ids, timeout=timeout, after=after, then=then)
 
         loaded = load(0, job.timeout, gates.then)
         have = loaded.blocks
@@ -232,7 +291,8 @@ class Transfers:
         return loaded
 
     def _save(self, job: Job, gates: Gates) -> None:
-        stored, after = 0, gates.after
+        stored, new, after = 0, list[int](), gates.after
+        _, reading = self._reading[job.number]
         try:
             if time.monotonic() < self._rest_until:
                 session, reason = None, "resting"
@@ -244,22 +304,26 @@ class Transfers:
             started = time.monotonic()
             saved = session.save(
                 job.keys,
-                self._memory,
-                [page_pieces(job.pages, self._cut)] * len(self._memory),
+                self.memory,
+                [page_pieces(job.pages, self._cut)] * len(self.memory),
                 ttl=job.ttl,
                 parent=job.parent,
                 tokens=job.tokens,
                 after=after,
                 position=job.position,
+                reading=reading,
             )
-            stored = saved.stored + saved.had
+            stored, new = saved.stored + saved.had, saved.new
+            if reading.over and saved.dropped:
+                saved.reason = "taken_back"
             if saved.reason == "unavailable" and (after is None or after.failed is None):
                 self._rest_until = time.monotonic() + _REST
             if after is not None:
                 saved.seconds = time.monotonic() - max(started, after.opened_at)
             self._stats.saved(saved)
         finally:
-            self._saved(job, stored if stored == len(job.keys) else 0)
+            del self._reading[job.number]
+            self._saved(job, stored if stored == len(job.keys) else 0, new)
 
 
 def _is_back(session: Session, until: float) -> bool:

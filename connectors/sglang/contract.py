@@ -6,13 +6,12 @@ at start, by name.
 
 from __future__ import annotations
 
-import inspect
-from pkgutil import resolve_name
 from typing import Any, Final
 
 import sglang
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 
+from kvstore.connectors.common.contract import difference
 from kvstore.errors import SpecError
 
 _SRT: Final = "sglang.srt."
@@ -20,6 +19,7 @@ TREE: Final = f"{_SRT}mem_cache.unified_radix_cache:UnifiedRadixCache"
 ADDER: Final = f"{_SRT}managers.schedule_policy:PrefillAdder"
 SCHEDULER: Final = f"{_SRT}managers.scheduler:Scheduler"
 UPDATER: Final = f"{_SRT}managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager"
+LINKER: Final = f"{_SRT}mem_cache.unified_cache.unified_cache_linker:UnifiedCacheLinker"
 WRAPPER: Final = f"{_SRT}mem_cache.unified_cache.unified_cache_linker:UnifiedCacheLinkerWrapper"
 _CORE: Final = f"{_SRT}mem_cache.unified_cache.unified_tree_core_interface:UnifiedTreeCoreInterface"
 
@@ -80,24 +80,8 @@ def check() -> None:
     if asked != set(_LINKER):
         names = ", ".join(sorted(asked ^ set(_LINKER)))
         raise SpecError(differs(f"linkers have other methods: {names}"))
-    for method, wanted in _LINKER.items():
-        _compare(UnifiedCacheLinker, method, wanted)
-    for place, methods in _METHODS.items():
-        try:
-            owner = resolve_name(place)
-        except (ImportError, AttributeError):
-            raise SpecError(differs(f"there is no {place}")) from None
-        for method, wanted in methods.items():
-            _compare(owner, method, wanted)
-
-
-def _compare(owner: Any, method: str, wanted: str) -> None:
-    found = getattr(owner, method, None)
-    if found is None:
-        raise SpecError(differs(f"{owner.__name__} has no {method}"))
-    names, expected = list(inspect.signature(found).parameters), wanted.split()
-    if names[: len(expected)] != expected:
-        raise SpecError(differs(f"{owner.__name__}.{method} takes {names}"))
+    if words := difference({LINKER: _LINKER} | _METHODS):
+        raise SpecError(differs(words))
 
 
 def differs(words: str) -> str:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from kvstore.client.arrivals import Gates
-from kvstore.client.session import Session
 from kvstore.connectors.common.device import Device
+from kvstore.connectors.common.pins import Pins
 from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.settings import Settings
 from kvstore.connectors.common.stats import Stats
-from kvstore.connectors.common.transfers import Job, Transfers
+from kvstore.connectors.common.transfers import LAST_SAVES, Job, Transfers
 from kvstore.connectors.sglang.layout import Pool
 from kvstore.connectors.sglang.prompts import Prompt
 from kvstore.copier.base import PagedMemory
@@ -79,6 +79,7 @@ class Saves:
             loaded=lambda job, loaded: None,
             saved=self._saved,
         )
+        self._pins = Pins(sessions)
         self._numbers = itertools.count(1)
         self._offloads: deque[Offload] = deque()
         self._saving: dict[int, Offload] = {}
@@ -125,21 +126,14 @@ class Saves:
             offload.whole = False
             raise
 
-    def _saved(self, job: Job, blocks: int) -> None:
+    def _saved(self, job: Job, blocks: int, new: Collection[int]) -> None:
         """In the thread that saves."""
         offload = self._saving.pop(job.number)
         try:
             if blocks and offload.prompt is not None:
-                self._pin(offload.prompt, offload.last)
+                self._pins.keep(offload.prompt, offload.last)
         finally:
             offload.whole = blocks == len(job.keys)
-
-    def _pin(self, prompt: Prompt, last: int) -> None:
-        tenant, seconds = prompt.namespace.tenant, prompt.wishes.pin
-        session = self._sessions.get(tenant)
-        if seconds is not None and isinstance(session, Session):
-            self._sessions.keep(tenant, seconds)
-            session.pin(prompt.keys[:last], ttl=seconds)
 
     @property
     def ended(self) -> int:
@@ -163,4 +157,6 @@ class Saves:
 
     def close(self) -> None:
         """Let the last ones end, then the sessions."""
+        self._transfers.drain_saves(LAST_SAVES)
+        self._pins.close()
         self._transfers.close()

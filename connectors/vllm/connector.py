@@ -26,6 +26,7 @@ from vllm.logger import init_logger
 from kvstore.blocks.spec import ModelIdentity, Namespace, block_tokens_for, check_block_tokens
 from kvstore.codecs.quantized import quantised
 from kvstore.connectors.common.settings import PREFIX, Settings, settings_of
+from kvstore.connectors.vllm.contract import check
 from kvstore.connectors.vllm.identity import identity_of
 from kvstore.connectors.vllm.inputs import Inputs
 from kvstore.connectors.vllm.layout import pages_of
@@ -76,6 +77,7 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """
         super().__init__(vllm_config, role, kv_cache_config)
         _print_ours()
+        check()
         transfer = self._kv_transfer_config
         settings = settings_of(transfer.kv_connector_extra_config, engine="vllm", place=PLACE)
         shards = settings.config.session.head_shards
@@ -149,6 +151,8 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
     # -- worker -----------------------------------------------------------------------------------
 
     register_kv_caches = _of(WorkerSide.register)
+    unregister_kv_caches = _of(WorkerSide.unregister)
+    restore_kv_caches = _of(WorkerSide.restore)
     handle_preemptions = _of(WorkerSide.preempt)
     wait_for_layer_load = _of(WorkerSide.layer_needed)
     wait_for_save = _of(WorkerSide.computed)

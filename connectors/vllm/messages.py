@@ -108,14 +108,15 @@ class Report(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """Workers to scheduler: what has come of jobs, by number, since the last step.
 
     `loaded` counts blocks that arrived; of several ranks the least counts. `saved` holds, per job,
-    how many ranks are done with it and the least number of blocks that the store now has.
+    how many ranks are done with it, the least number of blocks that the store now has, and which
+    of them any rank has newly stored.
     `computed` is (prompt tokens, seconds) of a step that computed nothing else, `copied` (blocks,
     seconds) of a load from memory. `failures` counts layered loads that failed, and steps that did;
     `broken` is true of the latter. `blended` says what came of requests with pieces.
     """
 
     loaded: dict[int, int] = field(default_factory=dict)
-    saved: dict[int, tuple[int, int]] = field(default_factory=dict)
+    saved: dict[int, tuple[int, int, frozenset[int]]] = field(default_factory=dict)
     computed: tuple[int, float] | None = None
     copied: tuple[int, float] | None = None
     failures: int = 0
@@ -127,9 +128,9 @@ class Report(KVConnectorWorkerMetadata):  # type: ignore[misc]
         assert isinstance(other, Report)
         least = {n: min(b, self.loaded.get(n, b)) for n, b in other.loaded.items()}
         saved = dict(self.saved)
-        for number, (ranks, blocks) in other.saved.items():
-            before = saved.get(number, (0, blocks))
-            saved[number] = (ranks + before[0], min(blocks, before[1]))
+        for number, (ranks, blocks, new) in other.saved.items():
+            before = saved.get(number, (0, blocks, frozenset()))
+            saved[number] = (ranks + before[0], min(blocks, before[1]), new | before[2])
         return Report(
             self.loaded | least,
             saved,

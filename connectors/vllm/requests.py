@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -25,6 +26,8 @@ class Promise:
     start: int
     end: int
     arrived: int | None = None
+    void: bool = False
+    """Its pages were taken away meanwhile."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,7 +37,9 @@ class Tracked(Asked):
     request: Any
     promise: Promise | None = None
     asked: int = 0
-    """Blocks that workers were asked to save."""
+    """Blocks that workers were asked to save, or that came from the store."""
+    came: tuple[int, int] = (0, 0)
+    """Those that came from there: the first, and the one after the last."""
     saving: set[int] = field(default_factory=set)
     """Numbers of the jobs among those that are not done."""
     failures: int = 0
@@ -47,6 +52,13 @@ class Tracked(Asked):
     """What it asks of pieces, if anything."""
     handoff: HandOff = field(default_factory=HandOff)
 
+    def to_save(self, known: int) -> list[tuple[int, int]]:
+        """Runs of blocks before `known` that workers have not been asked to save: they are now."""
+        start, end = self.came
+        runs = [(self.asked, min(known, start)), (max(self.asked, end), known)]
+        self.asked = max(self.asked, known)
+        return [(first, last) for first, last in runs if first < last]
+
     @property
     def exact(self) -> int:
         """How many of its tokens, at most, are computed as they would be alone."""
@@ -56,12 +68,27 @@ class Tracked(Asked):
 
 @dataclass(slots=True)
 class Saving:
-    """Blocks from `first` on that are not saved on `ranks` ranks; `blocks` of them have been."""
+    """Blocks from `first` on that are not saved on `ranks` ranks; `blocks` of them have been.
+
+    Of those `new` were not stored before.
+    """
 
     tracked: Tracked
     first: int
     blocks: int
     ranks: int
+    new: frozenset[int] = frozenset()
+
+
+def stored_events(saving: Saving, block_tokens: int, page_tokens: int) -> list[BlockStored]:
+    """What is to be told of a save: an event for each run of blocks that are new."""
+    events = []
+    new = sorted(number for number in saving.new if number < saving.blocks)
+    for _, run in itertools.groupby(enumerate(new), lambda pair: pair[1] - pair[0]):
+        numbers = [saving.first + number for _, number in run]
+        ends = numbers[0], numbers[-1] + 1
+        events += stored_event(saving.tracked.request, *ends, block_tokens, page_tokens)
+    return events
 
 
 def stored_event(

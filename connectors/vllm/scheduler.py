@@ -10,6 +10,7 @@ the request under the policy "fail".
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Final
@@ -19,6 +20,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import RequestStatus
 
 from kvstore.blocks.spec import Namespace
+from kvstore.connectors.common.pins import Pins
 from kvstore.connectors.common.requests import Found, Lookups
 from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.settings import Settings, is_tenant, wishes_of
@@ -29,7 +31,7 @@ from kvstore.connectors.vllm.disaggregated import HandOffs
 from kvstore.connectors.vllm.inputs import Inputs, Unkeyed
 from kvstore.connectors.vllm.layout import Pages
 from kvstore.connectors.vllm.messages import Blend, Ready, Registered, Report, Step
-from kvstore.connectors.vllm.requests import Promise, Saving, Tracked, stored_event
+from kvstore.connectors.vllm.requests import Promise, Saving, Tracked, stored_events
 from kvstore.connectors.vllm.weights import WeightsWatch
 from kvstore.errors import SpecError
 from kvstore.telemetry import QuietLog
@@ -75,6 +77,7 @@ class SchedulerSide:
         self._session = self._sessions.open(settings.tenant)
         self.stats = Stats(namespace.block_tokens)
         self._lookups = Lookups(self._sessions, self.stats)
+        self._pins = Pins(self._sessions)
         self._blends = BlendScheduler(settings, namespace, pages, config, self.stats)
         self._handoffs = HandOffs(
             self._sessions,
@@ -84,8 +87,10 @@ class SchedulerSide:
             ranks=ranks,
         )
         self._tracked: dict[str, Tracked] = {}
-        self._ended: set[str] = set()
+        self._ended: dict[str, Any] = {}
         """Finished requests of which jobs or pages are left."""
+        self._taken: set[str] = set()
+        """Requests whose pages were taken away."""
         self._jobs: dict[int, Saving] = {}
         self._numbers = itertools.count(1)
         self._loads: list[Job] = []
@@ -103,8 +108,38 @@ class SchedulerSide:
     # -- before a request runs --------------------------------------------------------------------
 
     def bind(self, kv_cache_manager: Any) -> None:
-        """Take the scheduler's cache manager, to give pages back when nothing arrived."""
+        """Take the scheduler's cache manager, to give pages back when nothing arrived.
+
+        It empties its cache only while nobody holds pages: ours are given back before.
+        """
         self._kv_cache_manager = kv_cache_manager
+        reset = kv_cache_manager.reset_prefix_cache
+
+        def emptied() -> bool:
+            if sys._getframe(1).f_locals.get("reset_running_requests"):  # It takes all by force.
+                self._give_back()
+            return bool(reset())
+
+        kv_cache_manager.reset_prefix_cache = emptied
+
+    def _give_back(self) -> None:
+        """Give back all pages that are being saved of finished requests, or loaded into.
+
+        Before any of them is written again, workers end what they do with them.
+        """
+        for name, request in self._ended.items():
+            self._kv_cache_manager.free(request)
+            self._taken.add(name)
+        for name, tracked in self._tracked.items():
+            if tracked.promise is not None and not tracked.promise.job.layered:
+                tracked.promise.void = True
+                self._kv_cache_manager.free(tracked.request)
+                self._taken.add(name)
+        dropped = [job for job in self._saves if job.request in self._taken]
+        self._saves = [job for job in self._saves if job.request not in self._taken]
+        for job in dropped:
+            self.stats.dropped(len(job.keys), "taken_back")
+            self._saved(job.number, self._ranks, 0, frozenset())
 
     def arrived(self, request: Any) -> None:
         """Take note of what a new request's names mean, whether or not it is keyed."""
@@ -185,6 +220,8 @@ class SchedulerSide:
         if tracked is not None or weights is None:
             return tracked
         wishes, wrong = wishes_of(request.kv_transfer_params)
+        if request.skip_reading_prefix_cache:
+            wishes = wishes.model_copy(update={"skip_load": True})
         tenant = self._settings.tenant if wishes.tenant is None else wishes.tenant
         salt = request.cache_salt or ""
         if salt and self._settings.salt_is_tenant:
@@ -284,7 +321,7 @@ class SchedulerSide:
             namespace=self._namespace,
             loads=self._loads,
             saves=self._saves,
-            preempted=frozenset(output.preempted_req_ids or ()),
+            preempted=frozenset(output.preempted_req_ids or ()) | self._taken,
             held=frozenset(self._held),
             prompt_tokens=0 if decoding or blends else prompt,
             idle=output.total_num_scheduled_tokens == 0,
@@ -295,6 +332,7 @@ class SchedulerSide:
         )
         self._loads, self._saves, self._waiting = [], [], False
         self._held.clear()
+        self._taken.clear()
         return step
 
     def _save(
@@ -305,16 +343,18 @@ class SchedulerSide:
         Drafts and tokens that are still on their way back are computed before they are known; a
         block that has some is not whole yet.
         """
-        known = min(computed, len(tracked.tokens), tracked.exact)
-        first, last = tracked.asked, known // self._block_tokens
-        if last <= first or tracked.wishes.skip_save or not self._may_save:
+        known = min(computed, len(tracked.tokens), tracked.exact) // self._block_tokens
+        if known <= tracked.asked or tracked.wishes.skip_save or not self._may_save:
             return
         if tracked.tainted or not self._is_sure(tracked):
             return
-        request, size = tracked.request, self._block_tokens
         if page_ids is None:
-            page_ids = state.get_block_ids(request.request_id)[0]
-        keys = tracked.extend_keys()
+            page_ids = state.get_block_ids(tracked.request.request_id)[0]
+        for first, last in tracked.to_save(known):
+            self._save_run(tracked, first, last, page_ids)
+
+    def _save_run(self, tracked: Tracked, first: int, last: int, page_ids: list[int]) -> None:
+        request, size, keys = tracked.request, self._block_tokens, tracked.extend_keys()
         published = self._settings.config.session.publish_tokens
         job = Job(
             next(self._numbers),
@@ -328,7 +368,6 @@ class SchedulerSide:
             tokens=request.all_token_ids[first * size : last * size] if published else None,
             position=first,
         )
-        tracked.asked = last
         tracked.saving.add(job.number)
         self._jobs[job.number] = Saving(tracked, first, last - first, self._ranks)
         self._saves.append(job)
@@ -350,8 +389,8 @@ class SchedulerSide:
         """Take in what workers report."""
         report = output.kv_connector_worker_meta
         if isinstance(report, Report):
-            for number, (ranks, blocks) in report.saved.items():
-                self._saved(number, ranks, blocks)
+            for number, came in report.saved.items():
+                self._saved(number, *came)
             promised = {t.promise.job.number: t for t in self._tracked.values() if t.promise}
             for number, blocks in report.loaded.items():
                 tracked = promised.get(number)
@@ -373,37 +412,30 @@ class SchedulerSide:
                 for one in self._tracked.values():
                     one.tainted = True
         for name in output.finished_recving or ():
+            self._ended.pop(name, None)
             if name in self._tracked:
                 self._arrived(self._tracked[name])
-        self._ended.difference_update(output.finished_sending or ())
+        for name in output.finished_sending or ():
+            self._ended.pop(name, None)
 
-    def _saved(self, number: int, ranks: int, blocks: int) -> None:
+    def _saved(self, number: int, ranks: int, blocks: int, new: frozenset[int]) -> None:
         saving = self._jobs.get(number)
         if saving is None:
             return
         saving.ranks -= ranks
         saving.blocks = min(saving.blocks, blocks)
+        saving.new |= new
         if saving.ranks > 0:
             return
         del self._jobs[number]
         tracked = saving.tracked
         tracked.saving.discard(number)
-        if self._events is not None and saving.blocks:
-            last = saving.first + saving.blocks
-            self._events += stored_event(
-                tracked.request, saving.first, last, self._block_tokens, self._page_tokens
-            )
+        if self._events is not None:
+            self._events += stored_events(saving, self._block_tokens, self._page_tokens)
         if not tracked.saving:
-            self._pin(tracked)
+            self._pins.keep(tracked, tracked.asked)
             if self._tracked.get(tracked.request.request_id) is not tracked:
                 self._handoffs.end(tracked.handoff)
-
-    def _pin(self, tracked: Tracked) -> None:
-        session, seconds = self._sessions.get(tracked.namespace.tenant), tracked.wishes.pin
-        if not isinstance(session, str) and seconds is not None and tracked.asked:
-            # Of the session, so it outlives this object; its time ends it.
-            self._sessions.keep(tracked.namespace.tenant, seconds)
-            session.pin(tracked.keys[: tracked.asked], ttl=seconds)
 
     def _arrived(self, tracked: Tracked) -> None:
         """A load has ended: hold the promise, or take back what did not come.
@@ -415,13 +447,17 @@ class SchedulerSide:
         if promise is None:
             return
         request, layered = tracked.request, promise.job.layered
-        arrived = (promise.first + (promise.arrived or 0)) * self._block_tokens
+        blocks = promise.first + (promise.arrived or 0)
+        arrived = 0 if promise.void else blocks * self._block_tokens
+        if not promise.void and blocks > promise.first:
+            tracked.came = promise.first, blocks
         if arrived >= promise.end:
             return
         tracked.failures += 1
         if tracked.blending is not None:
             tracked.blending.drop("prefix")
         kept = promise.start if layered else max(promise.start, arrived)
+        kept = 0 if promise.void else kept
         self._quiet.warning(
             "short",
             "%d of %d tokens did not come from the store; they are computed instead",
@@ -457,13 +493,14 @@ class SchedulerSide:
     def _stays(self, tracked: Tracked, page_ids: list[int]) -> bool:
         request = tracked.request
         if tracked.promise is not None and not tracked.promise.job.layered:
+            self._ended[request.request_id] = request
             return False  # vLLM itself keeps the pages of a load until that has ended.
         if request.status != RequestStatus.FINISHED_ERROR:
             self._save(tracked, request.num_computed_tokens, None, page_ids)
         if not tracked.saving:
             return False
         self._held.add(request.request_id)
-        self._ended.add(request.request_id)
+        self._ended[request.request_id] = request
         return True
 
     def frees_pages_soon(self) -> bool:
@@ -488,5 +525,6 @@ class SchedulerSide:
     def close(self) -> None:
         """End the sessions."""
         self._handoffs.close()
+        self._pins.close()
         self._sessions.close()
         self._blends.close()

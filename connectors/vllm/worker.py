@@ -17,7 +17,7 @@ import math
 import sys
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
@@ -38,6 +38,7 @@ from kvstore.connectors.vllm.blend_refusals import refusal
 from kvstore.connectors.vllm.blend_worker import BlendWorker
 from kvstore.connectors.vllm.layout import Pages, memory_of
 from kvstore.connectors.vllm.messages import Blend, Ready, Report, Step
+from kvstore.copier.base import PagedMemory
 from kvstore.copier.gate import LayerGate
 from kvstore.errors import SpecError, StoreUnavailable
 
@@ -92,6 +93,9 @@ class WorkerSide:
         self._failures = 0
         """Layered loads that failed."""
         self._invalid: set[int] = set()
+        self._caches: Mapping[str, torch.Tensor] = {}
+        self._asleep = False
+        """The engine has taken its cache away."""
         self._changed = threading.Condition()
         # All below belongs to `_changed`.
         self._report = Report()
@@ -112,11 +116,11 @@ class WorkerSide:
             SpecError: its layout is not the one expected, or copies cannot reach it.
             KVStoreError: the store refused the session.
         """
-        config, pages, names = self._settings.config, self._pages, self._pages.layer_names
+        config, names = self._settings.config, self._pages.layer_names
         self._device = device = Device.of(caches.values(), config.session)
         self._closing.callback(device.close)
         self._times = StepTimes(device)
-        memory, cut = memory_of(self._part, pages.page_tokens, names, caches)
+        memory, cut = self._memory_of(caches)
         self._layers = {name: number for number, name in enumerate(names)}
         if self._stored[0].group.dtype != self._part.group.dtype and not device.casts:
             raise SpecError(
@@ -129,7 +133,7 @@ class WorkerSide:
             sessions,
             config.session.load_timeout,
             device,
-            views(memory, pages.shards),
+            memory,
             cut,
             self.stats,
             loaded=self._loaded,
@@ -141,6 +145,25 @@ class WorkerSide:
             self._blends.register(caches)
             self._closing.callback(self._blends.close)
 
+    def _memory_of(self, caches: Mapping[str, torch.Tensor]) -> tuple[list[PagedMemory], int]:
+        pages, self._caches = self._pages, caches
+        memory, cut = memory_of(self._part, pages.page_tokens, pages.layer_names, caches)
+        return views(memory, pages.shards), cut
+
+    def unregister(self) -> None:
+        """The engine takes its cache away, as when it sleeps: from here on, nobody touches it.
+
+        What is asked for meanwhile does not come, and is not saved.
+        """
+        self._asleep = True
+        self._transfers.drop_saves(None)
+        self._transfers.drop_loads(None)
+
+    def restore(self, caches: Mapping[str, torch.Tensor] | None = None) -> None:
+        """It is back, maybe at another place."""
+        self._transfers.memory, _ = self._memory_of(caches or self._caches)
+        self._asleep = False
+
     def ready(self) -> Ready | None:
         """What the scheduler is told of selective recompute at start."""
         return None if self._blends is None else self._blends.ready
@@ -148,9 +171,10 @@ class WorkerSide:
     # -- the course of a step ---------------------------------------------------------------------
 
     def preempt(self, step: Step) -> None:
-        """Before pages of preempted requests are written: drop their saves, or wait for them."""
+        """Before pages of preempted requests are written: drop their copies, or wait for them."""
         if step.preempted:
             self._transfers.drop_saves(step.preempted)
+            self._transfers.drop_loads(step.preempted)
 
     def begin(self, step: Step) -> None:
         """Before the model computes: start loads, take note of what is to be saved."""
@@ -172,6 +196,10 @@ class WorkerSide:
             then = LayerGate(layers) if job.layered else None
             if then is not None:
                 self._layered.append((job, then))
+            if self._asleep:
+                Gates(then=then).end(False, "asleep")
+                self._loaded(job, Loaded(reason="asleep"))
+                continue
             self._transfers.load(job, Gates(after, then))
         for blend in step.blends:
             self._blend(blend)
@@ -280,7 +308,10 @@ class WorkerSide:
         if jobs and self._saves_here:
             self._computed = LayerGate(len(self._layers))
         for job in jobs:
-            if self._computed is not None:
+            if self._computed is not None and self._asleep:
+                self.stats.dropped(len(job.keys), "asleep")
+                self._saved(job, 0)
+            elif self._computed is not None:
                 self._transfers.save(job, Gates(self._computed))
             else:
                 self._saved(job, len(job.keys))
@@ -322,8 +353,6 @@ class WorkerSide:
                     self._changed.wait(_POLL)
             sent = {name for name in self._held if not self._pending[name]}
             self._held -= sent
-            for name in sent:
-                del self._pending[name]
             received, self._received = self._received, set()
         return KVConnectorTransferResults(finished_sending=sent, finished_recving=received)
 
@@ -354,8 +383,10 @@ class WorkerSide:
             self._in_flight -= 1
             self._changed.notify_all()
 
-    def _saved(self, job: Job, blocks: int) -> None:
+    def _saved(self, job: Job, blocks: int, new: Collection[int] = ()) -> None:
         with self._changed:
-            self._report.saved[job.number] = (1, blocks)
+            self._report.saved[job.number] = (1, blocks, frozenset(new))
             self._pending[job.request] -= 1
+            if not self._pending[job.request]:
+                del self._pending[job.request]
             self._changed.notify_all()

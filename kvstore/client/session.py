@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Self, TypeVar
@@ -297,6 +297,7 @@ class Session:
         tokens: Sequence[int] | NDArray[np.integer[Any]] | None = None,
         after: LayerGate | None = None,
         position: int = 0,
+        reading: AbstractContextManager[object] | None = None,
     ) -> Saved:
         """Copy those blocks of `keys` that the store lacks out of the engine's pages.
 
@@ -304,7 +305,8 @@ class Session:
         after `ttl` seconds, if given. `parent` is the key before the first one, `position` that of
         the first one in its prompt; tiers that keep segments need both. `tokens` are the token ids
         of the blocks, for those who watch events, and only sent with `session.publish_tokens`. No
-        page is read before `after` lets it.
+        page is read before `after` lets it, nor outside of `reading`, which several threads may be
+        in at once; what it raises there ends the save.
 
         Raises:
             SpecError: memory, page ids or tokens do not fit the parts and keys.
@@ -320,7 +322,7 @@ class Session:
                     f"{len(ids)} tokens given for {len(keys)} blocks of {self.block_tokens}"
                 )
         wait = seconds(timeout, self._config.session.save_timeout)
-        about = About(wait, ttl, parent, ids, after, position)
+        about = About(wait, ttl, parent, ids, after, position, reading or nullcontext())
         started = time.monotonic()
         result = Saved()
         with self._client.using(self._view) as link:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -30,8 +31,8 @@ _WINDOW_BYTES = 64 << 20
 _TOKENS_PER_REQUEST = 1 << 20
 """Token ids that go along with one request; half of what a frame holds."""
 
-_COMPUTE_SECONDS = 30.0
-"""How long a save may wait for the layers that it follows to be computed."""
+_COMPUTE_SECONDS = 3600.0
+"""How long a save may wait for the layers that it follows to be computed; its lease is renewed."""
 
 _LATE_SECONDS = 0.5
 """How much longer than its deadline a daemon may take to say what has arrived."""
@@ -43,6 +44,7 @@ class About:
 
     `tokens` has as many ids as the blocks have tokens, or none. `after` says from when on pages may
     be read. Each step is waited for `wait` seconds. `position` is the first block's in its prompt.
+    `reading` is entered by threads while they read pages.
     """
 
     wait: float
@@ -51,11 +53,15 @@ class About:
     tokens: NDArray[np.uint32] | None = None
     after: LayerGate | None = None
     position: int = 0
+    reading: AbstractContextManager[object] = field(default_factory=nullcontext)
 
 
 @dataclass(slots=True)
 class Saved:
-    """What a save did: blocks newly stored, stored before (or by somebody else now), dropped."""
+    """What a save did: blocks newly stored, stored before (or by somebody else now), dropped.
+
+    `new` has the positions of those newly stored; not of blocks of whose neighbours some were not.
+    """
 
     stored: int = 0
     had: int = 0
@@ -63,6 +69,7 @@ class Saved:
     nbytes: int = 0
     seconds: float = 0.0
     reason: str | None = None
+    new: list[int] = field(default_factory=list)
 
 
 class _Save(NamedTuple):
@@ -272,6 +279,8 @@ class Transfer(View):
         elif isinstance(done := self.client.call(channel, commit, wait, lease=lease), Committed):
             stored, problem = max(0, min(done.blocks, count)), done.reason or "lease"
         result.stored += stored
+        if stored == count:
+            result.new += (job.first + np.flatnonzero(wanted)).tolist()
         result.dropped += without + count - stored
         result.nbytes += stored * self.block_bytes
         if without:
@@ -286,6 +295,8 @@ class Transfer(View):
         carrier, pages = job.channel.carrier, job.pages
         checksum = self._verify or carrier.checksums
         deadline = time.monotonic() + _COMPUTE_SECONDS
+        renew = partial(self.client.call, job.channel, protocol.Renew(lease), job.about.wait)
+        whole = job.about.after is not None or not isinstance(job.about.reading, nullcontext)
         sums = np.zeros(answers.shape, dtype=np.uint64)
         for column, nbytes in enumerate(self._part_bytes):
             rows = np.flatnonzero((answers[:, column] >= 0) & wanted)
@@ -295,11 +306,11 @@ class Transfer(View):
             copy = Copy(
                 True, pages.memory[column], pages.ids[column][job.first + rows],
                 slots.view(np.uint64), self.namespace.block_tokens, self.parts[column], checksum,
-                job.about.after, deadline=deadline,
+                job.about.after, deadline=deadline, meanwhile=renew,
             )  # fmt: skip
-            gather = partial(_copied, self.copier, copy)
+            gather = partial(_copied, self.copier, copy, job.about.reading)
             streamed = Streamed(partial(self.copier.stream, copy))
-            way = streamed if job.about.after is None else None
+            way = None if whole else streamed
             made = carrier.write(Objects(lease, slots, nbytes, gather, way), job.about.wait)
             if made is not None:
                 sums[rows, column] = made
@@ -338,9 +349,15 @@ class Transfer(View):
 
 
 def _copied(
-    copier: Copier, copy: Copy, first: int, slots: Sequence[int], _: object
+    copier: Copier,
+    copy: Copy,
+    reading: AbstractContextManager[object],
+    first: int,
+    slots: Sequence[int],
+    _: object,
 ) -> list[int] | None:
-    return copier.copy(copy.some(first, slots))
+    with reading:
+        return copier.copy(copy.some(first, slots))
 
 
 def _reason_of(error: StoreUnavailable) -> str:

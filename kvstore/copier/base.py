@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -18,6 +19,8 @@ from kvstore.errors import KVStoreError, SpecError, StoreUnavailable
 
 LAYERS_BYTES: Final = 4 << 20
 """Bytes of neighbouring layers that are copied together, where each is waited for."""
+BEAT: Final = 5.0
+"""Seconds between two calls of `Copy.meanwhile`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ class Copy:
     `page_ids` has shape (blocks, pages per block); on the way into pages -1 leaves one out. `slots`
     (blocks,) holds the addresses of the objects, whose layout is that of `stored`. `checksum` asks
     for the XXH3 of each. `then` is not for calls with that: only their caller knows what is right.
+    `meanwhile` is called every few seconds while `after` is waited for.
     """
 
     to_slots: bool
@@ -94,6 +98,7 @@ class Copy:
     after: LayerGate | None = None
     then: LayerGate | None = None
     deadline: float = math.inf
+    meanwhile: Callable[[], object] | None = None
 
     def some(self, first: int, slots: Sequence[int]) -> Copy:
         """The same of those blocks from the `first` on whose objects are at these addresses."""
@@ -117,12 +122,24 @@ class Copy:
         while first < layers:
             last, events = min(first + step, layers), {}
             if after is not None:
-                after.wait(first + least - 1, self.deadline)
+                self._wait(after, first + least - 1)
                 last = min(last, after.open_layers)
                 found = (after.wait(layer, self.deadline) for layer in range(first, last))
                 events = {event.handle: event for event in found if event is not None}
             yield first, last, list(events.values())
             first = last
+
+    def _wait(self, after: LayerGate, layer: int) -> None:
+        while self.meanwhile is not None and (until := time.monotonic() + BEAT) < self.deadline:
+            try:
+                after.wait(layer, until)
+            except StoreUnavailable:
+                if after.failed is not None:
+                    raise
+                self.meanwhile()
+            else:
+                return
+        after.wait(layer, self.deadline)
 
 
 class Copier(ABC):

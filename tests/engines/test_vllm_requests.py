@@ -14,6 +14,8 @@ from tests.session_tools import Served, Stores, eventually
 pytestmark = pytest.mark.vllm
 
 PORT: Final = 15557
+BLOCK_BYTES: Final = 64 * 30 * 3 * 2 * 64 * 4
+"""Of SmolLM2: tokens, layers, heads, keys and values, channels, bytes of a number."""
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +94,15 @@ def test_tenants_and_salts_are_kept_apart(engine: Engine) -> None:
 
 
 def test_pins_are_held(engine: Engine, served: Served) -> None:
-    engine.generate(fresh(5), max_tokens=2, wishes={"pin": 600})
+    """By one lease for each request, of all that was saved of it."""
+    engine.generate(fresh(5, 60), max_tokens=200, wishes={"pin": 600})
     engine.generate(fresh(6, 20), max_tokens=2)
-    eventually(lambda: served.stats()["leases"] == 1)
+
+    def pinned() -> bool:
+        stats = served.stats()
+        return bool(stats["leases"] == 1 and stats["pinned_bytes"] >= 4 * BLOCK_BYTES)
+
+    eventually(pinned)
 
 
 def test_blocks_expire_at_the_end_of_their_time(engine: Engine) -> None:
@@ -135,6 +143,18 @@ def test_events_are_published(engine: Engine) -> None:
     assert tokens == fresh(8)[:256]
     gpu = {name for event in events if event["medium"] == "GPU" for name in event["block_hashes"]}
     assert {name for event in mine for name in event["block_hashes"]} <= gpu
+
+
+def test_the_cache_is_emptied_by_force_while_copies_are_under_way(engine: Engine) -> None:
+    prompt = fresh(12)
+    plain = engine.generate(prompt, max_tokens=4)["tokens"][0]
+    stored(engine, prompt, 256)
+    engine.forget()
+    reset = engine.ask(do="reset", prompt=prompt)
+    assert reset["done"]
+    assert reset["tokens"] == plain
+    stored(engine, prompt, 256)
+    assert engine.generate(prompt, max_tokens=4)["tokens"][0] == plain
 
 
 def test_the_store_is_emptied_with_the_engine(engine: Engine) -> None:

@@ -102,6 +102,7 @@ def request(name: str, tokens: list[int], salt: str = "", **wishes: Any) -> Simp
         lora_request=None,
         cache_salt=salt or None,
         kv_transfer_params=wishes,
+        skip_reading_prefix_cache=False,
     )
 
 
@@ -186,10 +187,8 @@ def test_any_number_of_tenants_is_served(
         asked = request(name, tokens, tenant=f"t{number}", pin=60.0)
         assert answered(side, asked) == 4 * BLOCK_TOKENS, name
         if number == 0:
-            tracked = side._tracked[name]
-            tracked.asked = 4
-            side._pin(tracked)
-            assert connected() == 1
+            side._pins.keep(side._tracked[name], 4)
+            eventually(lambda: connected() == 1)
     assert connected() == 1, "the pin is still held"
     assert len(side._sessions._tenants) == 6
     assert answered(side, request("again", tokens, tenant="t1")) == 4 * BLOCK_TOKENS
@@ -313,7 +312,7 @@ def test_after_a_step_that_failed_the_store_is_left_alone_until_vllms_cache_is_e
 ) -> None:
     cached = {"a page": 1}
     pool = SimpleNamespace(cached_block_hash_to_block=cached)
-    side.bind(SimpleNamespace(block_pool=pool, usage=0.0))
+    side.bind(SimpleNamespace(block_pool=pool, usage=0.0, reset_prefix_cache=None))
     assert side._weights_now() == ""
     side.done(SimpleNamespace(
         kv_connector_worker_meta=Report(failures=1, broken=True),
@@ -391,3 +390,59 @@ def test_a_prefill_elsewhere_is_waited_for_while_something_comes(
     counts = (side.stats.take() or nothing())["counts"]
     outcomes = {k.partition(".")[2]: n for k, n in counts.items() if "remote_prefills" in k}
     assert outcomes == {"missing": 1, "came": 1, "stalled": 1}
+
+
+def test_what_came_from_the_store_is_not_offered_to_it(served: Served, side: SchedulerSide) -> None:
+    """Nor told of: an event is of what is new."""
+    with served.session() as session:
+        save(session, session.keys(prompt(31, 4)))
+    asked = request("hit", [*prompt(31, 6), 7])
+    size = BLOCK_TOKENS
+    assert answered(side, asked) == 4 * size
+    pages = list(range(6 * size // side._page_tokens))
+    side.allocated(asked, SimpleNamespace(get_block_ids=lambda: (pages,)), 4 * size)
+    (load,) = side._loads
+    asked.status, asked.block_hashes = (
+        RequestStatus.RUNNING,
+        [bytes([n]) for n in range(len(pages))],
+    )
+    asked.num_computed_tokens, asked.num_prompt_tokens = 4 * size, len(asked.all_token_ids)
+    done = {"finished_recving": {"hit"}, "finished_sending": None}
+    side.done(SimpleNamespace(kv_connector_worker_meta=Report(loaded={load.number: 4}), **done))
+    state = SimpleNamespace(get_block_ids=lambda name: (pages,))
+    step = SimpleNamespace(
+        preempted_req_ids=(), kv_connector_block_state=state, total_num_scheduled_tokens=1,
+        num_scheduled_tokens={"hit": len(asked.all_token_ids) - 4 * size},
+    )  # fmt: skip
+    (saved,) = side.step(step).saves
+    assert (saved.position, len(saved.keys)) == (4, 2)
+    side._events = []
+    new = Report(saved={saved.number: (1, 2, frozenset({1}))})
+    side.done(SimpleNamespace(kv_connector_worker_meta=new, **done))
+    (event,) = side.take_events()
+    assert event.token_ids == asked.all_token_ids[5 * size : 6 * size]
+
+
+def test_a_request_that_must_not_read_caches_reads_none(
+    served: Served, side: SchedulerSide
+) -> None:
+    """As vLLM's own is not read for the logprobs of a prompt."""
+    with served.session() as session:
+        save(session, session.keys(prompt(32, 4)))
+    asked = request("reads none", [*prompt(32, 4), 7])
+    asked.skip_reading_prefix_cache = True
+    assert side.match(asked, 0) == (0, False)
+    assert answered(side, request("reads", asked.all_token_ids)) == 4 * BLOCK_TOKENS
+
+
+def test_a_store_that_stands_still_is_not_waited_for_twice_in_a_step(stores: Stores) -> None:
+    served = stores.serve()
+    side = scheduler(served, **{"kvstore.session.lookup_timeout": 0.05})
+    try:
+        served.signal(signal.SIGSTOP)
+        assert side.match(request("one", prompt(1, 4)), 0) == (0, False)
+        assert side.match(request("two", prompt(2, 4)), 0) == (None, False)
+        eventually(lambda: side.match(request("two", prompt(2, 4)), 0) == (0, False))
+    finally:
+        served.signal(signal.SIGCONT)
+        side.close()

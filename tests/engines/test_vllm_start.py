@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from kvstore.benchmarks.figures import BenchmarkError
+from kvstore.connectors.vllm import contract
+from kvstore.errors import SpecError
 from tests.engines.vllm_tools import Engine, document, model, transfer
 from tests.session_tools import Stores, eventually
 
@@ -18,6 +23,29 @@ def test_a_wrong_setting_ends_the_start_with_its_name() -> None:
     words = r"kvstore\.memory\.sice: unknown key; did you mean kvstore\.memory\.size"
     with pytest.raises(BenchmarkError, match=words):
         Engine(connector, block_size=32, max_model_len=512)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "made", "words"),
+    [
+        (
+            KVConnectorBase_V1,
+            "request_finished",
+            lambda self, other: None,
+            "request_finished takes",
+        ),
+        (KVConnectorBase_V1, "restore_kv_caches", lambda how: None, "restore_kv_caches takes"),
+        (KVConnectorBase_V1, "__abstractmethods__", frozenset({"fold"}), "other methods: .*fold"),
+        (Scheduler, "reset_prefix_cache", None, "Scheduler has no reset_prefix_cache"),
+    ],
+)
+def test_another_contract_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, made: Any, words: str
+) -> None:
+    contract.check()
+    monkeypatch.setattr(owner, name, made, raising=False)
+    with pytest.raises(SpecError, match=words):
+        contract.check()
 
 
 def test_an_engine_without_its_store_serves_and_finds_it_later(stores: Stores) -> None:

@@ -5,6 +5,7 @@ The driver is the stand-in that other tests use: it copies and computes late, in
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -179,7 +180,7 @@ def save(model: Model, keys: list[bytes] = KEYS, number: int = 1) -> None:
     pages = SAVED[: len(keys)]
     model.step(step(saves=[job(number, pages, keys)]), writes=pages.ravel())
     report = reports(model, lambda report: number in report.saved)
-    assert report.saved[number] == (1, len(keys))
+    assert report.saved[number][:2] == (1, len(keys))
     model.finish()
 
 
@@ -226,11 +227,11 @@ def test_a_layered_load_that_comes_short_spoils_nothing(model: Model) -> None:
     # A step that was scheduled before the scheduler knew is not saved either.
     model.step(step(saves=[job(6, SAVED[:4], more)]), writes=SAVED[:4].ravel())
     report = reports(model, lambda report: 6 in report.saved)
-    assert report.saved[6] == (1, 0)
+    assert report.saved[6][:2] == (1, 0)
     assert model._worker._transfers.sessions.open("").lookup(more).blocks == 0
     model.step(step(saves=[job(7, SAVED[:4], more)], failures=1), writes=SAVED[:4].ravel())
     report = reports(model, lambda report: 7 in report.saved)
-    assert report.saved[7] == (1, 4)
+    assert report.saved[7][:2] == (1, 4)
 
 
 @pytest.mark.parametrize("blocks", [1, 6])
@@ -246,7 +247,7 @@ def test_a_step_that_fails_is_not_saved_nor_the_next_one(model: Model, blocks: i
     )
     told.append(model._worker.take_report())
     said = [report for report in told if report]
-    assert {n: saved for report in said for n, saved in report.saved.items()} == {
+    assert {n: saved[:2] for report in said for n, saved in report.saved.items()} == {
         10: (1, 0),
         11: (1, 0),
     }
@@ -276,7 +277,7 @@ def test_a_worker_goes_by_the_schedulers_name_of_equal_weights_only(
     saves = Step(namespace=named, saves=[job(10, SAVED[:4], keys)])
     model.step(saves, writes=SAVED[:4].ravel())
     report = reports(model, lambda report: 10 in report.saved)
-    assert report.saved[10] == (1, 0 if revision else 4)
+    assert report.saved[10][:2] == (1, 0 if revision else 4)
     model.step(Step(namespace=named, loads=[job(11, LOADED[:4], keys)]))
     report = reports(model, lambda report: 11 in report.loaded)
     assert report.loaded[11] == (0 if revision else 4)
@@ -289,11 +290,50 @@ def test_pages_of_a_request_that_ended_are_given_back_once(model: Model, blocks:
     """Also by a rank that holds the same as another one, and leaves it to that to save."""
     keys = block_keys(NAMESPACE, [20 + blocks, *range(blocks * BLOCK - 1)])
     model.step(step(saves=[job(9, SAVED[:blocks], keys)]), writes=SAVED.ravel())
-    assert reports(model, lambda report: 9 in report.saved).saved == {9: (1, blocks)}
+    assert reports(model, lambda report: 9 in report.saved).saved[9][:2] == (1, blocks)
     model.step(step(held=frozenset({"request9"})))
     assert model._worker.results().finished_sending == {"request9"}
     model.step(step())
     assert model._worker.results().finished_sending == set()
+    assert not model._worker._pending
+
+
+def test_a_store_that_stands_still_keeps_no_preempted_pages(model: Model, served: Served) -> None:
+    keys = block_keys(NAMESPACE, [50, *range(6 * BLOCK - 1)])
+    served.signal(signal.SIGSTOP)
+    try:
+        model.step(step(saves=[job(12, SAVED, keys)]), writes=SAVED.ravel())
+        model._worker.preempt(step(preempted=frozenset({"request12"})))
+        told = model._worker.take_report()
+        assert told is None or not told.saved, "the store was waited for"
+    finally:
+        served.signal(signal.SIGCONT)
+    report = reports(model, lambda report: 12 in report.saved)
+    assert report.saved[12] == (1, 0, frozenset())
+    assert model._worker._transfers.sessions.open("").lookup(keys).blocks == 0
+    assert not model._worker._pending
+    model.finish()
+
+
+def test_an_engine_that_sleeps_leaves_nobody_at_its_pages(model: Model, cuda: FakeCuda) -> None:
+    keys = block_keys(NAMESPACE, [60, *range(6 * BLOCK - 1)])
+    save(model, keys)
+    worker, before = model._worker, model.pages.clone()
+    worker.unregister()
+    model.step(step(loads=[job(13, LOADED, keys)], saves=[job(14, SAVED, KEYS[::-1])]))
+    report = worker.take_report()
+    assert (report.loaded, report.saved[14][:2]) == ({13: 0}, (1, 0))
+    assert worker.results().finished_recving == {"request13"}
+    model.finish()
+    assert torch.equal(model.pages, before)
+    other = torch.zeros_like(model.pages)
+    cuda.place(other.numpy())
+    worker.restore({name: other[n] for n, name in enumerate(NAMES)})
+    model.step(step(loads=[job(15, LOADED, keys)]))
+    assert reports(model, lambda report: 15 in report.loaded).loaded == {15: len(keys)}
+    assert torch.equal(other[:, LOADED.ravel()], before[:, SAVED.ravel()])
+    assert torch.equal(model.pages, before)
+    worker.restore({name: model.pages[n] for n, name in enumerate(NAMES)})
 
 
 def test_steps_are_timed_by_the_device_that_computes_them(monkeypatch: pytest.MonkeyPatch) -> None:

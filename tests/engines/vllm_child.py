@@ -102,6 +102,35 @@ def _forget(llm: Any, store: bool) -> bool:
     return False
 
 
+def _reset(llm: Any, prompt: list[int]) -> dict[str, Any]:
+    """Empty the prefix cache by force, with a load and a save under way; then answer `prompt`."""
+    from threading import Event
+    from unittest.mock import patch
+
+    from vllm import SamplingParams
+
+    from kvstore.client.session import Session
+
+    load, save, go_on = Session.load, Session.save, Event()
+
+    def late(call: Any) -> Any:
+        return lambda self, *given, **more: go_on.wait(20) and call(self, *given, **more)
+
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    tokens: list[int] = []
+    with patch.object(Session, "load", late(load)), patch.object(Session, "save", late(save)):
+        _generate(llm, {"prompts": [[5, *prompt[1:]]], "max_tokens": 1})
+        llm.llm_engine.add_request("reset", {"prompt_token_ids": prompt}, params)
+        for _ in range(3):
+            llm.llm_engine.step()
+        done = llm.reset_prefix_cache(reset_running_requests=True)
+        go_on.set()
+        while llm.llm_engine.has_unfinished_requests():
+            for output in llm.llm_engine.step():
+                tokens = list(output.outputs[0].token_ids)
+    return {"done": done, "tokens": tokens}
+
+
 def _change(llm: Any, how: str, path: str) -> None:
     """Change the model's weights: by those at `path`, or in place."""
     import torch
@@ -208,6 +237,8 @@ def obey(llm: Any, order: dict[str, Any]) -> dict[str, Any]:
             return _generate(llm, order)
         case "forget":
             return {"done": _forget(llm, order.get("store", False))}
+        case "reset":
+            return _reset(llm, order["prompt"])
         case "change":
             return {"done": _change(llm, order["how"], order["path"]) is None}
         case "midway":

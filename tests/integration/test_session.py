@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import random
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,9 @@ import pytest
 from kvstore.api.client import Orchestrator
 from kvstore.blocks.spec import Described, Opaque, Part
 from kvstore.client.session import Session
+from kvstore.copier import base as copier_base
 from kvstore.copier.gate import LayerGate
-from kvstore.errors import SpecError
+from kvstore.errors import SpecError, StoreUnavailable
 from kvstore.sources import load_config
 from kvstore.transport import protocol
 from kvstore.transport.channel import Channel
@@ -485,6 +488,37 @@ def test_a_save_whose_layers_fail_is_dropped_and_leaves_nothing(stores: Stores) 
         assert session.lookup(keys).blocks == 0
         eventually(lambda: no_leases(served))
         assert save(session, keys).stored == 4
+
+
+def test_a_save_whose_layers_take_longer_than_a_lease_lives_is_stored(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copier_base, "BEAT", 0.1)
+    with stores.serve(lease_seconds=0.4).session() as session:
+        keys = session.keys(prompt(1, 4))
+        save(session, keys[:1])
+        gate = LayerGate(GROUP.layers)
+        gate.open(1)
+        late = threading.Timer(1.5, gate.open, [GROUP.layers])
+        late.start()
+        saved = save(session, keys, after=gate)
+        assert (saved.stored, saved.had, saved.dropped, saved.new) == (3, 1, 0, [1, 2, 3])
+        assert load(session, keys).blocks == 4
+
+
+def test_pages_that_are_taken_back_are_not_read(stores: Stores) -> None:
+    @contextmanager
+    def reading() -> Iterator[None]:
+        raise StoreUnavailable("they are needed")
+        yield
+
+    served = stores.serve()
+    with served.session() as session:
+        keys = session.keys(prompt(1, 4))
+        saved = save(session, keys, reading=reading())
+        assert (saved.stored, saved.dropped, saved.new) == (0, 4, [])
+        eventually(lambda: no_leases(served))
+        assert session.lookup(keys).blocks == 0
 
 
 @pytest.mark.parametrize("text", ["garbage", "[]", "null", "[" * 100_000])

@@ -12,6 +12,7 @@ import pytest
 
 from kvstore.client.arrivals import Gates
 from kvstore.client.session import Loaded, Session
+from kvstore.connectors.common import transfers as common_transfers
 from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.stats import Stats, nothing
 from kvstore.connectors.common.transfers import Job, Lane, Transfers
@@ -89,7 +90,7 @@ def test_all_that_two_attempts_bring_is_counted(
             1,
             stats,
             loaded=lambda job, loaded: ended.append(loaded),
-            saved=lambda job, blocks: None,
+            saved=lambda job, blocks, new: None,
         )
         try:
             transfers.load(Job(1, "request", "", keys, pages.ids(6)), Gates())
@@ -103,3 +104,38 @@ def test_all_that_two_attempts_bring_is_counted(
             "kvstore_loaded_tokens.memory": 6 * BLOCK_TOKENS,
             "kvstore_loaded_bytes": 6 * PART.nbytes(BLOCK_TOKENS),
         }
+
+
+def test_a_long_load_holds_up_no_short_one(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = stores.serve("8MiB")
+    with served.session() as session:
+        keys = session.keys(prompt(1, 6))
+        save(session, keys)
+        once, go_on = Session.load, threading.Event()
+
+        def slow(self: Session, *given: Any, **options: Any) -> Loaded:
+            assert len(given[0]) == 1 or go_on.wait(20)
+            return once(self, *given, **options)
+
+        monkeypatch.setattr(Session, "load", slow)
+        monkeypatch.setattr(common_transfers, "_LONG", 5 * PART.nbytes(BLOCK_TOKENS))
+        pages, ended = Pages(PART), list[int]()
+        transfers = Transfers(
+            Sessions(served.config(), namespace(), [PART]),
+            10.0,
+            SimpleNamespace(),  # type: ignore[arg-type]
+            [pages.memory],
+            1,
+            Stats(BLOCK_TOKENS),
+            loaded=lambda job, loaded: ended.append(job.number),
+            saved=lambda job, blocks, new: None,
+        )
+        try:
+            transfers.load(Job(1, "long", "", keys, pages.ids(6)), Gates())
+            transfers.load(Job(2, "short", "", keys[:1], pages.ids(1, 32)), Gates())
+            eventually(lambda: ended == [2])
+            go_on.set()
+            eventually(lambda: ended == [2, 1])
+        finally:
+            go_on.set()
+            transfers.close()
