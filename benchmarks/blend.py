@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +21,7 @@ import transformers
 from transformers import DynamicCache
 
 from kvstore.benchmarks.figures import Report, Samples
+from kvstore.blend.calibration import USUAL, Quality, problems
 from kvstore.blend.reuse import Reuse
 from kvstore.connectors.transformers.cache import KVStoreCache, cache_part
 from kvstore.connectors.transformers.pieces import Pieces
@@ -29,10 +30,6 @@ WAYS: Final = (
     ("none", 0.0), ("first", 0.1), ("first", 0.2), ("deviation", 0.2), ("question", 0.1),
     ("question", 0.2), ("question", 0.3), ("question", 0.5),
 )  # fmt: skip
-USUAL: Final = ("question", 0.2)
-_MOST: Final = 0.03
-_SAME: Final = 0.95
-"""Mean divergence and share of equal likeliest tokens that are good enough, of the usual way."""
 CONTINUED: Final = 32
 """Tokens after a prompt of which the divergence is told."""
 
@@ -110,11 +107,21 @@ class Exact:
 
     def _step(self, past: DynamicCache, tokens: Sequence[int], last: int = 1) -> torch.Tensor:
         """Logarithms of the probabilities of what follows the last of `tokens`."""
-        ids = torch.as_tensor(np.asarray(tokens))[None]
+        ids = torch.as_tensor(np.asarray(tokens), device=self._model.device)[None]
         with torch.no_grad():
             output = self._model(ids, past_key_values=past, logits_to_keep=last)
-        told: torch.Tensor = output.logits[0].float().log_softmax(-1)
+        told: torch.Tensor = output.logits[0].float().log_softmax(-1).cpu()
         return told
+
+
+def judged(
+    model: Any, pieces: Pieces, prompt: Prompt, ways: Iterable[tuple[str, float]]
+) -> tuple[Exact, dict[tuple[str, float], Outcome]]:
+    """A prompt computed in full, and in each way with its pieces reused."""
+    for piece in prompt.pieces:
+        pieces.add(piece)
+    exact = Exact(model, prompt)
+    return exact, {way: exact.judge(pieces, *way) for way in ways}
 
 
 def run(report: Report, folder: Path, *, quick: bool) -> list[str]:
@@ -134,12 +141,10 @@ def run(report: Report, folder: Path, *, quick: bool) -> list[str]:
         bare: list[Outcome] = []
         full = []
         for prompt in asked:
-            for piece in prompt.pieces:
-                pieces.add(piece)
-            exact = Exact(model, prompt)
+            exact, found = judged(model, pieces, prompt, WAYS)
             full.append(exact.seconds)
-            for way, outcomes in taken.items():
-                outcomes.append(exact.judge(pieces, *way))
+            for way, outcome in found.items():
+                taken[way].append(outcome)
             behind = Pieces(cache.session, model, group, before=np.array(prompt.before))
             for piece in prompt.pieces:
                 behind.add(piece)
@@ -162,13 +167,7 @@ def run(report: Report, folder: Path, *, quick: bool) -> list[str]:
             f"{name}: first token", seconds, limit, unit="ms", tokens=tokens, against=against
         )
     usual = _quality(taken[USUAL])
-    problems = []
-    if not usual["KL"] <= _MOST:
-        problems.append(f"the mean KL is {usual['KL']:.3g}; up to {_MOST} is good enough")
-    if not usual["same likeliest token"] >= _SAME:
-        same = usual["same likeliest token"]
-        problems.append(f"{same:.1%} of the likeliest tokens are the same; {_SAME:.0%} would do")
-    return problems
+    return problems(Quality(usual["KL"], usual["same likeliest token"]))
 
 
 def _quality(outcomes: Sequence[Outcome]) -> dict[str, float]:

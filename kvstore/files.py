@@ -29,6 +29,21 @@ def open_own(path: Path, flags: int) -> int:
     return fd
 
 
+def cache_folder(name: str) -> Path | None:
+    """The folder of the user's cache for things of that name; others cannot write there.
+
+    None: there is none to be had.
+    """
+    try:
+        chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        folder = (chosen if chosen.is_absolute() else Path.home() / ".cache") / "kvstore" / name
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except (OSError, RuntimeError):  # The latter: nobody knows where the home is.
+        return None
+    return folder if found.st_uid == os.geteuid() and not found.st_mode & 0o022 else None
+
+
 def make_way(path: Path) -> None:
     """Remove the socket that one before us has left at `path`, if there is one.
 

@@ -39,9 +39,9 @@ def prompt(tokens: int = 4 * BLOCK) -> Any:
 
 
 def open_cache(model: Any, store: Any, tenant: str, **options: Any) -> KVStoreCache:
-    """A cache that loads whatever it finds."""
-    config = store.config(planner={"mode": "load"})
-    return KVStoreCache.open(model, config, tenant=tenant, block_tokens=BLOCK, **options)
+    """A cache that loads whatever it finds, and reuses pieces of models that nobody calibrated."""
+    config, more = store.config(planner={"mode": "load"}), {"uncalibrated": True} | options
+    return KVStoreCache.open(model, config, tenant=tenant, block_tokens=BLOCK, **more)
 
 
 def greedy(generate: Any, ids: Any, tokens: int = 12) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -46,7 +46,7 @@ class _Own(_Strict):
     compute a layer as soon as its KV has arrived, where blocks lie in memory. `store_dtype` is the
     type that numbers are rounded to in the store (empty: none, they stay), `codec` the name of one
     that quantises them there. `approximate` lets requests reuse text that is no prefix, if they ask
-    for that.
+    for that and the model's calibration has passed, or without one where it is "uncalibrated".
     """
 
     tenant: Tenant = ""
@@ -56,7 +56,7 @@ class _Own(_Strict):
     layerwise: bool = False
     store_dtype: str = ""
     codec: str = ""
-    approximate: bool = False
+    approximate: bool | Literal["uncalibrated"] = False
 
 
 class Settings(_Own):

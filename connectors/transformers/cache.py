@@ -28,6 +28,7 @@ import torch
 from msgspec import structs
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
+from kvstore.blend import calibration
 from kvstore.blend.reuse import Reuse, asked
 from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.client.session import Session
@@ -136,8 +137,12 @@ class KVStoreCache:
     shared.
     """
 
-    def __init__(self, session: Session, model: PreTrainedModel) -> None:
+    def __init__(
+        self, session: Session, model: PreTrainedModel, *, uncalibrated: bool = False
+    ) -> None:
         """Use an open `session`, whose namespace must identify `model` (see `model_identity`).
+
+        Pieces are reused if the model's calibration has passed, or `uncalibrated`.
 
         Raises:
             SpecError: the model's KV cannot be stored, or the session is for another shape of KV.
@@ -164,6 +169,7 @@ class KVStoreCache:
         self._made = WeakKeyDictionary[DynamicCache, tuple[Session | None, int]]()
         self._once = QuietLog(_log, math.inf)
         self._pieces: tuple[Session, Pieces] | None = None
+        self._uncalibrated = uncalibrated
 
     @classmethod
     def open(
@@ -176,13 +182,16 @@ class KVStoreCache:
         revision: str | None = None,
         identity: ModelIdentity | None = None,
         codec: str = "",
+        uncalibrated: bool = False,
     ) -> KVStoreCache:
         """Open a session for `model`. Without an address in `config` a private store is started.
 
         Caches of different tenants never share a block. `revision` names the weights (a commit)
         and saves hashing them; `identity` replaces all that would be found out about the model.
         With a `codec` (`i8`, `i6`, `i4g32`; see docs/codecs.md) numbers are quantised in the store,
-        and answers may change; exact caches never find such blocks, nor the reverse.
+        and answers may change; exact caches never find such blocks, nor the reverse. Pieces are
+        reused if `kvstore calibrate` has found that this model's answers stay close, or
+        `uncalibrated`.
 
         Raises:
             SpecError: the model's KV cannot be stored, and why.
@@ -202,7 +211,7 @@ class KVStoreCache:
             space = Namespace(named, tenant, block_tokens)
             return Session.open(space, parts, settings, copier=copier)
 
-        cache = cls(anew(), model)
+        cache = cls(anew(), model, uncalibrated=uncalibrated)
         cache._anew = None if revision or identity else anew
         return cache
 
@@ -392,7 +401,8 @@ class KVStoreCache:
         that it is there: by this cache, until it is closed.
 
         Raises:
-            SpecError: the piece is too short or too long, or the model's KV cannot be moved.
+            SpecError: the piece is too short or too long, the model's KV cannot be moved, or it has
+                passed no calibration.
             StoreUnavailable: the store refused a session for pieces.
         """
         if problem := self._left_alone():
@@ -402,7 +412,9 @@ class KVStoreCache:
     def _of_pieces(self) -> Pieces:
         """The pieces of the model as it is now."""
         if self._pieces is None or self._pieces[0] is not self.session:
-            old = self._pieces
+            old, named = self._pieces, self.session.namespace.model
+            if not self._uncalibrated and (problem := calibration.uncalibrated(named)):
+                raise SpecError(f"uncalibrated: {problem}")
             made = Pieces(self.session, self.model, self._part.group)
             self._pieces = self.session, made
             if old is not None:

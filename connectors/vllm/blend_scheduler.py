@@ -17,6 +17,7 @@ import numpy as np
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 
+from kvstore.blend.calibration import uncalibrated
 from kvstore.blend.pieces import (
     BASE,
     PieceIndex,
@@ -81,6 +82,9 @@ class BlendScheduler:
         if not settings.approximate:
             return
         self._refused = refusal(config, pages)
+        missing = settings.approximate != "uncalibrated" and uncalibrated(namespace.model)
+        if self._refused is None and missing:
+            self._refused = Refusal("uncalibrated", missing)
         if self._refused is None:
             self._before = _filler(config.model_config)
             self._namespace = piece_namespace(namespace, self._before)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from kvstore.errors import SpecError
-from kvstore.files import file_system
+from kvstore.files import cache_folder, file_system
 from kvstore.values import format_size
 
 _log = logging.getLogger("kvstore.weights")
@@ -143,7 +143,7 @@ def _digests(files: list[_File]) -> dict[str, str]:
     """Digests by key."""
     digests = {f.key: known for f in files if f.timed and (known := _known.get(f.key))}
     missing = [file for file in files if file.key not in digests]
-    folder = _cache_folder() if missing else None
+    folder = cache_folder("weights") if missing else None
     kept = _kept(folder)
     if any(file.key not in kept for file in missing):
         with _turn(folder, sum(file.size for file in missing) / _SLOWEST):
@@ -205,18 +205,6 @@ def _piece(piece: tuple[_File, int]) -> bytes:
 
 
 # -- what this machine knows already --------------------------------------------------------------
-
-
-def _cache_folder() -> Path | None:
-    """A folder in which nobody else can write; None: there is none, so hashing is paid again."""
-    try:
-        chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        folder = (chosen if chosen.is_absolute() else Path.home() / ".cache") / "kvstore/weights"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.lstat()
-    except (OSError, RuntimeError):  # The latter: nobody knows where the home is.
-        return None
-    return folder if found.st_uid == os.geteuid() and not found.st_mode & 0o022 else None
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from kvstore.commands import grouped
 from kvstore.errors import KVStoreError
 from kvstore.server.cli import blocks, node
 from kvstore.server.cli.output import progress
-from kvstore.server.cli.pieces import pieces_app
+from kvstore.server.cli.pieces import calibrate, pieces_app
 from kvstore.telemetry import shown
 
 _log = logging.getLogger("kvstore.cli")
@@ -57,6 +57,7 @@ for _command in (*blocks.COMMANDS, *node.COMMANDS):
     app.command()(grouped(_command))
 app.add_typer(node.operations_app, name="operations")
 app.add_typer(pieces_app, name="pieces")
+app.command()(calibrate)
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file (default: $KVSTORE_CONFIG).")

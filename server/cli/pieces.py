@@ -1,7 +1,9 @@
-"""Pieces of prompts: have a running vLLM compute texts that prompts then reuse anywhere."""
+"""Pieces of prompts: texts for a running vLLM to compute, and whether a model bears their reuse."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import urllib.error
 import urllib.request
@@ -134,6 +136,7 @@ def add(
 _WHY: Final = {
     "no_connector": "the server must run with KVStore's connector (docs/vllm.md)",
     "off": "set kvstore.vllm.approximate to true in its kv_connector_extra_config",
+    "uncalibrated": "its model has passed no `kvstore calibrate` on the server's machine",
 }
 
 
@@ -142,3 +145,34 @@ def _first(models: dict[str, Any]) -> str:
         return str(models["data"][0]["id"])
     except (KeyError, IndexError, TypeError) as e:
         raise EngineError("the server names no model; give --model") from e
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Its folder, or its name on a hub.")],
+    dtype: Annotated[str, typer.Option(help="Of its numbers, as the engine has them.")] = "auto",
+    revision: Annotated[
+        str | None, typer.Option(help="The name of its weights, where an engine is given one.")
+    ] = None,
+) -> None:
+    """Measure how far a model's answers are off when pieces are reused, and keep the verdict.
+
+    Engines of this user reuse pieces of a model once that is good. Exit code 1 if it is not.
+    """
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
+        typer.echo("error: it needs more: pip install 'kvstore[transformers]'", err=True)
+        raise typer.Exit(2)
+    # By name: it needs a connector, which nothing of a daemon's command may.
+    bench = importlib.import_module("kvstore.benchmarks.calibrate")
+    measured = bench.Calibration(model, dtype, revision)
+    with Progress(transient=True, console=Console(stderr=True)) as progress:
+        count = len(measured.prompts)
+        for _ in progress.track(measured.run(), total=count, description="answering"):
+            pass
+    verdict, file = measured.verdict()
+    for way, found in verdict.ways.items():
+        typer.echo(f"{way}: mean KL {found.kl:.3g}, same likeliest token {found.same:.1%}")
+    for problem in verdict.problems:
+        typer.echo(f"problem: {problem}", err=True)
+    typer.echo(f"{'failed' if verdict.problems else 'passed'}, as {file} says")
+    if verdict.problems:
+        raise typer.Exit(1)

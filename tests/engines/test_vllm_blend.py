@@ -11,9 +11,11 @@ from typing import Any, Final
 import numpy as np
 import pytest
 
+from kvstore.blend.calibration import Quality, Verdict, keep
 from kvstore.blend.pieces import BASE, Placed, filler
 from kvstore.blend.reuse import Reuse
 from kvstore.blocks.spec import Group, Opaque, Part
+from kvstore.connectors.transformers.cache import KVStoreCache, cache_part, model_identity
 from kvstore.connectors.vllm.blend_refusals import refusal
 from kvstore.connectors.vllm.blending import Blending
 from kvstore.connectors.vllm.layout import Pages
@@ -39,8 +41,27 @@ def served(stores: Stores) -> Served:
 
 
 @pytest.fixture(scope="module")
-def engine(served: Served) -> Iterator[Engine]:
-    """Its steps are smaller than what pieces and prompts need, and it checks what it loads."""
+def reference() -> Any:
+    """The same model in transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model(), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def engine(
+    served: Served, reference: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
+    """Its steps are smaller than what pieces and prompts need, and it checks what it loads.
+
+    Its model has passed a calibration, in transformers.
+    """
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        found = {"question 0.2": Quality(0.02, 0.96)}
+        keep(model_identity(reference, cache_part(reference)), Verdict(1, "small", 384, found))
     connector = transfer(
         address=f"unix://{served.socket}",
         vllm__approximate=True,
@@ -48,7 +69,8 @@ def engine(served: Served) -> Iterator[Engine]:
         session__checksum=True,
     )
     connector["kv_load_failure_policy"] = "recompute"
-    with Engine(connector, block_size=32, max_model_len=1024, max_num_batched_tokens=256) as one:
+    sizes: dict[str, Any] = {"block_size": 32, "max_model_len": 1024, "max_num_batched_tokens": 256}
+    with Engine(connector, environment={"XDG_CACHE_HOME": str(cache)}, **sizes) as one:
         yield one
 
 
@@ -149,6 +171,29 @@ def test_pieces_are_found_and_named(engine: Engine, registered: Texts) -> None:
     counts = engine.metrics()
     assert counts["kvstore_approximate_requests_total.blended"] >= 3
     assert counts["kvstore_approximate_tokens_total.reused"] >= told["reused"]
+
+
+def test_transformers_and_vllm_have_the_same_pieces(
+    engine: Engine, registered: Texts, served: Served, reference: Any
+) -> None:
+    """What one computed the other finds, and says the same with it."""
+    import torch
+
+    with KVStoreCache.open(reference, served.config(), uncalibrated=True) as cache:
+        for made_here in (False, True):
+            prompt, spans = registered.prompt(2, 1, first=906), registered.spans(2, 1)
+            if made_here:
+                cache._of_pieces()._session.clear()
+                for piece in registered.pieces:
+                    assert cache.add_piece(piece).stored > 0
+            asks = {"recompute": 0.1, "selection": "first", "pieces": spans}
+            tokens, told, _ = approximate(engine, prompt, 8, **asks)
+            said = cache.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, **asks)
+            assert cache.last is not None
+            assert cache.last.approximate is not None
+            assert (cache.last.approximate.pieces, told["pieces"]) == (2, 2)
+            assert cache.last.approximate.reused == told["reused"]
+            assert tokens == said[0, len(prompt) :].tolist()
 
 
 def test_an_exact_prefix_comes_first(engine: Engine, registered: Texts) -> None:

@@ -106,7 +106,7 @@ HARMLESS = {
     # What they change can be changed back, and nothing is lost by it.
     "pin", "unpin", "prefetch", "move", "copy", "compress", "decompress", "admission",
     "drain",  # --stop says it, and writes out before
-    "pieces add",
+    "pieces add", "calibrate",
     "fsck",  # --repair says it, and drops what nobody could be served
 }  # fmt: skip
 
@@ -406,7 +406,16 @@ BESIDE: dict[str, list[str]] = {
 }
 """What a command needs beside the value in question."""
 
-OF_OTHERS = {"--model", "--dtype", "--connector", "--results", "--url", "--endpoint"}
+OF_OTHERS = {
+    "model",
+    "--model",
+    "--revision",
+    "--dtype",
+    "--connector",
+    "--results",
+    "--url",
+    "--endpoint",
+}
 """What the engine judges, a server, or who has a GPU."""
 NAMES_BLOCKS = {"--tokens", "--tokens-file", "--keys"}
 

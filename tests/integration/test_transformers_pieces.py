@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,18 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from kvstore.benchmarks import blend  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from kvstore.benchmarks import blend, calibrate  # noqa: E402
+from kvstore.blend import calibration  # noqa: E402
+from kvstore.blend.calibration import Quality, Verdict, keep  # noqa: E402
 from kvstore.blend.reuse import asked  # noqa: E402
 from kvstore.blend.selection import SELECTIONS  # noqa: E402
 from kvstore.connectors.transformers.cache import KVStoreCache, cache_part  # noqa: E402
 from kvstore.connectors.transformers.pieces import Approximate  # noqa: E402
 from kvstore.connectors.transformers.rows import Rows  # noqa: E402
 from kvstore.errors import SpecError  # noqa: E402
+from kvstore.server.cli.main import app  # noqa: E402
 from tests.transformers_tools import SIZES, build, greedy, llama, open_cache  # noqa: E402
 
 ROOM = {"max_position_embeddings": 2048}
@@ -328,13 +334,57 @@ def test_pieces_of_a_model_that_has_changed_are_not_its_own(
         assert cache.last.approximate == Approximate(missed=1)
 
 
+def test_only_models_that_passed_a_calibration_reuse_pieces(
+    model: Any, shared_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    alone = greedy(model.generate, ids())
+    with open_cache(model, shared_store, "calibrated", uncalibrated=False) as cache:
+        identity = cache.session.namespace.model
+        bad, good = (Verdict(1, "m", 384, {"question 0.2": Quality(0.01, s)}) for s in (0.9, 0.96))
+        for verdict, problem in ((None, "kvstore calibrate MODEL --dtype float32"), (bad, "90.0%")):
+            if verdict is not None:
+                keep(identity, verdict)
+            with pytest.raises(SpecError, match=f"^uncalibrated: .*{problem}"):
+                cache.add_piece(PROMPT[20:120])
+            said = greedy(lambda *a, **k: cache.generate(*a, pieces=PIECES, **k), ids())
+            assert said == alone
+            assert cache.last is not None
+            assert cache.last.reason.startswith("no pieces reused: uncalibrated: LlamaForCausalLM")
+        keep(identity, good)
+        assert cache.add_piece(PROMPT[20:120]).stored == 7
+
+
+@pytest.mark.model
+def test_a_model_is_calibrated_by_a_command(
+    model_folder: Path, shared_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small one of chance, which is sure of nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("KVSTORE_ADDRESS", shared_store.config().address)
+    monkeypatch.setattr(calibrate, "prompts", lambda tokenizer: [next(blend.prompts(tokenizer))])
+    monkeypatch.setattr(calibration, "SAME", 1.1)
+    tokenizer, folder = transformers.AutoTokenizer.from_pretrained(model_folder), tmp_path / "model"
+    tokenizer.save_pretrained(folder)
+    llama(vocab_size=len(tokenizer), **ROOM).save_pretrained(folder)
+    said = CliRunner().invoke(app, ["calibrate", str(folder), "--dtype", "float32"])
+    assert said.exit_code == 1
+    assert re.search(r"question 0.2: mean KL \S*, same likeliest token (9.|100)\.", said.output)
+    assert "problem: " in said.output
+    # The verdict are its figures: what they come to is said by whoever goes by them.
+    monkeypatch.setattr(calibration, "SAME", 0.8)
+    same = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with KVStoreCache.open(same, shared_store.config(), tenant="passed") as cache:
+        assert cache.add_piece(PROMPT[20:120]).stored == 7
+
+
 @pytest.mark.model
 def test_answers_stay_close_to_the_exact_ones(model_folder: Path, shared_store: Any) -> None:
     """A question on three short pieces of this project's documents, with a real model."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
     real = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     ways = [("question", 1.0), ("question", 0.5), ("question", 0.2), ("none", 0.0)]
-    with KVStoreCache.open(real, shared_store.config(), tenant="judged", revision="1") as cache:
+    with open_cache(real, shared_store, "judged", revision="1") as cache:
         whole = next(blend.prompts(tokenizer))
         prompt = blend.Prompt(whole.before, [p[:200] for p in whole.pieces[:3]], whole.question)
         for piece in prompt.pieces:

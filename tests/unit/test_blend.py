@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from msgspec import structs
 
+from kvstore.blend.calibration import Quality, Verdict, keep, kept, uncalibrated
 from kvstore.blend.pieces import (
     BASE,
     BLOCK_TOKENS,
@@ -237,3 +239,73 @@ def test_runs_of_rows() -> None:
     assert runs(np.array([], np.int64)) == []
     assert runs(np.array([3])) == [(3, 4)]
     assert runs(np.array([0, 1, 2, 5, 7, 8])) == [(0, 3), (5, 6), (7, 9)]
+
+
+# -- what a calibration found ---------------------------------------------------------------------
+
+
+def verdict(kl: float = 0.02, same: float = 0.96, way: str = "question 0.2") -> Verdict:
+    return Verdict(1, "a-model", 384, {way: Quality(kl, same)})
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "kvstore" / "calibrated"
+
+
+def test_a_verdict_is_of_one_model_whatever_the_engine(cache: Path) -> None:
+    one = ModelIdentity("Llama", "a" * 64, "bfloat16", extra=(("config", "c"),))
+    assert "`kvstore calibrate MODEL --dtype bfloat16`" in uncalibrated(one)
+    keep(one, verdict())
+    assert kept(one) == verdict()
+    assert uncalibrated(one) == ""
+    assert uncalibrated(structs.replace(one, extra=(*one.extra, ("engine", "vllm")))) == ""
+    named = structs.replace(one, revision="v1")
+    assert "--dtype bfloat16 --revision v1`" in uncalibrated(named)
+    for other in (
+        named,
+        structs.replace(one, dtype="float16"),
+        structs.replace(one, adapter="lora"),
+        structs.replace(one, extra=(("config", "d"),)),
+        structs.replace(one, extra=(*one.extra, ("stored", "i8"))),
+    ):
+        assert "has not been calibrated" in uncalibrated(other)
+
+
+@pytest.mark.parametrize(
+    ("found", "problem"),
+    [
+        (verdict(kl=0.0301), "the mean KL is 0.0301; up to 0.03 is good enough"),
+        (verdict(same=0.949), "94.9% of the likeliest tokens are the same; 95% would do"),
+        (verdict(way="question 0.5"), "the usual selection was not measured"),
+    ],
+)
+def test_a_bad_verdict_says_why(cache: Path, found: Verdict, problem: str) -> None:
+    keep(ROOM.model, found)
+    assert uncalibrated(ROOM.model) == f"a-model has failed its calibration: {problem}"
+
+
+def test_a_verdict_that_is_not_whole_is_none(cache: Path) -> None:
+    keep(ROOM.model, verdict(kl=0.03, same=0.95))
+    assert uncalibrated(ROOM.model) == ""
+    (file,) = cache.iterdir()
+    good = file.read_bytes()
+    for damaged in (
+        good[:-5],
+        b"",
+        good.replace(b'"format": 1', b'"format": 2'),
+        good.replace(b'"format": 1,', b""),
+        good.replace(b'"tokens"', b'"more": 1, "tokens"'),
+        good.replace(b"0.95", b"1.95"),
+        good.replace(b"0.03", b"null"),
+        b" " * (1 << 16) + good,
+    ):
+        assert damaged != good
+        file.write_bytes(damaged)
+        assert kept(ROOM.model) is None
+    file.write_bytes(good)
+    cache.chmod(0o777)
+    assert kept(ROOM.model) is None
+    with pytest.raises(SpecError, match="XDG_CACHE_HOME"):
+        keep(ROOM.model, verdict())
