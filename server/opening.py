@@ -107,16 +107,9 @@ def tiers_below(config: Config, *, direct: bool, pool: Pool | None = None) -> li
     """
     return [
         Below(
-            tier.name,
+            tier,
             _opener(tier, config.server.name, direct, pool),
-            tier.queue,
-            tier.retry_seconds,
-            tier.stall_seconds,
-            tier.probe_seconds,
-            tier.write_rate,
-            tier.read_rate,
-            tier.promote,
-            tier.kind == PEERS and config.peers.copies == "one",
+            lends=tier.kind == PEERS and config.peers.copies == "one",
         )
         for tier in config.below
     ]

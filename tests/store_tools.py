@@ -15,13 +15,14 @@ from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part
 from kvstore.clock import Clock
 from kvstore.config import Config
 from kvstore.memory.arena import Arena
+from kvstore.sections import TierConfig
 from kvstore.server.opening import tiers_below
 from kvstore.slices import Work, finish
 from kvstore.store.entry import Entry
 from kvstore.store.leases import Saving
 from kvstore.store.loading import Acquired
 from kvstore.store.movement import Movement
-from kvstore.store.opening import Below
+from kvstore.store.opening import Below, OpenTier
 from kvstore.store.pins import Pins
 from kvstore.store.selection import Selection, candidates
 from kvstore.store.store import Store
@@ -130,6 +131,14 @@ class WholePins(Pins):
     pin = at_once(Pins.pinning)
 
 
+def below_memory(name: str, opened: OpenTier, **rules: Any) -> Below:
+    return Below(TierConfig(kind="far", name=name, **rules), opened)
+
+
+def changed(below: Below, **rules: Any) -> Below:
+    return replace(below, config=below.config.model_copy(update=rules))
+
+
 class Bench:
     """A store whose loop is this test."""
 
@@ -156,7 +165,7 @@ class Bench:
         disk |= {"retry_seconds": 0.2, "stall_seconds": stall_seconds}
         below = tiers_below(Config.model_validate({"disk": disk}), direct=False)
         if far is not None:
-            below.append(Below("far", lambda host: kind("far", host, far), **(rules or {})))
+            below.append(below_memory("far", lambda host: kind("far", host, far), **(rules or {})))
         below += more
         self.alarms: list[tuple[float, Callable[[], None]]] = []
         movement = Movement(
@@ -165,7 +174,7 @@ class Bench:
             Clock(lambda: self.now, lambda: self.wall + self.now),
             chunk=CHUNK,
             policy=policy,
-            below=[replace(one, retry_seconds=1.0) for one in below],
+            below=[changed(one, retry_seconds=1.0) for one in below],
             later=lambda seconds, task: self.alarms.append((self.now + seconds, task)),
         )
         self.store = WholeStore(movement, 10)

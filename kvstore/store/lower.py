@@ -33,15 +33,15 @@ class Lower(Road):
     """Whether the catalogue has all that lies there."""
 
     def __post_init__(self) -> None:
-        below, catalogue, clock = self.below, self.catalogue, self.catalogue.clock
+        config, catalogue, clock = self.below.config, self.catalogue, self.catalogue.clock
         self._finding = Finding(self.number, catalogue)
         self.reads = Reads(self)
         self.writes = Writes(self, self._finding)
         self.patience = Patience(
-            below.name, below.probe_seconds, clock.monotonic, catalogue.counters
+            config.name, config.probe_seconds, clock.monotonic, catalogue.counters
         )
         catalogue.places[self.number] = self
-        self._opening = Opening(below, self, self._attach, clock, catalogue.counters)
+        self._opening = Opening(self.below, self, self._attach, clock, catalogue.counters)
         tier = self._opening.at_start()
         if tier is not None:
             self._has(tier)

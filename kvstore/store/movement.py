@@ -175,7 +175,7 @@ class Movement:
             return False
         if entry.origin == MISS:
             return True
-        return not lower.shared and self.lowers[entry.origin].below.promote == "disk"
+        return not lower.shared and self.lowers[entry.origin].below.config.promote == "disk"
 
     def _keep(self, entry: Entry) -> None:
         """Own tiers are to have what came from a shared one, too, as far as their rules say."""
@@ -200,7 +200,7 @@ class Movement:
         if error is None:
             catalogue.whole(entry, MEMORY)
             self.memory.admit(entry, lent=source.below.lends)
-            if source.shared and source.below.promote == "disk" and not entry.gone:
+            if source.shared and source.below.config.promote == "disk" and not entry.gone:
                 self._keep(entry)
         else:
             if error == "corrupt":

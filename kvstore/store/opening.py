@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from kvstore.clock import Clock
 from kvstore.errors import ConfigError, FormatError
+from kvstore.sections import TierConfig
 from kvstore.store.guard import Guarded
 from kvstore.telemetry import Counters
 from kvstore.tiers.base import Host, Tier
@@ -22,7 +23,7 @@ OpenTier = Callable[[Host], Tier]
 
 @dataclass(frozen=True, slots=True)
 class Below:
-    """A tier below memory, as configured.
+    """A tier below memory.
 
     `open` opens it. Where that fails or takes longer than `stall_seconds`, the store runs without
     and tries again every `retry_seconds`. `queue` bytes are on their way to it at most; what is
@@ -32,15 +33,8 @@ class Below:
     What one `lends` is the first that memory gives up, unless it is used again.
     """
 
-    name: str
+    config: TierConfig
     open: OpenTier
-    queue: int = 256 << 20
-    retry_seconds: float = 5.0
-    stall_seconds: float = 10.0
-    probe_seconds: float = 0.02
-    write_rate: int = 0
-    read_rate: int = 0
-    promote: str = "memory"
     lends: bool = False
 
 
@@ -64,13 +58,13 @@ class Opening:
 
     def at_start(self) -> Guarded | None:
         """Open it, and go on without, should it not answer. Blocks."""
-        opened, seconds = self._open(), self.below.stall_seconds
+        opened, seconds = self._open(), self.below.config.stall_seconds
         try:
             error = opened.exception(seconds)
         except TimeoutError:
             self._busy = True
             self.problem = f"it cannot be opened: it has not answered for {seconds:g} s"
-            _log.warning("no tier %s: %s; going on without", self.below.name, self.problem)
+            _log.warning("no tier %s: %s; going on without", self.below.config.name, self.problem)
             opened.add_done_callback(self._opened)
             return None
         if isinstance(error, ConfigError):
@@ -90,7 +84,7 @@ class Opening:
         """
         self._busy = True
         self.problem = tier.state.problem
-        self._next = self.clock.monotonic() + self.below.retry_seconds * tier.broken
+        self._next = self.clock.monotonic() + self.below.config.retry_seconds * tier.broken
 
         def close() -> None:
             tier.close()
@@ -113,7 +107,7 @@ class Opening:
         def work() -> None:
             below, post = self.below, self.host.post
             try:
-                tier, seconds = below.open(self.host), below.retry_seconds
+                tier, seconds = below.open(self.host), below.config.retry_seconds
                 opened.set_result(Guarded(tier, seconds, self.clock, self.counters, post))
             except Exception as e:  # noqa: BLE001 - told by its `_outcome`
                 opened.set_exception(e)
@@ -131,7 +125,7 @@ class Opening:
 
     def _outcome(self, opened: Future[Guarded]) -> Guarded | None:
         self._busy = False
-        self._next = self.clock.monotonic() + self.below.retry_seconds
+        self._next = self.clock.monotonic() + self.below.config.retry_seconds
         error = opened.exception()
         if error is None:
             self.problem = None
@@ -145,6 +139,7 @@ class Opening:
             problem = f"opening it failed with {what}; the log tells more"
         if problem != self.problem:
             text = "no tier %s: %s; going on without, trying again"
-            _log.warning(text, self.below.name, problem, exc_info=None if expected else error)
+            name = self.below.config.name
+            _log.warning(text, name, problem, exc_info=None if expected else error)
         self.problem = problem
         return None

@@ -74,7 +74,7 @@ class Road(ABC):
     @property
     def name(self) -> str:
         """Of the tier."""
-        return self.below.name
+        return self.below.config.name
 
     @abstractmethod
     def go_on(self) -> None:
@@ -102,7 +102,7 @@ class Reads:
 
     def __init__(self, road: Road) -> None:
         clock = road.catalogue.clock.monotonic
-        self.pace = Pace(road.below.read_rate, clock)
+        self.pace = Pace(road.below.config.read_rate, clock)
         self.waiting_bytes = 0
         self._road = road
         self._waiting: deque[tuple[Entry, Done]] = deque()
@@ -194,8 +194,8 @@ class Writes:
     """
 
     def __init__(self, road: Road, finding: Finding) -> None:
-        self.pace = Pace(road.below.write_rate, road.catalogue.clock.monotonic)
-        self.queue = road.below.queue
+        self.pace = Pace(road.below.config.write_rate, road.catalogue.clock.monotonic)
+        self.queue = road.below.config.queue
         self.bytes_under_way = self._number = 0
         self._road = road
         self._finding = finding

@@ -12,7 +12,6 @@ import queue
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -34,13 +33,12 @@ from kvstore.store.entry import Entry
 from kvstore.store.explain import explain, surveying
 from kvstore.store.loading import Acquired
 from kvstore.store.movement import Movement
-from kvstore.store.opening import Below
 from kvstore.store.relocation import copy_to, move_to, remove
 from kvstore.store.selection import Selection
 from kvstore.tiers.slab.tier import SlabTier
 from kvstore.transport.protocol import MEMORY
 from tests.store_tools import DISK as DISK_TIER
-from tests.store_tools import Fickle, WholeStore, select
+from tests.store_tools import Fickle, WholeStore, below_memory, changed, select
 
 NAMESPACE = Namespace(ModelIdentity("model"), "", 16)
 OTHER = Namespace(ModelIdentity("model"), "other", 16)
@@ -98,8 +96,8 @@ class Machine(RuleBasedStateMachine):
             chunk=1 << 18,
             policy=self.policy,
             below=[
-                *(replace(one, queue=1 << 18) for one in tiers_below(config, direct=False)),
-                Below(
+                *(changed(one, queue=1 << 18) for one in tiers_below(config, direct=False)),
+                below_memory(
                     "far",
                     lambda host: Fickle("far", host, self.far),
                     queue=1 << 17,

@@ -19,14 +19,13 @@ from kvstore.api.client import Orchestrator
 from kvstore.api.errors import OperationFailed
 from kvstore.store import finding, probing
 from kvstore.store.loading import PROBING
-from kvstore.store.opening import Below
 from kvstore.store.selection import Selection
 from kvstore.tiers import conformance
 from kvstore.tiers.base import MISS, PENDING, Host, ObjectName, Tier
 from tests.http_tools import ON, address, ask
 from tests.session_tools import BLOCK_TOKENS, Stores, eventually, load, prompt, save
 from tests.session_tools import PART as SESSION_PART
-from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, keys, select
+from tests.store_tools import NAMESPACE, NBYTES, PART, Bench, below_memory, keys, select
 
 FAR: Final = 2
 NEAR: Final = 3
@@ -237,7 +236,9 @@ def hung(tmp_path: Path) -> Iterator[tuple[Bench, list[Any]]]:
         bench.save(keys(*range(1, count + 1))[:8])
         bench.drain()
         bench.close()
-    more = [Below("near", lambda host: FolderTier("near", host, {"folder": tmp_path / "near"}))]
+    more = [
+        below_memory("near", lambda host: FolderTier("near", host, {"folder": tmp_path / "near"}))
+    ]
     bench = Bench(None, far={"folder": tmp_path / "far"}, kind=FolderTier, more=more)
     owed: list[Any] = []
     tier: Any = bench.store.movement.lowers[FAR].tier.tier

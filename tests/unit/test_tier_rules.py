@@ -23,7 +23,17 @@ from kvstore.store.relocation import copy_to, move_to
 from kvstore.store.selection import Selection, clearing_elsewhere
 from kvstore.tiers.base import Held, ObjectName, Tier
 from kvstore.transport.protocol import MEMORY
-from tests.store_tools import DISK, NAMESPACE, NBYTES, PART, Bench, Fickle, keys, select
+from tests.store_tools import (
+    DISK,
+    NAMESPACE,
+    NBYTES,
+    PART,
+    Bench,
+    Fickle,
+    below_memory,
+    keys,
+    select,
+)
 
 FAR: Final = DISK + 1
 RATE: Final = NBYTES
@@ -173,7 +183,7 @@ def test_without_a_limit_costs_are_the_tiers_own(
 def pair(benches: Callable[..., Bench], far: dict[str, Any]) -> Bench:
     """Two tiers with the same objects, of which the second in the list is the faster one."""
     other = {"capacity": 64 * NBYTES, "seconds_per_byte": 1e-9}
-    more = [Below("other", lambda host: Fickle("other", host, other))]
+    more = [below_memory("other", lambda host: Fickle("other", host, other))]
     bench = benches(None, far={**far, "seconds_per_byte": 2e-8}, kind=Fickle, more=more, slots=32)
     bench.save(keys(*range(8)))
     bench.drain()
@@ -228,7 +238,7 @@ def shared(folder: Path, name: str, **rules: Any) -> Below:
     def opened(host: Any) -> Tier:
         return FolderTier(name, host, {"folder": folder / name})
 
-    return Below(name, opened, **rules)
+    return below_memory(name, opened, **rules)
 
 
 def found(bench: Bench, chain: list[bytes]) -> None:

@@ -15,13 +15,23 @@ from kvstore.errors import ConfigError
 from kvstore.slices import finish
 from kvstore.store.admission import Admission
 from kvstore.store.entry import Entry
-from kvstore.store.opening import Below
 from kvstore.store.relocation import copy_to, move_to, reencode
 from kvstore.store.selection import Selection
 from kvstore.tiers.base import Host, Job, Tier
 from kvstore.tiers.coded import CodedTier, coded
 from kvstore.transport.protocol import MEMORY
-from tests.store_tools import DISK, NAMESPACE, NBYTES, PART, Bench, Fickle, content, keys, select
+from tests.store_tools import (
+    DISK,
+    NAMESPACE,
+    NBYTES,
+    PART,
+    Bench,
+    Fickle,
+    below_memory,
+    content,
+    keys,
+    select,
+)
 
 FAR: Final = DISK + 1
 
@@ -365,7 +375,7 @@ def test_a_tier_that_cannot_be_configured_so_leaves_none_open(tmp_path: Path) ->
 def test_what_is_written_anew_may_be_pinned_meanwhile(tmp_path: Path) -> None:
     options = {"capacity": 64 * NBYTES}
     two = [coded("zstd", lambda h: MemoryTier("far", h, options)) for _ in range(2)]
-    both = [Below(f"far{n}", one) for n, one in enumerate(two)]
+    both = [below_memory(f"far{n}", one) for n, one in enumerate(two)]
     bench = Bench(tmp_path, more=both)
     bench.save(keys(1))
     bench.drain()
