@@ -47,6 +47,8 @@ class _Own(_Strict):
     type that numbers are rounded to in the store (empty: none, they stay), `codec` the name of one
     that quantises them there. `approximate` lets requests reuse text that is no prefix, if they ask
     for that and the model's calibration has passed, or without one where it is "uncalibrated".
+    `node` is the name, in its pool, of the node that has the store, for engines elsewhere that go
+    on with what is computed here.
     """
 
     tenant: Tenant = ""
@@ -57,6 +59,7 @@ class _Own(_Strict):
     store_dtype: str = ""
     codec: str = ""
     approximate: bool | Literal["uncalibrated"] = False
+    node: Annotated[str, Field(max_length=256)] = ""
 
 
 class Settings(_Own):
@@ -106,7 +109,8 @@ class Wishes(_Strict):
     `pin` seconds long they are not evicted; `tenant` owns the blocks; `priority` orders transfers
     that wait (lower first); `remote_kv_source` is the node of the pool that has its blocks, by name
     or address, as a router says. `do_remote_decode`: another engine goes on with it after this one;
-    `do_remote_prefill`: another one has computed its prompt, or is about to.
+    `do_remote_prefill`: another one has computed its prompt, or is about to, and
+    `remote_num_tokens` of it.
     """
 
     skip_save: bool = False
@@ -118,6 +122,7 @@ class Wishes(_Strict):
     remote_kv_source: Name | None = None
     do_remote_decode: bool = False
     do_remote_prefill: bool = False
+    remote_num_tokens: int = 0
 
 
 def wishes_of(params: Mapping[str, Any] | None) -> tuple[Wishes, list[str]]:

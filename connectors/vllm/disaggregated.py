@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 from vllm.v1.request import RequestStatus
 
-from kvstore.client.session import Announced, Session
+from kvstore.client.session import Announced, Lookup
 from kvstore.connectors.common.requests import Asked
 from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.stats import Stats
@@ -28,6 +29,10 @@ _ROUND: Final = 1.0
 """Seconds of one question; whoever is gone by then asks no other."""
 _PAUSE: Final = 0.02
 """Seconds until a store is asked again that has too many who wait."""
+_FETCHED: Final = 3.0
+"""Seconds without anything new while another node is asked for what it should have."""
+_ASKED_AGAIN: Final = 0.1
+"""Seconds until it is asked again."""
 _WHOLE: Final = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 
@@ -35,7 +40,7 @@ _WHOLE: Final = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_C
 class HandOff:
     """What one request has announced, or waits for."""
 
-    announced: Announced | None = None
+    announced: Future[Announced] | None = None
     waiting: Future[str] | None = None
     over: threading.Event = field(default_factory=threading.Event)
 
@@ -43,18 +48,21 @@ class HandOff:
 class HandOffs:
     """Requests that two engines share. Used by the scheduler's thread.
 
-    `patience` seconds may pass without anything new from the other engine. `engine` and `ranks` are
-    what proxies are told of this one.
+    `patience` seconds may pass without anything new from the other engine. `engine`, `ranks` and
+    `node`, that of its store, are what proxies are told of this one.
     """
 
     def __init__(
-        self, sessions: Sessions, stats: Stats, patience: float, *, engine: str, ranks: int
-    ) -> None:
+        self, sessions: Sessions, stats: Stats, patience: float, *, engine: str, ranks: int,
+        node: str,
+    ) -> None:  # fmt: skip
         self._sessions = sessions
         self._stats = stats
         self._patience = patience
-        self._engine, self._ranks = engine, ranks
+        self._engine, self._ranks, self._node = engine, ranks, node
         self._threads = ThreadPoolExecutor(_WAITING, thread_name_prefix="kvstore-handoff")
+        self._announcer = ThreadPoolExecutor(1, thread_name_prefix="kvstore-announce")
+        """In a thread: no step waits for a store that hangs."""
 
     def announce(self, asked: Asked, own: HandOff, prompt_tokens: int) -> None:
         """The first step of a request: all whole blocks of its prompt are to come."""
@@ -63,7 +71,8 @@ class HandOffs:
         session = self._sessions.get(asked.namespace.tenant)
         if not isinstance(session, str):
             whole = prompt_tokens // asked.namespace.block_tokens
-            own.announced = session.announce(asked.extend_keys()[:whole])
+            keys = asked.extend_keys()[:whole]
+            own.announced = self._announcer.submit(session.announce, keys)
 
     def waits(self, asked: Asked, own: HandOff, first: int, usable: int) -> bool:
         """Whether blocks `first` to `usable` are still to come from the other engine."""
@@ -74,8 +83,14 @@ class HandOffs:
             if isinstance(session, str):
                 return False  # Whoever looks the blocks up waits for it.
             keys = asked.extend_keys()
-            given = session, keys[first:usable], first, keys[:first], own.over
-            own.waiting = self._threads.submit(self._wait, *given)
+            promised = asked.wishes.remote_num_tokens // asked.namespace.block_tokens
+            source = asked.wishes.remote_kv_source or ""
+            look = partial(
+                session.lookup, keys[first:usable], timeout=_ROUND, again=True, holes=True,
+                wait=_ROUND, position=first, before=keys[:first], source=source,
+            )  # fmt: skip
+            expected = min(promised, usable) - first if source else 0
+            own.waiting = self._threads.submit(self._wait, look, expected, own.over)
         if not own.waiting.done():
             return True
         if not own.over.is_set():
@@ -83,33 +98,36 @@ class HandOffs:
             self._stats.handed(own.waiting.result())
         return False
 
-    def _wait(
-        self, session: Session, keys: list[bytes], first: int, before: Sequence[bytes],
-        over: threading.Event,
-    ) -> str:  # fmt: skip
-        """Until all blocks have come, one is known to be missing, or nothing happens any more."""
+    def _wait(self, look: Callable[[], Lookup], expected: int, over: threading.Event) -> str:
+        """Until all blocks have come, one is known to be missing, or nothing happens any more.
+
+        Another node may have `expected` of them a moment later.
+        """
+        most, since = 0, time.monotonic()
         while not over.is_set():
             asked = time.monotonic()
-            found = session.lookup(
-                keys, timeout=_ROUND, again=True, holes=True, wait=_ROUND, position=first,
-                before=before,
-            )  # fmt: skip
-            if found.blocks == len(keys):
+            found = look()
+            if found.reason is None:
                 return "came"
             if not found.tiers:
                 return "unavailable"
-            if found.tiers[found.blocks] != "pending":
-                return "missing"
-            if found.idle > self._patience:
+            if found.blocks > most:
+                most, since = found.blocks, asked
+            pause = _PAUSE
+            if found.tiers[found.blocks : found.blocks + 1] != ("pending",):
+                if found.blocks >= expected or asked - since > _FETCHED:
+                    return "missing"
+                pause = _ASKED_AGAIN
+            elif found.idle > self._patience:
                 return "stalled"
-            over.wait(_PAUSE - (time.monotonic() - asked))
+            over.wait(pause - (time.monotonic() - asked))
         return "ended"
 
     def end(self, own: HandOff) -> None:
         """Nothing more comes of this request, and it waits for nothing."""
         own.over.set()
         if own.announced is not None:
-            own.announced.release()
+            own.announced.add_done_callback(_release)
 
     def told(self, request: Any, asked: Asked) -> dict[str, Any] | None:
         """What the answer of a request says to whoever decodes it."""
@@ -125,8 +143,14 @@ class HandOffs:
             "remote_port": None,
             "remote_num_tokens": request.num_computed_tokens,
             "tp_size": self._ranks,
-        }
+        } | ({"remote_kv_source": self._node} if self._node else {})
 
     def close(self) -> None:
         """Wait for nothing any more."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._announcer.shutdown(wait=False, cancel_futures=True)
+
+
+def _release(announced: Future[Announced]) -> None:
+    if not announced.cancelled() and announced.exception() is None:
+        announced.result().release()

@@ -85,6 +85,7 @@ class SchedulerSide:
             settings.config.session.load_timeout,
             engine=config.kv_transfer_config.engine_id if config is not None else "",
             ranks=ranks,
+            node=settings.node,
         )
         self._tracked: dict[str, Tracked] = {}
         self._ended: dict[str, Any] = {}

@@ -620,9 +620,10 @@ def test_wrong_settings_say_what_is_wrong(extra: dict[str, Any], words: str) -> 
 
 def test_wishes_are_read_and_wrong_ones_left_out() -> None:
     wishes, wrong = wishes_of(
-        {"skip_load": True, "ttl": 5, "pin": "yes", "priority": True, "do_remote_prefill": True}
-    )
-    assert wishes == Wishes(skip_load=True, ttl=5)
+        {"skip_load": True, "ttl": 5, "pin": "yes", "priority": True, "do_remote_prefill": True,
+         "remote_block_ids": [1]}
+    )  # fmt: skip
+    assert wishes == Wishes(skip_load=True, ttl=5, do_remote_prefill=True)
     assert len(wrong) == 2
     wrong_ones = {"ttl": float("nan"), "pin": True, "tenant": "x" * 257, "skip_save": 1}
     wrong_ones["remote_kv_source"] = "x" * 257

@@ -14,6 +14,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import RequestStatus
 
+from kvstore.benchmarks.served import free_port
 from kvstore.blocks.keys import block_keys, prompt_extras
 from kvstore.client.session import Loaded
 from kvstore.connectors.common import sessions as vllm_sessions
@@ -446,3 +447,25 @@ def test_a_store_that_stands_still_is_not_waited_for_twice_in_a_step(stores: Sto
     finally:
         served.signal(signal.SIGCONT)
         side.close()
+
+
+def test_a_prefill_on_another_node_is_fetched_as_soon_as_it_is_there(stores: Stores) -> None:
+    ports = [free_port() for _ in range(2)]
+    peers = {"nodes": [f"tcp://127.0.0.1:{port}" for port in ports], "probe_seconds": 5.0}
+    here, there = (
+        stores.serve("8MiB", server={"tcp": f"127.0.0.1:{port}", "name": f"n{port}"}, peers=peers)
+        for port in ports
+    )
+    side = scheduler(here)
+    tokens = [*prompt(72, 4), 7]
+    told = {"do_remote_prefill": True, "remote_kv_source": f"n{ports[1]}"}
+    promised = told | {"remote_num_tokens": len(tokens)}
+    with there.session() as producer:
+        assert answered(side, request("none", tokens, **told)) == 0, "nobody says it has them"
+        asked = request("late", tokens, **promised)
+        assert side.match(asked, 0) == (None, False)
+        save(producer, producer.keys(tokens))
+        assert answered(side, asked) == 4 * BLOCK_TOKENS
+        never = request("never", [*prompt(73, 4), 7], **promised)
+        assert answered(side, never) == 0
+    side.close()
