@@ -15,7 +15,7 @@ slowly = @echo "$(1)"; (n=0; while sleep 20 >/dev/null 2>&1 && kill -0 $$$$ 2>/d
   do n=$$((n + 20)); echo "  … $$n s"; done) & trap "kill $$! 2>/dev/null" EXIT; $(2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-vllm demo-engines demo-cluster test test-slow test-vllm test-sglang lint format bench proto size clean
+.PHONY: help setup demo demo-vllm demo-pd demo-engines demo-cluster test test-slow test-vllm test-sglang lint format bench proto size clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ demo: setup ## three processes share a document's KV through a store
 
 demo-vllm: $(VLLM)/.built $(VENV)/.model ## the same with vLLM engines
 	@$(BIN)/python examples/demo.py --engine vllm --python vllm=$(VLLM)/bin/python
+
+demo-pd: $(VLLM)/.built $(VENV)/.model ## one vLLM engine computes prompts, another goes on from there
+	@$(BIN)/python examples/demo_pd.py --python $(VLLM)/bin/python
 
 demo-engines: $(VLLM)/.built $(SGLANG)/.built $(VENV)/.model ## one engine computes, two others answer
 	@$(BIN)/python examples/demo.py --engine all --python vllm=$(VLLM)/bin/python --python sglang=$(SGLANG)/bin/python

@@ -9,6 +9,7 @@ import pytest
 
 from tests.engines.vllm_tools import Engine, document, transfer
 from tests.session_tools import Served, Stores, eventually, no_leases
+from tests.tcp_tools import TCP
 
 pytestmark = pytest.mark.vllm
 
@@ -29,12 +30,12 @@ APART: Final[dict[str, Any]] = {"skip_load": True, "skip_save": True}
 
 @pytest.fixture(scope="module")
 def served(stores: Stores) -> Served:
-    return stores.serve("512MiB")
+    return stores.serve("512MiB", **TCP)
 
 
-def engine(served: Served, role: str) -> Engine:
+def engine(address: str, role: str) -> Engine:
     connector = transfer(
-        address=f"unix://{served.socket}",
+        address=address,
         vllm__block_tokens=BLOCK,
         session__lookup_timeout=2.0,
         planner__mode="load",
@@ -45,13 +46,14 @@ def engine(served: Served, role: str) -> Engine:
 
 @pytest.fixture(scope="module")
 def prefill(served: Served) -> Iterator[Engine]:
-    with engine(served, "kv_producer") as made:
+    # From another host, into the store of the decode engine's.
+    with engine(f"tcp://{served.addresses['tcp']}", "kv_producer") as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def decode(served: Served) -> Iterator[Engine]:
-    with engine(served, "kv_consumer") as made:
+    with engine(f"unix://{served.socket}", "kv_consumer") as made:
         yield made
 
 
