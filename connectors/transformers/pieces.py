@@ -20,6 +20,7 @@ from kvstore.blend.pieces import (
     named,
     piece_keys,
     piece_namespace,
+    search,
 )
 from kvstore.blend.selection import SELECTIONS
 from kvstore.blocks.keys import token_array
@@ -130,7 +131,10 @@ class Pieces:
         """
         prefix = past.get_seq_length()
         spans = reuse.pieces
-        found = self.index.find(tokens) if spans is None else named(tokens, spans)
+        if spans is None:
+            found = search(tokens, self.index, self._session.namespace, self._session.known)
+        else:
+            found = named(tokens, spans)
         wanted = [p for place in found if (p := place.within(prefix, len(tokens) - 1))]
         if not wanted:
             return Approximate()

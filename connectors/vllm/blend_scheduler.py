@@ -25,6 +25,7 @@ from kvstore.blend.pieces import (
     named,
     piece_keys,
     piece_namespace,
+    search,
 )
 from kvstore.blend.reuse import asked
 from kvstore.blend.selection import SELECTIONS
@@ -180,8 +181,14 @@ class BlendScheduler:
                 return False
             blending.reason = session
             return True
-        prompt, spans = tracked.request.prompt_token_ids, blending.reuse.pieces
-        found = self._index(tenant).find(prompt) if spans is None else named(prompt, spans)
+        if blending.found is None:
+            prompt, spans = tracked.request.prompt_token_ids, blending.reuse.pieces
+            blending.found = (
+                search(prompt, self._index(tenant), session.namespace, session.known)
+                if spans is None
+                else named(prompt, spans)
+            )
+        found = blending.found
         keys = [piece_keys(session.namespace, one.piece) for one in found]
         wanted = [key for each in keys for key in each]
         answer = session.lookup(wanted, holes=True, again=blending.asked > 0)

@@ -23,6 +23,8 @@ class Blending:
     placed: list[tuple[Placed, list[bytes]]] | None = None
     """Pieces that the store has, and their keys there; None: it has not answered."""
     missed: int = 0
+    found: list[Placed] | None = None
+    """Pieces in the prompt, whether the store has them or not; None: not looked for yet."""
     first: int | None = None
     """The first token that may be approximate; None: none."""
     start: int = 0

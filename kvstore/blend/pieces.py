@@ -38,6 +38,11 @@ _STARTS: Final = (0, 4)
 _FACTOR: Final = 0x9E3779B97F4A7C15
 _SAME_WINDOW: Final = 16
 """Pieces that may begin alike."""
+_SEARCHED: Final = 1 << 14
+_MOST_FOUND: Final = 64
+_MOST_BLOCKS: Final = 1 << 15
+"""Places of a prompt that a store is asked about, pieces that may begin there, and blocks of them
+all that it is asked for then."""
 
 
 def filler(encode: Callable[[str], Sequence[int]] | None, vocabulary: int) -> Tokens:
@@ -108,6 +113,41 @@ def named(prompt: AnyTokens, spans: Iterable[tuple[int, int]]) -> list[Placed]:
     """The pieces that a request names by their places."""
     ids = token_array(prompt)
     return [Placed(start, end, ids[start:end]) for start, end in spans]
+
+
+def search(
+    prompt: AnyTokens,
+    index: PieceIndex,
+    namespace: Namespace,
+    stored: Callable[[Sequence[bytes]], Sequence[bool]],
+) -> list[Placed]:
+    """The pieces in a prompt, in order and apart: those of an index, and between them those that a
+    store has in a piece `namespace`; `stored` tells which blocks are there.
+
+    The latter are found by the key of their first block, asked for at every place (the first
+    `_SEARCHED`), and end with their last whole block.
+    """
+    ids, size, found = token_array(prompt), BLOCK_TOKENS, index.find(prompt)
+    free = np.ones(max(0, len(ids) - SHORTEST + 1), bool)
+    ends = np.full(len(ids), len(ids))
+    for one in found:
+        free[max(0, one.start - SHORTEST + 1) : one.end] = False
+        ends[: one.start] = np.minimum(ends[: one.start], one.start)
+    places = np.flatnonzero(free)[:_SEARCHED].tolist()
+    text, width, root = ids.astype("<u4").tobytes(), 4 * size, namespace.digest
+    first = [hashlib.sha256(root + text[4 * at : 4 * at + width]).digest() for at in places]
+    begin = [at for at, there in zip(places, stored(first), strict=False) if there][:_MOST_FOUND]
+    most = _MOST_BLOCKS // max(1, len(begin)) * size
+    chains = [block_keys(namespace, ids[at : min(at + most, ends[at])]) for at in begin]
+    answers = iter(stored([key for chain in chains for key in chain]))
+    end = 0
+    for at, chain in zip(begin, chains, strict=True):
+        there = [next(answers, False) for _ in chain]
+        blocks = there.index(False) if False in there else len(there)
+        if at >= end and blocks * size >= SHORTEST:
+            end = at + blocks * size
+            found.append(Placed(at, end, ids[at:end]))
+    return sorted(found)
 
 
 class PieceIndex:

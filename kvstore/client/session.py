@@ -165,6 +165,7 @@ class Session:
         position: int = 0,
         before: Sequence[bytes] = (),
         source: str = "",
+        near: bool = False,
     ) -> Lookup:
         """The longest prefix of `keys` that can be loaded. One round trip; moves nothing.
 
@@ -173,6 +174,7 @@ class Session:
         Hit rates count requests: say `again` if the daemon answered for this one before. `position`
         is that of the first key in its prompt: some shared tiers find only whole, aligned segments;
         keys `before` it tell how one begins. `source` is the node of the pool that has the blocks.
+        With `near`, shared tiers are not asked for what the daemon does not know.
         """
         keys = keys[: protocol.MAX_KEYS]
         joined = join_keys(keys)
@@ -183,7 +185,9 @@ class Session:
             if link is None:
                 return Lookup(0, (), "unavailable", 0.0)
             channel, handle = link
-            request = protocol.Lookup(handle, joined, again, position=position, source=source)
+            request = protocol.Lookup(
+                handle, joined, again, position=position, source=source, near=near
+            )
             inside = position % segment_blocks(self.block_tokens)
             if 0 < inside <= len(before):
                 request.head = before[-inside]
@@ -198,6 +202,14 @@ class Session:
         costs = reply.costs_by_name(channel.tier_names)
         takes = self._client.planner.load_seconds(tiers[:usable], costs, self.block_bytes)
         return Lookup(usable, tiers, reply.reason or None, takes, costs, reply.idle)
+
+    def known(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which blocks the daemon can bring, by what it knows; counts as no request.
+
+        Fewer than asked for, if it is away, or if they are more than one request may name.
+        """
+        tiers = self.lookup(keys, holes=True, near=True, again=True).tiers
+        return [tier not in protocol.NOWHERE.values() for tier in tiers]
 
     def plan(
         self,

@@ -91,6 +91,7 @@ class Loading(Leases):
         holes: bool = False,
         position: int = -1,
         head: bytes = b"",
+        near: bool = False,
     ) -> Work[tuple[list[int], str]]:
         """The tier of each block of the longest usable prefix, and why it ends there.
 
@@ -102,6 +103,7 @@ class Loading(Leases):
         Only blocks of `namespace` count; None is for those who may use them all. `again`: the
         request has been counted. `position` is that of the first block in its prompt, -1 if it is
         not known; where that is within a segment, `head` is the key of the segment's first block.
+        `near`: shared tiers are not asked.
         """
         started = self._clock()
         tiers: list[int] = []
@@ -113,7 +115,7 @@ class Loading(Leases):
             piece = keys[first : first + _LOOKED_UP]
             found, why = self._find(piece, parts, namespace)
             tiers += found
-            if why == "absent" and namespace is not None and self.probing.on:
+            if why == "absent" and namespace is not None and self.probing.on and not near:
                 at = first + len(found)
                 missing = keys[at:] if not holes else piece[len(found) :]
                 after = position + at if position >= 0 else -1

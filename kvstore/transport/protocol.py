@@ -134,7 +134,7 @@ class Lookup(Message, tag="lookup"):
     each block lie? Then up to `wait` seconds are waited for blocks that are on their way.
     `position` is that of the first key in its prompt, -1: not known; where that is within a
     segment, `head` is the key of the segment's first block. `source`: a router says that this node,
-    a name or an address, has them.
+    a name or an address, has them. `near`: shared tiers are not asked for what is not known here.
     """
 
     handle: int
@@ -145,6 +145,7 @@ class Lookup(Message, tag="lookup"):
     position: int = -1
     head: bytes = b""
     source: str = ""
+    near: bool = False
 
 
 class Found(Message, tag="found"):

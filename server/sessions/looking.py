@@ -34,7 +34,7 @@ class LookingConnection(PooledConnection):
         namespace, parts, keys = yield from self._named(request)
         look = partial(
             store.looking_up, keys, parts, namespace, holes=request.holes,
-            position=request.position, head=request.head,
+            position=request.position, head=request.head, near=request.near,
         )  # fmt: skip
         self._hint(request, namespace, keys)
         tiers, reason = yield from look(again=request.again)

@@ -203,10 +203,11 @@ def test_pieces_that_are_not_there_are_computed(
 
     with open_cache(model, shared_store, "another") as other:
         assert ask(other, pieces=PIECES) == (alone, Approximate(missed=3))
-    # Another process of the same tenant has them, if it is told where they stand.
+    # Another process of the same tenant has them; by their tokens it finds whole blocks.
     with open_cache(model, shared_store, "pieces") as second:
         named = [*PIECES[:2], [205, 300]]
         assert ask(second, pieces=named, recompute=1.0) == (alone, Approximate(0, 170, 2, 1))
+        assert ask(second, recompute=1.0) == (alone, Approximate(0, 256, 3, 0))
     with open_cache(model, shared_store, "lost") as losing:
         losing.add_piece(PROMPT[20:120])
         losing._of_pieces()._session.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from kvstore.blend.pieces import (
     named,
     piece_keys,
     piece_namespace,
+    search,
 )
 from kvstore.blend.reuse import MAX_PIECES, Reuse, asked
 from kvstore.blend.selection import SELECTIONS, runs
@@ -150,6 +152,34 @@ def test_pieces_are_found_wherever_they_stand() -> None:
     for found in index.find(prompt):
         own = found.piece[found.offset : found.offset + found.end - found.start]
         assert np.array_equal(prompt[found.start : found.end], own)
+
+
+def test_pieces_that_nobody_here_has_added_are_found_in_a_store() -> None:
+    room, index = piece_namespace(ROOM, text(BASE, 1)), PieceIndex()
+    one, two, known, short = text(200, 1), text(90, 2), text(150, 3), text(63, 4)
+    held = {key for piece in (one, two, known, short) for key in piece_keys(room, piece)}
+    index.add(known)
+    asked: list[int] = []
+
+    def stored(keys: Sequence[bytes]) -> list[bool]:
+        asked.append(len(keys))
+        return [key in held for key in keys]
+
+    prompt = np.concatenate([text(5, 5), two, known, one[:70], text(3, 6), short, one, text(20, 7)])
+    found = search(prompt, index, room, stored)
+    assert [(p.start, p.end, p.offset) for p in found] == [
+        (5, 85, 0), (95, 245, 0), (245, 309, 0), (381, 573, 0),
+    ]  # fmt: skip
+    assert all(key in held for p in found for key in piece_keys(room, p.piece))
+    assert len(asked) == 2
+    for nothing in (text(63, 8), np.zeros(0, np.uint32), text(500, 9)):
+        assert search(nothing, index, room, stored) == []
+    assert search(prompt, index, room, lambda _: []) == index.find(prompt)  # The store is away.
+    # A piece that repeats itself begins everywhere.
+    held.update(piece_keys(room, np.full(1000, 7)))
+    asked.clear()
+    begin = [(p.start, p.end) for p in search(np.full(100_000, 7), index, room, stored)]
+    assert (begin[0], max(asked)) == ((0, 992), 1 << 15)
 
 
 def test_a_place_is_cut_to_what_is_wanted_of_it() -> None:

@@ -66,6 +66,8 @@ def test_the_folder_keeps_the_rules_of_tiers(check: Any, tmp_path: Path) -> None
 
 def test_what_another_node_saved_is_found_and_loaded(nodes: tuple[Bench, Bench]) -> None:
     _, other = nodes
+    near = other.store.lookup(keys(1, 2, 3, 4), [PART], NAMESPACE, near=True)
+    assert near == ([], "absent")  # Shared tiers are not asked.
     asked = other.store.lookup(keys(1, 2, 3, 4), [PART], NAMESPACE)
     assert asked == ([], PROBING)
     assert answer(other, keys(1, 2, 3, 4)) == ([FAR] * 3, "absent")
