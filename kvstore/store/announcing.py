@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from kvstore.blocks.spec import Namespace, Part
-from kvstore.slices import FEW, Work
+from kvstore.slices import FEW, Work, tables
 
 L = TypeVar("L", bound=Hashable)
 
@@ -34,37 +34,38 @@ class Coming(Generic[L]):
 
     def __init__(self) -> None:
         self._announcements: dict[L, Announcement[L]] = {}
-        self._expected: dict[_Place, list[Announcement[L]]] = {}
+        self._expected: list[dict[_Place, list[Announcement[L]]]] = tables()
         self._watched: dict[_Place, list[Callable[[], None]]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._expected or self._watched)
+        return bool(self._announcements or self._watched)
 
     def expect(self, announcement: Announcement[L], key: bytes) -> None:
         """One more block is announced."""
         self._announcements[announcement.lease] = announcement
         announcement.left.add(key)
         place = announcement.namespace.digest, key
-        self._expected.setdefault(place, []).append(announcement)
+        self._expected[key[0]].setdefault(place, []).append(announcement)
 
     def expected(self, namespace: Namespace, key: bytes) -> list[L]:
         """The leases under which a block is announced."""
-        return [one.lease for one in self._expected.get((namespace.digest, key), ())]
+        return [one.lease for one in self._expected[key[0]].get((namespace.digest, key), ())]
 
     def came(self, namespace: Namespace, key: bytes) -> list[Announcement[L]]:
         """A block is not being saved any more: wake who waits. Returns who announced it."""
         place = namespace.digest, key
         for wake in self._watched.pop(place, ()):
             wake()
-        return self._expected.get(place, [])
+        return self._expected[key[0]].get(place, [])
 
     def forget(self, announcement: Announcement[L], key: bytes) -> None:
         """A block is not expected any more of whoever announced it."""
         place = announcement.namespace.digest, key
         announcement.left.discard(key)
-        others = [one for one in self._expected.pop(place, ()) if one is not announcement]
+        table = self._expected[key[0]]
+        others = [one for one in table.pop(place, ()) if one is not announcement]
         if others:
-            self._expected[place] = others
+            table[place] = others
 
     def tenant_of(self, lease: L) -> str | None:
         """Whose blocks are announced under a lease."""

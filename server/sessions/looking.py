@@ -18,8 +18,11 @@ from kvstore.tiers.base import PENDING
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Message
 
-MAX_LOOKING: Final = 64
+_MAX_LOOKING: Final = 64
 """Lookups of an owner that wait at a time; others are answered as things are."""
+
+MAX_POLLING: Final = 16
+"""The same where there are shared tiers: no event tells of their answers, and a look takes time."""
 
 _FIRST_POLL: Final = 0.001
 _PENDING_SHARE: Final = 50
@@ -71,7 +74,8 @@ class LookingConnection(PooledConnection):
                     return told(tiers, reason)
                 pause = max(min(2 * pause, PENDING_POLL), _PENDING_SHARE * (ended - looked))
 
-        if wait <= 0 or not _on_the_way(tiers, reason) or owner.looking >= MAX_LOOKING:
+        most = MAX_POLLING if store.probing.on else _MAX_LOOKING
+        if wait <= 0 or not _on_the_way(tiers, reason) or owner.looking >= most:
             return told(tiers, reason)
         owner.looking += 1
         waiting = self._later(request_id, partial(look_again, tiers, reason))

@@ -19,7 +19,7 @@ from kvstore.server.access.grants import Denied, Grant, Role
 from kvstore.server.loop import paced
 from kvstore.server.node import Node, Peer
 from kvstore.server.recent import by_tier
-from kvstore.server.sessions.looking import MAX_LOOKING, LookingConnection
+from kvstore.server.sessions.looking import MAX_POLLING, LookingConnection
 from kvstore.server.sessions.placing import hashes
 from kvstore.slices import Work
 from kvstore.store.entry import Entry
@@ -99,7 +99,7 @@ class SessionConnection(LookingConnection):
                 namespace, parts, keys = yield from self._named(request)
                 if request.source and self._node.draining:
                     return Failure("this node is to go itself")
-                if request.source and self.owner.looking < MAX_LOOKING:
+                if request.source and self.owner.looking < MAX_POLLING:
                     self.owner.looking += 1
                     fetch = partial(self._fetch, request, namespace, parts, keys)
                     self._later(request_id, fetch).add_done_callback(self._looked)
