@@ -128,9 +128,11 @@ def by_keys(keys: list[bytes], namespace_id: str = NAMESPACE_ID) -> dict[str, An
 def write_tokens(folder: Path, *entries: dict[str, Any]) -> str:
     """A file of tokens; each entry has a name and a role, its token is `secret(name)`."""
     path = folder / "tokens.yaml"
-    path.touch(0o600)
+    new = path.with_suffix(".new")
+    new.touch(0o600)
     tokens = [{"token": secret(entry["name"])} | entry for entry in entries]
-    path.write_text(json.dumps({"tokens": tokens}))
+    new.write_text(json.dumps({"tokens": tokens}))
+    new.replace(path)  # A daemon that reads it meanwhile sees the one or the other.
     return str(path)
 
 
