@@ -25,7 +25,8 @@ from kvstore.benchmarks import shapes
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run, Samples
 from kvstore.benchmarks.shapes import Shape
 from kvstore.copier.base import Copier
-from kvstore.memory.arena import HUGE_PAGE, Arena
+from kvstore.memory.arena import Arena
+from kvstore.memory.bounce import HUGE_PAGE
 from kvstore.memory.room import room
 from kvstore.sources import load_config
 from kvstore.values import format_size

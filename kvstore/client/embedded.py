@@ -27,7 +27,7 @@ from kvstore.config import Config
 from kvstore.errors import ConfigError, StoreUnavailable
 from kvstore.files import open_own
 from kvstore.forks import in_child
-from kvstore.memory.arena import HUGE_PAGE
+from kvstore.memory.bounce import HUGE_PAGE
 from kvstore.transport import protocol
 from kvstore.transport.channel import Channel
 from kvstore.transport.credentials import listener, open_to_others

@@ -23,11 +23,11 @@ from weakref import WeakValueDictionary
 
 from kvstore.errors import ConfigError, NotNow
 from kvstore.files import file_system, open_own
+from kvstore.memory.bounce import HUGE_PAGE
 from kvstore.memory.bounce import prefault as map_pages
 from kvstore.memory.room import Busy, check_room
 from kvstore.values import format_size
 
-HUGE_PAGE: Final = 2 << 20
 _RESERVED: Final = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 _LOOK: Final = 0.1
 _PREFAULT_PIECE: Final = 256 << 20

@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-_HUGE: Final = 1 << 21
+HUGE_PAGE: Final = 2 << 20
 _POPULATE: Final = (22, 23)
 """``MADV_POPULATE_READ``, ``MADV_POPULATE_WRITE`` of Linux 5.14."""
 
@@ -53,9 +53,9 @@ class Bounce:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory would get no huge pages
-        memory = mmap.mmap(-1, nbytes + _HUGE, flags=flags)
+        memory = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=flags)
         base = np.frombuffer(memory, np.uint8).ctypes.data
-        skip = -base % _HUGE
+        skip = -base % HUGE_PAGE
         memory.madvise(mmap.MADV_DONTDUMP)  # KV passes here
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE, skip, nbytes)

@@ -61,8 +61,9 @@ class _Receiving(Wire):
         super().__init__(connection)
         self.fds: list[int] = []
 
-    def _receive(self, view: memoryview, end: float) -> int:
-        self._limit(socket.SO_RCVTIMEO, end)
+    def some(self, view: memoryview, seconds: float, flags: int = 0) -> int:
+        """See `Wire.some`."""
+        self._limit(socket.SO_RCVTIMEO, time.monotonic() + seconds)
         try:
             some, fds, _, _ = socket.recv_fds(self._socket, len(view), 4)
         except BlockingIOError:

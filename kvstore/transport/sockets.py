@@ -98,24 +98,16 @@ class Wire:
         """Fill `view`."""
         end = time.monotonic() + seconds
         while view:
-            got = self._receive(view, end)
+            got = self.some(view, end - time.monotonic(), socket.MSG_WAITALL)
             if not got:
                 raise ConnectionResetError("closed by the other side")
             view = view[got:]
 
-    def _receive(self, view: memoryview, end: float) -> int:
-        """Some of it at least, before that time."""
-        self._limit(socket.SO_RCVTIMEO, end)
-        try:
-            return self._socket.recv_into(view, 0, socket.MSG_WAITALL)
-        except BlockingIOError:
-            raise TimeoutError(_SLOW) from None
-
-    def some(self, view: memoryview, seconds: float) -> int:
+    def some(self, view: memoryview, seconds: float, flags: int = 0) -> int:
         """Fill `view` with what has come, or comes first; how much that is, 0 at the end of all."""
         self._limit(socket.SO_RCVTIMEO, time.monotonic() + seconds)
         try:
-            return self._socket.recv_into(view)
+            return self._socket.recv_into(view, 0, flags)
         except BlockingIOError:
             raise TimeoutError(_SLOW) from None
 
@@ -180,12 +172,10 @@ class TlsWire(Wire):
             while rest:
                 rest = rest[_in_time(self._until(end, self._socket.send, rest)) :]
 
-    def _receive(self, view: memoryview, end: float) -> int:
-        return _in_time(self._until(end, self._socket.recv_into, view))
-
-    def some(self, view: memoryview, seconds: float) -> int:
+    def some(self, view: memoryview, seconds: float, flags: int = 0) -> int:
         """See `Wire.some`."""
-        return self._receive(view, time.monotonic() + seconds)
+        end = time.monotonic() + seconds
+        return _in_time(self._until(end, self._socket.recv_into, view))
 
     def take(self, seconds: float) -> bytes | None:
         """See `Wire.take`."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from kvstore.copier.base import Copier
 from kvstore.errors import ProtocolError, StoreUnavailable
-from kvstore.memory.bounce import Bounce
+from kvstore.memory.bounce import HUGE_PAGE, Bounce
 from kvstore.memory.slots import align
 from kvstore.transport import protocol
 from kvstore.transport.carrier import Objects, Streamed
@@ -37,7 +37,6 @@ _LEAST: Final = 1 << 20
 """Bytes that are not worth to be shared out."""
 _LEASE_BYTES: Final = 256 << 20
 _AHEAD: Final = 2
-_HUGE: Final = 2 << 20
 
 _T = TypeVar("_T")
 
@@ -67,7 +66,7 @@ class _Stream:
         """Memory for objects one behind the other, and where each of them begins."""
         needed = span.number * nbytes
         if self._bounce is None or self._bounce.nbytes < needed:
-            self._bounce = Bounce(align(needed, _HUGE))
+            self._bounce = Bounce(align(needed, HUGE_PAGE))
         start = self._bounce.address
         return self._bounce.view[:needed], list(range(start, start + needed, nbytes))
 

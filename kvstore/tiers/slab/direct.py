@@ -18,14 +18,13 @@ from kvstore._native import Xxh3Stream
 from kvstore.codecs import frame_checksum
 from kvstore.errors import TierUnavailable
 from kvstore.files import open_own
-from kvstore.memory.bounce import Bounce, memory_at
+from kvstore.memory.bounce import HUGE_PAGE, Bounce, memory_at
 from kvstore.memory.slots import ALIGNMENT, align
 
 LOCK_NAME: Final = "lock"
 PIECE: Final = 4 << 20
 """Largest single read or write, in bytes."""
 
-_HUGE: Final = 1 << 21
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _READ_ONLY: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 _NO_FALLOCATE: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
@@ -83,7 +82,7 @@ class Mover:
     ) -> None:
         self._in_flight = in_flight or threading.Semaphore()
         self._beat = beat or contextlib.nullcontext()
-        self._bounce = Bounce(min(PIECE, align(largest, _HUGE)))
+        self._bounce = Bounce(min(PIECE, align(largest, HUGE_PAGE)))
         self._in_place = in_place
 
     def store(self, fd: int, offset: int, address: int, nbytes: int) -> int:
