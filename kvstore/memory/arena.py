@@ -163,7 +163,7 @@ class Arena:
                 flags = os.MFD_HUGETLB | os.MFD_HUGE_2MB
                 return cls._in_memfd(rounded, "hugetlb", flags, reserve)
             except OSError as e:  # No pages reserved: the usual case, and not an error.
-                if patient and rounded <= _reserved_huge_pages():
+                if patient and rounded <= reserved_huge_pages():
                     raise Busy(f"reserved huge pages are in use by others ({e})") from e
         if huge_dir is not None:
             return cls._on_tmpfs(size, huge_dir, False, reserve, private)
@@ -201,7 +201,7 @@ class Arena:
             if named:
                 undo.callback(place.unlink, missing_ok=True)
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as the daemon lives
-            size = _fitting(fd, size, what, private)
+            size = fitting(fd, size, what, private)
             _set_size(fd, size, reserve)
             arena = cls(fd, size, "tmpfs")
             undo.pop_all()
@@ -235,13 +235,7 @@ class Arena:
 
     def advice(self) -> str | None:
         """One line on what 4 KiB pages cost and how to get larger ones; None on huge pages."""
-        if self.huge:
-            return None
-        return (
-            "arena on 4 KiB pages: copies run about a quarter slower and disk reads need one more "
-            f"copy; reserve huge pages with `sysctl vm.nr_hugepages={-(-self.size // HUGE_PAGE)}`"
-            " or set memory.huge_dir to a tmpfs mounted with huge=advise"
-        )
+        return None if self.huge else huge_pages_advice(self.size)
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """The bytes of a slot, for small tests and tools."""
@@ -286,7 +280,16 @@ def _let_go() -> None:
 os.register_at_fork(after_in_child=_let_go)
 
 
-def _reserved_huge_pages() -> int:
+def huge_pages_advice(size: int) -> str:
+    """What an arena of so many bytes costs on 4 KiB pages, and how to get larger ones."""
+    return (
+        "arena on 4 KiB pages: copies run about a quarter slower and disk reads need one more "
+        f"copy; reserve huge pages with `sysctl vm.nr_hugepages={-(-size // HUGE_PAGE)}`"
+        " or set memory.huge_dir to a tmpfs mounted with huge=advise"
+    )
+
+
+def reserved_huge_pages() -> int:
     """Bytes of them, in use or not."""
     try:
         return int(_RESERVED.read_text()) * HUGE_PAGE
@@ -300,8 +303,12 @@ def _set_size(fd: int, size: int, reserve: bool) -> None:
         os.posix_fallocate(fd, 0, size)
 
 
-def _fitting(fd: int, size: int, what: str, private: bool) -> int:
-    """`size`, or what there is for a `private` arena, on the file system of a file."""
+def fitting(fd: int, size: int, what: str, private: bool) -> int:
+    """`size`, or what there is for a `private` arena, on the file system of a file.
+
+    Raises:
+        ConfigError: that is a disk; `NotNow`: it does not fit.
+    """
     kind = file_system(fd)
     if kind not in ("tmpfs", "ramfs", "hugetlbfs"):
         raise ConfigError(

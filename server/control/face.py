@@ -44,6 +44,15 @@ _log = logging.getLogger("kvstore.control")
 _NO_NEWS: Final = ("ExecuteBatchError", "Failed sending error status", "Invalid encoding")
 
 
+def check_grpc() -> None:
+    """Raise NoPackage if this gRPC is known to be bad."""
+    if grpc.__version__.startswith(_BROKEN):
+        raise NoPackage(
+            f"the API: grpcio {grpc.__version__} corrupts memory when malformed calls are "
+            "cancelled, so anybody can crash it: pip install 'grpcio!=1.84.*,!=1.85.*'"
+        )
+
+
 def _is_news(record: logging.LogRecord) -> bool:
     """Whether to log what gRPC says.
 
@@ -86,11 +95,7 @@ class ControlFace:
             ConfigError: the socket's path is too long, or the port cannot be had.
             NoPackage: this gRPC is known to be bad.
         """
-        if grpc.__version__.startswith(_BROKEN):
-            raise NoPackage(
-                f"the API: grpcio {grpc.__version__} corrupts memory when malformed calls are "
-                "cancelled, so anybody can crash it: pip install 'grpcio!=1.84.*,!=1.85.*'"
-            )
+        check_grpc()
         await self._set_health(serving=False)
         if self._node.config.server.grpc is not None:
             self._open(self._node.config.server.grpc)

@@ -98,9 +98,9 @@ def test_help_breaks_no_sentence(told: Told) -> None:
 
 DESTRUCTIVE = {"clear", "ttl", "quota"}
 HARMLESS = {
-    "version", "serve", "stats", "namespaces", "sessions", "leases", "events", "lookup", "explain",
-    "inspect", "token new", "operations list", "operations watch", "operations cancel", "bench",
-    *(f"bench {name}" for name in (
+    "version", "doctor", "serve", "stats", "namespaces", "sessions", "leases", "events", "lookup",
+    "explain", "inspect", "token new", "operations list", "operations watch", "operations cancel",
+    "bench", *(f"bench {name}" for name in (
         "copy", "codec", "disk", "session", "store", "weights", "peer", "gpu-copy", "engine",
         "soak", "loop", "blend", "tier")),
     # What they change can be changed back, and nothing is lost by it.
@@ -212,7 +212,7 @@ TABLES: dict[str, list[str]] = {
 }
 LINES = {
     "pin", "unpin", "ttl", "prefetch", "move", "copy", "compress", "decompress", "clear", "events",
-    "drain", "operations watch", "operations cancel",
+    "doctor", "drain", "operations watch", "operations cancel",
 }  # fmt: skip
 
 
