@@ -48,6 +48,8 @@ class Found:
     seconds: float = 0.0
     prefetched: Mapping[str, int] = field(default_factory=dict)
     deadline: float = 0.0
+    fitted: bool = False
+    """Cut to what groups with windows have, too."""
 
     @property
     def below(self) -> Counter[str]:

@@ -30,10 +30,16 @@ _COMES_BACK: Final = 0.5
 """Seconds that a load waits for a connection that was lost."""
 LAST_SAVES: Final = 5.0
 """Seconds that saves may go on when the engine ends."""
+_MOMENT: Final = 0.05
+"""Seconds that a save may take to read pages that the engine takes away."""
 _LONG: Final = 64 << 20
 """Bytes from which on a load is long, and holds up no others."""
 _REST: Final = 1.0
 """Seconds in which nothing is saved after the store did not answer."""
+
+
+NO_PAGES: Final = np.empty((0, 1), np.int64)
+"""Of a job that has none of a kind."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +51,9 @@ class Job:
     save, which is at `position` in the prompt, `tokens` are their token ids where the store is to
     publish them. `prefetched` counts the blocks to load that were in other tiers than memory when
     the request came. A load that is `layered` takes part in the step it comes with: each layer is
-    computed once it has arrived.
+    computed once it has arrived. `beside` are pages of other groups of layers, for the same blocks,
+    `windows` those of groups that look back on the last of them only: a load needs both, a save has
+    either.
     """
 
     number: int
@@ -61,6 +69,8 @@ class Job:
     prefetched: Mapping[str, int] = field(default_factory=dict)
     layered: bool = False
     position: int = 0
+    beside: tuple[NDArray[np.int64], ...] = ()
+    windows: tuple[NDArray[np.int64], ...] = ()
 
 
 class Lane:
@@ -138,6 +148,7 @@ class Reading:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._readers = 0
+        self._begun = False
         self.over = False
 
     def __enter__(self) -> None:
@@ -145,17 +156,49 @@ class Reading:
             if self.over:
                 raise StoreUnavailable("its pages are needed")
             self._readers += 1
+            self._begun = True
 
     def __exit__(self, *_: object) -> None:
         with self._changed:
             self._readers -= 1
             self._changed.notify_all()
 
-    def take_back(self) -> None:
-        """Let nobody read any more; who reads has ended then."""
+    def take_back(self, until: float = 0.0) -> None:
+        """Let nobody read any more; who reads, or begins to until then (monotonic), has ended."""
         with self._changed:
+            self._changed.wait_for(
+                lambda: self._begun and not self._readers, max(0.0, until - time.monotonic())
+            )
             self.over = True
             self._changed.wait_for(lambda: not self._readers)
+
+
+@dataclass(slots=True)
+class Space:
+    """Pages of groups of layers that are stored together, and the sessions for their parts.
+
+    `memory` has the parts, `rows` tells which group each is of, as jobs count them; an engine has
+    cut each page into `cut` for its kernels. `sessions` are None where the model has no name.
+    """
+
+    sessions: Sessions | None
+    memory: Sequence[PagedMemory]
+    rows: Sequence[int]
+    cut: int = 1
+
+    def ids(self, groups: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+        """The pages of a job's blocks, for each part."""
+        cut = [page_pieces(pages, self.cut) for pages in groups]
+        return [cut[row] for row in self.rows]
+
+    def session(self, tenant: str) -> tuple[Session | None, str]:
+        """The session of a tenant, or why there is none."""
+        if self.sessions is None:
+            return None, "unnamed"
+        try:
+            return self.sessions.open(tenant), ""
+        except REFUSED:
+            return None, "refused"
 
 
 class Transfers:
@@ -168,25 +211,22 @@ class Transfers:
 
     def __init__(
         self,
-        sessions: Sessions,
+        full: Space,
         load_timeout: float,
         device: Device,
-        memory: Sequence[PagedMemory],
-        cut: int,
         stats: Stats,
         *,
+        windows: Space | None = None,
         loaded: Callable[[Job, Loaded], None],
         saved: Callable[[Job, int, Collection[int]], None],
     ) -> None:
-        """The engine's pages are in `memory`, part by part, each cut into `cut` for its kernels."""
-        self.sessions: Sessions | None = sessions
-        """None: the model has no name, and nothing is loaded or saved."""
+        """`full` are groups of which all blocks of a prefix are needed, `windows` the others."""
+        self.full, self.windows = full, windows
         self._load_timeout = load_timeout
         self._device = device
-        self.memory = memory
-        self._cut = cut
         self._stats = stats
-        self._block_bytes = sum(one.part.nbytes(sessions.block_tokens) for one in memory)
+        size = full.sessions.block_tokens if full.sessions is not None else 0
+        self._block_bytes = sum(one.part.nbytes(size) for one in full.memory)
         self._loaded, self._saved = loaded, saved
         self._rest_until = 0.0
         self._reading: dict[int, tuple[str, Reading]] = {}
@@ -234,23 +274,23 @@ class Transfers:
             if requests is None or request in requests:
                 reading.take_back()
 
+    def take_back(self, numbers: Collection[int]) -> None:
+        """Read no pages of these saves when this returns; they have a moment to do so before."""
+        until = time.monotonic() + _MOMENT
+        for number in numbers:
+            _, reading = self._reading.get(number, ("", None))
+            if reading is not None:
+                reading.take_back(until)
+
     def close(self) -> None:
         """Let the last saves end, then the sessions."""
         self._loading.close(0.0)
         self._long.close(0.0)
         self._joining.close(0.0)
         self._saving.close(LAST_SAVES)
-        if self.sessions is not None:
-            self.sessions.close()
-
-    def _session(self, tenant: str) -> tuple[Session | None, str]:
-        """The session of a tenant, or why there is none."""
-        if self.sessions is None:
-            return None, "unnamed"
-        try:
-            return self.sessions.open(tenant), ""
-        except REFUSED:
-            return None, "refused"
+        for space in (self.full, self.windows):
+            if space is not None and space.sessions is not None:
+                space.sessions.close()
 
     def _load(self, job: Job, gates: Gates) -> None:
         loaded = Loaded()
@@ -262,23 +302,49 @@ class Transfers:
             self._loaded(job, loaded)
 
     def _bring(self, job: Job, gates: Gates) -> Loaded:
-        session, reason = self._session(job.tenant)
+        until = time.monotonic() + (self._load_timeout if job.timeout is None else job.timeout)
+        if gates.after is not None:
+            # Not within the load, whose time tells the planner what loading costs.
+            self._device.wait(gates.after.wait(0, until))
+        loaded = Loaded(len(job.keys))
+        if self.full.memory:
+            groups = (job.pages, *job.beside)
+            loaded = self._copy(self.full, job, job.keys, groups, gates, until)
+        if not job.windows or loaded.blocks < len(job.keys) or self.windows is None:
+            return loaded
+        keys = job.keys[len(job.keys) - len(job.windows[0]) :]
+        last = self._copy(self.windows, job, keys, job.windows, Gates(gates.after), until)
+        if last.blocks < len(keys):  # All of it, or none.
+            return Loaded(reason=last.reason)
+        loaded.nbytes += last.nbytes
+        loaded.seconds += last.seconds
+        loaded.tiers = loaded.tiers or last.tiers
+        return loaded
+
+    def _copy(
+        self,
+        space: Space,
+        job: Job,
+        keys: list[bytes],
+        groups: Sequence[NDArray[np.int64]],
+        gates: Gates,
+        until: float,
+    ) -> Loaded:
+        """Load blocks of one space, in two attempts at most."""
+        session, reason = space.session(job.tenant)
         if session is None:
             return Loaded(reason=reason)
-        until = time.monotonic() + (self._load_timeout if job.timeout is None else job.timeout)
-        pages, after = page_pieces(job.pages, self._cut), gates.after
-        if after is not None:
-            # Not within the load, whose time tells the planner what loading costs.
-            self._device.wait(after.wait(0, until))
+        ids, after = space.ids(groups), gates.after
 
         def load(first: int, timeout: float | None, then: LayerGate | None = None) -> Loaded:
-            ids = [pages[first:]] * len(self.memory)
-            keys = job.keys[first:]
-            return session.load(keys, self.memory, ids, timeout=timeout, after=after, then=then)
+            rest = [one[first:] for one in ids]
+            return session.load(
+                keys[first:], space.memory, rest, timeout=timeout, after=after, then=then
+            )
 
-        loaded = load(0, job.timeout, gates.then)
+        loaded = load(0, until - time.monotonic(), gates.then)
         have = loaded.blocks
-        if have < len(job.keys) and not job.layered and _is_back(session, until):
+        if have < len(keys) and not job.layered and _is_back(session, until):
             # Once more: the connection may have been lost, or a block was just being moved.
             rest = load(have, until - time.monotonic())
             loaded = Loaded(
@@ -293,19 +359,22 @@ class Transfers:
     def _save(self, job: Job, gates: Gates) -> None:
         stored, new, after = 0, list[int](), gates.after
         _, reading = self._reading[job.number]
+        space, groups = self.full, (job.pages, *job.beside)
+        if job.windows and self.windows is not None:
+            space, groups = self.windows, job.windows
         try:
             if time.monotonic() < self._rest_until:
                 session, reason = None, "resting"
             else:
-                session, reason = self._session(job.tenant)
+                session, reason = space.session(job.tenant)
             if session is None:
                 self._stats.dropped(len(job.keys), reason)
                 return
             started = time.monotonic()
             saved = session.save(
                 job.keys,
-                self.memory,
-                [page_pieces(job.pages, self._cut)] * len(self.memory),
+                space.memory,
+                space.ids(groups),
                 ttl=job.ttl,
                 parent=job.parent,
                 tokens=job.tokens,

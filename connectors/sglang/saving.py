@@ -14,7 +14,7 @@ from kvstore.connectors.common.pins import Pins
 from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.settings import Settings
 from kvstore.connectors.common.stats import Stats
-from kvstore.connectors.common.transfers import LAST_SAVES, Job, Transfers
+from kvstore.connectors.common.transfers import LAST_SAVES, Job, Space, Transfers
 from kvstore.connectors.sglang.layout import Pool
 from kvstore.connectors.sglang.prompts import Prompt
 from kvstore.copier.base import PagedMemory
@@ -70,11 +70,9 @@ class Saves:
         self._pool = pool
         self._stats = stats
         self._transfers = Transfers(
-            sessions,
+            Space(sessions, memory, [0] * len(memory)),
             session.load_timeout,
             device,
-            memory,
-            1,
             stats,
             loaded=lambda job, loaded: None,
             saved=self._saved,

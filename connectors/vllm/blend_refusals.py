@@ -45,6 +45,7 @@ def _refusal(config: Any, pages: Pages) -> Refusal | None:
             "experts are spread over ranks that compute other rows",
         ),
         "lora": (config.lora_config, "adapters are chosen for each step as a whole"),
+        "windows": (pages.others or pages.window, "layers look back only so far"),
         "recurrent": (model.is_hybrid or model.is_attention_free, "a state has no rows"),
         "mla": (group.kind != "full" or len(set(group.channels)) > 1, "a latent is not rotated"),
         "mrope": (model.uses_mrope, "positions have several parts"),

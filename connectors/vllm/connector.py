@@ -20,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorRole,
+    SupportsHMA,
 )
 from vllm.logger import init_logger
 
@@ -57,7 +58,7 @@ def _of(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
+class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """The KV cache of a vLLM engine, kept in a store.
 
     vLLM makes one instance in the scheduler's process and one in each worker's, and calls each
@@ -81,12 +82,20 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
         transfer = self._kv_transfer_config
         settings = settings_of(transfer.kv_connector_extra_config, engine="vllm", place=PLACE)
         shards = settings.config.session.head_shards
-        pages = replace(pages_of(vllm_config, kv_cache_config), shards=shards)
+        pages = pages_of(vllm_config, kv_cache_config)
+        others = tuple(replace(other, shards=shards) for other in pages.others)
+        pages = replace(pages, shards=shards, others=others)
+        for name in ("store_dtype", "codec", "layerwise"):
+            if getattr(settings, name) and (pages.others or pages.window):
+                raise ConfigError(
+                    f"{PLACE}: {PREFIX}vllm.{name} is for models whose layers are all of one kind; "
+                    "leave it out, or use --disable-hybrid-kv-cache-manager"
+                )
         if settings.store_dtype:
             pages = pages.stored_as(settings.store_dtype)
-        size = settings.block_tokens or block_tokens_for(pages.page_tokens)
+        size = settings.block_tokens or block_tokens_for(pages.step)
         try:
-            check_block_tokens(size, pages.page_tokens)
+            check_block_tokens(size, pages.step)
             if settings.codec:
                 quantised(pages.parts[0], settings.codec, size)
         except SpecError as e:
@@ -203,6 +212,12 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def request_finished(
         self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """The same for an engine with one group of layers."""
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Forget a request; its pages stay while they are being saved."""
         stays, told = self._side.finished(request, block_ids)

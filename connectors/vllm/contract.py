@@ -40,6 +40,9 @@ _METHODS: Final[dict[str, dict[str, str]]] = {
         "take_events": "self",
         "reset_cache": "self",
     },
+    "vllm.distributed.kv_transfer.kv_connector.v1.base:SupportsHMA": {
+        "request_finished_all_groups": "self request block_ids",
+    },
     f"{_V1}core.sched.scheduler:Scheduler": {
         "reset_prefix_cache": "self reset_running_requests",
     },

@@ -7,6 +7,7 @@ refused at start and never copied.
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,12 @@ import torch
 import vllm
 from msgspec import structs
 from vllm.distributed.utils import get_pp_indices
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, MLAAttentionSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVQuantMode,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 from kvstore.blocks.spec import (
     DTYPE_BYTES,
@@ -63,6 +69,27 @@ class Pages:
     codec: str = ""
     """How they are quantised in the store, in blocks of so many tokens."""
     block_tokens: int = 0
+    number: int = 0
+    """Which of vLLM's groups of layers this is."""
+    window: int = 0
+    """Tokens that its layers look back on; 0: all."""
+    others: tuple[Pages, ...] = ()
+    """The engine's other groups, each with pages of its own."""
+
+    @property
+    def full(self) -> list[Pages]:
+        """The groups that look back on all tokens."""
+        return [one for one in (self, *self.others) if not one.window]
+
+    @property
+    def windowed(self) -> list[Pages]:
+        """The groups that do not."""
+        return [one for one in (self, *self.others) if one.window]
+
+    @property
+    def step(self) -> int:
+        """Tokens of which all groups' pages are multiples."""
+        return math.lcm(self.page_tokens, *(one.page_tokens for one in self.others))
 
     def stored_as(self, dtype: str) -> Pages:
         """These pages, with numbers that are rounded to `dtype` in the store.
@@ -111,16 +138,27 @@ def pages_of(vllm_config: Any, kv_cache_config: Any) -> Pages:
     """
     _check_engine(vllm_config)
     groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        kinds = ", ".join(sorted({type(group.kv_cache_spec).__name__ for group in groups}))
+    if not groups:
+        raise SpecError("the model has no KV cache; leave out --kv-transfer-config")
+    for group in groups:
+        _check_spec(group.kv_cache_spec)
+    if vllm_config.parallel_config.pipeline_parallel_size > 1 and len(groups) > 1:
         raise SpecError(
-            f"the model has {len(groups)} KV cache groups ({kinds or 'none'}); this connector "
-            "serves models with one group of full attention. Hybrid models with sliding windows "
-            "run with --disable-hybrid-kv-cache-manager; for others leave out --kv-transfer-config"
+            f"the model has {len(groups)} KV cache groups, which pipeline stages would divide; use "
+            "--disable-hybrid-kv-cache-manager, or --pipeline-parallel-size 1"
         )
-    (group,) = groups
+    made = [_group(vllm_config, kv_cache_config, number) for number in range(len(groups))]
+    first, *others = sorted(made, key=lambda one: (one.window > 0, one.number))
+    return replace(first, others=tuple(others))
+
+
+def _group(vllm_config: Any, kv_cache_config: Any, number: int) -> Pages:
+    group, alone = (
+        kv_cache_config.kv_cache_groups[number],
+        len(kv_cache_config.kv_cache_groups) == 1,
+    )
     spec = group.kv_cache_spec
-    _check_spec(spec)
+    window = int(spec.sliding_window) if type(spec) is SlidingWindowSpec else 0
     mla = isinstance(spec, MLAAttentionSpec)
     ranks = vllm_config.parallel_config.tensor_parallel_size
     total = 1 if mla else vllm_config.model_config.get_total_num_kv_heads()
@@ -132,14 +170,26 @@ def pages_of(vllm_config: Any, kv_cache_config: Any) -> Pages:
         )
     channels, dtype = _content(spec)
     # A private packing has nothing to describe: one run of bytes per page and layer.
-    kind: Kind = "mla" if mla else "full"
+    kind: Kind = "sliding" if window else "mla" if mla else "full"
+    # Releases of vLLM may divide layers in other ways.
+    name = "full" if alone and not window else f"{kind} {','.join(map(_index, group.layer_names))}"
     layout = _layout(vllm_config, kv_cache_config, spec)
     parts = []
     for start, end in _stages(vllm_config, len(group.layer_names)):
-        shape = Group(end - start, spec.num_heads, channels, dtype, kind=kind, first_layer=start)
+        shape = Group(
+            end - start, spec.num_heads, channels, dtype, name=name, kind=kind, first_layer=start
+        )
         parts += [Part(shape, layout, Shard(index, shards)) for index in range(shards)]
     held = tuple(parts)
-    return Pages(held, spec.block_size, ranks // shards, held, group.layer_names)
+    return Pages(
+        held, spec.block_size, ranks // shards, held, group.layer_names,
+        number=number, window=window,
+    )  # fmt: skip
+
+
+def _index(layer: str) -> str:
+    """Where a layer stands in the model."""
+    return ".".join(part for part in layer.split(".") if part.isdigit()) or layer
 
 
 def _stages(vllm_config: Any, layers: int) -> list[tuple[int, int]]:
@@ -181,10 +231,15 @@ def _check_engine(vllm_config: Any) -> None:
 def _check_spec(spec: Any) -> None:
     name = type(spec).__name__
     # Subclasses keep more or less than this, each in its own way: equal types only.
-    if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
-        raise SpecError(f"KV cache of kind {name} is not supported; only full attention and MLA")
+    if type(spec) not in (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec):
+        raise SpecError(
+            f"KV cache of kind {name} is not supported; only full attention, sliding windows and "
+            "MLA; if windows are it, use --disable-hybrid-kv-cache-manager, else leave out "
+            "--kv-transfer-config"
+        )
     wrong = {
-        "non_causal": spec.non_causal,
+        "non_causal": getattr(spec, "non_causal", False),
+        "extra_retained_tokens": getattr(spec, "extra_retained_tokens", 0),
         "tokens_per_state": spec.tokens_per_state != 1,
         "kv_quant_mode": spec.kv_quant_mode not in _PLAIN,
         "num_head_slots": spec.num_heads != spec.num_kv_heads,
@@ -233,7 +288,8 @@ def _transposes(spec: Any) -> bool:
     and others have packings of their own, and a release may have new ones.
     """
     tokens, heads, width = spec.block_size, spec.num_kv_heads, spec.head_size
-    if type(spec) is not FullAttentionSpec or spec.dtype not in _ASKED or width != spec.head_size_v:
+    plain = type(spec) in (FullAttentionSpec, SlidingWindowSpec)
+    if not plain or spec.dtype not in _ASKED or width != spec.head_size_v:
         return False
     chance = torch.Generator().manual_seed(0)
     shape = (tokens, heads, width)

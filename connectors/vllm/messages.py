@@ -87,7 +87,8 @@ class Step(KVConnectorMetadata):  # type: ignore[misc]
     request waits for the store in the queue. `namespace` is the default one.
     `failures` counts the layered loads of which the scheduler knows that they failed.
     `blends` are requests whose KV is put together before this step computes, `pieces` are to be
-    saved after it.
+    saved after it. `taken` are saves, by number, whose pages vLLM has taken from requests that run:
+    no layer looks back on them any more.
     """
 
     namespace: Namespace
@@ -101,6 +102,7 @@ class Step(KVConnectorMetadata):  # type: ignore[misc]
     failures: int = 0
     blends: list[Blend] = field(default_factory=list)
     pieces: list[Registered] = field(default_factory=list)
+    taken: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -78,6 +78,8 @@ class Saving:
     blocks: int
     ranks: int
     new: frozenset[int] = frozenset()
+    told: bool = True
+    """Whether events tell of it."""
 
 
 def stored_events(saving: Saving, block_tokens: int, page_tokens: int) -> list[BlockStored]:

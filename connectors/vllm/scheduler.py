@@ -10,9 +10,10 @@ the request under the policy "fail".
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from vllm.logger import init_logger
@@ -25,7 +26,7 @@ from kvstore.connectors.common.requests import Found, Lookups
 from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.settings import Settings, is_tenant, wishes_of
 from kvstore.connectors.common.stats import Stats
-from kvstore.connectors.common.transfers import Job, page_rows
+from kvstore.connectors.common.transfers import NO_PAGES, Job, page_rows
 from kvstore.connectors.vllm.blend_scheduler import BlendScheduler
 from kvstore.connectors.vllm.disaggregated import HandOffs
 from kvstore.connectors.vllm.inputs import Inputs, Unkeyed
@@ -33,6 +34,7 @@ from kvstore.connectors.vllm.layout import Pages
 from kvstore.connectors.vllm.messages import Blend, Ready, Registered, Report, Step
 from kvstore.connectors.vllm.requests import Promise, Saving, Tracked, stored_events
 from kvstore.connectors.vllm.weights import WeightsWatch
+from kvstore.connectors.vllm.windows import Rows, Windows
 from kvstore.errors import SpecError
 from kvstore.telemetry import QuietLog
 
@@ -67,13 +69,20 @@ class SchedulerSide:
     ) -> None:
         self._settings = settings
         self._namespace = namespace
-        self._page_tokens = pages.page_tokens
+        self._page_tokens = math.gcd(*(g.page_tokens for g in (pages, *pages.others)))
         self._block_tokens = namespace.block_tokens
         self._ranks = ranks
         self._may_load, self._may_save = loads, saves
         self._inputs, self._watch = inputs, watch
         self._events: list[Any] | None = [] if events else None
-        self._sessions = Sessions(settings.config, namespace, pages.all_stored())
+        self._full = pages.full
+        """Groups of layers that look back on all tokens."""
+        kept = self._full or pages.windowed
+        parts = [part for group in kept for part in group.all_stored()]
+        self._sessions = Sessions(settings.config, namespace, parts)
+        self._windows: Windows | None = None
+        if pages.windowed:
+            self._windows = Windows(settings, namespace, pages.windowed)
         self._session = self._sessions.open(settings.tenant)
         self.stats = Stats(namespace.block_tokens)
         self._lookups = Lookups(self._sessions, self.stats)
@@ -201,8 +210,13 @@ class SchedulerSide:
         if self._handoffs.waits(tracked, tracked.handoff, first, usable):
             self._waiting = True
             return None, False
-        found = self._lookups.find(tracked, computed, usable)
-        if found is None:
+        found: Found | None
+        if self._windows is not None and not self._full:
+            found = self._windows.find(tracked, computed, usable)
+        else:
+            found = self._lookups.find(tracked, computed, usable)
+        fits = found is None or self._windows is None or self._windows.fit(tracked, found)
+        if found is None or not fits:
             self._waiting = True
             return None, False
         more = (first + len(found.tiers)) * size - computed
@@ -211,7 +225,8 @@ class SchedulerSide:
     def _layered(self, tracked: Tracked, found: Found) -> bool:
         """Whether the step that computes the rest takes the layers as they arrive."""
         blending = tracked.blending
-        return self._settings.layerwise and not found.below and blending is None
+        alone = self._windows is None and len(self._full) == 1
+        return self._settings.layerwise and not found.below and blending is None and alone
 
     def _track(self, request: Any) -> Tracked | None:
         if not (self._may_load or self._may_save):
@@ -257,10 +272,14 @@ class SchedulerSide:
         found, size = tracked.found, self._block_tokens
         start, end = found.start, found.start + external
         first, last = found.first, -(-end // size)
-        page_ids = blocks.get_block_ids()[0][: end // self._page_tokens]
-        rows = page_rows(page_ids, self._page_tokens, size, first, last)
-        # Pages that vLLM has itself are shared with other requests: they are left alone.
-        rows.reshape(-1)[: start // self._page_tokens - first * rows.shape[1]] = -1
+        ids = blocks.get_block_ids()
+        full = self._rows_of(ids, first, last, end)
+        for rows, group in zip(full, self._full, strict=True):
+            # Pages that vLLM has itself are shared with other requests: they are left alone.
+            rows.reshape(-1)[: start // group.page_tokens - first * rows.shape[1]] = -1
+        windows: Rows = ()
+        if self._windows is not None:
+            windows = self._windows.to_load(ids, start, first, last)
         layered = self._layered(tracked, found)
         patience = (_STEP_PATIENCE if layered else _PATIENCE) + 4 * found.seconds
         job = Job(
@@ -268,14 +287,24 @@ class SchedulerSide:
             request.request_id,
             tracked.namespace.tenant,
             tracked.keys[first:last],
-            rows,
+            full[0] if full else NO_PAGES,
             tracked.wishes.priority,
             min(self._settings.config.session.load_timeout, patience),
             prefetched=found.prefetched,
             layered=layered,
+            beside=full[1:],
+            windows=windows,
         )
         self._loads.append(job)
         tracked.promise = Promise(job, first, start, end)
+
+    def _rows_of(self, ids: Sequence[list[int]], first: int, last: int, end: int) -> Rows:
+        """Pages of blocks `first` to `last`, up to token `end`, of groups that keep all."""
+        size = self._block_tokens
+        return tuple(
+            page_rows(ids[g.number][: end // g.page_tokens], g.page_tokens, size, first, last)
+            for g in self._full
+        )
 
     def sources(self, request: Any, external: int) -> dict[CacheHitSource, int]:
         """The tiers that so many tokens come from."""
@@ -330,6 +359,7 @@ class SchedulerSide:
             failures=self._failures,
             blends=blends,
             pieces=pieces,
+            taken=self._windows.taken(self._kv_cache_manager) if self._windows else [],
         )
         self._loads, self._saves, self._waiting = [], [], False
         self._held.clear()
@@ -337,7 +367,7 @@ class SchedulerSide:
         return step
 
     def _save(
-        self, tracked: Tracked, computed: int, state: Any, page_ids: list[int] | None
+        self, tracked: Tracked, computed: int, state: Any, ids: Sequence[list[int]] | None
     ) -> None:
         """Have workers save the blocks that are whole after `computed` tokens.
 
@@ -349,12 +379,18 @@ class SchedulerSide:
             return
         if tracked.tainted or not self._is_sure(tracked):
             return
-        if page_ids is None:
-            page_ids = state.get_block_ids(tracked.request.request_id)[0]
+        if ids is None:
+            ids = state.get_block_ids(tracked.request.request_id)
         for first, last in tracked.to_save(known):
-            self._save_run(tracked, first, last, page_ids)
+            # Windows go first: their pages may leave the request.
+            for start, rows in self._windows.to_save(ids, first, last) if self._windows else ():
+                number = self._put(tracked, start, start + len(rows[0]), (), rows)
+                assert self._windows is not None
+                self._windows.saving(number, tracked.request.request_id, start, rows)
+            if full := self._rows_of(ids, first, last, last * self._block_tokens):
+                self._put(tracked, first, last, full)
 
-    def _save_run(self, tracked: Tracked, first: int, last: int, page_ids: list[int]) -> None:
+    def _put(self, tracked: Tracked, first: int, last: int, full: Rows, windows: Rows = ()) -> int:
         request, size, keys = tracked.request, self._block_tokens, tracked.extend_keys()
         published = self._settings.config.session.publish_tokens
         job = Job(
@@ -362,16 +398,20 @@ class SchedulerSide:
             request.request_id,
             tracked.namespace.tenant,
             keys[first:last],
-            page_rows(page_ids, self._page_tokens, size, first, last),
+            full[0] if full else NO_PAGES,
             tracked.wishes.priority,
             ttl=tracked.wishes.ttl,
             parent=keys[first - 1] if first else b"",
             tokens=request.all_token_ids[first * size : last * size] if published else None,
             position=first,
+            beside=full[1:],
+            windows=windows,
         )
         tracked.saving.add(job.number)
-        self._jobs[job.number] = Saving(tracked, first, last - first, self._ranks)
+        told = not (job.windows and self._full)
+        self._jobs[job.number] = Saving(tracked, first, last - first, self._ranks, told=told)
         self._saves.append(job)
+        return job.number
 
     def _is_sure(self, tracked: Tracked) -> bool:
         """Whether vLLM has loaded the adapter that the keys name; once there is a token, it has.
@@ -431,7 +471,9 @@ class SchedulerSide:
         del self._jobs[number]
         tracked = saving.tracked
         tracked.saving.discard(number)
-        if self._events is not None:
+        if self._windows is not None:
+            self._windows.saved(number)
+        if self._events is not None and saving.told:
             self._events += stored_events(saving, self._block_tokens, self._page_tokens)
         if not tracked.saving:
             self._pins.keep(tracked, tracked.asked)
@@ -458,7 +500,8 @@ class SchedulerSide:
         if tracked.blending is not None:
             tracked.blending.drop("prefix")
         kept = promise.start if layered else max(promise.start, arrived)
-        kept = 0 if promise.void else kept
+        if promise.void or self._windows is not None:
+            kept = 0  # Windows behind fewer tokens are not there.
         self._quiet.warning(
             "short",
             "%d of %d tokens did not come from the store; they are computed instead",
@@ -476,7 +519,9 @@ class SchedulerSide:
 
     # -- the end ----------------------------------------------------------------------------------
 
-    def finished(self, request: Any, page_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+    def finished(
+        self, request: Any, ids: Sequence[list[int]]
+    ) -> tuple[bool, dict[str, Any] | None]:
         """Forget a request, and what its response says of pieces.
 
         True: its pages must stay until workers have named it.
@@ -485,19 +530,19 @@ class SchedulerSide:
         if tracked is None:
             return False, None
         told = self._handoffs.told(request, tracked)
-        stays = self._stays(tracked, page_ids)
+        stays = self._stays(tracked, ids)
         if not tracked.saving:
             self._handoffs.end(tracked.handoff)
         blended = self._blends.finished(tracked.blending)
         return stays, (told or {}) | (blended or {}) or None
 
-    def _stays(self, tracked: Tracked, page_ids: list[int]) -> bool:
+    def _stays(self, tracked: Tracked, ids: Sequence[list[int]]) -> bool:
         request = tracked.request
         if tracked.promise is not None and not tracked.promise.job.layered:
             self._ended[request.request_id] = request
             return False  # vLLM itself keeps the pages of a load until that has ended.
         if request.status != RequestStatus.FINISHED_ERROR:
-            self._save(tracked, request.num_computed_tokens, None, page_ids)
+            self._save(tracked, request.num_computed_tokens, None, ids)
         if not tracked.saving:
             return False
         self._held.add(request.request_id)
@@ -517,7 +562,8 @@ class SchedulerSide:
 
     def clear(self) -> bool:
         """Remove this model's blocks from the store; whether that worked."""
-        return self._sessions.clear()
+        cleared = self._windows is None or self._windows.clear()
+        return self._sessions.clear() and cleared
 
     def ready(self, metadata: dict[int, Ready]) -> None:
         """Take the workers' word on selective recompute."""
@@ -527,5 +573,7 @@ class SchedulerSide:
         """End the sessions."""
         self._handoffs.close()
         self._pins.close()
+        if self._windows is not None:
+            self._windows.close()
         self._sessions.close()
         self._blends.close()

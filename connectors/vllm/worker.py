@@ -17,7 +17,7 @@ import math
 import sys
 import threading
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,7 +33,7 @@ from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.settings import Settings
 from kvstore.connectors.common.shards import views
 from kvstore.connectors.common.stats import Stats
-from kvstore.connectors.common.transfers import Job, Transfers
+from kvstore.connectors.common.transfers import Job, Space, Transfers
 from kvstore.connectors.vllm.blend_refusals import refusal
 from kvstore.connectors.vllm.blend_worker import BlendWorker
 from kvstore.connectors.vllm.layout import Pages, memory_of
@@ -72,6 +72,7 @@ class WorkerSide:
         self._settings = settings
         self._namespace = namespace
         self._pages = pages
+        self._rank = rank
         self._part, self._stored, self._saves_here = pages.of(rank)
         self.stats = Stats(namespace.block_tokens)
         self._blends: BlendWorker | None = None
@@ -82,6 +83,8 @@ class WorkerSide:
         self._transfers: Transfers
         self._times: StepTimes
         self._layers: dict[str, int] = {}
+        self._depth = 0
+        """The most layers of a group."""
         self._layered: list[tuple[Job, LayerGate]] = []
         """Loads that this step waits for, layer by layer."""
         self._passed = 0
@@ -117,38 +120,61 @@ class WorkerSide:
             KVStoreError: the store refused the session.
         """
         config, names = self._settings.config, self._pages.layer_names
+        groups = (self._pages, *self._pages.others)
+        self._depth = max(len(group.layer_names) for group in groups)
         self._device = device = Device.of(caches.values(), config.session)
         self._closing.callback(device.close)
         self._times = StepTimes(device)
-        memory, cut = self._memory_of(caches)
         self._layers = {name: number for number, name in enumerate(names)}
         if self._stored[0].group.dtype != self._part.group.dtype and not device.casts:
             raise SpecError(
                 "kvstore.vllm.store_dtype needs an NVIDIA GPU and triton, which turn the numbers; "
                 "leave it out"
             )
-        copier = device.copier_for(self._stored[0])
-        sessions = Sessions(config, self._namespace, self._stored, copier)
+        full, windows = self._spaces(caches)
         self._transfers = Transfers(
-            sessions,
+            full,
             config.session.load_timeout,
             device,
-            memory,
-            cut,
             self.stats,
+            windows=windows,
             loaded=self._loaded,
             saved=self._saved,
         )
         self._closing.callback(self._transfers.close)
-        sessions.open(self._settings.tenant)
+        self._open_sessions()
         if self._blends is not None:
             self._blends.register(caches)
             self._closing.callback(self._blends.close)
 
-    def _memory_of(self, caches: Mapping[str, torch.Tensor]) -> tuple[list[PagedMemory], int]:
-        pages, self._caches = self._pages, caches
-        memory, cut = memory_of(self._part, pages.page_tokens, pages.layer_names, caches)
-        return views(memory, pages.shards), cut
+    def _spaces(self, caches: Mapping[str, torch.Tensor]) -> tuple[Space, Space | None]:
+        """The engine's memory, of groups of layers that look back on all tokens, and of others."""
+        self._caches = caches
+        full, windows = self._pages.full, self._pages.windowed
+        return self._space(full, caches), self._space(windows, caches) if windows else None
+
+    def _space(self, groups: Sequence[Pages], caches: Mapping[str, torch.Tensor]) -> Space:
+        space = Space(None, memory := list[PagedMemory](), rows := list[int]())
+        for row, group in enumerate(groups):
+            part = group.of(self._rank)[0]
+            whole, space.cut = memory_of(part, group.page_tokens, group.layer_names, caches)
+            shards = views(whole, group.shards)
+            memory += shards
+            rows += [row] * len(shards)
+        return space
+
+    def _open_sessions(self) -> None:
+        """Begin to go by `_namespace`."""
+        for space, groups in (
+            (self._transfers.full, self._pages.full),
+            (self._transfers.windows, self._pages.windowed),
+        ):
+            parts = [part for group in groups for part in group.of(self._rank)[1]]
+            if space is None or not parts:
+                continue
+            copier = self._device.copier_for(parts[0])
+            space.sessions = Sessions(self._settings.config, self._namespace, parts, copier)
+            space.sessions.open(self._settings.tenant)
 
     def unregister(self) -> None:
         """The engine takes its cache away, as when it sleeps: from here on, nobody touches it.
@@ -161,7 +187,10 @@ class WorkerSide:
 
     def restore(self, caches: Mapping[str, torch.Tensor] | None = None) -> None:
         """It is back, maybe at another place."""
-        self._transfers.memory, _ = self._memory_of(caches or self._caches)
+        full, windows = self._spaces(caches or self._caches)
+        self._transfers.full.memory = full.memory
+        if self._transfers.windows is not None and windows is not None:
+            self._transfers.windows.memory = windows.memory
         self._asleep = False
 
     def ready(self) -> Ready | None:
@@ -175,6 +204,7 @@ class WorkerSide:
         if step.preempted:
             self._transfers.drop_saves(step.preempted)
             self._transfers.drop_loads(step.preempted)
+        self._transfers.take_back(step.taken)
 
     def begin(self, step: Step) -> None:
         """Before the model computes: start loads, take note of what is to be saved."""
@@ -187,7 +217,7 @@ class WorkerSide:
             self._held |= step.held
             for job in step.saves:
                 self._pending[job.request] += 1
-        layers, self._passed = len(self._layers), 0
+        layers, self._passed = self._depth, 0
         if step.loads and self._device.number is not None:
             after = LayerGate.opened(layers, self._device.mark())
         else:
@@ -205,7 +235,8 @@ class WorkerSide:
             self._blend(blend)
         self._unsaved, self._computed = step.saves, None
         blocks = sum(len(job.keys) for job in step.saves)
-        if step.failures == self._failures and blocks >= _WORTH_PIECES:
+        alone = not self._pages.others
+        if step.failures == self._failures and blocks >= _WORTH_PIECES and alone:
             self._start_saves()
 
     def _blend(self, job: Blend) -> None:
@@ -227,14 +258,12 @@ class WorkerSide:
         The rest may read differently here, since some models write to their configuration.
         """
         own, self._namespace = self._namespace.model, namespace
-        before, self._transfers.sessions = self._transfers.sessions, None
-        if before is not None:
-            before.close()
+        for space in (self._transfers.full, self._transfers.windows):
+            if space is not None and space.sessions is not None:
+                space.sessions.close()
+                space.sessions = None
         if own.revision == namespace.model.revision:
-            copier = self._device.copier_for(self._stored[0])
-            self._transfers.sessions = Sessions(
-                self._settings.config, namespace, self._stored, copier
-            )
+            self._open_sessions()
             _log.info("the configuration reads differently in this worker; the scheduler's counts")
         else:
             words = "this worker has weights %r, the scheduler %r: nothing is loaded or saved here"
@@ -288,7 +317,7 @@ class WorkerSide:
         if sound:
             self._start_saves()
             if self._computed is not None:
-                self._computed.open(len(self._layers), self._device.mark())
+                self._computed.open(self._depth, self._device.mark())
             if self._blends is not None and self._saves_here:
                 for piece in step.pieces:
                     self._blends.save(piece, self.stats)
@@ -306,7 +335,7 @@ class WorkerSide:
         """Start those of this step that have not been; they follow `_computed`."""
         jobs, self._unsaved = self._unsaved, []
         if jobs and self._saves_here:
-            self._computed = LayerGate(len(self._layers))
+            self._computed = LayerGate(self._depth)
         for job in jobs:
             if self._computed is not None and self._asleep:
                 self.stats.dropped(len(job.keys), "asleep")

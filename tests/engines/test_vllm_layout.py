@@ -11,6 +11,7 @@ import pytest
 import torch
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
@@ -329,14 +330,31 @@ def test_draft_models_are_refused() -> None:
         pages_of(drafting, config(full()))
 
 
-def test_other_kinds_of_cache_are_refused() -> None:
+def test_groups_of_layers_have_parts_of_their_own() -> None:
+    """Named by their layers, which releases of vLLM may group in other ways."""
+    names = [["model.layers.0.attn", "model.layers.1.attn"], ["model.layers.2.attn"]]
     window = SlidingWindowSpec(
-        block_size=PAGE, num_kv_heads=2, head_size=8, dtype=torch.float32, sliding_window=16
+        block_size=2 * PAGE, num_kv_heads=2, head_size=8, dtype=torch.float32, sliding_window=16
     )
-    with pytest.raises(SpecError, match="SlidingWindowSpec is not supported"):
-        pages_of(engine(), config(window))
-    with pytest.raises(SpecError, match="2 KV cache groups"):
-        pages_of(engine(), config(full(), groups=2))
+    groups = [KVCacheGroupSpec(names[0], window), KVCacheGroupSpec(names[1], full())]
+    pages = pages_of(engine(), replace(config(full()), kv_cache_groups=groups))
+    (whole,), (part,) = pages.full, pages.windowed
+    assert (whole.number, whole.parts[0].group.name) == (1, "full 2")
+    assert (part.number, part.window, part.parts[0].group.name) == (0, 16, "sliding 0,1")
+    assert pages.step == 2 * PAGE
+    assert pages_of(engine(), config(full())).parts[0].group.name == "full"
+
+
+def test_other_kinds_of_cache_are_refused() -> None:
+    local = ChunkedLocalAttentionSpec(
+        block_size=PAGE, num_kv_heads=2, head_size=8, dtype=torch.float32, attention_chunk_size=16
+    )
+    with pytest.raises(SpecError, match="ChunkedLocalAttentionSpec is not supported"):
+        pages_of(engine(), config(local))
+    with pytest.raises(SpecError, match="2 KV cache groups, which pipeline stages"):
+        pages_of(engine(pipeline_parallel_size=2), config(full(), groups=2))
+    with pytest.raises(SpecError, match="has no KV cache"):
+        pages_of(engine(), config(full(), groups=0))
     with pytest.raises(SpecError, match="kv_quant_mode"):
         pages_of(engine(), config(full(kv_quant_mode=KVQuantMode.INT8_PER_TOKEN_HEAD)))
     with pytest.raises(SpecError, match="kv_cache_layout 'LBCNH'"):

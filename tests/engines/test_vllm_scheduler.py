@@ -5,17 +5,20 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec import structs
 from vllm.lora.request import LoRARequest
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import RequestStatus
 
 from kvstore.benchmarks.served import free_port
 from kvstore.blocks.keys import block_keys, prompt_extras
+from kvstore.blocks.spec import Part
 from kvstore.client.session import Loaded
 from kvstore.connectors.common import sessions as vllm_sessions
 from kvstore.connectors.common.requests import Found
@@ -40,6 +43,8 @@ from tests.session_tools import (
 
 pytestmark = pytest.mark.vllm
 
+PAGES = Pages((PART,), BLOCK_TOKENS, 1, (PART,))
+
 
 @pytest.fixture(scope="module")
 def served(stores: Stores) -> Served:
@@ -59,7 +64,7 @@ def side(served: Served, more: dict[str, Any]) -> Iterator[SchedulerSide]:
     made.close()
 
 
-def scheduler(served: Served, **more: Any) -> SchedulerSide:
+def scheduler(served: Served, pages: Pages = PAGES, **more: Any) -> SchedulerSide:
     settings = settings_of(
         {
             "kvstore.address": f"unix://{served.socket}",
@@ -71,7 +76,6 @@ def scheduler(served: Served, **more: Any) -> SchedulerSide:
         place="test",
     )
     core = SimpleNamespace(model_executor=SimpleNamespace(collective_rpc=None))
-    pages = Pages((PART,), BLOCK_TOKENS, 1, (PART,))
     return SchedulerSide(
         settings,
         namespace(),
@@ -468,4 +472,27 @@ def test_a_prefill_on_another_node_is_fetched_as_soon_as_it_is_there(stores: Sto
         assert answered(side, asked) == 4 * BLOCK_TOKENS
         never = request("never", [*prompt(73, 4), 7], **promised)
         assert answered(side, never) == 0
+    side.close()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_prompt_is_continued_where_its_windows_are_stored(served: Served, alone: bool) -> None:
+    """Where layers look back on two blocks and a token, the last two must be there."""
+    sliding = Part(structs.replace(PART.group, name="sliding 1", kind="sliding"), PART.layout)
+    window = Pages((sliding,), BLOCK_TOKENS, 1, (sliding,), number=1, window=2 * BLOCK_TOKENS + 1)
+    side = scheduler(served, window if alone else replace(PAGES, others=(window,)))
+    with served.session() as session, served.session(sliding) as windows:
+        keys = session.keys(prompt(80 + alone, 6))
+        if not alone:
+            save(session, keys)
+        for more, blocks in (((), 0), ((4,), 0), ((0, 2), 0), ((1,), 3), ((5,), 6)):
+            if more:
+                save(windows, [keys[number] for number in more])
+            asked = request(f"after {more}", [*prompt(80 + alone, 6), 7])
+            assert answered(side, asked) == (1 if 0 in more else blocks) * BLOCK_TOKENS
+        pages = [[*range(1, 7)], [0, 0, 0, 0, 9, 8]]
+        side.allocated(asked, SimpleNamespace(get_block_ids=lambda: pages), 6 * BLOCK_TOKENS)
+        (job,) = side._loads
+        assert job.pages.ravel().tolist() == ([] if alone else [*range(1, 7)])
+        assert [rows.ravel().tolist() for rows in job.windows] == [[9, 8]]
     side.close()

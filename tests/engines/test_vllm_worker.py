@@ -228,7 +228,7 @@ def test_a_layered_load_that_comes_short_spoils_nothing(model: Model) -> None:
     model.step(step(saves=[job(6, SAVED[:4], more)]), writes=SAVED[:4].ravel())
     report = reports(model, lambda report: 6 in report.saved)
     assert report.saved[6][:2] == (1, 0)
-    assert model._worker._transfers.sessions.open("").lookup(more).blocks == 0
+    assert model._worker._transfers.full.sessions.open("").lookup(more).blocks == 0
     model.step(step(saves=[job(7, SAVED[:4], more)], failures=1), writes=SAVED[:4].ravel())
     report = reports(model, lambda report: 7 in report.saved)
     assert report.saved[7][:2] == (1, 4)
@@ -253,7 +253,7 @@ def test_a_step_that_fails_is_not_saved_nor_the_next_one(model: Model, blocks: i
     }
     assert sum(report.failures for report in said) == 1
     assert any(report.broken for report in said)
-    assert model._worker._transfers.sessions.open("").lookup(keys).blocks == 0
+    assert model._worker._transfers.full.sessions.open("").lookup(keys).blocks == 0
     model.finish()
 
 
@@ -310,7 +310,7 @@ def test_a_store_that_stands_still_keeps_no_preempted_pages(model: Model, served
         served.signal(signal.SIGCONT)
     report = reports(model, lambda report: 12 in report.saved)
     assert report.saved[12] == (1, 0, frozenset())
-    assert model._worker._transfers.sessions.open("").lookup(keys).blocks == 0
+    assert model._worker._transfers.full.sessions.open("").lookup(keys).blocks == 0
     assert not model._worker._pending
     model.finish()
 

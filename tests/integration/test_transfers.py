@@ -15,7 +15,7 @@ from kvstore.client.session import Loaded, Session
 from kvstore.connectors.common import transfers as common_transfers
 from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.stats import Stats, nothing
-from kvstore.connectors.common.transfers import Job, Lane, Transfers
+from kvstore.connectors.common.transfers import Job, Lane, Space, Transfers
 from tests.session_tools import (
     BLOCK_TOKENS,
     PART,
@@ -83,11 +83,9 @@ def test_all_that_two_attempts_bring_is_counted(
         pages, stats = Pages(PART), Stats(BLOCK_TOKENS)
         ended: list[Loaded] = []
         transfers = Transfers(
-            Sessions(served.config(), namespace(), [PART]),
+            Space(Sessions(served.config(), namespace(), [PART]), [pages.memory], [0]),
             10.0,
             SimpleNamespace(),  # type: ignore[arg-type] # nothing is waited for on the CPU
-            [pages.memory],
-            1,
             stats,
             loaded=lambda job, loaded: ended.append(loaded),
             saved=lambda job, blocks, new: None,
@@ -121,11 +119,9 @@ def test_a_long_load_holds_up_no_short_one(stores: Stores, monkeypatch: pytest.M
         monkeypatch.setattr(common_transfers, "_LONG", 5 * PART.nbytes(BLOCK_TOKENS))
         pages, ended = Pages(PART), list[int]()
         transfers = Transfers(
-            Sessions(served.config(), namespace(), [PART]),
+            Space(Sessions(served.config(), namespace(), [PART]), [pages.memory], [0]),
             10.0,
             SimpleNamespace(),  # type: ignore[arg-type]
-            [pages.memory],
-            1,
             Stats(BLOCK_TOKENS),
             loaded=lambda job, loaded: ended.append(job.number),
             saved=lambda job, blocks, new: None,
