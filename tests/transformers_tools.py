@@ -40,7 +40,10 @@ def prompt(tokens: int = 4 * BLOCK) -> Any:
 
 def open_cache(model: Any, store: Any, tenant: str, **options: Any) -> KVStoreCache:
     """A cache that loads whatever it finds, and reuses pieces of models that nobody calibrated."""
-    config, more = store.config(planner={"mode": "load"}), {"uncalibrated": True} | options
+    config, more = (
+        store.config(planner={"mode": "load"}),
+        {"uncalibrated": True, "shadow": 0.0} | options,
+    )
     return KVStoreCache.open(model, config, tenant=tenant, block_tokens=BLOCK, **more)
 
 

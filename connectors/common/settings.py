@@ -46,7 +46,8 @@ class _Own(_Strict):
     compute a layer as soon as its KV has arrived, where blocks lie in memory. `store_dtype` is the
     type that numbers are rounded to in the store (empty: none, they stay), `codec` the name of one
     that quantises them there. `approximate` lets requests reuse text that is no prefix, if they ask
-    for that and the model's calibration has passed, or without one where it is "uncalibrated".
+    for that and the model's calibration has passed, or without one where it is "uncalibrated"; the
+    share `shadow` of them is computed in full as well, and compared.
     `node` is the name, in its pool, of the node that has the store, for engines elsewhere that go
     on with what is computed here.
     """
@@ -60,6 +61,7 @@ class _Own(_Strict):
     codec: str = ""
     approximate: bool | Literal["uncalibrated"] = False
     node: Annotated[str, Field(max_length=256)] = ""
+    shadow: float = Field(0.01, ge=0, le=1)
 
 
 class Settings(_Own):

@@ -38,6 +38,7 @@ HISTOGRAMS: Final = {
     "kvstore_lookup_seconds": "Time of a lookup in the scheduler, keys included.",
     "kvstore_load_seconds": "Time of a load of one request.",
     "kvstore_save_seconds": "Time of a save of one request's blocks.",
+    "kvstore_approximate_kl": "KL divergence of one token of blended requests from computing all.",
 }
 BUCKETS: Final = tuple(base * 10.0**power for power in range(-4, 2) for base in (1, 2.5, 5))
 
@@ -46,7 +47,7 @@ _MOST_TIMES: Final = 4096
 
 Data = dict[str, dict[str, Any]]
 """Counts and times of one interval, which cross processes: `counts` is name or `name.label` →
-number, `times` name → list of seconds."""
+number, `times` name → list of seconds, or of what else a histogram is of."""
 
 
 class Stats:
@@ -59,7 +60,7 @@ class Stats:
 
     def lookup(self, seconds: float) -> None:
         """A lookup took so long."""
-        self._note({}, lookup=seconds)
+        self._note({}, lookup_seconds=seconds)
 
     def loaded(self, loaded: Loaded, wanted: int, prefetched: Mapping[str, int]) -> None:
         """A load of `wanted` blocks has ended; `prefetched` ones came from other tiers."""
@@ -71,13 +72,13 @@ class Stats:
         counts = {f"kvstore_loaded_tokens.{tier}": n * size for tier, n in tiers.items()}
         counts["kvstore_loaded_bytes"] = loaded.nbytes
         counts[f"kvstore_missed_tokens.{loaded.reason or 'failed'}"] = missed * size
-        self._note(counts, load=loaded.seconds)
+        self._note(counts, load_seconds=loaded.seconds)
 
     def saved(self, saved: Saved) -> None:
         """A save has ended."""
         tokens = saved.stored * self._block_tokens
         counts = {"kvstore_saved_tokens": tokens, "kvstore_saved_bytes": saved.nbytes}
-        self._note(counts, save=saved.seconds)
+        self._note(counts, save_seconds=saved.seconds)
         self.dropped(saved.dropped, saved.reason or "failed")
 
     def skipped(self, reason: str) -> None:
@@ -98,14 +99,18 @@ class Stats:
         counts = {f"{tokens}.reused": reused, f"{tokens}.recomputed": recomputed}
         self._note({f"kvstore_approximate_requests.{outcome}": 1} | counts)
 
+    def shadowed(self, kl: float) -> None:
+        """A blended request was computed in full as well: how far off it is."""
+        self._note({}, approximate_kl=kl)
+
     def take(self) -> Data | None:
         """What was counted since the last call; None: nothing."""
         with self._lock:
             data, self._data = self._data, nothing()
         return data if any(data.values()) else None
 
-    def _note(self, counts: Mapping[str, int], **seconds: float) -> None:
-        times = {f"kvstore_{what}_seconds": [taken] for what, taken in seconds.items()}
+    def _note(self, counts: Mapping[str, int], **values: float) -> None:
+        times = {f"kvstore_{what}": [taken] for what, taken in values.items()}
         with self._lock:
             kept = self._data["times"]
             times = {k: s for k, s in times.items() if len(kept.get(k, ())) < _MOST_TIMES}

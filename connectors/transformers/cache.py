@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -138,11 +139,17 @@ class KVStoreCache:
     """
 
     def __init__(
-        self, session: Session, model: PreTrainedModel, *, uncalibrated: bool = False
+        self,
+        session: Session,
+        model: PreTrainedModel,
+        *,
+        uncalibrated: bool = False,
+        shadow: float = 0.01,
     ) -> None:
         """Use an open `session`, whose namespace must identify `model` (see `model_identity`).
 
-        Pieces are reused if the model's calibration has passed, or `uncalibrated`.
+        Pieces are reused if the model's calibration has passed, or `uncalibrated`. A share `shadow`
+        of the calls that reuse some computes the whole prompt as well, for `last.approximate.kl`.
 
         Raises:
             SpecError: the model's KV cannot be stored, or the session is for another shape of KV.
@@ -170,6 +177,7 @@ class KVStoreCache:
         self._once = QuietLog(_log, math.inf)
         self._pieces: tuple[Session, Pieces] | None = None
         self._uncalibrated = uncalibrated
+        self._shadow, self._chance = shadow, random.Random(0)
 
     @classmethod
     def open(
@@ -183,6 +191,7 @@ class KVStoreCache:
         identity: ModelIdentity | None = None,
         codec: str = "",
         uncalibrated: bool = False,
+        shadow: float = 0.01,
     ) -> KVStoreCache:
         """Open a session for `model`. Without an address in `config` a private store is started.
 
@@ -191,7 +200,7 @@ class KVStoreCache:
         With a `codec` (`i8`, `i6`, `i4g32`; see docs/codecs.md) numbers are quantised in the store,
         and answers may change; exact caches never find such blocks, nor the reverse. Pieces are
         reused if `kvstore calibrate` has found that this model's answers stay close, or
-        `uncalibrated`.
+        `uncalibrated`; `shadow` as above.
 
         Raises:
             SpecError: the model's KV cannot be stored, and why.
@@ -211,7 +220,7 @@ class KVStoreCache:
             space = Namespace(named, tenant, block_tokens)
             return Session.open(space, parts, settings, copier=copier)
 
-        cache = cls(anew(), model, uncalibrated=uncalibrated)
+        cache = cls(anew(), model, uncalibrated=uncalibrated, shadow=shadow)
         cache._anew = None if revision or identity else anew
         return cache
 
@@ -429,7 +438,8 @@ class KVStoreCache:
         try:
             if self._made[past][1] < len(tokens):
                 raise SpecError("not all tokens are attended to")
-            done = self._of_pieces().blend(past, tokens, reuse)
+            shadow = self._chance.random() < self._shadow
+            done = self._of_pieces().blend(past, tokens, reuse, shadow=shadow)
         except Exception as e:  # noqa: BLE001 - what is wrong with pieces, an exact answer is not
             why = str(e) if isinstance(e, KVStoreError) else f"{type(e).__name__}: {e}"
             report = replace(report, reason=f"no pieces reused: {why}")

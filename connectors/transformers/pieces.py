@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 
 from kvstore.blend.pieces import (
+    SHORTEST,
     PieceIndex,
     Placed,
     check_length,
@@ -22,6 +23,7 @@ from kvstore.blend.pieces import (
     piece_namespace,
     search,
 )
+from kvstore.blend.reuse import too_little
 from kvstore.blend.selection import SELECTIONS
 from kvstore.blocks.keys import token_array
 from kvstore.client.transfer import Saved
@@ -48,18 +50,24 @@ class Approximate:
         recomputed: tokens of pieces that were computed again.
         pieces: how many were used.
         missed: how many the store did not have.
+        reason: why all was computed, though there are pieces: `short`, `small_saving`.
+        kl: divergence of the first token from that of the whole prompt, where it was computed too.
     """
 
     reused: int = 0
     recomputed: int = 0
     pieces: int = 0
     missed: int = 0
+    reason: str = ""
+    kl: float | None = None
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{self.pieces} pieces reused, approximately: {self.recomputed} of "
             f"{self.reused + self.recomputed} tokens computed again, {self.missed} pieces missed"
         )
+        text += f" ({self.reason})" if self.reason else ""
+        return text if self.kl is None else f"{text}, KL {self.kl:.2g}"
 
 
 class Pieces:
@@ -124,10 +132,13 @@ class Pieces:
         self.index.add(ids)
         return saved
 
-    def blend(self, past: DynamicCache, tokens: NDArray[np.int64], reuse: Reuse) -> Approximate:
+    def blend(
+        self, past: DynamicCache, tokens: NDArray[np.int64], reuse: Reuse, *, shadow: bool = False
+    ) -> Approximate:
         """Fill `past`, which holds an exact prefix, as far as the last piece of a prompt.
 
-        Left alone where no piece is used. At least one token remains to be computed.
+        Left alone where no piece is used. At least one token remains to be computed. With `shadow`
+        the whole prompt is computed as well, and the first token compared.
         """
         prefix = past.get_seq_length()
         spans = reuse.pieces
@@ -136,17 +147,19 @@ class Pieces:
         else:
             found = named(tokens, spans)
         wanted = [p for place in found if (p := place.within(prefix, len(tokens) - 1))]
+        short = found and all(place.end - place.start < SHORTEST for place in found)
         if not wanted:
-            return Approximate()
+            return Approximate(reason="short" if short else "")
         rows = Rows(self._model, self._group, tokens)
         if prefix:
             for layer, held in enumerate(past.layers):
                 rows.put(layer, 0, held.keys, held.values)
         placed = [place for place in wanted if self._put(rows, place)]
         missed = len(wanted) - len(placed)
-        if not placed:
-            return Approximate(missed=missed)
         own = [(place.start, place.end) for place in placed]
+        reason = too_little(own, reuse, len(tokens) - prefix) if placed else ""
+        if reason or not placed:
+            return Approximate(missed=missed, reason=reason)
         end = own[-1][1]
         inside = np.concatenate([np.arange(*span) for span in own])
         others = np.setdiff1d(np.arange(prefix, end), inside)
@@ -161,7 +174,20 @@ class Pieces:
             layer.keys, layer.values = keys[:, :, :end], values[:, :, :end]
             layer.dtype, layer.device = keys.dtype, keys.device
             layer.is_initialized = True
-        return Approximate(len(inside) - len(chosen), len(chosen), len(placed), missed)
+        kl = self._divergence(past, tokens) if shadow else None
+        return Approximate(len(inside) - len(chosen), len(chosen), len(placed), missed, kl=kl)
+
+    def _divergence(self, past: DynamicCache, tokens: NDArray[np.int64]) -> float:
+        """How far off the first token behind `past` is; nothing is added to that."""
+        before, told = [(layer.keys, layer.values) for layer in past.layers], []
+        try:
+            for held in (DynamicCache(config=self._model.config), past):
+                logits = self._step(held, tokens[held.get_seq_length() :])
+                told.append(logits[0, -1].float().log_softmax(-1))
+        finally:
+            for layer, (keys, values) in zip(past.layers, before, strict=True):
+                layer.keys, layer.values = keys, values
+        return float((told[0].exp() * (told[0] - told[1])).sum())
 
     def _put(self, rows: Rows, place: Placed) -> bool:
         """Load a piece and move it to its place; whether all of it came."""
@@ -192,10 +218,12 @@ class Pieces:
             self._step(past, ids)
         return past
 
-    def _step(self, past: DynamicCache, ids: NDArray[np.uint32]) -> None:
+    def _step(self, past: DynamicCache, ids: NDArray[np.integer]) -> Any:
         inputs = torch.from_numpy(ids.astype(np.int64))[None].to(self._model.device)
         with torch.no_grad():
-            self._model(input_ids=inputs, past_key_values=past, use_cache=True, logits_to_keep=1)
+            return self._model(
+                input_ids=inputs, past_key_values=past, use_cache=True, logits_to_keep=1
+            ).logits
 
 
 def _encode(model: Any) -> Callable[[str], list[int]] | None:

@@ -139,9 +139,24 @@ class EngineRows:
         for first in range(0, len(rows), self._most):
             self._pass(page_ids, tokens, list(rows[first : first + self._most]), shift)
 
+    def follows(
+        self, page_ids: Sequence[int], tokens: Sequence[int], start: int
+    ) -> torch.Tensor | None:
+        """Logarithms of the probabilities of what follows `tokens`; None: another rank has them.
+
+        Computes the rows from `start` on.
+        """
+        states = None
+        for first in range(start, len(tokens), self._most):
+            rows = list(range(first, min(first + self._most, len(tokens))))
+            states = self._pass(page_ids, tokens, rows, 0)
+        assert states is not None
+        logits = self._runner.model.compute_logits(states[-1:])
+        return None if logits is None else logits[0].float().log_softmax(-1)
+
     def _pass(
         self, page_ids: Sequence[int], tokens: Sequence[int], rows: list[int], shift: int
-    ) -> None:
+    ) -> Any:
         cuts = [0, *(i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1), len(rows)]
         # Backends take short queries for answers that grow, and want those first.
         runs = sorted((rows[a:b] for a, b in pairwise(cuts)), key=len)
@@ -174,7 +189,7 @@ class EngineRows:
         with self._silent(), torch.inference_mode(), set_forward_context(
             about, self._config, num_tokens=len(rows), slot_mapping=mapping, skip_compiled=True
         ):  # fmt: skip
-            self._runner.model(input_ids=numbers.to(here), positions=order + shift)
+            return self._runner.model(input_ids=numbers.to(here), positions=order + shift)
 
     @contextmanager
     def _silent(self) -> Iterator[None]:

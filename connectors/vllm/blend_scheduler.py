@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
@@ -20,6 +21,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from kvstore.blend.calibration import uncalibrated
 from kvstore.blend.pieces import (
     BASE,
+    SHORTEST,
     PieceIndex,
     filler,
     named,
@@ -27,7 +29,7 @@ from kvstore.blend.pieces import (
     piece_namespace,
     search,
 )
-from kvstore.blend.reuse import asked
+from kvstore.blend.reuse import asked, too_little
 from kvstore.blend.selection import SELECTIONS
 from kvstore.blocks.spec import Namespace
 from kvstore.client.planner import MEMORY
@@ -73,6 +75,7 @@ class BlendScheduler:
             KVStoreError: the store refused the session.
         """
         self._stats, self._page_tokens = stats, pages.page_tokens
+        self._shadow = settings.shadow
         self._refused: Refusal | None = OFF
         self._sessions: Sessions | None = None
         self._known: OrderedDict[str, PieceIndex] = OrderedDict()
@@ -151,7 +154,14 @@ class BlendScheduler:
         last, blending.start = request.num_prompt_tokens - 1, start
         blending.end = min(last, max((one.end for one, _ in blending.placed or ()), default=0))
         pieces = blending.pieces()
-        if not pieces:
+        reason, reuse = "", blending.reuse
+        if pieces and blending.first is None:
+            spans = [(piece.start, piece.end) for piece in pieces]
+            reason = too_little(spans, reuse, request.num_prompt_tokens - start)
+        if reason:
+            blending.reason = reason
+            self._stats.approximate(reason)
+        if reason or not pieces:
             blending.end = start
             return 0
         blending.end = pieces[-1].end
@@ -189,6 +199,9 @@ class BlendScheduler:
                 else named(prompt, spans)
             )
         found = blending.found
+        if found and all(one.end - one.start < SHORTEST for one in found):
+            blending.reason = "short"
+            return True
         keys = [piece_keys(session.namespace, one.piece) for one in found]
         wanted = [key for each in keys for key in each]
         answer = session.lookup(wanted, holes=True, again=blending.asked > 0)
@@ -245,7 +258,7 @@ class BlendScheduler:
             reuse, timeout = blending.reuse, _PATIENCE + 4 * blending.seconds
             job = Blend(
                 blending.number, namespace, page_ids, tokens[:known], blending.start, blending.end,
-                pieces, reuse.selection, reuse.recompute, timeout,
+                pieces, reuse.selection, reuse.recompute, timeout, self._shadowed(request),
             )  # fmt: skip
             return job, None
         if blending.reuse.piece is None or blending.registered or tracked.wishes.skip_save:
@@ -277,6 +290,12 @@ class BlendScheduler:
         for number, came in blended.items():
             if blending := self._promised.pop(number, None):
                 blending.came = came
+                if came.kl is not None:
+                    self._stats.shadowed(came.kl)
+
+    def _shadowed(self, request: Any) -> bool:
+        """Whether a request is computed in full as well."""
+        return zlib.crc32(request.request_id.encode()) < self._shadow * (1 << 32)
 
     def finished(self, blending: Blending | None) -> dict[str, Any] | None:
         """What the response to a request says of it."""

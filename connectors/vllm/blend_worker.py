@@ -99,6 +99,7 @@ class BlendWorker:
         assert self._engine is not None
         engine, reason, done = self._engine, "", 0
         rows: Sequence[int] = range(job.start, job.end)
+        exact = self._told(job, rows) if job.shadow else None
         try:
             reason = self._fill(job)
             if engine.agree(not reason):
@@ -115,7 +116,20 @@ class BlendWorker:
         except Exception:  # noqa: BLE001 - the engine is told which pages to compute
             _log.exception("rows of a request could not be computed")
             return None
-        return Blended(done + len(rows), reason)
+        kl = None
+        if not reason and exact is not None and (got := self._told(job, ())) is not None:
+            kl = float((exact.exp() * (exact - got)).sum())
+        return Blended(done + len(rows), reason, kl)
+
+    def _told(self, job: Blend, rows: Sequence[int]) -> torch.Tensor | None:
+        """What follows the last token of this step, once `rows` are computed."""
+        assert self._engine is not None
+        try:
+            self._engine.run(job.pages, job.tokens, rows)
+            return self._engine.follows(job.pages, job.tokens, job.end)
+        except Exception:  # noqa: BLE001 - the answer does without
+            _log.exception("how far an answer is off could not be measured")
+            return None
 
     def _open(self, namespace: Namespace) -> Session:
         """The session of a tenant's pieces.

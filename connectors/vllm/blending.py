@@ -82,5 +82,10 @@ class Blending:
         if self.came is not None:
             kept = promised - self.came.rows
         reason = self.reason or (self.came.reason if self.came else "")
-        told = {"reused": kept, "recomputed": promised - kept, "pieces": pieces}
-        return told | {"missed": self.missed} | ({"reason": reason} if reason else {})
+        told: dict[str, Any] = {"reused": kept, "recomputed": promised - kept, "pieces": pieces}
+        told["missed"] = self.missed
+        if reason:
+            told["reason"] = reason
+        if self.came is not None and self.came.kl is not None:
+            told["kl"] = self.came.kl
+        return told

@@ -36,7 +36,8 @@ class Piece:
 class Blend:
     """Tokens `start` to `end` of a request are put together of pieces before this step computes.
 
-    `tokens` are those that the step computes up to, for which there are pages.
+    `tokens` are those that the step computes up to, for which there are pages. With `shadow` all is
+    computed as well, and compared.
     """
 
     number: int
@@ -49,14 +50,19 @@ class Blend:
     selection: str
     ratio: float
     timeout: float
+    shadow: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Blended:
-    """What came of it: so many rows were computed, all of them for a `reason` that is not empty."""
+    """What came of it: so many rows were computed, all of them for a `reason` that is not empty.
+
+    `kl` is how far off the token behind the step's last one is, where that was compared.
+    """
 
     rows: int
     reason: str
+    kl: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +146,9 @@ class Report(KVConnectorWorkerMetadata):  # type: ignore[misc]
             self.copied or other.copied,
             self.failures + other.failures,
             self.broken or other.broken,
-            self.blended | other.blended,
+            # One rank alone may have compared.
+            self.blended
+            | {n: b for n, b in other.blended.items() if n not in self.blended or b.kl is not None},
         )
 
 

@@ -9,7 +9,7 @@ The first takes pieces that stand anywhere; the second registers one. Without ei
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,6 +18,10 @@ from kvstore.errors import SpecError
 
 SHARES: Final = {"fast": 0.1, "balanced": 0.2, "careful": 0.5}
 """Names for the share of a piece's rows that is computed again."""
+LEAST: Final = 128
+LEAST_SHARE: Final = 1 / 8
+"""Tokens that reuse must spare, and their share of all that would be computed: loading, asking the
+question twice and small passes take as long as computing 150 to 250 tokens did, measured."""
 MAX_PIECES: Final = 256
 _NAMES: Final = frozenset({"reuse", "recompute", "pieces", "selection", "piece"})
 
@@ -74,6 +78,17 @@ def asked(params: Mapping[str, Any] | None, prompt_tokens: int) -> Reuse:
         None if spans is None else _spans("pieces", spans, prompt_tokens),
         None if register is None else _spans("piece", register, prompt_tokens)[0],
     )
+
+
+def too_little(spans: Sequence[tuple[int, int]], reuse: Reuse, rest: int) -> str:
+    """Why pieces at `spans` are computed like any text, by name; empty: they are worth reuse.
+
+    `rest` is how many tokens would be computed without them. Who asks for all rows gets that.
+    """
+    share = SELECTIONS[reuse.selection].share
+    share = reuse.recompute if share is None else share
+    spared = round(sum(end - start for start, end in spans) * (1 - share))
+    return "small_saving" if share < 1 and spared < max(LEAST, rest * LEAST_SHARE) else ""
 
 
 def _share(value: Any) -> float:

@@ -46,6 +46,7 @@ def reference() -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    torch.set_num_threads(1)  # Several would spin for each other, and for the engine.
     return AutoModelForCausalLM.from_pretrained(model(), dtype=torch.float32).eval()
 
 
@@ -296,6 +297,10 @@ def _within(llm: Any, what: str) -> str:
                 return str(e)
             finally:
                 own._turns[3] = turn
+        case "shadow" | "no shadow":
+            core = llm.llm_engine.engine_core.engine_core
+            share = 1.0 if what == "shadow" else 0.01
+            core.scheduler.connector._side._blends._shadow = share
         case "mended":
             vars(blends).pop("_fill", None)
             vars(own).pop("run", None)
@@ -327,6 +332,43 @@ def test_what_fails_is_computed(
     if what != "run":  # vLLM computes that one itself.
         assert told["reason"] == ("checksum" if what == "lost" else "failed")
         assert told["reused"] == 0
+
+
+def test_a_sampled_answer_is_compared_with_the_exact_one(engine: Engine, registered: Texts) -> None:
+    prompt = registered.prompt(2, 0, first=907)
+    engine.forget()
+    plain = engine.generate(prompt, max_tokens=1, wishes=ALONE, logprobs=5)["logprobs"][0][0]
+    before = approximate(engine, prompt, selection="none")
+    engine.tell(_within, "shadow")
+    engine.answer()
+    exact = approximate(engine, prompt, recompute=1.0)[1]
+    tokens, told, logprobs = approximate(engine, prompt, selection="none")
+    counts = engine.metrics()
+    engine.tell(_within, "no shadow")
+    engine.answer()
+    kl = told.pop("kl")
+    assert (tokens, told) == before[:2]
+    assert abs(exact["kl"]) < 1e-5
+    # What the likeliest tokens contribute is most of it.
+    likely = plain.keys() & logprobs[0].keys()
+    part = sum(np.exp(plain[token]) * (plain[token] - logprobs[0][token]) for token in likely)
+    assert kl > 1e-4
+    assert abs(kl - part) < 0.5
+    assert counts["kvstore_approximate_kl_count"] >= 2
+    assert counts["kvstore_approximate_kl_sum"] >= kl * 0.99
+
+
+def test_what_saves_little_is_exact(engine: Engine, registered: Texts) -> None:
+    prompt, nothing = registered.prompt(0, first=908), {"reused": 0, "recomputed": 0, "pieces": 0}
+    engine.forget()
+    plain = engine.generate(prompt, max_tokens=4, wishes=ALONE)["tokens"][0]
+    for asks, reason in (
+        ({"pieces": [[HEAD, HEAD + 63]]}, "short"),
+        ({"pieces": registered.spans(0), "recompute": 0.2}, "small_saving"),
+    ):
+        tokens, told, _ = approximate(engine, prompt, 4, **asks)
+        assert (tokens, told) == (plain, nothing | {"missed": 0, "reason": reason})
+        assert engine.metrics()[f"kvstore_approximate_requests_total.{reason}"] == 1
 
 
 def test_a_preempted_request_tells_of_its_last_time() -> None:

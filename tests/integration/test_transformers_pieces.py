@@ -335,6 +335,44 @@ def test_pieces_of_a_model_that_has_changed_are_not_its_own(
         assert cache.last.approximate == Approximate(missed=1)
 
 
+def test_what_saves_little_is_computed(cache: KVStoreCache, model: Any) -> None:
+    alone = greedy(model.generate, ids())
+    for asks, reason in (
+        ({"pieces": [[20, 60], [200, 263]]}, "short"),
+        ({"pieces": [[20, 120]]}, "small_saving"),
+        ({"pieces": PIECES, "recompute": 0.6}, "small_saving"),
+    ):
+        said = greedy(lambda *a, **k: cache.generate(*a, **asks, **k), ids())  # noqa: B023
+        assert said == alone
+        assert cache.last is not None
+        assert cache.last.approximate == Approximate(reason=reason)
+        assert cache.last.saved.reason is None
+        cache.session.clear()
+
+
+def test_a_share_of_answers_is_compared_with_exact_ones(
+    model: Any, shared_store: Any, pieces: KVStoreCache
+) -> None:
+    past, _ = blended(pieces, recompute=0.2)
+    with torch.no_grad():
+        got = model(ids()[:, 300:], past_key_values=past).logits[0, -1].log_softmax(-1)
+        wanted = model(ids()).logits[0, -1].log_softmax(-1)
+    kl = float((wanted.exp() * (wanted - got)).sum())
+    with open_cache(model, shared_store, "pieces", shadow=0.5) as sampling:
+        asks = {"pieces": PIECES, "recompute": 0.2}
+        said, found = [], []
+        for _ in range(8):
+            said += [greedy(lambda *a, **k: sampling.generate(*a, **asks, **k), ids())]
+            assert sampling.last is not None
+            assert sampling.last.approximate is not None
+            found.append(sampling.last.approximate.kl)
+        assert all(one == said[0] for one in said)
+    compared = [one for one in found if one is not None]
+    assert 0 < len(compared) < 8
+    assert compared == pytest.approx([kl] * len(compared), rel=0.1)
+    assert kl > 0
+
+
 def test_only_models_that_passed_a_calibration_reuse_pieces(
     model: Any, shared_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ from kvstore.blend.pieces import (
     piece_namespace,
     search,
 )
-from kvstore.blend.reuse import MAX_PIECES, Reuse, asked
+from kvstore.blend.reuse import MAX_PIECES, Reuse, asked, too_little
 from kvstore.blend.selection import SELECTIONS, runs
 from kvstore.blocks.keys import block_keys
 from kvstore.blocks.spec import ModelIdentity, Namespace
@@ -269,6 +269,26 @@ def test_runs_of_rows() -> None:
     assert runs(np.array([], np.int64)) == []
     assert runs(np.array([3])) == [(3, 4)]
     assert runs(np.array([0, 1, 2, 5, 7, 8])) == [(0, 3), (5, 6), (7, 9)]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "share", "selection", "rest", "reason"),
+    [
+        ([(0, 160)], 0.2, "question", 300, ""),  # spares 128
+        ([(0, 159)], 0.2, "question", 300, "small_saving"),
+        ([(0, 80), (90, 170)], 0.2, "question", 1024, ""),  # an eighth
+        ([(0, 80), (90, 170)], 0.2, "question", 1025, "small_saving"),
+        ([(0, 1000)], 0.9, "first", 1000, "small_saving"),
+        ([(0, 1000)], 0.9, "none", 1000, ""),
+        ([(0, 64)], 1.0, "question", 1000, ""),
+        ([(0, 64)], 0.2, "all", 1000, ""),
+        ([], 0.2, "question", 1000, "small_saving"),
+    ],
+)
+def test_what_saves_little_is_computed(
+    pieces: list[tuple[int, int]], share: float, selection: str, rest: int, reason: str
+) -> None:
+    assert too_little(pieces, Reuse(True, share, selection), rest) == reason
 
 
 # -- what a calibration found ---------------------------------------------------------------------
