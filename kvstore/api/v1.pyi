@@ -125,7 +125,7 @@ class Piece(_message.Message):
     def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class LookupResponse(_message.Message):
-    __slots__ = ("blocks", "tokens", "asked_blocks", "runs", "reason", "estimate", "namespace_id", "order", "order_tokens")
+    __slots__ = ("blocks", "tokens", "asked_blocks", "runs", "reason", "estimate", "namespace_id", "order", "order_tokens", "pieces", "piece_tokens")
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     ASKED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -135,6 +135,8 @@ class LookupResponse(_message.Message):
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     ORDER_FIELD_NUMBER: _ClassVar[int]
     ORDER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PIECES_FIELD_NUMBER: _ClassVar[int]
+    PIECE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     blocks: int
     tokens: int
     asked_blocks: int
@@ -144,7 +146,25 @@ class LookupResponse(_message.Message):
     namespace_id: str
     order: _containers.RepeatedScalarFieldContainer[int]
     order_tokens: int
-    def __init__(self, blocks: _Optional[int] = ..., tokens: _Optional[int] = ..., asked_blocks: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[Run, _Mapping[str, _Any]]]] = ..., reason: _Optional[str] = ..., estimate: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping[str, _Any]]] = ..., namespace_id: _Optional[str] = ..., order: _Optional[_Iterable[int]] = ..., order_tokens: _Optional[int] = ...) -> None: ...
+    pieces: _containers.RepeatedCompositeFieldContainer[StoredPiece]
+    piece_tokens: int
+    def __init__(self, blocks: _Optional[int] = ..., tokens: _Optional[int] = ..., asked_blocks: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[Run, _Mapping[str, _Any]]]] = ..., reason: _Optional[str] = ..., estimate: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping[str, _Any]]] = ..., namespace_id: _Optional[str] = ..., order: _Optional[_Iterable[int]] = ..., order_tokens: _Optional[int] = ..., pieces: _Optional[_Iterable[_Union[StoredPiece, _Mapping[str, _Any]]]] = ..., piece_tokens: _Optional[int] = ...) -> None: ...
+
+class StoredPiece(_message.Message):
+    __slots__ = ("namespace_id", "blocks", "asked_blocks", "tier", "reason", "detail")
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    ASKED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    namespace_id: str
+    blocks: int
+    asked_blocks: int
+    tier: str
+    reason: str
+    detail: str
+    def __init__(self, namespace_id: _Optional[str] = ..., blocks: _Optional[int] = ..., asked_blocks: _Optional[int] = ..., tier: _Optional[str] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class Run(_message.Message):
     __slots__ = ("first", "blocks", "tier", "node")

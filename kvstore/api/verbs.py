@@ -133,8 +133,9 @@ class Verbs:
     ) -> v1.LookupRequest:
         """The longest stored prefix of a prompt, and where its blocks lie.
 
-        `pieces`: spans of tokens that may stand in any order, each right behind the one before.
-        The answer has the `order` of which most is stored, by their numbers.
+        `pieces`: spans of tokens that may stand in any order. The answer has what is stored of each
+        by itself, for approximate reuse, and, if each is right behind the one before, the `order`
+        of which most is stored, by their numbers.
         """
         spans = [v1.Piece(start=start, end=end) for start, end in pieces]
         return v1.LookupRequest(prefix=prefix_of(namespace, blocks), pieces=spans)

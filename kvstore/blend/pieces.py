@@ -33,6 +33,7 @@ BASE: Final = 512
 SHORTEST: Final = 64
 """Tokens below which a piece is not worth it."""
 LONGEST: Final = 1 << 15
+_NAME: Final = "kvstore/pieces/1"
 _STARTS: Final = (0, 4)
 """Where in a piece windows are known: behind other text, its first tokens may be others."""
 _FACTOR: Final = 0x9E3779B97F4A7C15
@@ -72,8 +73,18 @@ def piece_namespace(namespace: Namespace, before: AnyTokens) -> Namespace:
     Its tenant is that of `namespace`.
     """
     digest = hashlib.sha256(token_array(before).astype("<u4").tobytes()).hexdigest()
-    extra = (*namespace.model.extra, ("kvstore/pieces/1", digest))
+    extra = (*namespace.model.extra, (_NAME, digest))
     return Namespace(structs.replace(namespace.model, extra=extra), namespace.tenant, BLOCK_TOKENS)
+
+
+def has_pieces_of(namespace: Namespace, exact: Namespace) -> bool:
+    """Whether that is a `piece_namespace` of the namespace of `exact` blocks, behind any filler."""
+    extra = tuple(pair for pair in namespace.model.extra if pair[0] != _NAME)
+    return (
+        extra != namespace.model.extra
+        and namespace.tenant == exact.tenant
+        and structs.replace(namespace.model, extra=extra) == exact.model
+    )
 
 
 def piece_keys(namespace: Namespace, tokens: AnyTokens) -> list[bytes]:

@@ -34,9 +34,7 @@ def lookup(
     link: Link,
     piece: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="START:END", help="Tokens that may stand in another order; repeat it."
-        ),
+        typer.Option(metavar="START:END", help="Tokens that may stand elsewhere; repeat it."),
     ] = None,
 ) -> None:
     """Show the longest stored prefix of a prompt, and where its blocks lie."""
@@ -46,6 +44,14 @@ def lookup(
     if found.order:
         order = ", ".join(map(str, found.order))
         text += f"; pieces in order {order}: {found.order_tokens} tokens"
+    if found.pieces:
+        text += (
+            f"; whole pieces: {found.piece_tokens} tokens, in {found.pieces[0].namespace_id[:12]}"
+        )
+    for number, one in enumerate(found.pieces):
+        if one.reason:
+            why = f"{one.blocks} of {one.asked_blocks} blocks, then {one.reason} ({one.detail})"
+            text += f"; piece {number}: {why}"
     if found.reason:
         text += f"; block {found.blocks}: {found.reason}"
     if estimate := found.estimate.seconds + found.estimate.nanos / 1e9:

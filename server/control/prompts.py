@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kvstore.api import v1
 from kvstore.api.convert import duration, namespace_message, timestamp
-from kvstore.blocks.keys import block_keys
+from kvstore.blend.pieces import LONGEST, SHORTEST, has_pieces_of, piece_keys
+from kvstore.blocks.keys import block_keys, token_array
 from kvstore.blocks.spec import Namespace
 from kvstore.server.control.errors import bad_field
 from kvstore.server.control.requests import Answers, Prompt, engine_extras, slices
 from kvstore.server.loop import paced
 from kvstore.store.explain import BlockReason, explain, surveying
 from kvstore.store.ordering import MOST_PIECES, ordering
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _SLICE: Final = 64
 """Blocks looked at before others have their turn."""
@@ -52,31 +57,66 @@ class PromptVerbs(Answers):
                 sum(lowers[n].cost.seconds(b) for n, b in found.nbytes.items() if n in lowers)
             ),
             namespace_id=asked.namespace.digest.hex(),
-            **await self._ordered(asked, request.pieces),
+            **await self._pieces(asked, request.pieces),
         )
 
-    async def _ordered(self, asked: Prompt, pieces: Sequence[v1.Piece]) -> dict[str, Any]:
-        """The best order of pieces, if there are any."""
+    async def _pieces(self, asked: Prompt, pieces: Sequence[v1.Piece]) -> dict[str, Any]:
+        """The best order of pieces, and what is stored of them, if there are any."""
         if not pieces:
             return {}
         tokens, size = asked.tokens, asked.namespace.block_tokens
         if tokens is None or tokens.media or tokens.extras:
             raise bad_field("pieces", "are of prompts of tokens alone, without media and extras")
-        if not 2 <= len(pieces) <= MOST_PIECES:
-            raise bad_field("pieces", f"are {len(pieces)}; give 2 to {MOST_PIECES}")
+        if len(pieces) > MOST_PIECES:
+            raise bad_field("pieces", f"are {len(pieces)}; give up to {MOST_PIECES}")
+        end, close = pieces[0].start, len(pieces) > 1
         for number, piece in enumerate(pieces):
-            start = pieces[number - 1].end if number else piece.start
-            if not start == piece.start < piece.end <= len(tokens.ids):
+            if not end <= piece.start < piece.end <= len(tokens.ids):
                 what = f"is {piece.start} to {piece.end} of {len(tokens.ids)} tokens"
-                raise bad_field(
-                    f"pieces[{number}]", f"{what}; give them in order, each right behind the last"
-                )
+                raise bad_field(f"pieces[{number}]", f"{what}; give them in order, none in another")
+            close, end = close and piece.start == end, piece.end
         spans = [(piece.start, piece.end) for piece in pieces]
+        found = await self._by_themselves(asked.namespace, token_array(tokens.ids), spans)
+        if not close:
+            return found
         extras = engine_extras(tokens, size, range(len(tokens.ids) // size))
         order, blocks = await paced(
             ordering(self._store, asked.namespace, tokens.ids, spans, extras)
         )
-        return {"order": order, "order_tokens": blocks * size}
+        return found | {"order": order, "order_tokens": blocks * size}
+
+    async def _by_themselves(
+        self, exact: Namespace, ids: NDArray[np.uint32], spans: Sequence[tuple[int, int]]
+    ) -> dict[str, Any]:
+        """What of pieces is stored to be reused behind other text, where most of them is."""
+        best: list[v1.StoredPiece] = []
+        most = 0
+        async for space in self._pace.over((await self._namespaces()).values()):
+            if has_pieces_of(space, exact):
+                found = [await self._by_itself(space, ids[start:end]) for start, end in spans]
+                each = zip(found, spans, strict=True)
+                whole = sum(end - start for one, (start, end) in each if not one.reason)
+                if not best or whole > most:
+                    best, most = found, whole
+        return {"pieces": best, "piece_tokens": most}
+
+    async def _by_itself(self, space: Namespace, ids: NDArray[np.uint32]) -> v1.StoredPiece:
+        if not SHORTEST <= len(ids) <= LONGEST:
+            reason = "short" if len(ids) < SHORTEST else "long"
+            detail = f"pieces have {SHORTEST} to {LONGEST} tokens"
+            return v1.StoredPiece(namespace_id=space.digest.hex(), reason=reason, detail=detail)
+        keys = piece_keys(space, ids)
+        tiers = (await paced(surveying(self._store, space, keys))).tiers
+        piece = v1.StoredPiece(
+            namespace_id=space.digest.hex(),
+            blocks=len(tiers),
+            asked_blocks=len(keys),
+            tier=self._name(tiers[0]) if tiers else "",
+        )
+        if len(tiers) < len(keys):
+            (why,) = explain(self._store, space, [keys[len(tiers)]])
+            piece.reason, piece.detail = why.reason, why.detail
+        return piece
 
     async def explain(self, request: v1.ExplainRequest) -> bytes:
         asked = await self._prompt(request.prefix)

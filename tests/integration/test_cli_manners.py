@@ -368,7 +368,7 @@ VALUES: dict[str, list[str]] = {
     "pin": ["", "pin-0", "x" * 300, NUL, SURROGATE, MARKUP],
     "--tier": NO_CHOICE, "--to": NO_CHOICE, "--codec": NO_CHOICE,
     "files": NO_FILE, "--key-file": NO_FILE, "pieces add --tokens": NO_COUNT,
-    "--piece": ["", "1", "1:", ":1", "a:b", "1:2", "-1:4", LONG, NUL],
+    "--piece": ["", "1", "1:", ":1", "a:b", "2:1", "-1:4", LONG, NUL],
     "--tenant": NO_TEXT, "tenant": [*NO_TEXT, "x" * 5000], "--deny": [*NO_TEXT, "x" * 5000],
     "--session": NO_COUNT, "--after": ["", "-1", "1.5", LONG, str(1 << 64)],
     "--incarnation": NO_TEXT, "--count": NO_COUNT[:5],

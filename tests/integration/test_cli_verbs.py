@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from kvstore.blend.pieces import piece_keys, piece_namespace
 from kvstore.client.session import Session
 from kvstore.server.cli.main import app
 from tests.control_tools import NAMESPACE_ID, secret, write_tokens
@@ -88,6 +89,18 @@ def session(served: Served) -> Iterator[Session]:
 @pytest.fixture
 def cli(served: Served, session: Session) -> Cli:
     return Cli(served)
+
+
+def test_lookup_says_what_is_stored_of_pieces(cli: Cli, session: Session) -> None:
+    ids = [*prompt(31, 1), *prompt(32, 5), *prompt(33, 4)]
+    with session.beside(piece_namespace(session.namespace, range(512))) as pieces:
+        save(pieces, piece_keys(pieces.namespace, ids[16:96]))
+        asks = ("lookup", NAMESPACE_ID, "--tokens", ",".join(map(str, ids)))
+        text = " ".join(cli.text(*asks, "--piece", "16:96", "--piece", "96:160").split())
+        name = pieces.namespace.digest.hex()[:12]
+        assert f"pieces in order 0, 1: 0 tokens; whole pieces: 80 tokens, in {name}" in text
+        assert "piece 1: 0 of 4 blocks, then never_stored" in text
+        assert cli.json(*asks, "--piece", "20:90")["pieces"][0]["reason"] == "never_stored"
 
 
 def test_lookup(cli: Cli, session: Session) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 import pytest
+from msgspec import structs
 
 from kvstore.api import v1
 from kvstore.api.convert import namespace_message
+from kvstore.blend.pieces import piece_keys, piece_namespace
 from kvstore.blocks.keys import Media, prompt_extras
 from kvstore.client.session import Session
 from tests.control_tools import NAMESPACE_ID, Api, by_keys, by_tokens
@@ -120,6 +122,41 @@ def test_lookup_tells_the_order_of_pieces_that_is_stored(api: Api, session: Sess
     none = asked(prompt(13, 1), prompt(14, 1))
     assert (list(none.order), none.order_tokens) == ([0, 1], BLOCK_TOKENS)
     assert not api.call("Lookup", prefix=by_tokens(PROMPT)).order
+
+
+def test_lookup_tells_which_pieces_are_stored_by_themselves(api: Api, session: Session) -> None:
+    ids = [*prompt(20, 1), *prompt(21, 5)[:-3], *prompt(22, 5), 3, *prompt(23, 6), *range(40)]
+    spans = [(16, 93), (93, 173), (174, 270), (270, 310)]
+    asks = {
+        "prefix": {"namespace_id": NAMESPACE_ID, "tokens": {"ids": ids}},
+        "pieces": [{"start": start, "end": end} for start, end in spans],
+    }
+    assert not api.call("Lookup", **asks).pieces
+    with session.beside(piece_namespace(session.namespace, range(512))) as pieces:
+        keys = [piece_keys(pieces.namespace, ids[start:end]) for start, end in spans]
+        save(pieces, keys[0])
+        save(pieces, keys[1][:2])
+        found = api.call("Lookup", **asks)
+        name = pieces.namespace.digest.hex()
+        assert [one.namespace_id for one in found.pieces] == [name] * 4
+        assert [(one.blocks, one.asked_blocks, one.reason) for one in found.pieces] == [
+            (5, 5, ""),
+            (2, 5, "never_stored"),
+            (0, 6, "never_stored"),
+            (0, 0, "short"),
+        ]
+        assert (found.pieces[0].tier, found.piece_tokens) == ("memory", 77)
+        assert not found.order  # They do not follow each other.
+        # Of another tenant it is told nothing, nor where the model is another one.
+        others = (structs.replace(session.namespace, tenant="other"), namespace(model="another"))
+        for other in others:
+            prefix = {"namespace": namespace_message(other), "tokens": {"ids": ids}}
+            assert not api.call("Lookup", **(asks | {"prefix": prefix})).pieces
+        # In a namespace behind another filler there are more of them: that is told of.
+        with session.beside(piece_namespace(session.namespace, range(1, 513))) as more:
+            for start, end in spans[:2]:
+                save(more, piece_keys(more.namespace, ids[start:end]))
+            assert api.call("Lookup", **asks).piece_tokens == 77 + 80
 
 
 def test_many_short_pieces_take_no_time(api: Api, session: Session) -> None:
