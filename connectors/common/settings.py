@@ -59,7 +59,7 @@ class _Own(_Strict):
     layerwise: bool = False
     store_dtype: str = ""
     codec: str = ""
-    approximate: bool | Literal["uncalibrated"] = False
+    approximate: Literal[False, True, "uncalibrated"] = False
     node: Annotated[str, Field(max_length=256)] = ""
     shadow: float = Field(0.01, ge=0, le=1)
 
@@ -99,9 +99,13 @@ def settings_of(extra: Mapping[str, Any], *, engine: str, place: str) -> Setting
         raise ConfigError(f"{place}: {where[:-1]} is a section; set {where}tenant and the like")
     config = load_config(overrides=nested, source=place, prefix=PREFIX)
     try:
-        return Settings(config=config, **dict(_Own(**own)))
+        settings = Settings(config=config, **dict(_Own(**own)))
     except ValidationError as e:
         raise explain(e, place, where, [where + name for name in _Own.model_fields]) from None
+    for other in ("store_dtype", "approximate"):
+        if settings.codec and getattr(settings, other):
+            raise ConfigError(f"{place}: set {where}codec or .{other}, not both")
+    return settings
 
 
 class Wishes(_Strict):

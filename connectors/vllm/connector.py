@@ -98,13 +98,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             check_block_tokens(size, pages.step)
             if settings.codec:
                 quantised(pages.parts[0], settings.codec, size)
+                pages = replace(pages, codec=settings.codec, block_tokens=size)
         except SpecError as e:
             raise ConfigError(f"{PLACE}: {PREFIX}vllm.{e}") from e
-        if settings.codec:
-            for other in ("store_dtype", "approximate"):
-                if getattr(settings, other):
-                    raise ConfigError(f"{PLACE}: set {PREFIX}vllm.codec or .{other}, not both")
-            pages = replace(pages, codec=settings.codec, block_tokens=size)
         _check_layerwise(settings, vllm_config)
         self._side: Any
         dtype = pages.parts[0].group.dtype

@@ -611,6 +611,15 @@ def test_settings_come_with_dots() -> None:
         ({"kvstore.vllm.block_tokens": True}, r"block_tokens: must be a whole number"),
         ({"kvstore.vllm.block_tokens": -1}, "block_tokens: .* greater than or equal to 0"),
         ({"kvstore.vllm": "x"}, "is a section"),
+        ({"kvstore.vllm.approximate": "yes"}, r"kvstore\.vllm\.approximate: .*'uncalibrated'"),
+        (
+            {"kvstore.vllm.codec": "i8", "kvstore.vllm.store_dtype": "bfloat16"},
+            r"set kvstore\.vllm\.codec or \.store_dtype, not both",
+        ),
+        (
+            {"kvstore.vllm.codec": "i8", "kvstore.vllm.approximate": True},
+            r"set kvstore\.vllm\.codec or \.approximate, not both",
+        ),
     ],
 )
 def test_wrong_settings_say_what_is_wrong(extra: dict[str, Any], words: str) -> None:

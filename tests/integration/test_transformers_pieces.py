@@ -335,6 +335,23 @@ def test_pieces_of_a_model_that_has_changed_are_not_its_own(
         assert cache.last.approximate == Approximate(missed=1)
 
 
+def test_pieces_are_quantised_by_a_codec(
+    cache: KVStoreCache, model: Any, shared_store: Any
+) -> None:
+    """They are other pieces than those that are kept as they are, and close to them."""
+    plain, _ = blended(cache, recompute=0.0)
+    with open_cache(model, shared_store, "pieces", codec="i8") as coded:
+        assert blended(coded)[1] == Approximate(missed=3)
+        for start, end in PIECES:
+            assert coded.add_piece(PROMPT[start:end]).stored > 0
+        past, done = blended(coded, recompute=0.0)
+        assert done == Approximate(INSIDE, 0, 3, 0)
+        assert 0 < apart(past, plain, slice(20, 300)) < 0.05
+        greedy(lambda *a, **k: coded.generate(*a, pieces=PIECES, **k), ids())
+        assert coded.last is not None
+        assert coded.last.approximate == Approximate(INSIDE - 54, 54, 3, 0)
+
+
 def test_what_saves_little_is_computed(cache: KVStoreCache, model: Any) -> None:
     alone = greedy(model.generate, ids())
     for asks, reason in (
