@@ -24,6 +24,7 @@ from kvstore.connectors.common import sessions as vllm_sessions
 from kvstore.connectors.common.requests import Found
 from kvstore.connectors.common.settings import settings_of
 from kvstore.connectors.common.stats import Stats, nothing
+from kvstore.connectors.vllm import disaggregated
 from kvstore.connectors.vllm.inputs import Inputs
 from kvstore.connectors.vllm.layout import Pages
 from kvstore.connectors.vllm.messages import Report
@@ -33,6 +34,7 @@ from tests.control_tools import secret, write_tokens
 from tests.session_tools import (
     BLOCK_TOKENS,
     PART,
+    PATIENCE,
     Served,
     Stores,
     eventually,
@@ -370,7 +372,7 @@ def test_approximate_reuse_is_off_unless_allowed(side: SchedulerSide) -> None:
     assert counts["kvstore_approximate_requests.off"] == 1
 
 
-@pytest.mark.parametrize("more", [{"kvstore.session.load_timeout": 0.4}])
+@pytest.mark.parametrize("more", [{"kvstore.session.load_timeout": 1.5}])
 def test_a_prefill_elsewhere_is_waited_for_while_something_comes(
     served: Served, side: SchedulerSide
 ) -> None:
@@ -384,7 +386,7 @@ def test_a_prefill_elsewhere_is_waited_for_while_something_comes(
         assert side.match(asked, 0) == (None, False)
         assert answered(side, request("other", tokens)) == 0, "not asked to wait"
         for key in keys:
-            time.sleep(0.3)
+            time.sleep(0.5)
             assert side.match(asked, 0) == (None, False)
             save(producer, [key])
         assert answered(side, asked) == 4 * BLOCK_TOKENS
@@ -453,7 +455,10 @@ def test_a_store_that_stands_still_is_not_waited_for_twice_in_a_step(stores: Sto
         side.close()
 
 
-def test_a_prefill_on_another_node_is_fetched_as_soon_as_it_is_there(stores: Stores) -> None:
+def test_a_prefill_on_another_node_is_fetched_as_soon_as_it_is_there(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disaggregated, "_FETCHED", 2 * PATIENCE)
     ports = [free_port() for _ in range(2)]
     peers = {"nodes": [f"tcp://127.0.0.1:{port}" for port in ports], "probe_seconds": 5.0}
     here, there = (
@@ -470,6 +475,7 @@ def test_a_prefill_on_another_node_is_fetched_as_soon_as_it_is_there(stores: Sto
         assert side.match(asked, 0) == (None, False)
         save(producer, producer.keys(tokens))
         assert answered(side, asked) == 4 * BLOCK_TOKENS
+        monkeypatch.setattr(disaggregated, "_FETCHED", 0.2)
         never = request("never", [*prompt(73, 4), 7], **promised)
         assert answered(side, never) == 0
     side.close()

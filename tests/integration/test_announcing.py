@@ -23,7 +23,7 @@ from tests.session_tools import (
     save,
 )
 
-LEASE = 1.0
+LEASE = 1.5
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_blocks_are_waited_for_while_their_producer_makes_progress(
             time.sleep(0.3 * LEASE)
             assert not any(one.done() for one in asked)
             assert save(producer, [key]).stored == 1
-        assert [one.result(1.0).blocks for one in asked] == [6] * 8
+        assert [one.result(PATIENCE / 4).blocks for one in asked] == [6] * 8
         eventually(lambda: no_leases(served))
         announced.release()
 
