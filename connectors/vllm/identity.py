@@ -196,8 +196,10 @@ def _code(vllm_config: Any) -> str:
     if not model.trust_remote_code or not classes:
         return ""
     folders = {_folder(vllm_config, model.model, model.revision)}
+    if model.code_revision:
+        folders.add(_folder(vllm_config, model.model, model.code_revision))
     if model.hf_config_path:
-        folders.add(_folder(vllm_config, model.hf_config_path, None))
+        folders.add(_folder(vllm_config, model.hf_config_path, model.code_revision))
     for place, _, _ in (one.rpartition("--") for one in classes):
         if place:
             own = model.revision if place == model.model else None

@@ -459,6 +459,20 @@ def test_code_that_comes_with_a_model_is_part_of_its_name(small: Path, tmp_path:
     assert identity_of(made, "float32") != first
 
 
+def test_code_of_another_revision_is_part_of_the_name(small: Path, tmp_path: Path) -> None:
+    code = {"AutoModelForCausalLM": "own_model.Own"}
+    own = edited(small, tmp_path / "own", auto_map=code)
+    made = engine(own, trust_remote_code=True, download_dir=str(tmp_path / "hub"))
+    for commit in "ab":
+        folder = tmp_path / "hub" / "models--org--own" / "snapshots" / (commit * 40)
+        shutil.copytree(own, folder)
+        (folder / "own_model.py").write_text(f"# {commit}")
+    made.model_config.model, made.model_config.revision = "org/own", "a" * 40
+    plain = identity_of(made, "float32")
+    made.model_config.code_revision = "b" * 40
+    assert identity_of(made, "float32") != plain
+
+
 def test_code_that_computes_a_model_in_vllms_place_is_part_of_its_name(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
