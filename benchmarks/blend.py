@@ -20,7 +20,7 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from kvstore.benchmarks.figures import Report, Samples
+from kvstore.benchmarks.figures import BenchmarkError, Report, Samples
 from kvstore.blend.calibration import USUAL, Quality, problems
 from kvstore.blend.reuse import Reuse
 from kvstore.connectors.transformers.cache import KVStoreCache, cache_part
@@ -94,11 +94,17 @@ class Exact:
         self._wanted = torch.cat(told)
 
     def judge(self, pieces: Pieces, selection: str, share: float) -> Outcome:
-        """The same with `pieces`, the tokens before them being an exact prefix."""
+        """The same with `pieces`, the tokens before them being an exact prefix.
+
+        Raises:
+            BenchmarkError: the store did not have them: what is computed instead is exact.
+        """
         tokens, past = self._prompt.tokens, DynamicCache(config=self._model.config)
         self._step(past, self._prompt.before)
         started = time.perf_counter()
-        pieces.blend(past, tokens, Reuse(True, share, selection, self._prompt.spans))
+        done = pieces.blend(past, tokens, Reuse(True, share, selection, self._prompt.spans))
+        if done.pieces < len(self._prompt.pieces):
+            raise BenchmarkError(f"the store did not give all pieces ({done}); measure again")
         first = self._step(past, tokens[past.get_seq_length() :])
         seconds = time.perf_counter() - started
         got = torch.cat([first, self._step(past, self.answer, CONTINUED - 1)])

@@ -14,8 +14,11 @@ from kvstore.blend.calibration import USUAL, Quality, Verdict, keep, way
 from kvstore.blocks.spec import ModelIdentity
 from kvstore.connectors.transformers.cache import KVStoreCache, cache_part
 from kvstore.connectors.transformers.pieces import Pieces
+from kvstore.sources import load_config
 
 _WAYS: Final = (("none", 0.0), ("first", 0.1), USUAL, ("question", 0.5))
+_WAITS: Final = ("lookup_timeout", "load_timeout", "save_timeout")
+"""Nobody waits for an answer here, and a piece that is missing would be exact."""
 
 
 class Calibration:
@@ -37,8 +40,10 @@ class Calibration:
 
         Raises:
             SpecError: this model's pieces cannot be reused, and why.
+            BenchmarkError: the store did not keep them.
         """
-        with KVStoreCache.open(self._model, revision=self._revision) as cache:
+        patient = load_config(overrides={"session": dict.fromkeys(_WAITS, 60.0)})
+        with KVStoreCache.open(self._model, patient, revision=self._revision) as cache:
             pieces = Pieces(cache.session, self._model, cache_part(self._model).group)
             for prompt in self.prompts:
                 for one, outcome in judged(self._model, pieces, prompt, _WAYS)[1].items():

@@ -432,6 +432,10 @@ def test_a_model_is_calibrated_by_a_command(
     same = transformers.AutoModelForCausalLM.from_pretrained(folder)
     with KVStoreCache.open(same, shared_store.config(), tenant="passed") as cache:
         assert cache.add_piece(PROMPT[20:120]).stored == 7
+        # A piece that is lost is computed, which is no measure of anything.
+        prompt = next(blend.prompts(tokenizer))
+        with pytest.raises(blend.BenchmarkError, match="4 pieces missed"):
+            blend.Exact(same, prompt).judge(cache._of_pieces(), "question", 0.2)
 
 
 @pytest.mark.model
