@@ -1,4 +1,5 @@
-"""Take the picture of the page for the documents: `python -m tests.screenshot docs/page.png`.
+"""Take pictures for the documents: `python -m tests.screenshot docs/page.png` of the page, and
+`… docs/top.svg --seconds 40` of `kvstore top`.
 
 A daemon serves three models to several sessions for a while; all traffic is real.
 """
@@ -7,14 +8,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import math
 import random
 import threading
 import time
 from pathlib import Path
 
+from rich.console import Console
+
 from kvstore.blocks.spec import Group, ModelIdentity, Namespace, Part
 from kvstore.client.session import Session
+from kvstore.server.cli.top import Seen, Source, frame
+from kvstore.sources import load_config
 from tests import browser
 from tests.session_tools import Pages, Served, Stores
 
@@ -76,6 +82,18 @@ async def _picture(url: str, path: Path, seconds: float, scheme: str) -> None:
         assert not page.problems, page.problems
 
 
+def _terminal(where: str, path: Path, seconds: float) -> None:
+    """What `kvstore top` shows after so long."""
+    source, seen = Source(where, load_config(), "", 5.0), Seen()
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        seen.add(source.ask(seen.latest))
+        time.sleep(1)
+    console = Console(width=80, record=True, file=io.StringIO(), force_terminal=True)
+    console.print(frame(seen))
+    console.save_svg(str(path), title="kvstore top")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("path", type=Path)
@@ -99,8 +117,11 @@ def main() -> None:
         for engine in engines:
             engine.start()
         scheme = "dark" if arguments.dark else "light"
-        url = f"http://{served.addresses['http']}/"
-        asyncio.run(_picture(url, arguments.path, arguments.seconds, scheme))
+        where = served.addresses["http"]
+        if arguments.path.suffix == ".svg":
+            _terminal(where, arguments.path, arguments.seconds)
+        else:
+            asyncio.run(_picture(f"http://{where}/", arguments.path, arguments.seconds, scheme))
         for engine in engines:
             engine.join()
     finally:

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 import typer
 
 from kvstore.commands import grouped
-from kvstore.server.cli.options import Link, Misuse, Wait, Yes, agreed, limit_option, time_option
+from kvstore.server.cli.options import (
+    Caller,
+    Link,
+    Misuse,
+    Wait,
+    Yes,
+    agreed,
+    limit_option,
+    time_option,
+)
 from kvstore.server.cli.output import answer, finish, many, show, told, when
 from kvstore.values import format_size, lasting
 
@@ -64,6 +73,21 @@ def _healthy(tier: v1.TierStats) -> Iterator[str]:
 def _show_pairs(link: Link, found: Message, title: str, rows: Iterable[tuple[str, object]]) -> None:
     columns = f"name:{title} value"
     show(link, found, rows, columns, name=lambda row: row[0], value=lambda row: row[1])
+
+
+def top(
+    caller: Caller,
+    http: Annotated[
+        str | None, typer.Option(help="host:port of the daemon's HTTP (default: server.http).")
+    ] = None,
+    interval: Annotated[float | None, time_option("Between frames (1s).")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame.")] = False,
+) -> None:
+    """Show a daemon live: tiers, rates, hits, slow requests, drops; q or Ctrl-C ends it."""
+    from kvstore.server.cli.top import Source, watch
+
+    source = Source(http, caller.settings, caller.token(), caller.patience)
+    watch(source, 1.0 if interval is None else max(0.1, interval), once=once)
 
 
 def namespaces(link: Link, tenant: _Tenant = None) -> None:
@@ -280,4 +304,4 @@ def cancel(operation: _Id, link: Link) -> None:
     answer(link, state, told(state, "changed"))
 
 
-COMMANDS: Final = (stats, namespaces, sessions, leases, events, quota, admission, drain)
+COMMANDS: Final = (stats, top, namespaces, sessions, leases, events, quota, admission, drain)

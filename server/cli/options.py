@@ -20,12 +20,13 @@ from kvstore.commands import option, size_option
 from kvstore.errors import ConfigError, SpecError
 from kvstore.server.cli.output import Printing, say
 from kvstore.telemetry import shown
-from kvstore.transport.credentials import read_token
+from kvstore.transport.credentials import client_token, read_token
 
 if TYPE_CHECKING:
     from kvstore.api.client import Orchestrator
     from kvstore.api.convert import Blocks, Where
     from kvstore.blocks.keys import Media
+    from kvstore.config import Config
 
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION: Final = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,12})?)(ms|s|m|h|d)\Z")
@@ -120,14 +121,11 @@ def _read_file(path: Path) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Link(Printing):
-    """How to reach the daemon, and how to print what it says."""
+class Caller:
+    """With what configuration, right and patience a daemon is asked."""
 
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="YAML file (default: $KVSTORE_CONFIG).")
-    ] = None
-    address: Annotated[
-        str | None, typer.Option(help="unix:///path of the daemon, or host:port of its gRPC API.")
     ] = None
     token_file: Annotated[
         Path | None, typer.Option(help="File with the token (default: $KVSTORE_TOKEN).")
@@ -135,17 +133,39 @@ class Link(Printing):
     timeout: Annotated[float | None, time_option("For each answer (5s).")] = None
 
     @functools.cached_property
+    def settings(self) -> Config:
+        """The configuration. Raises ConfigError: it is unusable."""
+        from kvstore.sources import load_config
+
+        return load_config(self.config)
+
+    @property
+    def patience(self) -> float:
+        """Seconds for each answer."""
+        return _TIMEOUT if self.timeout is None else self.timeout
+
+    def token(self) -> str:
+        """What to present. Raises ConfigError: a file is unusable."""
+        if self.token_file is not None:
+            return read_token(self.token_file, "--token-file")
+        return client_token(self.settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Link(Printing, Caller):
+    """How to reach the daemon, and how to print what it says."""
+
+    address: Annotated[
+        str | None, typer.Option(help="unix:///path of the daemon, or host:port of its gRPC API.")
+    ] = None
+
+    @functools.cached_property
     def api(self) -> Orchestrator:
         """The daemon's API. Raises ConfigError: an address or a file is unusable."""
         from kvstore.api.client import Orchestrator
-        from kvstore.sources import load_config
 
-        token: str | None = None
-        if self.token_file is not None:
-            token = read_token(self.token_file, "--token-file")
-        settings = load_config(self.config)
-        timeout = _TIMEOUT if self.timeout is None else self.timeout
-        api = Orchestrator(self.address, config=settings, token=token, timeout=timeout)
+        settings = self.settings
+        api = Orchestrator(self.address, config=settings, token=self.token(), timeout=self.patience)
         if (self.address or settings.address) is None and api.address != str(settings.socket):
             say(f"private store unix://{api.address}", err=True)
         return api

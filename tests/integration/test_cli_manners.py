@@ -100,7 +100,8 @@ DESTRUCTIVE = {"clear", "ttl", "quota"}
 HARMLESS = {
     "version", "doctor", "serve", "stats", "namespaces", "sessions", "leases", "events", "lookup",
     "explain", "inspect", "token new", "operations list", "operations watch", "operations cancel",
-    "bench", *(f"bench {name}" for name in (
+    "top", "bench",
+    *(f"bench {name}" for name in (
         "copy", "codec", "disk", "session", "store", "weights", "peer", "gpu-copy", "engine",
         "soak", "loop", "blend", "tier")),
     # What they change can be changed back, and nothing is lost by it.
