@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console, Group, RenderableType
@@ -25,7 +26,7 @@ from kvstore.errors import ConfigError, StoreUnavailable
 from kvstore.server.cli.output import many
 from kvstore.telemetry import shown
 from kvstore.transport.credentials import client_context
-from kvstore.values import format_size, lasting
+from kvstore.values import format_size, lasting, split_host_port
 
 if TYPE_CHECKING:
     from kvstore.config import Config
@@ -55,9 +56,14 @@ class Source:
         if where is None:
             raise ConfigError("server.http is none; give --http host:port of the daemon")
         secure = config.server.tls_cert or config.session.tls_ca or config.session.tls_cert
-        base = where if "://" in where else f"{'https' if secure else 'http'}://{where}"
-        if not base.startswith(("http://", "https://")):
-            raise ConfigError(f"--http {where!r:.200}: write host:port, or https://host:port")
+        scheme, separator, rest = where.rpartition("://")
+        try:
+            if separator and scheme not in ("http", "https"):
+                raise ValueError("there is HTTP and HTTPS")
+            split_host_port(rest.rstrip("/"))
+        except ValueError as e:
+            raise ConfigError(f"--http {where!r:.200}: {e}; write host:port") from e
+        base = f"{scheme or ('https' if secure else 'http')}://{rest}"
         self.shown = base.rstrip("/")
         self._timeout = timeout
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -82,7 +88,7 @@ class Source:
         except urllib.error.HTTPError as e:
             told = e.read(4096).decode(errors="replace")
             raise StoreUnavailable(f"{self.shown} answers {e.code}: {told}") from e
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, HTTPException) as e:
             raise StoreUnavailable(
                 f"no daemon answers at {self.shown}: {getattr(e, 'reason', e)}; name its HTTP face "
                 "by --http (server.http in its configuration)"

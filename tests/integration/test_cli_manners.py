@@ -362,7 +362,7 @@ VALUES: dict[str, list[str]] = {
                 f"image:{SURROGATE}:1:1", f"image:d:{LONG}:1"],
     "--extra": ["", "1", "x:1", "-1:x", "\uff11:x", f"{LONG}:x", ":x"],
     "--config": NO_FILE[1:], "--address": NO_ADDRESS, "--token-file": [*NO_FILE[1:], "/dev/null"],
-    "--timeout": NO_TIME, "--format": NO_CHOICE,
+    "--timeout": NO_TIME, "--interval": NO_TIME, "--format": NO_CHOICE,
     "--ttl": [*NO_TIME, "0s", "31d"], "time": [*NO_TIME, "0s"], "--within": [*NO_TIME, "2d"],
     "--older-than": NO_TIME, "--unused-for": NO_TIME,
     "--owner": NO_TEXT, "pin --owner": [*NO_TEXT, "", "x" * 300],
