@@ -276,27 +276,33 @@ def engine(
 
 def blend(
     how: How,
+    name: Annotated[
+        Literal["transformers", "vllm"],
+        typer.Option("--engine", help="Quality and time in transformers, or first tokens in vLLM."),
+    ] = "transformers",
     model: Annotated[
         Path | None,
         typer.Option(exists=True, file_okay=False, help="Its folder (default: the demo's)."),
     ] = None,
 ) -> None:
-    """Pieces of prompts reused in transformers: how far answers are off, and what it saves.
+    """Pieces of prompts reused: how far answers are off, and what it saves.
 
     Exit code 1 if a model's answers are too far off with a fifth of the tokens computed again.
     """
-    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
-        typer.echo("error: it needs more: pip install 'kvstore[transformers]'", err=True)
+    if any(importlib.util.find_spec(needed) is None for needed in ("torch", name)):
+        typer.echo(f"error: it needs {name} beside kvstore; install it first", err=True)
         raise typer.Exit(2)
     from kvstore.benchmarks.serving import default_model
 
     chosen = model or default_model()
     if chosen is None:
         raise typer.BadParameter(_NO_MODEL, param_hint="--model")
-    # By name: it needs a connector, which nothing of a daemon's command may.
-    bench = import_module("kvstore.benchmarks.blend")
     with how.report("blend") as report:
-        problems = bench.run(report, chosen, quick=how.quick)
+        # By name: they need a connector, which nothing of a daemon's command may.
+        if name == "vllm":
+            import_module("kvstore.benchmarks.blend_vllm").run(report, chosen)
+            return
+        problems = import_module("kvstore.benchmarks.blend").run(report, chosen, quick=how.quick)
     _verdict(problems)
 
 

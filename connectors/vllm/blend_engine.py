@@ -20,6 +20,7 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from kvstore.connectors.vllm.layout import ON_CPU, Pages
 from kvstore.errors import SpecError
@@ -36,6 +37,11 @@ _SCORES: Final = 1 << 26
 """Numbers that one look at attention may hold."""
 _EVERY: Final = 3
 """One layer in so many is looked at."""
+
+
+Turn = Callable[[torch.Tensor], torch.Tensor]
+Rotation = Callable[[torch.Tensor, torch.device], Turn]
+"""From places by which tokens move on (CPU): what turns their keys."""
 
 
 class EngineRows:
@@ -68,7 +74,7 @@ class EngineRows:
         self._cut = pages.page_tokens // self._tokens
         self._transposed = pages.parts[0].layout == ON_CPU
         self._width = int(first.shape[3]) // 2
-        self._turns = _rotations(self._runner.model, self._layers)
+        self._rotations = _rotations(self._runner.model, self._layers)
         own = copy.copy(config)
         own.scheduler_config = copy.copy(config.scheduler_config)
         own.compilation_config = copy.copy(config.compilation_config)
@@ -109,21 +115,26 @@ class EngineRows:
         rows = held.transpose(1, 2).flatten(0, 1)[inside]
         return rows[..., :width], rows[..., width:]
 
-    def write(
-        self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    def put(
+        self, page_ids: Sequence[int], rows: torch.Tensor, by: torch.Tensor, kv: torch.Tensor
     ) -> None:
-        """Put keys and values into `slots`."""
-        own = self._layers[layer]
-        update = own.impl.do_kv_cache_update
-        update(own, keys.contiguous(), values.contiguous(), own.kv_cache, slots)
+        """Write tokens of all layers to `rows` of a prompt, `by` places further on than they stood.
 
-    def slots(self, page_ids: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
-        """Where rows of a prompt lie, in the engine's words."""
-        return self._slots(self._ids(page_ids), torch.tensor(rows, device=self.device))
+        `kv` has shape (tokens, layers, keys and values, heads, channels). Tokens whose row is
+        negative are left out. `rows` and `by` lie on the CPU.
+        """
+        ids, kv = self._ids(page_ids), kv.to(self.device)
+        slots = self._slots(ids, rows.clamp(min=0).to(self.device))
+        slots[(rows < 0).to(self.device)] = PAD_SLOT_ID
+        turns = {rotation: rotation(by, self.device) for rotation in set(self._rotations)}
+        for layer, rotation in enumerate(self._rotations):
+            own = self._layers[layer]
+            keys, values = turns[rotation](kv[:, layer, 0]), kv[:, layer, 1].contiguous()
+            own.impl.do_kv_cache_update(own, keys, values, own.kv_cache, slots)
 
     def rotate(self, layer: int, keys: torch.Tensor, by: int) -> torch.Tensor:
         """`keys`, as they are `by` positions later (or earlier)."""
-        return keys if by == 0 else self._turns[layer](keys, by)
+        return self._rotations[layer](torch.tensor([by]), self.device)(keys)
 
     def run(
         self,
@@ -216,33 +227,29 @@ class EngineRows:
         places = torch.arange(last, device=self.device)
         handles = []
 
-        def look(number: int) -> Callable[[Any, tuple[Any, ...]], None]:
-            def hook(module: Any, given: tuple[Any, ...]) -> None:
-                # As this pass has them; the question's rows are neighbours in it, too.
+        def look(number: int) -> Callable[..., None]:
+            def hook(module: Any, given: tuple[Any, ...], _: object) -> None:
+                # The pages have all of its keys by now; the question's rows are neighbours in it.
                 order, heads = self._order, module.num_kv_heads
-                query, *fresher = (one.view(len(order), -1, self._width) for one in given[:3])
-                both = []
-                for held, new in zip(self.read(number, page_ids, 0, end), fresher, strict=True):
-                    both.append(torch.cat([held, new.new_zeros(last - end, heads, self._width)]))
-                    both[-1][order] = new
-                keys = both[0].float().permute(1, 2, 0)  # heads, channels, tokens
-                sizes = both[1][:end].float().norm(dim=-1).T
+                keys, values = self.read(number, page_ids, 0, last)
+                turned = keys.float().permute(1, 2, 0)  # heads, channels, tokens
+                sizes = values[:end].float().norm(dim=-1).T
                 first = int((order == looked).nonzero())
-                query = query[first : first + last - looked].float()
+                query = given[0].view(len(order), heads, -1, self._width)
+                query = query[first : first + last - looked].float() * module.impl.scale
                 step = max(1, _SCORES // (module.num_heads * last))
                 for at in range(0, len(query), step):
-                    part = query[at : at + step].unflatten(1, (heads, -1))
-                    logits = torch.einsum("nkgd,kdt->kgnt", part, keys) * module.impl.scale
-                    logits.masked_fill_(
-                        places > places[looked + at :][: len(part), None], -torch.inf
-                    )
+                    part = query[at : at + step].transpose(0, 1)  # heads, rows, its queries
+                    logits = (part.flatten(1, 2) @ turned).unflatten(1, part.shape[1:3])
+                    later = places[end:] > places[looked + at :][: part.shape[1], None]
+                    logits[..., end:].masked_fill_(later[:, None], -torch.inf)
                     weights = logits.softmax(-1)[..., :end].sum((1, 2))
                     score.add_((weights * sizes).sum(0))
 
             return hook
 
         for number in range(1, len(self._layers), _EVERY):
-            handles.append(self._layers[number].register_forward_pre_hook(look(number)))
+            handles.append(self._layers[number].register_forward_hook(look(number)))
         try:
             self.run(page_ids, tokens, rows)
         finally:
@@ -276,7 +283,7 @@ class EngineRows:
             if not far <= limit:  # nan, too
                 raise SpecError(f"self-test: {what} in layer {layer} are off by {far:.3g}")
 
-        slots = self.slots(pages, everything)
+        moved_on = torch.full((_TEST_TOKENS,), -_TEST_SHIFT)
         try:
             self.run(pages, tokens, everything, _TEST_SHIFT)
             moved = held()
@@ -290,7 +297,8 @@ class EngineRows:
                     "keys that are rotated back", n, self.rotate(n, far_keys, -_TEST_SHIFT), keys
                 )
                 compare("values", n, far_values, values)
-                self.write(n, slots, self.rotate(n, far_keys, -_TEST_SHIFT), far_values)
+            far = torch.stack([torch.stack(both, 1) for both in moved], 1)
+            self.put(pages, torch.arange(_TEST_TOKENS), moved_on, far)
             self.run(pages, tokens, [3, 4, 9, *range(15, _TEST_TOKENS)])
             for n, (keys, values) in enumerate(held()):
                 compare("keys of single rows", n, keys, whole[n][0])
@@ -321,45 +329,47 @@ def _runner() -> Any:
     raise SpecError("the engine's model runner is not among the callers")
 
 
-def _rotations(
-    model: torch.nn.Module, layers: Sequence[Any]
-) -> list[Callable[[torch.Tensor, int], torch.Tensor]]:
+def _rotations(model: torch.nn.Module, layers: Sequence[Any]) -> list[Rotation]:
     """How keys of each layer are rotated on, by what the engine has in that layer.
 
     Raises:
         SpecError: a layer has none, or one of another kind.
     """
     parents = {id(child): module for module in model.modules() for child in module.children()}
-    tables: dict[int, torch.Tensor] = {}
+    known: dict[int, Rotation] = {}
     found = []
     for number, layer in enumerate(layers):
         rotary = getattr(parents.get(id(layer)), "rotary_emb", None)
         if rotary is None or not hasattr(rotary, "_compute_cos_sin_cache"):
             raise SpecError(f"layer {number} has no rotation that is known")
-        if id(rotary) not in tables:
+        if id(rotary) not in known:
             table = rotary._compute_cos_sin_cache().float()
             # Some scale keys along with it: what is stored has been scaled.
-            tables[id(rotary)] = (table / table[0, 0]).cpu()
-        found.append(_turn(tables[id(rotary)], rotary.rotary_dim, rotary.is_neox_style))
+            table = (table / table[0, 0]).cpu()
+            known[id(rotary)] = _rotation(table, rotary.rotary_dim, rotary.is_neox_style)
+        found.append(known[id(rotary)])
     return found
 
 
-def _turn(
-    table: torch.Tensor, width: int, halves: bool
-) -> Callable[[torch.Tensor, int], torch.Tensor]:
-    def turn(keys: torch.Tensor, by: int) -> torch.Tensor:
-        cos, sin = table[abs(by)].to(keys.device).chunk(2)
-        sin = sin if by > 0 else -sin
-        turned, rest = keys[..., :width].float(), keys[..., width:]
-        if halves:
-            a, b = turned.chunk(2, -1)
-            both = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-        else:
-            a, b = turned[..., ::2], turned[..., 1::2]
-            both = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
-        return torch.cat((both.to(keys.dtype), rest), -1)
+def _rotation(table: torch.Tensor, width: int, halves: bool) -> Rotation:
+    def by(places: torch.Tensor, device: torch.device) -> Turn:
+        cos, sin = table[places.abs()][:, None].to(device).chunk(2, -1)
+        sin = sin * places.sign().to(device)[:, None, None]
 
-    return turn
+        def join(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return torch.cat((a, b), -1) if halves else torch.stack((a, b), -1).flatten(-2)
+
+        cosines, sines = join(cos, cos), join(-sin, sin)
+
+        def turn(keys: torch.Tensor) -> torch.Tensor:
+            turned, rest = keys[..., :width].float(), keys[..., width:]
+            a, b = turned.chunk(2, -1) if halves else (turned[..., ::2], turned[..., 1::2])
+            made = (turned * cosines).addcmul_(join(b, a), sines).to(keys.dtype)
+            return torch.cat((made, rest), -1) if rest.shape[-1] else made
+
+        return turn
+
+    return by
 
 
 def only_connector(connector: object) -> bool:

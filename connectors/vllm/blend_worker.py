@@ -153,22 +153,22 @@ class BlendWorker:
         except REFUSED:
             return "refused"
         held = self._staged = self._staged or self._stage(max(1, _STAGED // self._block_bytes))
-        for piece in job.pieces:
-            for first in range(0, len(piece.keys), len(held.ids)):
-                keys = piece.keys[first : first + len(held.ids)]
-                left = max(0.0, until - time.monotonic())
-                loaded = session.load(keys, [held.memory], [held.ids[: len(keys)]], timeout=left)
-                if loaded.blocks < len(keys):
-                    return loaded.reason or "lost"
-                # Where the first of these tokens stands in the prompt.
-                start = piece.start - piece.skip + first * BLOCK_TOKENS
-                low, high = max(piece.start, start), start + len(keys) * BLOCK_TOKENS
-                rows = range(low, min(piece.end, high))
-                part = held.tensor[low - start : low - start + len(rows)].to(self._engine.device)
-                slots = self._engine.slots(job.pages, rows)
-                for layer in range(self._engine.layers):
-                    turned = self._engine.rotate(layer, part[:, layer, 0], piece.start - piece.base)
-                    self._engine.write(layer, slots, turned, part[:, layer, 1])
+        every = [(piece, number) for piece in job.pieces for number in range(len(piece.keys))]
+        for first in range(0, len(every), len(held.ids)):
+            some = every[first : first + len(held.ids)]
+            keys, left = [piece.keys[n] for piece, n in some], max(0.0, until - time.monotonic())
+            loaded = session.load(keys, [held.memory], [held.ids[: len(keys)]], timeout=left)
+            if loaded.blocks < len(keys):
+                return loaded.reason or "lost"
+            start, low, high, by = torch.tensor([
+                (p.start - p.skip + n * BLOCK_TOKENS, p.start, p.end, p.start - p.base)
+                for p, n in some
+            ]).T[..., None]  # fmt: skip
+            # Where tokens stand in the prompt; the first and last blocks of a piece hold others.
+            rows = start + torch.arange(BLOCK_TOKENS)
+            rows[(rows < low) | (rows >= high)] = -1
+            rows, by = rows.flatten(), by.expand_as(rows).flatten()
+            self._engine.put(job.pages, rows, by, held.tensor[: len(rows)])
         return ""
 
     def _stage(self, blocks: int) -> Staged:

@@ -13,7 +13,7 @@ import pytest
 
 from kvstore.blend.calibration import Quality, Verdict, keep
 from kvstore.blend.pieces import BASE, Placed, filler
-from kvstore.blend.reuse import Reuse
+from kvstore.blend.reuse import Reuse, asked
 from kvstore.blocks.spec import Group, Opaque, Part
 from kvstore.connectors.transformers.cache import KVStoreCache, cache_part, model_identity
 from kvstore.connectors.vllm.blend_refusals import refusal
@@ -156,6 +156,36 @@ def test_all_rows_are_a_prefill(
         assert max(abs(here[token] - there[token]) for token in here.keys() & there.keys()) <= 1e-3
 
 
+def test_equal_rows_are_those_of_transformers(
+    engine: Engine, registered: Texts, served: Served, reference: Any
+) -> None:
+    """Chosen one by one, as the reference does, they say the same."""
+    import torch
+    from transformers import DynamicCache
+
+    prompt, spans = registered.prompt(2, 0, first=907), registered.spans(2, 0)
+    torch.set_num_threads(1)  # Several spin while they wait, which takes ages beside an engine.
+    engine.tell(_within, "single rows")
+    engine.answer()
+    with (
+        KVStoreCache.open(reference, served.config(), uncalibrated=True) as cache,
+        torch.no_grad(),
+    ):
+        for selection in ("first", "question"):
+            wishes = {"selection": selection, "recompute": 0.2, "pieces": spans}
+            tokens, told, logprobs = approximate(engine, prompt, 8, **wishes)
+            past = DynamicCache(config=reference.config)
+            wanted = asked(wishes | {"reuse": "approximate"}, len(prompt))
+            there = cache._of_pieces().blend(past, np.asarray(prompt), wanted)
+            assert (told["reused"], told["pieces"]) == (there.reused, there.pieces)
+            rest = torch.tensor([prompt[past.get_seq_length() :] + tokens[:-1]])
+            logits = reference(rest, past_key_values=past, logits_to_keep=len(tokens)).logits[0]
+            for here, expected in zip(logprobs, logits.log_softmax(-1), strict=True):
+                assert max(abs(here[n] - float(expected[n])) for n in here) <= 1e-3
+    engine.tell(_within, "mended")
+    engine.answer()
+
+
 def test_pieces_are_found_and_named(engine: Engine, registered: Texts) -> None:
     """By their tokens, or by their places; and so many rows of them are computed as was asked."""
     prompt, covered = registered.prompt(1, 2, first=902), LENGTHS[1] + LENGTHS[2]
@@ -277,6 +307,8 @@ def _within(llm: Any, what: str) -> str:
     import torch
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+    from kvstore.connectors.vllm import blend_worker
+
     blends = get_kv_transfer_group()._side._blends  # type: ignore[attr-defined]
     own = blends._engine
 
@@ -289,19 +321,23 @@ def _within(llm: Any, what: str) -> str:
         case "run":
             own.run = fails
         case "rotation":
-            turn, own._turns[3] = own._turns[3], lambda keys, by: keys
+            usual = own._rotations[3]
+            own._rotations[3] = lambda by, device: lambda keys: keys
             try:
                 with torch.inference_mode():
                     own.check()
             except SpecError as e:
                 return str(e)
             finally:
-                own._turns[3] = turn
+                own._rotations[3] = usual
         case "shadow" | "no shadow":
             core = llm.llm_engine.engine_core.engine_core
             share = 1.0 if what == "shadow" else 0.01
             core.scheduler.connector._side._blends._shadow = share
+        case "single rows":
+            blend_worker._TILE = 1
         case "mended":
+            blend_worker._TILE = 16
             vars(blends).pop("_fill", None)
             vars(own).pop("run", None)
     return ""
