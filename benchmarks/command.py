@@ -14,6 +14,7 @@ import typer
 
 from kvstore.benchmarks.figures import Report
 from kvstore.commands import grouped, size_option
+from kvstore.traces import TraceError
 
 bench_app = typer.Typer(
     invoke_without_command=True,
@@ -325,6 +326,29 @@ def loop(
         bench.run(report, objects=objects or (20_000 if how.quick else 1_000_000), folder=folder)
 
 
+def policy(
+    traces: Annotated[
+        list[Path] | None,
+        typer.Argument(exists=True, dir_okay=False, help="Traces (default: a made one)."),
+    ] = None,
+    blocks: Annotated[
+        list[int] | None, typer.Option(min=1, max=1 << 20, help="Of memory; may be repeated.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Hit rates of the policies of eviction on traces, beside the best that could be.
+
+    Mooncake's, LMBench's or ours, see docs/policy.md.
+    """
+    from kvstore.benchmarks import policy as bench
+
+    with Report("policy", samples=1, as_json=as_json) as report:
+        try:
+            bench.run(report, traces or [], blocks or [1000, 10_000])
+        except TraceError as e:
+            raise typer.BadParameter(str(e)) from None
+
+
 def _verdict(problems: Sequence[str]) -> None:
     """Say whether all is well; exit code 1 if not."""
     for problem in problems:
@@ -378,6 +402,7 @@ for _command in (
     peer,
     tier,
     loop,
+    policy,
     blend,
     gpu_copy,
     engine,

@@ -85,7 +85,7 @@ User = Annotated[
     Name | None, BeforeValidator(lambda v: str(v) if type(v) is int else _none(v))  # YAML has both
 ]
 Tenant = Annotated[str, AfterValidator(checked_text), Field(max_length=4096)]
-PolicyName = Literal["lru", "s3fifo"]
+PolicyName = Literal["lru", "s3fifo", "forecast"]
 TierName = Annotated[str, Field(pattern=TIER_NAME)]
 WriteRule = Literal["all", "reused", "none"]
 Pause = Annotated[float, BeforeValidator(_number), Field(ge=0, le=_WEEK)]
@@ -104,7 +104,7 @@ class _Space(Section):
 
     size: Size
     chunk: Size = Field(0, description="bytes given to one size class at a time; 0 picks it")
-    policy: PolicyName = Field("lru", description="what to evict first: lru or s3fifo")
+    policy: PolicyName = Field("lru", description="what to evict first: lru, s3fifo or forecast")
 
     @field_validator("chunk")
     @classmethod

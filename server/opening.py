@@ -21,6 +21,7 @@ from kvstore.tiers.coded import coded
 from kvstore.tiers.factory import find
 
 if TYPE_CHECKING:
+    from kvstore.memory.habits import Habits
     from kvstore.tiers.peers.pool import Pool
 
 _ROOM_SECONDS: Final = 5.0
@@ -69,6 +70,7 @@ def open_store(
         policy=memory.policy,
         below=tiers_below(config, direct=arena.huge, pool=pool),
         later=loop.call_later,
+        habits=_habits(config),
     )
     store = Store(movement, config.lease_seconds, memory.max_pinned)
     rules = config.admission
@@ -77,6 +79,19 @@ def open_store(
         limits = {number: quota.limits.get(p.name) for number, p in store.catalogue.places.items()}
         store.set_quota(tenant, {n: limit for n, limit in limits.items() if limit is not None})
     return store
+
+
+def _habits(config: Config) -> Habits | None:
+    """What policies know of blocks, if one asks; it is kept beside the slab, where there is one."""
+    if "forecast" not in (config.memory.policy, config.disk.policy):
+        return None
+    from kvstore.memory.habits import Habits
+
+    folder = config.disk.path
+    habits = Habits(path=None if folder is None else folder / "habits.kv")
+    if habits.problem is not None:
+        _log.warning("what was learned of blocks is not used: %s", habits.problem)
+    return habits
 
 
 def open_pool(config: Config, arena: Arena) -> Pool | None:

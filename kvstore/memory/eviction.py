@@ -9,7 +9,7 @@ store's loop owns it. All have the methods of `Lru`.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -87,8 +87,8 @@ class Lru(Ring[N]):
         """The object is gone; `evicted` lets a policy remember it."""
         super().remove(node)
 
-    def candidates(self) -> Iterator[N]:
-        """Nodes, best victim first, each once.
+    def candidates(self, newcomer: Any = None) -> Iterator[N]:
+        """Nodes, best victim first, each once, where the owner of a new one needs room.
 
         The caller removes at most the last one it took. Those before, which it passed over, are in
         use, so they count as renewed: nobody comes upon them again and again.
@@ -97,6 +97,10 @@ class Lru(Ring[N]):
             node = self.oldest
             yield node
             self.renew(node)
+
+    def refuses(self, newcomer: Any, victim: N) -> bool:
+        """Whether the new one is worth less than this victim, which so stays."""
+        return False
 
 
 class Ghost(Node, gc=False, eq=False):
@@ -160,7 +164,10 @@ class S3Fifo(Generic[N]):
                 if len(self._ghosts) > max(len(self), 1):
                     self._forget(self._ghosts.oldest.name)
 
-    def candidates(self) -> Iterator[N]:
+    def refuses(self, newcomer: Any, victim: N) -> bool:
+        return False
+
+    def candidates(self, newcomer: Any = None) -> Iterator[N]:
         seen: set[N] = set()
         for _ in range(len(self) * (self._MAX_USES + 1)):
             node = self._next()
@@ -213,4 +220,21 @@ class S3Fifo(Generic[N]):
         return len(self._small) + len(self._main)
 
 
-EvictionPolicy = Lru[N] | S3Fifo[N]
+class EvictionPolicy(Protocol[N]):
+    """See `Lru`."""
+
+    def add(self, node: N, older_than: N | None = None) -> None: ...
+
+    def touch(self, node: N) -> None: ...
+
+    def renew(self, node: N) -> None: ...
+
+    def cool(self, node: N) -> None: ...
+
+    def remove(self, node: N, *, evicted: bool = False) -> None: ...
+
+    def candidates(self, newcomer: Any = None) -> Iterator[N]: ...
+
+    def refuses(self, newcomer: Any, victim: N) -> bool: ...
+
+    def __len__(self) -> int: ...

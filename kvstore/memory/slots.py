@@ -12,9 +12,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from kvstore.memory.eviction import EvictionPolicy, Lru, Node, S3Fifo
+
+if TYPE_CHECKING:
+    from kvstore.memory.habits import Habits
 
 ALIGNMENT: Final = 4096
 _REBALANCE_EVERY: Final = 64
@@ -53,17 +56,24 @@ class Slot(Node, Generic[T], gc=False, eq=False):
         return self.after is not None
 
 
-def slot_policy(name: str) -> Callable[[], EvictionPolicy[Slot[Any]]]:
-    """The factory of a policy by its configured name.
+def slot_policy(name: str, habits: Callable[[], Habits]) -> Callable[[], EvictionPolicy[Slot[Any]]]:
+    """The factory of a policy by its configured name; `habits` are asked for where it wants them.
 
     What lay in a slot is remembered as its owner's `ghost`.
 
     Raises:
         KeyError: no such policy (the configuration is checked before).
     """
+
+    def forecast() -> EvictionPolicy[Slot[Any]]:
+        from kvstore.memory.forecast import Forecast  # with numpy, which others do without
+
+        return Forecast(habits())
+
     policies: dict[str, Callable[[], EvictionPolicy[Slot[Any]]]] = {
         "lru": Lru,
         "s3fifo": lambda: S3Fifo(lambda slot: slot.owner.ghost),
+        "forecast": forecast,
     }
     return policies[name]
 
@@ -114,7 +124,8 @@ class SlotPool(Generic[T]):
         evict: gives it up; must call `free(slot, evicted=True)`.
         min_slot: bytes of the smallest slot, a multiple of 4096.
 
-    `growing`: chunks that were never used may be taken.
+    `growing`: chunks that were never used may be taken. `refused`: the last time that there was no
+    slot, the policy found the new object worth less than what would have to go.
     """
 
     def __init__(
@@ -131,6 +142,7 @@ class SlotPool(Generic[T]):
         self.capacity = capacity
         self.chunk = chunk
         self.growing = True
+        self.refused = False
         self._min_slot = min_slot
         self._make_policy = policy
         self._evictable = evictable
@@ -150,16 +162,19 @@ class SlotPool(Generic[T]):
         """The size class that holds an object of `nbytes`."""
         return max(self._min_slot, align(nbytes))
 
-    def allocate(self, nbytes: int, owner: T) -> Slot[T] | None:
+    def allocate(self, nbytes: int, owner: T, *, may_refuse: bool = False) -> Slot[T] | None:
         """A slot for `nbytes`, after evicting what had to go; None when nothing more can go.
+
+        Or, if it `may_refuse`, when all that is there is worth more.
 
         The slot cannot be evicted before it is admitted.
         """
         size = self.slot_bytes(nbytes)
+        self.refused = False
         if size > self.chunk:
             return None
         cls = self._class(size)
-        if not cls.partial and not self._make_room(cls):
+        if not cls.partial and not self._make_room(cls, owner, may_refuse):
             return None
         chunk = next(reversed(cls.partial.values()))
         if chunk.free:
@@ -303,10 +318,13 @@ class SlotPool(Generic[T]):
         self.used_slots += 1
         return slot
 
-    def _make_room(self, cls: _SizeClass[T]) -> bool:
+    def _make_room(self, cls: _SizeClass[T], owner: T, may_refuse: bool) -> bool:
         if not self._unused_chunk():
-            looked_at = islice(cls.policy.candidates(), _CANDIDATES)
+            looked_at = islice(cls.policy.candidates(owner), _CANDIDATES)
             victim = next((s for s in looked_at if self._evictable(s)), None)
+            if may_refuse and victim is not None and cls.policy.refuses(owner, victim):
+                self.refused = True
+                return False
             cls.evictions += 1
             if victim is None or cls.evictions % _REBALANCE_EVERY == 0 or self._leaving is not None:
                 self._take_over(cls, victim)

@@ -71,9 +71,18 @@ class Entry(Node, gc=False, eq=False):
         self.variant = self.name.part.variant
 
     @property
+    def key(self) -> bytes:
+        """Of its block."""
+        return self.name.key
+
+    def kin(self, key: bytes) -> int:
+        """Names the same part of another block, for policies."""
+        return hash((key, self.variant))
+
+    @property
     def ghost(self) -> int:
         """Names the object for policies that remember those that are gone."""
-        return hash((self.name.key, self.variant))
+        return self.kin(self.name.key)
 
     @property
     def begins_segment(self) -> bool:

@@ -51,6 +51,7 @@ _MEANING: Final = {
     "expired": "its time to live was over",
     "cleared": "it was cleared",
     "no_room": "its save was dropped: memory was full of blocks in use or being written",
+    "worth_less": "its save was dropped: all that was in memory was expected to be used more",
     "admission": "its save was dropped by the admission policy",
     "parts": "its save was dropped: its tenant had blocks of too many namespaces and layouts",
     "held": "its save was dropped: its tenant held as much under leases as it may",

@@ -333,7 +333,7 @@ class Loading(Leases):
                 break
             if running.reads:
                 loaded = (blocks[i][0].name.key for i in some if blocks[i])
-                self.movement.asked(loaded, loaded=True)
+                self.movement.asked(list(loaded), loaded=True)
                 for i in some:
                     if not blocks[i]:
                         continue

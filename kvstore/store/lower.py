@@ -7,7 +7,7 @@ come back through `post`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kvstore.slices import FEW, Work, finish
 from kvstore.store.entry import Entry
@@ -20,6 +20,9 @@ from kvstore.store.writebehind import Batch
 from kvstore.tiers.base import Held, ObjectName, State
 from kvstore.transport.protocol import Cost
 from kvstore.values import format_size
+
+if TYPE_CHECKING:
+    from kvstore.memory.habits import Habits
 
 _UNANSWERED: Final = "it does not tell in time what it holds (probe_seconds): nobody waits for it"
 
@@ -100,6 +103,11 @@ class Lower(Road):
             "waited_for": self.patience.waits if self.shared else None,
             "events": self.tier.counters,
         }
+
+    @property
+    def habits(self) -> Habits:
+        """See `Host`."""
+        return self.learned()
 
     # -- what the tier may ask, see `Host` --------------------------------------------------------
 

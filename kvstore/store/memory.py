@@ -5,13 +5,17 @@ Belongs to the store's loop; nothing is thread-safe.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from kvstore.memory.arena import Arena
 from kvstore.memory.slots import Slot, SlotPool, choose_chunk, slot_policy
 from kvstore.store.catalogue import Catalogue
 from kvstore.store.entry import Entry
 from kvstore.transport.protocol import MEMORY
+
+if TYPE_CHECKING:
+    from kvstore.memory.habits import Habits
 
 
 class Memory:
@@ -21,17 +25,22 @@ class Memory:
         arena: where objects lie.
         chunk: bytes per chunk of the arena (0: chosen).
         policy: of eviction.
+        habits: what a policy may want to know of blocks.
+        last: there is no tier below, so that what is worth less than all that is here is refused.
     """
 
     number = MEMORY
     name = "memory"
 
-    def __init__(self, arena: Arena, chunk: int, policy: str) -> None:
+    def __init__(
+        self, arena: Arena, chunk: int, policy: str, habits: Callable[[], Habits], *, last: bool
+    ) -> None:
         self._arena = arena
+        self._last = last
         self.pool: SlotPool[Entry] = SlotPool(
             arena.size,
             chunk or choose_chunk(arena.size),
-            slot_policy(policy),
+            slot_policy(policy, habits),
             lambda slot: slot.owner.may_leave(MEMORY),
             lambda slot: self._catalogue.evict(slot.owner, MEMORY),
         )
@@ -47,8 +56,10 @@ class Memory:
         namespace = entry.name.namespace
         if not catalogue.make_room(namespace, MEMORY, entry.nbytes):
             refusal = "quota"
-        elif (slot := self.pool.allocate(entry.nbytes, entry)) is None:
-            refusal = "no_room"
+        elif (
+            slot := self.pool.allocate(entry.nbytes, entry, may_refuse=new and self._last)
+        ) is None:
+            refusal = "worth_less" if self.pool.refused else "no_room"
         else:
             entry.slot = slot
             if new:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kvstore.clock import Clock
 from kvstore.memory.arena import Arena
@@ -24,6 +24,9 @@ from kvstore.store.opening import Below
 from kvstore.store.writebehind import Batch, Watch
 from kvstore.tiers.base import MISS
 from kvstore.transport.protocol import MEMORY
+
+if TYPE_CHECKING:
+    from kvstore.memory.habits import Habits
 
 _BYTES_PER_MEMORY: Final = 1 << 16
 """Of the arena, for every block whose end is remembered: some 0.3 % of it go into that."""
@@ -48,6 +51,7 @@ class Movement:
         clock: what time it is.
         chunk: bytes per chunk of the arena (0: chosen).
         policy: eviction policy of the memory tier.
+        habits: what policies know of blocks; None: nothing yet.
         below: the tiers below memory, of which the first is preferred where all is equal.
         later: calls a function on the loop in so many seconds, or ticks do.
     """
@@ -62,11 +66,15 @@ class Movement:
         policy: str,
         below: Sequence[Below],
         later: Callable[[float, Callable[[], None]], object],
+        habits: Habits | None = None,
     ) -> None:
         self.arena = arena
         self.admission = Admission()
         self.background = Background(post)
-        self.memory = Memory(arena, chunk, policy)
+        self._clock = clock
+        if habits is not None:
+            self.habits = habits
+        self.memory = Memory(arena, chunk, policy, lambda: self.habits, last=not below)
         self.catalogue = Catalogue(
             clock,
             min(1 << 18, max(1024, arena.size // _BYTES_PER_MEMORY)),
@@ -81,7 +89,7 @@ class Movement:
             for number, one in enumerate(below, MEMORY + 1):
                 self.lowers[number] = Lower(
                     number, one, self.memory, self.catalogue, self.background, inbox, later,
-                    self.pump,
+                    self.pump, lambda: self.habits,
                 )  # fmt: skip
         except BaseException:
             self.close()  # Those that were opened are let go, for whoever tries again.
@@ -260,16 +268,36 @@ class Movement:
         """What was asked for, as far as the rules of admission want to know."""
         return Uses(min(1 << 24, max(1 << 18, self.arena.size // _BYTES_PER_USE)))
 
+    @cached_property
+    def habits(self) -> Habits:
+        """What policies know of blocks."""
+        from kvstore.memory.habits import Habits  # with numpy, which other policies do without
+
+        return Habits(self._clock.monotonic)
+
+    @property
+    def _told(self) -> Habits | None:
+        """The habits, where a policy has asked for them."""
+        habits: Habits | None = self.__dict__.get("habits")
+        return habits
+
     @property
     def _judging(self) -> list[Lower]:
         """The tiers for what was asked for more than once."""
         rule = self.admission.rule
         return [lower for lower in self.lowers.values() if rule(lower.name) == "reused"]
 
-    def asked(self, keys: Iterable[bytes], *, loaded: bool = False) -> None:
+    def asked(self, keys: Sequence[bytes], *, loaded: bool = False) -> None:
         """A request looks for these blocks, be they here or not, or has `loaded` them."""
         if self._judging:
             self.uses.note(keys, "loaded" if loaded else "looked")
+        if not loaded and (habits := self._told) is not None:
+            habits.asked(keys)
+
+    def saves(self, keys: Sequence[bytes], parent: bytes) -> None:
+        """Blocks are about to be saved, of which a request may not have asked for all."""
+        if (habits := self._told) is not None:
+            habits.saved(keys, parent)
 
     def pump(self) -> None:
         """Send objects down that are to be written, as far as queues allow."""

@@ -27,6 +27,7 @@ _DROPPED: Final = {
     "no_room": "the arena is full of blocks in use or being written",
     "quota": "the tenant's quota is full of blocks in use or being written",
     "admission": "the admission policy refuses them",
+    "worth_less": "all that is in memory is expected to be used more (memory.policy: forecast)",
     "draining": "the daemon is draining",
     "parts": "their tenant has blocks of too many namespaces and layouts",
     "held": "their tenant holds as much under leases as it may (server.max_held)",
@@ -75,7 +76,8 @@ class Store(Loading):
 
         An answer is the slot's offset in the arena, or HAVE (stored already), BUSY (somebody else
         is saving it) or NO_ROOM: the save is to be dropped. The second value says why then:
-        `no_room` (nothing more can be evicted), `held` (the payer may hold no more), `quota`,
+        `no_room` (nothing more can be evicted), `worth_less` (than what is here), `held` (the payer
+        may hold no more), `quota`,
         `admission` or `draining`. `saving` says more about the blocks.
 
         Raises:
@@ -92,6 +94,7 @@ class Store(Loading):
         elif self.admission.refuses(namespace.tenant):
             refusal = "admission"
         index = self.index
+        self.movement.saves(keys, saving.parent)
         within = self._within(namespace)
         segments = None
         if self.movement.segmented or self.catalogue.heads.on:

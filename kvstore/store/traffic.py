@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from kvstore.slices import FEW, Background, Work
 from kvstore.store.catalogue import Catalogue
@@ -46,6 +46,10 @@ Done = Callable[[str | None], None]
 """Told that an object was read: None, or the reason why it was not."""
 
 
+if TYPE_CHECKING:
+    from kvstore.memory.habits import Habits
+
+
 @dataclass(eq=False)
 class Road(ABC):
     """Between memory and a tier below it.
@@ -53,7 +57,8 @@ class Road(ABC):
     `number` and `below`: of the tier, and how it was configured. `background`: work that nobody
     waits for; `post` runs a function on the loop, called from any thread; `later` calls one on the
     loop in so many seconds, or it is done with the next tick; `moved` is called when something has
-    been read or written. `tier` is None while it is away, and `segmented` what is known of it then.
+    been read or written; `learned` gives what policies know of
+    blocks. `tier` is None while it is away, and `segmented` what is known of it then.
     """
 
     number: int
@@ -64,6 +69,7 @@ class Road(ABC):
     post: Callable[[Callable[[], None]], None]
     later: Callable[[float, Callable[[], None]], object]
     moved: Callable[[], None]
+    learned: Callable[[], Habits]
     tier: Guarded | None = field(default=None, init=False)
     segmented: bool = field(default=False, init=False)
     _waking: bool = field(default=False, init=False)
@@ -346,7 +352,7 @@ class Writes:
             catalogue.quiet.warning(road.name, "writes to %s pause: %s", road.name, problem)
             catalogue.writes.again(entry, road.number, error)
             return
-        if error == "no_room":
+        if error in ("no_room", "worth_less"):
             catalogue.counters.add("write.dropped", error)
         else:
             catalogue.counters.add("write.failed", error)

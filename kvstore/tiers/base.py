@@ -22,7 +22,7 @@ PENDING: Final = 255
 PASSING: Final = frozenset({"full", "read_only", "io_error", "stalled"})
 """Reasons why a put failed that may be gone once the tier is `writable` again."""
 REASONS: Final = PASSING | {
-    "closed", "refused", "no_room", "corrupt", "partial", "exists", "away", "absent",
+    "closed", "refused", "no_room", "worth_less", "corrupt", "partial", "exists", "away", "absent",
 }  # fmt: skip
 """All why jobs fail, see `Tier`."""
 
@@ -54,7 +54,11 @@ class ObjectName(msgspec.Struct, frozen=True, gc=False, eq=False):
     @property
     def ghost(self) -> int:
         """Names the object for policies that remember those that are gone."""
-        return hash((self.key, self.part.variant))
+        return self.kin(self.key)
+
+    def kin(self, key: bytes) -> int:
+        """Names the same part of another block, for policies."""
+        return hash((key, self.part.variant))
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -183,7 +187,10 @@ job whose I/O cannot be called back may come late.
 
 
 class Host(Protocol):
-    """What a tier may ask of the store."""
+    """What a tier may ask of the store.
+
+    The store's own one also has `habits`, what is known of how blocks are used.
+    """
 
     def busy(self, name: ObjectName) -> bool:
         """Whether an object must stay where it is: pinned, or being moved. On the loop."""
@@ -211,7 +218,8 @@ class Tier(Protocol):
 
     Reasons why jobs fail. Both: `closed`; `io_error`; `stalled`, the medium does not answer;
     `away`, nor does the part of it where the object belongs, but others do; `refused`, a mistake in
-    the job. put: `no_room`, nothing more can be evicted; `full`, so is the medium; `read_only`;
+    the job. put: `no_room`, nothing more can be evicted; `worth_less`, than
+    all that is there; `full`, so is the medium; `read_only`;
     `corrupt`, the memory does not hold what the checksum says; `partial`, that of another block of
     the segment does not; `exists`, another node has put other bytes under this name, which stay.
     get: `absent`, or of a shared tier: there are others, which another node has put; `corrupt`, the

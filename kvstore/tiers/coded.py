@@ -72,6 +72,10 @@ class _InnerHost:
     def post(self, task: Callable[[], None]) -> None:
         self.host.post(task)
 
+    @property
+    def habits(self) -> object:
+        return getattr(self.host, "habits", None)
+
 
 class CodedTier:
     """A `Tier` around another one. Opening it blocks, and is for any thread.

@@ -103,7 +103,7 @@ HARMLESS = {
     "top", "bench",
     *(f"bench {name}" for name in (
         "copy", "codec", "disk", "session", "store", "weights", "peer", "gpu-copy", "engine",
-        "soak", "loop", "blend", "tier")),
+        "soak", "loop", "blend", "tier", "policy")),
     # What they change can be changed back, and nothing is lost by it.
     "pin", "unpin", "prefetch", "move", "copy", "compress", "decompress", "admission",
     "drain",  # --stop says it, and writes out before
@@ -386,6 +386,7 @@ VALUES: dict[str, list[str]] = {
     "--size": [*NO_SIZE, "0", "1kB", "1TiB"], "--threads": NO_COUNT, "--samples": NO_COUNT,
     "--clients": NO_COUNT, "--connections": NO_COUNT, "--type": NO_CHOICE,
     "--streams": NO_COUNT, "--requests": NO_COUNT, "--objects": NO_COUNT,
+    "--blocks": NO_COUNT, "traces": NO_FILE,
     "--engine": NO_CHOICE, "--processes": NO_CHOICE,
     "--minutes": ["", "-1", "nan", "inf", "1e9", "x"], "--seconds": ["", "-1", "nan", "inf", "1e9"],
 }  # fmt: skip

@@ -64,7 +64,7 @@ def key_of(number: int, kind: str) -> bytes:
 
 class Machine(RuleBasedStateMachine):
     @initialize(
-        policy=st.sampled_from(["lru", "s3fifo"]),
+        policy=st.sampled_from(["lru", "s3fifo", "forecast"]),
         with_disk=st.sampled_from([True, True, False]),
         rates=st.tuples(*[st.sampled_from([0, 0, 1 << 18])] * 2),
     )

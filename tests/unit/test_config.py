@@ -133,7 +133,7 @@ def test_an_empty_file_is_no_error(tmp_path: Path) -> None:
             ["memory.size:", "must be greater than or equal to 1 MiB (1048576 bytes)"],
         ),
         ("memory: 5GiB", ["memory: must be `key: value` lines"]),
-        ("memory: {policy: clock}", ["memory.policy:", "'lru' or 's3fifo'"]),
+        ("memory: {policy: clock}", ["memory.policy:", "'lru', 's3fifo' or 'forecast'"]),
         ("memory: {prefault: maybe}", ["memory.prefault: must be a boolean"]),
         ("server: {grpc: 99999}", ["server.grpc: must be a text (in quotes)"]),
         ("server:\n\tgrpc: none", ["line 2, column 1: found", "indent with spaces"]),

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from kvstore.memory.eviction import EvictionPolicy, Lru, Node, S3Fifo
+from kvstore.memory.forecast import Forecast
+from kvstore.memory.habits import Habits
 from kvstore.memory.slots import slot_policy
 
 
@@ -206,10 +208,11 @@ def test_any_sequence_of_calls_keeps_count(make: Make) -> None:
 
 
 def test_policies_are_made_by_name() -> None:
-    assert isinstance(slot_policy("lru")(), Lru)
-    assert isinstance(slot_policy("s3fifo")(), S3Fifo)
+    assert isinstance(slot_policy("lru", Habits)(), Lru)
+    assert isinstance(slot_policy("s3fifo", Habits)(), S3Fifo)
+    assert isinstance(slot_policy("forecast", Habits)(), Forecast)
     with pytest.raises(KeyError):
-        slot_policy("clock")
+        slot_policy("clock", Habits)
 
 
 @POLICIES

@@ -13,9 +13,10 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, takewhile
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kvstore.memory.slots import Slot, SlotPool, slot_policy
 from kvstore.slices import FEW, Background, Work, tables
@@ -24,6 +25,9 @@ from kvstore.tiers.slab.file import SlabFile
 from kvstore.tiers.slab.health import Health
 from kvstore.tiers.slab.table import Place
 from kvstore.tiers.slab.threads import CHUNK_REFUSED, NAMES_FULL, Task, Threads
+
+if TYPE_CHECKING:
+    from kvstore.memory.habits import Habits
 
 _logger = logging.getLogger("kvstore.disk")
 
@@ -35,6 +39,14 @@ _FULL: Final = "its file system is full: the slab recycles the room that it has;
 _NAMES: Final = "its dictionary is full: the namespaces longest unused are given up for new ones"
 
 _Slot = Slot[ObjectName]
+
+
+def _habits_of(host: Host) -> Habits:
+    """Those of the store, or, in benchmarks and tests, of this tier alone."""
+    from kvstore.memory.habits import Habits
+
+    habits: Habits = getattr(host, "habits", None) or Habits()
+    return habits
 
 
 class SlabTier:
@@ -70,7 +82,7 @@ class SlabTier:
             path: a folder for this tier alone.
             size: bytes on disk that nothing of ours ever exceeds.
             chunk: bytes of a chunk of a new slab; 0 chooses. A slab keeps what it was made with.
-            policy: of eviction, `lru` or `s3fifo`.
+            policy: of eviction, `lru`, `s3fifo` or `forecast`.
             threads: transfers on the disk at a time.
             sync_seconds: longest time that a finished write may be lost to a power loss.
             retry_seconds: time between attempts while the disk is full, read-only or broken.
@@ -97,7 +109,7 @@ class SlabTier:
             self._pool: SlotPool[ObjectName] = SlotPool(
                 slab.chunks * slab.header.chunk,
                 slab.header.chunk,
-                slot_policy(policy),
+                slot_policy(policy, partial(_habits_of, host)),
                 lambda slot: not host.busy(slot.owner),
                 self._give_up,
                 slab.header.min_slot,
@@ -189,13 +201,14 @@ class SlabTier:
     def _place(self, task: Task) -> None:
         """Give a put a place, and run it."""
         name = task.job.name
-        slot = self._pool.allocate(task.job.nbytes, name)
+        slot = self._pool.allocate(task.job.nbytes, name, may_refuse=True)
         if slot is not None:
             self._table(name)[name] = slot
             task.place = Place(slot.offset, slot.nbytes)
             self._threads.submit(task)
-        elif self._pool.growing:
-            self._threads.finish(task, "no_room")
+        elif self._pool.refused or self._pool.growing:
+            error = "worth_less" if self._pool.refused else "no_room"
+            self._threads.finish(task, error)
         else:
             full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._threads.finish(task, self._health.write_failed(full))

@@ -1,0 +1,170 @@
+"""What policies of eviction find again of a trace, beside what one could that knew the future."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from kvstore.benchmarks.figures import Report
+from kvstore.memory.habits import Habits
+from kvstore.memory.slots import ALIGNMENT, Slot, SlotPool, slot_policy
+from kvstore.traces import Request, made_trace, read_trace
+
+POLICIES: Final = ("lru", "s3fifo", "forecast")
+
+
+class Block:
+    """A block in a pool, as policies know it."""
+
+    __slots__ = ("key", "slot")
+
+    def __init__(self, key: bytes) -> None:
+        self.key = key
+        self.slot: Slot[Block] | None = None
+
+    @property
+    def ghost(self) -> int:
+        """See `Entry.ghost`."""
+        return hash(self.key)
+
+    def kin(self, key: bytes) -> int:
+        """See `Entry.kin`."""
+        return hash(key)
+
+
+class Place:
+    """A tier of so many blocks, which are given up as a daemon does. Counts what is written."""
+
+    def __init__(self, blocks: int, policy: str, habits: Habits, *, last: bool = True) -> None:
+        self.blocks: dict[bytes, Block] = {}
+        self.written = 0
+        self._last = last
+        self._pool: SlotPool[Block] = SlotPool(
+            blocks * ALIGNMENT, ALIGNMENT, slot_policy(policy, lambda: habits),
+            lambda slot: slot.admitted, self._evict,
+        )  # fmt: skip
+
+    def _evict(self, slot: Slot[Block]) -> None:
+        del self.blocks[slot.owner.key]
+        self._pool.free(slot, evicted=True)
+
+    def use(self, keys: Sequence[bytes]) -> None:
+        """Blocks of a prompt, in their order, were used: the first is the last to go."""
+        for key in reversed(keys):
+            if (block := self.blocks.get(key)) is not None and block.slot is not None:
+                self._pool.touch(block.slot)
+
+    def save(self, keys: Sequence[bytes]) -> None:
+        """Take in what is not here of them, until one finds no room."""
+        taken: list[Slot[Block]] = []
+        for key in keys:
+            if key in self.blocks:
+                continue
+            block = Block(key)
+            slot = self._pool.allocate(ALIGNMENT, block, may_refuse=self._last)
+            if slot is None:
+                break
+            block.slot = slot
+            self.blocks[key] = block
+            taken.append(slot)
+        before: Slot[Block] | None = None
+        for slot in taken:
+            self._pool.admit(slot, before)
+            before = slot
+        self.written += len(taken)
+
+
+@dataclass
+class Found:
+    """Blocks asked for, and found in memory and, beyond these, on disk; written there."""
+
+    asked: int = 0
+    memory: int = 0
+    disk: int = 0
+    written: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Of blocks that need not be computed."""
+        return (self.memory + self.disk) / max(1, self.asked)
+
+
+def replay(trace: Sequence[Request], memory: int, policy: str, disk: int = 0) -> Found:
+    """The trace over tiers of so many blocks, from cold."""
+    now = 0.0
+    habits = Habits(lambda: now, elsewhere=lambda task: task())
+    first = Place(memory, policy, habits, last=not disk)
+    second = Place(disk, policy, habits) if disk else None
+    found = Found()
+    for request in trace:
+        now, keys = request.at, request.keys
+        here, there = first.blocks, second.blocks if second is not None else {}
+        there_from = next((n for n, key in enumerate(keys) if key not in here), len(keys))
+        end = there_from
+        while end < len(keys) and (keys[end] in here or keys[end] in there):
+            end += 1
+        found.asked += len(keys)
+        found.memory += there_from
+        found.disk += end - there_from
+        if policy == "forecast":
+            habits.asked(keys)
+        first.use(keys)
+        first.save(keys)
+        if second is not None:
+            second.use(keys)
+            second.save(keys)
+    found.written = second.written if second is not None else 0
+    return found
+
+
+def ceiling(trace: Sequence[Request]) -> float:
+    """The share that would be found if nothing ever had to go."""
+    seen: set[bytes] = set()
+    found = asked = 0
+    for request in trace:
+        found += next((n for n, k in enumerate(request.keys) if k not in seen), len(request.keys))
+        asked += len(request.keys)
+        seen.update(request.keys)
+    return found / max(1, asked)
+
+
+def clairvoyant(trace: Sequence[Request], blocks: int) -> float:
+    """The share that is found by who keeps those that are used soonest, and takes in no others."""
+    after: list[list[int]] = []
+    last: dict[bytes, int] = {}
+    for number in range(len(trace) - 1, -1, -1):
+        after.append([last.get(key, -1) for key in trace[number].keys])
+        last.update(dict.fromkeys(trace[number].keys, number))
+    here: dict[bytes, int] = {}
+    queue: list[tuple[int, int, bytes]] = []  # farthest first; of a prompt, the last one
+    found = asked = 0
+    for request in trace:
+        asked += len(request.keys)
+        found += next((n for n, k in enumerate(request.keys) if k not in here), len(request.keys))
+        for depth, (key, use) in enumerate(zip(request.keys, after.pop(), strict=True)):
+            here.pop(key, None)
+            if use >= 0:
+                here[key] = use
+                heapq.heappush(queue, (-use, -depth, key))
+        while len(here) > blocks:
+            use, _, key = heapq.heappop(queue)
+            if here.get(key) == -use:
+                del here[key]
+    return found / max(1, asked)
+
+
+def run(report: Report, traces: Sequence[Path], sizes: Sequence[int]) -> None:
+    """Each policy at each size (blocks), on these traces or a made one."""
+    named = [(path.stem, read_trace(path)) for path in traces] or [("made", made_trace())]
+    for name, trace in named:
+        for size in sizes:
+            bound = clairvoyant(trace, size)
+            for policy in POLICIES:
+                rate = replay(trace, size, policy).rate
+                report.level(
+                    "hit rate", 100 * rate, 100 * bound, unit="%", less_is_better=False, samples=1,
+                    trace=name, blocks=size, policy=policy, against="who knows the future",
+                )  # fmt: skip

@@ -1,0 +1,185 @@
+"""An eviction policy that gives up the block with the fewest expected hits per second of staying.
+
+What blocks are worth, `Habits` knows. Only leaves go, blocks with no other behind them here: what
+comes after a block is of no use without it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from typing import Any, Final, Generic, Protocol
+
+import msgspec
+
+from kvstore.memory.eviction import N, Ring
+from kvstore.memory.habits import CLASSES, Habits, Known
+from kvstore.slices import tables
+
+_INNER: Final = CLASSES
+_COLD: Final = CLASSES + 1
+
+
+class _Held(msgspec.Struct, gc=False, eq=False):
+    """A node here, and the name of the block before it (0: not known)."""
+
+    node: Any
+    above: int
+
+
+class Block(Protocol):
+    """What lies at a node, its `owner`: a part of a block."""
+
+    @property
+    def key(self) -> bytes:
+        """Of the block."""
+
+    def kin(self, key: bytes) -> int:
+        """Names the same part of another block."""
+
+
+class Forecast(Generic[N]):
+    """See the module. Has the methods of `Lru`; a node's mark is the ring that it is in.
+
+    Args:
+        habits: what is known of blocks, also to other policies.
+    """
+
+    def __init__(self, habits: Habits) -> None:
+        self._habits = habits
+        self._rings: list[Ring[N]] = [Ring() for _ in range(CLASSES + 2)]
+        self._held: list[dict[int, _Held]] = tables()
+        self._behind: list[dict[int, int]] = tables()  # how many are, by the name before
+        self._used: set[int] = set()
+        """The rings in which there may be something."""
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, node: N, older_than: N | None = None) -> None:
+        block = _block(node)
+        known = self._habits.find(block.key)
+        name, above = block.kin(block.key), 0
+        if known is not None and known.parent:
+            above = block.kin(known.parent)
+            behind = self._behind[above & 255]
+            behind[above] = behind.get(above, 0) + 1
+            if behind[above] == 1 and (held := self._held[above & 255].get(above)):
+                self._move(held.node, _INNER)
+        self._held[name & 255][name] = _Held(node, above)
+        ring = _INNER if name in self._behind[name & 255] else _class(known)
+        node.mark = ring
+        self._used.add(ring)
+        self._rings[ring].add(node)
+        self._count += 1
+        self._habits.hold(self._count)
+
+    def touch(self, node: N) -> None:
+        block = _block(node)
+        name = block.kin(block.key)
+        inner = name in self._behind[name & 255]
+        self._move(node, _INNER if inner else _class(self._known(node)))
+
+    def renew(self, node: N) -> None:
+        self._rings[node.mark].renew(node)
+
+    def cool(self, node: N) -> None:
+        self._move(node, _COLD)
+
+    def remove(self, node: N, *, evicted: bool = False) -> None:
+        self._rings[node.mark].remove(node)
+        self._count -= 1
+        block = _block(node)
+        name = block.kin(block.key)
+        above = self._held[name & 255].pop(name).above
+        if not above:
+            return
+        behind = self._behind[above & 255]
+        behind[above] -= 1
+        if behind[above]:
+            return
+        del behind[above]
+        held = self._held[above & 255].get(above)
+        if held is not None and held.node.mark == _INNER:
+            self._move(held.node, _class(self._known(held.node)), first=True)
+
+    def candidates(self, newcomer: Block | None = None) -> Iterator[N]:
+        """As `Lru.candidates`; those of the newcomer's own request come last."""
+        habits, now = self._habits, self._habits.clock()
+        coming = None if newcomer is None else habits.find(newcomer.key)
+        yield from self._through(_COLD)
+        heads: list[tuple[float, int]] = []
+        left: dict[int, int] = {}
+        own: list[N] = []
+
+        def see(ring: int) -> None:
+            """Its oldest one is up, but for those that have moved on, or are the newcomer's."""
+            nodes = self._rings[ring]
+            while nodes and left.setdefault(ring, len(nodes)) > 0:
+                left[ring] -= 1
+                node = nodes.oldest
+                known = self._known(node)
+                if known is not None and known.group.cls != ring:
+                    self._move(node, known.group.cls)
+                elif coming is not None and known is not None and _together(known, coming):
+                    own.append(node)
+                    nodes.renew(node)
+                else:
+                    heapq.heappush(heads, (habits.worth(known, now), ring))
+                    return
+
+        for ring in [n for n in self._used if n < CLASSES]:
+            see(ring)
+            if not self._rings[ring]:
+                self._used.discard(ring)
+        while heads:
+            _, ring = heapq.heappop(heads)
+            node = self._rings[ring].oldest
+            yield node
+            self._rings[ring].renew(node)
+            see(ring)
+        yield from own
+        yield from self._through(_INNER)
+
+    def refuses(self, newcomer: Block, victim: N) -> bool:
+        """Whether what is to come is worth less than the least that would have to go."""
+        habits = self._habits
+        coming, going = habits.find(newcomer.key), self._known(victim)
+        if coming is None or going is None or victim.mark == _COLD:
+            return False
+        return _together(coming, going) or (
+            habits.worth(going, habits.clock()) > habits.first_worth(coming)
+        )
+
+    def _known(self, node: N) -> Known | None:
+        return self._habits.find(_block(node).key)
+
+    def _through(self, ring: int) -> Iterator[N]:
+        nodes = self._rings[ring]
+        for _ in range(len(nodes)):
+            node = nodes.oldest
+            yield node
+            nodes.renew(node)
+
+    def _move(self, node: N, ring: int, *, first: bool = False) -> None:
+        self._rings[node.mark].remove(node)
+        node.mark = ring
+        self._used.add(ring)
+        nodes = self._rings[ring]
+        nodes.add(node, nodes.oldest if first and nodes else None)
+
+
+def _block(node: Any) -> Block:
+    block: Block = node.owner
+    return block
+
+
+def _class(known: Known | None) -> int:
+    cls: int = 0 if known is None else known.group.cls
+    return cls
+
+
+def _together(one: Known, other: Known) -> bool:
+    """Whether the same request asked for both last."""
+    return bool(one.group.at == other.group.at)

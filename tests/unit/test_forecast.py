@@ -1,0 +1,209 @@
+"""Policies on traces: what is read, what is learned and kept, and what goes first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from kvstore.benchmarks.policy import Block, clairvoyant, replay
+from kvstore.memory.eviction import Node
+from kvstore.memory.forecast import Forecast
+from kvstore.memory.habits import Habits
+from kvstore.traces import Request, TraceError, made_trace, read_trace
+from tests.store_tools import NAMESPACE, PART, Bench, keys
+
+
+def at_once(task: Callable[[], None]) -> None:
+    task()
+
+
+class Owned(Node, eq=False):
+    owner: Block
+
+
+# --- traces ---------------------------------------------------------------------------------------
+
+
+def test_three_kinds_of_traces_are_read(tmp_path: Path) -> None:
+    lines = {
+        "ours": [
+            {"time": 5, "keys": ["ab", 7], "tokens": 9, "tenant": "t"},
+            {"time": 6, "keys": [7]},
+        ],
+        "mooncake": [{"timestamp": 27000, "input_length": 9, "hash_ids": [7]}] * 2,
+        "lmbench": [{"timestamp": f"{at}000000000", "hash_ids": [7]} for at in (17, 19)],
+    }
+    seven = hashlib.sha256(b"7").digest()
+    for name, said in lines.items():
+        path = tmp_path / name
+        path.write_text("\n".join(map(json.dumps, said)) + "\n")
+        first, second = read_trace(path)
+        assert first.at == 0
+        assert first.keys[-1] == seven
+        assert second.at == {"ours": 1, "mooncake": 0, "lmbench": 2}[name]
+    assert read_trace(tmp_path / "ours")[0] == Request(0, (b"\xab", seven), 9, "t")
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("{", "line 1"),
+        ("[]", "no JSON object"),
+        ('{"time": 3}', "'keys' is missing"),
+        ('{"hash_ids": []}', "'timestamp' is missing"),
+        ('{"time": 0, "keys": [1]}', "backwards"),
+        ('{"time": NaN, "keys": []}', "no time"),
+        ('{"time": 3, "keys": [18446744073709551616]}', "no key"),
+        ('{"time": 3, "keys": [true]}', "no key"),
+        ('{"time": 3, "keys": ["xy"]}', "hexadecimal"),
+        ('{"time": 3, "keys": [], "tokens": -1}', "no number of tokens"),
+        ('{"time": 3, "keys": [], "tenant": 1}', "no text"),
+    ],
+)
+def test_what_is_wrong_with_a_trace_is_said_with_its_line(
+    tmp_path: Path, line: str, what: str
+) -> None:
+    path = tmp_path / "trace"
+    path.write_text('{"time": 2, "keys": [1]}\n' + line)
+    with pytest.raises(TraceError, match=f"{path}:2: .*{what}"):
+        read_trace(path)
+
+
+def test_a_trace_without_requests_is_none(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    with pytest.raises(TraceError, match="no requests"):
+        read_trace(tmp_path / "empty")
+
+
+# --- replayed -------------------------------------------------------------------------------------
+
+
+def plain_lru(trace: Sequence[Request], size: int) -> float:
+    here: OrderedDict[bytes, None] = OrderedDict()
+    found = asked = 0
+    for request in trace:
+        hit = next((n for n, k in enumerate(request.keys) if k not in here), len(request.keys))
+        found, asked = found + hit, asked + len(request.keys)
+        known = [key for key in request.keys if key in here]
+        fresh = [key for key in request.keys if key not in here]
+        for key in (*reversed(known), *reversed(fresh)):  # What is saved is the last to go.
+            here.pop(key, None)
+            here[key] = None
+        while len(here) > size:
+            here.popitem(last=False)
+    return found / asked
+
+
+def plain_clairvoyant(trace: Sequence[Request], size: int) -> float:
+    here: dict[bytes, tuple[int, int]] = {}
+    found = asked = 0
+    for now, request in enumerate(trace):
+        hit = next((n for n, k in enumerate(request.keys) if k not in here), len(request.keys))
+        found, asked = found + hit, asked + len(request.keys)
+        for depth, key in enumerate(request.keys):
+            later = (n for n in range(now + 1, len(trace)) if key in trace[n].keys)
+            here[key] = next(later, len(trace)), depth
+        for key in sorted(here, key=here.__getitem__)[size:]:
+            del here[key]
+    return found / asked
+
+
+def test_replays_agree_with_plain_ones() -> None:
+    trace = made_trace(300, seed=1)
+    for size in (150, 400):
+        assert replay(trace, size, "lru").rate == pytest.approx(plain_lru(trace, size))
+        assert clairvoyant(trace, size) == pytest.approx(plain_clairvoyant(trace, size))
+
+
+def test_a_disk_adds_what_memory_lost() -> None:
+    trace = made_trace(300)
+    both, alone = replay(trace, 150, "lru", 1000), replay(trace, 150, "lru")
+    assert both.memory == alone.memory
+    assert both.rate == pytest.approx(plain_lru(trace, 1000))
+    assert both.disk > 0
+    assert both.written > 0
+
+
+def through_store(trace: Sequence[Request], slots: int, policy: str) -> tuple[float, int]:
+    """What is found by requests to a real store, and what was refused."""
+    bench = Bench(None, slots=slots, policy=policy)
+    bench.store.movement.habits = Habits(lambda: bench.now, None, at_once)
+    found = asked = 0
+    for request in trace:
+        bench.now = request.at
+        chain = list(request.keys)
+        here = len(bench.store.lookup(chain, [PART], NAMESPACE)[0])
+        found, asked = found + here, asked + len(chain)
+        bench.store.reserve("a", 1, NAMESPACE, chain, [PART])
+        bench.store.commit("a", 1)
+    refused = bench.store.counters["save.dropped.worth_less"]
+    bench.close()
+    return found / asked, refused
+
+
+def test_forecast_finds_more_than_lru_through_a_real_store() -> None:
+    trace = made_trace(500)
+    lru, none = through_store(trace, 200, "lru")
+    forecast, refused = through_store(trace, 200, "forecast")
+    assert forecast > lru
+    assert refused > none == 0
+
+
+# --- forecast -------------------------------------------------------------------------------------
+
+
+def test_only_blocks_with_none_behind_them_go() -> None:
+    chance, now = random.Random(0), 0.0
+    policy: Forecast[Owned] = Forecast(habits := Habits(lambda: now, None, at_once))
+    here: dict[bytes, Owned] = {}
+    above: dict[bytes, bytes] = {}
+    for request in made_trace(300):
+        now = request.at
+        above |= dict(zip(request.keys[1:], request.keys, strict=False))
+        habits.asked(request.keys)
+        for key in request.keys:
+            if key in here:
+                policy.touch(here[key])
+            else:
+                here[key] = Owned(Block(key))
+                policy.add(here[key])
+        while len(here) > 100:
+            victim = next(policy.candidates())
+            assert victim.owner.key not in {above.get(key) for key in here}
+            policy.remove(here.pop(victim.owner.key), evicted=True)
+        if chance.random() < 0.1:
+            policy.cool(cold := chance.choice(list(here.values())))
+            assert next(policy.candidates()) is cold
+            policy.touch(cold)
+        assert len(policy) == len(here)
+    assert set(policy.candidates()) == set(here.values()), "all of them, each at some time"
+
+
+def test_what_was_learned_survives(tmp_path: Path) -> None:
+    path, now = tmp_path / "habits.kv", 0.0
+    learned = Habits(lambda: now, path, at_once)
+    for request in made_trace(300):
+        now = request.at
+        learned.asked(request.keys)
+    again = Habits(lambda: now, path, at_once)
+    assert again.problem is None
+    assert again._worth != Habits(lambda: now, None, at_once)._worth
+    whole = path.read_bytes()
+    for text in (whole[:-1], whole + b"x", whole[:99] + bytes([whole[99] ^ 1]) + whole[100:], b""):
+        path.write_bytes(text)
+        fresh = Habits(lambda: now, path, at_once)
+        assert fresh.problem is not None
+        assert not fresh._seen.any()
+
+
+def test_what_is_known_is_bounded() -> None:
+    habits = Habits(lambda: 0.0, None, at_once)
+    for first in range(0, 20_000, 100):
+        habits.asked(keys(*range(first, first + 100)))
+    assert sum(map(len, habits._known)) <= 4096
