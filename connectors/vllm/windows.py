@@ -79,12 +79,13 @@ class Windows:
         keys, end, run = asked.keys, first, 0
         found = session.lookup(
             keys[first:last],
-            again=True,
+            again=asked.answered,
             holes=True,
             position=first,
             before=keys[:first],
             source=asked.wishes.remote_kv_source or "",
         )
+        asked.answered |= bool(found.tiers)
         for block, tier in enumerate(found.tiers, first):
             run = 0 if tier in NOWHERE.values() else run + 1
             if run >= block + 1 - max(first, self._oldest(block + 1)):

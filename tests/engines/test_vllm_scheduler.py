@@ -495,7 +495,9 @@ def test_a_prompt_is_continued_where_its_windows_are_stored(served: Served, alon
             if more:
                 save(windows, [keys[number] for number in more])
             asked = request(f"after {more}", [*prompt(80 + alone, 6), 7])
+            before = served.stats()["counters"].get("lookup.requests", 0)
             assert answered(side, asked) == (1 if 0 in more else blocks) * BLOCK_TOKENS
+            assert served.stats()["counters"]["lookup.requests"] == before + 1
         pages = [[*range(1, 7)], [0, 0, 0, 0, 9, 8]]
         side.allocated(asked, SimpleNamespace(get_block_ids=lambda: pages), 6 * BLOCK_TOKENS)
         (job,) = side._loads
