@@ -1,7 +1,7 @@
 """What a pool of nodes is worth: a trace of requests replayed over 1 to 1,000 of them.
 
     python -m simulate.cluster                               a made trace, a table
-    python -m simulate.cluster --trace conversation.jsonl    one in Mooncake's format
+    python -m simulate.cluster --trace conversation.jsonl    one of your own (docs/policy.md)
     python -m simulate.cluster --json | --png scale.png
 
 Each node has a memory of so many blocks, evicted as the daemon does (`kvstore.memory.eviction`);
@@ -18,13 +18,14 @@ import json
 import random
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from kvstore import traces
 from kvstore.memory.eviction import Lru, Node
 from kvstore.slices import finish
 from kvstore.tiers.base import SEGMENT_TOKENS
@@ -53,42 +54,13 @@ class Request(NamedTuple):
     blocks: tuple[int, ...]
 
 
-def read_trace(path: Path) -> list[Request]:
-    """A trace in Mooncake's format: JSON lines with `timestamp` (ms) and `hash_ids`.
-
-    Raises:
-        ValueError: a line is none; names it.
-    """
-    requests = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            said = json.loads(line)
-            requests.append(Request(float(said["timestamp"]) / 1000, tuple(said["hash_ids"])))
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{path}:{number}: no request of Mooncake's format: {e!r}") from None
-    return sorted(requests, key=lambda request: request.at)
-
-
-def made_trace(count: int = 6000, seed: int = 0) -> list[Request]:
-    """Chats of several turns over a few system prompts; of any seed always the same."""
-    chance = random.Random(seed)
-    fresh = iter(range(10**9))
-    prompts = [tuple(next(fresh) for _ in range(chance.randint(1, 8))) for _ in range(20)]
-    weights = [1 / (rank + 1) for rank in range(len(prompts))]
-    chats: list[tuple[int, ...]] = []
-    requests, now = [], 0.0
-    for _ in range(count):
-        now += chance.expovariate(2.0)
-        if chats and chance.random() < 0.7:
-            at = max(0, len(chats) - 1 - int(chance.expovariate(1 / 200)))
-            before = chats.pop(at)
-        else:
-            before = chance.choices(prompts, weights)[0]
-        blocks = before + tuple(next(fresh) for _ in range(1 + int(chance.expovariate(0.3))))
-        requests.append(Request(now, blocks))
-        if len(blocks) < 120:
-            chats.append(blocks)
-    return requests
+def numbered(trace: Iterable[traces.Request]) -> list[Request]:
+    """A trace with numbers for its keys."""
+    numbers: dict[bytes, int] = {}
+    return [
+        Request(one.at, tuple(numbers.setdefault(key, len(numbers)) for key in one.keys))
+        for one in trace
+    ]
 
 
 class Block(Node, eq=False):
@@ -445,7 +417,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
 def main() -> int:
     """Simulate, and print what came out."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--trace", type=Path, help="in Mooncake's format (default: a made one)")
+    parser.add_argument("--trace", type=Path, help="see docs/policy.md (default: a made one)")
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 4, 16, 64, 250, 1000])
     parser.add_argument("--blocks", type=int, default=1000, help="of memory per node")
     parser.add_argument("--json", action="store_true")
@@ -454,11 +426,10 @@ def main() -> int:
     if min(given.nodes) < 1 or given.blocks < 1:
         parser.error("give at least one node, and one block")
     try:
-        trace = made_trace() if given.trace is None else read_trace(given.trace)
+        read = traces.made_trace() if given.trace is None else traces.read_trace(given.trace)
     except (OSError, ValueError) as e:
         parser.error(str(e))
-    if not trace:
-        parser.error("the trace has no requests")
+    trace = numbered(read)
 
     def tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

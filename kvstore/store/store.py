@@ -27,7 +27,6 @@ _DROPPED: Final = {
     "no_room": "the arena is full of blocks in use or being written",
     "quota": "the tenant's quota is full of blocks in use or being written",
     "admission": "the admission policy refuses them",
-    "worth_less": "all that is in memory is expected to be used more (memory.policy: forecast)",
     "draining": "the daemon is draining",
     "parts": "their tenant has blocks of too many namespaces and layouts",
     "held": "their tenant holds as much under leases as it may (server.max_held)",
@@ -142,7 +141,7 @@ class Store(Loading):
                         self.catalogue.heads.note(entry)
                 answers.append(answer)
             lease.blocks.append(tuple(block))
-        if refusal:
+        if refusal in _DROPPED:  # Else it is counted, and nothing is wrong.
             self.catalogue.quiet.warning(f"save.{refusal}", "saves dropped: %s", _DROPPED[refusal])
         return answers, refusal
 

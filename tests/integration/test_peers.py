@@ -19,9 +19,10 @@ import pytest
 
 from kvstore.benchmarks.served import free_port
 from kvstore.client.session import Session
+from kvstore.traces import made_trace
 from kvstore.transport import protocol
 from simulate.cluster import BLOCK_TOKENS as simulated_tokens
-from simulate.cluster import made_trace, simulate
+from simulate.cluster import numbered, simulate
 from tests.certificates import Authority
 from tests.control_tools import secret, write_tokens
 from tests.session_tools import BIG, BLOCK_TOKENS, Served, Stores, eventually, load, prompt, save
@@ -450,7 +451,7 @@ def test_blocks_come_by_nixl_and_over_tcp_where_that_fails(monkeypatch: pytest.M
 
 def test_a_pool_hits_as_often_as_its_simulation_says(pool: Pool) -> None:
     """Requests in turn to three daemons: of each, what is found here and what elsewhere."""
-    trace = made_trace(30, seed=11)
+    trace = numbered(made_trace(30, seed=11))
     expected = simulate(trace, 3, 100_000, "pool", "robin")
     with ExitStack() as ends:
         sessions = [ends.enter_context(one.session(tenant="simulated")) for one in pool.daemons]
