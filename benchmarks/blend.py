@@ -30,6 +30,9 @@ WAYS: Final = (
     ("none", 0.0), ("first", 0.1), ("first", 0.2), ("deviation", 0.2), ("question", 0.1),
     ("question", 0.2), ("question", 0.3), ("question", 0.5),
 )  # fmt: skip
+BARE: Final = "none 0.0, no filler"
+REPAIR: Final = 16
+REPAIRED: Final = f"{USUAL[0]} {USUAL[1]}, {REPAIR} rows repaired a token"
 CONTINUED: Final = 32
 """Tokens after a prompt of which the divergence is told."""
 
@@ -93,8 +96,10 @@ class Exact:
             told.append(self._step(past, self.answer[-1:]))
         self._wanted = torch.cat(told)
 
-    def judge(self, pieces: Pieces, selection: str, share: float) -> Outcome:
+    def judge(self, pieces: Pieces, selection: str, share: float, repair: int = 0) -> Outcome:
         """The same with `pieces`, the tokens before them being an exact prefix.
+
+        With each token behind the first, so many rows are repaired.
 
         Raises:
             BenchmarkError: the store did not have them: what is computed instead is exact.
@@ -102,12 +107,17 @@ class Exact:
         tokens, past = self._prompt.tokens, DynamicCache(config=self._model.config)
         self._step(past, self._prompt.before)
         started = time.perf_counter()
-        done = pieces.blend(past, tokens, Reuse(True, share, selection, self._prompt.spans))
+        reuse = Reuse(True, share, selection, self._prompt.spans, repair=repair)
+        done = pieces.blend(past, tokens, reuse)
         if done.pieces < len(self._prompt.pieces):
             raise BenchmarkError(f"the store did not give all pieces ({done}); measure again")
         first = self._step(past, tokens[past.get_seq_length() :])
         seconds = time.perf_counter() - started
-        got = torch.cat([first, self._step(past, self.answer, CONTINUED - 1)])
+        rest = []
+        for token in self.answer if repair else ():
+            past.repair.step()
+            rest.append(self._step(past, [token]))
+        got = torch.cat([first, *(rest or [self._step(past, self.answer, CONTINUED - 1)])])
         kl = (self._wanted.exp() * (self._wanted - got)).sum(-1)
         return Outcome(kl.numpy(), (self._wanted.argmax(-1) == got.argmax(-1)).numpy(), seconds)
 
@@ -144,7 +154,7 @@ def run(report: Report, folder: Path, *, quick: bool) -> list[str]:
         group = cache_part(model).group
         pieces = Pieces(cache.session, model, group)
         taken: dict[tuple[str, float], list[Outcome]] = {way: [] for way in WAYS}
-        bare: list[Outcome] = []
+        apart: dict[str, list[Outcome]] = {BARE: [], REPAIRED: []}
         full = []
         for prompt in asked:
             exact, found = judged(model, pieces, prompt, WAYS)
@@ -154,13 +164,14 @@ def run(report: Report, folder: Path, *, quick: bool) -> list[str]:
             behind = Pieces(cache.session, model, group, before=np.array(prompt.before))
             for piece in prompt.pieces:
                 behind.add(piece)
-            bare.append(exact.judge(behind, "none", 0.0))
+            apart[BARE].append(exact.judge(behind, "none", 0.0))
+            apart[REPAIRED].append(exact.judge(pieces, *USUAL, repair=REPAIR))
             behind.close()
         pieces.close()
     tokens = round(sum(len(prompt.tokens) for prompt in asked) / len(asked))
     stale, limit = _quality(taken["none", 0.0]), Samples(tuple(full))
     named = {f"{selection} {share}": outcomes for (selection, share), outcomes in taken.items()}
-    for name, outcomes in (named | {"none 0.0, no filler": bare}).items():
+    for name, outcomes in (named | apart).items():
         for figure, value in _quality(outcomes).items():
             report.level(
                 f"{name}: {figure}", value, 1.0 if "same" in figure else stale[figure],

@@ -27,7 +27,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from msgspec import structs
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 
 from kvstore.blend import calibration
 from kvstore.blend.reuse import Reuse, asked
@@ -66,7 +72,7 @@ if TYPE_CHECKING:
 __all__ = ["KVStoreCache", "Report", "cache_part", "model_identity"]
 
 _log = logging.getLogger("kvstore.transformers")
-_ASKED: Final = ("reuse", "pieces", "recompute", "selection")
+_ASKED: Final = ("reuse", "pieces", "recompute", "selection", "repair")
 _CHANGED: Final = (
     "the model is not what this cache was opened for: the store is left alone; open another cache"
 )
@@ -390,9 +396,16 @@ class KVStoreCache:
         first = _FirstToken()
         processors = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), first])
         given = given | {"past_key_values": past, "logits_processor": processors}
+        repair = getattr(past, "repair", None)
+        if repair is not None:
+            criteria = [*(kwargs.get("stopping_criteria") or ()), repair]
+            given["stopping_criteria"] = StoppingCriteriaList(criteria)
         prefill = time.perf_counter()
         output = self.model.generate(*inputs, **given)
         try:
+            if repair is not None and report.approximate is not None:
+                done = replace(report.approximate, repaired=repair.repaired)
+                report = replace(report, approximate=done)
             if first.at is not None:
                 self.last = replace(report, first_token_seconds=first.at - start)
                 # A short prefill measures the overhead of a step, not the rate of many tokens.

@@ -28,6 +28,7 @@ from kvstore.blend.selection import SELECTIONS
 from kvstore.blocks.keys import token_array
 from kvstore.client.transfer import Saved
 from kvstore.connectors.transformers.planes import allocate, pages
+from kvstore.connectors.transformers.repair import Repair
 from kvstore.connectors.transformers.rows import Rotation, Rows
 from kvstore.errors import SpecError
 
@@ -50,6 +51,7 @@ class Approximate:
         recomputed: tokens of pieces that were computed again.
         pieces: how many were used.
         missed: how many the store did not have.
+        repaired: how many more were computed again while the answer grew.
         reason: why all was computed, though there are pieces: `short`, `small_saving`.
         kl: divergence of the first token from that of the whole prompt, where it was computed too.
     """
@@ -58,6 +60,7 @@ class Approximate:
     recomputed: int = 0
     pieces: int = 0
     missed: int = 0
+    repaired: int = 0
     reason: str = ""
     kl: float | None = None
 
@@ -168,12 +171,19 @@ class Pieces:
             scores = rows.question(np.r_[others, np.arange(end, len(tokens))], end)
         elif selection.needs == "deviation" and 0 < reuse.recompute < 1:
             scores = rows.deviation(np.arange(prefix, end), end)
+        if scores is None:
+            scores = np.zeros(end)
         chosen = selection.rows(own, reuse.recompute, scores)
         rows.compute(np.union1d(chosen, others))
         for layer, (keys, values) in zip(past.layers, rows.planes, strict=True):
             layer.keys, layer.values = keys[:, :, :end], values[:, :, :end]
             layer.dtype, layer.device = keys.dtype, keys.device
             layer.is_initialized = True
+        if reuse.repair:
+            left = np.setdiff1d(inside, chosen)
+            worth = selection.worth(own, len(chosen), scores)[left]
+            order = left[np.argsort(-worth, kind="stable")]
+            past.repair = Repair(rows, past, order, reuse.repair)
         kl = self._divergence(past, tokens) if shadow else None
         return Approximate(len(inside) - len(chosen), len(chosen), len(placed), missed, kl=kl)
 

@@ -176,6 +176,8 @@ class BlendScheduler:
             return self._refused.name
         if SELECTIONS[blending.reuse.selection].needs == "deviation":
             return "selection"
+        if blending.reuse.repair:
+            return "repair"
         return next((name for name, value in tracked.extras.items() if value), "")
 
     def _ask(self, tracked: Tracked, blending: Blending) -> bool:

@@ -23,7 +23,8 @@ LEAST_SHARE: Final = 1 / 8
 """Tokens that reuse must spare, and their share of all that would be computed: loading, asking the
 question twice and small passes take as long as computing 150 to 250 tokens did, measured."""
 MAX_PIECES: Final = 256
-_NAMES: Final = frozenset({"reuse", "recompute", "pieces", "selection", "piece"})
+MOST_REPAIRED: Final = 1024
+_NAMES: Final = frozenset({"reuse", "recompute", "pieces", "selection", "piece", "repair"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Reuse:
         selection: by what those are chosen; one of `SELECTIONS`.
         pieces: where they stand in the prompt, [start, end), in order; None: to be found.
         piece: where one to register stands; None: none.
+        repair: how many rows more are computed again with each token of the answer.
     """
 
     approximate: bool = False
@@ -43,6 +45,7 @@ class Reuse:
     selection: str = "question"
     pieces: tuple[tuple[int, int], ...] | None = None
     piece: tuple[int, int] | None = None
+    repair: int = 0
 
 
 def asked(params: Mapping[str, Any] | None, prompt_tokens: int) -> Reuse:
@@ -65,7 +68,9 @@ def asked(params: Mapping[str, Any] | None, prompt_tokens: int) -> Reuse:
     if not isinstance(selection, str) or selection not in SELECTIONS:
         known = ", ".join(SELECTIONS)
         raise SpecError(f"selection is {selection!r:.60}; it must be one of {known}")
-    spans, piece = given.get("pieces"), given.get("piece")
+    spans, piece, repair = given.get("pieces"), given.get("piece"), given.get("repair", 0)
+    if type(repair) is not int or not 0 <= repair <= MOST_REPAIRED:
+        raise SpecError(f"repair is {repair!r:.60}; it must be 0 to {MOST_REPAIRED} rows a token")
     if piece is not None and (not isinstance(piece, Mapping) or set(piece) != {"start", "end"}):
         raise SpecError(f'piece is {piece!r:.60}; write {{"start": 512, "end": 831}}')
     register = None if piece is None else [[piece["start"], piece["end"]]]
@@ -77,6 +82,7 @@ def asked(params: Mapping[str, Any] | None, prompt_tokens: int) -> Reuse:
         selection,
         None if spans is None else _spans("pieces", spans, prompt_tokens),
         None if register is None else _spans("piece", register, prompt_tokens)[0],
+        repair,
     )
 
 

@@ -255,6 +255,12 @@ def test_pieces_of_another_tenant_are_missing(engine: Engine, registered: Texts)
         assert told == nothing | {"reason": why}
 
 
+def test_what_is_not_offered_here_is_exact(engine: Engine, registered: Texts) -> None:
+    for wishes, why in (({"selection": "deviation"}, "selection"), ({"repair": 4}, "repair")):
+        told = approximate(engine, registered.prompt(0, first=905), 1, **wishes)[1]
+        assert (told["pieces"], told["reason"]) == (0, why)
+
+
 def test_text_behind_other_text_is_no_piece(engine: Engine, registered: Texts) -> None:
     live = registered.prompt(1, first=904)
     engine.generate(

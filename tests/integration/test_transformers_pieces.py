@@ -22,6 +22,7 @@ from kvstore.blend.reuse import asked  # noqa: E402
 from kvstore.blend.selection import SELECTIONS  # noqa: E402
 from kvstore.connectors.transformers.cache import KVStoreCache, cache_part  # noqa: E402
 from kvstore.connectors.transformers.pieces import Approximate  # noqa: E402
+from kvstore.connectors.transformers.repair import Repair  # noqa: E402
 from kvstore.connectors.transformers.rows import Rows  # noqa: E402
 from kvstore.errors import SpecError  # noqa: E402
 from kvstore.server.cli.main import app  # noqa: E402
@@ -298,6 +299,35 @@ def test_models_of_other_kinds(shared_store: Any, request: Any, config: Any, dty
         assert done.recomputed == INSIDE
         assert apart(past, prefilled(model), slice(300)) < (1e-5 if dtype == torch.float32 else 0.1)
         assert blended(cache, recompute=0.2, selection="question")[1].recomputed == 54
+
+
+def test_rows_are_repaired_while_the_answer_grows(cache: KVStoreCache, model: Any) -> None:
+    past, done = blended(cache, selection="none", repair=1024)
+    assert done.recomputed == 0
+    assert apart(past, prefilled(model), slice(300)) > 1e-2
+    past.repair.step()  # All of them at once, in order.
+    assert apart(past, prefilled(model), slice(300)) < 1e-5
+    ask = {"pieces": PIECES, "recompute": 0.2, "repair": 50, "max_new_tokens": 4}
+    said = greedy(lambda *a, **k: cache.generate(*a, **(k | ask)), ids())
+    assert said
+    assert cache.last is not None
+    assert cache.last.approximate == Approximate(216, 54, 3, 0, repaired=4 * 50)
+
+
+def test_a_repair_that_fails_leaves_the_answer(
+    cache: KVStoreCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = {"pieces": PIECES, "recompute": 0.2, "max_new_tokens": 6}
+    without = greedy(lambda *a, **k: cache.generate(*a, **(k | ask)), ids())
+
+    def fail(_: Repair) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Repair, "step", fail)
+    with_it = greedy(lambda *a, **k: cache.generate(*a, **(k | ask), repair=8), ids())
+    assert with_it == without
+    assert cache.last is not None
+    assert cache.last.approximate == Approximate(216, 54, 3, 0)
 
 
 def test_what_is_wrong_is_said(cache: KVStoreCache, model: Any) -> None:

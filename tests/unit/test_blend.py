@@ -76,6 +76,8 @@ def test_a_request_asks(params: Any, wanted: Reuse) -> None:
         ({"recompute": 1.1}, "must be 0 to 1"),
         ({"recompute": float("nan")}, "must be 0 to 1"),
         ({"recompute": True}, "must be 0 to 1"),
+        ({"repair": 1.0}, "must be 0 to 1024 rows a token"),
+        ({"repair": -1}, "must be 0 to 1024 rows a token"),
         ({"recompute": "slow"}, '"fast" (0.1)'),
         ({"selection": "best"}, "must be one of first, question"),
         ({"selection": {}}, "must be one of first, question"),
