@@ -168,12 +168,13 @@ def test_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_all_benchmarks_leave_it_out_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
-    for name in ("copy", "disk", "session", "store", "weights", "peer", "gpu_copy"):
+    others = ["copy", "codec", "disk", "session", "store", "weights", "peer", "tier"]
+    for name in (*others, "gpu_copy"):
         monkeypatch.setattr(bench, name, lambda *_, name=name, **__: ran.append(name))
     monkeypatch.setattr(gpu_copy, "missing_gpu", lambda: "gpu-copy needs an NVIDIA GPU")
     done = CliRunner().invoke(bench.bench_app, ["--quick"])
     assert done.exit_code == 0
-    assert ran == ["copy", "disk", "session", "store", "weights", "peer"]
+    assert ran == others
     assert "left out: gpu-copy needs an NVIDIA GPU" in done.stderr
     monkeypatch.setattr(gpu_copy, "missing_gpu", lambda: None)
     assert CliRunner().invoke(bench.bench_app, ["--quick"]).exit_code == 0
