@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from kvstore.benchmarks.figures import Report
 from kvstore.memory.habits import Habits
 from kvstore.memory.slots import ALIGNMENT, Slot, SlotPool, slot_policy
+from kvstore.store.history import Uses
 from kvstore.traces import Request, made_trace, read_trace
 
 POLICIES: Final = ("lru", "s3fifo", "forecast")
+
+
+_REMEMBERED: Final = 1 << 20
+"""Blocks of which a node knows whether they were asked for: of a large arena."""
+
+
+class Tiers(NamedTuple):
+    """What is replayed over: blocks that a node's memory and disk hold, and a tier for all nodes.
+
+    `below` is the disk's policy, if it is not that of memory; `write` what is written there.
+    """
+
+    memory: int
+    policy: str = "lru"
+    disk: int = 0
+    below: str = ""
+    write: str = "all"
+    shared: int = 0
+    nodes: int = 1
 
 
 class Block:
@@ -43,7 +64,7 @@ class Place:
         self.written = 0
         self._last = last
         self._pool: SlotPool[Block] = SlotPool(
-            blocks * ALIGNMENT, ALIGNMENT, slot_policy(policy, lambda: habits),
+            blocks * ALIGNMENT, blocks * ALIGNMENT, slot_policy(policy, lambda: habits),
             lambda slot: slot.admitted, self._evict,
         )  # fmt: skip
 
@@ -79,44 +100,68 @@ class Place:
 
 @dataclass
 class Found:
-    """Blocks asked for, and found in memory and, beyond these, on disk; written there."""
+    """Blocks asked for, and found in memory, on disk and in a shared tier; written to disk."""
 
     asked: int = 0
     memory: int = 0
     disk: int = 0
+    shared: int = 0
     written: int = 0
 
     @property
     def rate(self) -> float:
         """Of blocks that need not be computed."""
-        return (self.memory + self.disk) / max(1, self.asked)
+        return (self.memory + self.disk + self.shared) / max(1, self.asked)
 
 
-def replay(trace: Sequence[Request], memory: int, policy: str, disk: int = 0) -> Found:
-    """The trace over tiers of so many blocks, from cold."""
-    now = 0.0
-    habits = Habits(lambda: now, elsewhere=lambda task: task())
-    first = Place(memory, policy, habits, last=not disk)
-    second = Place(disk, policy, habits) if disk else None
-    found = Found()
-    for request in trace:
-        now, keys = request.at, request.keys
-        here, there = first.blocks, second.blocks if second is not None else {}
-        there_from = next((n for n, key in enumerate(keys) if key not in here), len(keys))
-        end = there_from
-        while end < len(keys) and (keys[end] in here or keys[end] in there):
-            end += 1
+class Home:
+    """A node's own tiers, and what it knows of blocks."""
+
+    def __init__(self, tiers: Tiers, clock: Callable[[], float], shared: Place | None) -> None:
+        habits = Habits(clock, elsewhere=lambda task: task())
+        below = tiers.below or tiers.policy
+        last = not tiers.disk and shared is None
+        self.memory = Place(tiers.memory, tiers.policy, habits, last=last)
+        self.disk = Place(tiers.disk, below, habits, last=shared is None) if tiers.disk else None
+        self._habits = habits if "forecast" in (tiers.policy, below) else None
+        self._uses = Uses(_REMEMBERED) if tiers.disk and tiers.write == "reused" else None
+        self._shared = shared
+
+    def ask(self, keys: Sequence[bytes], found: Found) -> None:
+        """A request looks for a prompt, and computes and saves what is not found."""
+        disk = {} if self.disk is None else self.disk.blocks
+        shared = {} if self._shared is None else self._shared.blocks
         found.asked += len(keys)
-        found.memory += there_from
-        found.disk += end - there_from
-        if policy == "forecast":
-            habits.asked(keys)
-        first.use(keys)
-        first.save(keys)
-        if second is not None:
-            second.use(keys)
-            second.save(keys)
-    found.written = second.written if second is not None else 0
+        for key in keys:
+            if key in self.memory.blocks:
+                found.memory += 1
+            elif key in disk:
+                found.disk += 1
+            elif key in shared:
+                found.shared += 1
+            else:
+                break
+        if self._habits is not None:
+            self._habits.asked(keys)
+        if self._uses is not None:
+            self._uses.note(keys)
+        for place in (self.memory, self.disk, self._shared):
+            if place is not None:
+                again = self._uses.again if place is self.disk and self._uses is not None else None
+                place.use(keys)
+                place.save(keys if again is None else [key for key in keys if again(key)])
+
+
+def replay(trace: Sequence[Request], tiers: Tiers) -> Found:
+    """The trace over tiers, from cold; each request goes to a node by chance."""
+    now = 0.0
+    shared = Place(tiers.shared, "lru", Habits()) if tiers.shared else None
+    homes = [Home(tiers, lambda: now, shared) for _ in range(tiers.nodes)]
+    found, chance = Found(), random.Random(0)
+    for request in trace:
+        now = request.at
+        homes[chance.randrange(len(homes))].ask(request.keys, found)
+    found.written = sum(home.disk.written for home in homes if home.disk is not None)
     return found
 
 
@@ -163,7 +208,7 @@ def run(report: Report, traces: Sequence[Path], sizes: Sequence[int]) -> None:
         for size in sizes:
             bound = clairvoyant(trace, size)
             for policy in POLICIES:
-                rate = replay(trace, size, policy).rate
+                rate = replay(trace, Tiers(size, policy)).rate
                 report.level(
                     "hit rate", 100 * rate, 100 * bound, unit="%", less_is_better=False, samples=1,
                     trace=name, blocks=size, policy=policy, against="who knows the future",

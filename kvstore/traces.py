@@ -3,8 +3,8 @@
 JSON lines of one of these kinds, told by their fields:
 
 - ours: `time` (seconds), `keys` (hex text or numbers), `tokens`, `tenant`;
-- Mooncake's and LMBench's: `timestamp` (milliseconds, or nanoseconds as text), `input_length`,
-  `hash_ids`.
+- Mooncake's, LMBench's and Bailian's: `timestamp` (milliseconds; nanoseconds as text; seconds,
+  beside a `chat_id`), `input_length`, `hash_ids`.
 
 A block's key stands for all before it, too.
 """
@@ -76,7 +76,7 @@ def _request(line: bytes, names: dict[object, bytes]) -> Request:
     if "hash_ids" in said:
         time, keys, tokens = "timestamp", "hash_ids", said.get("input_length", 0)
         # LMBench's are nanoseconds, as text.
-        scale = 1e9 if isinstance(said.get(time), str) else 1e3
+        scale = 1e9 if isinstance(said.get(time), str) else 1.0 if "chat_id" in said else 1e3
     else:
         time, keys, tokens, scale = "time", "keys", said.get("tokens", 0), 1.0
     for field in (time, keys):

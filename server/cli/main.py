@@ -21,7 +21,7 @@ from kvstore import __version__
 from kvstore.benchmarks.command import bench_app
 from kvstore.commands import grouped
 from kvstore.errors import KVStoreError
-from kvstore.server.cli import blocks, node
+from kvstore.server.cli import blocks, node, planning
 from kvstore.server.cli.doctor import doctor
 from kvstore.server.cli.output import progress
 from kvstore.server.cli.pieces import calibrate, pieces_app
@@ -54,7 +54,7 @@ app = typer.Typer(
 token_app = typer.Typer(no_args_is_help=True, help="Tokens that let callers in.")
 app.add_typer(bench_app, name="bench")
 app.add_typer(token_app, name="token")
-for _command in (*blocks.COMMANDS, *node.COMMANDS, doctor):
+for _command in (*blocks.COMMANDS, *node.COMMANDS, doctor, *planning.COMMANDS):
     app.command()(grouped(_command))
 app.add_typer(node.operations_app, name="operations")
 app.add_typer(pieces_app, name="pieces")

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from tests.session_tools import PATIENCE, Served, namespace, prompt, save
 __all__ = ["served", "session"]
 pytestmark = pytest.mark.timeout(90)  # A value that is taken may be waited for.
 
+TRACE = str(Path(__file__).with_name("small_trace.jsonl"))
 TOKENS = ",".join(map(str, prompt(1, 4)))
 BLOCKS = (NAMESPACE_ID[:8], "--tokens", TOKENS)
 
@@ -108,6 +110,7 @@ HARMLESS = {
     "pin", "unpin", "prefetch", "move", "copy", "compress", "decompress", "admission",
     "drain",  # --stop says it, and writes out before
     "pieces add", "calibrate",
+    "simulate", "replay",
     "fsck",  # --repair says it, and drops what nobody could be served
 }  # fmt: skip
 
@@ -335,6 +338,7 @@ NO_SIZE = [
     NUL,
 ]
 NO_COUNT = ["", "0", "-1", "1.5", "nan", "ten", NUL, LONG, str(1 << 64)]
+NO_NUMBER = ["", "0", "-1", "nan", "inf", "1e99", "ten", NUL]
 NO_FOLDER = ["/no/such/folder", __file__, NUL, SURROGATE]
 NO_FILE = ["", "/no/such/file", "/", "/dev/null/x", NUL, SURROGATE]
 NO_TEXT = [SURROGATE]
@@ -387,6 +391,11 @@ VALUES: dict[str, list[str]] = {
     "--clients": NO_COUNT, "--connections": NO_COUNT, "--type": NO_CHOICE,
     "--streams": NO_COUNT, "--requests": NO_COUNT, "--objects": NO_COUNT,
     "--blocks": NO_COUNT, "traces": NO_FILE,
+    "trace": NO_FILE, "--block-tokens": NO_COUNT, "--nodes": NO_COUNT, "--png": NO_FILE,
+    "simulate --memory": [*NO_SIZE, "0", "1"], "simulate --disk": [*NO_SIZE, "0"],
+    "--shared": [*NO_SIZE, "0"], "--token-bytes": [*NO_SIZE, "0"],
+    "--gpu-hour": NO_NUMBER, "--prefill": NO_NUMBER, "--memory-price": NO_NUMBER,
+    "--disk-price": NO_NUMBER, "--shared-price": NO_NUMBER, "--drive-tbw": NO_NUMBER,
     "--engine": NO_CHOICE, "--processes": NO_CHOICE,
     "--minutes": ["", "-1", "nan", "inf", "1e9", "x"], "--seconds": ["", "-1", "nan", "inf", "1e9"],
 }  # fmt: skip
@@ -405,6 +414,8 @@ BESIDE: dict[str, list[str]] = {
     "serve": ["--grpc", "none", "--http", "none", "--socket", "/no/such/folder/s.sock"],
     "bench": ["--quick"],
     "pieces add": [__file__],
+    "simulate": [TRACE, "--token-bytes", "1KiB"],
+    "replay": [TRACE, "--token-bytes", "1KiB"],
 }
 """What a command needs beside the value in question."""
 
@@ -456,7 +467,7 @@ def test_a_wrong_value_is_told_in_one_message(
         if command in ("lookup", "explain", "pin", "prefetch") and name not in NAMES_BLOCKS:
             beside += ["--tokens", TOKENS]
         if not name.startswith("-"):
-            beside = [word for word in beside if word not in ("t", "1d")]
+            beside = [word for word in beside if word not in ("t", "1d", TRACE)]
         line = [*command.split(), *beside, *([name] if name.startswith("-") else ["--"]), value]
         code, out, err = told.run(*line)
         assert code in (1, 2), (line, out)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from kvstore.benchmarks.policy import Block, clairvoyant, replay
+from kvstore.benchmarks.policy import Block, Tiers, clairvoyant, replay
 from kvstore.memory.eviction import Node
 from kvstore.memory.forecast import Forecast
 from kvstore.memory.habits import Habits
 from kvstore.traces import Request, TraceError, made_trace, read_trace
 from tests.store_tools import NAMESPACE, PART, Bench, keys
+from tests.trace_tools import plain_clairvoyant, plain_lru
 
 
 def at_once(task: Callable[[], None]) -> None:
@@ -30,7 +30,7 @@ class Owned(Node, eq=False):
 # --- traces ---------------------------------------------------------------------------------------
 
 
-def test_three_kinds_of_traces_are_read(tmp_path: Path) -> None:
+def test_four_kinds_of_traces_are_read(tmp_path: Path) -> None:
     lines = {
         "ours": [
             {"time": 5, "keys": ["ab", 7], "tokens": 9, "tenant": "t"},
@@ -38,6 +38,7 @@ def test_three_kinds_of_traces_are_read(tmp_path: Path) -> None:
         ],
         "mooncake": [{"timestamp": 27000, "input_length": 9, "hash_ids": [7]}] * 2,
         "lmbench": [{"timestamp": f"{at}000000000", "hash_ids": [7]} for at in (17, 19)],
+        "bailian": [{"timestamp": at, "chat_id": 3, "hash_ids": [7]} for at in (1.5, 3.0)],
     }
     seven = hashlib.sha256(b"7").digest()
     for name, said in lines.items():
@@ -46,7 +47,7 @@ def test_three_kinds_of_traces_are_read(tmp_path: Path) -> None:
         first, second = read_trace(path)
         assert first.at == 0
         assert first.keys[-1] == seven
-        assert second.at == {"ours": 1, "mooncake": 0, "lmbench": 2}[name]
+        assert second.at == {"ours": 1, "mooncake": 0, "lmbench": 2, "bailian": 1.5}[name]
     assert read_trace(tmp_path / "ours")[0] == Request(0, (b"\xab", seven), 9, "t")
 
 
@@ -84,46 +85,16 @@ def test_a_trace_without_requests_is_none(tmp_path: Path) -> None:
 # --- replayed -------------------------------------------------------------------------------------
 
 
-def plain_lru(trace: Sequence[Request], size: int) -> float:
-    here: OrderedDict[bytes, None] = OrderedDict()
-    found = asked = 0
-    for request in trace:
-        hit = next((n for n, k in enumerate(request.keys) if k not in here), len(request.keys))
-        found, asked = found + hit, asked + len(request.keys)
-        known = [key for key in request.keys if key in here]
-        fresh = [key for key in request.keys if key not in here]
-        for key in (*reversed(known), *reversed(fresh)):  # What is saved is the last to go.
-            here.pop(key, None)
-            here[key] = None
-        while len(here) > size:
-            here.popitem(last=False)
-    return found / asked
-
-
-def plain_clairvoyant(trace: Sequence[Request], size: int) -> float:
-    here: dict[bytes, tuple[int, int]] = {}
-    found = asked = 0
-    for now, request in enumerate(trace):
-        hit = next((n for n, k in enumerate(request.keys) if k not in here), len(request.keys))
-        found, asked = found + hit, asked + len(request.keys)
-        for depth, key in enumerate(request.keys):
-            later = (n for n in range(now + 1, len(trace)) if key in trace[n].keys)
-            here[key] = next(later, len(trace)), depth
-        for key in sorted(here, key=here.__getitem__)[size:]:
-            del here[key]
-    return found / asked
-
-
 def test_replays_agree_with_plain_ones() -> None:
     trace = made_trace(300, seed=1)
     for size in (150, 400):
-        assert replay(trace, size, "lru").rate == pytest.approx(plain_lru(trace, size))
+        assert replay(trace, Tiers(size, "lru")).rate == pytest.approx(plain_lru(trace, size))
         assert clairvoyant(trace, size) == pytest.approx(plain_clairvoyant(trace, size))
 
 
 def test_a_disk_adds_what_memory_lost() -> None:
     trace = made_trace(300)
-    both, alone = replay(trace, 150, "lru", 1000), replay(trace, 150, "lru")
+    both, alone = replay(trace, Tiers(150, disk=1000)), replay(trace, Tiers(150))
     assert both.memory == alone.memory
     assert both.rate == pytest.approx(plain_lru(trace, 1000))
     assert both.disk > 0
