@@ -50,6 +50,8 @@ class Found:
     deadline: float = 0.0
     fitted: bool = False
     """Cut to what groups with windows have, too."""
+    tail: bool = False
+    """Behind them there is the rest of the prompt, which is no whole block, or not all needed."""
 
     @property
     def below(self) -> Counter[str]:

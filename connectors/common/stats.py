@@ -62,8 +62,13 @@ class Stats:
         """A lookup took so long."""
         self._note({}, lookup_seconds=seconds)
 
-    def loaded(self, loaded: Loaded, wanted: int, prefetched: Mapping[str, int]) -> None:
-        """A load of `wanted` blocks has ended; `prefetched` ones came from other tiers."""
+    def loaded(
+        self, loaded: Loaded, wanted: int, prefetched: Mapping[str, int], lacks: int = 0
+    ) -> None:
+        """A load of `wanted` blocks has ended; `prefetched` ones came from other tiers.
+
+        The last of them lacks tokens.
+        """
         tiers = Counter(loaded.tiers)
         for tier, blocks in prefetched.items():  # They only waited in memory.
             moved = min(blocks, tiers[MEMORY])
@@ -71,12 +76,15 @@ class Stats:
         size, missed = self._block_tokens, wanted - loaded.blocks
         counts = {f"kvstore_loaded_tokens.{tier}": n * size for tier, n in tiers.items()}
         counts["kvstore_loaded_bytes"] = loaded.nbytes
-        counts[f"kvstore_missed_tokens.{loaded.reason or 'failed'}"] = missed * size
+        if not missed and lacks and tiers:
+            counts[f"kvstore_loaded_tokens.{max(tiers, key=tiers.__getitem__)}"] -= lacks
+            lacks = 0
+        counts[f"kvstore_missed_tokens.{loaded.reason or 'failed'}"] = missed * size - lacks
         self._note(counts, load_seconds=loaded.seconds)
 
-    def saved(self, saved: Saved) -> None:
-        """A save has ended."""
-        tokens = saved.stored * self._block_tokens
+    def saved(self, saved: Saved, lacks: int = 0) -> None:
+        """A save has ended, of blocks of which the last one lacks tokens."""
+        tokens = saved.stored * self._block_tokens - (lacks if saved.stored else 0)
         counts = {"kvstore_saved_tokens": tokens, "kvstore_saved_bytes": saved.nbytes}
         self._note(counts, save_seconds=saved.seconds)
         self.dropped(saved.dropped, saved.reason or "failed")

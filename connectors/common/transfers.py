@@ -53,7 +53,7 @@ class Job:
     the request came. A load that is `layered` takes part in the step it comes with: each layer is
     computed once it has arrived. `beside` are pages of other groups of layers, for the same blocks,
     `windows` those of groups that look back on the last of them only: a load needs both, a save has
-    either.
+    either. The last block may lack tokens at its end, `lacks` of them: what lies there is no KV.
     """
 
     number: int
@@ -71,6 +71,7 @@ class Job:
     position: int = 0
     beside: tuple[NDArray[np.int64], ...] = ()
     windows: tuple[NDArray[np.int64], ...] = ()
+    lacks: int = 0
 
 
 class Lane:
@@ -298,7 +299,7 @@ class Transfers:
             loaded = self._bring(job, gates)
         finally:
             gates.end(loaded.blocks == len(job.keys), "failed")
-            self._stats.loaded(loaded, len(job.keys), job.prefetched)
+            self._stats.loaded(loaded, len(job.keys), job.prefetched, job.lacks)
             self._loaded(job, loaded)
 
     def _bring(self, job: Job, gates: Gates) -> Loaded:
@@ -389,7 +390,7 @@ class Transfers:
                 self._rest_until = time.monotonic() + _REST
             if after is not None:
                 saved.seconds = time.monotonic() - max(started, after.opened_at)
-            self._stats.saved(saved)
+            self._stats.saved(saved, job.lacks)
         finally:
             del self._reading[job.number]
             self._saved(job, stored if stored == len(job.keys) else 0, new)

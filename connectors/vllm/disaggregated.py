@@ -22,6 +22,7 @@ from kvstore.client.session import Announced, Lookup
 from kvstore.connectors.common.requests import Asked
 from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.stats import Stats
+from kvstore.connectors.vllm.tails import tail_key
 
 _WAITING: Final = 64
 """Requests that the store is asked for at a time; others wait for their turn to ask."""
@@ -38,11 +39,20 @@ _WHOLE: Final = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_C
 
 @dataclass(slots=True)
 class HandOff:
-    """What one request has announced, or waits for."""
+    """What one request has announced, or waits for.
+
+    `tail` is the key of the block with its prompt's last token (empty: that is not handed on), of
+    which it `lacks` some tokens. It is `partial` as long as there may be an object of such a block.
+    """
 
     announced: Future[Announced] | None = None
-    waiting: Future[str] | None = None
+    waiting: Future[tuple[str, bool]] | None = None
     over: threading.Event = field(default_factory=threading.Event)
+    tail: bytes = b""
+    lacks: int = 0
+    partial: bool = False
+    came: bool = False
+    """All has come, and the tail."""
 
 
 class HandOffs:
@@ -64,14 +74,24 @@ class HandOffs:
         self._announcer = ThreadPoolExecutor(1, thread_name_prefix="kvstore-announce")
         """In a thread: no step waits for a store that hangs."""
 
+    def begin(self, asked: Asked, own: HandOff, prompt_tokens: int) -> None:
+        """A request has come, of which the tail can be handed on."""
+        size, wishes = asked.namespace.block_tokens, asked.wishes
+        start = (prompt_tokens - 1) // size * size
+        if prompt_tokens - start > 1 and (wishes.do_remote_decode or wishes.do_remote_prefill):
+            own.lacks = start + size - prompt_tokens
+            own.partial = own.lacks > 0
+            whole = asked.extend_keys()[start // size : prompt_tokens // size]
+            [own.tail] = whole or [tail_key(asked, start, prompt_tokens)]
+
     def announce(self, asked: Asked, own: HandOff, prompt_tokens: int) -> None:
-        """The first step of a request: all whole blocks of its prompt are to come."""
+        """The first step of a request: all blocks of its prompt are to come."""
         if not asked.wishes.do_remote_decode or own.announced is not None:
             return
         session = self._sessions.get(asked.namespace.tenant)
         if not isinstance(session, str):
             whole = prompt_tokens // asked.namespace.block_tokens
-            keys = asked.extend_keys()[:whole]
+            keys = asked.extend_keys()[:whole] + [own.tail] * own.partial
             own.announced = self._announcer.submit(session.announce, keys)
 
     def waits(self, asked: Asked, own: HandOff, first: int, usable: int) -> bool:
@@ -82,46 +102,57 @@ class HandOffs:
             session = self._sessions.get(asked.namespace.tenant)
             if isinstance(session, str):
                 return False  # Whoever looks the blocks up waits for it.
-            keys = asked.extend_keys()
-            promised = asked.wishes.remote_num_tokens // asked.namespace.block_tokens
+            keys, tail = asked.extend_keys(), [own.tail] if own.tail else []
+            promised = -(-asked.wishes.remote_num_tokens // asked.namespace.block_tokens)
             source = asked.wishes.remote_kv_source or ""
             look = partial(
-                session.lookup, keys[first:usable], timeout=_ROUND, again=True, holes=True,
+                session.lookup, keys[first:usable] + tail, timeout=_ROUND, again=True, holes=True,
                 wait=_ROUND, position=first, before=keys[:first], source=source,
             )  # fmt: skip
-            expected = min(promised, usable) - first if source else 0
-            own.waiting = self._threads.submit(self._wait, look, expected, own.over)
+            expected = min(promised, usable + len(tail)) - first if source else 0
+            own.waiting = self._threads.submit(self._wait, look, usable - first, expected, own.over)
         if not own.waiting.done():
             return True
         if not own.over.is_set():
             own.over.set()
-            self._stats.handed(own.waiting.result())
+            outcome, own.came = own.waiting.result()
+            self._stats.handed(outcome)
         return False
 
-    def _wait(self, look: Callable[[], Lookup], expected: int, over: threading.Event) -> str:
+    def _wait(
+        self, look: Callable[[], Lookup], whole: int, expected: int, over: threading.Event
+    ) -> tuple[str, bool]:
         """Until all blocks have come, one is known to be missing, or nothing happens any more.
 
-        Another node may have `expected` of them a moment later.
+        `whole` of them are, besides those there may be a tail; the answer's second half tells
+        whether that is there, too. Another node may have `expected` of them a moment later.
         """
         most, since = 0, time.monotonic()
         while not over.is_set():
             asked = time.monotonic()
             found = look()
             if found.reason is None:
-                return "came"
+                return "came", True
             if not found.tiers:
-                return "unavailable"
+                return "unavailable", False
             if found.blocks > most:
                 most, since = found.blocks, asked
             pause = _PAUSE
             if found.tiers[found.blocks : found.blocks + 1] != ("pending",):
                 if found.blocks >= expected or asked - since > _FETCHED:
-                    return "missing"
+                    return "came" if found.blocks >= whole else "missing", False
                 pause = _ASKED_AGAIN
             elif found.idle > self._patience:
-                return "stalled"
+                return "stalled", False
             over.wait(pause - (time.monotonic() - asked))
-        return "ended"
+        return "ended", False
+
+    def taken(self, asked: Asked, own: HandOff) -> None:
+        """A request needs its tail no more: nor does anybody."""
+        session = self._sessions.get(asked.namespace.tenant) if own.partial else ""
+        if asked.wishes.do_remote_prefill and not isinstance(session, str):
+            own.partial = False
+            self._announcer.submit(session.remove, [own.tail])
 
     def end(self, own: HandOff) -> None:
         """Nothing more comes of this request, and it waits for nothing."""

@@ -20,7 +20,7 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import RequestStatus
 
-from kvstore.blocks.spec import Namespace
+from kvstore.blocks.spec import Described, Namespace
 from kvstore.connectors.common.pins import Pins
 from kvstore.connectors.common.requests import Found, Lookups
 from kvstore.connectors.common.sessions import Sessions
@@ -33,6 +33,7 @@ from kvstore.connectors.vllm.inputs import Inputs, Unkeyed
 from kvstore.connectors.vllm.layout import Pages
 from kvstore.connectors.vllm.messages import Blend, Ready, Registered, Report, Step
 from kvstore.connectors.vllm.requests import Promise, Saving, Tracked, stored_events
+from kvstore.connectors.vllm.tails import TAIL_SECONDS, filled
 from kvstore.connectors.vllm.weights import WeightsWatch
 from kvstore.connectors.vllm.windows import Rows, Windows
 from kvstore.errors import SpecError
@@ -79,6 +80,9 @@ class SchedulerSide:
         """Groups of layers that look back on all tokens."""
         kept = self._full or pages.windowed
         parts = [part for group in kept for part in group.all_stored()]
+        described = (isinstance(part.layout, Described) for g in kept for part in g.parts)
+        self._cuts = not pages.windowed and all(described)
+        """Whether it is known where a block's tokens lie."""
         self._sessions = Sessions(settings.config, namespace, parts)
         self._windows: Windows | None = None
         if pages.windowed:
@@ -205,7 +209,8 @@ class SchedulerSide:
         # At least the last token is left to compute: its logits start the answer.
         usable = (request.num_tokens - 1) // size
         first = computed // size
-        if first >= usable or tracked.failures >= _FAILURES:
+        tail = bool(tracked.handoff.tail) and request.num_tokens == request.num_prompt_tokens
+        if first >= usable + tail or tracked.failures >= _FAILURES:
             return 0, False
         if self._handoffs.waits(tracked, tracked.handoff, first, usable):
             self._waiting = True
@@ -219,14 +224,17 @@ class SchedulerSide:
         if found is None or not fits:
             self._waiting = True
             return None, False
-        more = (first + len(found.tiers)) * size - computed
+        end = first + len(found.tiers)
+        found.tail = tail and tracked.handoff.came and end == usable
+        more = (request.num_tokens - 1 if found.tail else end * size) - computed
         return (more, not self._layered(tracked, found)) if more > 0 else (0, False)
 
     def _layered(self, tracked: Tracked, found: Found) -> bool:
         """Whether the step that computes the rest takes the layers as they arrive."""
         blending = tracked.blending
         alone = self._windows is None and len(self._full) == 1
-        return self._settings.layerwise and not found.below and blending is None and alone
+        whole = not (found.below or found.tail)
+        return self._settings.layerwise and whole and blending is None and alone
 
     def _track(self, request: Any) -> Tracked | None:
         if not (self._may_load or self._may_save):
@@ -256,6 +264,8 @@ class SchedulerSide:
             return None
         tracked = Tracked(namespace, wishes, request.all_token_ids, extras, request=request)
         tracked.blending = self._blends.arrived(request)
+        if self._cuts and tracked.blending is None:
+            self._handoffs.begin(tracked, tracked.handoff, request.num_prompt_tokens)
         self._tracked[request.request_id] = tracked
         return tracked
 
@@ -286,7 +296,9 @@ class SchedulerSide:
             next(self._numbers),
             request.request_id,
             tracked.namespace.tenant,
-            tracked.keys[first:last],
+            [*tracked.keys[first : last - 1], tracked.handoff.tail]
+            if found.tail
+            else tracked.keys[first:last],
             full[0] if full else NO_PAGES,
             tracked.wishes.priority,
             min(self._settings.config.session.load_timeout, patience),
@@ -294,6 +306,7 @@ class SchedulerSide:
             layered=layered,
             beside=full[1:],
             windows=windows,
+            lacks=last * size - end,
         )
         self._loads.append(job)
         tracked.promise = Promise(job, first, start, end)
@@ -302,7 +315,7 @@ class SchedulerSide:
         """Pages of blocks `first` to `last`, up to token `end`, of groups that keep all."""
         size = self._block_tokens
         return tuple(
-            page_rows(ids[g.number][: end // g.page_tokens], g.page_tokens, size, first, last)
+            page_rows(ids[g.number][: -(-end // g.page_tokens)], g.page_tokens, size, first, last)
             for g in self._full
         )
 
@@ -375,7 +388,12 @@ class SchedulerSide:
         block that has some is not whole yet.
         """
         known = min(computed, len(tracked.tokens), tracked.exact) // self._block_tokens
-        if known <= tracked.asked or tracked.wishes.skip_save or not self._may_save:
+        hands_on = tracked.wishes.do_remote_decode and tracked.handoff.partial
+        # Not later: what lies behind it then is the request's own.
+        tail = hands_on and computed == tracked.request.num_prompt_tokens
+        if (known <= tracked.asked and not tail) or not self._may_save:
+            return
+        if tracked.wishes.skip_save:
             return
         if tracked.tainted or not self._is_sure(tracked):
             return
@@ -389,26 +407,36 @@ class SchedulerSide:
                 self._windows.saving(number, tracked.request.request_id, start, rows)
             if full := self._rows_of(ids, first, last, last * self._block_tokens):
                 self._put(tracked, first, last, full)
+        if tail:
+            rows = self._rows_of(ids, known, known + 1, computed)
+            self._put(tracked, known, known + 1, tuple(map(filled, rows)), tail=True)
+            tracked.handoff.partial = False  # It is saved once.
 
-    def _put(self, tracked: Tracked, first: int, last: int, full: Rows, windows: Rows = ()) -> int:
+    def _put(
+        self, tracked: Tracked, first: int, last: int, full: Rows, windows: Rows = (),
+        *, tail: bool = False,
+    ) -> int:  # fmt: skip
         request, size, keys = tracked.request, self._block_tokens, tracked.extend_keys()
-        published = self._settings.config.session.publish_tokens
+        published, ttl = self._settings.config.session.publish_tokens, tracked.wishes.ttl
         job = Job(
             next(self._numbers),
             request.request_id,
             tracked.namespace.tenant,
-            keys[first:last],
+            [tracked.handoff.tail] if tail else keys[first:last],
             full[0] if full else NO_PAGES,
             tracked.wishes.priority,
-            ttl=tracked.wishes.ttl,
+            ttl=min(ttl or TAIL_SECONDS, TAIL_SECONDS) if tail else ttl,
             parent=keys[first - 1] if first else b"",
-            tokens=request.all_token_ids[first * size : last * size] if published else None,
+            tokens=request.all_token_ids[first * size : last * size]
+            if published and not tail
+            else None,
             position=first,
             beside=full[1:],
             windows=windows,
+            lacks=tracked.handoff.lacks if tail else 0,
         )
         tracked.saving.add(job.number)
-        told = not (job.windows and self._full)
+        told = not (job.windows and self._full) and not tail
         self._jobs[job.number] = Saving(tracked, first, last - first, self._ranks, told=told)
         self._saves.append(job)
         return job.number
@@ -489,11 +517,12 @@ class SchedulerSide:
         promise, tracked.promise, tracked.found = tracked.promise, None, None
         if promise is None:
             return
+        self._handoffs.taken(tracked, tracked.handoff)
         request, layered = tracked.request, promise.job.layered
         blocks = promise.first + (promise.arrived or 0)
         arrived = 0 if promise.void else blocks * self._block_tokens
         if not promise.void and blocks > promise.first:
-            tracked.came = promise.first, blocks
+            tracked.came = promise.first, min(blocks, promise.end // self._block_tokens)
         if arrived >= promise.end:
             return
         tracked.failures += 1
@@ -530,6 +559,7 @@ class SchedulerSide:
         if tracked is None:
             return False, None
         told = self._handoffs.told(request, tracked)
+        self._handoffs.taken(tracked, tracked.handoff)
         stays = self._stays(tracked, ids)
         if not tracked.saving:
             self._handoffs.end(tracked.handoff)

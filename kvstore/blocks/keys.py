@@ -152,6 +152,27 @@ def block_keys(
     return keys + _plain_chain(key, ids[plain_from * size : count * size], size)
 
 
+def partial_key(
+    namespace: Namespace,
+    tokens: Sequence[int] | NDArray[np.integer],
+    *,
+    extras: Sequence[bytes] = (),
+    parent: bytes | None = None,
+) -> bytes:
+    """The key of a block that has only these tokens, behind `parent`; `extras` are that block's.
+
+    An extra that no whole block has keeps it apart from all of those.
+
+    Raises:
+        SpecError: as `block_keys`.
+    """
+    ids = token_array(tokens)
+    padded = np.zeros(namespace.block_tokens, np.uint32)
+    padded[: len(ids)] = ids
+    own = [f"partial:{len(ids)}".encode(), *extras]
+    return block_keys(namespace, padded, extras={0: own}, parent=parent)[0]
+
+
 def _plain_chain(parent: bytes, ids: NDArray[np.uint32], size: int) -> list[bytes]:
     return split_keys(_native.chain_keys(parent, ids, size))
 

@@ -393,6 +393,16 @@ class Session:
         reply = self._request(protocol.Clear, seconds(timeout))
         return reply.blocks if isinstance(reply, protocol.Count) else -1
 
+    def remove(self, keys: Sequence[bytes]) -> int:
+        """Remove blocks, but for those that are pinned or being saved; returns how many objects.
+
+        -1: not known. A tier whose objects are not all known keeps its own.
+        """
+        joined = join_keys(keys[: protocol.MAX_KEYS])
+        limit = self._config.session.lookup_timeout
+        reply = self._request(lambda handle: protocol.Remove(handle, joined), limit)
+        return reply.blocks if isinstance(reply, protocol.Count) else -1
+
     def flush(self, timeout: float = 60.0) -> int:
         """Wait until all would survive a restart; returns how many objects would not.
 

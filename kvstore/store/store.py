@@ -243,14 +243,19 @@ class Store(Loading):
                     token_ids=saving.tokens[at * size : end * size],
                 )
 
-    def clearing(self, namespace: Namespace | None = None) -> Work[int]:
-        """Remove every object (of `namespace`) that is not pinned or being written."""
+    def clearing(
+        self, namespace: Namespace | None = None, keys: Sequence[bytes] | None = None
+    ) -> Work[int]:
+        """Remove every object (of `namespace`; of `keys`) that is not pinned or being written."""
         removed = 0
         of: set[Namespace] = set()
-        if not self.movement.knows_all:
+        meant: Iterable[Entry] = self.index
+        if keys is not None:
+            meant = [entry for key in keys for entry in self.index.of(key)]
+        elif not self.movement.knows_all:
             whose = () if namespace is None else (namespace.tenant, namespace.digest)
             self.catalogue.cleared.note(self.clock.wall(), *whose)
-        for number, entry in enumerate(self.index):
+        for number, entry in enumerate(meant):
             if number % FEW == 0:
                 yield
             if entry.gone or entry.pins or entry.writer is not None:
@@ -259,7 +264,7 @@ class Store(Loading):
                 of.add(entry.name.namespace)
                 self.catalogue.discard(entry, "cleared")
                 removed += 1
-        for cleared in of:
+        for cleared in of if keys is None else ():
             self.events.cleared(cleared)
         return removed
 

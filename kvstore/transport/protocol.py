@@ -373,6 +373,15 @@ class Clear(Message, tag="clear"):
     handle: int
 
 
+class Remove(Message, tag="remove"):
+    """Remove the objects of these blocks, but for those that are pinned or being saved. Answered by
+    a count of objects.
+    """
+
+    handle: int
+    keys: bytes
+
+
 class Control(Message, tag="control"):
     """Open the orchestration API, if it is not: a private daemon has none until it is asked."""
 
@@ -444,7 +453,7 @@ class Failure(Message, tag="failure"):
 # The last three of each belong on data connections.
 Request = (
     Hello | Open | Close | Lookup | Announce | Reserve | Commit | Acquire | Release | Prefetch | Pin
-    | Flush | Clear | Stats | Control | Follow | Find | Where | Renew | Attach | Put | Get
+    | Flush | Clear | Remove | Stats | Control | Follow | Find | Where | Renew | Attach | Put | Get
 )  # fmt: skip
 Reply = (
     Welcome | Opened | Found | Reserved | Committed | Held | Count | Flushed | StatsReply

@@ -129,6 +129,10 @@ class SessionConnection(LookingConnection):
                 namespace, _ = self._handle_of(request.handle)
                 self.grant.check(Role.WRITE, "clear")
                 return protocol.Count((yield from store.clearing(namespace)))
+            case protocol.Remove():
+                self.grant.check(Role.WRITE, "removing")
+                namespace, _, keys = yield from self._named(request)
+                return protocol.Count((yield from store.clearing(namespace, keys)))
             case protocol.Control():
                 self.grant.check(Role.ADMIN, "opening the API")
                 self._later(request_id, self._open_control)

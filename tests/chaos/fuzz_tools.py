@@ -229,6 +229,7 @@ def _request(rng: random.Random) -> Message:
             protocol.Pin(handle, lease, keys, seconds),
             protocol.Flush(rng.choice((0.0, 0.01, float("nan"), -1.0))),
             protocol.Clear(handle),
+            protocol.Remove(handle, keys),
             protocol.Stats(),
             Hello(protocol.VERSION, "again", 1),
         ]

@@ -16,7 +16,7 @@ from tests.tcp_tools import TCP
 pytestmark = pytest.mark.vllm
 
 BLOCK: Final = 64
-TOKENS: Final = 12
+TOKENS: Final = 6
 LONG: Final = 1200
 PREFILL: Final[dict[str, Any]] = {
     # As vLLM's proxies say it for the NIXL connector.
@@ -83,7 +83,8 @@ def test_many_requests_at_once_are_answered_as_by_one_engine(
     served: Served, prefill: Engine, decode: Engine
 ) -> None:
     text = document(1400)
-    prompts = [text[n * 60 : n * 60 + 190 + n] for n in range(10)]
+    lengths = [BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 1, *range(33, 173, 5)]
+    prompts = [text[n * 38 : n * 38 + length] for n, length in enumerate(lengths)]
     expected = alone(decode, prompts)
     computed = prefill.generate(*prompts, max_tokens=1, wishes=PREFILL)
     assert [tokens[:1] for tokens in expected] == computed["tokens"]
@@ -92,12 +93,16 @@ def test_many_requests_at_once_are_answered_as_by_one_engine(
         assert told["remote_num_tokens"] == len(prompt)
     # At once: the last saves are under way.
     requests = [(p, told, 0) for p, told in zip(prompts, computed["told"], strict=True)]
-    answered = decode.ask(do="mix", requests=requests, at_once=10, max_tokens=TOKENS)
+    answered = decode.ask(do="mix", requests=requests, at_once=32, max_tokens=TOKENS)
     assert answered["tokens"] == expected
-    assert came(decode) == 10
+    assert came(decode) == len(prompts) == 32
     loaded = decode.metrics()["kvstore_loaded_tokens_total.memory"]
-    assert loaded == sum((len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts)
+    assert loaded == sum(map(len, prompts)) - 32, "the last token of each is left to compute"
     eventually(lambda: no_leases(served))
+    decode.forget()
+    again = decode.generate(prompts[-1], max_tokens=TOKENS, wishes={"do_remote_prefill": True})
+    # What is behind the last whole block was there once; a request has taken it.
+    assert (again["tokens"], again["cached"]) == (expected[-1:], [2 * BLOCK])
 
 
 def test_a_decode_that_is_asked_early_waits_for_the_prefill(
@@ -110,7 +115,7 @@ def test_a_decode_that_is_asked_early_waits_for_the_prefill(
     eventually(lambda: not no_leases(served))
     answered = decode.generate(prompt, max_tokens=TOKENS, wishes={"do_remote_prefill": True})
     prefill.answer()
-    assert (answered["tokens"], answered["cached"]) == ([expected], [(LONG - 1) // BLOCK * BLOCK])
+    assert (answered["tokens"], answered["cached"]) == ([expected], [LONG - 1])
     assert came(decode) == before + 1
     eventually(lambda: no_leases(served))
 

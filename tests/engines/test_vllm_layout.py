@@ -23,7 +23,8 @@ from vllm.v1.kv_cache_interface import (
 from kvstore.blocks.spec import Described, ModelIdentity, Namespace, Opaque, Part
 from kvstore.client.session import Session
 from kvstore.connectors.transformers.model import LAYOUT
-from kvstore.connectors.vllm.layout import memory_of, pages_of
+from kvstore.connectors.vllm.layout import ON_CPU, memory_of, pages_of
+from kvstore.connectors.vllm.tails import filled, wipe
 from kvstore.copier.base import PagedMemory, PlaneMemory
 from kvstore.errors import SpecError
 from tests.session_tools import Served, Stores
@@ -130,6 +131,28 @@ def test_pages_cut_for_kernels_are_found(served: Served) -> None:
         tokens = whole[name][[3, 5]].transpose(1, 2).reshape(BLOCK, HEADS, -1)
         loaded = pieces[name][[4, 5, 20, 21]].transpose(1, 2).reshape(BLOCK, HEADS, -1)
         assert torch.equal(tokens, loaded)
+
+
+@pytest.mark.parametrize("layout", ["LBHNC", "BLNHC", "cpu"])
+def test_what_lies_behind_the_tokens_of_a_block_is_wiped(layout: str) -> None:
+    pages = pages_of(engine(), config(full()))
+    have = caches(layout.replace("cpu", "LBHNC"), HEADS, 2 * WIDTH)
+    part = pages.of(0)[0]
+    if layout == "cpu":
+        part = Part(part.group, ON_CPU, part.shard)
+    memory, _ = memory_of(part, PAGE, list(have), have)
+    expected = {name: cache.clone() for name, cache in have.items()}
+    block = filled(np.array([[5, 7, -1, -1]]))[0]
+    assert block.tolist() == [5, 7, 7, 7]
+    wipe(memory, block, PAGE + 1)
+    for cache in expected.values():
+        if layout == "cpu":  # A head's keys as [channel, token], then its values.
+            halves = cache[7].view(HEADS, 2, -1)
+            halves[:, 0].view(HEADS, WIDTH, PAGE)[:, :, 1:] = 0
+            halves[:, 1].view(HEADS, PAGE, WIDTH)[:, 1:] = 0
+        else:
+            cache[7, :, 1:] = 0
+    assert all(torch.equal(cache, expected[name]) for name, cache in have.items())
 
 
 def test_mla_is_one_plane_stored_once() -> None:

@@ -23,7 +23,15 @@ from array import array
 import numpy as np
 import pytest
 
-from kvstore.blocks.keys import KEY_BYTES, Media, block_keys, prompt_extras, split_keys, token_array
+from kvstore.blocks.keys import (
+    KEY_BYTES,
+    Media,
+    block_keys,
+    partial_key,
+    prompt_extras,
+    split_keys,
+    token_array,
+)
 from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.errors import SpecError
 
@@ -137,6 +145,21 @@ def test_what_is_no_token_is_refused(tokens: object, message: str) -> None:
 def test_a_partial_block_has_no_key() -> None:
     for count in range(9):
         assert hexes(block_keys(SMALL, range(count))) == GOLDEN_0_TO_7[: count // 4]
+
+
+def test_a_partial_block_is_found_by_the_same_tokens_behind_the_same_prefix_only() -> None:
+    tokens = [1, 2, 3]
+    key = partial_key(SMALL, tokens)
+    others = [
+        partial_key(SMALL, tokens[:2]),
+        partial_key(SMALL, [*tokens, 0]),  # as it is padded
+        partial_key(SMALL, tokens, parent=key),
+        partial_key(SMALL, tokens, extras=[b"salt:a"]),
+        partial_key(FULL, tokens),
+        *block_keys(SMALL, [*tokens, 0]),
+    ]
+    assert len({key, *others}) == 7
+    assert key == partial_key(SMALL, np.array(tokens, np.uint32))
 
 
 def test_a_continued_chain_equals_the_whole() -> None:

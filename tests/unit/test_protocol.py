@@ -40,6 +40,7 @@ REQUESTS: list[Message] = [
     protocol.Pin(0, 3, KEYS, 60.0),
     protocol.Flush(1.5),
     protocol.Clear(0),
+    protocol.Remove(0, KEYS),
     protocol.Stats(),
     protocol.Control(),
     protocol.Find(0, bytes(32)),
