@@ -66,6 +66,22 @@ class Sessions:
         self._forgotten = False
         self._quiet = QuietLog(_log)
         self._opener = ThreadPoolExecutor(1, thread_name_prefix="kvstore-open")
+        self._others: dict[str, Sessions] = {}
+
+    def at(self, address: str) -> Sessions:
+        """The same with the daemon at another address; empty: these.
+
+        Those stay until `close`: addresses come from settings, and from nowhere else.
+        """
+        if not address:
+            return self
+        with self._lock:
+            other = self._others.get(address)
+            if other is None:
+                config = self._config.model_copy(update={"address": address})
+                other = Sessions(config, self._namespace, self._parts, self._copier)
+                self._others[address] = other
+            return other
 
     def open(self, tenant: str) -> Session:
         """The session of `tenant`, opened now if it is not.
@@ -134,7 +150,9 @@ class Sessions:
         """End all sessions."""
         self._opener.shutdown(cancel_futures=True)
         with self._lock:
-            tenants = list(self._tenants.values())
+            tenants, others = list(self._tenants.values()), list(self._others.values())
+        for other in others:
+            other.close()
         for one in tenants:
             _end(one)
 

@@ -11,7 +11,7 @@ from kvstore.blocks.spec import MAX_BLOCK_TOKENS
 from kvstore.config import Config
 from kvstore.errors import ConfigError
 from kvstore.mistakes import explain, plainly
-from kvstore.sections import Name
+from kvstore.sections import Name, NodeAddress
 from kvstore.sources import load_config
 
 PREFIX: Final = "kvstore."
@@ -49,7 +49,8 @@ class _Own(_Strict):
     for that and the model's calibration has passed, or without one where it is "uncalibrated"; the
     share `shadow` of them is computed in full as well, and compared.
     `node` is the name, in its pool, of the node that has the store, for engines elsewhere that go
-    on with what is computed here.
+    on with what is computed here; `decoders` are the daemons of such engines that requests may have
+    their blocks saved to, instead.
     """
 
     tenant: Tenant = ""
@@ -61,6 +62,7 @@ class _Own(_Strict):
     codec: str = ""
     approximate: Literal[False, True, "uncalibrated"] = False
     node: Annotated[str, Field(max_length=256)] = ""
+    decoders: Annotated[list[NodeAddress], Field(max_length=16)] = []
     shadow: float = Field(0.01, ge=0, le=1)
 
 
@@ -114,7 +116,8 @@ class Wishes(_Strict):
     `skip_save` and `skip_load` leave the store out; `ttl` seconds after a save its blocks expire;
     `pin` seconds long they are not evicted; `tenant` owns the blocks; `priority` orders transfers
     that wait (lower first); `remote_kv_source` is the node of the pool that has its blocks, by name
-    or address, as a router says. `do_remote_decode`: another engine goes on with it after this one;
+    or address, as a router says. `do_remote_decode`: another engine goes on with it after this one,
+    the one with the daemon `remote_decoder` if given;
     `do_remote_prefill`: another one has computed its prompt, or is about to, and
     `remote_num_tokens` of it.
     """
@@ -126,6 +129,7 @@ class Wishes(_Strict):
     tenant: Tenant | None = None
     priority: int = 0
     remote_kv_source: Name | None = None
+    remote_decoder: Name | None = None
     do_remote_decode: bool = False
     do_remote_prefill: bool = False
     remote_num_tokens: int = 0

@@ -6,7 +6,7 @@ import heapq
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -53,7 +53,8 @@ class Job:
     the request came. A load that is `layered` takes part in the step it comes with: each layer is
     computed once it has arrived. `beside` are pages of other groups of layers, for the same blocks,
     `windows` those of groups that look back on the last of them only: a load needs both, a save has
-    either. The last block may lack tokens at its end, `lacks` of them: what lies there is no KV.
+    either. The last block may lack tokens at its end, `lacks` of them: what lies there is no KV. A
+    save goes to the daemon at the address `decoder`, if that is given.
     """
 
     number: int
@@ -72,6 +73,7 @@ class Job:
     beside: tuple[NDArray[np.int64], ...] = ()
     windows: tuple[NDArray[np.int64], ...] = ()
     lacks: int = 0
+    decoder: str = ""
 
 
 class Lane:
@@ -192,12 +194,12 @@ class Space:
         cut = [page_pieces(pages, self.cut) for pages in groups]
         return [cut[row] for row in self.rows]
 
-    def session(self, tenant: str) -> tuple[Session | None, str]:
+    def session(self, tenant: str, address: str = "") -> tuple[Session | None, str]:
         """The session of a tenant, or why there is none."""
         if self.sessions is None:
             return None, "unnamed"
         try:
-            return self.sessions.open(tenant), ""
+            return self.sessions.at(address).open(tenant), ""
         except REFUSED:
             return None, "refused"
 
@@ -229,7 +231,8 @@ class Transfers:
         size = full.sessions.block_tokens if full.sessions is not None else 0
         self._block_bytes = sum(one.part.nbytes(size) for one in full.memory)
         self._loaded, self._saved = loaded, saved
-        self._rest_until = 0.0
+        self._rest_until = defaultdict[str, float](float)
+        """By address of the daemon."""
         self._reading: dict[int, tuple[str, Reading]] = {}
         """Of saves that have not ended, by their number: whose they are, and who reads pages."""
         self._loading = Lane("kvstore-load", self._load)
@@ -364,10 +367,10 @@ class Transfers:
         if job.windows and self.windows is not None:
             space, groups = self.windows, job.windows
         try:
-            if time.monotonic() < self._rest_until:
+            if time.monotonic() < self._rest_until[job.decoder]:
                 session, reason = None, "resting"
             else:
-                session, reason = space.session(job.tenant)
+                session, reason = space.session(job.tenant, job.decoder)
             if session is None:
                 self._stats.dropped(len(job.keys), reason)
                 return
@@ -387,7 +390,7 @@ class Transfers:
             if reading.over and saved.dropped:
                 saved.reason = "taken_back"
             if saved.reason == "unavailable" and (after is None or after.failed is None):
-                self._rest_until = time.monotonic() + _REST
+                self._rest_until[job.decoder] = time.monotonic() + _REST
             if after is not None:
                 saved.seconds = time.monotonic() - max(started, after.opened_at)
             self._stats.saved(saved, job.lacks)

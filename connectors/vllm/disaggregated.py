@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
+from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
 from kvstore.client.session import Announced, Lookup
@@ -23,6 +24,9 @@ from kvstore.connectors.common.requests import Asked
 from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.stats import Stats
 from kvstore.connectors.vllm.tails import tail_key
+from kvstore.telemetry import QuietLog
+
+_log = init_logger("vllm.kvstore.handoff")
 
 _WAITING: Final = 64
 """Requests that the store is asked for at a time; others wait for their turn to ask."""
@@ -53,32 +57,50 @@ class HandOff:
     partial: bool = False
     came: bool = False
     """All has come, and the tail."""
+    decoder: str = ""
+    """Where its blocks go; empty: to this engine's own store."""
 
 
 class HandOffs:
     """Requests that two engines share. Used by the scheduler's thread.
 
     `patience` seconds may pass without anything new from the other engine. `engine`, `ranks` and
-    `node`, that of its store, are what proxies are told of this one.
+    `node`, that of its store, are what proxies are told of this one. `decoders` are the daemons
+    that requests may name.
     """
 
     def __init__(
         self, sessions: Sessions, stats: Stats, patience: float, *, engine: str, ranks: int,
-        node: str,
+        node: str, decoders: Sequence[str], tenant: str,
     ) -> None:  # fmt: skip
         self._sessions = sessions
         self._stats = stats
         self._patience = patience
         self._engine, self._ranks, self._node = engine, ranks, node
+        self._decoders = decoders
+        self._quiet = QuietLog(_log)
+        for address in decoders:  # The first request that names it is not to wait for it.
+            sessions.at(address).get(tenant)
         self._threads = ThreadPoolExecutor(_WAITING, thread_name_prefix="kvstore-handoff")
         self._announcer = ThreadPoolExecutor(1, thread_name_prefix="kvstore-announce")
         """In a thread: no step waits for a store that hangs."""
 
-    def begin(self, asked: Asked, own: HandOff, prompt_tokens: int) -> None:
-        """A request has come, of which the tail can be handed on."""
+    def begin(self, asked: Asked, own: HandOff, prompt_tokens: int, *, cuts: bool) -> None:
+        """A request has come; `cuts`: a block that is not whole can be handed on.
+
+        No address counts because a request says so.
+        """
+        decoder = asked.wishes.remote_decoder
+        if decoder in self._decoders and asked.wishes.do_remote_decode:
+            own.decoder = decoder or ""
+        elif decoder is not None:
+            self._stats.handed("refused")
+            words = "remote_decoder %.200r is not among kvstore.vllm.decoders (%s): not saved there"
+            self._quiet.warning("decoder", words, decoder, ", ".join(self._decoders) or "none")
         size, wishes = asked.namespace.block_tokens, asked.wishes
         start = (prompt_tokens - 1) // size * size
-        if prompt_tokens - start > 1 and (wishes.do_remote_decode or wishes.do_remote_prefill):
+        shared = wishes.do_remote_decode or wishes.do_remote_prefill
+        if cuts and shared and prompt_tokens - start > 1:
             own.lacks = start + size - prompt_tokens
             own.partial = own.lacks > 0
             whole = asked.extend_keys()[start // size : prompt_tokens // size]
@@ -88,7 +110,7 @@ class HandOffs:
         """The first step of a request: all blocks of its prompt are to come."""
         if not asked.wishes.do_remote_decode or own.announced is not None:
             return
-        session = self._sessions.get(asked.namespace.tenant)
+        session = self._sessions.at(own.decoder).get(asked.namespace.tenant)
         if not isinstance(session, str):
             whole = prompt_tokens // asked.namespace.block_tokens
             keys = asked.extend_keys()[:whole] + [own.tail] * own.partial
@@ -160,7 +182,7 @@ class HandOffs:
         if own.announced is not None:
             own.announced.add_done_callback(_release)
 
-    def told(self, request: Any, asked: Asked) -> dict[str, Any] | None:
+    def told(self, request: Any, asked: Asked, own: HandOff) -> dict[str, Any] | None:
         """What the answer of a request says to whoever decodes it."""
         if not asked.wishes.do_remote_decode or request.status not in _WHOLE:
             return None
@@ -174,7 +196,7 @@ class HandOffs:
             "remote_port": None,
             "remote_num_tokens": request.num_computed_tokens,
             "tp_size": self._ranks,
-        } | ({"remote_kv_source": self._node} if self._node else {})
+        } | ({"remote_kv_source": self._node} if self._node and not own.decoder else {})
 
     def close(self) -> None:
         """Wait for nothing any more."""

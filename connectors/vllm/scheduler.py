@@ -99,6 +99,8 @@ class SchedulerSide:
             engine=config.kv_transfer_config.engine_id if config is not None else "",
             ranks=ranks,
             node=settings.node,
+            decoders=settings.decoders,
+            tenant=settings.tenant,
         )
         self._tracked: dict[str, Tracked] = {}
         self._ended: dict[str, Any] = {}
@@ -264,8 +266,12 @@ class SchedulerSide:
             return None
         tracked = Tracked(namespace, wishes, request.all_token_ids, extras, request=request)
         tracked.blending = self._blends.arrived(request)
-        if self._cuts and tracked.blending is None:
-            self._handoffs.begin(tracked, tracked.handoff, request.num_prompt_tokens)
+        self._handoffs.begin(
+            tracked,
+            tracked.handoff,
+            request.num_prompt_tokens,
+            cuts=self._cuts and tracked.blending is None,
+        )
         self._tracked[request.request_id] = tracked
         return tracked
 
@@ -434,9 +440,10 @@ class SchedulerSide:
             beside=full[1:],
             windows=windows,
             lacks=tracked.handoff.lacks if tail else 0,
+            decoder=tracked.handoff.decoder,
         )
         tracked.saving.add(job.number)
-        told = not (job.windows and self._full) and not tail
+        told = not (job.windows and self._full) and not tail and not job.decoder
         self._jobs[job.number] = Saving(tracked, first, last - first, self._ranks, told=told)
         self._saves.append(job)
         return job.number
@@ -558,7 +565,7 @@ class SchedulerSide:
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return False, None
-        told = self._handoffs.told(request, tracked)
+        told = self._handoffs.told(request, tracked, tracked.handoff)
         self._handoffs.taken(tracked, tracked.handoff)
         stays = self._stays(tracked, ids)
         if not tracked.saving:

@@ -176,6 +176,8 @@ class WorkerSide:
             copier = self._device.copier_for(parts[0])
             space.sessions = Sessions(self._settings.config, self._namespace, parts, copier)
             space.sessions.open(self._settings.tenant)
+            for address in self._settings.decoders:
+                space.sessions.at(address).get(self._settings.tenant)
 
     def unregister(self) -> None:
         """The engine takes its cache away, as when it sleeps: from here on, nobody touches it.

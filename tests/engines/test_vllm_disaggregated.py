@@ -35,26 +35,41 @@ def served(stores: Stores) -> Served:
     return stores.serve("512MiB", **TCP)
 
 
-def engine(address: str, role: str) -> Engine:
+@pytest.fixture(scope="module")
+def other(stores: Stores) -> Served:
+    """That of another decode node."""
+    return stores.serve("64MiB", **TCP)
+
+
+def engine(address: str, role: str, **settings: Any) -> Engine:
     connector = transfer(
         address=address,
         vllm__block_tokens=BLOCK,
         session__lookup_timeout=2.0,
         planner__mode="load",
+        **settings,
     )
     connector["kv_role"] = role
     return Engine(connector, block_size=BLOCK, max_num_batched_tokens=128)
 
 
 @pytest.fixture(scope="module")
-def engines(served: Served) -> Iterator[tuple[Engine, Engine]]:
+def engines(served: Served, other: Served) -> Iterator[tuple[Engine, Engine]]:
     """Both, which start at the same time."""
     with ThreadPoolExecutor() as threads, ExitStack() as stack:
-        # The first one from another host, into the store of the other one's.
-        tcp = f"tcp://{served.addresses['tcp']}"
-        one = threads.submit(engine, tcp, "kv_producer")
-        other = threads.submit(engine, f"unix://{served.socket}", "kv_consumer")
-        yield stack.enter_context(one.result()), stack.enter_context(other.result())
+        # The first one from another host, into the store of the second one's.
+        one = threads.submit(engine, tcp(served), "kv_producer", vllm__decoders=[tcp(other)])
+        two = threads.submit(engine, f"unix://{served.socket}", "kv_consumer")
+        yield stack.enter_context(one.result()), stack.enter_context(two.result())
+
+
+def tcp(served: Served) -> str:
+    return f"tcp://{served.addresses['tcp']}"
+
+
+def saved(served: Served) -> int:
+    counters = served.stats()["counters"]
+    return int(counters.get("save.blocks", 0))
 
 
 @pytest.fixture
@@ -120,6 +135,23 @@ def test_a_decode_that_is_asked_early_waits_for_the_prefill(
     eventually(lambda: no_leases(served))
 
 
+def test_a_request_may_name_the_decode_node_but_not_any(
+    served: Served, other: Served, prefill: Engine
+) -> None:
+    def answer(decoder: str, start: int) -> tuple[int, int]:
+        wishes = PREFILL | {"remote_decoder": decoder}
+        own, others = saved(served), saved(other)
+        prefill.generate(document(2 * BLOCK + 5, start), max_tokens=1, wishes=wishes)
+        eventually(lambda: saved(served) + saved(other) == own + others + 3)
+        eventually(lambda: no_leases(served) and no_leases(other))
+        return saved(served) - own, saved(other) - others
+
+    assert answer(tcp(other), 40) == (0, 3), "two blocks and what is left"
+    assert came(prefill, "refused") == 0
+    assert answer("tcp://127.0.0.1:1", 41) == (3, 0)
+    assert came(prefill, "refused") == 1
+
+
 def test_requests_that_are_aborted_leave_nothing(
     served: Served, prefill: Engine, decode: Engine
 ) -> None:
@@ -136,16 +168,16 @@ def test_a_prefill_that_dies_is_completed_by_the_decode(
 ) -> None:
     prompt = document(LONG, 30)
     [expected] = alone(decode, [prompt])
-    before = came(decode, "missing")
+    missing = came(decode, "missing")
     prefill.order(do="generate", prompts=[prompt], max_tokens=1, wishes=PREFILL)
     eventually(lambda: not no_leases(served))
     decode.order(do="generate", prompts=[prompt], max_tokens=TOKENS,
                  wishes={"do_remote_prefill": True})  # fmt: skip
-    saved = served.stats()["counters"]["save.blocks"]
-    eventually(lambda: served.stats()["counters"]["save.blocks"] > saved)
+    before = saved(served)
+    eventually(lambda: saved(served) > before)
     prefill._process.kill()
     answered = decode.answer()
     assert answered["tokens"] == [expected]
     assert 0 < answered["cached"][0] < (LONG - 1) // BLOCK * BLOCK
-    assert came(decode, "missing") == before + 1
+    assert came(decode, "missing") == missing + 1
     eventually(lambda: no_leases(served))

@@ -17,7 +17,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import RequestStatus
 
 from kvstore.benchmarks.served import free_port
-from kvstore.blocks.keys import block_keys, prompt_extras
+from kvstore.blocks.keys import block_keys, partial_key, prompt_extras
 from kvstore.blocks.spec import Part
 from kvstore.client.session import Loaded
 from kvstore.connectors.common import sessions as vllm_sessions
@@ -102,6 +102,7 @@ def request(name: str, tokens: list[int], salt: str = "", **wishes: Any) -> Simp
     return SimpleNamespace(
         request_id=name,
         num_tokens=len(tokens),
+        num_prompt_tokens=len(tokens),
         all_token_ids=tokens,
         prompt_embeds=None,
         resumable=False,
@@ -413,7 +414,7 @@ def test_what_came_from_the_store_is_not_offered_to_it(served: Served, side: Sch
         RequestStatus.RUNNING,
         [bytes([n]) for n in range(len(pages))],
     )
-    asked.num_computed_tokens, asked.num_prompt_tokens = 4 * size, len(asked.all_token_ids)
+    asked.num_computed_tokens = 4 * size
     done = {"finished_recving": {"hit"}, "finished_sending": None}
     side.done(SimpleNamespace(kv_connector_worker_meta=Report(loaded={load.number: 4}), **done))
     state = SimpleNamespace(get_block_ids=lambda name: (pages,))
@@ -466,15 +467,16 @@ def test_a_prefill_on_another_node_is_fetched_as_soon_as_it_is_there(
         for port in ports
     )
     side = scheduler(here)
-    tokens = [*prompt(72, 4), 7]
+    tokens = [*prompt(72, 4), 7, 8, 9]
     told = {"do_remote_prefill": True, "remote_kv_source": f"n{ports[1]}"}
     promised = told | {"remote_num_tokens": len(tokens)}
     with there.session() as producer:
         assert answered(side, request("none", tokens, **told)) == 0, "nobody says it has them"
         asked = request("late", tokens, **promised)
         assert side.match(asked, 0) == (None, False)
-        save(producer, producer.keys(tokens))
-        assert answered(side, asked) == 4 * BLOCK_TOKENS
+        keys = producer.keys(tokens)
+        save(producer, [*keys, partial_key(namespace(), tokens[-3:], parent=keys[-1])])
+        assert answered(side, asked) == len(tokens) - 1, "with what is behind the last whole block"
         monkeypatch.setattr(disaggregated, "_FETCHED", 0.2)
         never = request("never", [*prompt(73, 4), 7], **promised)
         assert answered(side, never) == 0
