@@ -37,11 +37,11 @@ demo-engines: $(VLLM)/.built $(SGLANG)/.built $(VENV)/.model ## one engine compu
 demo-cluster: setup ## three hosts in a pool: one computes, the others are served
 	@$(BIN)/python examples/demo_cluster.py
 
-test: setup $(VENV)/.nixl ## tests; ARGS="-k name" picks some
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+test: setup $(VENV)/.nixl ## tests; ARGS="-k name -n 0" picks some
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 test-slow: setup ## those left out there: kills, stalls, crashes
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(ARGS)
 
 test-vllm: $(VLLM)/.built $(VENV)/.model ## tests with real vLLM engines
 	$(VLLM)/bin/python -m pytest tests/engines -m vllm --timeout 900 $(ARGS)
