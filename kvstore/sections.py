@@ -308,6 +308,12 @@ class ServerConfig(Section):
         None, description="control of it on server.tcp, and to peers; none: the system's"
     )
     max_requests: Count = Field(64, description="of gRPC and of HTTP at a time", ge=1, le=65536)
+    trace_file: MaybeFolder = Field(
+        None, description="file for keys and times of requests, never text: docs/planning.md"
+    )
+    trace_size: Size = Field(
+        2**30, description="bytes of trace_file and the one before it", ge=2**20, le=_MAX_TIER
+    )
 
 
 class QuotaConfig(Section):

@@ -130,6 +130,7 @@ class Daemon:
                 upkeep = [
                     run("upkeep", lambda: self._tick(store), store.counters, again=True),
                     run("following the tokens", node.follow_tokens, store.counters, again=True),
+                    run("tracing", node.tracing.run, store.counters, again=True),
                 ]
                 if pool is not None:
                     node.publishing = Publishing(store, pool.directory, server.name)
@@ -140,6 +141,7 @@ class Daemon:
             assert self._until is not None
             spare = _CLOSING_PART * server.stop_timeout
             await node.drain(self._until - time.monotonic() - spare)
+            await node.tracing.write()
             self._say_what_is_lost()
             for task in upkeep:
                 task.cancel()

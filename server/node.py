@@ -26,6 +26,7 @@ from kvstore.server.publishing import Publishing
 from kvstore.server.recent import RECENT, Request
 from kvstore.server.resting import Resting
 from kvstore.server.serving import Serving
+from kvstore.server.tracing import Tracing
 from kvstore.store.leases import Lease
 from kvstore.store.store import Store
 from kvstore.telemetry import QuietLog
@@ -129,6 +130,7 @@ class Node:
     started: float = field(default_factory=time.monotonic)
     quiet: QuietLog = field(default_factory=lambda: QuietLog(_log))
     serving: Serving = field(init=False)
+    tracing: Tracing = field(init=False)
     resting: Resting = field(default_factory=Resting)
     _collected: float = field(default_factory=time.monotonic)
     _opening: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -136,6 +138,11 @@ class Node:
 
     def __post_init__(self) -> None:
         self.serving = Serving(self.config.peers.max_serving)
+        server = self.config.server
+        self.tracing = Tracing(
+            server.trace_file, server.trace_size, self.store.counters, self.quiet
+        )
+        self.store.traced = self.tracing.note
 
     def owner(self, grant: Grant) -> Owner:
         """Who pays for a session: its token, or itself where it is trusted like the daemon."""

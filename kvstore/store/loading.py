@@ -76,6 +76,8 @@ class Loading(Leases):
         super().__init__(movement, seconds, max_pinned_bytes)
         self.probing = Probing(movement)
         self.histograms = self.catalogue.histograms
+        self.traced: Callable[[Sequence[bytes], Namespace], None] | None = None
+        """Is told what each request asks for."""
         self._prefetches = itertools.count(1)
         self._acquiring = 0
 
@@ -156,6 +158,8 @@ class Loading(Leases):
         if reason:
             counters.add("lookup.miss", reason)
         self.movement.asked(keys)
+        if self.traced is not None and namespace is not None:
+            self.traced(keys, namespace)
 
     def _find(
         self, keys: Sequence[bytes], parts: Sequence[Part], namespace: Namespace | None

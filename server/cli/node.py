@@ -37,6 +37,9 @@ _Limit = Annotated[
     float | None,
     typer.Option(parser=limit_option, metavar="SIZE", help="Limit it: 10GiB, or none."),
 ]
+HttpOption = Annotated[
+    str | None, typer.Option(help="host:port of the daemon's HTTP (default: server.http).")
+]
 _Id = Annotated[str, typer.Argument(metavar="ID", help="Of the operation.")]
 
 operations_app = typer.Typer(no_args_is_help=True, help="Long operations.")
@@ -77,9 +80,7 @@ def _show_pairs(link: Link, found: Message, title: str, rows: Iterable[tuple[str
 
 def top(
     caller: Caller,
-    http: Annotated[
-        str | None, typer.Option(help="host:port of the daemon's HTTP (default: server.http).")
-    ] = None,
+    http: HttpOption = None,
     interval: Annotated[float | None, time_option("Between frames (1s).")] = None,
     once: Annotated[bool, typer.Option("--once", help="Print one frame.")] = False,
 ) -> None:

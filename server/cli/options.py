@@ -59,9 +59,9 @@ class Misuse(typer.BadParameter):
         return self.message
 
 
-def time_option(help: str) -> Any:
+def time_option(help: str, *names: str) -> Any:
     """An option that takes a duration."""
-    return typer.Option(parser=option(parse_duration), metavar="TIME", help=help)
+    return typer.Option(*names, parser=option(parse_duration), metavar="TIME", help=help)
 
 
 def limit_option(text: str) -> float:

@@ -1,26 +1,33 @@
-"""`kvstore simulate`, `replay`: what recorded requests would find in tiers of which size."""
+"""`kvstore record`, `simulate`, `replay`: what requests would find in tiers of which size."""
 
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Final
 
 import typer
 
 from kvstore.benchmarks.prices import Prices
 from kvstore.commands import size_option
-from kvstore.server.cli.options import Misuse
-from kvstore.server.cli.output import progress, say
+from kvstore.errors import StoreUnavailable
+from kvstore.server.cli.node import HttpOption
+from kvstore.server.cli.options import Caller, Misuse, time_option
+from kvstore.server.cli.output import many, progress, say
 from kvstore.values import checked_text, format_size, lasting
 
 if TYPE_CHECKING:
     from kvstore.benchmarks.capacity import Load
+    from kvstore.server.cli.top import Source
 
 _TIB: Final = 1 << 40
+_ASK_SECONDS: Final = 0.5
+_MOST_ANSWER: Final = 64 << 20
 _SHARED: Final = 64
 _DISK: Final = 16
 """Times memory, where no size is given."""
@@ -176,6 +183,55 @@ def replay(
         say(line)
 
 
+def record(
+    caller: Caller,
+    file: Annotated[Path, typer.Argument(help="To write; it must not be there yet.")],
+    lasts: Annotated[float | None, time_option("How long (until Ctrl-C).", "--for")] = None,
+    http: HttpOption = None,
+) -> None:
+    """Write down what a daemon is asked for as a trace: keys, times and tenants, never text."""
+    from kvstore.server.cli.top import Source
+
+    source = Source(http, caller.settings, caller.token(), caller.patience)
+    number, _, _ = _noted(source, "/trace")
+    until = time.monotonic() + (math.inf if lasts is None else lasts)
+    count = missed = 0
+    well = True
+    with _new(file) as out:
+        try:
+            while (left := until - time.monotonic()) > 0:
+                time.sleep(min(left, _ASK_SECONDS))
+                try:
+                    number, body, lost = _noted(source, f"/trace?after={number}")
+                except StoreUnavailable as e:  # It may come back.
+                    if well:
+                        say(str(e), err=True)
+                    well = False
+                    continue
+                well, missed, count = True, missed + lost, count + body.count(b"\n")
+                out.write(body)
+                out.flush()
+        except KeyboardInterrupt:
+            pass
+    say(f"{many(count, 'request')} in {file}" + f"; {missed} were missed" * bool(missed), err=True)
+
+
+def _noted(source: Source, path: str) -> tuple[int, bytes, int]:
+    """The number of the last request that was noted, lines, and how many are missing."""
+    headers, body = source.get(path, _MOST_ANSWER)
+    try:
+        return int(headers["Kvstore-Number"]), body, int(headers["Kvstore-Missed"])
+    except (TypeError, ValueError):
+        raise StoreUnavailable(f"{source.shown} tells no traces; see server.http") from None
+
+
+def _new(file: Path) -> BinaryIO:
+    try:
+        return Path(checked_text(str(file))).open("xb")
+    except ValueError as e:
+        raise Misuse(f"file: {e}") from None
+
+
 def _head(traffic: Traffic, told: dict[str, Any]) -> Iterator[str]:
     load = traffic.load
     yield traffic.title()
@@ -228,4 +284,4 @@ def _reuse(told: dict[str, Any]) -> Iterator[str]:
         yield f"a ttl of {lasting(ttl)} keeps {100 * told['reuse'][ttl]:.0f} % of it"
 
 
-COMMANDS: Final = (simulate, replay)
+COMMANDS: Final = (simulate, replay, record)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.message import Message
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any, Final
 
@@ -81,10 +82,21 @@ class Source:
         Raises:
             StoreUnavailable: nobody answers, or what answers refuses.
         """
-        request = urllib.request.Request(f"{self.shown}/status?after={after}", None, self._headers)
+        _, said = self.get(f"/status?after={after}", _MAX_ANSWER)
+        try:
+            found = json.loads(said)
+        except ValueError as e:
+            raise StoreUnavailable(f"{self.shown} answers no JSON: {e}; see server.http") from e
+        if not isinstance(found, dict) or "tiers" not in found:
+            raise StoreUnavailable(f"{self.shown} is no daemon of ours; see server.http")
+        return found
+
+    def get(self, path: str, most: int) -> tuple[Message, bytes]:
+        """Headers and body of an answer, of so many bytes at most. Raises as `ask` does."""
+        request = urllib.request.Request(self.shown + path, None, self._headers)
         try:
             with self._open(request, timeout=self._timeout) as answer:
-                found = json.loads(answer.read(_MAX_ANSWER))
+                return answer.headers, answer.read(most)
         except urllib.error.HTTPError as e:
             told = e.read(4096).decode(errors="replace")
             raise StoreUnavailable(f"{self.shown} answers {e.code}: {told}") from e
@@ -93,9 +105,6 @@ class Source:
                 f"no daemon answers at {self.shown}: {getattr(e, 'reason', e)}; name its HTTP face "
                 "by --http (server.http in its configuration)"
             ) from e
-        if not isinstance(found, dict) or "tiers" not in found:
-            raise StoreUnavailable(f"{self.shown} is no daemon of ours; see server.http")
-        return found
 
 
 @dataclass

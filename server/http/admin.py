@@ -32,6 +32,7 @@ from kvstore.server.http.status import Samples, status
 from kvstore.server.listeners import bind, show
 from kvstore.server.loop import run
 from kvstore.server.node import Node
+from kvstore.server.tracing import lines
 
 _REQUEST_SECONDS: Final = 10.0
 _HANDSHAKE_SECONDS: Final = 5.0
@@ -141,6 +142,7 @@ class AdminFace:
                 *(web.get(path, self._health) for path in _OPEN),
                 web.get("/metrics", self._metrics),
                 web.get("/status", self._status),
+                web.get("/trace", self._trace),
                 web.get("/config", self._show_config),
                 web.get("/loglevel", self._loglevel),
                 web.put("/loglevel", self._set_loglevel),
@@ -270,10 +272,23 @@ class AdminFace:
         if self._node is None:
             text = f"the daemon is starting, {self.touched:.0%} of its memory is touched; ask again"
             raise web.HTTPServiceUnavailable(text=text, headers={"Retry-After": "1"})
-        after = request.query.get("after", "0")
-        if not after.isdecimal() or len(after) > 15:
-            raise web.HTTPBadRequest(text=f"after={after!r} is no number of a sample; leave it out")
-        return web.json_response(status(self._node, request["grant"], self._samples, int(after)))
+        after = _after(request, "0")
+        return web.json_response(status(self._node, request["grant"], self._samples, after))
+
+    async def _trace(self, request: web.Request) -> web.Response:
+        """What was asked for after a request of that number; it is noted from the first call on."""
+        if self._node is None:
+            raise web.HTTPServiceUnavailable(text="the daemon is starting; ask again")
+        grant: Grant = request["grant"]
+        if grant.tenants is not None:
+            text = f"a trace is of all tenants, {grant.name!r} of some; use another token"
+            raise Denied("tenant", text)
+        after = _after(request, "-1")
+        noted, number = self._node.tracing.since(after)
+        missed = noted[0].number - after - 1 if noted else 0
+        body = await asyncio.to_thread(lines, noted)  # It takes long with many.
+        headers = {"Kvstore-Number": str(number), "Kvstore-Missed": str(missed)}
+        return web.Response(body=body, content_type="application/jsonl", headers=headers)
 
     async def _show_config(self, request: web.Request) -> web.Response:
         """The configuration names the files of secrets, never what is in them."""
@@ -318,6 +333,13 @@ class AdminFace:
 async def _forbid(request: web.Request, response: web.StreamResponse) -> None:
     """Add to every answer, those of aiohttp itself included, what browsers must not do with it."""
     response.headers.update(_HEADERS)
+
+
+def _after(request: web.Request, otherwise: str) -> int:
+    after = request.query.get("after", otherwise)
+    if after != otherwise and (not after.isdecimal() or len(after) > 15):
+        raise web.HTTPBadRequest(text=f"after={after!r} is no number; leave it out")
+    return int(after)
 
 
 async def _body(request: web.Request) -> dict[str, Any]:

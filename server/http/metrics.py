@@ -105,6 +105,8 @@ COUNTERS: Final[Mapping[str, Counted]] = {
     "recover.objects": Counted("recovered_objects", "Objects found in tiers at start."),
     "recover.dropped": Counted("recovery_drops",
         "Objects found in tiers that could not be used, by reason.", "reason"),
+    "trace.dropped": Counted("trace_drops",
+        "Requests that were not written to server.trace_file, by reason.", "reason"),
     "task.died": Counted("task_deaths",
         "Tasks and threads of the daemon that died of an error of ours.", "task"),
 }

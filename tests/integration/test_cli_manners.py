@@ -110,7 +110,7 @@ HARMLESS = {
     "pin", "unpin", "prefetch", "move", "copy", "compress", "decompress", "admission",
     "drain",  # --stop says it, and writes out before
     "pieces add", "calibrate",
-    "simulate", "replay",
+    "simulate", "replay", "record",
     "fsck",  # --repair says it, and drops what nobody could be served
 }  # fmt: skip
 
@@ -391,6 +391,7 @@ VALUES: dict[str, list[str]] = {
     "--clients": NO_COUNT, "--connections": NO_COUNT, "--type": NO_CHOICE,
     "--streams": NO_COUNT, "--requests": NO_COUNT, "--objects": NO_COUNT,
     "--blocks": NO_COUNT, "traces": NO_FILE,
+    "file": [*NO_FILE, __file__], "--for": NO_TIME,
     "trace": NO_FILE, "--block-tokens": NO_COUNT, "--nodes": NO_COUNT, "--png": NO_FILE,
     "simulate --memory": [*NO_SIZE, "0", "1"], "simulate --disk": [*NO_SIZE, "0"],
     "--shared": [*NO_SIZE, "0"], "--token-bytes": [*NO_SIZE, "0"],

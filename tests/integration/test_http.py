@@ -312,6 +312,15 @@ def test_tls_is_spoken_where_it_is_configured(stores: Stores, tmp_path: Path) ->
 # -- what is no request ----------------------------------------------------------------------------
 
 
+def test_traces_are_for_those_who_see_all_tenants(guarded: Served) -> None:
+    where = address(guarded)
+    assert ask(where, "/trace").status == 401
+    assert ask(where, "/trace", token=OF_A).status == 403
+    told = ask(where, "/trace", token=READER)
+    assert (told.status, told.body, told.headers["Kvstore-Number"]) == (200, b"", "0")
+    assert ask(where, "/trace?after=-2", token=READER).status == 400
+
+
 def test_answers_forbid_what_a_page_must_not_do(served: Served) -> None:
     asked: list[tuple[str, dict[str, str]]] = [(path, {}) for path in (*OPEN, *CLOSED, "/nothing")]
     for path, own in [*asked, ("/status", {"Expect": "nothing"})]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,8 +20,15 @@ from kvstore.benchmarks.policy import Tiers
 from kvstore.benchmarks.policy import replay as replayed
 from kvstore.benchmarks.prices import Prices
 from kvstore.errors import ConfigError
+from kvstore.server import tracing
+from kvstore.server.tracing import Tracing
+from kvstore.telemetry import Counters, QuietLog
 from kvstore.traces import Request, made_trace, read_trace
+from tests.http_tools import ON, address
+from tests.integration.test_cli import COMMAND
 from tests.integration.test_cli_manners import TRACE, Told
+from tests.session_tools import PATIENCE, Served, Stores, eventually, prompt
+from tests.store_tools import NAMESPACE
 from tests.trace_tools import plain_clairvoyant, plain_lru, write_trace
 
 BLOCK = 512 << 10  # 512 tokens of 1 KiB each
@@ -32,6 +43,11 @@ def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_trace(MADE, tmp_path_factory.mktemp("traces") / "made.jsonl")
+
+
+@pytest.fixture
+def served(stores: Stores) -> Served:
+    return stores.serve(server=ON)
 
 
 def load(trace: list[Request] = MADE, **prices: float) -> Load:
@@ -176,3 +192,67 @@ def test_bytes_of_a_token_by_the_model(tmp_path: Path, monkeypatch: pytest.Monke
         file.write_text(text)
         with pytest.raises(ConfigError, match="--token-bytes"):
             token_bytes(str(file))
+
+
+# -- recorded --------------------------------------------------------------------------------------
+
+
+def test_a_daemon_writes_what_is_asked_for(stores: Stores, tmp_path: Path) -> None:
+    file = tmp_path / "trace.jsonl"
+    served = stores.serve(server={"trace_file": str(file), "trace_size": "1MiB"})
+    with served.session(tenant="a") as session:
+        keys = session.keys(prompt(1, 6))
+        session.lookup(keys)
+        session.lookup(keys[:2])
+    served.stop()  # What was not written yet is, at the end.
+    first, second = read_trace(file)
+    tokens = session.namespace.block_tokens
+    assert first.keys == tuple(bytes(key) for key in keys)
+    assert (first.tokens, first.tenant) == (len(keys) * tokens, "a")
+    assert second.keys == first.keys[:2]
+    assert file.stat().st_mode & 0o077 == 0
+    assert set(json.loads(file.read_text().splitlines()[0])) == {"time", "keys", "tokens", "tenant"}
+
+
+def test_record_asks_a_daemon(served: Served, tmp_path: Path) -> None:
+    file = tmp_path / "day.jsonl"
+    command = [*COMMAND, "record", str(file), "--http", address(served), "--for", "1h"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    with served.session() as session:
+        keys = session.keys(prompt(1, 6))
+        eventually(file.exists)  # From now on it is noted.
+        session.lookup(keys)
+        eventually(lambda: file.stat().st_size)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=PATIENCE)
+    assert said == f"1 request in {file}\n"
+    (request,) = read_trace(file)
+    assert request.keys == tuple(bytes(key) for key in keys)
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (again.returncode, "File exists" in again.stderr) == (1, True)
+
+
+def test_what_is_noted_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "_MOST_KEYS", 40)
+    counters, file = Counters(), tmp_path / "trace.jsonl"
+    noting = Tracing(file, 2000, counters, QuietLog(logging.getLogger()))
+    keys = [b"k" * 32] * 5
+    for _ in range(4):
+        noting.note(keys, NAMESPACE)
+    noted, number = noting.since(0)
+    assert [one.number for one in noted] == [3, 4]
+    assert (number, counters["trace.dropped.busy"]) == (4, 2)
+    for _ in range(3):
+        asyncio.run(noting.write())
+        noting.note(keys, NAMESPACE)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 2000
+    assert {path.name for path in tmp_path.iterdir()} == {"trace.jsonl", "trace.jsonl.1"}
+    file.unlink()
+    file.symlink_to("elsewhere")
+    asyncio.run(noting.write())
+    assert counters["trace.dropped.failed"] == 1
+    quiet = Tracing(None, 0, counters, QuietLog(logging.getLogger()))
+    quiet.note(keys, NAMESPACE)  # Nobody asks.
+    assert quiet.since(0) == ([], 0)
+    quiet.note(keys, NAMESPACE)
+    assert len(quiet.since(0)[0]) == 1

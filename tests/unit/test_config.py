@@ -424,6 +424,8 @@ WRONG: dict[str, list[Any]] = {
     "server.stop_timeout": NO_SECONDS,
     "server.congestion": NO_NAME,
     "server.max_requests": [*NO_NUMBER, 0, -1, 1.5, 65537],
+    "server.trace_file": NO_PATH,
+    "server.trace_size": [*NO_SIZE, 0, "1KiB"],
     "admission.memory": NO_CHOICE,
     "admission.disk": NO_CHOICE,
     "admission.denied_tenants": NO_TENANTS,
