@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from kvstore.blend.selection import ASKED
 from kvstore.errors import SpecError
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 _MOST: Final = 1 << 26
 """Numbers of a mask, or of attention weights, at a time."""
-_QUESTION: Final = 64
-"""The last rows of a prompt, which are asked what they attend to."""
 _CHECKED: Final = 1
 """The layer whose keys and values tell how far off those of all layers are."""
 _TRIED: Final = 16
@@ -92,18 +91,17 @@ class Rows(DynamicCache):  # type: ignore[misc] # no types to be had
     def question(self, rows: NDArray[np.int64], end: int) -> NDArray[np.float64]:
         """How much the last rows attend to each one before `end`, times the norm of its values.
 
-        Summed over heads and every third layer. All of `rows`, the last ones too, are computed.
+        Summed over heads and layers. All of `rows`, the last ones too, are computed.
 
         Raises:
             SpecError: the model does not tell.
         """
         scores = torch.zeros(end, dtype=torch.float64, device=self._model.device)
-        first, told = max(end, len(self._tokens) - _QUESTION), []
+        first, told = max(end, len(self._tokens) - ASKED), []
 
         def look(module: Any, _: Any, output: Any) -> None:
             layer, weights = module.layer_idx, output[1]  # the latter [1, heads, rows, columns]
-            asked = layer % 3 == 1 and self._rows[-1] >= first
-            if asked and isinstance(weights, torch.Tensor):
+            if self._rows[-1] >= first and isinstance(weights, torch.Tensor):
                 values = self.planes[layer][1][0, :, :end].float().norm(dim=-1)
                 seen = weights[0, :, self._rows >= first, :end].float().sum(1)
                 scores.add_((seen.view(len(values), -1, end).sum(1) * values).sum(0))

@@ -22,6 +22,7 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
+from kvstore.blend.selection import ASKED
 from kvstore.connectors.vllm.layout import ON_CPU, Pages
 from kvstore.errors import SpecError
 
@@ -31,12 +32,8 @@ _TEST_SHIFT: Final = 37
 _TOLERANCE: Final = {torch.float32: 1e-3}
 """Relative, of the self-test; of shorter numbers `_COARSE`."""
 _COARSE: Final = 0.08
-_SCORED: Final = 256
-"""The question's last rows, whose attention is looked at."""
 _SCORES: Final = 1 << 26
 """Numbers that one look at attention may hold."""
-_EVERY: Final = 3
-"""One layer in so many is looked at."""
 
 
 Turn = Callable[[torch.Tensor], torch.Tensor]
@@ -215,11 +212,11 @@ class EngineRows:
     ) -> torch.Tensor:
         """What the question, all `tokens` from `end` on, attends to, × the size of its values.
 
-        Computes it, and the `fresh` rows before. Summed over heads and some of the layers; shape
-        (end,), on the CPU.
+        Computes it, and the `fresh` rows before. Summed over heads and layers; shape (end,), on the
+        CPU.
         """
         last = len(tokens)
-        looked, rows = max(end, last - _SCORED), [*fresh, *range(end, last)]
+        looked, rows = max(end, last - ASKED), [*fresh, *range(end, last)]
         if len(rows) > self._most:
             self.run(page_ids, tokens, fresh)
             rows = rows[len(fresh) :]
@@ -248,8 +245,8 @@ class EngineRows:
 
             return hook
 
-        for number in range(1, len(self._layers), _EVERY):
-            handles.append(self._layers[number].register_forward_hook(look(number)))
+        for number, layer in enumerate(self._layers):
+            handles.append(layer.register_forward_hook(look(number)))
         try:
             self.run(page_ids, tokens, rows)
         finally:

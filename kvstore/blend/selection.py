@@ -22,6 +22,8 @@ Span = tuple[int, int]
 
 HEAD: Final = 16
 """Rows at the beginning of each piece that `question` always takes."""
+ASKED: Final = 256
+"""The last rows of a prompt, which are asked what they attend to."""
 
 
 @dataclass(frozen=True, slots=True)
