@@ -245,6 +245,9 @@ def engine(
     processes: Annotated[
         Literal["default", "one"], typer.Option(help="As the engine runs them, or all in one.")
     ] = "default",
+    apart: Annotated[
+        bool, typer.Option("--apart", help="Prefill in one vLLM, decode in another, instead.")
+    ] = False,
 ) -> None:
     """First tokens and throughput of a real engine, plain, with KVStore and with others."""
     found = importlib.util.find_spec(name)
@@ -255,6 +258,7 @@ def engine(
             err=True,
         )
         raise typer.Exit(2)
+    from kvstore.benchmarks import apart as handing_on
     from kvstore.benchmarks import serving as bench
     from kvstore.benchmarks.serving_load import Size
     from kvstore.benchmarks.sglang_engine import SGLANG
@@ -263,6 +267,8 @@ def engine(
     kind = {"vllm": VLLM, "sglang": SGLANG}[name]
     if processes == "one" and kind.one_process is None:
         raise typer.BadParameter(f"{kind.name} never runs in one process", param_hint="--processes")
+    if apart and name != "vllm":
+        raise typer.BadParameter(f"{kind.name} hands nothing on", param_hint="--apart")
     chosen = model or bench.default_model()
     if chosen is None:
         raise typer.BadParameter(_NO_MODEL, param_hint="--model")
@@ -272,6 +278,9 @@ def engine(
             tokens or (768 if quick else 1408), requests or (4 if quick else 8), quick=quick
         )
         setup = bench.Setup(kind, str(chosen), dtype, processes == "one", size)
+        if apart:
+            handing_on.run(report, setup)
+            return
         bench.run(report, setup, connector or ["kvstore"])
 
 

@@ -39,7 +39,7 @@ _MEMORY_SPARE: Final = 256 << 20
 _OWED: Final = 1.05
 """An outside hit may take so many times an own one, and the time to copy the bytes."""
 _ERROR: Final = re.compile(r"\b\w+(?:Error|Exception): .+")
-_EXACT: Final = "float32"
+EXACT: Final = "float32"
 """In other types, answers differ with the steps in which the same KV was computed."""
 
 
@@ -120,7 +120,7 @@ def run(report: Report, setup: Setup, connectors: Sequence[str]) -> None:
                 report.note(f"{name} is left out: {gist(str(e))}")
                 names.remove(name)
                 del taken[name]
-        check(report, taken, names, exact=said.dtype == _EXACT)
+        check(report, taken, names, exact=said.dtype == EXACT)
     assert said is not None
     _tell(report, setup, said, taken, names)
 
@@ -152,7 +152,7 @@ def _serve(setup: Setup, engine: ServingEngine, contender: Contender, taken: Tak
     load = Load(setup.size, engine.said.vocabulary)
     load.warm_up(engine)
     if contender.name not in (PLAIN, UNCACHED):
-        copy = _copier(setup.size.tokens * engine.said.token_bytes)
+        copy = copier(setup.size.tokens * engine.said.token_bytes)
         taken.documents.append(load.outside(engine, copy))
         engine.forget()
     else:
@@ -161,7 +161,7 @@ def _serve(setup: Setup, engine: ServingEngine, contender: Contender, taken: Tak
     taken.chats.append(load.chat(engine))
 
 
-def _copier(nbytes: int) -> Callable[[], float]:
+def copier(nbytes: int) -> Callable[[], float]:
     """Seconds that a streaming copy of so many bytes takes, with a session's threads."""
     threads = load_config(None, {}).session.copy_threads
     source, target = Bounce(nbytes), Bounce(nbytes)

@@ -70,7 +70,7 @@ class Kind:
 
     name: str
     make: Maker
-    generate: Callable[[Any, list[list[int]], int], Answered]
+    generate: Callable[..., Answered]
     forget: Callable[[Any], None]
     uncached: dict[str, Any]
     """Settings by which it keeps nothing of its own."""
@@ -155,9 +155,11 @@ class ServingEngine(EngineProcess):
         variables = kind.environment | os.environ | contender.environment
         super().__init__(contender.name, kind.make, settings | contender.settings, variables)
 
-    def generate(self, prompts: Sequence[list[int]], tokens: int) -> Answered:
-        """Greedy answers of so many tokens to `prompts`, all given at once."""
-        self.tell(self._kind.generate, prompts, tokens)
+    def generate(self, prompts: Sequence[list[int]], tokens: int, *wishes: object) -> Answered:
+        """Greedy answers of so many tokens to `prompts`, all given at once; `wishes` as engines
+        take them.
+        """
+        self.tell(self._kind.generate, prompts, tokens, *wishes)
         answered: Answered = self.answer()
         if not all(answered.finished):
             raise BenchmarkError(f"{self._name}: a request did not end as it should")

@@ -113,7 +113,7 @@ class Load:
         for question in range(3):
             if question == 1:
                 engine.forget()
-            engine.generate([self._asked(-1, question)], _ANSWER)
+            engine.generate([self.asked(-1, question)], _ANSWER)
 
     def documents(self, engine: ServingEngine) -> Documents:
         """One question after the other, on one document after the other."""
@@ -187,7 +187,7 @@ class Load:
         self, engine: ServingEngine, done: Documents, document: int, question: int
     ) -> tuple[float, int]:
         """Seconds to the first token, and how many tokens were cached."""
-        answered = engine.generate([self._asked(document, question)], _ANSWER)
+        answered = engine.generate([self.asked(document, question)], _ANSWER)
         done.answers[f"document {document}, question {question}"] = answered.answers[0]
         return answered.first[0], answered.cached[0]
 
@@ -198,7 +198,8 @@ class Load:
         done.outside.append(first)
         done.unhit += cached < self.size.tokens
 
-    def _asked(self, document: int, question: int) -> list[int]:
+    def asked(self, document: int, question: int) -> list[int]:
+        """A question on a document."""
         body = self._tokens(f"document {document}", self.size.tokens)
         return body + self._tokens(f"document {document} question {question}", _QUESTION)
 

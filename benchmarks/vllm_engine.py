@@ -106,11 +106,19 @@ def make(settings: dict[str, Any]) -> tuple[Any, Said, Callable[[], object]]:
     return llm, said, llm.llm_engine.engine_core.shutdown
 
 
-def generate(llm: Any, prompts: list[list[int]], tokens: int) -> Answered:
-    """Greedy answers of so many tokens to `prompts`, all given at once."""
+def generate(
+    llm: Any, prompts: list[list[int]], tokens: int, wishes: dict[str, Any] | None = None
+) -> Answered:
+    """Greedy answers of so many tokens to `prompts`, all given at once with these wishes."""
     from vllm import SamplingParams
 
-    greedy = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    greedy = SamplingParams(
+        temperature=0.0,
+        max_tokens=tokens,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args={"kv_transfer_params": wishes} if wishes else None,
+    )
     batch = [{"prompt_token_ids": ids} for ids in prompts]
     started = time.perf_counter()
     outputs = llm.generate(batch, greedy, use_tqdm=False)

@@ -9,17 +9,24 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import pytest
 from typer.testing import CliRunner
 
+from kvstore.benchmarks.apart import measure
 from kvstore.benchmarks.command import bench_app
 from kvstore.benchmarks.figures import BenchmarkError, Report
-from kvstore.benchmarks.serving import FRESH, Taken, check, gist
-from kvstore.benchmarks.serving_engine import KVSTORE, PLAIN, UNCACHED
+from kvstore.benchmarks.serving import FRESH, Setup, Taken, check, gist
+from kvstore.benchmarks.serving_engine import (
+    KVSTORE,
+    PLAIN,
+    UNCACHED,
+    Answered,
+    Said,
+)
 from kvstore.benchmarks.serving_load import Chat, Documents, Size, Unseen
-from kvstore.benchmarks.vllm_engine import connector
+from kvstore.benchmarks.vllm_engine import VLLM, connector
 from tests.engines.vllm_tools import model
 
 pytestmark = pytest.mark.vllm
@@ -121,6 +128,34 @@ def test_connectors_are_told_where_to_keep_what(tmp_path: Path) -> None:
     own = connector(KVSTORE, address="unix:///x.sock", memory=1, folder=tmp_path)
     extra = own.settings["kv_transfer_config"]["kv_connector_extra_config"]
     assert extra["kvstore.address"] == "unix:///x.sock"
+
+
+class Pretended:
+    """An engine that takes 4 s for a prompt, 2 s for one in its store, 3 s for one handed on."""
+
+    said = Said(0.0, "CPU", "float32", 2000, 64)
+    forget = bool
+
+    def __init__(self, cached: int) -> None:
+        self._cached = cached
+
+    def generate(self, prompts: list[list[int]], tokens: int, *wishes: Any) -> Answered:
+        handed = any("do_remote_prefill" in asked for asked in wishes)
+        seconds = 3.0 if handed else 4.0 if wishes else 2.0
+        return Answered(0.0, [seconds], [self._cached], [[7] * tokens], [True])
+
+
+def test_what_handing_on_costs(capfd: pytest.CaptureFixture[str]) -> None:
+    setup = Setup(VLLM, "none", None, False, Size.chosen(128, 2, quick=True))
+    computed, whole, none = Pretended(0), Pretended(157), Pretended(0)
+    with Report("engine", samples=1, as_json=True) as report:
+        measure(report, setup, cast(Any, computed), cast(Any, whole))
+        with pytest.raises(BenchmarkError, match="0 of 158 tokens were handed on"):
+            measure(report, setup, cast(Any, computed), cast(Any, none))
+    figures = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    after, pushed = [(figure["value"], figure["limit"]) for figure in figures]
+    assert after == pytest.approx((3000.0, 2300.0))
+    assert pushed == pytest.approx((5000.0, 4200.0), abs=50), "late by a second, and the copy"
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
