@@ -1,4 +1,4 @@
-"""`kvstore record`, `simulate`, `replay`: what requests would find in tiers of which size."""
+"""`kvstore record`, `simulate`, `replay`, `plan`: what requests find in tiers of which size."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from kvstore.values import checked_text, format_size, lasting
 
 if TYPE_CHECKING:
     from kvstore.benchmarks.capacity import Load
+    from kvstore.benchmarks.policy import Tiers
+    from kvstore.config import Config
     from kvstore.server.cli.top import Source
 
 _TIB: Final = 1 << 40
@@ -32,6 +34,9 @@ _SHARED: Final = 64
 _DISK: Final = 16
 """Times memory, where no size is given."""
 
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML file (default: $KVSTORE_CONFIG).")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -143,26 +148,38 @@ def simulate(
     if as_json:
         typer.echo(json.dumps(told))
         return
-    for line in (*_head(traffic, told), *_by_size(told), "", *_beneath(told), "", *_reuse(told)):
+    for line in (*_head(traffic), *_by_size(told), "", *_beneath(told), "", *_reuse(told)):
         say(line)
 
 
 def replay(
     traffic: Traffic,
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="YAML file (default: $KVSTORE_CONFIG).")
-    ] = None,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a trace would find with a configuration: its sizes, policies and rules.
 
     Of several disks the largest one counts; shared tiers are taken to keep all; peers are left out.
     """
-    from kvstore.benchmarks.policy import Tiers
     from kvstore.sources import load_config
 
-    settings, load = load_config(config), traffic.load
-    tiers = Tiers(traffic.fitting(settings.memory.size, "memory.size"), settings.memory.policy)
+    load, tiers = traffic.load, _configured(traffic, load_config(config))
+    with progress("replaying") as tell:
+        found = load.replays([tiers], tell)[tiers]
+    told = load.summary() | {"below": [load.told(tiers, found)]}
+    if as_json:
+        typer.echo(json.dumps(told))
+        return
+    for line in (*_head(traffic), "", *_beneath(told), "", *_reuse(told)):
+        say(line)
+
+
+def _configured(traffic: Traffic, settings: Config) -> Tiers:
+    """The tiers of a configuration, in bytes."""
+    from kvstore.benchmarks.policy import Tiers
+
+    memory = settings.memory
+    tiers = Tiers(traffic.fitting(memory.size, "memory.size"), memory.policy)
     slabs = [tier for tier in settings.below if tier.kind == "slab"]
     if slabs:
         slab = max(slabs, key=lambda tier: tier.options["size"])
@@ -172,14 +189,47 @@ def replay(
             below=slab.options["policy"], write=rule,
         )  # fmt: skip
     if any(tier.kind not in ("slab", "peers") for tier in settings.below):
-        tiers = tiers._replace(shared=load.everything)
+        tiers = tiers._replace(shared=traffic.load.everything)
+    return tiers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned(Traffic):
+    """A trace to plan for."""
+
+    trace: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="Recorded requests: docs/policy.md.")
+    ]
+
+
+def plan(
+    traffic: Planned,
+    config: ConfigOption = None,
+    max_memory: Annotated[
+        int | None, typer.Option(parser=size_option, metavar="SIZE", help="Of memory, at most.")
+    ] = None,
+    max_disk: Annotated[
+        int | None, typer.Option(parser=size_option, metavar="SIZE", help="Of disk, at most.")
+    ] = None,
+) -> None:
+    """Print the sizes, policies and rules that cost least for a trace, as YAML to paste.
+
+    The reason stands beside each value; the configuration is the one of today.
+    """
+    from kvstore.benchmarks.plan import Plan
+    from kvstore.sources import load_config
+
+    settings, load = load_config(config), traffic.load
+    if not load.seconds:
+        raise Misuse(f"{traffic.trace}: all of it comes at once; what costs least cannot be told")
+    memory, disk = (
+        math.inf if most is None else traffic.fitting(most, name)
+        for most, name in ((max_memory, "--max-memory"), (max_disk, "--max-disk"))
+    )
+    now = _configured(traffic, settings)
     with progress("replaying") as tell:
-        found = load.replays([tiers], tell)[tiers]
-    told = load.summary() | {"below": [load.told(tiers, found)]}
-    if as_json:
-        typer.echo(json.dumps(told))
-        return
-    for line in (*_head(traffic, told), "", *_beneath(told), "", *_reuse(told)):
+        planned = Plan(load, now, memory, disk, tell)
+    for line in (*(f"# {line}" for line in _head(traffic)), *planned.lines(settings.disk.path)):
         say(line)
 
 
@@ -232,11 +282,11 @@ def _new(file: Path) -> BinaryIO:
         raise Misuse(f"file: {e}") from None
 
 
-def _head(traffic: Traffic, told: dict[str, Any]) -> Iterator[str]:
+def _head(traffic: Traffic) -> Iterator[str]:
     load = traffic.load
-    yield traffic.title()
     token, block = format_size(load.token_bytes), format_size(load.block_bytes)
-    yield f"{token} a token, {block} a block; at best {100 * told['ceiling']:.1f} % are found"
+    yield traffic.title()
+    yield f"{token} a token, {block} a block; at best {100 * load.ceiling:.1f} % are found"
 
 
 def _money(dollars: float | None) -> str:
@@ -284,4 +334,4 @@ def _reuse(told: dict[str, Any]) -> Iterator[str]:
         yield f"a ttl of {lasting(ttl)} keeps {100 * told['reuse'][ttl]:.0f} % of it"
 
 
-COMMANDS: Final = (simulate, replay, record)
+COMMANDS: Final = (simulate, replay, plan, record)

@@ -110,7 +110,7 @@ HARMLESS = {
     "pin", "unpin", "prefetch", "move", "copy", "compress", "decompress", "admission",
     "drain",  # --stop says it, and writes out before
     "pieces add", "calibrate",
-    "simulate", "replay", "record",
+    "simulate", "replay", "plan", "record",
     "fsck",  # --repair says it, and drops what nobody could be served
 }  # fmt: skip
 
@@ -392,6 +392,7 @@ VALUES: dict[str, list[str]] = {
     "--streams": NO_COUNT, "--requests": NO_COUNT, "--objects": NO_COUNT,
     "--blocks": NO_COUNT, "traces": NO_FILE,
     "file": [*NO_FILE, __file__], "--for": NO_TIME,
+    "--max-memory": [*NO_SIZE, "0"], "--max-disk": [*NO_SIZE, "0"], "--trace": NO_FILE,
     "trace": NO_FILE, "--block-tokens": NO_COUNT, "--nodes": NO_COUNT, "--png": NO_FILE,
     "simulate --memory": [*NO_SIZE, "0", "1"], "simulate --disk": [*NO_SIZE, "0"],
     "--shared": [*NO_SIZE, "0"], "--token-bytes": [*NO_SIZE, "0"],
@@ -417,6 +418,7 @@ BESIDE: dict[str, list[str]] = {
     "pieces add": [__file__],
     "simulate": [TRACE, "--token-bytes", "1KiB"],
     "replay": [TRACE, "--token-bytes", "1KiB"],
+    "plan": ["--trace", TRACE, "--token-bytes", "1KiB"],
 }
 """What a command needs beside the value in question."""
 

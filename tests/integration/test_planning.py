@@ -19,9 +19,11 @@ from kvstore.benchmarks.model_size import token_bytes
 from kvstore.benchmarks.policy import Tiers
 from kvstore.benchmarks.policy import replay as replayed
 from kvstore.benchmarks.prices import Prices
+from kvstore.config import Config
 from kvstore.errors import ConfigError
 from kvstore.server import tracing
 from kvstore.server.tracing import Tracing
+from kvstore.sources import load_config
 from kvstore.telemetry import Counters, QuietLog
 from kvstore.traces import Request, made_trace, read_trace
 from tests.http_tools import ON, address
@@ -192,6 +194,41 @@ def test_bytes_of_a_token_by_the_model(tmp_path: Path, monkeypatch: pytest.Monke
         file.write_text(text)
         with pytest.raises(ConfigError, match="--token-bytes"):
             token_bytes(str(file))
+
+
+# -- planned ---------------------------------------------------------------------------------------
+
+
+def planned(told: Told, trace: Path, folder: Path, *words: object) -> tuple[str, Config]:
+    """What is said, and the configuration that it makes."""
+    now = folder / "now.yaml"
+    now.write_text("memory: {size: 1GiB}\n")
+    text = told.text("plan", "-c", now, "--trace", trace, "--token-bytes", "16KiB", *words)
+    file = folder / "kvstore.yaml"
+    file.write_text(text)
+    return text, load_config(file)
+
+
+def test_plan_prints_what_costs_least(told: Told, made: Path, tmp_path: Path) -> None:
+    disk = "--disk-price", "1e-9", "--max-memory", "64MiB"
+    text, config = planned(told, made, tmp_path, *disk, "--drive-tbw", "1e9")
+    assert config.memory.size < config.disk.size
+    assert config.disk.path == Path("/var/lib/kvstore")
+    assert config.admission.disk == "all"
+    assert "drives last" in text
+    assert f"now {100 * plain_lru(MADE, 128):.1f} % found" in text
+    _, config = planned(told, made, tmp_path, *disk, "--drive-tbw", "1e-3")
+    assert config.admission.disk == "reused"
+    text, config = planned(told, made, tmp_path, "--disk-price", "1e9")
+    assert config.disk.path is None
+    blocks = config.memory.size // (16 * BLOCK)
+    lru, learned = (replayed(MADE, Tiers(blocks, one)).rate for one in ("lru", "forecast"))
+    assert config.memory.policy == ("forecast" if learned > lru + 0.005 else "lru")
+    assert f"lru {100 * lru:.1f} % found, forecast {100 * learned:.1f} % found" in text
+    _, config = planned(told, made, tmp_path, "--max-disk", "64MiB", "--max-memory", "64MiB")
+    assert max(config.memory.size, config.disk.size if config.disk.path else 0) <= 64 << 20
+    text, _ = planned(told, made, tmp_path, "--memory-price", "1e9")
+    assert "keeping does not pay" in text
 
 
 # -- recorded --------------------------------------------------------------------------------------
