@@ -38,9 +38,9 @@ class Plan:
         sizes = [size for size in load.sizes() if size >= _SMALLEST] or [_SMALLEST]
         # What is on its way between engines and a disk: two of the longest prompts at least.
         self._longest = max(len(one.keys) for one in load.trace) * load.block_bytes
-        room = [size for size in sizes if size >= 2 * self._longest and size <= memory]
-        least = (room or [size for size in sizes if size <= memory] or [int(memory)])[0]
-        alone = [Tiers(size) for size in sizes if size <= max(memory, least)]
+        fitting = [size for size in sizes if size <= memory] or [int(memory)]
+        least = next((size for size in fitting if size >= 2 * self._longest), fitting[0])
+        alone = [Tiers(size) for size in fitting]
         below = [Tiers(least, disk=size) for size in sizes if least < size <= disk]
         self._candidates = [*alone, *below]
         self._replay(now, *self._candidates)

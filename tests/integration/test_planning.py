@@ -26,6 +26,7 @@ from kvstore.server.tracing import Tracing
 from kvstore.sources import load_config
 from kvstore.telemetry import Counters, QuietLog
 from kvstore.traces import Request, made_trace, read_trace
+from kvstore.values import parse_size
 from tests.http_tools import ON, address
 from tests.integration.test_cli import COMMAND
 from tests.integration.test_cli_manners import TRACE, Told
@@ -209,24 +210,28 @@ def planned(told: Told, trace: Path, folder: Path, *words: object) -> tuple[str,
     return text, load_config(file)
 
 
-def test_plan_prints_what_costs_least(told: Told, made: Path, tmp_path: Path) -> None:
+def test_plan_prints_what_costs_least(told: Told, tmp_path: Path) -> None:
+    some = MADE[:60]
+    made = write_trace(some, tmp_path / "some.jsonl")
     disk = "--disk-price", "1e-9", "--max-memory", "64MiB"
     text, config = planned(told, made, tmp_path, *disk, "--drive-tbw", "1e9")
     assert config.memory.size < config.disk.size
     assert config.disk.path == Path("/var/lib/kvstore")
     assert config.admission.disk == "all"
     assert "drives last" in text
-    assert f"now {100 * plain_lru(MADE, 128):.1f} % found" in text
+    assert f"now {100 * plain_lru(some, 128):.1f} % found" in text
     _, config = planned(told, made, tmp_path, *disk, "--drive-tbw", "1e-3")
     assert config.admission.disk == "reused"
     text, config = planned(told, made, tmp_path, "--disk-price", "1e9")
     assert config.disk.path is None
     blocks = config.memory.size // (16 * BLOCK)
-    lru, learned = (replayed(MADE, Tiers(blocks, one)).rate for one in ("lru", "forecast"))
+    lru, learned = (replayed(some, Tiers(blocks, one)).rate for one in ("lru", "forecast"))
     assert config.memory.policy == ("forecast" if learned > lru + 0.005 else "lru")
     assert f"lru {100 * lru:.1f} % found, forecast {100 * learned:.1f} % found" in text
-    _, config = planned(told, made, tmp_path, "--max-disk", "64MiB", "--max-memory", "64MiB")
-    assert max(config.memory.size, config.disk.size if config.disk.path else 0) <= 64 << 20
+    for most in ("64MiB", "8MiB"):  # of which one is less than the smallest size
+        _, config = planned(told, made, tmp_path, "--max-disk", most, "--max-memory", most)
+        assert config.memory.size <= parse_size(most)
+        assert config.disk.path is None or config.disk.size <= parse_size(most)
     text, _ = planned(told, made, tmp_path, "--memory-price", "1e9")
     assert "keeping does not pay" in text
 
