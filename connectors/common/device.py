@@ -114,28 +114,30 @@ class StepTimes:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._step: tuple[int, Any] = (0, 0.0)
-        self._pending: deque[tuple[int, Any, Any]] = deque()
+        self._step: tuple[int, float, Any] = (0, 0.0, 0.0)
+        self._pending: deque[tuple[int, float, Any, Any]] = deque()
 
-    def begin(self, tokens: int) -> None:
-        """A step begins that computes so many tokens of prompts, and nothing else (0: it does)."""
-        self._step = (tokens, self._now() if tokens else 0.0)
+    def begin(self, tokens: int, looked_back: float) -> None:
+        """A step begins that computes so many tokens of prompts (0: its time tells nothing).
+
+        `looked_back`: how many tokens stand before each of these, in sum.
+        """
+        self._step = (tokens, looked_back, self._now() if tokens else 0.0)
 
     def end(self, *, counts: bool) -> None:
         """The step has been handed to the device; `counts`: its time tells something."""
-        tokens, began = self._step
-        if counts and tokens:
-            self._pending.append((tokens, began, self._now()))
+        if counts and self._step[0]:
+            self._pending.append((*self._step, self._now()))
 
-    def take(self) -> tuple[int, float] | None:
-        """Tokens and seconds of the latest step that has ended since the last call."""
+    def take(self) -> tuple[int, float, float] | None:
+        """Of the latest step that has ended since the last call: what `report_prefill` takes."""
         latest = None
         while self._pending:
-            tokens, began, ended = self._pending[0]
+            tokens, looked_back, began, ended = self._pending[0]
             if self._device.number is None:
-                latest = (tokens, float(ended - began))
+                latest = (tokens, float(ended - began), looked_back)
             elif ended.query():
-                latest = (tokens, float(began.elapsed_time(ended)) / 1000)
+                latest = (tokens, float(began.elapsed_time(ended)) / 1000, looked_back)
             else:
                 break
             self._pending.popleft()

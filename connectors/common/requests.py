@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -96,9 +96,22 @@ class Asked:
 
 
 class Lookups:
-    """Asks the store, and has it bring blocks up into memory. Used by one thread."""
+    """Asks the store, and has it bring blocks up into memory. Used by one thread.
 
-    def __init__(self, sessions: Sessions, stats: Stats) -> None:
+    `queued` tells how many prompt tokens the engine has to compute of others than a request.
+    `overlaps`: its loads from memory go on while it computes.
+    """
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        stats: Stats,
+        queued: Callable[[Asked], int] = lambda _: 0,
+        *,
+        overlaps: bool = False,
+    ) -> None:
+        self._queued = queued
+        self._overlaps = overlaps
         self._sessions = sessions
         self._stats = stats
         self._late, self._late_at = False, 0.0
@@ -137,6 +150,8 @@ class Lookups:
             position=first,
             before=asked.keys[:first],
             source=asked.wishes.remote_kv_source or "",
+            queued=self._queued(asked),
+            overlaps=self._overlaps,
         )
         self._stats.lookup(time.monotonic() - now)
         late = not plan.found and plan.reason.endswith("unavailable")

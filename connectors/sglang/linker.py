@@ -153,12 +153,13 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
         self._sessions = Sessions(config, namespace, [each.part for each in memory], device.copier)
         self._session = self._sessions.open(settings.tenant)
         self._saves = Saves(settings, self._sessions, device, pool, memory, self.stats)
-        self._lookups = Lookups(self._sessions, self.stats)
         self.adapters = Adapters(lambda: hooks.adapters(scheduler))
         self._prompts = Prompts(settings, namespace, self.adapters, self.stats)
         # Blocks from another machine may be lost on their way, when it is too late to compute them.
         address = config.address or "unix:"
         self._layerwise = settings.layerwise and address.startswith(("unix:", "/"))
+        queued, overlaps = self._prompts.queued, self._layerwise
+        self._lookups = Lookups(self._sessions, self.stats, queued, overlaps=overlaps)
         layers = pool.part.group.layers
         self.layer_done_counter = LayerCounter(layers, device, memory, config.session.load_timeout)
         self._asking: tuple[Prompt | None, int] = (None, 0)
@@ -330,9 +331,14 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
     @_guarded(None)
     def step_begins(self, batch: Any) -> None:
         """A batch is about to be computed."""
-        alone = batch.forward_mode is ForwardMode.EXTEND and batch.hicache_consumer_index < 0
+        tokens, looked_back = 0, 0.0
+        modes = (ForwardMode.EXTEND, ForwardMode.MIXED)
+        if batch.forward_mode in modes and batch.hicache_consumer_index < 0:
+            tokens = sum(batch.extend_lens)
+            pairs = zip(batch.prefix_lens, batch.extend_lens, strict=True)
+            looked_back = float(sum(new * (before + new / 2) for before, new in pairs))
         with self._stream():
-            self._times.begin(int(batch.extend_num_tokens or 0) if alone else 0)
+            self._times.begin(tokens, looked_back)
 
     @_guarded(None)
     def step_ends(self) -> None:

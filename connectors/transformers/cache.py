@@ -410,7 +410,9 @@ class KVStoreCache:
                 self.last = replace(report, first_token_seconds=first.at - start)
                 # A short prefill measures the overhead of a step, not the rate of many tokens.
                 if report.computed_tokens >= self.session.block_tokens and not reuse.approximate:
-                    self.session.report_prefill(report.computed_tokens, first.at - prefill)
+                    count = report.computed_tokens
+                    looked_back = count * (report.prompt_tokens - count / 2)
+                    self.session.report_prefill(count, first.at - prefill, looked_back)
             self.save(output if isinstance(output, torch.Tensor) else output.sequences, past)
         except Exception as e:  # noqa: BLE001 - the answer is there; it must not be lost
             self._once.warning("save", "not saved: %s: %s", type(e).__name__, e)

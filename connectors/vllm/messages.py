@@ -103,6 +103,7 @@ class Step(KVConnectorMetadata):  # type: ignore[misc]
     preempted: frozenset[str] = frozenset()
     held: frozenset[str] = frozenset()
     prompt_tokens: int = 0
+    looked_back: float = 0.0
     idle: bool = False
     asked: bool = False
     failures: int = 0
@@ -118,14 +119,14 @@ class Report(KVConnectorWorkerMetadata):  # type: ignore[misc]
     `loaded` counts blocks that arrived; of several ranks the least counts. `saved` holds, per job,
     how many ranks are done with it, the least number of blocks that the store now has, and which
     of them any rank has newly stored.
-    `computed` is (prompt tokens, seconds) of a step that computed nothing else, `copied` (blocks,
-    seconds) of a load from memory. `failures` counts layered loads that failed, and steps that did;
+    `computed` is of a step what `report_prefill` takes, `copied` (blocks, seconds) of a load from
+    memory. `failures` counts layered loads that failed, and steps that did;
     `broken` is true of the latter. `blended` says what came of requests with pieces.
     """
 
     loaded: dict[int, int] = field(default_factory=dict)
     saved: dict[int, tuple[int, int, frozenset[int]]] = field(default_factory=dict)
-    computed: tuple[int, float] | None = None
+    computed: tuple[int, float, float] | None = None
     copied: tuple[int, float] | None = None
     failures: int = 0
     broken: bool = False

@@ -22,7 +22,7 @@ from vllm.v1.request import RequestStatus
 
 from kvstore.blocks.spec import Described, Namespace
 from kvstore.connectors.common.pins import Pins
-from kvstore.connectors.common.requests import Found, Lookups
+from kvstore.connectors.common.requests import Asked, Found, Lookups
 from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.settings import Settings, is_tenant, wishes_of
 from kvstore.connectors.common.stats import Stats
@@ -89,7 +89,10 @@ class SchedulerSide:
             self._windows = Windows(settings, namespace, pages.windowed)
         self._session = self._sessions.open(settings.tenant)
         self.stats = Stats(namespace.block_tokens)
-        self._lookups = Lookups(self._sessions, self.stats)
+        alone = self._windows is None and len(self._full) == 1
+        self._overlaps = settings.layerwise and alone
+        """Whether steps may take layers as they arrive."""
+        self._lookups = Lookups(self._sessions, self.stats, self._queued, overlaps=self._overlaps)
         self._pins = Pins(self._sessions)
         self._blends = BlendScheduler(settings, namespace, pages, config, self.stats)
         self._handoffs = HandOffs(
@@ -102,6 +105,8 @@ class SchedulerSide:
             decoders=settings.decoders,
             tenant=settings.tenant,
         )
+        self._uncomputed: dict[str, Any] = {}
+        """Requests whose prompts are not computed, as far as is known."""
         self._tracked: dict[str, Tracked] = {}
         self._ended: dict[str, Any] = {}
         """Finished requests of which jobs or pages are left."""
@@ -161,6 +166,7 @@ class SchedulerSide:
         """Take note of what a new request's names mean, whether or not it is keyed."""
         if not (self._may_load or self._may_save):
             return
+        self._uncomputed[request.request_id] = request
         try:
             self._inputs.of(request)
         except Unkeyed as e:
@@ -233,10 +239,21 @@ class SchedulerSide:
 
     def _layered(self, tracked: Tracked, found: Found) -> bool:
         """Whether the step that computes the rest takes the layers as they arrive."""
-        blending = tracked.blending
-        alone = self._windows is None and len(self._full) == 1
         whole = not (found.below or found.tail)
-        return self._settings.layerwise and whole and blending is None and alone
+        return self._overlaps and whole and tracked.blending is None
+
+    def _queued(self, asked: Asked) -> int:
+        """Prompt tokens that are to be computed of others, but for those that wait for loads."""
+        tokens, computed = 0, list[str]()
+        for name, request in self._uncomputed.items():
+            left, tracked = _left(request), self._tracked.get(name)
+            if left <= 0:
+                computed.append(name)
+            elif tracked is not asked and (tracked is None or tracked.promise is None):
+                tokens += left
+        for name in computed:
+            del self._uncomputed[name]
+        return tokens
 
     def _track(self, request: Any) -> Tracked | None:
         if not (self._may_load or self._may_save):
@@ -347,16 +364,16 @@ class SchedulerSide:
         for name in output.preempted_req_ids or ():
             if name in self._tracked:
                 self._tracked[name].asked = 0  # What was waiting to be saved is dropped.
-        state, prompt, decoding = output.kv_connector_block_state, 0, False
+        state, prompt, looked_back = output.kv_connector_block_state, 0, 0.0
         blends, pieces = list[Blend](), list[Registered]()
         for name, scheduled in output.num_scheduled_tokens.items():
             tracked = self._tracked.get(name)
             if tracked is None:
                 continue
             request = tracked.request
-            left = request.num_prompt_tokens - request.num_computed_tokens
-            prompt += max(0, min(left, scheduled))
-            decoding |= left < scheduled
+            new = max(0, min(_left(request), scheduled))
+            prompt += new
+            looked_back += new * (request.num_computed_tokens + new / 2)
             computed = request.num_computed_tokens + scheduled
             if self._may_save and not (tracked.tainted or tracked.wishes.skip_save):
                 self._handoffs.announce(tracked, tracked.handoff, request.num_prompt_tokens)
@@ -372,7 +389,8 @@ class SchedulerSide:
             saves=self._saves,
             preempted=frozenset(output.preempted_req_ids or ()) | self._taken,
             held=frozenset(self._held),
-            prompt_tokens=0 if decoding or blends else prompt,
+            prompt_tokens=0 if blends else prompt,
+            looked_back=looked_back,
             idle=output.total_num_scheduled_tokens == 0,
             asked=self._waiting,
             failures=self._failures,
@@ -562,6 +580,7 @@ class SchedulerSide:
 
         True: its pages must stay until workers have named it.
         """
+        self._uncomputed.pop(request.request_id, None)
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return False, None
@@ -614,3 +633,8 @@ class SchedulerSide:
             self._windows.close()
         self._sessions.close()
         self._blends.close()
+
+
+def _left(request: Any) -> int:
+    """How many tokens of its prompt a request has to compute."""
+    return int(request.num_prompt_tokens - request.num_computed_tokens)

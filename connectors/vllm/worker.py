@@ -214,7 +214,7 @@ class WorkerSide:
         if step.namespace != self._namespace:
             self._follow(step.namespace)
         self._step = step
-        self._times.begin(step.prompt_tokens)
+        self._times.begin(step.prompt_tokens, step.looked_back)
         with self._changed:
             self._in_flight += len(step.loads)
             self._held |= step.held

@@ -221,10 +221,14 @@ class Session:
         position: int = 0,
         before: Sequence[bytes] = (),
         source: str = "",
+        queued: int = 0,
+        overlaps: bool = False,
     ) -> LoadPlan:
         """Look up `keys` and decide how many blocks to load; the decision is counted and logged.
 
-        With `holes` any may be loaded, and its `chosen` says which. Arguments as for `lookup`.
+        With `holes` any may be loaded, and its `chosen` says which. `queued` prompt tokens of other
+        requests are still to be computed; `overlaps`: loads from memory and the computing of what
+        follows go on together, layer by layer. Other arguments as for `lookup`.
         """
         found = self.lookup(
             keys, timeout=timeout, again=again, holes=holes, position=position, before=before,
@@ -238,6 +242,10 @@ class Session:
             again=again,
             nothing=f"nothing found: {found.reason}" if found.reason else "nothing to find",
             holes=holes,
+            asked=len(keys),
+            position=position,
+            queued=queued,
+            overlaps=overlaps,
         )
         if not again:
             self.counters.add("plan", plan.reason)
@@ -251,9 +259,13 @@ class Session:
         """
         self._client.planner.loaded(blocks * self.block_bytes, seconds)
 
-    def report_prefill(self, tokens: int, seconds: float) -> None:
-        """Tell the planner that the engine computed `tokens` prompt tokens in `seconds`."""
-        self._client.planner.computed(tokens, seconds)
+    def report_prefill(self, tokens: int, seconds: float, looked_back: float = 0.0) -> None:
+        """Tell the planner that a step of the engine computed `tokens` prompt tokens in `seconds`.
+
+        `looked_back`: how many tokens stand before each of them, in sum. What else the step
+        computed, as tokens of answers, counts as its overhead.
+        """
+        self._client.planner.computed(tokens, seconds, looked_back)
 
     def load(
         self,

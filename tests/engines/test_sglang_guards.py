@@ -14,6 +14,7 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import ExternalCach
 from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.client.arrivals import Gates, Loaded
 from kvstore.connectors.common.device import Device
+from kvstore.connectors.common.requests import Found
 from kvstore.connectors.common.settings import settings_of
 from kvstore.connectors.common.stats import Stats
 from kvstore.connectors.common.transfers import Job, Lane
@@ -42,6 +43,23 @@ class Request(SimpleNamespace):
 def prompts() -> Prompts:
     space = Namespace(ModelIdentity("model"), "", 4)
     return Prompts(settings_of({}, engine="sglang", place="test"), space, Adapters(dict), Stats(4))
+
+
+def test_prompts_that_wait_for_the_engine_are_known() -> None:
+    known = prompts()
+    requests = [Request(name, output_ids=[]) for name in "abcd"]
+    first, *others = (known.of(req, "weights") for req in requests)
+    for prompt in (first, *others):
+        assert prompt is not None
+        prompt.know(np.arange(100))
+    assert first is not None
+    assert known.queued(first) == 300
+    others[0].found = Found(8, 2, ("memory", "disk"), 0.0)  # Of blocks of 4.
+    assert known.queued(first) == 300 - 16
+    others[1].waits = True
+    assert known.queued(first) == 200 - 16
+    requests[3].output_ids.append(1)
+    assert known.queued(first) == 100 - 16
 
 
 class Blocks:

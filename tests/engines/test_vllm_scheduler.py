@@ -127,6 +127,34 @@ def answered(side: SchedulerSide, asked: SimpleNamespace) -> int:
     return found[-1]
 
 
+def test_the_planner_is_told_of_prompts_that_wait_and_of_mixed_steps(side: SchedulerSide) -> None:
+    prompts = [request(f"q{n}", prompt(950 + n, 4)) for n in range(3)]
+    size = len(prompts[0].all_token_ids)
+    for one, computed in zip(prompts, (0, 8, size), strict=True):
+        one.num_prompt_tokens, one.num_computed_tokens = size, computed
+        one.status = RequestStatus.RUNNING
+        side.arrived(one)
+        assert answered(side, one) == 0
+    first, second, _ = (side._tracked[one.request_id] for one in prompts)
+    assert side._queued(first) == size - 8
+    assert side._queued(second) == size
+    ids = {one.request_id: new for one, new in zip(prompts, (20, size, 1), strict=True)}
+    state = SimpleNamespace(get_block_ids=lambda name: (list(range(16)),))
+    step = side.step(
+        SimpleNamespace(
+            preempted_req_ids=(),
+            kv_connector_block_state=state,
+            total_num_scheduled_tokens=99,
+            num_scheduled_tokens=ids,
+        )
+    )
+    assert step.prompt_tokens == 20 + size - 8
+    assert step.looked_back == 20 * 10 + (size - 8) * (8 + (size - 8) / 2)
+    for one in prompts:
+        side.finished(one, [list(range(16))])
+    assert side._queued(first) == 0
+
+
 def test_a_request_that_waits_counts_once(served: Served, side: SchedulerSide) -> None:
     """Ten requests of which one hits, and waits for pages: a tenth of all tokens."""
     names = ("lookup.requests", "lookup.tokens", "hit.tokens.memory")

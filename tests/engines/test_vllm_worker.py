@@ -358,11 +358,11 @@ def test_steps_are_timed_by_the_device_that_computes_them(monkeypatch: pytest.Mo
         torch.cuda, "current_stream", lambda number: SimpleNamespace(cuda_stream=next(clock))
     )
     times = vllm_device.StepTimes(vllm_device.Device(0))
-    times.begin(500)
+    times.begin(500, 7.0)
     times.end(counts=True)
-    times.begin(0)
+    times.begin(0, 0.0)
     times.end(counts=True)
     assert times.take() is None, "the device has not come to the end"
     Timed.done = 100.0
-    assert times.take() == (500, 0.1)
+    assert times.take() == (500, 0.1, 7.0)
     assert times.take() is None
