@@ -26,14 +26,14 @@ from kvstore.connectors.common.requests import Asked, Found, Lookups
 from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.settings import Settings, is_tenant, wishes_of
 from kvstore.connectors.common.stats import Stats
-from kvstore.connectors.common.transfers import NO_PAGES, Job, page_rows
+from kvstore.connectors.common.transfers import NO_PAGES, Job
 from kvstore.connectors.vllm.blend_scheduler import BlendScheduler
 from kvstore.connectors.vllm.disaggregated import HandOffs
 from kvstore.connectors.vllm.inputs import Inputs, Unkeyed
 from kvstore.connectors.vllm.layout import Pages
 from kvstore.connectors.vllm.messages import Blend, Ready, Registered, Report, Step
-from kvstore.connectors.vllm.requests import Promise, Saving, Tracked, stored_events
-from kvstore.connectors.vllm.tails import TAIL_SECONDS, filled
+from kvstore.connectors.vllm.requests import Promise, Tracked
+from kvstore.connectors.vllm.saving import Saves, rows_of
 from kvstore.connectors.vllm.weights import WeightsWatch
 from kvstore.connectors.vllm.windows import Rows, Windows
 from kvstore.errors import SpecError
@@ -75,7 +75,6 @@ class SchedulerSide:
         self._ranks = ranks
         self._may_load, self._may_save = loads, saves
         self._inputs, self._watch = inputs, watch
-        self._events: list[Any] | None = [] if events else None
         self._full = pages.full
         """Groups of layers that look back on all tokens."""
         kept = self._full or pages.windowed
@@ -112,10 +111,12 @@ class SchedulerSide:
         """Finished requests of which jobs or pages are left."""
         self._taken: set[str] = set()
         """Requests whose pages were taken away."""
-        self._jobs: dict[int, Saving] = {}
         self._numbers = itertools.count(1)
+        self._saves = Saves(
+            settings, self._block_tokens, self._page_tokens, ranks, inputs, self._full,
+            self._windows, self._numbers, events=events,
+        )  # fmt: skip
         self._loads: list[Job] = []
-        self._saves: list[Job] = []
         self._held: set[str] = set()
         """Finished requests that workers have not been told of yet."""
         self._looked = False
@@ -156,9 +157,7 @@ class SchedulerSide:
                 tracked.promise.void = True
                 self._kv_cache_manager.free(tracked.request)
                 self._taken.add(name)
-        dropped = [job for job in self._saves if job.request in self._taken]
-        self._saves = [job for job in self._saves if job.request not in self._taken]
-        for job in dropped:
+        for job in self._saves.drop(self._taken):
             self.stats.dropped(len(job.keys), "taken_back")
             self._saved(job.number, self._ranks, 0, frozenset())
 
@@ -306,7 +305,7 @@ class SchedulerSide:
         start, end = found.start, found.start + external
         first, last = found.first, -(-end // size)
         ids = blocks.get_block_ids()
-        full = self._rows_of(ids, first, last, end)
+        full = rows_of(self._full, size, ids, first, last, end)
         for rows, group in zip(full, self._full, strict=True):
             # Pages that vLLM has itself are shared with other requests: they are left alone.
             rows.reshape(-1)[: start // group.page_tokens - first * rows.shape[1]] = -1
@@ -333,14 +332,6 @@ class SchedulerSide:
         )
         self._loads.append(job)
         tracked.promise = Promise(job, first, start, end)
-
-    def _rows_of(self, ids: Sequence[list[int]], first: int, last: int, end: int) -> Rows:
-        """Pages of blocks `first` to `last`, up to token `end`, of groups that keep all."""
-        size = self._block_tokens
-        return tuple(
-            page_rows(ids[g.number][: -(-end // g.page_tokens)], g.page_tokens, size, first, last)
-            for g in self._full
-        )
 
     def sources(self, request: Any, external: int) -> dict[CacheHitSource, int]:
         """The tiers that so many tokens come from."""
@@ -377,7 +368,7 @@ class SchedulerSide:
             computed = request.num_computed_tokens + scheduled
             if self._may_save and not (tracked.tainted or tracked.wishes.skip_save):
                 self._handoffs.announce(tracked, tracked.handoff, request.num_prompt_tokens)
-            self._save(tracked, computed, state, None)
+                self._saves.save(tracked, computed, state, None)
             if tracked.blending is not None:
                 page_ids = state.get_block_ids(name)[0]
                 blend, piece = self._blends.step(tracked, computed, page_ids)
@@ -386,7 +377,7 @@ class SchedulerSide:
         step = Step(
             namespace=self._namespace,
             loads=self._loads,
-            saves=self._saves,
+            saves=self._saves.take(),
             preempted=frozenset(output.preempted_req_ids or ()) | self._taken,
             held=frozenset(self._held),
             prompt_tokens=0 if blends else prompt,
@@ -398,86 +389,10 @@ class SchedulerSide:
             pieces=pieces,
             taken=self._windows.taken(self._kv_cache_manager) if self._windows else [],
         )
-        self._loads, self._saves, self._waiting = [], [], False
+        self._loads, self._waiting = [], False
         self._held.clear()
         self._taken.clear()
         return step
-
-    def _save(
-        self, tracked: Tracked, computed: int, state: Any, ids: Sequence[list[int]] | None
-    ) -> None:
-        """Have workers save the blocks that are whole after `computed` tokens.
-
-        Drafts and tokens that are still on their way back are computed before they are known; a
-        block that has some is not whole yet.
-        """
-        known = min(computed, len(tracked.tokens), tracked.exact) // self._block_tokens
-        hands_on = tracked.wishes.do_remote_decode and tracked.handoff.partial
-        # Not later: what lies behind it then is the request's own.
-        tail = hands_on and computed == tracked.request.num_prompt_tokens
-        if (known <= tracked.asked and not tail) or not self._may_save:
-            return
-        if tracked.wishes.skip_save:
-            return
-        if tracked.tainted or not self._is_sure(tracked):
-            return
-        if ids is None:
-            ids = state.get_block_ids(tracked.request.request_id)
-        for first, last in tracked.to_save(known):
-            # Windows go first: their pages may leave the request.
-            for start, rows in self._windows.to_save(ids, first, last) if self._windows else ():
-                number = self._put(tracked, start, start + len(rows[0]), (), rows)
-                assert self._windows is not None
-                self._windows.saving(number, tracked.request.request_id, start, rows)
-            if full := self._rows_of(ids, first, last, last * self._block_tokens):
-                self._put(tracked, first, last, full)
-        if tail:
-            rows = self._rows_of(ids, known, known + 1, computed)
-            self._put(tracked, known, known + 1, tuple(map(filled, rows)), tail=True)
-            tracked.handoff.partial = False  # It is saved once.
-
-    def _put(
-        self, tracked: Tracked, first: int, last: int, full: Rows, windows: Rows = (),
-        *, tail: bool = False,
-    ) -> int:  # fmt: skip
-        request, size, keys = tracked.request, self._block_tokens, tracked.extend_keys()
-        published, ttl = self._settings.config.session.publish_tokens, tracked.wishes.ttl
-        job = Job(
-            next(self._numbers),
-            request.request_id,
-            tracked.namespace.tenant,
-            [tracked.handoff.tail] if tail else keys[first:last],
-            full[0] if full else NO_PAGES,
-            tracked.wishes.priority,
-            ttl=min(ttl or TAIL_SECONDS, TAIL_SECONDS) if tail else ttl,
-            parent=keys[first - 1] if first else b"",
-            tokens=request.all_token_ids[first * size : last * size]
-            if published and not tail
-            else None,
-            position=first,
-            beside=full[1:],
-            windows=windows,
-            lacks=tracked.handoff.lacks if tail else 0,
-            decoder=tracked.handoff.decoder,
-        )
-        tracked.saving.add(job.number)
-        told = not (job.windows and self._full) and not tail and not job.decoder
-        self._jobs[job.number] = Saving(tracked, first, last - first, self._ranks, told=told)
-        self._saves.append(job)
-        return job.number
-
-    def _is_sure(self, tracked: Tracked) -> bool:
-        """Whether vLLM has loaded the adapter that the keys name; once there is a token, it has.
-
-        While the request waited, the adapter's files may have been replaced.
-        """
-        request = tracked.request
-        if request.lora_request is None or tracked.sure:
-            return True
-        if request.num_tokens > request.num_prompt_tokens:
-            tracked.sure = self._inputs.still(request)
-            tracked.tainted |= not tracked.sure
-        return tracked.sure
 
     def done(self, output: Any) -> None:
         """Take in what workers report."""
@@ -513,22 +428,8 @@ class SchedulerSide:
             self._ended.pop(name, None)
 
     def _saved(self, number: int, ranks: int, blocks: int, new: frozenset[int]) -> None:
-        saving = self._jobs.get(number)
-        if saving is None:
-            return
-        saving.ranks -= ranks
-        saving.blocks = min(saving.blocks, blocks)
-        saving.new |= new
-        if saving.ranks > 0:
-            return
-        del self._jobs[number]
-        tracked = saving.tracked
-        tracked.saving.discard(number)
-        if self._windows is not None:
-            self._windows.saved(number)
-        if self._events is not None and saving.told:
-            self._events += stored_events(saving, self._block_tokens, self._page_tokens)
-        if not tracked.saving:
+        tracked = self._saves.saved(number, ranks, blocks, new)
+        if tracked is not None and not tracked.saving:
             self._pins.keep(tracked, tracked.asked)
             if self._tracked.get(tracked.request.request_id) is not tracked:
                 self._handoffs.end(tracked.handoff)
@@ -597,8 +498,8 @@ class SchedulerSide:
         if tracked.promise is not None and not tracked.promise.job.layered:
             self._ended[request.request_id] = request
             return False  # vLLM itself keeps the pages of a load until that has ended.
-        if request.status != RequestStatus.FINISHED_ERROR:
-            self._save(tracked, request.num_computed_tokens, None, ids)
+        if self._may_save and request.status != RequestStatus.FINISHED_ERROR:
+            self._saves.save(tracked, request.num_computed_tokens, None, ids)
         if not tracked.saving:
             return False
         self._held.add(request.request_id)
@@ -611,9 +512,10 @@ class SchedulerSide:
 
     def take_events(self) -> Iterable[Any]:
         """KV events since the last call."""
-        if not self._events:
+        events = self._saves.events
+        if not events:
             return ()
-        events, self._events = self._events, []
+        self._saves.events = []
         return events
 
     def clear(self) -> bool:

@@ -452,7 +452,7 @@ def test_what_came_from_the_store_is_not_offered_to_it(served: Served, side: Sch
     )  # fmt: skip
     (saved,) = side.step(step).saves
     assert (saved.position, len(saved.keys)) == (4, 2)
-    side._events = []
+    side._saves.events = []
     new = Report(saved={saved.number: (1, 2, frozenset({1}))})
     side.done(SimpleNamespace(kv_connector_worker_meta=new, **done))
     (event,) = side.take_events()
