@@ -118,22 +118,28 @@ class Load:
 
     # -- what it comes to -------------------------------------------------------------------------
 
-    def hourly(self, scene: Tiers) -> float:
-        """$ for keeping so much."""
-        prices = self.prices
-        own = scene.memory * prices.memory_price + scene.disk * prices.disk_price
-        return (scene.nodes * own + scene.shared * prices.shared_price) / (1 << 30)
+    def daily(self, tiers: Tiers, found: Found) -> float | None:
+        """Bytes written to a node's disk in a day; None: there is none, or the trace is no time."""
+        if not tiers.disk or not self.seconds:
+            return None
+        return found.written * self.block_bytes / tiers.nodes * _DAY / self.seconds
 
-    def told(self, scene: Tiers, found: Found) -> dict[str, Any]:
+    def hourly(self, tiers: Tiers, found: Found) -> float:
+        """$ for keeping so much, and for what is worn by it."""
+        prices = self.prices
+        own = tiers.memory * prices.memory_price + tiers.disk * prices.disk_price
+        kept = (tiers.nodes * own + tiers.shared * prices.shared_price) / (1 << 30)
+        worn = (self.daily(tiers, found) or 0.0) / 24 / (prices.drive_tbw * 1e12)
+        return kept + tiers.nodes * worn * prices.drive_price
+
+    def told(self, tiers: Tiers, found: Found) -> dict[str, Any]:
         """What there is to say of tiers, as JSON has it; what is found as parts of the blocks."""
         parts = {name: getattr(found, name) / max(1, found.asked) for name in _SPACES}
-        written = None
-        if scene.disk and self.seconds:
-            written = found.written * self.block_bytes / scene.nodes * _DAY / self.seconds
-        return scene._asdict() | {
+        written = self.daily(tiers, found)
+        return tiers._asdict() | {
             "found": found.rate, "found_in": parts, "written_daily": written,
             "drive_years": self.prices.years(written),
-            "dollars": self.per_million(self.hourly(scene), found.rate),
+            "dollars": self.per_million(self.hourly(tiers, found), found.rate),
         }  # fmt: skip
 
     def saved(self, rate: float) -> float:

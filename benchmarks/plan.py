@@ -9,15 +9,15 @@ from typing import Final
 
 from kvstore.benchmarks.capacity import Load, Tell
 from kvstore.benchmarks.policy import Found, Tiers
+from kvstore.benchmarks.prices import lifetime
 from kvstore.values import format_size, lasting
 
 _SMALLEST: Final = 1 << 22
 """Bytes that a disk has at least."""
+_RULES: Final = "all", "reused"
 _FORECAST: Final = 0.005
 """The part of all blocks that `forecast` must find more than `lru`, which costs less."""
 _FOLDER: Final = Path("/var/lib/kvstore")
-_YEARS: Final = 3.0
-"""That drives are to last."""
 
 
 class Plan:
@@ -41,14 +41,11 @@ class Plan:
         fitting = [size for size in sizes if size <= memory] or [int(memory)]
         least = next((size for size in fitting if size >= 2 * self._longest), fitting[0])
         alone = [Tiers(size) for size in fitting]
-        below = [Tiers(least, disk=size) for size in sizes if least < size <= disk]
+        disks = [size for size in sizes if least < size <= disk]
+        below = [Tiers(least, disk=size, write=rule) for size in disks for rule in _RULES]
         self._candidates = [*alone, *below]
         self._replay(now, *self._candidates)
-        self.chosen = best = min(self._candidates, key=self._hourly)
-        if best.disk:
-            self._replay(sparing := best._replace(write="reused"))
-            if (self._years(best) or _YEARS) < _YEARS and self._found(sparing):
-                self.chosen = sparing
+        self.chosen = min(self._candidates, key=self._hourly)
         self._replay(learned := self._learned(self.chosen))
         if self._found(learned) > self._found(self.chosen) + _FORECAST:
             self.chosen = learned
@@ -71,18 +68,17 @@ class Plan:
 
     def _hourly(self, tiers: Tiers) -> float:
         """$ for what is kept, and for computing what is not found."""
-        return self._load.hourly(tiers) + self._computing(1 - self._found(tiers))
+        return self._keeping(tiers) + self._computing(1 - self._found(tiers))
+
+    def _keeping(self, tiers: Tiers) -> float:
+        return self._load.hourly(tiers, self._done[tiers])
 
     def _wear(self, tiers: Tiers) -> str:
         told = self._load.told(tiers, self._done[tiers])
         if told["drive_years"] is None:
             return "nothing written"
-        written, seconds = format_size(told["written_daily"]), told["drive_years"] * 365 * 86400
-        return f"{written} written a day, drives last {lasting(seconds)}"
-
-    def _years(self, tiers: Tiers) -> float | None:
-        years: float | None = self._load.told(tiers, self._done[tiers])["drive_years"]
-        return years
+        written = format_size(told["written_daily"])
+        return f"{written} written a day, drives last {lifetime(told['drive_years'])}"
 
     def _share(self, tiers: Tiers) -> str:
         return f"{100 * self._found(tiers):.1f} % found"
@@ -90,8 +86,7 @@ class Plan:
     def lines(self, folder: Path | None) -> Iterator[str]:
         """YAML, with the reason beside each value; the disk lies in that folder."""
         load, chosen = self._load, self.chosen
-        alone = chosen._replace(disk=0, below="", write="all")
-        kept, everything = load.hourly(chosen), self._computing(1.0)
+        kept, everything = self._keeping(chosen), self._computing(1.0)
         rest = self._hourly(chosen) - kept
         yield f"# now {self._share(self._now)}, so {self._share(chosen)}"
         costs = f"{kept:.3g} to keep it, {rest:.3g} to compute the rest; all: {everything:.3g}"
@@ -114,11 +109,11 @@ class Plan:
         policy = "forecast" if chosen == learned else "lru"
         yield f"  policy: {policy}  # lru {self._share(lru)}, forecast {self._share(learned)}"
         if chosen.disk:
-            all_of, reused = (alone._replace(disk=chosen.disk, write=w) for w in ("all", "reused"))
             yield "admission:"
             yield f"  disk: {chosen.write}"
-            for rule in (all_of, reused):
-                yield f"  # {rule.write}: {self._share(rule)}, {self._wear(rule)}"
+            for rule in (chosen._replace(below="", write=one) for one in _RULES):
+                cost = f"${self._hourly(rule):.3g} an hour"
+                yield f"  # {rule.write}: {self._share(rule)}, {cost}, {self._wear(rule)}"
         summary = load.summary()
         if (ttl := summary["ttl"]) is not None:
             part = f"{100 * summary['reuse'][ttl]:.0f} %"
@@ -127,7 +122,8 @@ class Plan:
     def _others(self, chosen: Tiers) -> str:
         """The sizes beside the chosen one, by what they find and cost."""
         place = "disk" if chosen.disk else "memory"
-        same = [one for one in self._candidates if bool(one.disk) == bool(chosen.disk)]
+        wanted = bool(chosen.disk), chosen.write
+        same = [one for one in self._candidates if (bool(one.disk), one.write) == wanted]
         told = {getattr(one, place): one for one in same}
         sizes = sorted(told)
         at = sizes.index(getattr(chosen, place))

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from kvstore.commands import option
+from kvstore.values import lasting
 
 
 def _number(text: str) -> float:
@@ -36,6 +37,7 @@ class Prices:
     drive_tbw: Annotated[
         float, _price("TB that a node's drives take before they are worn out.")
     ] = 14_000.0
+    drive_price: Annotated[float, _price("$ of these drives, for what is written.")] = 1000.0
 
     @property
     def computing(self) -> float:
@@ -45,3 +47,10 @@ class Prices:
     def years(self, written: float | None) -> float | None:
         """That drives last if so many bytes a day are written; None: not known, or for ever."""
         return self.drive_tbw * 1e12 / written / 365 if written else None
+
+
+def lifetime(years: float | None) -> str:
+    """Of drives, for people."""
+    if years is None:
+        return "–"
+    return f"{years:.3g} y" if years >= 2 else lasting(years * 365 * 86400)

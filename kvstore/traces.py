@@ -4,7 +4,8 @@ JSON lines of one of these kinds, told by their fields:
 
 - ours: `time` (seconds), `keys` (hex text or numbers), `tokens`, `tenant`;
 - Mooncake's, LMBench's and Bailian's: `timestamp` (milliseconds; nanoseconds as text; seconds,
-  beside a `chat_id`), `input_length`, `hash_ids`.
+  beside a `chat_id`), `input_length`, `hash_ids`;
+- LMCache's log of lookups: `timestamp` (seconds), `chunk_size`, `chunk_hashes` (hex text).
 
 A block's key stands for all before it, too.
 """
@@ -77,6 +78,10 @@ def _request(line: bytes, names: dict[object, bytes]) -> Request:
         time, keys, tokens = "timestamp", "hash_ids", said.get("input_length", 0)
         # LMBench's are nanoseconds, as text.
         scale = 1e9 if isinstance(said.get(time), str) else 1.0 if "chat_id" in said else 1e3
+    elif "chunk_hashes" in said:
+        time, keys, tokens, scale = "timestamp", "chunk_hashes", said.get("chunk_size", 0), 1.0
+        if type(tokens) is int and isinstance(said[keys], list):
+            tokens *= len(said[keys])
     else:
         time, keys, tokens, scale = "time", "keys", said.get("tokens", 0), 1.0
     for field in (time, keys):
@@ -102,7 +107,7 @@ def _key(said: Any, names: dict[object, bytes]) -> bytes:
     if type(said) is int and 0 <= said < _MOST_KEY:
         key = hashlib.sha256(b"%d" % said).digest()
     elif isinstance(said, str) and 0 < len(said) <= _MOST_HEX:
-        key = bytes.fromhex(said)
+        key = bytes.fromhex(said.removeprefix("0x"))
     else:
         raise ValueError(f"no key: {str(said)[:40]!r}; give hex text, or a number below 2**64")
     return names.setdefault(said, key)

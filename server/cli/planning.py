@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Final
 
 import typer
 
-from kvstore.benchmarks.prices import Prices
+from kvstore.benchmarks.prices import Prices, lifetime
 from kvstore.commands import size_option
 from kvstore.errors import StoreUnavailable
 from kvstore.server.cli.node import HttpOption
@@ -314,11 +314,8 @@ def _beneath(told: dict[str, Any]) -> Iterator[str]:
 
     yield f"{'memory and below it':45}% found  TiB a day drives  $ a M"
     for row in told["below"]:
-        written, years = row["written_daily"], row["drive_years"]
+        written, life = row["written_daily"], lifetime(row["drive_years"])
         a_day = "–" if written is None else f"{written / _TIB:.3g}"
-        life = "–" if years is None else f"{years:.3g} y"
-        if years is not None and years < 2:
-            life = lasting(years * 365 * 86400)
         numbers = f"{100 * row['found']:7.1f}{a_day:>11}{life:>7}"
         yield f"{scene(row):45}{numbers}  {_money(row['dollars'])}"
 

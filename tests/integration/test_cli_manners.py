@@ -398,6 +398,7 @@ VALUES: dict[str, list[str]] = {
     "--shared": [*NO_SIZE, "0"], "--token-bytes": [*NO_SIZE, "0"],
     "--gpu-hour": NO_NUMBER, "--prefill": NO_NUMBER, "--memory-price": NO_NUMBER,
     "--disk-price": NO_NUMBER, "--shared-price": NO_NUMBER, "--drive-tbw": NO_NUMBER,
+    "--drive-price": NO_NUMBER,
     "--engine": NO_CHOICE, "--processes": NO_CHOICE,
     "--minutes": ["", "-1", "nan", "inf", "1e9", "x"], "--seconds": ["", "-1", "nan", "inf", "1e9"],
 }  # fmt: skip

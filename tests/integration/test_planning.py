@@ -84,11 +84,13 @@ def test_columns_agree_with_plain_replays(told: Told, made: Path) -> None:
 
 def test_what_it_wears_and_costs() -> None:
     trace = [Request(at, (b"one", b"two"), 1024) for at in (0.0, 1800.0, 3600.0)]
-    row = load(trace, memory_price=1, disk_price=0.5, drive_tbw=1).told(
+    row = load(trace, memory_price=1, disk_price=0.5, drive_tbw=1, drive_price=24e12 / BLOCK).told(
         tiers := Tiers(1 << 30, disk=1 << 31), load(trace).replays([tiers], lambda *_: None)[tiers]
     )
     assert row["found"] == pytest.approx(4 / 6)
-    assert row["dollars"] == pytest.approx(2.0 / (4 * 512) * 1e6)  # $2 an hour, 2048 tokens
+    assert row["dollars"] == pytest.approx(
+        50 / (4 * 512) * 1e6
+    )  # $2 an hour, $48 worn, 2048 tokens
     assert row["written_daily"] == 2 * BLOCK * 24
     assert row["drive_years"] == pytest.approx(1e12 / (2 * BLOCK * 24) / 365)
     summary = load(trace, gpu_hour=3.6, prefill=1000).summary()
@@ -159,6 +161,16 @@ def test_a_picture(told: Told, made: Path, tmp_path: Path, monkeypatch: pytest.M
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_lookups_of_lmcache_are_a_trace(tmp_path: Path) -> None:
+    file = tmp_path / "lookup_hashes_1.jsonl"
+    file.write_text(
+        '{"timestamp": 1711929600.5, "request_id": "r", "model_name": "m", "chunk_size": 256,'
+        ' "seq_len": 600, "dtypes": ["bfloat16"], "shapes": [[2, 8]],'
+        ' "chunk_hashes": ["0xab12", "0xcd34"]}\n'
+    )
+    assert read_trace(file) == [Request(0, (b"\xab\x12", b"\xcd\x34"), 512)]
+
+
 def test_tokens_of_a_block_by_lengths() -> None:
     whole = [Request(0, tuple(b"%d" % n for n in range(n)), 16 * n - n % 3) for n in (1, 2, 3)]
     assert block_tokens(whole) == 16
@@ -214,13 +226,13 @@ def test_plan_prints_what_costs_least(told: Told, tmp_path: Path) -> None:
     some = MADE[:60]
     made = write_trace(some, tmp_path / "some.jsonl")
     disk = "--disk-price", "1e-9", "--max-memory", "64MiB"
-    text, config = planned(told, made, tmp_path, *disk, "--drive-tbw", "1e9")
+    text, config = planned(told, made, tmp_path, *disk, "--drive-price", "1")
     assert config.memory.size < config.disk.size
     assert config.disk.path == Path("/var/lib/kvstore")
     assert config.admission.disk == "all"
     assert "drives last" in text
     assert f"now {100 * plain_lru(some, 128):.1f} % found" in text
-    _, config = planned(told, made, tmp_path, *disk, "--drive-tbw", "1e-3")
+    _, config = planned(told, made, tmp_path, *disk, "--drive-price", "5e4")
     assert config.admission.disk == "reused"
     text, config = planned(told, made, tmp_path, "--disk-price", "1e9")
     assert config.disk.path is None
