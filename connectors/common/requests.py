@@ -98,19 +98,19 @@ class Asked:
 class Lookups:
     """Asks the store, and has it bring blocks up into memory. Used by one thread.
 
-    `queued` tells how many prompt tokens the engine has to compute of others than a request.
-    `overlaps`: its loads from memory go on while it computes.
+    `others` tells how many prompt tokens the engine has to compute of others than a request: now,
+    and when what they load has come. `overlaps`: its loads from memory go on while it computes.
     """
 
     def __init__(
         self,
         sessions: Sessions,
         stats: Stats,
-        queued: Callable[[Asked], int] = lambda _: 0,
+        others: Callable[[Asked], tuple[int, int]] = lambda _: (0, 0),
         *,
         overlaps: bool = False,
     ) -> None:
-        self._queued = queued
+        self._others = others
         self._overlaps = overlaps
         self._sessions = sessions
         self._stats = stats
@@ -144,13 +144,15 @@ class Lookups:
                 self._stats.skipped(session)
             return Found(start, first, (), now)
         keys = asked.extend_keys()[first:usable]
+        queued, coming = self._others(asked)
         plan = session.plan(
             keys,
             again=asked.answered,
             position=first,
             before=asked.keys[:first],
             source=asked.wishes.remote_kv_source or "",
-            queued=self._queued(asked),
+            queued=queued,
+            coming=coming,
             overlaps=self._overlaps,
         )
         self._stats.lookup(time.monotonic() - now)

@@ -158,8 +158,8 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
         # Blocks from another machine may be lost on their way, when it is too late to compute them.
         address = config.address or "unix:"
         self._layerwise = settings.layerwise and address.startswith(("unix:", "/"))
-        queued, overlaps = self._prompts.queued, self._layerwise
-        self._lookups = Lookups(self._sessions, self.stats, queued, overlaps=overlaps)
+        others, overlaps = self._prompts.others, self._layerwise
+        self._lookups = Lookups(self._sessions, self.stats, others, overlaps=overlaps)
         layers = pool.part.group.layers
         self.layer_done_counter = LayerCounter(layers, device, memory, config.session.load_timeout)
         self._asking: tuple[Prompt | None, int] = (None, 0)

@@ -160,18 +160,17 @@ class Prompts:
         found = self._known.get(rid)
         return None if found is None else found[1]
 
-    def queued(self, asked: Asked) -> int:
-        """Prompt tokens to be computed of others, but for those that wait for the store."""
-        tokens = 0
+    def others(self, asked: Asked) -> tuple[int, int]:
+        """Prompt tokens to be computed of others: now, and of those that wait for loads."""
+        tokens = [0, 0]
         for of, prompt in list(self._known.values()):
-            if prompt is None or prompt is asked or prompt.waits:
+            req = of()
+            if prompt is None or prompt is asked or req is None or req.output_ids:
                 continue
-            req, found = of(), prompt.found
-            if req is not None and not req.output_ids:
-                size = prompt.namespace.block_tokens
-                stored = 0 if found is None else found.start + len(found.tiers) * size
-                tokens += max(0, len(prompt.ids) - stored)
-        return tokens
+            size, found = prompt.namespace.block_tokens, prompt.found
+            stored = 0 if found is None else found.start + len(found.tiers) * size
+            tokens[prompt.waits] += max(0, len(prompt.ids) - stored)
+        return tokens[0], tokens[1]
 
     def of(self, req: Any, weights: str) -> Prompt | None:
         """A request; None: it goes without the store.

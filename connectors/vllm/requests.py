@@ -60,6 +60,11 @@ class Tracked(Asked):
         return [(first, last) for first, last in runs if first < last]
 
     @property
+    def loads(self) -> bool:
+        """Whether blocks of it are on their way."""
+        return self.promise is not None or (self.found is not None and bool(self.found.prefetched))
+
+    @property
     def exact(self) -> int:
         """How many of its tokens, at most, are computed as they would be alone."""
         first = None if self.blending is None else self.blending.first

@@ -91,7 +91,7 @@ class SchedulerSide:
         alone = self._windows is None and len(self._full) == 1
         self._overlaps = settings.layerwise and alone
         """Whether steps may take layers as they arrive."""
-        self._lookups = Lookups(self._sessions, self.stats, self._queued, overlaps=self._overlaps)
+        self._lookups = Lookups(self._sessions, self.stats, self._others, overlaps=self._overlaps)
         self._pins = Pins(self._sessions)
         self._blends = BlendScheduler(settings, namespace, pages, config, self.stats)
         self._handoffs = HandOffs(
@@ -241,18 +241,20 @@ class SchedulerSide:
         whole = not (found.below or found.tail)
         return self._overlaps and whole and tracked.blending is None
 
-    def _queued(self, asked: Asked) -> int:
-        """Prompt tokens that are to be computed of others, but for those that wait for loads."""
-        tokens, computed = 0, list[str]()
+    def _others(self, asked: Asked) -> tuple[int, int]:
+        """Prompt tokens to be computed of others: now, and of those that wait for loads."""
+        queued, coming, computed = 0, 0, list[str]()
         for name, request in self._uncomputed.items():
             left, tracked = _left(request), self._tracked.get(name)
             if left <= 0:
                 computed.append(name)
-            elif tracked is not asked and (tracked is None or tracked.promise is None):
-                tokens += left
+            elif tracked is not None and tracked.loads:
+                coming += left if tracked is not asked else 0
+            elif tracked is not asked:
+                queued += left
         for name in computed:
             del self._uncomputed[name]
-        return tokens
+        return queued, coming
 
     def _track(self, request: Any) -> Tracked | None:
         if not (self._may_load or self._may_save):

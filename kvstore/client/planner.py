@@ -122,13 +122,15 @@ class Planner:
         asked: int = 0,
         position: int = 0,
         queued: int = 0,
+        coming: int = 0,
         overlaps: bool = False,
     ) -> LoadPlan:
         """Decide for blocks found in `tiers`, in order; `nothing` says why there are none.
 
         `again`: the request was planned before. With `holes` blocks may be missing, and any of the
         others be loaded: all of a tier, or none, the cheapest tiers first. The prompt has `asked`
-        blocks behind `position` others, and the engine has `queued` tokens to compute before it.
+        blocks behind `position` others, and the engine has `queued` tokens to compute before it;
+        some of the `coming` ones, of requests that load, will be ready before this one is.
         `overlaps`: what comes from memory comes while the rest is computed, layer by layer.
         """
         places = list(range(len(tiers)))
@@ -138,12 +140,13 @@ class Planner:
         given, tiers = tuple(tiers), [tiers[n] for n in places]
         found, asked = len(tiers), max(asked, len(given))
         runs = self._runs(tiers, costs, block_bytes)
-        wait = self._prefill.seconds(queued)
 
         def compute(blocks: int) -> float:
             """All but so many blocks, and the token at least that follows them."""
             before = (position + blocks) * block_tokens
             return self._prefill.seconds((asked - blocks) * block_tokens + 1, before)
+
+        wait = self._prefill.seconds(queued) + min(self._prefill.seconds(coming), compute(0))
 
         def hidden(run: _Run, blocks: int) -> bool:
             """Whether what is loaded comes in the time that something else takes."""

@@ -222,13 +222,15 @@ class Session:
         before: Sequence[bytes] = (),
         source: str = "",
         queued: int = 0,
+        coming: int = 0,
         overlaps: bool = False,
     ) -> LoadPlan:
         """Look up `keys` and decide how many blocks to load; the decision is counted and logged.
 
         With `holes` any may be loaded, and its `chosen` says which. `queued` prompt tokens of other
-        requests are still to be computed; `overlaps`: loads from memory and the computing of what
-        follows go on together, layer by layer. Other arguments as for `lookup`.
+        requests are still to be computed, and `coming` ones once what they load has come;
+        `overlaps`: loads from memory and the computing of what follows go on together, layer by
+        layer. Other arguments as for `lookup`.
         """
         found = self.lookup(
             keys, timeout=timeout, again=again, holes=holes, position=position, before=before,
@@ -245,6 +247,7 @@ class Session:
             asked=len(keys),
             position=position,
             queued=queued,
+            coming=coming,
             overlaps=overlaps,
         )
         if not again:

@@ -53,13 +53,13 @@ def test_prompts_that_wait_for_the_engine_are_known() -> None:
         assert prompt is not None
         prompt.know(np.arange(100))
     assert first is not None
-    assert known.queued(first) == 300
+    assert known.others(first) == (300, 0)
     others[0].found = Found(8, 2, ("memory", "disk"), 0.0)  # Of blocks of 4.
-    assert known.queued(first) == 300 - 16
+    assert known.others(first) == (300 - 16, 0)
     others[1].waits = True
-    assert known.queued(first) == 200 - 16
+    assert known.others(first) == (200 - 16, 100)
     requests[3].output_ids.append(1)
-    assert known.queued(first) == 100 - 16
+    assert known.others(first) == (100 - 16, 100)
 
 
 class Blocks:

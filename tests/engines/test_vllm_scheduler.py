@@ -136,8 +136,12 @@ def test_the_planner_is_told_of_prompts_that_wait_and_of_mixed_steps(side: Sched
         side.arrived(one)
         assert answered(side, one) == 0
     first, second, _ = (side._tracked[one.request_id] for one in prompts)
-    assert side._queued(first) == size - 8
-    assert side._queued(second) == size
+    assert side._others(first) == (size - 8, 0)
+    assert side._others(second) == (size, 0)
+    assert second.found is not None
+    second.found.prefetched = {"disk": 1}
+    assert side._others(first) == (0, size - 8)
+    second.found.prefetched = {}
     ids = {one.request_id: new for one, new in zip(prompts, (20, size, 1), strict=True)}
     state = SimpleNamespace(get_block_ids=lambda name: (list(range(16)),))
     step = side.step(
@@ -152,7 +156,7 @@ def test_the_planner_is_told_of_prompts_that_wait_and_of_mixed_steps(side: Sched
     assert step.looked_back == 20 * 10 + (size - 8) * (8 + (size - 8) / 2)
     for one in prompts:
         side.finished(one, [list(range(16))])
-    assert side._queued(first) == 0
+    assert side._others(first) == (0, 0)
 
 
 def test_a_request_that_waits_counts_once(served: Served, side: SchedulerSide) -> None:

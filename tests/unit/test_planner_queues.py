@@ -24,8 +24,9 @@ TOKENS = 512
 CHUNK_SECONDS, CHUNK = 0.005, 8192
 TOKEN_SECONDS_PER_DEPTH = 5e-11
 DISK = 3.5e9
-Decide = Callable[[Planner, int, int, Cost, int], int]
-"""Blocks to load, given those found, those asked for, the disk's cost, tokens before it."""
+Decide = Callable[[Planner, int, int, Cost, int, int], int]
+"""Blocks to load, given those found, those asked for, the disk's cost, and tokens of others: to be
+computed now, and when what they load has come."""
 
 
 class Simulation:
@@ -35,7 +36,7 @@ class Simulation:
         self.now = 0.0
         self.planner, self.disk = Planner(), Busy(lambda: self.now, 1e-9)
         self.waits: list[float] = []
-        self.loads = 0
+        self.loads = self._coming = 0
         self._decide, self._rate, self._nbytes, self._slow = decide, rate, nbytes, slow
         self._stored: set[bytes] = set()
         self._gpu_free = self._disk_free = 0.0
@@ -63,10 +64,11 @@ class Simulation:
         stored = itertools.takewhile(self._stored.__contains__, keys[:-1])
         found, cost = sum(1 for _ in stored), Cost(self.disk.each, self.disk.left)
         queued = int(max(0.0, self._gpu_free - self.now) * self._rate)
-        blocks = self._decide(self.planner, found, len(keys), cost, queued)
+        blocks = self._decide(self.planner, found, len(keys), cost, queued, self._coming)
         self.loads += blocks
         for _ in range(blocks):
             self.read()
+        self._coming += (len(keys) - blocks) * TOKENS
         self._at(self._disk_free if blocks else self.now, partial(self._ready, request, blocks))
 
     def read(self) -> None:
@@ -79,6 +81,7 @@ class Simulation:
 
     def _ready(self, request: Request, blocks: int) -> None:
         tokens = (len(request.keys) - blocks) * TOKENS
+        self._coming -= tokens
         looked_back = tokens * (blocks * TOKENS + tokens / 2)
         takes = -(-tokens // CHUNK) * CHUNK_SECONDS + tokens / self._rate
         takes += looked_back * TOKEN_SECONDS_PER_DEPTH
@@ -93,9 +96,12 @@ class Simulation:
 
 
 def planned(nbytes: int) -> Decide:
-    def decide(planner: Planner, found: int, asked: int, cost: Cost, queued: int) -> int:
-        size = {"block_tokens": TOKENS, "block_bytes": nbytes, "asked": asked, "queued": queued}
-        return planner.plan(["disk"] * found, {"disk": cost}, **size).blocks
+    def decide(
+        planner: Planner, found: int, asked: int, cost: Cost, queued: int, coming: int
+    ) -> int:
+        size = {"block_tokens": TOKENS, "block_bytes": nbytes, "asked": asked}
+        others = {"queued": queued, "coming": coming}
+        return planner.plan(["disk"] * found, {"disk": cost}, **size, **others).blocks
 
     return decide
 
