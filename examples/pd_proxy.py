@@ -5,7 +5,9 @@
 Both kinds share a store (docs/vllm.md, "Prefill and decode apart"). A request first goes to a
 prefill server, for one token; what that says under `kv_transfer_params` goes with it to a decode
 server, whose answer is handed on as it comes. Where no prefill server answers, the decode server
-computes the prompt. Servers take turns.
+computes the prompt. Servers take turns. Where decode servers have stores of their own, each is
+followed by its store's address, `--decode http://127.0.0.1:8200=tcp://127.0.0.1:7777`, among those
+that the prefill servers allow.
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ MOST_BYTES: Final = 64 << 20
 
 
 class Proxy:
-    """Sends requests on; addresses are `http://host:port`."""
+    """Sends requests on; addresses are `http://host:port`, and `=` and the store's may follow."""
 
     def __init__(self, prefill: list[str], decode: list[str]) -> None:
         self._prefill: Iterator[str] = itertools.cycle(prefill)
-        self._decode: Iterator[str] = itertools.cycle(decode)
+        self._decode: Iterator[tuple[str, str]] = itertools.cycle(
+            (url, store) for url, _, store in (one.partition("=") for one in decode)
+        )
         self.skipped = 0
         """Requests that no prefill server computed."""
 
@@ -59,12 +63,14 @@ class Proxy:
             raise web.HTTPBadRequest(text="the body is no JSON object")
         headers = {name: request.headers[name] for name in HEADERS if name in request.headers}
         wishes = body.get("kv_transfer_params") or {}
-        told = await self._compute(request.path, body, wishes, headers)
+        url, store = next(self._decode)
+        asks = wishes | ({"remote_decoder": store} if store else {})
+        told = await self._compute(request.path, body, asks, headers)
         if isinstance(told, web.Response):
             return told
         if told is not None:
             body |= {"kv_transfer_params": wishes | told}
-        return await self._hand_on(request, "POST", json.dumps(body).encode(), headers)
+        return await self._hand_on(url, request, "POST", json.dumps(body).encode(), headers)
 
     async def _compute(
         self, path: str, body: dict[str, Any], wishes: dict[str, Any], headers: dict[str, str]
@@ -97,13 +103,14 @@ class Proxy:
 
     async def pass_on(self, request: web.Request) -> web.StreamResponse:
         """Anything else is for a decode server to answer."""
-        return await self._hand_on(request, "GET", None, {})
+        return await self._hand_on(next(self._decode)[0], request, "GET", None, {})
 
     async def _hand_on(
-        self, request: web.Request, method: str, body: bytes | None, headers: dict[str, str]
-    ) -> web.StreamResponse:
+        self, server: str, request: web.Request, method: str, body: bytes | None,
+        headers: dict[str, str],
+    ) -> web.StreamResponse:  # fmt: skip
         """A decode server's answer, piece by piece. A client that goes ends the request there."""
-        url = next(self._decode) + request.path_qs
+        url = server + request.path_qs
         try:
             answer = await self._servers.request(method, url, data=body, headers=headers)
         except (ClientError, TimeoutError) as e:
@@ -122,7 +129,7 @@ def main() -> None:
     """Serve until interrupted."""
     parser = argparse.ArgumentParser(description="A proxy for prefill and decode apart.")
     parser.add_argument("--prefill", action="append", required=True, metavar="URL")
-    parser.add_argument("--decode", action="append", required=True, metavar="URL")
+    parser.add_argument("--decode", action="append", required=True, metavar="URL[=STORE]")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     given = parser.parse_args()

@@ -36,6 +36,8 @@ _PAUSE: Final = 0.02
 """Seconds until a store is asked again that has too many who wait."""
 _FETCHED: Final = 3.0
 """Seconds without anything new while another node is asked for what it should have."""
+_TAIL_FETCHED: Final = 0.3
+"""The same where only the tail is missing, which comes right behind the others or not at all."""
 _ASKED_AGAIN: Final = 0.1
 """Seconds until it is asked again."""
 _WHOLE: Final = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
@@ -161,7 +163,8 @@ class HandOffs:
                 most, since = found.blocks, asked
             pause = _PAUSE
             if found.tiers[found.blocks : found.blocks + 1] != ("pending",):
-                if found.blocks >= expected or asked - since > _FETCHED:
+                longest = _FETCHED if found.blocks < whole else _TAIL_FETCHED
+                if found.blocks >= expected or asked - since > longest:
                     return "came" if found.blocks >= whole else "missing", False
                 pause = _ASKED_AGAIN
             elif found.idle > self._patience:

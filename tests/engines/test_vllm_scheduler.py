@@ -491,7 +491,8 @@ def test_a_store_that_stands_still_is_not_waited_for_twice_in_a_step(stores: Sto
 def test_a_prefill_on_another_node_is_fetched_as_soon_as_it_is_there(
     stores: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(disaggregated, "_FETCHED", 2 * PATIENCE)
+    for patience in ("_FETCHED", "_TAIL_FETCHED"):
+        monkeypatch.setattr(disaggregated, patience, 2 * PATIENCE)
     ports = [free_port() for _ in range(2)]
     peers = {"nodes": [f"tcp://127.0.0.1:{port}" for port in ports], "probe_seconds": 5.0}
     here, there = (

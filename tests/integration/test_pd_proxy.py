@@ -61,7 +61,8 @@ def test_a_request_is_prefilled_and_then_decoded(example: Callable[[str], Module
         for one in ends:
             await one.start_server()
         urls = [[str(one.make_url("")).rstrip("/")] for one in ends]
-        proxy = example("pd_proxy").Proxy(*urls)
+        prefills, [decodes] = urls
+        proxy = example("pd_proxy").Proxy(prefills, [f"{decodes}=tcp://there:1"])
         front = TestServer(proxy.app(), handler_cancellation=True)
         await front.start_server()
         headers = {"Authorization": "Bearer me"}
@@ -77,6 +78,7 @@ def test_a_request_is_prefilled_and_then_decoded(example: Callable[[str], Module
             assert not first.keys() & {"min_tokens", "stream_options"}
             wishes = first["kv_transfer_params"]
             assert (wishes["do_remote_decode"], wishes["ttl"]) == (True, 5.0)
+            assert wishes["remote_decoder"] == "tcp://there:1"
             assert then == ASKED | {"kv_transfer_params": TOLD | {"ttl": 5.0}}
             # A request that is refused is not asked twice.
             servers.status = 400
