@@ -18,6 +18,8 @@ from kvstore.slices import tables
 
 _INNER: Final = CLASSES
 _COLD: Final = CLASSES + 1
+_LASTS: Final = 0.25
+"""Seconds for which blocks are worth the same: the least age that is told from another."""
 
 
 class _Held(msgspec.Struct, gc=False, eq=False):
@@ -25,6 +27,20 @@ class _Held(msgspec.Struct, gc=False, eq=False):
 
     node: Any
     above: int
+
+
+class _Order(msgspec.Struct, eq=False):
+    """What goes first where blocks of one request, the one at `asked`, need room.
+
+    `heads` has the oldest nodes of rings by worth, `up` what is up of each ring, and `passed` how
+    many of it were looked at and have become its newest.
+    """
+
+    asked: float | None
+    now: float
+    heads: list[tuple[float, int]] = msgspec.field(default_factory=list)
+    up: dict[int, tuple[float, Any]] = msgspec.field(default_factory=dict)
+    passed: dict[int, int] = msgspec.field(default_factory=dict)
 
 
 class Block(Protocol):
@@ -52,6 +68,9 @@ class Forecast(Generic[N]):
         self._behind: list[dict[int, int]] = tables()  # how many are, by the name before
         self._used: set[int] = set()
         """The rings in which there may be something."""
+        self._changed: set[int] = set()
+        """Those whose oldest node may be another than when it was last looked at."""
+        self._order = _Order(None, -_LASTS)
         self._count = 0
 
     def __len__(self) -> int:
@@ -71,6 +90,7 @@ class Forecast(Generic[N]):
         ring = _INNER if name in self._behind[name & 255] else _class(known)
         node.mark = ring
         self._used.add(ring)
+        self._changed.add(ring)
         self._rings[ring].add(node)
         self._count += 1
         self._habits.hold(self._count)
@@ -82,12 +102,14 @@ class Forecast(Generic[N]):
         self._move(node, _INNER if inner else _class(self._known(node)))
 
     def renew(self, node: N) -> None:
+        self._changed.add(node.mark)
         self._rings[node.mark].renew(node)
 
     def cool(self, node: N) -> None:
         self._move(node, _COLD)
 
     def remove(self, node: N, *, evicted: bool = False) -> None:
+        self._changed.add(node.mark)
         self._rings[node.mark].remove(node)
         self._count -= 1
         block = _block(node)
@@ -106,41 +128,52 @@ class Forecast(Generic[N]):
 
     def candidates(self, newcomer: Block | None = None) -> Iterator[N]:
         """As `Lru.candidates`; those of the newcomer's own request come last."""
-        habits, now = self._habits, self._habits.clock()
-        coming = None if newcomer is None else habits.find(newcomer.key)
+        now = self._habits.clock()
+        coming = None if newcomer is None else self._habits.find(newcomer.key)
+        asked = None if coming is None else coming.group.at
         yield from self._through(_COLD)
-        heads: list[tuple[float, int]] = []
-        left: dict[int, int] = {}
-        own: list[N] = []
-
-        def see(ring: int) -> None:
-            """Its oldest one is up, but for those that have moved on, or are the newcomer's."""
-            nodes = self._rings[ring]
-            while nodes and left.setdefault(ring, len(nodes)) > 0:
-                left[ring] -= 1
-                node = nodes.oldest
-                known = self._known(node)
-                if known is not None and known.group.cls != ring:
-                    self._move(node, known.group.cls)
-                elif coming is not None and known is not None and _together(known, coming):
-                    own.append(node)
-                    nodes.renew(node)
-                else:
-                    heapq.heappush(heads, (habits.worth(known, now), ring))
-                    return
-
-        for ring in [n for n in self._used if n < CLASSES]:
-            see(ring)
-            if not self._rings[ring]:
-                self._used.discard(ring)
-        while heads:
-            _, ring = heapq.heappop(heads)
-            node = self._rings[ring].oldest
+        order = self._order
+        if order.asked != asked or not 0 <= now - order.now < _LASTS:
+            order = self._order = _Order(asked, now)
+            self._used = {ring for ring in self._used if self._rings[ring]}
+            self._changed |= self._used
+        while True:
+            while self._changed:
+                self._see(self._changed.pop(), order)
+            if not order.heads:
+                break
+            worth, ring = heapq.heappop(order.heads)
+            if (head := order.up.get(ring)) is None or head[0] != worth:
+                continue
+            node = head[1]
+            self._changed.add(ring)
             yield node
+            if self._order is not order:  # The caller let others in.
+                return
+            order.passed[ring] = order.passed.get(ring, 0) + 1
             self._rings[ring].renew(node)
-            see(ring)
-        yield from own
-        yield from self._through(_INNER)
+        for ring in sorted(
+            self._used - {_COLD}
+        ):  # Those of the newcomer's request, then inner ones.
+            yield from self._through(ring)
+
+    def _see(self, ring: int, order: _Order) -> None:
+        """Its oldest node is up, but for those that have moved on, or are the newcomer's."""
+        nodes = self._rings[ring]
+        order.up.pop(ring, None)
+        while ring < CLASSES and len(nodes) > order.passed.get(ring, 0):
+            node = nodes.oldest
+            known = self._known(node)
+            if known is not None and known.group.cls != ring:
+                self._move(node, known.group.cls)
+            elif known is not None and known.group.at == order.asked:
+                order.passed[ring] = order.passed.get(ring, 0) + 1
+                nodes.renew(node)
+            else:
+                worth = self._habits.worth(known, order.now)
+                order.up[ring] = worth, node
+                heapq.heappush(order.heads, (worth, ring))
+                return
 
     def refuses(self, newcomer: Block, victim: N) -> bool:
         """Whether what is to come is worth less than the least that would have to go."""
@@ -164,6 +197,7 @@ class Forecast(Generic[N]):
 
     def _move(self, node: N, ring: int, *, first: bool = False) -> None:
         self._rings[node.mark].remove(node)
+        self._changed |= {node.mark, ring}
         node.mark = ring
         self._used.add(ring)
         nodes = self._rings[ring]

@@ -147,6 +147,11 @@ def test_only_blocks_with_none_behind_them_go() -> None:
         while len(here) > 100:
             victim = next(policy.candidates())
             assert victim.owner.key not in {above.get(key) for key in here}
+            if policy._order.now == now:  # All is looked at anew: none is found that is worth less.
+                worth = habits.worth(habits.find(victim.owner.key), now)
+                policy._order.now = -1.0
+                least = habits.find(next(policy.candidates()).owner.key)
+                assert habits.worth(least, now) == worth
             policy.remove(here.pop(victim.owner.key), evicted=True)
         if chance.random() < 0.1:
             policy.cool(cold := chance.choice(list(here.values())))
