@@ -30,7 +30,7 @@ from kvstore.values import parse_size
 from tests.http_tools import ON, address
 from tests.integration.test_cli import COMMAND
 from tests.integration.test_cli_manners import TRACE, Told
-from tests.session_tools import PATIENCE, Served, Stores, eventually, prompt
+from tests.session_tools import PATIENCE, Stores, eventually, prompt
 from tests.store_tools import NAMESPACE
 from tests.trace_tools import plain_clairvoyant, plain_lru, write_trace
 
@@ -46,11 +46,6 @@ def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_trace(MADE, tmp_path_factory.mktemp("traces") / "made.jsonl")
-
-
-@pytest.fixture
-def served(stores: Stores) -> Served:
-    return stores.serve(server=ON)
 
 
 def load(trace: list[Request] = MADE, **prices: float) -> Load:
@@ -251,39 +246,33 @@ def test_plan_prints_what_costs_least(told: Told, tmp_path: Path) -> None:
 # -- recorded --------------------------------------------------------------------------------------
 
 
-def test_a_daemon_writes_what_is_asked_for(stores: Stores, tmp_path: Path) -> None:
-    file = tmp_path / "trace.jsonl"
-    served = stores.serve(server={"trace_file": str(file), "trace_size": "1MiB"})
+def test_a_daemon_writes_what_is_asked_for_and_tells_who_records(
+    stores: Stores, tmp_path: Path
+) -> None:
+    own, file = tmp_path / "trace.jsonl", tmp_path / "day.jsonl"
+    served = stores.serve(server=ON | {"trace_file": str(own), "trace_size": "1MiB"})
+    command = [*COMMAND, "record", str(file), "--http", address(served), "--for", "1h"]
     with served.session(tenant="a") as session:
         keys = session.keys(prompt(1, 6))
-        session.lookup(keys)
         session.lookup(keys[:2])
-    served.stop()  # What was not written yet is, at the end.
-    first, second = read_trace(file)
-    tokens = session.namespace.block_tokens
-    assert first.keys == tuple(bytes(key) for key in keys)
-    assert (first.tokens, first.tenant) == (len(keys) * tokens, "a")
-    assert second.keys == first.keys[:2]
-    assert file.stat().st_mode & 0o077 == 0
-    assert set(json.loads(file.read_text().splitlines()[0])) == {"time", "keys", "tokens", "tenant"}
-
-
-def test_record_asks_a_daemon(served: Served, tmp_path: Path) -> None:
-    file = tmp_path / "day.jsonl"
-    command = [*COMMAND, "record", str(file), "--http", address(served), "--for", "1h"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    with served.session() as session:
-        keys = session.keys(prompt(1, 6))
-        eventually(file.exists)  # From now on it is noted.
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        eventually(file.exists)  # What comes now is told.
         session.lookup(keys)
         eventually(lambda: file.stat().st_size)
+        tokens = session.namespace.block_tokens
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=PATIENCE)
     assert said == f"1 request in {file}\n"
-    (request,) = read_trace(file)
-    assert request.keys == tuple(bytes(key) for key in keys)
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (again.returncode, "File exists" in again.stderr) == (1, True)
+    served.stop()  # What was not written yet is, at the end.
+    first, second = read_trace(own)
+    assert first.keys == second.keys[:2]
+    assert second.keys == tuple(bytes(key) for key in keys)
+    assert (second.tokens, second.tenant) == (len(keys) * tokens, "a")
+    assert own.stat().st_mode & 0o077 == 0
+    assert set(json.loads(own.read_text().splitlines()[0])) == {"time", "keys", "tokens", "tenant"}
+    assert read_trace(file) == [second._replace(at=0.0)]
 
 
 def test_what_is_noted_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
