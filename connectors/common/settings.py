@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from kvstore.blocks.spec import MAX_BLOCK_TOKENS
 from kvstore.config import Config
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, SpecError
 from kvstore.mistakes import explain, plainly
 from kvstore.sections import Name, NodeAddress
 from kvstore.sources import load_config
@@ -140,6 +140,9 @@ def wishes_of(params: Mapping[str, Any] | None) -> tuple[Wishes, list[str]]:
 
     A request is not refused for them: what is wrong is left out. Names that are not ours belong to
     other connectors.
+
+    Raises:
+        SpecError: the tenant is none, so nobody knows whose its blocks are.
     """
     given = {
         name: value
@@ -151,4 +154,6 @@ def wishes_of(params: Mapping[str, Any] | None) -> tuple[Wishes, list[str]]:
     except ValidationError as e:
         wrong = {str(one["loc"][0]): plainly(one) for one in e.errors()}
     words = [f"{name} is {given[name]!r:.200}: {why}" for name, why in wrong.items()]
+    if "tenant" in wrong:
+        raise SpecError(f"kv_transfer_params: {'; '.join(words)}")
     return Wishes(**{name: v for name, v in given.items() if name not in wrong}), words

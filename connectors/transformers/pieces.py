@@ -152,7 +152,7 @@ class Pieces:
         wanted = [p for place in found if (p := place.within(prefix, len(tokens) - 1))]
         short = found and all(place.end - place.start < SHORTEST for place in found)
         if not wanted:
-            return Approximate(reason="short" if short else "")
+            return Approximate(reason="short" if short else "prefix" if found else "no_pieces")
         rows = Rows(self._model, self._group, tokens)
         if prefix:
             for layer, held in enumerate(past.layers):

@@ -29,7 +29,7 @@ from kvstore.blend.pieces import (
     piece_namespace,
     search,
 )
-from kvstore.blend.reuse import asked, too_little
+from kvstore.blend.reuse import Reuse, asked, too_little
 from kvstore.blend.selection import SELECTIONS
 from kvstore.blocks.spec import Namespace
 from kvstore.client.planner import MEMORY
@@ -119,7 +119,9 @@ class BlendScheduler:
             reuse = asked(request.kv_transfer_params, request.num_tokens)
         except SpecError as e:
             self._quiet.warning("wish", "kv_transfer_params: %s; the request is exact", e)
-            return None
+            self._stats.approximate("malformed")
+            registers = "piece" in request.kv_transfer_params
+            return Blending(Reuse(approximate=not registers), reason="malformed")
         return Blending(reuse) if reuse.approximate or reuse.piece else None
 
     def promise(self, tracked: Tracked, start: int, manager: Any) -> int | None:
@@ -158,6 +160,8 @@ class BlendScheduler:
         if pieces and blending.first is None:
             spans = [(piece.start, piece.end) for piece in pieces]
             reason = too_little(spans, reuse, request.num_prompt_tokens - start)
+        elif blending.first is None:
+            reason = "prefix"
         if reason:
             blending.reason = reason
             self._stats.approximate(reason)
@@ -270,22 +274,32 @@ class BlendScheduler:
             return None, None
         blending.registered = True
         blending.reason = self._reason(tracked, blending)
-        if not blending.reason and (
-            start != BASE or not np.array_equal(tokens[:BASE], self._before)
-        ):
-            blending.reason = "no_filler"
+        filled = start == BASE and np.array_equal(tokens[:BASE], self._before)
+        piece = np.array(tokens[start:end], dtype=np.uint32)
+        keys = piece_keys(namespace, piece)
+        if not blending.reason:
+            blending.reason = self._unheld(tenant, keys) if filled else "no_filler"
+        if not blending.reason:
+            try:
+                self._index(tenant).add(piece)
+            except SpecError as e:
+                self._quiet.warning("piece", "%s", e)
+                blending.reason = "length"
         if blending.reason:
             self._stats.approximate(blending.reason)
             return None, None
-        piece = np.array(tokens[start:end], dtype=np.uint32)
-        try:
-            self._index(tenant).add(piece)
-        except SpecError as e:
-            self._quiet.warning("piece", "%s", e)
-            blending.reason = "length"
-            return None, None
-        keys = piece_keys(namespace, piece)
         return None, Registered(namespace, page_ids, start, end, keys, tracked.wishes.ttl)
+
+    def _unheld(self, tenant: str, keys: list[bytes]) -> str:
+        """Why nobody would keep a piece, as far as is known now; empty: it goes to the store."""
+        assert self._sessions is not None
+        session = self._sessions.get(tenant)
+        if isinstance(session, str):
+            return session if session == "refused" else ""
+        now = time.monotonic()
+        if now >= self._rest_until and session.lookup(keys[:1], again=True).reason == "unavailable":
+            self._rest_until = now + _REST
+        return "unavailable" if now < self._rest_until else ""
 
     def done(self, blended: dict[int, Blended]) -> None:
         """Take in what came of requests."""

@@ -263,18 +263,16 @@ class SchedulerSide:
         tracked = self._tracked.get(request.request_id)
         if tracked is not None or weights is None:
             return tracked
-        wishes, wrong = wishes_of(request.kv_transfer_params)
-        if request.skip_reading_prefix_cache:
-            wishes = wishes.model_copy(update={"skip_load": True})
-        tenant = self._settings.tenant if wishes.tenant is None else wishes.tenant
-        salt = request.cache_salt or ""
-        if salt and self._settings.salt_is_tenant:
-            if wishes.tenant not in (None, salt):
-                wrong.append(f"tenant is {wishes.tenant!r}, but the salt says who the tenant is")
-            tenant, salt = salt, ""
-        for words in wrong:
-            self._quiet.warning("wish", "kv_transfer_params: %s; left out", words)
         try:
+            wishes, wrong = wishes_of(request.kv_transfer_params)
+            tenant = self._settings.tenant if wishes.tenant is None else wishes.tenant
+            salt = request.cache_salt or ""
+            if salt and self._settings.salt_is_tenant:
+                if wishes.tenant not in (None, salt):
+                    wrong.append(f"tenant is {wishes.tenant!r}, but the salt says who that is")
+                tenant, salt = salt, ""
+            for words in wrong:
+                self._quiet.warning("wish", "kv_transfer_params: %s; left out", words)
             if not is_tenant(tenant):
                 raise SpecError(f"its salt, {tenant!r:.80}, is no name of a tenant")
             extras = self._inputs.of(request) | {"salt": salt, "weights": weights}
@@ -282,6 +280,8 @@ class SchedulerSide:
         except SpecError as e:
             self._quiet.warning("unkeyed", "a request goes without the store: %s", e)
             return None
+        if request.skip_reading_prefix_cache:
+            wishes = wishes.model_copy(update={"skip_load": True})
         tracked = Tracked(namespace, wishes, request.all_token_ids, extras, request=request)
         tracked.blending = self._blends.arrived(request)
         self._handoffs.begin(

@@ -68,16 +68,27 @@ def problems(usual: Quality) -> list[str]:
     return found
 
 
+def check_place() -> None:
+    """See that verdicts can be kept.
+
+    Raises:
+        SpecError: this user has no cache folder, or cannot write there.
+    """
+    folder = cache_folder("calibrated")
+    if folder is None or not os.access(folder, os.W_OK):
+        raise SpecError("there is no cache folder that is yours alone; set XDG_CACHE_HOME")
+
+
 def keep(identity: ModelIdentity, verdict: Verdict) -> Path:
     """Write a model's verdict where engines of this user look for it.
 
     Raises:
-        SpecError: this user has no cache folder.
+        SpecError: as `check_place`.
         OSError: it cannot be written.
     """
+    check_place()
     file = _file(identity)
-    if file is None:
-        raise SpecError("there is no cache folder that is yours alone; set XDG_CACHE_HOME")
+    assert file is not None
     made = file.with_name(f"{os.getpid()}-{time.monotonic_ns()}")
     made.write_bytes(msgspec.json.format(msgspec.json.encode(verdict)) + b"\n")
     return made.replace(file)
@@ -89,7 +100,7 @@ def kept(identity: ModelIdentity) -> Verdict | None:
     try:
         with (file or Path("/dev/null")).open("rb") as opened:
             return msgspec.json.decode(opened.read(_LARGEST), type=Verdict)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeError):
         return None
 
 

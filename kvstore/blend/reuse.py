@@ -8,7 +8,6 @@ The first takes pieces that stand anywhere; the second registers one. Without ei
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -54,6 +53,15 @@ def asked(params: Mapping[str, Any] | None, prompt_tokens: int) -> Reuse:
     Raises:
         SpecError: what is wrong, and how to write it.
     """
+    try:
+        return _asked(params, prompt_tokens)
+    except (OverflowError, ValueError) as e:  # Of numbers that even words cannot be made of.
+        if isinstance(e, SpecError):
+            raise
+        raise SpecError(f"a number in it is too large: {e}") from e
+
+
+def _asked(params: Mapping[str, Any] | None, prompt_tokens: int) -> Reuse:
     if params is None:
         return Reuse()
     if not isinstance(params, Mapping):
@@ -76,7 +84,7 @@ def asked(params: Mapping[str, Any] | None, prompt_tokens: int) -> Reuse:
     register = None if piece is None else [[piece["start"], piece["end"]]]
     if register and kind == "approximate":
         raise SpecError('a piece cannot be registered by a request with "reuse": "approximate"')
-    return Reuse(
+    made = Reuse(
         kind == "approximate",
         _share(share),
         selection,
@@ -84,6 +92,10 @@ def asked(params: Mapping[str, Any] | None, prompt_tokens: int) -> Reuse:
         None if register is None else _spans("piece", register, prompt_tokens)[0],
         repair,
     )
+    if "reuse" not in given and not given.keys() <= {"piece"}:
+        names = ", ".join(sorted(given))
+        raise SpecError(f'{names} stands alone; say "reuse": "approximate", or leave it out')
+    return made
 
 
 def too_little(spans: Sequence[tuple[int, int]], reuse: Reuse, rest: int) -> str:
@@ -101,7 +113,7 @@ def _share(value: Any) -> float:
     if isinstance(value, str) and value in SHARES:
         return SHARES[value]
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not 0 <= value <= 1:
+    if not number or not 0 <= value <= 1:
         names = ", ".join(f'"{name}" ({share})' for name, share in SHARES.items())
         raise SpecError(f"recompute is {value!r:.60}; it must be 0 to 1, or one of {names}")
     return float(value)

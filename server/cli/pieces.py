@@ -136,6 +136,7 @@ def add(
 _WHY: Final = {
     "no_connector": "the server must run with KVStore's connector (docs/vllm.md)",
     "off": "set kvstore.vllm.approximate to true in its kv_connector_extra_config",
+    "unavailable": "the server's store does not answer: look at its log, and `kvstore doctor`",
     "uncalibrated": "its model has passed no `kvstore calibrate` on the server's machine",
 }
 
@@ -161,8 +162,11 @@ def calibrate(
     if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
         typer.echo("error: it needs more: pip install 'kvstore[transformers]'", err=True)
         raise typer.Exit(2)
+    from kvstore.blend.calibration import check_place
+
     # By name: it needs a connector, which nothing of a daemon's command may.
     bench = importlib.import_module("kvstore.benchmarks.calibrate")
+    check_place()
     measured = bench.Calibration(model, dtype, revision)
     with Progress(transient=True, console=Console(stderr=True)) as progress:
         count = len(measured.prompts)

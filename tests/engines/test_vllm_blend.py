@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -260,6 +261,11 @@ def test_what_is_not_offered_here_is_exact(engine: Engine, registered: Texts) ->
     for wishes, why in (({"selection": "deviation"}, "selection"), ({"repair": 4}, "repair")):
         told = approximate(engine, registered.prompt(0, first=905), 1, **wishes)[1]
         assert (told["pieces"], told["reason"]) == (0, why)
+    for wishes in ({"recompute": 1.5}, {"pieces": [[-1, 70]]}, {"reuse": None, "recompute": 0.2}):
+        told = approximate(engine, registered.prompt(0, first=905), 1, **wishes)[1]
+        assert (told["pieces"], told["reason"]) == (0, "malformed")
+    answer = engine.generate(registered.prompt(0), max_tokens=1, wishes={"piece": 5})
+    assert answer["told"] == [{"piece": {"reason": "malformed"}}]
 
 
 def test_text_behind_other_text_is_no_piece(engine: Engine, registered: Texts) -> None:
@@ -270,6 +276,18 @@ def test_text_behind_other_text_is_no_piece(engine: Engine, registered: Texts) -
     told = approximate(engine, live, tenant="live", pieces=[[HEAD, HEAD + 100]])[1]
     assert told["pieces"] == 0
     assert engine.metrics()["kvstore_approximate_requests_total.no_filler"] == 1
+
+
+def test_a_piece_that_nobody_keeps_is_not_taken(
+    engine: Engine, registered: Texts, served: Served
+) -> None:
+    place = {"piece": {"start": BASE, "end": BASE + 100}}
+    served.process.send_signal(signal.SIGSTOP)
+    try:
+        answer = engine.generate(registered.filler + document(100), max_tokens=1, wishes=place)
+    finally:
+        served.process.send_signal(signal.SIGCONT)
+    assert answer["told"] == [{"piece": {"reason": "unavailable"}}]
 
 
 def test_a_mix_of_exact_blended_and_aborted_requests(engine: Engine, registered: Texts) -> None:

@@ -206,6 +206,11 @@ def test_a_salt_is_part_of_keys_or_says_who_the_tenant_is(
     whole = 4 * BLOCK_TOKENS
     assert found == ([0, whole, whole, 0] if more else [0, whole, 0, 0])
     assert answered(side, request("no tenant", [*tokens, 7], "\ud800", tenant="\ud800")) == 0
+    with served.session() as session:  # A wrong word for a tenant is not the default tenant's name.
+        save(session, session.keys(plain := prompt(520 + len(more), 4)))
+    for number, wrong in enumerate((5, ["a"], "a" * 1000, {})):
+        assert answered(side, request(f"{more} wrong{number}", [*plain, 7], tenant=wrong)) == 0
+    assert answered(side, request(f"{more} right", [*plain, 7])) == whole
 
 
 def test_any_number_of_tenants_is_served(

@@ -178,7 +178,7 @@ def test_what_is_approximate_is_kept_apart(cache: KVStoreCache, model: Any) -> N
     assert greedy(cache.generate, ids()) == alone
     assert (cache.last.loaded_tokens, cache.last.approximate) == (0, None)
     cache.generate(ids(), recompute="fast", **given)
-    assert cache.last.approximate == Approximate()
+    assert cache.last.approximate == Approximate(reason="prefix")
     assert cache.last.tiers == {"memory": 304}
 
 

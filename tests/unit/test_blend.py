@@ -94,6 +94,11 @@ def test_a_request_asks(params: Any, wanted: Reuse) -> None:
         ({"piece": {"start": 1}}, '"start": 512'),
         ({"piece": {"start": 1, "end": 1000}}, "the 100 tokens"),
         (APPROXIMATE | {"piece": {"start": 1, "end": 99}}, "cannot be registered"),
+        ({"recompute": 0.2, "pieces": [[0, 70]]}, 'say "reuse": "approximate"'),
+        (APPROXIMATE | {"recompute": 10**400}, "must be 0 to 1"),
+        (APPROXIMATE | {"recompute": -(10**5000)}, "too large"),
+        (APPROXIMATE | {"pieces": [[0, 10**5000]]}, "too large"),
+        (APPROXIMATE | {"repair": 10**5000}, "too large"),
     ],
 )
 def test_what_is_wrong_is_said(params: Any, problem: str) -> None:
@@ -351,6 +356,7 @@ def test_a_verdict_that_is_not_whole_is_none(cache: Path) -> None:
         good.replace(b'"tokens"', b'"more": 1, "tokens"'),
         good.replace(b"0.95", b"1.95"),
         good.replace(b"0.03", b"null"),
+        good.replace(b'"model": "', b'"model": "\xff'),
         b" " * (1 << 16) + good,
     ):
         assert damaged != good
