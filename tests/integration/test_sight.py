@@ -357,10 +357,14 @@ def test_a_data_connection_reaches_its_own_sessions_leases_only(
 
 
 class Path(NamedTuple):
-    """A path over HTTP: the role to read it (empty: none), and to change it (empty: nobody)."""
+    """A path over HTTP: the role to read it (empty: none), and to change it (empty: nobody).
+
+    `whole`: it is for those alone who see all tenants.
+    """
 
     role: str
     change: str = ""
+    whole: bool = False
 
 
 HTTP: Final[dict[str, Path]] = {
@@ -368,6 +372,7 @@ HTTP: Final[dict[str, Path]] = {
     "/readyz": Path(""),
     "/metrics": Path("read"),
     "/status": Path("read"),
+    "/trace": Path("read", whole=True),
     "/config": Path("read"),
     "/loglevel": Path("read", "admin"),
     "/": Path(""),
@@ -394,7 +399,8 @@ def test_http_allows_each_role_what_is_its(world: World, path: str) -> None:
     assert ask(where, path, token="x" * 40).status == (401 if row.role else 200)
     for role in ROLES:
         for name in (role, f"my-{role}"):
-            assert ask(where, path, token=secret(name)).status == 200
+            sees = name == role or not row.whole
+            assert ask(where, path, token=secret(name)).status == (200 if sees else 403)
             changed = ask(where, path, "PUT", token=secret(name), send=CHANGE).status
             may = row.change == role and name == role
             assert changed == (200 if may else 403 if row.change else 405), name
