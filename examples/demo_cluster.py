@@ -52,7 +52,7 @@ from rich.table import Table
 NETWORK: Final = "10.213.77"
 NAMES: Final = ("first", "second", "third")
 # Longer than by default: all hosts share the cores of this machine.
-PATIENCE: Final = {"KVSTORE_SESSION__LOOKUP_TIMEOUT": "2"}
+PATIENCE: Final = {"KVSTORE_SESSION__LOOKUP_TIMEOUT": "10"}
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Host:
             "address": self.address,
             "memory": {"size": "512MiB"},
             "server": {"name": self.name, "tcp": tcp, "insecure": True, "grpc": None, "http": None},
-            "peers": {"directory": directory, "probe_seconds": 1.0},
+            "peers": {"directory": directory, "probe_seconds": 5.0},
         }
         config = own / "kvstore.yaml"
         config.write_text(json.dumps(settings))  # JSON is YAML.

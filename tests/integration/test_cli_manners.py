@@ -186,7 +186,7 @@ def test_no_time_means_at_once(told: Told, served: Served) -> None:
         started = time.monotonic()
         code, _, err = told.run("stats", "--timeout", "0s")
         assert (code, "no daemon answers" in err) == (1, True)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 8
     finally:
         served.signal(signal.SIGCONT)
 

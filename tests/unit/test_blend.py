@@ -224,10 +224,10 @@ def test_prompts_that_repeat_themselves_take_no_longer() -> None:
     for count in (64, 1000, 30_000):
         index.add(np.full(count, 7))
         index.add(np.arange(count) % 2)
-    began = time.perf_counter()
+    began = time.thread_time()
     for prompt in (np.full(100_000, 7), np.arange(100_000) % 2, text(100_000)):
         index.find(prompt)
-    assert time.perf_counter() - began < 1.0
+    assert time.thread_time() - began < 1.0
 
 
 # -- rows ------------------------------------------------------------------------------------------

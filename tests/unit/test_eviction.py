@@ -226,10 +226,10 @@ def test_a_victim_of_s3fifo_is_found_soon_however_much_all_was_used() -> None:
     policy = filled(s3fifo, range(100_000))
     for key in [*range(100_000)] * 3:
         policy.touch(key)
-    started = time.perf_counter()
+    started = time.thread_time()
     for _ in range(10):
         evict(policy)
-    assert time.perf_counter() - started < 0.05  # 0.4 s where all were given another round
+    assert time.thread_time() - started < 0.1  # 0.4 s where all were given another round
 
 
 @POLICIES
@@ -258,4 +258,4 @@ def test_what_is_remembered_never_stops_the_loop_to_grow() -> None:
         policy.remove(node, evicted=True)
         longest = max(longest, time.thread_time() - before)
     gc.enable()
-    assert longest < 0.003
+    assert longest < 0.01
