@@ -46,8 +46,8 @@ test-slow: setup ## those left out there: kills, stalls, crashes
 test-vllm: $(VLLM)/.built $(VENV)/.model ## tests with real vLLM engines
 	$(VLLM)/bin/python -m pytest tests/engines -m vllm --timeout 900 $(ARGS)
 
-test-sglang: $(SGLANG)/.built $(VLLM)/.built $(VENV)/.model ## tests with real SGLang engines
-	$(SGLANG)/bin/python -m pytest tests/engines -m sglang --timeout 900 $(ARGS)
+test-sglang: $(SGLANG)/.built $(VLLM)/.built $(VENV)/.model ## tests with real SGLang engines, but for those marked slow, too
+	$(SGLANG)/bin/python -m pytest tests/engines -m "sglang and not slow" --timeout 900 $(ARGS)
 
 lint: $(VENV)/.built ## ruff, ruff format, mypy --strict, import-linter
 	@# mypy and import-linter do not know where the package's folders come from: show them the

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.sglang
 SECONDS: Final = 800
 
 
+@pytest.mark.slow
 def test_figures_of_all_contenders() -> None:
     command = str(Path(sys.executable).with_name("kvstore"))
     options = ["--quick", "--json", "--tokens", "128", "--requests", "2", "--model", str(model())]
