@@ -10,7 +10,7 @@ import pytest
 
 from tests.engines.model_tools import ROOT
 
-pytestmark = pytest.mark.sglang
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 BLOCK: Final = 64
 
