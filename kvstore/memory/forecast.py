@@ -66,10 +66,8 @@ class Forecast(Generic[N]):
         self._rings: list[Ring[N]] = [Ring() for _ in range(CLASSES + 2)]
         self._held: list[dict[int, _Held]] = tables()
         self._behind: list[dict[int, int]] = tables()  # how many are, by the name before
-        self._used: set[int] = set()
-        """The rings in which there may be something."""
         self._changed: set[int] = set()
-        """Those whose oldest node may be another than when it was last looked at."""
+        """Rings whose oldest node may be another than when it was last looked at."""
         self._order = _Order(None, -_LASTS)
         self._count = 0
 
@@ -89,7 +87,6 @@ class Forecast(Generic[N]):
         self._held[name & 255][name] = _Held(node, above)
         ring = _INNER if name in self._behind[name & 255] else _class(known)
         node.mark = ring
-        self._used.add(ring)
         self._changed.add(ring)
         self._rings[ring].add(node)
         self._count += 1
@@ -135,8 +132,7 @@ class Forecast(Generic[N]):
         order = self._order
         if order.asked != asked or not 0 <= now - order.now < _LASTS:
             order = self._order = _Order(asked, now)
-            self._used = {ring for ring in self._used if self._rings[ring]}
-            self._changed |= self._used
+            self._changed.update(ring for ring in range(CLASSES) if self._rings[ring])
         while True:
             while self._changed:
                 self._see(self._changed.pop(), order)
@@ -150,11 +146,8 @@ class Forecast(Generic[N]):
             yield node
             if self._order is not order:  # The caller let others in.
                 return
-            order.passed[ring] = order.passed.get(ring, 0) + 1
-            self._rings[ring].renew(node)
-        for ring in sorted(
-            self._used - {_COLD}
-        ):  # Those of the newcomer's request, then inner ones.
+            self._pass(node, order)
+        for ring in (*range(CLASSES), _INNER):  # Those of the newcomer's request, then inner ones.
             yield from self._through(ring)
 
     def _see(self, ring: int, order: _Order) -> None:
@@ -167,13 +160,17 @@ class Forecast(Generic[N]):
             if known is not None and known.group.cls != ring:
                 self._move(node, known.group.cls)
             elif known is not None and known.group.at == order.asked:
-                order.passed[ring] = order.passed.get(ring, 0) + 1
-                nodes.renew(node)
+                self._pass(node, order)
             else:
                 worth = self._habits.worth(known, order.now)
                 order.up[ring] = worth, node
                 heapq.heappush(order.heads, (worth, ring))
                 return
+
+    def _pass(self, node: N, order: _Order) -> None:
+        """A ring's oldest node is its newest from now on."""
+        order.passed[node.mark] = order.passed.get(node.mark, 0) + 1
+        self._rings[node.mark].renew(node)
 
     def refuses(self, newcomer: Block, victim: N) -> bool:
         """Whether what is to come is worth less than the least that would have to go."""
@@ -199,7 +196,6 @@ class Forecast(Generic[N]):
         self._rings[node.mark].remove(node)
         self._changed |= {node.mark, ring}
         node.mark = ring
-        self._used.add(ring)
         nodes = self._rings[ring]
         nodes.add(node, nodes.oldest if first and nodes else None)
 
