@@ -32,6 +32,7 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from kvstore.blocks.spec import ModelIdentity, Namespace, block_tokens_for, check_block_tokens
+from kvstore.client.prefill import looked_back
 from kvstore.client.session import Loaded
 from kvstore.connectors.common.device import Device, StepTimes
 from kvstore.connectors.common.requests import Lookups
@@ -331,14 +332,14 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
     @_guarded(None)
     def step_begins(self, batch: Any) -> None:
         """A batch is about to be computed."""
-        tokens, looked_back = 0, 0.0
+        tokens, before = 0, 0.0
         modes = (ForwardMode.EXTEND, ForwardMode.MIXED)
         if batch.forward_mode in modes and batch.hicache_consumer_index < 0:
             tokens = sum(batch.extend_lens)
             pairs = zip(batch.prefix_lens, batch.extend_lens, strict=True)
-            looked_back = float(sum(new * (before + new / 2) for before, new in pairs))
+            before = sum(looked_back(new, start) for start, new in pairs)
         with self._stream():
-            self._times.begin(tokens, looked_back)
+            self._times.begin(tokens, before)
 
     @_guarded(None)
     def step_ends(self) -> None:

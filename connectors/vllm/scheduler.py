@@ -21,6 +21,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import RequestStatus
 
 from kvstore.blocks.spec import Described, Namespace
+from kvstore.client.prefill import looked_back
 from kvstore.connectors.common.pins import Pins
 from kvstore.connectors.common.requests import Asked, Found, Lookups
 from kvstore.connectors.common.sessions import Sessions
@@ -357,7 +358,7 @@ class SchedulerSide:
         for name in output.preempted_req_ids or ():
             if name in self._tracked:
                 self._tracked[name].asked = 0  # What was waiting to be saved is dropped.
-        state, prompt, looked_back = output.kv_connector_block_state, 0, 0.0
+        state, prompt, before = output.kv_connector_block_state, 0, 0.0
         blends, pieces = list[Blend](), list[Registered]()
         for name, scheduled in output.num_scheduled_tokens.items():
             tracked = self._tracked.get(name)
@@ -366,7 +367,7 @@ class SchedulerSide:
             request = tracked.request
             new = max(0, min(_left(request), scheduled))
             prompt += new
-            looked_back += new * (request.num_computed_tokens + new / 2)
+            before += looked_back(new, request.num_computed_tokens)
             computed = request.num_computed_tokens + scheduled
             if self._may_save and not (tracked.tainted or tracked.wishes.skip_save):
                 self._handoffs.announce(tracked, tracked.handoff, request.num_prompt_tokens)
@@ -383,7 +384,7 @@ class SchedulerSide:
             preempted=frozenset(output.preempted_req_ids or ()) | self._taken,
             held=frozenset(self._held),
             prompt_tokens=0 if blends else prompt,
-            looked_back=looked_back,
+            looked_back=before,
             idle=output.total_num_scheduled_tokens == 0,
             asked=self._waiting,
             failures=self._failures,

@@ -18,6 +18,11 @@ _APART: Final = 1e-4
 _TERMS: Final = ([1], [0, 1], [1, 2], [0, 1, 2])
 
 
+def looked_back(tokens: int, before: int) -> float:
+    """How many tokens stand before each of `tokens` that come behind `before`, in sum."""
+    return tokens * (before + tokens / 2)
+
+
 class Prefill:
     """Seconds = fixed for each chunk + per token + per token and token before it.
 
@@ -54,8 +59,8 @@ class Prefill:
         if self._costs is None or tokens <= 0:
             return 0.0
         chunk, token, back = map(float, self._costs)
-        looked_back = tokens * (before + tokens / 2)
-        return max(1.0, tokens / self._chunk) * chunk + tokens * token + looked_back * back
+        chunks = max(1.0, tokens / self._chunk)
+        return chunks * chunk + tokens * token + looked_back(tokens, before) * back
 
     def _solve(self) -> NDArray[np.floating[Any]]:
         """The least squares, by as few terms as explain the samples."""
