@@ -49,10 +49,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-NETWORK: Final = "10.213.77"
+NETWORKS: Final = tuple(f"10.213.{number}" for number in range(77, 177))
 NAMES: Final = ("first", "second", "third")
 # Longer than by default: all hosts share the cores of this machine.
-PATIENCE: Final = {"KVSTORE_SESSION__LOOKUP_TIMEOUT": "10"}
+PATIENCE: Final = {"KVSTORE_SESSION__LOOKUP_TIMEOUT": "2"}
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Host:
             "address": self.address,
             "memory": {"size": "512MiB"},
             "server": {"name": self.name, "tcp": tcp, "insecure": True, "grpc": None, "http": None},
-            "peers": {"directory": directory, "probe_seconds": 5.0},
+            "peers": {"directory": directory, "probe_seconds": 1.0},
         }
         config = own / "kvstore.yaml"
         config.write_text(json.dumps(settings))  # JSON is YAML.
@@ -99,11 +99,12 @@ class Host:
             self.daemon = None
 
 
-def ip(*words: str) -> None:
-    """Run `ip`. Raises OSError: it failed."""
+def ip(*words: str) -> str:
+    """What `ip` says. Raises OSError: it failed."""
     done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout
 
 
 def namespaces(undo: ExitStack) -> tuple[str, list[Host]]:
@@ -112,10 +113,14 @@ def namespaces(undo: ExitStack) -> tuple[str, list[Host]]:
     Raises:
         OSError: we may not make them.
     """
+    taken = ip("-o", "-4", "addr")  # By others who show this now, or were killed in the middle.
+    network = next((one for one in NETWORKS if f" {one}." not in taken), None)
+    if network is None:
+        raise OSError(f"all networks from {NETWORKS[0]} to {NETWORKS[-1]} are taken")
     mark = f"kv{os.getpid()}"
     ip("link", "add", mark, "type", "bridge")
     undo.callback(subprocess.run, ["ip", "link", "del", mark], check=False, capture_output=True)
-    ip("addr", "add", f"{NETWORK}.254/24", "dev", mark)
+    ip("addr", "add", f"{network}.254/24", "dev", mark)
     ip("link", "set", mark, "up")
     made = []
     for number, name in enumerate(NAMES, 1):
@@ -125,12 +130,12 @@ def namespaces(undo: ExitStack) -> tuple[str, list[Host]]:
         ip("link", "add", pair[0], "type", "veth", "peer", "name", pair[1], "netns", inside)
         ip("link", "set", pair[0], "master", mark, "up")
         within = ("-n", inside)
-        ip(*within, "addr", "add", f"{NETWORK}.{number}/24", "dev", pair[1])
+        ip(*within, "addr", "add", f"{network}.{number}/24", "dev", pair[1])
         ip(*within, "link", "set", pair[1], "up")
         ip(*within, "link", "set", "lo", "up")
         run = ["ip", "netns", "exec", inside]
-        made.append(Host(name, f"{NETWORK}.{number}", 7422, run))
-    return f"{NETWORK}.254", made
+        made.append(Host(name, f"{network}.{number}", 7422, run))
+    return f"{network}.254", made
 
 
 def free_port() -> int:
