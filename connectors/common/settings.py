@@ -155,5 +155,5 @@ def wishes_of(params: Mapping[str, Any] | None) -> tuple[Wishes, list[str]]:
         wrong = {str(one["loc"][0]): plainly(one) for one in e.errors()}
     words = [f"{name} is {given[name]!r:.200}: {why}" for name, why in wrong.items()]
     if "tenant" in wrong:
-        raise SpecError(f"kv_transfer_params: {'; '.join(words)}")
+        raise SpecError("; ".join(words))
     return Wishes(**{name: v for name, v in given.items() if name not in wrong}), words

@@ -237,8 +237,9 @@ class WorkerSide:
         for blend in step.blends:
             self._blend(blend)
         self._unsaved, self._computed = step.saves, None
-        for job in step.saves if self._saves_here and not self._asleep else ():
-            self._wipe(job)
+        if self._saves_here and not self._asleep:
+            for job in filter(lambda job: job.lacks, step.saves):
+                self._wipe(job)
         blocks = sum(len(job.keys) for job in step.saves)
         alone = not self._pages.others
         if step.failures == self._failures and blocks >= _WORTH_PIECES and alone:
@@ -247,10 +248,9 @@ class WorkerSide:
     def _wipe(self, job: Job) -> None:
         """Nobody else's KV goes along with a block that lacks tokens. No step writes there now."""
         space, tokens = self._transfers.full, self._namespace.block_tokens - job.lacks
-        if job.lacks:
-            groups = space.ids((job.pages, *job.beside))
-            for memory, pages in zip(space.memory, groups, strict=True):
-                wipe(memory, pages[-1], tokens)
+        groups = space.ids((job.pages, *job.beside))
+        for memory, pages in zip(space.memory, groups, strict=True):
+            wipe(memory, pages[-1], tokens)
 
     def _blend(self, job: Blend) -> None:
         """Put a request's KV together; what cannot even be computed is for vLLM to mend."""

@@ -55,9 +55,9 @@ def asked(params: Mapping[str, Any] | None, prompt_tokens: int) -> Reuse:
     """
     try:
         return _asked(params, prompt_tokens)
+    except SpecError:
+        raise
     except (OverflowError, ValueError) as e:  # Of numbers that even words cannot be made of.
-        if isinstance(e, SpecError):
-            raise
         raise SpecError(f"a number in it is too large: {e}") from e
 
 

@@ -268,23 +268,25 @@ class AdminFace:
         body = Exposition(self._node, request["grant"]).text()
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    async def _status(self, request: web.Request) -> web.Response:
+    def _started(self) -> Node:
         if self._node is None:
             text = f"the daemon is starting, {self.touched:.0%} of its memory is touched; ask again"
             raise web.HTTPServiceUnavailable(text=text, headers={"Retry-After": "1"})
-        after = _after(request, "0")
-        return web.json_response(status(self._node, request["grant"], self._samples, after))
+        return self._node
+
+    async def _status(self, request: web.Request) -> web.Response:
+        node, after = self._started(), _after(request, "0")
+        return web.json_response(status(node, request["grant"], self._samples, after))
 
     async def _trace(self, request: web.Request) -> web.Response:
         """What was asked for after a request of that number; it is noted from the first call on."""
-        if self._node is None:
-            raise web.HTTPServiceUnavailable(text="the daemon is starting; ask again")
+        tracing = self._started().tracing
         grant: Grant = request["grant"]
         if grant.tenants is not None:
             text = f"a trace is of all tenants, {grant.name!r} of some; use another token"
             raise Denied("tenant", text)
         after = _after(request, "-1")
-        noted, number = self._node.tracing.since(after)
+        noted, number = tracing.since(after)
         missed = noted[0].number - after - 1 if noted else 0
         body = await asyncio.to_thread(lines, noted)  # It takes long with many.
         headers = {"Kvstore-Number": str(number), "Kvstore-Missed": str(missed)}
