@@ -37,6 +37,9 @@ demo-engines: $(VLLM)/.built $(SGLANG)/.built $(VENV)/.model ## one engine compu
 demo-cluster: setup ## three hosts in a pool: one computes, the others are served
 	@$(BIN)/python examples/demo_cluster.py
 
+# Suites and engines share two cores: a thread that waits for work shall not spin.
+test test-slow test-vllm test-sglang: export OMP_WAIT_POLICY = PASSIVE
+
 test: setup $(VENV)/.nixl ## tests; ARGS="-k name -n 0" picks some
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
@@ -44,10 +47,10 @@ test-slow: setup ## those left out there: kills, stalls, crashes
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(ARGS)
 
 test-vllm: $(VLLM)/.built $(VENV)/.model ## tests with real vLLM engines
-	$(VLLM)/bin/python -m pytest tests/engines -m vllm --timeout 900 $(ARGS)
+	$(VLLM)/bin/python -m pytest tests/engines -m vllm -o cache_dir=$(VLLM)/tests --timeout 900 $(ARGS)
 
 test-sglang: $(SGLANG)/.built $(VLLM)/.built $(VENV)/.model ## tests with real SGLang engines, but for those marked slow, too
-	$(SGLANG)/bin/python -m pytest tests/engines -m "sglang and not slow" --timeout 900 $(ARGS)
+	$(SGLANG)/bin/python -m pytest tests/engines -m "sglang and not slow" -o cache_dir=$(SGLANG)/tests --timeout 900 $(ARGS)
 
 lint: $(VENV)/.built ## ruff, ruff format, mypy --strict, import-linter
 	@# mypy and import-linter do not know where the package's folders come from: show them the
