@@ -93,9 +93,16 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 )
         if settings.store_dtype:
             pages = pages.stored_as(settings.store_dtype)
-        size = settings.block_tokens or block_tokens_for(pages.step)
+        size = settings.block_tokens or (
+            pages.step if pages.recurrent else block_tokens_for(pages.step)
+        )
         try:
             check_block_tokens(size, pages.step)
+            if pages.recurrent and size != pages.step:
+                raise SpecError(
+                    f"kvstore.vllm.block_tokens is {size}; vLLM keeps this model's states behind "
+                    f"each {pages.step} tokens: use {pages.step}, or leave it out"
+                )
             if settings.codec:
                 quantised(pages.parts[0], settings.codec, size)
                 pages = replace(pages, codec=settings.codec, block_tokens=size)

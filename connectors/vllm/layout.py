@@ -38,6 +38,13 @@ from kvstore.blocks.spec import (
 )
 from kvstore.codecs.quantized import quantised
 from kvstore.connectors.common.shards import shards_of
+from kvstore.connectors.vllm.states import (
+    LOOKS_BACK,
+    check_state,
+    is_state,
+    state_memory,
+    state_parts,
+)
 from kvstore.copier.base import PagedMemory, PlaneMemory
 from kvstore.errors import SpecError
 
@@ -85,6 +92,11 @@ class Pages:
     def windowed(self) -> list[Pages]:
         """The groups that do not."""
         return [one for one in (self, *self.others) if one.window]
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether there is a group that carries a state along."""
+        return any(one.parts[0].group.kind == "recurrent" for one in (self, *self.others))
 
     @property
     def step(self) -> int:
@@ -149,7 +161,16 @@ def pages_of(vllm_config: Any, kv_cache_config: Any) -> Pages:
         )
     made = [_group(vllm_config, kv_cache_config, number) for number in range(len(groups))]
     first, *others = sorted(made, key=lambda one: (one.window > 0, one.number))
-    return replace(first, others=tuple(others))
+    pages = replace(first, others=tuple(others))
+    if pages.recurrent and (
+        any(is_state(g.kv_cache_spec) != (p.window > 0) for g, p in zip(groups, made, strict=True))
+        or len({one.page_tokens for one in made}) > 1
+    ):
+        raise SpecError(
+            "recurrent states beside sliding windows, or in pages of another size than the "
+            "attention's, are not supported; leave out --kv-transfer-config"
+        )
+    return pages
 
 
 def _group(vllm_config: Any, kv_cache_config: Any, number: int) -> Pages:
@@ -159,6 +180,14 @@ def _group(vllm_config: Any, kv_cache_config: Any, number: int) -> Pages:
     )
     spec = group.kv_cache_spec
     window = int(spec.sliding_window) if type(spec) is SlidingWindowSpec else 0
+    if is_state(spec):
+        name = f"recurrent {','.join(map(_index, group.layer_names))}"
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        held = state_parts(spec, len(group.layer_names), name, ranks)
+        return Pages(
+            held, spec.block_size, ranks // len(held), held, group.layer_names,
+            number=number, window=LOOKS_BACK,
+        )  # fmt: skip
     mla = isinstance(spec, MLAAttentionSpec)
     ranks = vllm_config.parallel_config.tensor_parallel_size
     total = 1 if mla else vllm_config.model_config.get_total_num_kv_heads()
@@ -229,13 +258,16 @@ def _check_engine(vllm_config: Any) -> None:
 
 
 def _check_spec(spec: Any) -> None:
+    if is_state(spec):
+        check_state(spec)
+        return
     name = type(spec).__name__
     # Subclasses keep more or less than this, each in its own way: equal types only.
     if type(spec) not in (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec):
         raise SpecError(
-            f"KV cache of kind {name} is not supported; only full attention, sliding windows and "
-            "MLA; if windows are it, use --disable-hybrid-kv-cache-manager, else leave out "
-            "--kv-transfer-config"
+            f"KV cache of kind {name} is not supported; only full attention, sliding windows, MLA "
+            "and recurrent states; if windows are it, use --disable-hybrid-kv-cache-manager, else "
+            "leave out --kv-transfer-config"
         )
     wrong = {
         "non_causal": getattr(spec, "non_causal", False),
@@ -314,7 +346,7 @@ def _transposes(spec: Any) -> bool:
 
 
 def memory_of(
-    part: Part, page_tokens: int, layer_names: Sequence[str], caches: Mapping[str, torch.Tensor]
+    part: Part, page_tokens: int, layer_names: Sequence[str], caches: Mapping[str, Any]
 ) -> tuple[PagedMemory, int]:
     """The tensors that vLLM announced as memory for `part`, and into how many it cut a page.
 
@@ -324,6 +356,8 @@ def memory_of(
     Raises:
         SpecError: the tensors do not hold what `part` says.
     """
+    if part.group.kind == "recurrent":
+        return state_memory(part, layer_names, caches)
     missing = [name for name in layer_names if name not in caches]
     if missing:
         raise SpecError(f"vLLM announced no KV cache for layer {missing[0]}")

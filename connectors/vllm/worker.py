@@ -21,7 +21,6 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.logger import init_logger
 
@@ -38,6 +37,7 @@ from kvstore.connectors.vllm.blend_refusals import refusal
 from kvstore.connectors.vllm.blend_worker import BlendWorker
 from kvstore.connectors.vllm.layout import Pages, memory_of
 from kvstore.connectors.vllm.messages import Blend, Ready, Report, Step
+from kvstore.connectors.vllm.states import tensors_of
 from kvstore.connectors.vllm.tails import wipe
 from kvstore.copier.base import PagedMemory
 from kvstore.copier.gate import LayerGate
@@ -97,7 +97,7 @@ class WorkerSide:
         self._failures = 0
         """Layered loads that failed."""
         self._invalid: set[int] = set()
-        self._caches: Mapping[str, torch.Tensor] = {}
+        self._caches: Mapping[str, Any] = {}
         self._asleep = False
         """The engine has taken its cache away."""
         self._changed = threading.Condition()
@@ -113,8 +113,10 @@ class WorkerSide:
         self._held: set[str] = set()
         self._step: Step | None = None
 
-    def register(self, caches: Mapping[str, torch.Tensor]) -> None:
+    def register(self, caches: Mapping[str, Any]) -> None:
         """Take the engine's KV cache, and open the session.
+
+        It has one tensor for each layer's KV, and one or several for a layer's state.
 
         Raises:
             SpecError: its layout is not the one expected, or copies cannot reach it.
@@ -123,7 +125,7 @@ class WorkerSide:
         config, names = self._settings.config, self._pages.layer_names
         groups = (self._pages, *self._pages.others)
         self._depth = max(len(group.layer_names) for group in groups)
-        self._device = device = Device.of(caches.values(), config.session)
+        self._device = device = Device.of(tensors_of(caches), config.session)
         self._closing.callback(device.close)
         self._times = StepTimes(device)
         self._layers = {name: number for number, name in enumerate(names)}
@@ -148,13 +150,13 @@ class WorkerSide:
             self._blends.register(caches)
             self._closing.callback(self._blends.close)
 
-    def _spaces(self, caches: Mapping[str, torch.Tensor]) -> tuple[Space, Space | None]:
+    def _spaces(self, caches: Mapping[str, Any]) -> tuple[Space, Space | None]:
         """The engine's memory, of groups of layers that look back on all tokens, and of others."""
         self._caches = caches
         full, windows = self._pages.full, self._pages.windowed
         return self._space(full, caches), self._space(windows, caches) if windows else None
 
-    def _space(self, groups: Sequence[Pages], caches: Mapping[str, torch.Tensor]) -> Space:
+    def _space(self, groups: Sequence[Pages], caches: Mapping[str, Any]) -> Space:
         space = Space(None, memory := list[PagedMemory](), rows := list[int]())
         for row, group in enumerate(groups):
             part = group.of(self._rank)[0]
@@ -188,7 +190,7 @@ class WorkerSide:
         self._transfers.drop_saves(None)
         self._transfers.drop_loads(None)
 
-    def restore(self, caches: Mapping[str, torch.Tensor] | None = None) -> None:
+    def restore(self, caches: Mapping[str, Any] | None = None) -> None:
         """It is back, maybe at another place."""
         full, windows = self._spaces(caches or self._caches)
         self._transfers.full.memory = full.memory

@@ -1,0 +1,111 @@
+"""Groups of layers that carry a state along, instead of keeping KV of each token.
+
+vLLM keeps such a state behind whole pages of tokens, in the page that ends there, if it runs with
+`--mamba-cache-mode align`: page `i` has the state after exactly `(i + 1) × page` tokens. It is like
+a window in that the last page before a token is all that is needed, and has a packing of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+import vllm
+from vllm.v1.kv_cache_interface import MambaSpec
+
+from kvstore.blocks.spec import Group, Opaque, Part, Shard
+from kvstore.copier.base import PagedMemory, PlaneMemory
+from kvstore.errors import SpecError
+
+LOOKS_BACK: Final = 2
+"""Tokens of a window, the token itself among them, that needs only the page before it."""
+
+
+def is_state(spec: Any) -> bool:
+    """Whether a group of this kind carries a state along."""
+    return type(spec) is MambaSpec
+
+
+def check_state(spec: Any) -> None:
+    """Raises SpecError: its pages do not hold what this module says."""
+    if spec.mamba_cache_mode != "align":
+        raise SpecError(
+            f"vLLM keeps recurrent states in mode {spec.mamba_cache_mode!r}, this connector stores "
+            "them in mode 'align' only; use --enable-prefix-caching --mamba-cache-mode align, or "
+            "leave out --kv-transfer-config"
+        )
+    for field in ("num_speculative_blocks", "num_prefill_checkpoint_blocks"):
+        if value := getattr(spec, field, 0):
+            raise SpecError(
+                f"recurrent states with {field}={value} are not supported; leave out speculative "
+                "decoding, or --kv-transfer-config"
+            )
+
+
+def state_parts(spec: Any, layers: int, name: str, ranks: int) -> tuple[Part, ...]:
+    """What ranks together hold of a group."""
+    params = {
+        "vllm": vllm.__version__,
+        "type": spec.mamba_type.name,
+        "shapes": " ".join("x".join(map(str, shape)) for shape in spec.shapes),
+        "dtypes": " ".join(str(dtype).removeprefix("torch.") for dtype in spec.dtypes),
+        "order": os.environ.get("VLLM_SSM_CONV_STATE_LAYOUT", ""),
+    }
+    nbytes = _nbytes(spec)
+    layout = Opaque("vllm-state", spec.block_size, nbytes, tuple(params.items()))
+    group = Group(layers, 1, (1,), "uint8", name=name, kind="recurrent")
+    shards = 1 if spec.tp_replicated else ranks
+    return tuple(Part(group, layout, Shard(index, shards)) for index in range(shards))
+
+
+def state_memory(
+    part: Part, layer_names: Sequence[str], caches: Mapping[str, Any]
+) -> tuple[PagedMemory, int]:
+    """As `memory_of`, of states: a layer has a tensor, or several that share its pages.
+
+    Raises:
+        SpecError: they do not lie one behind the other in each page.
+    """
+    assert isinstance(part.layout, Opaque)
+    nbytes, planes, pages, owner = part.layout.page_bytes, list[PlaneMemory](), 0, list[Any]()
+    for name in layer_names:
+        if name not in caches:
+            raise SpecError(f"vLLM announced no state for layer {name}")
+        tensors = tensors_of({name: caches[name]})
+        first, at = tensors[0], 0
+        page = first.stride(0) * first.element_size()
+        for tensor in tensors:
+            inner = tensor[0].numel() * tensor.element_size()
+            if (
+                tensor.data_ptr() != first.data_ptr() + at
+                or tensor.stride(0) * tensor.element_size() != page
+                or not tensor[0].is_contiguous()
+            ):
+                raise SpecError(f"the states of layer {name} do not lie one behind the other")
+            at += inner
+        if at != nbytes or page < nbytes:
+            raise SpecError(
+                f"the states of layer {name} take {at} bytes in pages of {page}; {nbytes} were "
+                "expected"
+            )
+        planes.append(PlaneMemory(first.data_ptr(), page))
+        pages = len(first) if not pages else min(pages, len(first))
+        owner += tensors
+    device = owner[0].device.index if owner[0].is_cuda else None
+    return PagedMemory(part, part.layout.page_tokens, pages, tuple(planes), owner, device), 1
+
+
+def tensors_of(caches: Mapping[str, Any]) -> list[torch.Tensor]:
+    """All tensors of an engine's cache."""
+    listed = ([c] if isinstance(c, torch.Tensor) else c for c in caches.values())
+    return [tensor for tensors in listed for tensor in tensors]
+
+
+def _nbytes(spec: Any) -> int:
+    return sum(
+        math.prod(shape) * dtype.itemsize
+        for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)
+    )
