@@ -46,8 +46,8 @@ test: setup $(VENV)/.nixl ## tests; ARGS="-k name -n 0" picks some
 test-slow: setup ## those left out there: kills, stalls, crashes
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(ARGS)
 
-test-vllm: $(VLLM)/.built $(VENV)/.model ## tests with real vLLM engines
-	$(VLLM)/bin/python -m pytest tests/engines -m vllm -o cache_dir=$(VLLM)/tests --timeout 900 $(ARGS)
+test-vllm: $(VLLM)/.built $(VENV)/.model ## tests with real vLLM engines, but for those marked slow
+	$(VLLM)/bin/python -m pytest tests/engines -m "vllm and not slow" -o cache_dir=$(VLLM)/tests --timeout 900 $(ARGS)
 
 test-sglang: $(SGLANG)/.built $(VLLM)/.built $(VENV)/.model ## tests with real SGLang engines, but for those marked slow, too
 	$(SGLANG)/bin/python -m pytest tests/engines -m "sglang and not slow" -o cache_dir=$(SGLANG)/tests --timeout 900 $(ARGS)

@@ -153,7 +153,7 @@ def pages_of(vllm_config: Any, kv_cache_config: Any) -> Pages:
     if not groups:
         raise SpecError("the model has no KV cache; leave out --kv-transfer-config")
     for group in groups:
-        _check_spec(group.kv_cache_spec)
+        _check_spec(group.kv_cache_spec, vllm_config.cache_config)
     if vllm_config.parallel_config.pipeline_parallel_size > 1 and len(groups) > 1:
         raise SpecError(
             f"the model has {len(groups)} KV cache groups, which pipeline stages would divide; use "
@@ -257,9 +257,9 @@ def _check_engine(vllm_config: Any) -> None:
         )
 
 
-def _check_spec(spec: Any) -> None:
+def _check_spec(spec: Any, cache_config: Any) -> None:
     if is_state(spec):
-        check_state(spec)
+        check_state(spec, cache_config)
         return
     name = type(spec).__name__
     # Subclasses keep more or less than this, each in its own way: equal types only.

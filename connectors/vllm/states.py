@@ -29,7 +29,7 @@ def is_state(spec: Any) -> bool:
     return type(spec) is MambaSpec
 
 
-def check_state(spec: Any) -> None:
+def check_state(spec: Any, cache_config: Any) -> None:
     """Raises SpecError: its pages do not hold what this module says."""
     if spec.mamba_cache_mode != "align":
         raise SpecError(
@@ -37,12 +37,20 @@ def check_state(spec: Any) -> None:
             "them in mode 'align' only; use --enable-prefix-caching --mamba-cache-mode align, or "
             "leave out --kv-transfer-config"
         )
-    for field in ("num_speculative_blocks", "num_prefill_checkpoint_blocks"):
-        if value := getattr(spec, field, 0):
-            raise SpecError(
-                f"recurrent states with {field}={value} are not supported; leave out speculative "
-                "decoding, or --kv-transfer-config"
-            )
+    if spec.num_speculative_blocks:
+        raise SpecError(
+            "recurrent states under speculative decoding are not supported; leave out "
+            "--speculative-config, or --kv-transfer-config"
+        )
+    unit = getattr(cache_config, "prefix_match_unit", None)
+    if unit not in (None, spec.block_size):
+        raise SpecError(
+            f"--prefix-match-unit is {unit}; states are stored behind whole pages of "
+            f"{spec.block_size} tokens: use that, or leave it out"
+        )
+    for field in ("use_replayssm", "use_kda_recoverssm"):  # Pages then lack the last inputs.
+        if getattr(cache_config, field, False):
+            raise SpecError(f"recurrent states with {field} are not supported; leave it out")
 
 
 def state_parts(spec: Any, layers: int, name: str, ranks: int) -> tuple[Part, ...]:

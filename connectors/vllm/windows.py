@@ -2,7 +2,8 @@
 
 vLLM keeps the pages of such a group only as long as a token may still look back on them, and has a
 null page in the place of each that is gone. So what continues a prompt behind a block needs a
-group's last blocks before that, and no others; and pages may leave a request while it runs.
+group's last blocks before that, and no others; and pages may leave a request while it runs. The
+state of a recurrent layer is such a group, too: it looks back on the last page (`states`).
 """
 
 from __future__ import annotations
