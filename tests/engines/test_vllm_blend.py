@@ -67,7 +67,7 @@ def engine(
     connector = transfer(
         address=f"unix://{served.socket}",
         vllm__approximate=True,
-        session__lookup_timeout=2.0,
+        session__lookup_timeout=10.0,
         session__checksum=True,
     )
     connector["kv_load_failure_policy"] = "recompute"

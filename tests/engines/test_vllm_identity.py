@@ -648,13 +648,14 @@ def test_wishes_are_read_and_wrong_ones_left_out() -> None:
     )  # fmt: skip
     assert wishes == Wishes(skip_load=True, ttl=5, do_remote_prefill=True)
     assert len(wrong) == 2
-    wrong_ones = {"ttl": float("nan"), "pin": True, "tenant": "x" * 257, "skip_save": 1}
-    wrong_ones["remote_kv_source"] = "x" * 257
+    wrong_ones = {"ttl": float("nan"), "pin": True, "skip_save": 1, "remote_kv_source": "x" * 257}
     wishes, wrong = wishes_of(wrong_ones | {"priority": -3})
     assert wishes == Wishes(priority=-3)
     assert wrong.pop().startswith("remote_kv_source is ")
     assert wishes_of({"remote_kv_source": "node"})[0].remote_kv_source == "node"
-    assert [words.partition(" is ")[0] for words in wrong] == ["skip_save", "ttl", "pin", "tenant"]
+    assert [words.partition(" is ")[0] for words in wrong] == ["skip_save", "ttl", "pin"]
+    with pytest.raises(SpecError, match="tenant is 'xx"):  # Nobody knows whose its blocks are.
+        wishes_of({"tenant": "x" * 257})
     assert wishes_of(None) == (Wishes(), [])
 
 

@@ -37,7 +37,7 @@ def reuse(served: Served, tokens: list[int], page: int, block: int, **settings: 
         address=address(served),
         vllm__tenant=tenant,
         vllm__block_tokens=block,
-        session__lookup_timeout=2.0,
+        session__lookup_timeout=10.0,
     )
     usable = (len(tokens) - 1) // block * block
     with Engine(connector, block_size=page, **settings) as engine:
@@ -93,7 +93,7 @@ def test_two_ranks(served: Served, tmp_path: Path) -> None:
 def test_blocks_serve_engines_of_other_tensor_parallel_sizes(served: Served) -> None:
     """One rank's to three ranks, and back: SmolLM2 has three KV heads, each stored by itself."""
     connector = transfer(
-        address=address(served), session__head_shards=3, session__lookup_timeout=2.0
+        address=address(served), session__head_shards=3, session__lookup_timeout=10.0
     )
     one_wrote, three_wrote = document(460), document(460, start=1000)
     alone: Any = {"wishes": {"skip_load": True, "skip_save": True}}
