@@ -7,6 +7,7 @@ comes after a block is of no use without it.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator
 from typing import Any, Final, Generic, Protocol
 
@@ -18,6 +19,9 @@ from kvstore.slices import tables
 
 _INNER: Final = CLASSES
 _COLD: Final = CLASSES + 1
+_LATE: Final = CLASSES + 2
+"""Marks from here on are those of leaves that wait for their turn in a heap: of the ring so many
+before."""
 _LASTS: Final = 0.25
 """Seconds for which blocks are worth the same: the least age that is told from another."""
 
@@ -57,6 +61,10 @@ class Block(Protocol):
 class Forecast(Generic[N]):
     """See the module. Has the methods of `Lru`; a node's mark is the ring that it is in.
 
+    A ring has the nodes of a class by age. A block that becomes a leaf since what was behind it has
+    gone may be younger than many of these, so it waits in the class's heap instead: put before
+    them, it would keep them all from being looked at.
+
     Args:
         habits: what is known of blocks, also to other policies.
     """
@@ -64,6 +72,9 @@ class Forecast(Generic[N]):
     def __init__(self, habits: Habits) -> None:
         self._habits = habits
         self._rings: list[Ring[N]] = [Ring() for _ in range(CLASSES + 2)]
+        self._late: list[list[tuple[float, int, N]]] = [[] for _ in range(CLASSES)]
+        """When they were asked for, which entry is theirs (in `before`), and the nodes."""
+        self._entries = 0
         self._held: list[dict[int, _Held]] = tables()
         self._behind: list[dict[int, int]] = tables()  # how many are, by the name before
         self._changed: set[int] = set()
@@ -99,15 +110,13 @@ class Forecast(Generic[N]):
         self._move(node, _INNER if inner else _class(self._known(node)))
 
     def renew(self, node: N) -> None:
-        self._changed.add(node.mark)
-        self._rings[node.mark].renew(node)
+        self._move(node, node.mark - _LATE if node.mark >= _LATE else node.mark)
 
     def cool(self, node: N) -> None:
         self._move(node, _COLD)
 
     def remove(self, node: N, *, evicted: bool = False) -> None:
-        self._changed.add(node.mark)
-        self._rings[node.mark].remove(node)
+        self._take_out(node)
         self._count -= 1
         block = _block(node)
         name = block.kin(block.key)
@@ -121,7 +130,21 @@ class Forecast(Generic[N]):
         del behind[above]
         held = self._held[above & 255].get(above)
         if held is not None and held.node.mark == _INNER:
-            self._move(held.node, _class(self._known(held.node)), first=True)
+            self._expose(held.node)
+
+    def _expose(self, node: N) -> None:
+        """It is a leaf now."""
+        known = self._known(node)
+        ring = _class(known)
+        nodes = self._rings[ring]
+        if known is None or not nodes or known.group.at <= self._asked(nodes.oldest):
+            self._move(node, ring, first=True)
+            return
+        self._take_out(node)
+        self._changed.add(ring)
+        self._entries += 1
+        node.mark, node.before = _LATE + ring, self._entries
+        heapq.heappush(self._late[ring], (known.group.at, self._entries, node))
 
     def candidates(self, newcomer: Block | None = None) -> Iterator[N]:
         """As `Lru.candidates`; those of the newcomer's own request come last."""
@@ -132,7 +155,9 @@ class Forecast(Generic[N]):
         order = self._order
         if order.asked != asked or not 0 <= now - order.now < _LASTS:
             order = self._order = _Order(asked, now)
-            self._changed.update(ring for ring in range(CLASSES) if self._rings[ring])
+            self._changed.update(
+                ring for ring in range(CLASSES) if self._rings[ring] or self._late[ring]
+            )
         while True:
             while self._changed:
                 self._see(self._changed.pop(), order)
@@ -152,10 +177,8 @@ class Forecast(Generic[N]):
 
     def _see(self, ring: int, order: _Order) -> None:
         """Its oldest node is up, but for those that have moved on, or are the newcomer's."""
-        nodes = self._rings[ring]
         order.up.pop(ring, None)
-        while ring < CLASSES and len(nodes) > order.passed.get(ring, 0):
-            node = nodes.oldest
+        while ring < CLASSES and (node := self._oldest(ring, order)) is not None:
             known = self._known(node)
             if known is not None and known.group.cls != ring:
                 self._move(node, known.group.cls)
@@ -167,10 +190,25 @@ class Forecast(Generic[N]):
                 heapq.heappush(order.heads, (worth, ring))
                 return
 
+    def _oldest(self, ring: int, order: _Order) -> N | None:
+        """Of a class's nodes, without those that were passed over."""
+        nodes, late = self._rings[ring], self._late[ring]
+        first = nodes.oldest if len(nodes) > order.passed.get(ring, 0) else None
+        while late and not _waits(late[0], ring):
+            heapq.heappop(late)
+        if late and (first is None or late[0][0] < self._asked(first)):
+            return late[0][2]
+        return first
+
+    def _asked(self, node: N) -> float:
+        """When its block was asked for last, as far as that is known."""
+        known = self._known(node)
+        return -math.inf if known is None else float(known.group.at)
+
     def _pass(self, node: N, order: _Order) -> None:
-        """A ring's oldest node is its newest from now on."""
+        """A class's oldest node is its newest from now on."""
+        self.renew(node)
         order.passed[node.mark] = order.passed.get(node.mark, 0) + 1
-        self._rings[node.mark].renew(node)
 
     def refuses(self, newcomer: Block, victim: N) -> bool:
         """Whether what is to come is worth less than the least that would have to go."""
@@ -187,17 +225,35 @@ class Forecast(Generic[N]):
 
     def _through(self, ring: int) -> Iterator[N]:
         nodes = self._rings[ring]
+        for entry in self._late[ring] if ring < CLASSES else ():
+            if _waits(entry, ring):
+                self._move(entry[2], ring)
         for _ in range(len(nodes)):
             node = nodes.oldest
             yield node
             nodes.renew(node)
 
+    def _take_out(self, node: N) -> None:
+        """Out of its ring, or its heap, whose entry is no more."""
+        if node.mark >= _LATE:
+            node.before, ring = None, node.mark - _LATE
+        else:
+            self._rings[node.mark].remove(node)
+            ring = node.mark
+        self._changed.add(ring)
+
     def _move(self, node: N, ring: int, *, first: bool = False) -> None:
-        self._rings[node.mark].remove(node)
-        self._changed |= {node.mark, ring}
+        self._take_out(node)
+        self._changed.add(ring)
         node.mark = ring
         nodes = self._rings[ring]
         nodes.add(node, nodes.oldest if first and nodes else None)
+
+
+def _waits(entry: tuple[float, int, Any], ring: int) -> bool:
+    """Whether an entry of this ring's heap is still that of its node."""
+    _, number, node = entry
+    return bool(node.mark == _LATE + ring and node.before == number)
 
 
 def _block(node: Any) -> Block:

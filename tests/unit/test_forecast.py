@@ -161,6 +161,37 @@ def test_only_blocks_with_none_behind_them_go() -> None:
     assert set(policy.candidates()) == set(here.values()), "all of them, each at some time"
 
 
+def test_a_young_block_with_none_behind_it_any_more_hides_no_older_one() -> None:
+    now = 0.0
+    policy: Forecast[Owned] = Forecast(habits := Habits(lambda: now, None, at_once))
+    here: dict[bytes, Owned] = {}
+
+    def ask(*names: bytes) -> None:
+        habits.asked(names)
+        for name in names:
+            if name in here:
+                policy.touch(here[name])
+            else:
+                policy.add(here.setdefault(name, Owned(Block(name))))
+
+    old = [b"old%d" % n for n in range(5)]
+    for _ in range(2):
+        for name in old:
+            ask(name)
+            now += 1
+    ask(b"system")
+    now += 100
+    ask(b"system", b"question")  # In the class of the old ones, but younger.
+    assert len({habits.find(name).group.cls for name in (*old, b"system")}) == 1
+    policy.remove(here.pop(b"question"), evicted=True)
+    order = []
+    while here:
+        victim = next(policy.candidates()).owner.key
+        policy.remove(here.pop(victim), evicted=True)
+        order.append(victim)
+    assert order == [*old, b"system"]
+
+
 def test_what_was_learned_survives(tmp_path: Path) -> None:
     path, now = tmp_path / "habits.kv", 0.0
     learned = Habits(lambda: now, path, at_once)
