@@ -255,6 +255,8 @@ def test_a_daemon_writes_what_is_asked_for_and_tells_who_records(
     with served.session(tenant="a") as session:
         keys = session.keys(prompt(1, 6))
         session.lookup(keys[:2])
+        # Tests that a shell runs in the background have it ignored, and so had their children.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         eventually(file.exists)  # What comes now is told.
         session.lookup(keys)
