@@ -162,10 +162,8 @@ def pages_of(vllm_config: Any, kv_cache_config: Any) -> Pages:
     made = [_group(vllm_config, kv_cache_config, number) for number in range(len(groups))]
     first, *others = sorted(made, key=lambda one: (one.window > 0, one.number))
     pages = replace(first, others=tuple(others))
-    if pages.recurrent and (
-        any(is_state(g.kv_cache_spec) != (p.window > 0) for g, p in zip(groups, made, strict=True))
-        or len({one.page_tokens for one in made}) > 1
-    ):
+    sliding = any(one.parts[0].group.kind == "sliding" for one in made)
+    if pages.recurrent and (sliding or len({one.page_tokens for one in made}) > 1):
         raise SpecError(
             "recurrent states beside sliding windows, or in pages of another size than the "
             "attention's, are not supported; leave out --kv-transfer-config"
@@ -179,17 +177,16 @@ def _group(vllm_config: Any, kv_cache_config: Any, number: int) -> Pages:
         len(kv_cache_config.kv_cache_groups) == 1,
     )
     spec = group.kv_cache_spec
-    window = int(spec.sliding_window) if type(spec) is SlidingWindowSpec else 0
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    layers = ",".join(map(_index, group.layer_names))
     if is_state(spec):
-        name = f"recurrent {','.join(map(_index, group.layer_names))}"
-        ranks = vllm_config.parallel_config.tensor_parallel_size
-        held = state_parts(spec, len(group.layer_names), name, ranks)
+        held = state_parts(spec, len(group.layer_names), f"recurrent {layers}", ranks)
         return Pages(
             held, spec.block_size, ranks // len(held), held, group.layer_names,
             number=number, window=LOOKS_BACK,
         )  # fmt: skip
+    window = int(spec.sliding_window) if type(spec) is SlidingWindowSpec else 0
     mla = isinstance(spec, MLAAttentionSpec)
-    ranks = vllm_config.parallel_config.tensor_parallel_size
     total = 1 if mla else vllm_config.model_config.get_total_num_kv_heads()
     shards = min(ranks, total)
     if ranks % shards or total % shards:
@@ -201,7 +198,7 @@ def _group(vllm_config: Any, kv_cache_config: Any, number: int) -> Pages:
     # A private packing has nothing to describe: one run of bytes per page and layer.
     kind: Kind = "sliding" if window else "mla" if mla else "full"
     # Releases of vLLM may divide layers in other ways.
-    name = "full" if alone and not window else f"{kind} {','.join(map(_index, group.layer_names))}"
+    name = "full" if alone and not window else f"{kind} {layers}"
     layout = _layout(vllm_config, kv_cache_config, spec)
     parts = []
     for start, end in _stages(vllm_config, len(group.layer_names)):

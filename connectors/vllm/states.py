@@ -78,7 +78,7 @@ def state_memory(
         SpecError: they do not lie one behind the other in each page.
     """
     assert isinstance(part.layout, Opaque)
-    nbytes, planes, pages, owner = part.layout.page_bytes, list[PlaneMemory](), 0, list[Any]()
+    nbytes, planes, owner = part.layout.page_bytes, list[PlaneMemory](), list[torch.Tensor]()
     for name in layer_names:
         if name not in caches:
             raise SpecError(f"vLLM announced no state for layer {name}")
@@ -100,9 +100,9 @@ def state_memory(
                 "expected"
             )
         planes.append(PlaneMemory(first.data_ptr(), page))
-        pages = len(first) if not pages else min(pages, len(first))
         owner += tensors
     device = owner[0].device.index if owner[0].is_cuda else None
+    pages = min(map(len, owner))
     return PagedMemory(part, part.layout.page_tokens, pages, tuple(planes), owner, device), 1
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final, Generic, Protocol
 
 import msgspec
 
-from kvstore.memory.eviction import N, Ring
+from kvstore.memory.eviction import N, Node, Ring
 from kvstore.memory.habits import CLASSES, Habits, Known
 from kvstore.slices import tables
 
@@ -110,7 +110,7 @@ class Forecast(Generic[N]):
         self._move(node, _INNER if inner else _class(self._known(node)))
 
     def renew(self, node: N) -> None:
-        self._move(node, node.mark - _LATE if node.mark >= _LATE else node.mark)
+        self._move(node, _ring(node))
 
     def cool(self, node: N) -> None:
         self._move(node, _COLD)
@@ -235,12 +235,12 @@ class Forecast(Generic[N]):
 
     def _take_out(self, node: N) -> None:
         """Out of its ring, or its heap, whose entry is no more."""
-        if node.mark >= _LATE:
-            node.before, ring = None, node.mark - _LATE
-        else:
-            self._rings[node.mark].remove(node)
-            ring = node.mark
+        ring = _ring(node)
         self._changed.add(ring)
+        if node.mark >= _LATE:
+            node.before = None
+        else:
+            self._rings[ring].remove(node)
 
     def _move(self, node: N, ring: int, *, first: bool = False) -> None:
         self._take_out(node)
@@ -248,6 +248,11 @@ class Forecast(Generic[N]):
         node.mark = ring
         nodes = self._rings[ring]
         nodes.add(node, nodes.oldest if first and nodes else None)
+
+
+def _ring(node: Node) -> int:
+    """Of which ring it is, even if it waits in that one's heap."""
+    return node.mark - _LATE if node.mark >= _LATE else node.mark
 
 
 def _waits(entry: tuple[float, int, Any], ring: int) -> bool:

@@ -22,7 +22,7 @@ def test_adapters_share_no_blocks_but_their_own(stores: Stores, tmp_path: Path) 
     first, second = adapter(tmp_path / "first", 1), adapter(tmp_path / "second", 2)
     third = adapter(tmp_path / "third", 3)
     served = stores.serve("256MiB")
-    connector = transfer(address=f"unix://{served.socket}", session__lookup_timeout=10.0)
+    connector = transfer(address=f"unix://{served.socket}")
     settings = {
         "block_size": 32,
         "max_model_len": 512,

@@ -45,7 +45,6 @@ def engine(address: str, role: str, **settings: Any) -> Engine:
     connector = transfer(
         address=address,
         vllm__block_tokens=BLOCK,
-        session__lookup_timeout=10.0,
         planner__mode="load",
         **settings,
     )

@@ -57,7 +57,7 @@ def test_windows_give_the_answers_of_plain_vllm(stores: Stores, tmp_path: Path, 
         ends = [engine.generate(prompt[:300], max_tokens=8)["tokens"][0] for prompt in prompts[:2]]
     assert len(set(plain[0])) > 10  # An answer that could differ.
     served = stores.serve("64MiB")
-    connector = transfer(address=f"unix://{served.socket}", session__lookup_timeout=10.0)
+    connector = transfer(address=f"unix://{served.socket}")
     with Engine(connector, **settings) as engine:
         cold = engine.generate(*prompts, max_tokens=48)
         assert cold["tokens"] == plain

@@ -27,7 +27,6 @@ def engine(served: Served) -> Iterator[Engine]:
     connector = transfer(
         address=f"unix://{served.socket}",
         vllm__layerwise=True,
-        session__lookup_timeout=10.0,
         session__checksum=True,
     )
     connector["kv_load_failure_policy"] = "recompute"

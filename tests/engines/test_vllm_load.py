@@ -43,7 +43,7 @@ def test_answers_under_pressure_are_those_of_plain_vllm(stores: Stores) -> None:
         expected = engine.generate(*asked, max_tokens=TOKENS)["tokens"]
     # Memory for fewer blocks than are saved: some have been evicted when they are looked for.
     served = stores.serve("192MiB")
-    connector = transfer(address=f"unix://{served.socket}", session__lookup_timeout=10.0)
+    connector = transfer(address=f"unix://{served.socket}")
     # About six sequences have room: as they grow, some lose theirs and begin anew.
     with Engine(connector, num_gpu_blocks_override=110, **SETTINGS) as engine:
         first = engine.generate(*asked, max_tokens=TOKENS)

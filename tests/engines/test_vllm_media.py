@@ -70,7 +70,7 @@ def listening_model(folder: Path) -> int:
 def test_a_prompt_hits_with_the_same_sound_only(stores: Stores, tmp_path: Path) -> None:
     token = listening_model(tmp_path / "model")
     served = stores.serve("64MiB")
-    connector = transfer(address=f"unix://{served.socket}", session__lookup_timeout=10.0)
+    connector = transfer(address=f"unix://{served.socket}")
     settings = {"model": str(tmp_path / "model"), "block_size": 32, "max_model_len": 1024}
     before, after = document(BEFORE), document(AFTER, start=BEFORE)
     prompt = [*before, token, *after]

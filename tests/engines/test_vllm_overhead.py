@@ -33,7 +33,7 @@ def served(stores: Stores) -> Served:
 
 @pytest.fixture(scope="module")
 def engine(served: Served) -> Iterator[Engine]:
-    connector = transfer(address=f"unix://{served.socket}", session__lookup_timeout=10.0)
+    connector = transfer(address=f"unix://{served.socket}")
     with Engine(connector, **SETTINGS) as one:
         yield one
 

@@ -28,7 +28,6 @@ def engine(served: Served) -> Iterator[Engine]:
     """With vLLM's MultiConnector around ours, and KV events."""
     own = transfer(
         address=f"unix://{served.socket}",
-        session__lookup_timeout=10.0,
         session__publish_tokens=True,
     )
     both = {

@@ -37,7 +37,6 @@ def reuse(served: Served, tokens: list[int], page: int, block: int, **settings: 
         address=address(served),
         vllm__tenant=tenant,
         vllm__block_tokens=block,
-        session__lookup_timeout=10.0,
     )
     usable = (len(tokens) - 1) // block * block
     with Engine(connector, block_size=page, **settings) as engine:
@@ -92,9 +91,7 @@ def test_two_ranks(served: Served, tmp_path: Path) -> None:
 
 def test_blocks_serve_engines_of_other_tensor_parallel_sizes(served: Served) -> None:
     """One rank's to three ranks, and back: SmolLM2 has three KV heads, each stored by itself."""
-    connector = transfer(
-        address=address(served), session__head_shards=3, session__lookup_timeout=10.0
-    )
+    connector = transfer(address=address(served), session__head_shards=3)
     one_wrote, three_wrote = document(460), document(460, start=1000)
     alone: Any = {"wishes": {"skip_load": True, "skip_save": True}}
     with Engine(connector, block_size=64) as one:
@@ -120,7 +117,7 @@ def test_engines_of_two_nodes_share_a_folder(stores: Stores, tmp_path: Path) -> 
     nodes = [stores.serve("256MiB", tiers=[shared | {"probe_seconds": 5}]) for _ in range(2)]
 
     def connector(node: Served) -> dict[str, Any]:
-        return transfer(address=address(node), vllm__block_tokens=64, session__lookup_timeout=5.0)
+        return transfer(address=address(node), vllm__block_tokens=64)
 
     pieces = {"mode": "inprocess", "block_size": 64, "max_num_batched_tokens": 320}
     with Engine(connector(nodes[0]), **pieces) as engine:

@@ -48,9 +48,9 @@ def served(stores: Stores) -> Served:
 
 @pytest.fixture(scope="module")
 def servers(served: Served) -> Iterator[tuple[Server, Server]]:
-    connector = transfer(address=f"unix://{served.socket}", session__lookup_timeout=10.0)
+    connector = transfer(address=f"unix://{served.socket}")
     connector["kv_connector_extra_config"]["kvstore.vllm.approximate"] = "uncalibrated"
-    plain = transfer(address=f"unix://{served.socket}", session__lookup_timeout=10.0)
+    plain = transfer(address=f"unix://{served.socket}")
     one, other = Server(connector), Server(plain)
     try:
         one.wait()

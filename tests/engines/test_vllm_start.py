@@ -51,9 +51,7 @@ def test_another_contract_is_refused_by_name(
 def test_an_engine_without_its_store_serves_and_finds_it_later(stores: Stores) -> None:
     served = stores.serve("64MiB")
     served.kill()
-    connector = transfer(
-        address=f"unix://{served.socket}", session__lookup_timeout=10.0, session__retry_max=0.3
-    )
+    connector = transfer(address=f"unix://{served.socket}", session__retry_max=0.3)
     prompt = document(200)
     with Engine(connector, block_size=32, max_model_len=512) as engine:
         cold = engine.generate(prompt)
@@ -72,9 +70,7 @@ def test_an_engine_without_its_store_serves_and_finds_it_later(stores: Stores) -
 
 
 def test_a_private_store_is_shared_by_all_of_an_engine(tmp_path: Path) -> None:
-    connector = transfer(
-        run_dir=str(tmp_path / "run"), memory__size="64MiB", session__lookup_timeout=10.0
-    )
+    connector = transfer(run_dir=str(tmp_path / "run"), memory__size="64MiB")
     prompt = document(200)
     with Engine(connector, mode="multiprocess", block_size=32, max_model_len=512) as engine:
         cold = engine.generate(prompt)

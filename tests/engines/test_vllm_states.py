@@ -124,7 +124,7 @@ def test_states_give_the_answers_of_plain_vllm(
         other = engine.generate(fork, max_tokens=8)["tokens"][0]
     assert len(set(plain[0])) > 10  # An answer that could differ.
     served = stores.serve("64MiB")
-    connector = transfer(address=f"unix://{served.socket}", session__lookup_timeout=10.0)
+    connector = transfer(address=f"unix://{served.socket}")
     with Engine(connector, **engine_settings) as engine:
 
         def answers() -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ def served(stores: Stores) -> Served:
 
 @pytest.fixture(scope="module")
 def connector(served: Served) -> dict[str, Any]:
-    return transfer(address=f"unix://{served.socket}", session__lookup_timeout=10.0)
+    return transfer(address=f"unix://{served.socket}")
 
 
 @pytest.fixture(scope="module")

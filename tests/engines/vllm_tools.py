@@ -25,6 +25,8 @@ ENVIRONMENT: Final = {
 
 def transfer(**extra: Any) -> dict[str, Any]:
     """The flag that turns the connector on; `extra` with two underscores for a dot."""
+    # Deadlines are long, since tests share their cores.
+    extra = {"session__lookup_timeout": 10.0} | extra
     settings = {f"kvstore.{name.replace('__', '.')}": value for name, value in extra.items()}
     return {
         "kv_connector": "KVStoreConnector",
