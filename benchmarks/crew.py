@@ -10,7 +10,8 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from typing import Any, Final, Self
 
 from kvstore.benchmarks.figures import BenchmarkError, Report, Run, Samples
@@ -40,10 +41,12 @@ class Taken:
     each: Samples
 
 
-def start(serve: Callable[..., None], *given: Any) -> tuple[SpawnProcess, Connection]:
+def start(
+    serve: Callable[..., None], *given: Any, processes: BaseContext = SPAWN
+) -> tuple[BaseProcess, Connection]:
     """A fresh process that calls `serve` with its end of a pipe and what is given; our end."""
-    ours, theirs = SPAWN.Pipe()
-    process = SPAWN.Process(target=serve, args=(theirs, *given))
+    ours, theirs = processes.Pipe()
+    process: BaseProcess = processes.Process(target=serve, args=(theirs, *given))  # type: ignore[attr-defined]
     process.start()
     theirs.close()
     return process, ours
@@ -111,7 +114,7 @@ def _taken(rounds: list[list[Done]]) -> Taken:
     return Taken(Samples(tuple(spans)), Samples(tuple(each)))
 
 
-def _answer(process: SpawnProcess, orders: Connection) -> Any:
+def _answer(process: BaseProcess, orders: Connection) -> Any:
     try:
         answer = orders.recv()
     except (EOFError, ConnectionResetError):

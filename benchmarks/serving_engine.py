@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Final, Self
 
-from kvstore.benchmarks.crew import start
+from kvstore.benchmarks.crew import SPAWN, start
 from kvstore.benchmarks.figures import BenchmarkError
 
 PLAIN: Final = "plain"
@@ -94,12 +95,15 @@ class EngineProcess:
         make: Maker,
         settings: dict[str, Any],
         environment: dict[str, str],
+        processes: BaseContext = SPAWN,
     ) -> None:
-        """`make` is called in the other process."""
+        """`make` is called in the other process, which is one of `processes`."""
         self._name = name
         # A file, not a pipe: worker processes keep it open, and nobody reads it as it fills.
         self._log = tempfile.NamedTemporaryFile("w+", prefix="engine-", suffix=".log")  # noqa: SIM115
-        self._process, self._orders = start(serve, make, settings, environment, self._log.name)
+        self._process, self._orders = start(
+            serve, make, settings, environment, self._log.name, processes=processes
+        )
         try:
             self.said = self.answer(_START_SECONDS)
         except BaseException:

@@ -11,7 +11,7 @@ import ctypes
 import random
 from collections.abc import Iterable
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Final
 
 import numpy as np
@@ -114,7 +114,7 @@ class Clients:
         self.killed = 0
         self._running = [self._start() for _ in range(count)]
 
-    def _start(self) -> tuple[SpawnProcess, Connection]:
+    def _start(self) -> tuple[BaseProcess, Connection]:
         self._did.append(SPAWN.RawValue(Did))
         return start(_serve, self._config, self._rng.randrange(1 << 30), self._did[-1])
 

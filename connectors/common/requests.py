@@ -72,6 +72,8 @@ class Asked:
     tokens: Sequence[int] | NDArray[np.uint32]
     extras: Mapping[str, Any] = field(default_factory=dict)
     """What its keys cover beside tokens, as `prompt_extras` takes it."""
+    name: str = ""
+    """What its engine calls it."""
     keys: list[bytes] = field(default_factory=list)
     found: Found | None = None
     patience: float = 0.0
@@ -98,15 +100,16 @@ class Asked:
 class Lookups:
     """Asks the store, and has it bring blocks up into memory. Used by one thread.
 
-    `others` tells how many prompt tokens the engine has to compute of others than a request: now,
-    and when what they load has come. `overlaps`: its loads from memory go on while it computes.
+    `others` tells how many prompt tokens the engine has to compute of others than a request of that
+    name: now, and when what they load has come. `overlaps`: its loads from memory go on while it
+    computes.
     """
 
     def __init__(
         self,
         sessions: Sessions,
         stats: Stats,
-        others: Callable[[Asked], tuple[int, int]] = lambda _: (0, 0),
+        others: Callable[[str], tuple[int, int]] = lambda _: (0, 0),
         *,
         overlaps: bool = False,
     ) -> None:
@@ -144,7 +147,7 @@ class Lookups:
                 self._stats.skipped(session)
             return Found(start, first, (), now)
         keys = asked.extend_keys()[first:usable]
-        queued, coming = self._others(asked)
+        queued, coming = self._others(asked.name)
         plan = session.plan(
             keys,
             again=asked.answered,

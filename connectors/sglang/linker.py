@@ -159,7 +159,7 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
         # Blocks from another machine may be lost on their way, when it is too late to compute them.
         address = config.address or "unix:"
         self._layerwise = settings.layerwise and address.startswith(("unix:", "/"))
-        others, overlaps = self._prompts.others, self._layerwise
+        others, overlaps = self._prompts.uncomputed.beside, self._layerwise
         self._lookups = Lookups(self._sessions, self.stats, others, overlaps=overlaps)
         layers = pool.part.group.layers
         self.layer_done_counter = LayerCounter(layers, device, memory, config.session.load_timeout)

@@ -29,6 +29,7 @@ from kvstore.connectors.common.media import feed
 from kvstore.connectors.common.requests import Asked
 from kvstore.connectors.common.settings import Settings, Wishes, is_tenant, wishes_of
 from kvstore.connectors.common.stats import Stats
+from kvstore.connectors.common.uncomputed import Uncomputed
 from kvstore.errors import SpecError
 from kvstore.telemetry import QuietLog
 
@@ -123,6 +124,16 @@ def plain(
     return np.where(wide, 0, ids).astype(np.uint32), media
 
 
+def _left(known: tuple[ref[Any], Prompt | None]) -> tuple[int, bool] | None:
+    of, prompt = known
+    req = of()
+    if prompt is None or req is None or req.output_ids:
+        return None
+    found, size = prompt.found, prompt.namespace.block_tokens
+    stored = 0 if found is None else found.start + len(found.tiers) * size
+    return max(0, len(prompt.ids) - stored), prompt.waits
+
+
 def _content(item: Any) -> str:
     """What the model is given of an image or the like.
 
@@ -154,23 +165,12 @@ class Prompts:
         self._meant: OrderedDict[int, str] = OrderedDict()
         """What stands for numbers beyond tokens in SGLang's tree; empty: more than one thing."""
         self._quiet = QuietLog(_log)
+        self.uncomputed = Uncomputed(_left)
 
     def known(self, rid: str) -> Prompt | None:
         """A request that has come up; None: it has not, or it goes without the store."""
         found = self._known.get(rid)
         return None if found is None else found[1]
-
-    def others(self, asked: Asked) -> tuple[int, int]:
-        """Prompt tokens to be computed of others: now, and of those that wait for loads."""
-        tokens = [0, 0]
-        for of, prompt in list(self._known.values()):
-            req = of()
-            if prompt is None or prompt is asked or req is None or req.output_ids:
-                continue
-            size, found = prompt.namespace.block_tokens, prompt.found
-            stored = 0 if found is None else found.start + len(found.tiers) * size
-            tokens[prompt.waits] += max(0, len(prompt.ids) - stored)
-        return tokens[0], tokens[1]
 
     def of(self, req: Any, weights: str) -> Prompt | None:
         """A request; None: it goes without the store.
@@ -187,8 +187,9 @@ class Prompts:
                 self._stats.skipped("unkeyed")
             known = ref(req, partial(self._gone, req.rid)), found
             self._known[req.rid] = known
+            self.uncomputed.add(req.rid, known)
             if len(self._known) > _MOST:
-                self._known.popitem(last=False)
+                self.uncomputed.remove(self._known.popitem(last=False)[0])
         return known[1]
 
     def _take(self, req: Any, weights: str) -> Prompt:
@@ -221,7 +222,7 @@ class Prompts:
             self._quiet.warning("wish", "custom_params: kvstore: %s; left out", words)
         namespace = Namespace(self._namespace.model, tenant, self._namespace.block_tokens)
         media = self._media(req.multimodal_inputs)
-        return Prompt(namespace, wishes, np.empty(0, np.uint32), named, items=media)
+        return Prompt(namespace, wishes, np.empty(0, np.uint32), named, req.rid, items=media)
 
     def _media(self, inputs: Any) -> tuple[Media, ...]:
         """Images and the like of a request, and where they stand.
@@ -252,11 +253,12 @@ class Prompts:
         """SGLang has let go of a request, which may have ended without a word."""
         known = self._known.get(rid)
         if known is not None and known[0] is req:
-            del self._known[rid]
+            self.forget(rid)
 
     def forget(self, rid: str) -> None:
         """A request has ended."""
         self._known.pop(rid, None)
+        self.uncomputed.remove(rid)
 
     def clear(self, *, emptied: bool = False) -> None:
         """Forget all requests; SGLang's tree may have been `emptied`."""

@@ -23,11 +23,12 @@ from vllm.v1.request import RequestStatus
 from kvstore.blocks.spec import Described, Namespace
 from kvstore.client.prefill import looked_back
 from kvstore.connectors.common.pins import Pins
-from kvstore.connectors.common.requests import Asked, Found, Lookups
+from kvstore.connectors.common.requests import Found, Lookups
 from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.settings import Settings, is_tenant, wishes_of
 from kvstore.connectors.common.stats import Stats
 from kvstore.connectors.common.transfers import NO_PAGES, Job
+from kvstore.connectors.common.uncomputed import Uncomputed
 from kvstore.connectors.vllm.blend_scheduler import BlendScheduler
 from kvstore.connectors.vllm.disaggregated import HandOffs
 from kvstore.connectors.vllm.inputs import Inputs, Unkeyed
@@ -92,7 +93,10 @@ class SchedulerSide:
         alone = self._windows is None and len(self._full) == 1
         self._overlaps = settings.layerwise and alone
         """Whether steps may take layers as they arrive."""
-        self._lookups = Lookups(self._sessions, self.stats, self._others, overlaps=self._overlaps)
+        self._uncomputed = Uncomputed(self._uncomputed_of)
+        self._lookups = Lookups(
+            self._sessions, self.stats, self._uncomputed.beside, overlaps=self._overlaps
+        )
         self._pins = Pins(self._sessions)
         self._blends = BlendScheduler(settings, namespace, pages, config, self.stats)
         self._handoffs = HandOffs(
@@ -105,8 +109,6 @@ class SchedulerSide:
             decoders=settings.decoders,
             tenant=settings.tenant,
         )
-        self._uncomputed: dict[str, Any] = {}
-        """Requests whose prompts are not computed, as far as is known."""
         self._tracked: dict[str, Tracked] = {}
         self._ended: dict[str, Any] = {}
         """Finished requests of which jobs or pages are left."""
@@ -166,7 +168,7 @@ class SchedulerSide:
         """Take note of what a new request's names mean, whether or not it is keyed."""
         if not (self._may_load or self._may_save):
             return
-        self._uncomputed[request.request_id] = request
+        self._uncomputed.add(request.request_id, request)
         try:
             self._inputs.of(request)
         except Unkeyed as e:
@@ -242,20 +244,9 @@ class SchedulerSide:
         whole = not (found.below or found.tail)
         return self._overlaps and whole and tracked.blending is None
 
-    def _others(self, asked: Asked) -> tuple[int, int]:
-        """Prompt tokens to be computed of others: now, and of those that wait for loads."""
-        queued, coming, computed = 0, 0, list[str]()
-        for name, request in self._uncomputed.items():
-            left, tracked = _left(request), self._tracked.get(name)
-            if left <= 0:
-                computed.append(name)
-            elif tracked is not None and tracked.loads:
-                coming += left if tracked is not asked else 0
-            elif tracked is not asked:
-                queued += left
-        for name in computed:
-            del self._uncomputed[name]
-        return queued, coming
+    def _uncomputed_of(self, request: Any) -> tuple[int, bool] | None:
+        left, tracked = _left(request), self._tracked.get(request.request_id)
+        return None if left <= 0 else (left, tracked is not None and tracked.loads)
 
     def _track(self, request: Any) -> Tracked | None:
         if not (self._may_load or self._may_save):
@@ -283,7 +274,8 @@ class SchedulerSide:
             return None
         if request.skip_reading_prefix_cache:
             wishes = wishes.model_copy(update={"skip_load": True})
-        tracked = Tracked(namespace, wishes, request.all_token_ids, extras, request=request)
+        name, tokens = request.request_id, request.all_token_ids
+        tracked = Tracked(namespace, wishes, tokens, extras, name, request=request)
         tracked.blending = self._blends.arrived(request)
         self._handoffs.begin(
             tracked,
@@ -291,7 +283,7 @@ class SchedulerSide:
             request.num_prompt_tokens,
             cuts=self._cuts and tracked.blending is None,
         )
-        self._tracked[request.request_id] = tracked
+        self._tracked[name] = tracked
         return tracked
 
     def allocated(self, request: Any, blocks: Any, external: int) -> None:
@@ -403,7 +395,9 @@ class SchedulerSide:
         if isinstance(report, Report):
             for number, came in report.saved.items():
                 self._saved(number, *came)
-            promised = {t.promise.job.number: t for t in self._tracked.values() if t.promise}
+            promised = {}
+            if report.loaded:
+                promised = {t.promise.job.number: t for t in self._tracked.values() if t.promise}
             for number, blocks in report.loaded.items():
                 tracked = promised.get(number)
                 if tracked is None or tracked.promise is None:
@@ -484,7 +478,7 @@ class SchedulerSide:
 
         True: its pages must stay until workers have named it.
         """
-        self._uncomputed.pop(request.request_id, None)
+        self._uncomputed.remove(request.request_id)
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return False, None

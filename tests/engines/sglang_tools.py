@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Final
 
 from kvstore.benchmarks import sglang_engine
+from kvstore.benchmarks.crew import SPAWN
 from kvstore.benchmarks.serving_engine import EngineProcess
 from kvstore.benchmarks.sglang_engine import CPU
-from tests.engines import sglang_child
+from tests.engines import forking, sglang_child
 from tests.engines.model_tools import model
 from tests.engines.server_tools import EngineServer
 from tests.session_tools import Served
@@ -49,6 +52,12 @@ def linked(store: Served | str, **extra: Any) -> dict[str, Any]:
     return sglang_engine.linked(address, **{"session.lookup_timeout": 10.0} | settings)
 
 
+@functools.cache
+def _processes() -> BaseContext:
+    parts = ("managers.scheduler", "managers.detokenizer_manager", "entrypoints.engine")
+    return forking.importing(*(f"sglang.srt.{part}" for part in parts), environment=ENVIRONMENT)
+
+
 class Engine(EngineProcess):
     """One SGLang engine; `linker` comes from `linked`, and `settings` are those of `Engine`."""
 
@@ -64,7 +73,14 @@ class Engine(EngineProcess):
         if (ranks := whole.get("tp_size", 1)) > 1:
             cores = [str(rank % (os.cpu_count() or 1)) for rank in range(ranks)]
             variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(cores)
-        super().__init__("SGLang", sglang_child.make, whole, variables)
+        make: Any = sglang_child.make
+        super().__init__(
+            "SGLang",
+            make if environment else forking.WithSpares(make),
+            whole,
+            variables,
+            SPAWN if environment else _processes(),
+        )
 
     def generate(self, *prompts: list[int], max_tokens: int = 16, **wishes: Any) -> Any:
         """Greedy answers to `prompts`, all at once; `wishes` are those of `Engine.async_generate`.

@@ -36,7 +36,11 @@ class Request(SimpleNamespace):
             ("input_embeds", "positional_embed_overrides", "cache_salt", "extra_key", "lora_id",
              "multimodal_inputs")
         )  # fmt: skip
-        given = {"rid": rid, "sampling_params": SimpleNamespace(custom_params=None)}
+        given = {
+            "rid": rid,
+            "output_ids": [],
+            "sampling_params": SimpleNamespace(custom_params=None),
+        }
         super().__init__(**plain | given | changes)
 
 
@@ -53,13 +57,13 @@ def test_prompts_that_wait_for_the_engine_are_known() -> None:
         assert prompt is not None
         prompt.know(np.arange(100))
     assert first is not None
-    assert known.others(first) == (300, 0)
+    assert known.uncomputed.beside(first.name) == (300, 0)
     others[0].found = Found(8, 2, ("memory", "disk"), 0.0)  # Of blocks of 4.
-    assert known.others(first) == (300 - 16, 0)
+    assert known.uncomputed.beside(first.name) == (300 - 16, 0)
     others[1].waits = True
-    assert known.others(first) == (200 - 16, 100)
+    assert known.uncomputed.beside(first.name) == (200 - 16, 100)
     requests[3].output_ids.append(1)
-    assert known.others(first) == (100 - 16, 100)
+    assert known.uncomputed.beside(first.name) == (100 - 16, 100)
 
 
 class Blocks:

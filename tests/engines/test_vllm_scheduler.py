@@ -24,6 +24,7 @@ from kvstore.connectors.common import sessions as vllm_sessions
 from kvstore.connectors.common.requests import Found
 from kvstore.connectors.common.settings import settings_of
 from kvstore.connectors.common.stats import Stats, nothing
+from kvstore.connectors.common.uncomputed import Uncomputed
 from kvstore.connectors.vllm import disaggregated
 from kvstore.connectors.vllm.inputs import Inputs
 from kvstore.connectors.vllm.layout import Pages
@@ -136,11 +137,11 @@ def test_the_planner_is_told_of_prompts_that_wait_and_of_mixed_steps(side: Sched
         side.arrived(one)
         assert answered(side, one) == 0
     first, second, _ = (side._tracked[one.request_id] for one in prompts)
-    assert side._others(first) == (size - 8, 0)
-    assert side._others(second) == (size, 0)
+    assert side._uncomputed.beside(first.name) == (size - 8, 0)
+    assert side._uncomputed.beside(second.name) == (size, 0)
     assert second.found is not None
     second.found.prefetched = {"disk": 1}
-    assert side._others(first) == (0, size - 8)
+    assert side._uncomputed.beside(first.name) == (0, size - 8)
     second.found.prefetched = {}
     ids = {one.request_id: new for one, new in zip(prompts, (20, size, 1), strict=True)}
     state = SimpleNamespace(get_block_ids=lambda name: (list(range(16)),))
@@ -156,7 +157,7 @@ def test_the_planner_is_told_of_prompts_that_wait_and_of_mixed_steps(side: Sched
     assert step.looked_back == 20 * 10 + (size - 8) * (8 + (size - 8) / 2)
     for one in prompts:
         side.finished(one, [list(range(16))])
-    assert side._others(first) == (0, 0)
+    assert side._uncomputed.beside(first.name) == (0, 0)
 
 
 def test_a_request_that_waits_counts_once(served: Served, side: SchedulerSide) -> None:
@@ -544,3 +545,26 @@ def test_a_prompt_is_continued_where_its_windows_are_stored(served: Served, alon
         assert job.pages.ravel().tolist() == ([] if alone else [*range(1, 7)])
         assert [rows.ravel().tolist() for rows in job.windows] == [[9, 8]]
     side.close()
+
+
+def test_a_burst_is_counted_without_a_look_at_all_of_it() -> None:
+    looks = list[str]()
+    left: dict[str, tuple[int, bool] | None] = {f"r{n}": (10, n % 2 == 0) for n in range(1000)}
+
+    def look(name: str) -> tuple[int, bool] | None:
+        looks.append(name)
+        return left[name]
+
+    burst = Uncomputed(look)
+    for name in left:
+        burst.add(name, name)
+    looks.clear()
+    assert burst.beside("r0") == (5000, 4990)
+    assert burst.beside("another") == (5000, 5000)
+    assert len(looks) < 50
+    left |= dict.fromkeys(list(left)[:600])
+    for _ in range(80):
+        counts = burst.beside("r999")
+    assert counts == (1990, 2000)  # All have been looked at meanwhile.
+    burst.remove("r999")
+    assert burst.beside("r999") == (1990, 2000)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from multiprocessing.context import BaseContext
 from typing import Any, Final
 
+from kvstore.benchmarks.crew import SPAWN
 from kvstore.benchmarks.serving_engine import EngineProcess
-from tests.engines import vllm_child
+from tests.engines import forking, vllm_child
 from tests.engines.model_tools import ROOT, document, model, small_model
 
 __all__ = ["ENVIRONMENT", "ROOT", "Engine", "document", "model", "small_model", "transfer"]
@@ -36,6 +39,14 @@ def transfer(**extra: Any) -> dict[str, Any]:
     }
 
 
+@functools.cache
+def _processes() -> BaseContext:
+    worker = "vllm.v1.worker.cpu_worker"
+    return forking.importing(
+        "vllm.entrypoints.llm", "vllm.v1.engine.core", worker, environment=ENVIRONMENT
+    )
+
+
 class Engine(EngineProcess):
     """One vLLM engine. `mode`: "inprocess", "multiprocess" (the default of vLLM), "tp2", "tp3"."""
 
@@ -63,7 +74,14 @@ class Engine(EngineProcess):
         if mode.startswith("tp"):
             base["tensor_parallel_size"] = ranks = int(mode[2:])
             variables["VLLM_CPU_OMP_THREADS_BIND"] = "0|1|1"[: 2 * ranks - 1]
-        super().__init__("vLLM", vllm_child.make, base | settings, variables)
+        make: Any = vllm_child.make
+        super().__init__(
+            "vLLM",
+            make if environment else forking.WithSpares(make),
+            base | settings,
+            variables,
+            SPAWN if environment else _processes(),
+        )
 
     def ask(self, **order: Any) -> Any:
         """Give an order; its answer."""
