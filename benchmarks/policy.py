@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 from kvstore.benchmarks.figures import Report
+from kvstore.memory.eviction import EvictionPolicy, Node
 from kvstore.memory.habits import Habits
-from kvstore.memory.slots import ALIGNMENT, Slot, SlotPool, slot_policy
+from kvstore.memory.slots import slot_policy
 from kvstore.store.history import Uses
 from kvstore.traces import Request, made_trace, read_trace
 
@@ -38,23 +39,21 @@ class Tiers(NamedTuple):
     nodes: int = 1
 
 
-class Block:
-    """A block in a pool, as policies know it."""
+class Block(Node, gc=False, eq=False):
+    """A block in a place, as policies know it."""
 
-    __slots__ = ("key", "slot")
-
-    def __init__(self, key: bytes) -> None:
-        self.key = key
-        self.slot: Slot[Block] | None = None
+    key: bytes
+    variant: ClassVar[bytes] = b""
 
     @property
-    def ghost(self) -> int:
-        """See `Entry.ghost`."""
-        return hash(self.key)
+    def owner(self) -> Block:
+        """See `Slot.owner`."""
+        return self
 
-    def kin(self, key: bytes) -> int:
-        """See `Entry.kin`."""
-        return hash(key)
+    @property
+    def ghost(self) -> bytes:
+        """See `Entry.ghost`."""
+        return self.key
 
 
 class Place:
@@ -63,39 +62,37 @@ class Place:
     def __init__(self, blocks: int, policy: str, habits: Habits, *, last: bool = True) -> None:
         self.blocks: dict[bytes, Block] = {}
         self.written = 0
+        self._room = blocks
         self._last = last
-        self._pool: SlotPool[Block] = SlotPool(
-            blocks * ALIGNMENT, blocks * ALIGNMENT, slot_policy(policy, lambda: habits),
-            lambda slot: slot.admitted, self._evict,
-        )  # fmt: skip
-
-    def _evict(self, slot: Slot[Block]) -> None:
-        del self.blocks[slot.owner.key]
-        self._pool.free(slot, evicted=True)
+        self._policy: EvictionPolicy[Any] = slot_policy(policy, lambda: habits)()
 
     def use(self, keys: Sequence[bytes]) -> None:
         """Blocks of a prompt, in their order, were used: the first is the last to go."""
+        find, touch = self.blocks.get, self._policy.touch
         for key in reversed(keys):
-            if (block := self.blocks.get(key)) is not None and block.slot is not None:
-                self._pool.touch(block.slot)
+            if (block := find(key)) is not None:
+                touch(block)
 
     def save(self, keys: Sequence[bytes]) -> None:
         """Take in what is not here of them, until one finds no room."""
-        taken: list[Slot[Block]] = []
+        blocks, policy = self.blocks, self._policy
+        taken: list[Block] = []
         for key in keys:
-            if key in self.blocks:
+            if key in blocks:
                 continue
-            block = Block(key)
-            slot = self._pool.allocate(ALIGNMENT, block, may_refuse=self._last)
-            if slot is None:
-                break
-            block.slot = slot
-            self.blocks[key] = block
-            taken.append(slot)
-        before: Slot[Block] | None = None
-        for slot in taken:
-            self._pool.admit(slot, before)
-            before = slot
+            block = Block(key=key)
+            if len(blocks) >= self._room:
+                victim = next(policy.candidates(block), None)
+                if victim is None or (self._last and policy.refuses(block, victim)):
+                    break
+                del blocks[victim.key]
+                policy.remove(victim, evicted=True)
+            blocks[key] = block
+            taken.append(block)
+        before: Block | None = None
+        for block in taken:
+            policy.add(block, before)
+            before = block
         self.written += len(taken)
 
 

@@ -11,6 +11,8 @@ The instructions in use are chosen once, at import; the environment variable ``K
 """
 
 import array
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -164,3 +166,44 @@ class Xxh3Stream:
 
     def digest(self) -> int:
         """The hash of all pieces so far, equal to ``xxh3_64`` of their concatenation."""
+
+class Asked:
+    """What requests ask for; see ``kvstore.memory.habits``. Numbers are packed float64.
+
+    The first ``uses``, the number of ``turns`` and the first numbers of ``fresh`` blocks make the
+    classes, ``edges`` (seconds) the ages.
+    """
+
+    seen: bytes
+    """How much was used at each age of each class; then how much was not, and is forgotten."""
+    worth: bytes
+    """Of each age of each class."""
+
+    def __init__(
+        self, uses: Sequence[int], turns: int, fresh: Sequence[int], edges: Sequence[float]
+    ) -> None: ...
+    def __len__(self) -> int: ...
+    def __contains__(self, key: bytes) -> bool: ...
+    def ask(self, keys: Iterable[bytes], parent: bytes, now: float) -> None:
+        """A request asks for these blocks, its whole prompt, or what comes after ``parent``."""
+
+    def waited(self, now: float) -> bytes:
+        """How much was not used by each age of each class: it is forgotten, or waits still."""
+
+    def find(self, key: bytes) -> tuple[int, float] | None:
+        """The class of a block, and when it was asked for; None: nobody remembers it."""
+
+class Forecast:
+    """See ``kvstore.memory.forecast``. Of nodes, ``owner``, ``mark`` and ``after`` are used."""
+
+    def __init__(self, asked: Asked) -> None: ...
+    def __len__(self) -> int: ...
+    def add(self, node: Any, older_than: Any = None) -> None: ...
+    def touch(self, node: Any) -> None: ...
+    def renew(self, node: Any) -> None: ...
+    def cool(self, node: Any) -> None: ...
+    def remove(self, node: Any, *, evicted: bool = False) -> None: ...
+    def victims(self, newcomer: Any, now: float) -> Iterator[Any]:
+        """Nodes, best victim first, until others are asked for; see ``Lru.candidates``."""
+
+    def outweighs(self, newcomer: Any, victim: Any, now: float) -> bool: ...

@@ -23,6 +23,7 @@
 #include "copy.hpp"
 #include "cpu.hpp"
 #include "e4.hpp"
+#include "forecast.hpp"
 #include "plan.hpp"
 #include "sha256.hpp"
 #include "xxh3.hpp"
@@ -388,6 +389,7 @@ NB_MODULE(_native, m) {
       .def(nb::init<>())
       .def("update", &stream_update, "src"_a, "nbytes"_a, "dst"_a = 0)
       .def("digest", &Xxh3Stream::digest);
+  bind_forecast(m);
 }
 
 }  // namespace kvstore

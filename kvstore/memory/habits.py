@@ -15,19 +15,16 @@ import hashlib
 import logging
 import os
 import time
-from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Thread
-from typing import Any, Final
+from typing import Final
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from kvstore import _native
 from kvstore.files import open_own
-from kvstore.slices import tables
 
 _log: Final = logging.getLogger("kvstore.store")
 
@@ -42,12 +39,6 @@ _AGES: Final = 36
 _EDGES: Final = [0.25 * 2 ** (n / 2) for n in range(_AGES - 1)]
 """Ages in seconds, a quarter to a day, at which one ends and the next begins."""
 
-_MOST_GROUPS: Final = 20_000
-_REMEMBERED: Final = 17
-"""Blocks that are known for each that there is room for."""
-_FEWEST: Final = 1 << 12
-_MOST: Final = 1 << 19
-"""Blocks that are known: some 300 bytes each."""
 _FIRST: Final = 32
 _EVERY: Final = 500
 """Requests between two lessons, at least and at most."""
@@ -57,24 +48,6 @@ _FADE: Final = 0.95
 _MAGIC: Final = b"KVSHABIT\x01\0\0\0\0\0\0\0"
 _SUM: Final = 32
 _HIGHEST: Final = 1e12
-
-
-class Group(msgspec.Struct, gc=False, eq=False):
-    """Blocks that one request left in one class: `size` once, `left` were not asked for since."""
-
-    cls: int
-    at: float
-    left: int = 0
-    size: int = 0
-
-
-class Known(msgspec.Struct, gc=False, eq=False):
-    """A block that requests asked for; `parent` is the key before it, empty for the first one."""
-
-    parent: bytes
-    turn: int
-    group: Any = None
-    uses: int = 0
 
 
 def _run_in_thread(task: Callable[[], None]) -> None:
@@ -101,31 +74,19 @@ class Habits:
         """Why what was learned before is not used, or what is learned not kept."""
         self._path = path
         self._elsewhere = elsewhere
-        self._known: list[dict[bytes, Known]] = tables()
-        self._limit = _FEWEST // len(self._known)
-        self._groups: deque[Group] = deque()
-        self._seen = np.zeros((2, CLASSES, _AGES))  # used by then; not used, and forgotten
+        self.blocks = _native.Asked(_USES, _TURNS, _NEW, _EDGES)
         self._requests, self._next = 0, _FIRST
         self._learning = False
-        self._worth = [[1.0 / (1 + age) for age in range(_AGES)]] * CLASSES
+        self.blocks.worth = np.tile(1.0 / (1 + np.arange(_AGES)), CLASSES).tobytes()
         if path is not None and self._read(path):
-            self._learn(self._seen.copy())
+            self._learn(*self._seen)
 
     # -- requests ---------------------------------------------------------------------------------
-
-    def hold(self, blocks: int) -> None:
-        """Some place holds so many blocks: as many times more are remembered."""
-        limit = min(_MOST, _REMEMBERED * blocks) // len(self._known)
-        self._limit = max(self._limit, limit)
-
-    def find(self, key: bytes) -> Known | None:
-        """What is known of a block."""
-        return self._known[key[0]].get(key)
 
     def saved(self, keys: Sequence[bytes], parent: bytes) -> None:
         """Blocks are saved; those that no request has asked for came of the one before them."""
         for number, key in enumerate(keys):
-            if self.find(key) is None:
+            if key not in self.blocks:
                 self.asked(keys[number:], keys[number - 1] if number else parent)
                 return
 
@@ -133,92 +94,34 @@ class Habits:
         """A request asks for these blocks, its whole prompt, or what comes after `parent`."""
         if not keys:
             return
-        now, known = self.clock(), self._known
-        found = [known[key[0]].get(key) for key in keys]
-        old = next((n for n, one in enumerate(found) if one is None), len(keys))
-        above = self.find(parent) if parent else None
-        last = found[old - 1] if old else None
-        turn = last.turn + 1 if last is not None else above.turn if above is not None else 1
-        kind = (min(turn, _TURNS) - 1) * (len(_NEW) + 1) + bisect_right(_NEW, len(keys) - old)
-        groups: dict[int, Group] = {}
-        used, limit, before, ages = self._seen[0], self._limit, None, 0
-        for key, block in zip(keys, found, strict=True):
-            table = known[key[0]]
-            if block is None:
-                block = Known(parent, turn)
-            else:
-                table.pop(key, None)  # It becomes the newest one.
-                group = block.group
-                group.left -= 1
-                if group is not before:
-                    before, ages = group, bisect_right(_EDGES, now - group.at)
-                used[group.cls, ages] += 1.0 / group.size
-            table[key] = block
-            if len(table) > limit:
-                self._forget(table.pop(next(iter(table))), now)
-            block.uses += 1
-            cls = bisect_right(_USES, block.uses) * _KINDS + kind
-            mine = groups.get(cls)
-            if mine is None:
-                mine = groups[cls] = Group(cls, now)
-            mine.size += 1
-            mine.left += 1
-            block.group = mine
-            parent = key
-        self._groups.extend(groups.values())
-        while len(self._groups) > _MOST_GROUPS:
-            group = self._groups.popleft()
-            if group.left > 0:
-                age = bisect_right(_EDGES, now - group.at)
-                self._seen[1, group.cls, age] += group.left / group.size
+        now = self.clock()
+        self.blocks.ask(keys, parent, now)
         self._requests += 1
         if self._requests >= self._next and not self._learning:
             self._next = self._requests + max(_FIRST, min(self._requests // 2, _EVERY))
             self._learning = True
-            groups_now, seen = list(self._groups), self._seen.copy()
-            self._seen *= _FADE
-            self._elsewhere(lambda: self._lesson(seen, groups_now, now))
+            seen = self._seen
+            waited = np.frombuffer(self.blocks.waited(now)).reshape(seen[1].shape)
+            self.blocks.seen = (seen * _FADE).tobytes()
+            self._elsewhere(lambda: self._lesson(seen, waited))
 
-    def _forget(self, block: Known, now: float) -> None:
-        group = block.group
-        if group is not None:
-            group.left -= 1
-            self._seen[1, group.cls, bisect_right(_EDGES, now - group.at)] += 1.0 / group.size
-
-    # -- worth ------------------------------------------------------------------------------------
-
-    def worth(self, block: Known | None, now: float) -> float:
-        """Expected hits per second of staying; nothing for one that nobody remembers."""
-        if block is None:
-            return 0.0
-        group = block.group
-        worth: float = self._worth[group.cls][bisect_right(_EDGES, now - group.at)]
-        return worth
-
-    def first_worth(self, block: Known) -> float:
-        """That of a block which has just been used."""
-        worth: float = self._worth[block.group.cls][0]
-        return worth
+    @property
+    def _seen(self) -> _Floats:
+        """Used by each age of each class; not used by then, and forgotten."""
+        return np.frombuffer(self.blocks.seen).reshape(2, CLASSES, _AGES)
 
     # -- learning, elsewhere ----------------------------------------------------------------------
 
-    def _lesson(self, seen: _Floats, groups: Sequence[Group], now: float) -> None:
+    def _lesson(self, seen: _Floats, waited: _Floats) -> None:
         try:
-            # Those that wait still have waited so long, at least.
-            waited = seen.copy()
-            for group in groups:
-                if group.left > 0:
-                    age = bisect_right(_EDGES, now - group.at)
-                    waited[1, group.cls, age] += group.left / group.size
-            self._learn(waited)
+            self._learn(seen[0], waited)
             if self._path is not None:
                 self._write(self._path, seen)
         finally:
             self._learning = False
 
-    def _learn(self, seen: _Floats) -> None:
+    def _learn(self, used: _Floats, waited: _Floats) -> None:
         """From how many were used at each age, and not until then, what each class is worth."""
-        used, waited = seen
         reached = np.cumsum((used + waited)[:, ::-1], 1)[:, ::-1] - 0.5 * waited
         # Classes that have seen little are taken to be as those they are like: by uses first, then
         # by factors for turns and for new blocks, fitted in turn.
@@ -246,13 +149,13 @@ class Habits:
             stays = np.cumprod(np.hstack([np.ones((CLASSES, 1)), 1 - uses[:, :-1]]), 1)
             time_held = np.cumsum(stays * seconds * (1 - uses / 2), 1)
             worth[:, age] = (np.cumsum(stays * uses, 1) / time_held).max(1)
-        self._worth = worth.tolist()
+        self.blocks.worth = worth.tobytes()
 
     # -- keeping ----------------------------------------------------------------------------------
 
     def _read(self, path: Path) -> bool:
         """Whether there is something to go on from; what is not whole is not."""
-        size = len(_MAGIC) + self._seen.nbytes + _SUM
+        size = len(_MAGIC) + len(self.blocks.seen) + _SUM
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             with open(fd, "rb") as file:
@@ -270,11 +173,11 @@ class Habits:
         ):
             self.problem = f"{path}: damaged, or of another version; begun anew"
             return False
-        seen = np.frombuffer(body, "<f8", offset=len(_MAGIC)).reshape(self._seen.shape)
+        seen = np.frombuffer(body, "<f8", offset=len(_MAGIC))
         if not (np.isfinite(seen).all() and (seen >= 0).all() and (seen < _HIGHEST).all()):
             self.problem = f"{path}: numbers that cannot be; begun anew"
             return False
-        self._seen = seen.copy()
+        self.blocks.seen = seen.tobytes()
         return True
 
     def _write(self, path: Path, seen: _Floats) -> None:

@@ -75,14 +75,10 @@ class Entry(Node, gc=False, eq=False):
         """Of its block."""
         return self.name.key
 
-    def kin(self, key: bytes) -> int:
-        """Names the same part of another block, for policies."""
-        return hash((key, self.variant))
-
     @property
     def ghost(self) -> int:
         """Names the object for policies that remember those that are gone."""
-        return self.kin(self.name.key)
+        return hash((self.name.key, self.variant))
 
     @property
     def begins_segment(self) -> bool:

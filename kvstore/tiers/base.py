@@ -54,11 +54,12 @@ class ObjectName(msgspec.Struct, frozen=True, gc=False, eq=False):
     @property
     def ghost(self) -> int:
         """Names the object for policies that remember those that are gone."""
-        return self.kin(self.key)
+        return hash((self.key, self.part.variant))
 
-    def kin(self, key: bytes) -> int:
-        """Names the same part of another block, for policies."""
-        return hash((key, self.part.variant))
+    @property
+    def variant(self) -> bytes:
+        """Names the part."""
+        return self.part.variant
 
     def __hash__(self) -> int:
         return hash(self.key)

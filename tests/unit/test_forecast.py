@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kvstore.benchmarks.policy import Block, Tiers, clairvoyant, replay
-from kvstore.memory.eviction import Node
 from kvstore.memory.forecast import Forecast
-from kvstore.memory.habits import Habits
+from kvstore.memory.habits import _EDGES, CLASSES, Habits
 from kvstore.traces import Request, TraceError, made_trace, read_trace
 from tests.store_tools import NAMESPACE, PART, Bench, keys
 from tests.trace_tools import plain_clairvoyant, plain_lru
@@ -21,10 +23,6 @@ from tests.trace_tools import plain_clairvoyant, plain_lru
 
 def at_once(task: Callable[[], None]) -> None:
     task()
-
-
-class Owned(Node, eq=False):
-    owner: Block
 
 
 # --- traces ---------------------------------------------------------------------------------------
@@ -114,6 +112,8 @@ def through_store(trace: Sequence[Request], slots: int, policy: str) -> tuple[fl
         bench.store.reserve("a", 1, NAMESPACE, chain, [PART])
         bench.store.commit("a", 1)
     refused = bench.store.counters["save.dropped.worth_less"]
+    pool = bench.store.movement.memory.pool
+    assert sum(len(one.policy) for one in pool._classes.values()) == pool.used_slots
     bench.close()
     return found / asked, refused
 
@@ -131,9 +131,21 @@ def test_forecast_finds_more_than_lru_through_a_real_store() -> None:
 
 def test_only_blocks_with_none_behind_them_go() -> None:
     chance, now = random.Random(0), 0.0
-    policy: Forecast[Owned] = Forecast(habits := Habits(lambda: now, None, at_once))
-    here: dict[bytes, Owned] = {}
+    policy = Forecast(habits := Habits(lambda: now, None, at_once))
+    here: dict[bytes, Block] = {}
     above: dict[bytes, bytes] = {}
+
+    def least(keys: Iterable[bytes]) -> float:
+        """The worth of the least among the oldest of each class."""
+        oldest: dict[int, float] = {}
+        for cls, at in filter(None, map(habits.blocks.find, keys)):
+            oldest[cls] = min(at, oldest.get(cls, math.inf))
+        table = np.frombuffer(habits.blocks.worth).reshape(CLASSES, -1)
+        return min(
+            float(table[cls, np.searchsorted(_EDGES, now - at, "right")])
+            for cls, at in oldest.items()
+        )
+
     for request in made_trace(300):
         now = request.at
         above |= dict(zip(request.keys[1:], request.keys, strict=False))
@@ -142,29 +154,29 @@ def test_only_blocks_with_none_behind_them_go() -> None:
             if key in here:
                 policy.touch(here[key])
             else:
-                here[key] = Owned(Block(key))
+                here[key] = Block(key=key)
                 policy.add(here[key])
         while len(here) > 100:
             victim = next(policy.candidates())
-            assert victim.owner.key not in {above.get(key) for key in here}
-            if policy._order.now == now:  # All is looked at anew: none is found that is worth less.
-                worth = habits.worth(habits.find(victim.owner.key), now)
-                policy._order.now = -1.0
-                least = habits.find(next(policy.candidates()).owner.key)
-                assert habits.worth(least, now) == worth
-            policy.remove(here.pop(victim.owner.key), evicted=True)
+            leaves = here.keys() - {above.get(key) for key in here}
+            assert victim.key in leaves
+            assert least([victim.key]) == least(leaves)
+            policy.remove(here.pop(victim.key), evicted=True)
         if chance.random() < 0.1:
             policy.cool(cold := chance.choice(list(here.values())))
             assert next(policy.candidates()) is cold
             policy.touch(cold)
         assert len(policy) == len(here)
-    assert set(policy.candidates()) == set(here.values()), "all of them, each at some time"
+    for _ in range(2):
+        found = list(policy.candidates())
+        assert len(found) == len(here)
+        assert set(found) == set(here.values()), "all of them, each once"
 
 
 def test_a_young_block_with_none_behind_it_any_more_hides_no_older_one() -> None:
     now = 0.0
-    policy: Forecast[Owned] = Forecast(habits := Habits(lambda: now, None, at_once))
-    here: dict[bytes, Owned] = {}
+    policy = Forecast(habits := Habits(lambda: now, None, at_once))
+    here: dict[bytes, Block] = {}
 
     def ask(*names: bytes) -> None:
         habits.asked(names)
@@ -172,7 +184,7 @@ def test_a_young_block_with_none_behind_it_any_more_hides_no_older_one() -> None
             if name in here:
                 policy.touch(here[name])
             else:
-                policy.add(here.setdefault(name, Owned(Block(name))))
+                policy.add(here.setdefault(name, Block(key=name)))
 
     old = [b"old%d" % n for n in range(5)]
     for _ in range(2):
@@ -182,14 +194,46 @@ def test_a_young_block_with_none_behind_it_any_more_hides_no_older_one() -> None
     ask(b"system")
     now += 100
     ask(b"system", b"question")  # In the class of the old ones, but younger.
-    assert len({habits.find(name).group.cls for name in (*old, b"system")}) == 1
+    assert len({(habits.blocks.find(name) or (-1, 0))[0] for name in (*old, b"system")}) == 1
     policy.remove(here.pop(b"question"), evicted=True)
     order = []
     while here:
-        victim = next(policy.candidates()).owner.key
-        policy.remove(here.pop(victim), evicted=True)
-        order.append(victim)
+        victim = next(policy.candidates())
+        assert victim.after is not None, "its owner sees that it is here"
+        policy.remove(here.pop(victim.key), evicted=True)
+        assert victim.after is None
+        order.append(victim.key)
     assert order == [*old, b"system"]
+
+
+def test_what_is_passed_over_is_left_alone_for_a_while() -> None:
+    now = 0.0
+    policy = Forecast(Habits(lambda: now, None, at_once))
+    blocks = [Block(key=b"%d" % n) for n in range(8)]
+    for block in blocks:
+        policy.add(block)
+    assert list(islice(policy.candidates(), 3)) == blocks[:3]
+    assert list(policy.candidates())[:6] == blocks[2:]
+    now = 1.0
+    assert set(islice(policy.candidates(), 8)) == set(blocks)
+    first, second = policy.candidates(), policy.candidates()
+    next(second)
+    assert list(first) == [], "others were let in"
+
+
+def test_two_of_one_name_and_blocks_that_come_before_themselves_do_no_harm() -> None:
+    policy = Forecast(habits := Habits(lambda: 0.0, None, at_once))
+    habits.asked([b"own"], b"own")
+    blocks = [Block(key=key) for key in (b"own", b"own", b"other")]
+    for block in blocks:
+        policy.add(block)
+    policy.remove(blocks[1])
+    policy.touch(blocks[0])
+    assert set(policy.candidates()) == {blocks[0], blocks[2]}
+    with pytest.raises(ValueError, match="not here"):
+        policy.touch(blocks[1])
+    policy.remove(blocks[0])
+    assert list(policy.candidates()) == [blocks[2]]
 
 
 def test_what_was_learned_survives(tmp_path: Path) -> None:
@@ -200,7 +244,7 @@ def test_what_was_learned_survives(tmp_path: Path) -> None:
         learned.asked(request.keys)
     again = Habits(lambda: now, path, at_once)
     assert again.problem is None
-    assert again._worth != Habits(lambda: now, None, at_once)._worth
+    assert again.blocks.worth != Habits(lambda: now, None, at_once).blocks.worth
     whole = path.read_bytes()
     for text in (whole[:-1], whole + b"x", whole[:99] + bytes([whole[99] ^ 1]) + whole[100:], b""):
         path.write_bytes(text)
@@ -213,4 +257,4 @@ def test_what_is_known_is_bounded() -> None:
     habits = Habits(lambda: 0.0, None, at_once)
     for first in range(0, 20_000, 100):
         habits.asked(keys(*range(first, first + 100)))
-    assert sum(map(len, habits._known)) <= 4096
+    assert len(habits.blocks) == 4096
