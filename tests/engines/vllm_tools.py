@@ -7,7 +7,6 @@ import os
 from multiprocessing.context import BaseContext
 from typing import Any, Final
 
-from kvstore.benchmarks.crew import SPAWN
 from kvstore.benchmarks.serving_engine import EngineProcess
 from tests.engines import forking, vllm_child
 from tests.engines.model_tools import ROOT, document, model, small_model
@@ -74,14 +73,8 @@ class Engine(EngineProcess):
         if mode.startswith("tp"):
             base["tensor_parallel_size"] = ranks = int(mode[2:])
             variables["VLLM_CPU_OMP_THREADS_BIND"] = "0|1|1"[: 2 * ranks - 1]
-        make: Any = vllm_child.make
-        super().__init__(
-            "vLLM",
-            make if environment else forking.WithSpares(make),
-            base | settings,
-            variables,
-            SPAWN if environment else _processes(),
-        )
+        make = forking.WithSpares(vllm_child.make)
+        super().__init__("vLLM", make, base | settings, variables, _processes())
 
     def ask(self, **order: Any) -> Any:
         """Give an order; its answer."""
