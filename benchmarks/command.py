@@ -13,7 +13,7 @@ from typing import Annotated, Final, Literal
 import typer
 
 from kvstore.benchmarks.figures import Report
-from kvstore.commands import grouped, size_option
+from kvstore.commands import grouped, opt, size_option
 from kvstore.traces import TraceError
 
 bench_app = typer.Typer(
@@ -41,7 +41,7 @@ def _finite(value: float | None) -> float | None:
     return value
 
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per figure.")]
+JsonOption = Annotated[bool, opt("Print one JSON object per figure.", "--json")]
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,8 @@ class How:
     """How figures are taken and printed."""
 
     as_json: JsonOption = False
-    quick: Annotated[bool, typer.Option("--quick", help="Less data, fewer samples.")] = False
-    samples: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="Runs of which to take the median.")
-    ] = None
+    quick: Annotated[bool, opt("Less data, fewer samples.", "--quick")] = False
+    samples: Annotated[int | None, opt("Runs of which to take the median.", min=1, max=1000)] = None
 
     @property
     def runs(self) -> int:
@@ -69,8 +67,7 @@ class Much(How):
     """How, and how much."""
 
     size: Annotated[
-        int | None,
-        typer.Option(parser=_bench_size, metavar="SIZE", help="Bytes to move, e.g. 1GiB."),
+        int | None, opt("Bytes to move, e.g. 1GiB.", parser=_bench_size, metavar="SIZE")
     ] = None
 
     def bytes(self, quick: int, whole: int) -> int:
@@ -78,14 +75,14 @@ class Much(How):
         return self.size or (quick if self.quick else whole) << 20
 
 
-ThreadsOption = Annotated[int, typer.Option(min=1, max=64, help="Threads to use.")]
+ThreadsOption = Annotated[int, opt("Threads to use.", min=1, max=64)]
 FolderOption = Annotated[
     Path,
-    typer.Option(
+    opt(
+        "Where to write, on the disk to measure; what is written is deleted again.",
         exists=True,
         file_okay=False,
         writable=True,
-        help="Where to write, on the disk to measure; what is written is deleted again.",
     ),
 ]
 
@@ -138,8 +135,7 @@ def session(
     much: Much,
     threads: ThreadsOption = 2,
     clients: Annotated[
-        list[int] | None,
-        typer.Option(min=1, max=64, help="Client processes at once; may be repeated."),
+        list[int] | None, opt("Client processes at once; may be repeated.", min=1, max=64)
     ] = None,
 ) -> None:
     """Clients and a daemon on one node: saves, loads, lookups, against copies and sockets alone."""
@@ -160,7 +156,7 @@ def weights(much: Much, folder: FolderOption = Path()) -> None:
 
 def peer(
     much: Much,
-    streams: Annotated[int, typer.Option(min=1, max=16, help="Connections that carry blocks.")] = 2,
+    streams: Annotated[int, opt("Connections that carry blocks.", min=1, max=16)] = 2,
 ) -> None:
     """A session over TCP, and loads from another daemon, against bare sockets and iperf3."""
     _run("peer", much, 64, 512, streams=streams)
@@ -168,19 +164,15 @@ def peer(
 
 def tier(
     much: Much,
-    kind: Annotated[
-        Literal["redis", "files", "s3"], typer.Option("--type", help="The kind of tier.")
-    ],
+    kind: Annotated[Literal["redis", "files", "s3"], opt("The kind of tier.", "--type")],
     url: Annotated[
         str | None,
-        typer.Option(
-            help="A server, or bucket and prefix, to fill and EMPTY (default: one of its own)."
-        ),
+        opt("A server, or bucket and prefix, to fill and EMPTY (default: one of its own)."),
     ] = None,
-    endpoint: Annotated[str | None, typer.Option(help="Of an S3 that is not Amazon's.")] = None,
-    connections: Annotated[int, typer.Option(min=1, max=16, help="That carry objects.")] = 2,
+    endpoint: Annotated[str | None, opt("Of an S3 that is not Amazon's.")] = None,
+    connections: Annotated[int, opt("That carry objects.", min=1, max=16)] = 2,
     folder: FolderOption = Path(),
-    threads: Annotated[int, typer.Option(min=1, max=64, help="Of files and s3.")] = 4,
+    threads: Annotated[int, opt("Of files and s3.", min=1, max=64)] = 4,
 ) -> None:
     """A tier elsewhere against the bare client of its medium: puts, gets, probes, and CPU."""
     from kvstore.benchmarks import tier as bench
@@ -199,9 +191,7 @@ def gpu_copy(
     how: How,
     results: Annotated[
         Path | None,
-        typer.Option(
-            file_okay=False, help="Folder for the figures, one file of JSON lines per date and GPU."
-        ),
+        opt("Folder for the figures, one file of JSON lines per date and GPU.", file_okay=False),
     ] = None,
 ) -> None:
     """Copies between pages on an NVIDIA GPU and the arena, against one large pinned copy.
@@ -224,29 +214,19 @@ def gpu_copy(
 
 def engine(
     how: How,
-    name: Annotated[
-        Literal["vllm", "sglang"], typer.Option("--engine", help="The engine.")
-    ] = "vllm",
-    model: Annotated[
-        str | None, typer.Option(help="Folder or name (default: the demo's model).")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Its type (default: float32 on a CPU, else auto).")
-    ] = None,
+    name: Annotated[Literal["vllm", "sglang"], opt("The engine.", "--engine")] = "vllm",
+    model: Annotated[str | None, opt("Folder or name (default: the demo's model).")] = None,
+    dtype: Annotated[str | None, opt("Its type (default: float32 on a CPU, else auto).")] = None,
     connector: Annotated[
-        list[str] | None, typer.Option(help="kvstore, or the engine's name; may be repeated.")
+        list[str] | None, opt("kvstore, or the engine's name; may be repeated.")
     ] = None,
-    requests: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Conversations at once.")
-    ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(min=128, max=1 << 20, help="Tokens of a document.")
-    ] = None,
+    requests: Annotated[int | None, opt("Conversations at once.", min=1, max=1024)] = None,
+    tokens: Annotated[int | None, opt("Tokens of a document.", min=128, max=1 << 20)] = None,
     processes: Annotated[
-        Literal["default", "one"], typer.Option(help="As the engine runs them, or all in one.")
+        Literal["default", "one"], opt("As the engine runs them, or all in one.")
     ] = "default",
     apart: Annotated[
-        bool, typer.Option("--apart", help="Prefill in one vLLM, decode in another, instead.")
+        bool, opt("Prefill in one vLLM, decode in another, instead.", "--apart")
     ] = False,
 ) -> None:
     """First tokens and throughput of a real engine, plain, with KVStore and with others."""
@@ -288,11 +268,10 @@ def blend(
     how: How,
     name: Annotated[
         Literal["transformers", "vllm"],
-        typer.Option("--engine", help="Quality and time in transformers, or first tokens in vLLM."),
+        opt("Quality and time in transformers, or first tokens in vLLM.", "--engine"),
     ] = "transformers",
     model: Annotated[
-        Path | None,
-        typer.Option(exists=True, file_okay=False, help="Its folder (default: the demo's)."),
+        Path | None, opt("Its folder (default: the demo's).", exists=True, file_okay=False)
     ] = None,
 ) -> None:
     """Pieces of prompts reused: how far answers are off, and what it saves.
@@ -318,11 +297,9 @@ def blend(
 
 def loop(
     how: How,
-    objects: Annotated[
-        int | None, typer.Option(min=1024, max=1 << 24, help="Blocks to hold.")
-    ] = None,
+    objects: Annotated[int | None, opt("Blocks to hold.", min=1024, max=1 << 24)] = None,
     folder: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="For a disk tier besides.")
+        Path | None, opt("For a disk tier besides.", exists=True, file_okay=False)
     ] = None,
 ) -> None:
     """How long the daemon's loop works at a stretch, and what a lookup waits meanwhile.
@@ -341,7 +318,7 @@ def policy(
         typer.Argument(exists=True, dir_okay=False, help="Traces (default: a made one)."),
     ] = None,
     blocks: Annotated[
-        list[int] | None, typer.Option(min=1, max=1 << 20, help="Of memory; may be repeated.")
+        list[int] | None, opt("Of memory; may be repeated.", min=1, max=1 << 20)
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -369,15 +346,11 @@ def _verdict(problems: Sequence[str]) -> None:
 
 def soak(
     minutes: Annotated[
-        float | None, typer.Option(min=0.0, max=1e5, callback=_finite, help="How long to load (5).")
+        float | None, opt("How long to load (5).", min=0.0, max=1e5, callback=_finite)
     ] = None,
-    seconds: Annotated[
-        float, typer.Option(min=0.0, max=1e6, callback=_finite, help="The same, finer.")
-    ] = 0.0,
-    clients: Annotated[int, typer.Option(min=1, max=64, help="Processes.")] = 4,
-    address: Annotated[
-        str | None, typer.Option(help="A running daemon (default: one of its own).")
-    ] = None,
+    seconds: Annotated[float, opt("The same, finer.", min=0.0, max=1e6, callback=_finite)] = 0.0,
+    clients: Annotated[int, opt("Processes.", min=1, max=64)] = 4,
+    address: Annotated[str | None, opt("A running daemon (default: one of its own).")] = None,
     folder: FolderOption = Path(),
     as_json: JsonOption = False,
 ) -> None:
@@ -402,19 +375,7 @@ def soak(
 
 
 for _command in (
-    copy,
-    codec,
-    disk,
-    session,
-    store,
-    weights,
-    peer,
-    tier,
-    loop,
-    policy,
-    blend,
-    gpu_copy,
-    engine,
+    copy, codec, disk, session, store, weights, peer, tier, loop, policy, blend, gpu_copy, engine,
     soak,
-):
+):  # fmt: skip
     bench_app.command()(grouped(_command))

@@ -32,6 +32,16 @@ def option(read: Callable[[str], N]) -> Callable[[str], N]:
 size_option = option(parse_size)
 
 
+def opt(help: str, *names: str, **how: Any) -> Any:
+    """An option of a command, of these names if not of its parameter's; `how` is typer's."""
+    return typer.Option(*names, help=help, **how)
+
+
+def sized(help: str) -> Any:
+    """One that takes a size."""
+    return opt(help, parser=size_option, metavar="SIZE")
+
+
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """The command with the fields of its option groups as parameters of their own; groups that can
     be closed are, after it.

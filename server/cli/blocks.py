@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from kvstore.commands import opt
 from kvstore.server.cli.options import (
     Link,
     Misuse,
@@ -26,15 +27,14 @@ from kvstore.values import format_size, lasting
 if TYPE_CHECKING:
     from kvstore.api import v1
 
-_To = Annotated[str, typer.Option("--to", help="The tier to bring them to.")]
+_To = Annotated[str, opt("The tier to bring them to.", "--to")]
 
 
 def lookup(
     prompt: PromptOptions,
     link: Link,
     piece: Annotated[
-        list[str] | None,
-        typer.Option(metavar="START:END", help="Tokens that may stand elsewhere; repeat it."),
+        list[str] | None, opt("Tokens that may stand elsewhere; repeat it.", metavar="START:END")
     ] = None,
 ) -> None:
     """Show the longest stored prefix of a prompt, and where its blocks lie."""
@@ -97,7 +97,7 @@ def pin(
     prompt: PromptOptions,
     link: Link,
     ttl: Annotated[float, time_option("How long: 2h, 7d.")],
-    owner: Annotated[str | None, typer.Option(help="For `unpin` (default: the user).")] = None,
+    owner: Annotated[str | None, opt("For `unpin` (default: the user).")] = None,
 ) -> None:
     """Keep the stored prefix of a prompt from eviction for a time."""
     owner = _user() if owner is None else owner
@@ -118,7 +118,7 @@ def _user() -> str:
 def unpin(
     link: Link,
     pin: Annotated[str | None, typer.Argument(help="Id of the pin, e.g. pin-3.")] = None,
-    owner: Annotated[str | None, typer.Option(help="End all pins of this owner.")] = None,
+    owner: Annotated[str | None, opt("End all pins of this owner.")] = None,
 ) -> None:
     """End a pin, or all pins of an owner."""
     if (pin is None) == (owner is None):
@@ -148,7 +148,7 @@ def ttl(
 def prefetch(
     prompt: PromptOptions,
     link: Link,
-    tier: Annotated[str, typer.Option(help="The tier to bring them to.")] = "memory",
+    tier: Annotated[str, opt("The tier to bring them to.")] = "memory",
     wait: Wait = True,
 ) -> None:
     """Bring the stored prefix of a prompt into a tier."""
@@ -169,9 +169,7 @@ def copy(where: WhereOptions, link: Link, to: _To, wait: Wait = True) -> None:
 def compress(
     where: WhereOptions,
     link: Link,
-    codec: Annotated[
-        str, typer.Option(help="That of the tiers they are in: e4, zstd, lz4; or raw.")
-    ],
+    codec: Annotated[str, opt("That of the tiers they are in: e4, zstd, lz4; or raw.")],
     wait: Wait = True,
 ) -> None:
     """Re-encode blocks in place."""
@@ -186,7 +184,7 @@ def decompress(where: WhereOptions, link: Link, wait: Wait = True) -> None:
 def clear(
     where: WhereOptions,
     link: Link,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count them.")] = False,
+    dry_run: Annotated[bool, opt("Only count them.", "--dry-run")] = False,
     yes: Yes = False,
     wait: Wait = True,
 ) -> None:

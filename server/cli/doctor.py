@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
 import typer
 
 from kvstore import __version__
+from kvstore.commands import opt
 from kvstore.errors import DeviceUnavailable, KVStoreError
 from kvstore.files import file_system
 from kvstore.server.cli.options import Link
@@ -358,7 +359,7 @@ def examine(look: Look, check: Callable[[Look], Findings]) -> Findings:
 
 def doctor(
     link: Link,
-    as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
+    as_json: Annotated[bool, opt("Short for --format json.", "--json")] = False,
 ) -> None:
     """Say what to change of this machine, the configuration and a daemon, each with the command.
 

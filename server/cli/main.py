@@ -19,10 +19,11 @@ from typer.core import TyperGroup
 
 from kvstore import __version__
 from kvstore.benchmarks.command import bench_app
-from kvstore.commands import grouped
+from kvstore.commands import grouped, opt
 from kvstore.errors import KVStoreError
 from kvstore.server.cli import blocks, node, planning
 from kvstore.server.cli.doctor import doctor
+from kvstore.server.cli.options import ConfigOption
 from kvstore.server.cli.output import progress
 from kvstore.server.cli.pieces import calibrate, pieces_app
 from kvstore.telemetry import shown
@@ -60,10 +61,6 @@ app.add_typer(node.operations_app, name="operations")
 app.add_typer(pieces_app, name="pieces")
 app.command()(calibrate)
 
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="YAML file (default: $KVSTORE_CONFIG).")
-]
-
 
 def main() -> None:
     """Run the command; our own errors, and files that fail, become one line and exit code 1."""
@@ -94,18 +91,18 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 @app.command()
 def serve(
     config: ConfigOption = None,
-    socket: Annotated[str | None, typer.Option(help="Unix socket to listen on.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Size of the memory tier, e.g. 8GiB.")] = None,
-    disk: Annotated[str | None, typer.Option(help="Folder of the disk tier.")] = None,
-    disk_size: Annotated[str | None, typer.Option(help="Size of the disk tier.")] = None,
-    grpc: Annotated[str | None, typer.Option(help="host:port of the gRPC API, or none.")] = None,
-    http: Annotated[str | None, typer.Option(help="host:port of HTTP, or none.")] = None,
-    tcp: Annotated[str | None, typer.Option(help="host:port for sessions over TCP.")] = None,
-    tokens: Annotated[str | None, typer.Option(help="YAML file of tokens.")] = None,
+    socket: Annotated[str | None, opt("Unix socket to listen on.")] = None,
+    memory: Annotated[str | None, opt("Size of the memory tier, e.g. 8GiB.")] = None,
+    disk: Annotated[str | None, opt("Folder of the disk tier.")] = None,
+    disk_size: Annotated[str | None, opt("Size of the disk tier.")] = None,
+    grpc: Annotated[str | None, opt("host:port of the gRPC API, or none.")] = None,
+    http: Annotated[str | None, opt("host:port of HTTP, or none.")] = None,
+    tcp: Annotated[str | None, opt("host:port for sessions over TCP.")] = None,
+    tokens: Annotated[str | None, opt("YAML file of tokens.")] = None,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen beyond loopback without TLS and tokens.")
+        bool, opt("Listen beyond loopback without TLS and tokens.", "--insecure")
     ] = False,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    log_level: Annotated[str | None, opt("debug, info, warning or error.")] = None,
 ) -> None:
     """Serve a store to the engines of this machine until stopped (SIGTERM or Ctrl-C).
 
@@ -157,9 +154,7 @@ def _name_option(help: str) -> Any:
 @token_app.command()
 def new(
     name: Annotated[str, _name_option("Who will use it; unique in the file.")],
-    role: Annotated[
-        Literal["peer", "read", "write", "admin"], typer.Option(help="What it allows.")
-    ],
+    role: Annotated[Literal["peer", "read", "write", "admin"], opt("What it allows.")],
     tenant: Annotated[
         list[str] | None, _name_option("Limit it to this one; may be repeated.")
     ] = None,
@@ -187,7 +182,7 @@ def fsck(
         Path,
         typer.Argument(help="Folder of a disk tier that no daemon serves, or of a files tier."),
     ],
-    repair: Annotated[bool, typer.Option(help="Drop what is damaged.")] = False,
+    repair: Annotated[bool, opt("Drop what is damaged.")] = False,
 ) -> None:
     """Verify every object of a disk or files tier; exit code 2 when something is damaged."""
     from kvstore.tiers.segments import scrub

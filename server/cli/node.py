@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
 import typer
 
-from kvstore.commands import grouped
+from kvstore.commands import grouped, opt
 from kvstore.server.cli.options import (
     Caller,
     Link,
@@ -32,14 +32,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _MAX_NUMBER: Final = (1 << 64) - 1
-_Tenant = Annotated[str | None, typer.Option(help="Only of this tenant.")]
+_Tenant = Annotated[str | None, opt("Only of this tenant.")]
 _Limit = Annotated[
-    float | None,
-    typer.Option(parser=limit_option, metavar="SIZE", help="Limit it: 10GiB, or none."),
+    float | None, opt("Limit it: 10GiB, or none.", parser=limit_option, metavar="SIZE")
 ]
-HttpOption = Annotated[
-    str | None, typer.Option(help="host:port of the daemon's HTTP (default: server.http).")
-]
+HttpOption = Annotated[str | None, opt("host:port of the daemon's HTTP (default: server.http).")]
 _Id = Annotated[str, typer.Argument(metavar="ID", help="Of the operation.")]
 
 operations_app = typer.Typer(no_args_is_help=True, help="Long operations.")
@@ -82,7 +79,7 @@ def top(
     caller: Caller,
     http: HttpOption = None,
     interval: Annotated[float | None, time_option("Between frames (1s).")] = None,
-    once: Annotated[bool, typer.Option("--once", help="Print one frame.")] = False,
+    once: Annotated[bool, opt("Print one frame.", "--once")] = False,
 ) -> None:
     """Show a daemon live: tiers, rates, hits, slow requests, drops; q or Ctrl-C ends it."""
     from kvstore.server.cli.top import Source, watch
@@ -124,10 +121,8 @@ def sessions(link: Link) -> None:
 
 def leases(
     link: Link,
-    session: Annotated[
-        int | None, typer.Option(min=1, max=_MAX_NUMBER, help="Only of this session.")
-    ] = None,
-    owner: Annotated[str | None, typer.Option(help="Only pins of this owner.")] = None,
+    session: Annotated[int | None, opt("Only of this session.", min=1, max=_MAX_NUMBER)] = None,
+    owner: Annotated[str | None, opt("Only pins of this owner.")] = None,
 ) -> None:
     """List the leases of sessions and pins."""
     found = link.api.list_leases(session, owner)
@@ -145,20 +140,17 @@ def leases(
 def events(
     link: Link,
     namespace: Annotated[
-        str | None, typer.Option("--namespace", "-n", help="Only of this namespace (id).")
+        str | None, opt("Only of this namespace (id).", "--namespace", "-n")
     ] = None,
     tenant: _Tenant = None,
     after: Annotated[
-        int | None,
-        typer.Option(min=0, max=_MAX_NUMBER, help="Replay what came after it, if remembered."),
+        int | None, opt("Replay what came after it, if remembered.", min=0, max=_MAX_NUMBER)
     ] = None,
-    incarnation: Annotated[
-        str | None, typer.Option(help="The daemon's when it gave out that number.")
-    ] = None,
+    incarnation: Annotated[str | None, opt("The daemon's when it gave out that number.")] = None,
     snapshot: Annotated[
-        bool, typer.Option("--snapshot", help="Begin with what is stored, unless resumed.")
+        bool, opt("Begin with what is stored, unless resumed.", "--snapshot")
     ] = False,
-    count: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
+    count: Annotated[int | None, opt("Stop after so many.", min=1)] = None,
 ) -> None:
     """Print what is stored and removed, as it happens, until Ctrl-C."""
     told = link.api.watch_events(namespace, tenant, after, incarnation, snapshot=snapshot)
@@ -192,7 +184,7 @@ def quota(
     memory: _Limit = None,
     disk: _Limit = None,
     limit: Annotated[
-        list[str] | None, typer.Option(metavar="TIER=SIZE", help="Limit it in another tier.")
+        list[str] | None, opt("Limit it in another tier.", metavar="TIER=SIZE")
     ] = None,
     yes: Yes = False,
 ) -> None:
@@ -236,17 +228,15 @@ def _pairs(given: list[str] | None, option: str, value: Callable[[str], T]) -> d
 
 def admission(
     link: Link,
-    memory: Annotated[Literal["all", "none"] | None, typer.Option(help="Saves.")] = None,
-    disk: Annotated[
-        Literal["all", "reused", "none"] | None, typer.Option(help="Write-behind.")
-    ] = None,
+    memory: Annotated[Literal["all", "none"] | None, opt("Saves.")] = None,
+    disk: Annotated[Literal["all", "reused", "none"] | None, opt("Write-behind.")] = None,
     rule: Annotated[
-        list[str] | None, typer.Option(metavar="TIER=RULE", help="Write-behind to another tier.")
+        list[str] | None, opt("Write-behind to another tier.", metavar="TIER=RULE")
     ] = None,
     deny: Annotated[
-        list[str] | None, typer.Option(help="Drop saves of this tenant; instead of those before.")
+        list[str] | None, opt("Drop saves of this tenant; instead of those before.")
     ] = None,
-    deny_nobody: Annotated[bool, typer.Option("--deny-nobody", help="End all denials.")] = False,
+    deny_nobody: Annotated[bool, opt("End all denials.", "--deny-nobody")] = False,
 ) -> None:
     """Show what is let into which tier, or change it until the daemon ends."""
     if deny and deny_nobody:
@@ -265,7 +255,7 @@ def admission(
 
 def drain(
     link: Link,
-    stop: Annotated[bool, typer.Option("--stop", help="End the daemon afterwards.")] = False,
+    stop: Annotated[bool, opt("End the daemon afterwards.", "--stop")] = False,
     within: Annotated[float | None, time_option("For the writes (30s).")] = None,
     wait: Wait = True,
 ) -> None:

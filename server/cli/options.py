@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 import msgspec
 import typer
 
-from kvstore.commands import option, size_option
+from kvstore.commands import opt, option, size_option
 from kvstore.errors import ConfigError, SpecError
 from kvstore.server.cli.output import Printing, say
 from kvstore.telemetry import shown
@@ -61,7 +61,7 @@ class Misuse(typer.BadParameter):
 
 def time_option(help: str, *names: str) -> Any:
     """An option that takes a duration."""
-    return typer.Option(*names, parser=option(parse_duration), metavar="TIME", help=help)
+    return opt(help, *names, parser=option(parse_duration), metavar="TIME")
 
 
 def limit_option(text: str) -> float:
@@ -81,8 +81,11 @@ def agreed(what: str, *, yes: bool = False) -> None:
     typer.confirm(f"{shown(what)}. Go on?", abort=True, err=True)
 
 
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-Wait = Annotated[bool, typer.Option(help="Wait for the end, or only start it.")]
+ConfigOption = Annotated[
+    Path | None, opt("YAML file (default: $KVSTORE_CONFIG).", "--config", "-c")
+]
+Yes = Annotated[bool, opt("Do not ask.", "--yes", "-y")]
+Wait = Annotated[bool, opt("Wait for the end, or only start it.")]
 
 
 def _read_tokens(text: str, source: str) -> list[int]:
@@ -124,12 +127,8 @@ def _read_file(path: Path) -> str:
 class Caller:
     """With what configuration, right and patience a daemon is asked."""
 
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="YAML file (default: $KVSTORE_CONFIG).")
-    ] = None
-    token_file: Annotated[
-        Path | None, typer.Option(help="File with the token (default: $KVSTORE_TOKEN).")
-    ] = None
+    config: ConfigOption = None
+    token_file: Annotated[Path | None, opt("File with the token (default: $KVSTORE_TOKEN).")] = None
     timeout: Annotated[float | None, time_option("For each answer (5s).")] = None
 
     @functools.cached_property
@@ -156,7 +155,7 @@ class Link(Printing, Caller):
     """How to reach the daemon, and how to print what it says."""
 
     address: Annotated[
-        str | None, typer.Option(help="unix:///path of the daemon, or host:port of its gRPC API.")
+        str | None, opt("unix:///path of the daemon, or host:port of its gRPC API.")
     ] = None
 
     @functools.cached_property
@@ -180,27 +179,21 @@ class Link(Printing, Caller):
 class TokenOptions:
     """Names blocks from the start of a prompt, as engines and sessions do."""
 
-    tokens: Annotated[str | None, typer.Option(help="Token ids of the prompt: 1,2,3.")] = None
+    tokens: Annotated[str | None, opt("Token ids of the prompt: 1,2,3.")] = None
     tokens_file: Annotated[
-        Path | None,
-        typer.Option(help="File with token ids: a JSON list, or one a line; - is stdin."),
+        Path | None, opt("File with token ids: a JSON list, or one a line; - is stdin.")
     ] = None
-    keys: Annotated[
-        list[str] | None, typer.Option(help="Block keys in hex, instead of tokens.")
-    ] = None
-    salt: Annotated[str | None, typer.Option(help="The request's cache salt.")] = None
-    lora: Annotated[
-        str | None, typer.Option(help="Its LoRA adapter: a folder, or the digest of its files.")
-    ] = None
+    keys: Annotated[list[str] | None, opt("Block keys in hex, instead of tokens.")] = None
+    salt: Annotated[str | None, opt("The request's cache salt.")] = None
+    lora: Annotated[str | None, opt("Its LoRA adapter: a folder, or the digest of its files.")] = (
+        None
+    )
     media: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="KIND:DIGEST:FIRST:TOKENS", help="An image or the like among the tokens."
-        ),
+        opt("An image or the like among the tokens.", metavar="KIND:DIGEST:FIRST:TOKENS"),
     ] = None
     extra: Annotated[
-        list[str] | None,
-        typer.Option(metavar="BLOCK:TEXT", help="What else a session names a block by."),
+        list[str] | None, opt("What else a session names a block by.", metavar="BLOCK:TEXT")
     ] = None
 
     def given(self) -> Blocks:
@@ -280,14 +273,14 @@ class PromptOptions(TokenOptions):
 class WhereOptions(TokenOptions):
     """Chooses stored blocks; conditions add up."""
 
-    namespace: Annotated[
-        str | None, typer.Option("--namespace", "-n", help="Only of this namespace (id).")
-    ] = None
-    tenant: Annotated[str | None, typer.Option(help="Only of this tenant.")] = None
-    tier: Annotated[str | None, typer.Option(help="Only with a copy there.")] = None
+    namespace: Annotated[str | None, opt("Only of this namespace (id).", "--namespace", "-n")] = (
+        None
+    )
+    tenant: Annotated[str | None, opt("Only of this tenant.")] = None
+    tier: Annotated[str | None, opt("Only with a copy there.")] = None
     older_than: Annotated[float | None, time_option("Only stored so long ago: 2h.")] = None
     unused_for: Annotated[float | None, time_option("Only unused so long: 7d.")] = None
-    everything: Annotated[bool, typer.Option("--all", help="All there is.")] = False
+    everything: Annotated[bool, opt("All there is.", "--all")] = False
 
     def where(self) -> Where:
         """For the API."""

@@ -29,6 +29,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from kvstore.commands import opt
 from kvstore.errors import StoreUnavailable
 from kvstore.telemetry import shown
 from kvstore.values import format_size
@@ -48,10 +49,8 @@ _FOLDED: Final = 16
 class Printing:
     """How to print what a daemon says."""
 
-    format: Annotated[Literal["table", "json"], typer.Option(help="How to print.")] = "table"
-    wide: Annotated[
-        bool, typer.Option("--wide", help="All columns, wider than the terminal if need be.")
-    ] = False
+    format: Annotated[Literal["table", "json"], opt("How to print.")] = "table"
+    wide: Annotated[bool, opt("All columns, wider than the terminal if need be.", "--wide")] = False
 
 
 def plain(message: Message) -> dict[str, Any]:

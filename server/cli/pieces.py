@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from kvstore.commands import opt
 from kvstore.errors import KVStoreError
 from kvstore.server.cli.options import Misuse
 from kvstore.server.cli.output import many
@@ -83,14 +84,10 @@ def add(
     files: Annotated[
         list[Path], typer.Argument(metavar="FILE…", exists=True, dir_okay=False, help="Of text.")
     ],
-    url: Annotated[str, typer.Option(help="Of the vLLM server.")] = "http://localhost:8000",
-    model: Annotated[str | None, typer.Option(help="As it calls it (default: its first).")] = None,
-    tokens: Annotated[
-        int, typer.Option(min=_CUT[0], max=_CUT[1], help="Of a piece at most.")
-    ] = 1024,
-    key_file: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Its API key.")
-    ] = None,
+    url: Annotated[str, opt("Of the vLLM server.")] = "http://localhost:8000",
+    model: Annotated[str | None, opt("As it calls it (default: its first).")] = None,
+    tokens: Annotated[int, opt("Of a piece at most.", min=_CUT[0], max=_CUT[1])] = 1024,
+    key_file: Annotated[Path | None, opt("Its API key.", exists=True, dir_okay=False)] = None,
 ) -> None:
     """Have a vLLM server compute texts once, and store them for prompts that contain them.
 
@@ -150,9 +147,9 @@ def _first(models: dict[str, Any]) -> str:
 
 def calibrate(
     model: Annotated[str, typer.Argument(help="Its folder, or its name on a hub.")],
-    dtype: Annotated[str, typer.Option(help="Of its numbers, as the engine has them.")] = "auto",
+    dtype: Annotated[str, opt("Of its numbers, as the engine has them.")] = "auto",
     revision: Annotated[
-        str | None, typer.Option(help="The name of its weights, where an engine is given one.")
+        str | None, opt("The name of its weights, where an engine is given one.")
     ] = None,
 ) -> None:
     """Measure how far a model's answers are off when pieces are reused, and keep the verdict.

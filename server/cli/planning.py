@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Final
 import typer
 
 from kvstore.benchmarks.prices import Prices, lifetime
-from kvstore.commands import size_option
+from kvstore.commands import opt, sized
 from kvstore.errors import StoreUnavailable
 from kvstore.server.cli.node import HttpOption
-from kvstore.server.cli.options import Caller, Misuse, time_option
+from kvstore.server.cli.options import Caller, ConfigOption, Misuse, time_option
 from kvstore.server.cli.output import many, progress, say
 from kvstore.values import checked_text, format_size, lasting
 
@@ -34,10 +34,7 @@ _SHARED: Final = 64
 _DISK: Final = 16
 """Times memory, where no size is given."""
 
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="YAML file (default: $KVSTORE_CONFIG).")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+JsonOption = Annotated[bool, opt("Print JSON.", "--json")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +45,11 @@ class Traffic(Prices):
         Path, typer.Argument(exists=True, dir_okay=False, help="Recorded requests: docs/policy.md.")
     ]
     model: Annotated[
-        str | None,
-        typer.Option(help="Folder, config.json, or a name that Hugging Face's cache knows."),
+        str | None, opt("Folder, config.json, or a name that Hugging Face's cache knows.")
     ] = None
-    token_bytes: Annotated[
-        int | None,
-        typer.Option(parser=size_option, metavar="SIZE", help="Of KV per token, without a model."),
-    ] = None
+    token_bytes: Annotated[int | None, sized("Of KV per token, without a model.")] = None
     block_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, max=1 << 20, help="Of a block (default: as the trace's lengths say)."),
+        int | None, opt("Of a block (default: as the trace's lengths say).", min=1, max=1 << 20)
     ] = None
 
     @cached_property
@@ -99,25 +91,12 @@ class Traffic(Prices):
 
 def simulate(
     traffic: Traffic,
-    memory: Annotated[
-        list[int] | None,
-        typer.Option(parser=size_option, metavar="SIZE", help="May be repeated (default: five)."),
-    ] = None,
-    disk: Annotated[
-        int | None,
-        typer.Option(
-            parser=size_option, metavar="SIZE", help="Below the second memory (16 times)."
-        ),
-    ] = None,
-    shared: Annotated[
-        int | None,
-        typer.Option(parser=size_option, metavar="SIZE", help="For all nodes (64 times)."),
-    ] = None,
-    nodes: Annotated[int, typer.Option(min=1, max=1000, help="That share it.")] = 4,
+    memory: Annotated[list[int] | None, sized("May be repeated (default: five).")] = None,
+    disk: Annotated[int | None, sized("Below the second memory (16 times).")] = None,
+    shared: Annotated[int | None, sized("For all nodes (64 times).")] = None,
+    nodes: Annotated[int, opt("That share it.", min=1, max=1000)] = 4,
     as_json: JsonOption = False,
-    png: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="Draw a picture (needs matplotlib).")
-    ] = None,
+    png: Annotated[Path | None, opt("Draw a picture (needs matplotlib).", dir_okay=False)] = None,
 ) -> None:
     """Say what a trace finds in memory, disk and a shared tier of which size, and what that costs.
 
@@ -197,20 +176,14 @@ def _configured(traffic: Traffic, settings: Config) -> Tiers:
 class Planned(Traffic):
     """A trace to plan for."""
 
-    trace: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help="Recorded requests: docs/policy.md.")
-    ]
+    trace: Annotated[Path, opt("Recorded requests: docs/policy.md.", exists=True, dir_okay=False)]
 
 
 def plan(
     traffic: Planned,
     config: ConfigOption = None,
-    max_memory: Annotated[
-        int | None, typer.Option(parser=size_option, metavar="SIZE", help="Of memory, at most.")
-    ] = None,
-    max_disk: Annotated[
-        int | None, typer.Option(parser=size_option, metavar="SIZE", help="Of disk, at most.")
-    ] = None,
+    max_memory: Annotated[int | None, sized("Of memory, at most.")] = None,
+    max_disk: Annotated[int | None, sized("Of disk, at most.")] = None,
 ) -> None:
     """Print the sizes, policies and rules that cost least for a trace, as YAML to paste.
 
