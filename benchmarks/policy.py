@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple
 
 from kvstore.benchmarks.figures import Report
+from kvstore.benchmarks.made import made_trace
 from kvstore.memory.eviction import EvictionPolicy, Node
 from kvstore.memory.habits import Habits
 from kvstore.memory.slots import slot_policy
 from kvstore.store.history import Uses
-from kvstore.traces import Request, made_trace, read_trace
+from kvstore.traces import Request, read_trace
 
 POLICIES: Final = ("lru", "s3fifo", "forecast")
 _OWED: Final = (2e-6, 10e-6)

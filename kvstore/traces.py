@@ -16,8 +16,6 @@ import hashlib
 import itertools
 import json
 import math
-import random
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -111,34 +109,3 @@ def _key(said: Any, names: dict[object, bytes]) -> bytes:
     else:
         raise ValueError(f"no key: {str(said)[:40]!r}; give hex text, or a number below 2**64")
     return names.setdefault(said, key)
-
-
-def made_trace(count: int = 6000, seed: int = 0) -> list[Request]:
-    """Chats of several turns over a few system prompts; of any seed always the same."""
-    chance = random.Random(seed)
-    fresh = iter(range(10**9))
-    prompts = [tuple(next(fresh) for _ in range(chance.randint(1, 8))) for _ in range(20)]
-    weights = [1 / (rank + 1) for rank in range(len(prompts))]
-    chats: list[tuple[int, ...]] = []
-    now = 0.0
-    requests: list[tuple[float, tuple[int, ...]]] = []
-    for _ in range(count):
-        now += chance.expovariate(2.0)
-        if chats and chance.random() < 0.7:
-            at = max(0, len(chats) - 1 - int(chance.expovariate(1 / 200)))
-            before = chats.pop(at)
-        else:
-            before = chance.choices(prompts, weights)[0]
-        blocks = before + tuple(next(fresh) for _ in range(1 + int(chance.expovariate(0.3))))
-        requests.append((now, blocks))
-        if len(blocks) < 120:
-            chats.append(blocks)
-    return _named(requests)
-
-
-def _named(requests: Iterable[tuple[float, tuple[int, ...]]]) -> list[Request]:
-    names: dict[object, bytes] = {}
-    return [
-        Request(at, tuple(_key(one, names) for one in blocks), 512 * len(blocks))
-        for at, blocks in requests
-    ]

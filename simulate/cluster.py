@@ -26,6 +26,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from kvstore import traces
+from kvstore.benchmarks.made import made_trace
 from kvstore.memory.eviction import Lru, Node
 from kvstore.slices import finish
 from kvstore.tiers.base import SEGMENT_TOKENS
@@ -426,7 +427,7 @@ def main() -> int:
     if min(given.nodes) < 1 or given.blocks < 1:
         parser.error("give at least one node, and one block")
     try:
-        read = traces.made_trace() if given.trace is None else traces.read_trace(given.trace)
+        read = made_trace() if given.trace is None else traces.read_trace(given.trace)
     except (OSError, ValueError) as e:
         parser.error(str(e))
     trace = numbered(read)

@@ -17,9 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
+from kvstore.benchmarks.made import made_trace
 from kvstore.benchmarks.served import free_port
 from kvstore.client.session import Session
-from kvstore.traces import made_trace
 from kvstore.transport import protocol
 from simulate.cluster import BLOCK_TOKENS as simulated_tokens
 from simulate.cluster import numbered, simulate

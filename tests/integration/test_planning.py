@@ -15,6 +15,7 @@ import pytest
 
 from kvstore.benchmarks import capacity
 from kvstore.benchmarks.capacity import Load, block_tokens
+from kvstore.benchmarks.made import made_trace
 from kvstore.benchmarks.model_size import token_bytes
 from kvstore.benchmarks.policy import Tiers
 from kvstore.benchmarks.policy import replay as replayed
@@ -25,7 +26,7 @@ from kvstore.server import tracing
 from kvstore.server.tracing import Tracing
 from kvstore.sources import load_config
 from kvstore.telemetry import Counters, QuietLog
-from kvstore.traces import Request, made_trace, read_trace
+from kvstore.traces import Request, read_trace
 from kvstore.values import parse_size
 from tests.http_tools import ON, address
 from tests.integration.test_cli import COMMAND

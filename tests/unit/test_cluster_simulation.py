@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.traces import made_trace
+from kvstore.benchmarks.made import made_trace
 from simulate.cluster import (
     BLOCK_TOKENS,
     CACHES,

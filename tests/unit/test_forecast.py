@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvstore.benchmarks.made import made_trace
 from kvstore.benchmarks.policy import Block, Tiers, clairvoyant, replay
 from kvstore.memory.forecast import Forecast
 from kvstore.memory.habits import _EDGES, CLASSES, Habits
-from kvstore.traces import Request, TraceError, made_trace, read_trace
+from kvstore.traces import Request, TraceError, read_trace
 from tests.store_tools import NAMESPACE, PART, Bench, keys
 from tests.trace_tools import plain_clairvoyant, plain_lru
 

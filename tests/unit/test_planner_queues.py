@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.benchmarks.made import made_trace
 from kvstore.client.planner import Planner
 from kvstore.telemetry import Busy
-from kvstore.traces import Request, made_trace, read_trace
+from kvstore.traces import Request, read_trace
 from kvstore.transport.protocol import Cost
 
 MIB = 1 << 20
