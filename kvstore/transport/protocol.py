@@ -10,6 +10,7 @@ before anything is allocated. Unknown fields are passed over, but for those that
 from __future__ import annotations
 
 import struct
+from array import array
 from typing import Final, NamedTuple, TypeVar
 
 import msgspec
@@ -496,6 +497,19 @@ def decode_reply(body: bytes | bytearray) -> Reply:
     if isinstance(reply, Failure):
         return Failure(shown(reply.reason[:_MOST_SAID]), reply.fatal)
     return reply
+
+
+def split_numbers(code: str, joined: bytes) -> array[int]:
+    """Numbers that a message has joined: i64 (`q`) or u64 (`Q`), little-endian.
+
+    Raises:
+        ProtocolError: no whole number of them.
+    """
+    found = array(code)
+    if len(joined) % found.itemsize:
+        raise ProtocolError(f"numbers take {len(joined)} bytes; {found.itemsize} each")
+    found.frombytes(joined)
+    return found
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[_T], body: bytes | bytearray, what: str) -> _T:

@@ -24,7 +24,7 @@ from kvstore.memory.bounce import HUGE_PAGE, Bounce
 from kvstore.memory.slots import align
 from kvstore.transport import protocol
 from kvstore.transport.carrier import Objects, Streamed
-from kvstore.transport.protocol import Failure, Get, Put, Sending, Taken
+from kvstore.transport.protocol import Failure, Get, Put, Sending, Taken, split_numbers
 from kvstore.transport.sockets import Wire, receive_frame, send_message
 
 _WINDOW: Final = 8 << 20
@@ -197,10 +197,9 @@ class StreamCarrier:
 
         def take(stream: _Stream, batch: _Span) -> None:
             answer = stream.reply(deadline - time.monotonic())
-            sums = array("Q")
-            if not isinstance(answer, Sending) or len(answer.checksums) != 8 * batch.number:
+            sums = split_numbers("Q", answer.checksums if isinstance(answer, Sending) else b"")
+            if len(sums) != batch.number:
                 raise ProtocolError("a get was answered by something else")
-            sums.frombytes(answer.checksums)
             if in_pieces is not None:
                 return take_pieces(stream, batch, sums, in_pieces)
             for span in _cut(batch, nbytes):

@@ -33,16 +33,7 @@ from kvstore.server.sessions.grants import (
 )
 from kvstore.server.sessions.greeting import HELLO_SECONDS, Newcomers
 from kvstore.transport import protocol
-from kvstore.transport.protocol import (
-    STREAM_MARK,
-    Attach,
-    Attached,
-    Failure,
-    Get,
-    Put,
-    Sending,
-    Taken,
-)
+from kvstore.transport.protocol import split_numbers
 from kvstore.transport.sockets import TlsWire, Wire, receive_frame, runs, send_message, shut
 
 _IN: Final = 512 << 10
@@ -95,7 +86,7 @@ class BulkServer:
         try:
             self._newcomers.put(number, partial(shut, connection))
             connection.settimeout(HELLO_SECONDS)
-            connection.recv(len(STREAM_MARK), socket.MSG_WAITALL)
+            connection.recv(len(protocol.STREAM_MARK), socket.MSG_WAITALL)
             if self._context is None:
                 wire = Wire(connection)
             else:
@@ -119,7 +110,7 @@ class BulkServer:
         grants: Grants | None = None
         try:
             grants = self._attached(wire)
-            send_message(wire, Attached(), HELLO_SECONDS)
+            send_message(wire, protocol.Attached(), HELLO_SECONDS)
             self._newcomers.known(number)
             bounce = Bounce(_IN)
             while True:
@@ -142,7 +133,7 @@ class BulkServer:
     def _attached(self, wire: Wire) -> Grants:
         """What the session has whose connection it is."""
         request = protocol.decode_request(receive_frame(wire, HELLO_SECONDS, _MAX_ATTACH))
-        if not isinstance(request, Attach):
+        if not isinstance(request, protocol.Attach):
             raise ProtocolError("the first message must be an attach")
         session = self._node.sessions.get(request.session)  # A dictionary is safe to look into.
         if not isinstance(session, StreamSession):
@@ -153,23 +144,23 @@ class BulkServer:
     def _refuse(self, wire: Wire, why: str) -> None:
         _log.debug("a data connection ends: %s", why)
         try:
-            send_message(wire, Failure(why, fatal=True), HELLO_SECONDS)
+            send_message(wire, protocol.Failure(why, fatal=True), HELLO_SECONDS)
         except OSError as e:
             _log.debug("nobody heard why: %s", e)
 
     def _answer(self, wire: Wire, grants: Grants, bounce: Bounce) -> None:
         started = time.monotonic()
         request = protocol.decode_request(receive_frame(wire, self._patience))
-        if isinstance(request, Put):
+        if isinstance(request, protocol.Put):
             way, nbytes = "in", self._take_in(wire, grants, request, bounce)
-        elif isinstance(request, Get):
+        elif isinstance(request, protocol.Get):
             way, nbytes = "out", self._send_out(wire, grants, request)
         else:
             raise ProtocolError("a data connection is attached once, first, then puts and gets")
         self.samples.append((way, nbytes, time.monotonic() - started))
 
-    def _take_in(self, wire: Wire, grants: Grants, request: Put, bounce: Bounce) -> int:
-        slots, sums = _numbers("q", request.slots), _numbers("Q", request.checksums)
+    def _take_in(self, wire: Wire, grants: Grants, request: protocol.Put, bounce: Bounce) -> int:
+        slots, sums = split_numbers("q", request.slots), split_numbers("Q", request.checksums)
         trailing = not sums
         if len(slots) != len(sums) and not trailing:
             raise ProtocolError(f"{len(slots)} slots and {len(sums)} checksums; give one for each")
@@ -197,11 +188,11 @@ class BulkServer:
                     hashed = Xxh3Stream()
             granted.damaged.update(slots[i] for i in damaged)
         # Not before the grant is given back: the commit may come at once.
-        send_message(wire, Taken(tuple(damaged)), self._patience)
+        send_message(wire, protocol.Taken(tuple(damaged)), self._patience)
         return sum(sizes)
 
-    def _send_out(self, wire: Wire, grants: Grants, request: Get) -> int:
-        slots = _numbers("q", request.slots)
+    def _send_out(self, wire: Wire, grants: Grants, request: protocol.Get) -> int:
+        slots = split_numbers("q", request.slots)
         with grants.use(wire, request.lease, slots, fill=False) as granted:
             sums = array("Q")
             places = [(granted.offsets[slot], granted.sizes[slot]) for slot in slots]
@@ -209,17 +200,9 @@ class BulkServer:
                 if granted.checksums[slot] is None:  # It was saved without.
                     granted.checksums[slot] = xxh3_64(self._arena.address + offset, nbytes)
                 sums.append(granted.checksums[slot] or 0)
-            send_message(wire, Sending(sums.tobytes()), self._patience)
+            send_message(wire, protocol.Sending(sums.tobytes()), self._patience)
             views = [self._arena.view(*place) for place in places]
             sizes = [nbytes for _, nbytes in places]
             for run in runs(sizes, _OUT):
                 wire.send([views[i][start:end] for i, start, end in run], self._patience)
         return sum(sizes)
-
-
-def _numbers(code: str, raw: bytes) -> array[int]:
-    numbers = array(code)
-    if len(raw) % numbers.itemsize:
-        raise ProtocolError(f"numbers take {len(raw)} bytes; {numbers.itemsize} each")
-    numbers.frombytes(raw)
-    return numbers

@@ -6,10 +6,9 @@ import itertools
 import logging
 import threading
 import time
-from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -22,16 +21,7 @@ from kvstore.tiers.peers.receive import Slots, by_nixl, over_tcp
 from kvstore.tiers.remote import Breaker
 from kvstore.transport import protocol
 from kvstore.transport.channel import Channel
-from kvstore.transport.protocol import (
-    Acquire,
-    Close,
-    Failure,
-    Find,
-    Open,
-    Prefetch,
-    Release,
-    Where,
-)
+from kvstore.transport.protocol import split_numbers
 from kvstore.transport.tcp import connect
 
 _quiet: Final = QuietLog(logging.getLogger("kvstore.peers"))
@@ -43,11 +33,8 @@ _IDLE_SECONDS: Final = 60.0
 R = TypeVar("R")
 
 
-class There(NamedTuple):
-    """An object that a peer has: when it was made and expires (Unix seconds, 0: never)."""
-
-    created: int
-    expires: int
+There = dict[tuple[bytes, bytes], tuple[int, int]]
+"""Objects by key and part's variant: when they were made and expire (Unix seconds, 0: never)."""
 
 
 class Busy(KVStoreError):
@@ -113,27 +100,23 @@ class Link:
 
     def find(
         self, namespace: Namespace, parts: Sequence[Part], keys: Sequence[bytes], seconds: float
-    ) -> list[There | None]:
-        """What it has itself of these, per key and part.
+    ) -> There:
+        """What it has itself of these.
 
         Raises:
             Refused: it does not say.
         """
 
-        def ask(channel: Channel, handle: int, until: float) -> list[There | None]:
-            find = Find(handle, b"".join(keys))
+        def ask(channel: Channel, handle: int, until: float) -> There:
+            find = protocol.Find(handle, b"".join(keys))
             answer = self._call(channel, find, until, protocol.Holds)
-            held = answer.held
-            created, expires = array("q"), array("q")
-            count = len(keys) * len(parts)
-            there = sum(map(bool, held))
-            if len(held) != count or {8 * there} != {len(answer.created), len(answer.expires)}:
+            asked = list(itertools.product(keys, (part.variant for part in parts)))
+            there = list(itertools.compress(asked, answer.held))
+            times = split_numbers("q", answer.created), split_numbers("q", answer.expires)
+            if len(answer.held) != len(asked) or {len(there)} != set(map(len, times)):
                 raise ProtocolError("an answer does not fit its question")
-            created.frombytes(answer.created)
-            expires.frombytes(answer.expires)
             self.serving = max(0, answer.serving)
-            times = map(There, created, expires)
-            return [next(times) if one else None for one in held]
+            return dict(zip(there, zip(*times, strict=True), strict=True))
 
         return self._within(namespace, parts, seconds, ask)
 
@@ -158,7 +141,9 @@ class Link:
         def bring(channel: Channel, handle: int, until: float) -> list[int | str]:
             lease = next(self._leases)
             wait = min(protocol.MAX_WAIT, max(0.0, (until - time.monotonic()) / 2))
-            acquire = Acquire(handle, lease, b"".join(keys), wait, len(keys), holes=True, own=True)
+            acquire = protocol.Acquire(
+                handle, lease, b"".join(keys), wait, len(keys), holes=True, own=True
+            )
             try:
                 held = self._call(channel, acquire, until, protocol.Held, lease)
                 if held.reason == "busy":
@@ -179,7 +164,7 @@ class Link:
                     come[here[at]] = "damaged" if checksum is None else checksum
                 return come
             finally:
-                channel.notify(Release(lease))
+                channel.notify(protocol.Release(lease))
 
         with self._lock:
             self.fetching += nbytes * len(keys)
@@ -199,7 +184,7 @@ class Link:
         """
 
         def ask(channel: Channel, handle: int, until: float) -> int:
-            request = Prefetch(handle, b"".join(keys), 0, source=self._node)
+            request = protocol.Prefetch(handle, b"".join(keys), 0, source=self._node)
             return self._call(channel, request, until, protocol.Count).blocks
 
         return self._within(namespace, parts, seconds, ask)
@@ -217,7 +202,7 @@ class Link:
             begun = time.monotonic()
             half = (begun + until) / 2  # The rest is left for another way.
             try:
-                placed = self._call(channel, Where(lease), half, protocol.Placed)
+                placed = self._call(channel, protocol.Where(lease), half, protocol.Placed)
                 came = by_nixl(self._helpers, placed, slots, addresses, nbytes, half)
             except (StoreUnavailable, Refused) as e:
                 self._nixl.failed(str(e))
@@ -295,7 +280,7 @@ class Link:
             if name in self._handles and self._channel is channel:
                 self._handles.move_to_end(name)
                 return self._handles[name]
-        opened = self._call(channel, Open(namespace, tuple(parts)), until, protocol.Opened)
+        opened = self._call(channel, protocol.Open(namespace, tuple(parts)), until, protocol.Opened)
         with self._lock:
             if self._channel is channel:
                 old = self._handles.get(name)
@@ -303,7 +288,7 @@ class Link:
                 if len(self._handles) > _MOST_OPEN:
                     _, old = self._handles.popitem(last=False)
                 if old is not None:
-                    channel.notify(Close(old))
+                    channel.notify(protocol.Close(old))
         return opened.handle
 
     def _call(
@@ -315,7 +300,7 @@ class Link:
         lease: int | None = None,
     ) -> R:
         answer = channel.call(request, max(0.0, until - time.monotonic()), lease=lease)
-        if isinstance(answer, Failure):
+        if isinstance(answer, protocol.Failure):
             raise Refused(answer.reason)
         if not isinstance(answer, kind):
             raise ProtocolError(f"{type(request).__name__} was answered by something else")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from typing import Final, TypeAlias
 
@@ -13,7 +12,7 @@ from kvstore._native import Xxh3Stream, xxh3_64
 from kvstore.errors import ProtocolError
 from kvstore.tiers.peers.nixl import MAX_AGENT, MAX_SPANS, Agent, Helpers, Span
 from kvstore.transport.carrier import Carrier, Objects, Streamed
-from kvstore.transport.protocol import Placed
+from kvstore.transport.protocol import Placed, split_numbers
 
 Slots: TypeAlias = NDArray[np.int64]
 _MOST_PLACE: Final = 1 << 62
@@ -78,11 +77,9 @@ def by_nixl(
     Raises:
         ProtocolError: what it says is no such thing.
     """
-    offsets, sums = array("q"), array("Q")
-    if len(placed.offsets) % 8 or len(placed.offsets) != len(placed.checksums):
+    offsets, sums = split_numbers("q", placed.offsets), split_numbers("Q", placed.checksums)
+    if len(offsets) != len(sums):
         raise ProtocolError("places and checksums do not fit each other")
-    offsets.frombytes(placed.offsets)
-    sums.frombytes(placed.checksums)
     if not all(0 <= slot < len(offsets) for slot in slots):
         raise ProtocolError("the lease has fewer objects than were held")
     places = (placed.address, *offsets)

@@ -187,14 +187,10 @@ class PeersTier(Shared):
             there = link.find(namespace, parts, keys, _ANSWER_SECONDS)
             self._pool.took(time.monotonic() - started)
             size = {part.variant: part.nbytes(namespace.block_tokens) for part in parts}
-            variants = [part.variant for part in parts]
-            by_name = dict(
-                zip(((key, variant) for key in keys for variant in variants), there, strict=True)
-            )
             for name in names:
-                one = by_name[name.key, name.part.variant]
-                held = one and Held(name, size[name.part.variant], None, *one)
-                told.append(held or None)
+                variant = name.part.variant
+                times = there.get((name.key, variant))
+                told.append(Held(name, size[variant], None, *times) if times else None)
             self._vitals.count("asked")
         except (StoreUnavailable, Refused) as e:
             refused = isinstance(e, Refused)
