@@ -74,7 +74,7 @@ def open_store(
     )
     store = Store(movement, config.lease_seconds, memory.max_pinned)
     rules = config.admission
-    store.admission = Admission(rules.memory, config.write_rules, rules.denied_tenants)
+    movement.admission = Admission(rules.memory, config.write_rules, rules.denied_tenants)
     for tenant, quota in config.quotas.items():
         limits = {number: quota.limits.get(p.name) for number, p in store.catalogue.places.items()}
         store.set_quota(tenant, {n: limit for n, limit in limits.items() if limit is not None})

@@ -72,7 +72,7 @@ class Header(NamedTuple):
 def write_header(address: int, codec: Codec, nbytes: int, body: Body) -> None:
     """Begin a frame of `nbytes` plain bytes."""
     fields = _FIELDS.pack(_MAGIC, _VERSION, codec.number, 0, nbytes, *body)
-    summed = _SUM.pack(_sum(fields))
+    summed = _SUM.pack(checksum(fields))
     memory_at(address, HEADER)[:] = fields + summed
 
 
@@ -82,12 +82,13 @@ def read_header(address: int) -> Header | None:
     magic, version, codec, zero, nbytes, *body = _FIELDS.unpack_from(data)
     if (magic, version, zero) != (_MAGIC, _VERSION, 0):
         return None
-    if _sum(data[: _FIELDS.size]) != _SUM.unpack_from(data, _FIELDS.size)[0]:
+    if checksum(data[: _FIELDS.size]) != _SUM.unpack_from(data, _FIELDS.size)[0]:
         return None
     return Header(codec, nbytes, Body(*body))
 
 
-def _sum(data: bytes) -> int:
+def checksum(data: bytes | bytearray | memoryview) -> int:
+    """XXH3 (64 bits, seed 0) of `data`."""
     array = np.frombuffer(data, np.uint8)
     return xxh3_64(array.ctypes.data, array.nbytes)
 

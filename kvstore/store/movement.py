@@ -70,6 +70,7 @@ class Movement:
     ) -> None:
         self.arena = arena
         self.admission = Admission()
+        """What is let in; may be replaced at any time."""
         self.background = Background(post)
         self._clock = clock
         if habits is not None:

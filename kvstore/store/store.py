@@ -13,7 +13,6 @@ from typing import Any, Final
 from kvstore.blocks.spec import Namespace, Part
 from kvstore.memory.slots import Slot
 from kvstore.slices import FEW, Work
-from kvstore.store.admission import Admission
 from kvstore.store.entry import Entry
 from kvstore.store.leases import Lease, LeaseKind, Payer, Saving, lease_weight
 from kvstore.store.loading import Loading
@@ -90,7 +89,7 @@ class Store(Loading):
         refusal = ""
         if self.draining:
             refusal = "draining"
-        elif self.admission.refuses(namespace.tenant):
+        elif self.movement.admission.refuses(namespace.tenant):
             refusal = "admission"
         index = self.index
         self.movement.saves(keys, saving.parent)
@@ -269,15 +268,6 @@ class Store(Loading):
         return removed
 
     # -- rules ----------------------------------------------------------------------------------
-
-    @property
-    def admission(self) -> Admission:
-        """What is let in; may be replaced at any time."""
-        return self.movement.admission
-
-    @admission.setter
-    def admission(self, rules: Admission) -> None:
-        self.movement.admission = rules
 
     def set_quota(self, tenant: str, limits: Mapping[int, int]) -> None:
         """Limit what a tenant may hold, in bytes by the number of the tier; nothing: no limit.

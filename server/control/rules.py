@@ -99,7 +99,7 @@ class RuleVerbs(Answers):
     # -- the daemon -------------------------------------------------------------------------------
 
     async def get_admission(self, request: v1.GetAdmissionRequest) -> v1.AdmissionPolicy:
-        rules = self._store.admission
+        rules = self._store.movement.admission
         seen = sorted(tenant for tenant in rules.denied_tenants if self._caller.sees(tenant))
         lowers = self._store.movement.lowers.values()
         below = {lower.name: rules.rule(lower.name) for lower in lowers}
@@ -107,7 +107,7 @@ class RuleVerbs(Answers):
 
     async def set_admission(self, request: v1.SetAdmissionRequest) -> v1.AdmissionPolicy:
         self._check_unlimited("the admission policy")
-        rules = self._store.admission
+        rules = self._store.movement.admission
         for tier, rule in request.rules.items():
             self._tier(tier, "rules")
             rules = _with_rule(rules, tier, rule)
@@ -119,7 +119,7 @@ class RuleVerbs(Answers):
                     f"is too long; {_MAX_DENIED} tenants of {_MAX_TENANT} characters are allowed",
                 )
             rules = dataclasses.replace(rules, denied_tenants=frozenset(tenants))
-        self._store.admission = rules
+        self._store.movement.admission = rules
         return await self.get_admission(v1.GetAdmissionRequest())
 
     async def drain(self, request: v1.DrainRequest) -> v1.Operation:

@@ -301,7 +301,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(disk=st.sampled_from(WRITE_RULES), far=st.sampled_from(WRITE_RULES))
     def set_admission(self, disk: str, far: str) -> None:
-        self.store.admission = Admission(below={"disk": disk, "far": far})
+        self.store.movement.admission = Admission(below={"disk": disk, "far": far})
 
     @rule(
         tenant=st.sampled_from(["", "other"]),

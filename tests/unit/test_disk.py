@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from kvstore.codecs.base import checksum
 from kvstore.errors import ConfigError
 from kvstore.tiers.base import Job, ObjectName
 from kvstore.tiers.slab.direct import PIECE, write_full
 from kvstore.tiers.slab.file import SLAB_NAME
-from kvstore.tiers.slab.format import checksum
 from tests.disk_tools import (
     MIB,
     Memory,

@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
+from kvstore.codecs.base import checksum
 from kvstore.errors import TierUnavailable
 from kvstore.tiers.base import Job
 from kvstore.tiers.slab.file import SLAB_NAME, TABLE_NAME
-from kvstore.tiers.slab.format import checksum
 from tests.disk_tools import (
     MIB,
     MiniStore,

@@ -291,7 +291,7 @@ def test_what_lacks_a_method_is_no_tier() -> None:
 
     bench = Bench(None, far={}, kind=lambda *_: Half())  # type: ignore[arg-type, return-value]
     assert "AttributeError" in problem(bench)
-    bench.store.admission = Admission()
+    bench.store.movement.admission = Admission()
     bench.save(keys(1))
     heard: list[str | None] = []
     (entry,) = select(bench.store, Selection())

@@ -228,7 +228,7 @@ def test_a_put_that_is_refused_deletes_nothing(
 
 def test_one_block_that_is_copied_takes_its_segment_along(tmp_path: Path) -> None:
     one = Node(tmp_path / "shared")
-    one.store.admission = type(one.store.admission)(below={"far": "none"})
+    one.store.movement.admission = type(one.store.movement.admission)(below={"far": "none"})
     chain = keys(*range(4))
     one.put(chain, 0)
     assert files(tmp_path) == 0

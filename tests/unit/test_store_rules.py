@@ -132,19 +132,19 @@ def test_accounts_close_when_nothing_is_left(memory: Bench) -> None:
 
 def test_admission_can_refuse_all_saves_or_a_tenants(memory: Bench) -> None:
     memory.save(keys(1))
-    memory.store.admission = Admission(denied_tenants=frozenset({"bob"}))
+    memory.store.movement.admission = Admission(denied_tenants=frozenset({"bob"}))
     assert memory.save(keys(2), namespace=BOB) == [NO_ROOM]
     assert memory.save(keys(3), namespace=ALICE) != [NO_ROOM]
-    memory.store.admission = Admission(memory="none")
+    memory.store.movement.admission = Admission(memory="none")
     answers, reason = memory.store.reserve("a", 99, NAMESPACE, keys(4), [PART])
     assert (answers, reason) == ([NO_ROOM], "admission")
     assert len(memory.load(keys(1)).blocks) == 1
 
 
 def test_blocks_reach_the_disk_only_when_admission_lets_them(disk: Bench) -> None:
-    disk.store.admission = Admission(below={"disk": "none"})
+    disk.store.movement.admission = Admission(below={"disk": "none"})
     disk.save(keys(1))
-    disk.store.admission = Admission(below={"disk": "reused"})
+    disk.store.movement.admission = Admission(below={"disk": "reused"})
     disk.save(keys(2, 3))
     disk.load(keys(2))
     disk.drain()
@@ -171,7 +171,7 @@ def request(bench: Bench, chain: list[bytes]) -> int:
 
 
 def test_blocks_of_two_requests_reach_the_disk_though_memory_had_lost_them(disk: Bench) -> None:
-    disk.store.admission = Admission(below={"disk": "reused"})
+    disk.store.movement.admission = Admission(below={"disk": "reused"})
     hot = keys(1, 2, 3)
     assert request(disk, hot) == 0
     flood(disk, range(100, 112))
@@ -184,7 +184,7 @@ def test_blocks_of_two_requests_reach_the_disk_though_memory_had_lost_them(disk:
 
 
 def test_a_block_that_is_asked_for_in_memory_is_written_then(disk: Bench) -> None:
-    disk.store.admission = Admission(below={"disk": "reused"})
+    disk.store.movement.admission = Admission(below={"disk": "reused"})
     request(disk, keys(1, 2))
     disk.save(keys(1, 2))
     disk.drain()
@@ -420,7 +420,7 @@ def test_a_pin_of_nothing_says_why(memory: Bench) -> None:
 
 
 def test_blocks_move_down_and_up(disk: Bench) -> None:
-    disk.store.admission = Admission(below={"disk": "none"})
+    disk.store.movement.admission = Admission(below={"disk": "none"})
     disk.save(keys(1))
     (entry,) = select(disk.store, Selection())
     movement, told = disk.store.movement, []
@@ -481,7 +481,7 @@ def test_only_known_codecs(memory: Bench) -> None:
 def test_conditions_add_up(disk: Bench) -> None:
     disk.save(keys(1, 2), namespace=ALICE)
     disk.drain()
-    disk.store.admission = Admission(below={"disk": "none"})
+    disk.store.movement.admission = Admission(below={"disk": "none"})
     disk.save(keys(3), namespace=ALICE)
     disk.save(keys(4), namespace=BOB)
 

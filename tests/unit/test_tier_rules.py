@@ -266,7 +266,9 @@ def test_what_comes_from_a_shared_tier_goes_where_its_policy_says(
     writer.drain()
     tiers = [shared(tmp_path, name, promote=promote) for name in ("one", "two")]
     reader = benches(tmp_path / "disk", more=tiers)
-    reader.store.admission = Admission(below={"disk": rule, "one": "reused", "two": "reused"})
+    reader.store.movement.admission = Admission(
+        below={"disk": rule, "one": "reused", "two": "reused"}
+    )
     on_disk = []
     for _ in kept:
         found(reader, keys(1))
@@ -286,7 +288,7 @@ def test_a_shared_tier_for_what_is_used_twice_goes_by_the_history_of_keys(
 ) -> None:
     """Also where memory has lost the block in between."""
     bench = benches(None, more=[shared(tmp_path, "one")])
-    bench.store.admission = Admission(below={"one": "reused"})
+    bench.store.movement.admission = Admission(below={"one": "reused"})
     bench.save(keys(1, 2))
     bench.drain()
     bench.store.clear()
@@ -344,7 +346,7 @@ def test_a_copy_to_a_tier_that_takes_nothing_ends_with_the_reason(
     benches: Callable[..., Bench], far: dict[str, Any], carry: Any, when: str
 ) -> None:
     bench = benches(None, far=far, kind=Fickle)
-    bench.store.admission = Admission(below={"far": "none"})
+    bench.store.movement.admission = Admission(below={"far": "none"})
     bench.save(keys(1))
     heard: list[str | None] = []
     if when == "meanwhile":  # It waits for its turn.

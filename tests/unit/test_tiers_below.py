@@ -137,7 +137,7 @@ def test_a_kind_that_fails_at_its_options_costs_that_tier_alone(tmp_path: Path) 
 
 
 def test_rules_are_those_of_a_tier(bench: Bench) -> None:
-    bench.store.admission = Admission(below={"disk": "none", "far": "reused"})
+    bench.store.movement.admission = Admission(below={"disk": "none", "far": "reused"})
     bench.save(keys(1, 2))
     bench.drain()
     assert tiers(bench, 1, 2) == [[MEMORY]] * 2
@@ -158,7 +158,7 @@ def test_quotas_are_those_of_a_tier(bench: Bench) -> None:
 
 
 def test_blocks_move_between_tiers_by_way_of_memory(bench: Bench) -> None:
-    bench.store.admission = Admission(below={"far": "none"})
+    bench.store.movement.admission = Admission(below={"far": "none"})
     bench.save(keys(1, 2))
     bench.drain()
     assert told(bench, move_to, 1, DISK) is None
@@ -205,7 +205,7 @@ def tier_of(bench: Bench) -> Any:
 
 
 def test_a_tier_may_say_of_what_it_lost_while_it_is_asked(fickle: Bench) -> None:
-    fickle.store.admission = Admission(below={"disk": "none"})
+    fickle.store.movement.admission = Admission(below={"disk": "none"})
     fickle.save(keys(1, 2, 3))
     fickle.drain()
     tier_of(fickle).delete([entry_of(fickle, number).name for number in (1, 2)])
@@ -314,7 +314,7 @@ def test_what_has_another_size_than_its_name_says_is_not_taken_in(
     tmp_path: Path, far: dict[str, Any]
 ) -> None:
     first = Bench(tmp_path, far=far)
-    first.store.admission = Admission(below={"disk": "none"})
+    first.store.movement.admission = Admission(below={"disk": "none"})
     first.save(keys(1))
     first.drain()
     first.close()
@@ -345,7 +345,7 @@ def test_a_tier_that_fails_and_says_it_is_writable_is_not_tried_all_the_time(fic
 
 
 def test_who_waits_for_a_copy_is_told_when_the_tier_goes(fickle: Bench) -> None:
-    fickle.store.admission = Admission(below={"far": "none"})
+    fickle.store.movement.admission = Admission(below={"far": "none"})
     fickle.save(keys(1))
     fickle.drain()
     lower = fickle.store.movement.lowers[FAR]

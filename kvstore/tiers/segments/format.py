@@ -11,9 +11,9 @@ from typing import Final, NamedTuple
 
 from kvstore.blocks.keys import KEY_BYTES
 from kvstore.blocks.spec import MAX_OBJECT_BYTES
+from kvstore.codecs.base import checksum
 from kvstore.memory.slots import ALIGNMENT, align
 from kvstore.tiers.base import SEGMENT_TOKENS, InSegment, segment_blocks
-from kvstore.tiers.slab.format import checksum
 
 VERSION: Final = 1
 MARKER: Final = "kvstore.files"

@@ -10,10 +10,11 @@ from typing import Final
 import msgspec
 
 from kvstore.blocks.spec import Namespace, Part
+from kvstore.codecs.base import checksum
 from kvstore.errors import SpecError
 from kvstore.memory.slots import align
 from kvstore.tiers.slab.direct import write_full
-from kvstore.tiers.slab.format import HEADER_BYTES, Header, checksum
+from kvstore.tiers.slab.format import HEADER_BYTES, Header
 
 _U64: Final = struct.Struct("<Q")
 _FRAME: Final = struct.Struct("<4sIIIQ")

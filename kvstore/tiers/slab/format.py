@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-import numpy as np
 
-from kvstore._native import xxh3_64
+from kvstore.codecs.base import checksum
 from kvstore.errors import ConfigError, FormatError
 from kvstore.memory.slots import ALIGNMENT, align
 
@@ -34,12 +33,6 @@ _MAX_DICTIONARY: Final = 1 << 21
 _STORE_ID_BYTES: Final = 16
 _HEADER: Final = struct.Struct(f"<8sI4x{_STORE_ID_BYTES}s9Q")
 _U64: Final = struct.Struct("<Q")
-
-
-def checksum(data: bytes | bytearray | memoryview) -> int:
-    """XXH3 (64 bits, seed 0) of `data`."""
-    array = np.frombuffer(data, np.uint8)
-    return xxh3_64(array.ctypes.data, array.nbytes)
 
 
 class Header(msgspec.Struct, frozen=True):

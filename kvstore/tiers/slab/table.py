@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.blocks.spec import Namespace, Part
+from kvstore.codecs.base import checksum
 from kvstore.errors import SpecError
 from kvstore.memory.slots import align
 from kvstore.tiers.base import Held, InSegment, ObjectName, beginning
 from kvstore.tiers.slab.dictionary import Dictionary, DictionaryFull
 from kvstore.tiers.slab.direct import write_full
-from kvstore.tiers.slab.format import RECORD_BYTES, Header, checksum
+from kvstore.tiers.slab.format import RECORD_BYTES, Header
 
 RECORD: Final = np.dtype(
     [
