@@ -56,7 +56,7 @@ class Slot(Node, Generic[T], gc=False, eq=False):
         return self.after is not None
 
 
-def slot_policy(name: str, habits: Callable[[], Habits]) -> Callable[[], EvictionPolicy[Slot[Any]]]:
+def slot_policy(name: str, habits: Callable[[], Habits]) -> Callable[[], EvictionPolicy[Any]]:
     """The factory of a policy by its configured name; `habits` are asked for where it wants them.
 
     What lay in a slot is remembered as its owner's `ghost`.
@@ -70,7 +70,7 @@ def slot_policy(name: str, habits: Callable[[], Habits]) -> Callable[[], Evictio
 
         return Forecast(habits())
 
-    policies: dict[str, Callable[[], EvictionPolicy[Slot[Any]]]] = {
+    policies: dict[str, Callable[[], EvictionPolicy[Any]]] = {
         "lru": Lru,
         "s3fifo": lambda: S3Fifo(lambda slot: slot.owner.ghost),
         "forecast": forecast,
@@ -242,11 +242,13 @@ class SlotPool(Generic[T]):
         if slot.after is not None:  # admitted
             self._classes[slot.nbytes].policy.touch(slot)
 
-    def cool(self, slot: Slot[T]) -> None:
-        """Nobody uses the slot's object any more: if it was lent, it goes before all others."""
-        if slot.used == _LENT_AND_USED:
-            slot.used = 0
-            self._classes[slot.nbytes].policy.cool(slot)
+    def cool(self, slot: Slot[T]) -> bool:
+        """Nobody uses the object any more: whether it was lent, and so goes before all others."""
+        if slot.used != _LENT_AND_USED:
+            return False
+        slot.used = 0
+        self._classes[slot.nbytes].policy.cool(slot)
+        return True
 
     def renew(self, slot: Slot[T]) -> None:
         """The slot's object, admitted before, is the newest of all again."""

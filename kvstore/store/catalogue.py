@@ -124,9 +124,15 @@ class Catalogue:
         unix, ends = self.clock.unix, entry.expires < math.inf
         return int(unix(entry.created)), math.ceil(unix(entry.expires)) if ends else 0
 
-    def whole(self, entry: Entry, tier: int, *, tell: bool = True) -> None:
-        """An object's bytes are whole in a tier now; without `tell` watchers know."""
+    def whole(
+        self, entry: Entry, tier: int, *, tell: bool = True, older_than: Entry | None = None
+    ) -> None:
+        """An object's bytes are whole in a tier now; without `tell` watchers know.
+
+        It is the newest there, or goes just before another.
+        """
         entry.tiers |= 1 << tier
+        entry.account.tenant.share(tier).whole(entry, older_than)
         self.heads.note(entry)
         if tell and not entry.gone:
             self.events.arrived(entry.name.namespace, entry.name.key, tier)
@@ -141,7 +147,7 @@ class Catalogue:
         """An object is the last to go in a tier; without `used` only that order is meant."""
         self.places[tier].touch(entry, used=used)
         if entry.lies_in(tier):  # The tier may have found that it is lost.
-            entry.account.tenant.share(tier).touched(entry)
+            entry.account.tenant.share(tier).touched(entry, used=used)
 
     def set_ttl(self, entry: Entry, seconds: float | None) -> None:
         """Let an object expire `seconds` from now, or never."""
@@ -164,7 +170,7 @@ class Catalogue:
         entry.tiers &= ~(1 << tier)
         entry.places &= ~(1 << tier)
         self.heads.note(entry)
-        self.usage.gave(entry, tier)
+        self.usage.gave(entry, tier, evicted=reason in ("evicted", "quota"))
         if tier == MEMORY and entry.writes is not None:
             self.writes.end(entry, "evicted")
             if entry.stored:
@@ -238,23 +244,29 @@ class Catalogue:
 
     # -- quotas -----------------------------------------------------------------------------------
 
-    def make_room(self, namespace: Namespace, tier: int, nbytes: int) -> bool:
-        """Whether an object of a tenant may lie in a tier, its coldest ones having gone."""
-        self.room_for = namespace
-        return self._keep_quota(namespace.tenant, tier, self.usage.room(tier, nbytes))
+    def make_room(self, entry: Entry, tier: int, nbytes: int, *, may_refuse: bool = True) -> bool:
+        """Whether so many bytes of an object may lie in a tier, others of its tenant having gone.
 
-    def _keep_quota(self, tenant: str, tier: int, more: int) -> bool:
+        Or, unless it `may_refuse`, though these are worth more.
+        """
+        self.room_for = entry.name.namespace
+        more = self.usage.room(tier, nbytes)
+        return self._keep_quota(entry.name.namespace.tenant, tier, more, entry, may_refuse)
+
+    def _keep_quota(
+        self, tenant: str, tier: int, more: int, entry: Entry | None, may_refuse: bool = False
+    ) -> bool:
         account = self.usage.tenants.get(tenant)
         if account is None or tier not in account.shares:
             return True  # Those with a quota are there.
         share = account.shares[tier]
         if share.limit is not None and more > share.limit:
             return False
-        for entry in share.coldest(FEW) if share.over(more) else ():
-            if entry.may_leave(tier):
-                self.evict(entry, tier, "quota")
-                if not share.over(more):
-                    break
+        for _ in range(FEW):
+            victim = share.victim(entry, may_refuse=may_refuse) if share.over(more) else None
+            if victim is None:
+                break
+            self.evict(victim, tier, "quota")
         return not share.over(more)
 
     def enforcing(self) -> Work[None]:
@@ -265,5 +277,5 @@ class Catalogue:
                 over = math.inf
                 while (account := tenants.get(tenant)) and account.share(tier).over() < over:
                     over = account.share(tier).over()
-                    self._keep_quota(tenant, tier, 0)
+                    self._keep_quota(tenant, tier, 0, None)
                     yield

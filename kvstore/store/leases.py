@@ -390,8 +390,7 @@ class Leases:
         entry.readers -= 1
         if not (entry.readers or entry.writer):
             self.usage.held(entry, -1)
-            if entry.slot is not None and entry.in_memory:
-                self.movement.memory.pool.cool(entry.slot)
+            self.movement.cool(entry)
         self.catalogue.settle(entry)
 
 

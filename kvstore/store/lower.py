@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from kvstore.memory.slots import slot_policy
 from kvstore.slices import FEW, Work, finish
 from kvstore.store.entry import Entry
 from kvstore.store.finding import Finding
@@ -44,6 +45,8 @@ class Lower(Road):
             config.name, config.probe_seconds, clock.monotonic, catalogue.counters
         )
         catalogue.places[self.number] = self
+        policy = config.options["policy"] if config.kind == "slab" else "lru"
+        catalogue.usage.policies[self.number] = slot_policy(policy, self.learned)
         self._opening = Opening(self.below, self, self._attach, clock, catalogue.counters)
         tier = self._opening.at_start()
         if tier is not None:

@@ -37,10 +37,11 @@ class Memory:
     ) -> None:
         self._arena = arena
         self._last = last
+        self._policy = slot_policy(policy, habits)
         self.pool: SlotPool[Entry] = SlotPool(
             arena.size,
             chunk or choose_chunk(arena.size),
-            slot_policy(policy, habits),
+            self._policy,
             lambda slot: slot.owner.may_leave(MEMORY),
             lambda slot: self._catalogue.evict(slot.owner, MEMORY),
         )
@@ -49,16 +50,16 @@ class Memory:
         """Whose objects these are."""
         self._catalogue = catalogue
         catalogue.places[MEMORY] = self
+        catalogue.usage.policies[MEMORY] = self._policy
 
     def reserve(self, entry: Entry, *, new: bool = False) -> str:
         """Give an object a slot, a `new` one its place in the catalogue as well; else why not."""
         catalogue = self._catalogue
         namespace = entry.name.namespace
-        if not catalogue.make_room(namespace, MEMORY, entry.nbytes):
+        may_refuse = new and self._last
+        if not catalogue.make_room(entry, MEMORY, entry.nbytes, may_refuse=may_refuse):
             refusal = "quota"
-        elif (
-            slot := self.pool.allocate(entry.nbytes, entry, may_refuse=new and self._last)
-        ) is None:
+        elif (slot := self.pool.allocate(entry.nbytes, entry, may_refuse=may_refuse)) is None:
             refusal = "worth_less" if self.pool.refused else "no_room"
         else:
             entry.slot = slot

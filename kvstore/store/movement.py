@@ -106,13 +106,17 @@ class Movement:
         """
         for entry in entries:
             assert entry.slot is not None
-            self.catalogue.whole(entry, MEMORY, tell=False)
             before = colder.get(entry.slot.nbytes)
+            older_than = None if before is None or not before.admitted else before.owner
+            self.catalogue.whole(entry, MEMORY, tell=False, older_than=older_than)
             self.memory.admit(entry, before)
-            share = entry.account.tenant.share(MEMORY)
-            share.touched(entry, None if before is None else before.owner)
             colder[entry.slot.nbytes] = entry.slot
             self.catalogue.history.forget(entry.name.key, entry.name.namespace)
+
+    def cool(self, entry: Entry) -> None:
+        """Nobody reads an entry any more: if it was lent, it is to go before all others."""
+        if entry.slot is not None and entry.in_memory and self.memory.pool.cool(entry.slot):
+            entry.account.tenant.share(MEMORY).cool(entry)
 
     def touch(self, entries: Sequence[Entry]) -> None:
         """These entries, in the order of their blocks, were used."""

@@ -24,7 +24,7 @@ from kvstore.values import format_size
 
 _DROPPED: Final = {
     "no_room": "the arena is full of blocks in use or being written",
-    "quota": "the tenant's quota is full of blocks in use or being written",
+    "quota": "the tenant's quota is full of blocks in use, being written or worth more",
     "admission": "the admission policy refuses them",
     "draining": "the daemon is draining",
     "parts": "their tenant has blocks of too many namespaces and layouts",

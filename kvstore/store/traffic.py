@@ -286,7 +286,7 @@ class Writes:
             return
         entries = self._together(entry)
         nbytes = sum(one.nbytes for one in entries if not one.lies_in(place))
-        fits = catalogue.make_room(entry.name.namespace, place, nbytes)
+        fits = catalogue.make_room(entry, place, nbytes)
         if not (entries and fits):
             reason = "quota" if entries else "partial"
             catalogue.counters.add("write.dropped", reason)

@@ -6,13 +6,15 @@ Belongs to the store's loop; nothing is thread-safe.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Final, Protocol
 
 from kvstore.blocks.spec import Namespace, Part
-from kvstore.memory.eviction import Node, Ring
+from kvstore.memory.eviction import EvictionPolicy, Lru, Node
 from kvstore.memory.slots import align
+from kvstore.slices import FEW
 from kvstore.store.chains import chain, without
 from kvstore.tiers.base import ObjectName
 from kvstore.transport.protocol import MEMORY
@@ -21,7 +23,7 @@ _EMPTIED: Final = 256
 
 
 class Copy(Node, gc=False, eq=False):
-    """An object in a tier, in the order in which those of its tenant were used there.
+    """An object in a tier, among those of its tenant there.
 
     `beside` is its copy in another tier.
     """
@@ -29,6 +31,9 @@ class Copy(Node, gc=False, eq=False):
     owner: Any
     tier: int
     beside: Copy | None = None
+
+
+Policies = dict[int, Callable[[], EvictionPolicy[Copy]]]
 
 
 class Counted(Protocol):
@@ -41,18 +46,19 @@ class Counted(Protocol):
 
 
 class TierShare:
-    """What a tenant holds in one tier, coldest first; at most `limit` bytes, None: no limit.
+    """What a tenant holds in one tier; at most `limit` bytes, None: no limit.
 
-    If it is over its quota, its own blocks have to go, not the coldest of all.
+    If it is over its quota, its own blocks have to go: those that the tier's policy, which knows
+    no others here, names first.
     """
 
-    __slots__ = ("_order", "_tier", "limit", "nbytes")
+    __slots__ = ("_policy", "_tier", "limit", "nbytes")
 
-    def __init__(self, tier: int) -> None:
+    def __init__(self, tier: int, policy: EvictionPolicy[Copy]) -> None:
         self.nbytes = 0
         self.limit: int | None = None
         self._tier = tier
-        self._order: Ring[Copy] = Ring()
+        self._policy = policy
 
     def over(self, more: int = 0) -> int:
         """Bytes too many, were there `more` of them."""
@@ -61,46 +67,54 @@ class TierShare:
     def took(self, entry: Counted, nbytes: int) -> None:
         """The entry has a place of `nbytes` in this tier now."""
         self.nbytes += nbytes
-        entry.copies = copy = Copy(entry, self._tier, entry.copies)
-        self._order.add(copy)
+        entry.copies = Copy(entry, self._tier, entry.copies)
 
-    def coldest(self, tries: int) -> Iterator[Any]:
-        """The coldest entries; each one looked at counts as used, should it turn out to stay."""
-        for _ in range(min(tries, len(self._order))):
-            if not self._order:
-                return
-            copy = self._order.oldest
-            self._order.renew(copy)
-            yield copy.owner
+    def victim(self, newcomer: Any = None, *, may_refuse: bool = False) -> Any:
+        """The entry that is to go first for a new one; None: none of the next few may.
 
-    def touched(self, entry: Counted, older_than: Counted | None = None) -> None:
-        """The entry was used: it is the last to go, or goes just before another that is here."""
-        if older_than is not entry:
-            copy = self._copy(entry)
-            assert copy is not None
-            self._order.remove(copy)
-            self._order.add(copy, None if older_than is None else self._copy(older_than))
+        Or, if it `may_refuse`, the new one is worth less.
+        """
+        looked_at = islice(self._policy.candidates(newcomer), FEW)
+        copy = next((copy for copy in looked_at if copy.owner.may_leave(self._tier)), None)
+        if copy is None or (may_refuse and self._policy.refuses(newcomer, copy)):
+            return None
+        return copy.owner
 
-    def gave(self, entry: Counted, nbytes: int) -> None:
+    def whole(self, entry: Counted, older_than: Counted | None) -> None:
+        """The entry's bytes are whole: it is the newest, or goes just before another."""
+        older = None if older_than is None else self._copy(older_than)
+        self._policy.add(self._copy(entry), older)
+
+    def touched(self, entry: Counted, *, used: bool = True) -> None:
+        """The entry is the last to go; `used`: it was."""
+        (self._policy.touch if used else self._policy.renew)(self._copy(entry))
+
+    def cool(self, entry: Counted) -> None:
+        """The entry is to go before all others."""
+        self._policy.cool(self._copy(entry))
+
+    def gave(self, entry: Counted, nbytes: int, *, evicted: bool) -> None:
         """The entry has lost its place in this tier."""
         self.nbytes -= nbytes
         copy = self._copy(entry)
-        assert copy is not None
-        self._order.remove(copy)
+        if copy.after is not None:  # whole
+            self._policy.remove(copy, evicted=evicted)
         entry.copies = without(entry.copies, copy)
 
-    def _copy(self, entry: Counted) -> Copy | None:
-        return next((copy for copy in chain(entry.copies) if copy.tier == self._tier), None)
+    def _copy(self, entry: Counted) -> Copy:
+        return next(copy for copy in chain(entry.copies) if copy.tier == self._tier)
 
 
 class TenantUsage:
     """What a tenant holds, half-written objects included."""
 
     __slots__ = (
-        "held_bytes", "namespaces", "objects", "parts", "pinned_bytes", "shares", "unwritten",
+        "_policies", "held_bytes", "namespaces", "objects", "parts", "pinned_bytes", "shares",
+        "unwritten",
     )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, policies: Policies | None = None) -> None:
+        self._policies = {} if policies is None else policies
         self.namespaces = self.objects = 0
         self.parts = 0  # of all its namespaces
         self.shares: dict[int, TierShare] = {}  # by the number of the tier
@@ -112,7 +126,7 @@ class TenantUsage:
         """What it holds in a tier."""
         share = self.shares.get(tier)
         if share is None:
-            share = self.shares[tier] = TierShare(tier)
+            share = self.shares[tier] = TierShare(tier, self._policies.get(tier, Lru)())
         return share
 
     def bytes_in(self, tier: int) -> int:
@@ -145,6 +159,8 @@ class Usage:
     def __init__(self, clock: Callable[[], float], in_memory: Callable[[int], int]) -> None:
         self._clock = clock
         self.in_memory = in_memory
+        self.policies: Policies = {}
+        """How tiers choose what goes first, by their numbers; Lru where nothing is said."""
         self.namespaces: dict[bytes, NamespaceUsage] = {}
         self.emptied: dict[bytes, Namespace] = {}
         """The last ones that held something, and do not any more."""
@@ -169,7 +185,7 @@ class Usage:
 
     def tenant(self, name: str) -> TenantUsage:
         """The account of a tenant, opened on demand."""
-        return self.tenants.setdefault(name, TenantUsage())
+        return self.tenants.setdefault(name, TenantUsage(self.policies))
 
     def added(self, entry: Counted) -> None:
         """An object was indexed."""
@@ -202,11 +218,11 @@ class Usage:
         account.nbytes[tier] += entry.nbytes
         account.tenant.share(tier).took(entry, self.room(tier, entry.nbytes))
 
-    def gave(self, entry: Counted, tier: int) -> None:
+    def gave(self, entry: Counted, tier: int, *, evicted: bool) -> None:
         """An object's place in a tier was freed."""
         account = entry.account
         account.nbytes[tier] -= entry.nbytes
-        account.tenant.share(tier).gave(entry, self.room(tier, entry.nbytes))
+        account.tenant.share(tier).gave(entry, self.room(tier, entry.nbytes), evicted=evicted)
         self.close_if_empty(account)
 
     def held(self, entry: Counted, by: int) -> None:

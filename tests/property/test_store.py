@@ -442,8 +442,9 @@ class Machine(RuleBasedStateMachine):
             for number, held in of_tiers.items():
                 assert account.nbytes[number] == sum(e.nbytes for e in held)
                 assert tenant.bytes_in(number) == account.nbytes[number]
-                order = tenant.share(number)._order
-                assert sorted(id(c.owner) for c in order) == sorted(map(id, held))
+                share = tenant.share(number)
+                assert all(share._copy(e).owner is e for e in held)
+                assert len(share._policy) == sum(e.lies_in(number) for e in held)
 
     @invariant()
     def held_bytes_stay(self) -> None:
