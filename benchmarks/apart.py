@@ -43,9 +43,10 @@ def _engine(setup: Setup, address: str, number: int) -> ServingEngine:
     made = setup.kind.connector(KVSTORE, address=address, memory=_MEMORY, folder=Path())
     where = {
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, own)),
+        "SGLANG_CPU_OMP_THREADS_BIND": ",".join(map(str, own)),
         "CUDA_VISIBLE_DEVICES": str(number),
     }
-    settings = made.settings | {"max_num_batched_tokens": _CHUNK}
+    settings = made.settings | {setup.kind.chunk: _CHUNK}
     return setup.engine(replace(made, settings=settings, environment=made.environment | where))
 
 
@@ -62,7 +63,7 @@ def measure(report: Report, setup: Setup, prefill: ServingEngine, decode: Servin
         computed = prefill.generate([prompt], 1, {"do_remote_decode": True}).first[0]
         # At once, as a proxy asks.
         after = decode.generate([prompt], _ANSWER, {"do_remote_prefill": True})
-        if after.cached[0] != tokens - 1:
+        if after.cached[0] != (tokens - 1) // setup.kind.handed * setup.kind.handed:
             raise BenchmarkError(f"{after.cached[0]} of {tokens} tokens were handed on")
         decode.forget()
         hit = decode.generate([prompt], _ANSWER)

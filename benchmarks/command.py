@@ -225,9 +225,7 @@ def engine(
     processes: Annotated[
         Literal["default", "one"], opt("As the engine runs them, or all in one.")
     ] = "default",
-    apart: Annotated[
-        bool, opt("Prefill in one vLLM, decode in another, instead.", "--apart")
-    ] = False,
+    apart: Annotated[bool, opt("Prefill in one, decode in another, instead.", "--apart")] = False,
 ) -> None:
     """First tokens and throughput of a real engine, plain, with KVStore and with others."""
     found = importlib.util.find_spec(name)
@@ -247,8 +245,6 @@ def engine(
     kind = {"vllm": VLLM, "sglang": SGLANG}[name]
     if processes == "one" and kind.one_process is None:
         raise typer.BadParameter(f"{kind.name} never runs in one process", param_hint="--processes")
-    if apart and name != "vllm":
-        raise typer.BadParameter(f"{kind.name} hands nothing on", param_hint="--apart")
     chosen = model or bench.default_model()
     if chosen is None:
         raise typer.BadParameter(_NO_MODEL, param_hint="--model")

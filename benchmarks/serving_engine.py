@@ -78,6 +78,10 @@ class Kind:
     connector: Callable[..., Contender]
     """By name; `address` (the store's), `memory` (bytes) and `folder` for those that ask."""
     environment: dict[str, str]
+    chunk: str
+    """The setting that bounds the tokens of a step."""
+    handed: int = 1
+    """Tokens of a prompt are handed on to another engine by so many; the last one never is."""
     one_process: dict[str, str] | None = None
     """Variables by which all of it runs in one process; None: it never does."""
 

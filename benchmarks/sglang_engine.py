@@ -143,10 +143,13 @@ def ask(
     return [first for first, _ in done], [last for _, last in done]
 
 
-def generate(engine: Any, prompts: list[list[int]], tokens: int) -> Answered:
-    """Greedy answers of so many tokens to `prompts`, all given at once."""
+def generate(
+    engine: Any, prompts: list[list[int]], tokens: int, wishes: dict[str, Any] | None = None
+) -> Answered:
+    """Greedy answers of so many tokens to `prompts`, all given at once with these wishes."""
     started = time.perf_counter()
-    first, answers = ask(engine, prompts, tokens)
+    params = {"custom_params": {"kvstore": wishes}} if wishes else {}
+    first, answers = ask(engine, prompts, tokens, sampling_params=params)
     return Answered(
         time.perf_counter() - started,
         first,
@@ -173,4 +176,6 @@ SGLANG: Final = Kind(
     uncached={"disable_radix_cache": True},
     connector=connector,
     environment=_ENVIRONMENT,
+    chunk="chunked_prefill_size",
+    handed=PAGE,
 )

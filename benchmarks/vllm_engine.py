@@ -149,5 +149,6 @@ VLLM: Final = Kind(
     uncached={"enable_prefix_caching": False},
     connector=connector,
     environment=_ENVIRONMENT,
+    chunk="max_num_batched_tokens",
     one_process={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
 )

@@ -1,13 +1,13 @@
-"""A proxy before vLLM servers of which some compute prompts and others go on from there.
+"""A proxy before servers of vLLM or SGLang: some compute prompts, others go on from there.
 
     python examples/pd_proxy.py --prefill http://127.0.0.1:8100 --decode http://127.0.0.1:8200
 
 Both kinds share a store (docs/vllm.md, "Prefill and decode apart"). A request first goes to a
-prefill server, for one token; what that says under `kv_transfer_params` goes with it to a decode
-server, whose answer is handed on as it comes. Where no prefill server answers, the decode server
-computes the prompt. Servers take turns. Where decode servers have stores of their own, each is
-followed by its store's address, `--decode http://127.0.0.1:8200=tcp://127.0.0.1:7777`, among those
-that the prefill servers allow.
+prefill server, for one token; what that says under `kv_transfer_params`, as vLLM does, goes with it
+to a decode server, whose answer is handed on as it comes. SGLang is asked by `custom_params`. Where
+no prefill server answers, the decode server computes the prompt. Servers take turns. Where decode
+servers have stores of their own, each is followed by its store's address, `--decode
+http://127.0.0.1:8200=tcp://127.0.0.1:7777`, among those that the (vLLM) prefill servers allow.
 """
 
 from __future__ import annotations
@@ -25,6 +25,18 @@ HEADERS: Final = ("Authorization", "Content-Type", "X-Request-Id")
 """Of a request, that servers are given."""
 MOST_BYTES: Final = 64 << 20
 """Of a request."""
+SGLANGS: Final = ("do_remote_decode", "do_remote_prefill", "remote_kv_source", "remote_num_tokens")
+"""Of what a request says, what SGLang's servers know."""
+
+
+def asking(body: dict[str, Any], wishes: dict[str, Any]) -> dict[str, Any]:
+    """A request with these wishes, where vLLM looks for them and where SGLang does."""
+    custom = body.get("custom_params") or {}
+    own = (custom.get("kvstore") or {}) | {k: v for k, v in wishes.items() if k in SGLANGS}
+    return body | {
+        "kv_transfer_params": (body.get("kv_transfer_params") or {}) | wishes,
+        "custom_params": custom | {"kvstore": own},
+    }
 
 
 class Proxy:
@@ -62,14 +74,13 @@ class Proxy:
         if not isinstance(body, dict):
             raise web.HTTPBadRequest(text="the body is no JSON object")
         headers = {name: request.headers[name] for name in HEADERS if name in request.headers}
-        wishes = body.get("kv_transfer_params") or {}
         url, store = next(self._decode)
-        asks = wishes | ({"remote_decoder": store} if store else {})
+        asks = {"remote_decoder": store} if store else {}
         told = await self._compute(request.path, body, asks, headers)
         if isinstance(told, web.Response):
             return told
         if told is not None:
-            body |= {"kv_transfer_params": wishes | told}
+            body = asking(body, told)
         return await self._hand_on(url, request, "POST", json.dumps(body).encode(), headers)
 
     async def _compute(
@@ -83,7 +94,7 @@ class Proxy:
         asks = wishes | {"do_remote_decode": True, "do_remote_prefill": False}
         asks |= {f"remote_{name}": None for name in remote}
         first = {k: v for k, v in body.items() if k not in ("stream_options", "min_tokens")}
-        first |= {"stream": False, "max_tokens": 1, "kv_transfer_params": asks}
+        first = asking(first, asks) | {"stream": False, "max_tokens": 1}
         if "max_completion_tokens" in first:
             first["max_completion_tokens"] = 1
         url = next(self._prefill) + path
@@ -99,7 +110,8 @@ class Proxy:
             self.skipped += 1
             print(f"{url}: {e}; the decode server computes the prompt", file=sys.stderr)
             return None
-        return told if isinstance(told, dict) else None
+        # SGLang's servers say nothing; the names of blocks are the same.
+        return told if isinstance(told, dict) else {"do_remote_prefill": True}
 
     async def pass_on(self, request: web.Request) -> web.StreamResponse:
         """Anything else is for a decode server to answer."""

@@ -35,6 +35,7 @@ from kvstore.blocks.spec import ModelIdentity, Namespace, block_tokens_for, chec
 from kvstore.client.prefill import looked_back
 from kvstore.client.session import Loaded
 from kvstore.connectors.common.device import Device, StepTimes
+from kvstore.connectors.common.handoffs import HandOffs
 from kvstore.connectors.common.requests import Lookups
 from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.settings import PREFIX, settings_of
@@ -107,7 +108,7 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
         scheduler = hooks.scheduler()
         self.forward_stream = forward_stream
         self._settings = settings = settings_of(extra_config, engine="sglang", place=PLACE)
-        for name in ("store_dtype", "codec", "approximate"):
+        for name in ("store_dtype", "codec", "approximate", "node", "decoders"):
             if getattr(settings, name):
                 raise ConfigError(f"{PLACE}: {PREFIX}sglang.{name} is not for SGLang; leave it out")
         self._group = params.attn_tp_cache_group or params.tp_cache_group
@@ -153,9 +154,15 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
         self._memory = memory = views(pool.memory, config.session.head_shards)
         self._sessions = Sessions(config, namespace, [each.part for each in memory], device.copier)
         self._session = self._sessions.open(settings.tenant)
-        self._saves = Saves(settings, self._sessions, device, pool, memory, self.stats)
+        self._handoffs = HandOffs(
+            self._sessions, self.stats, config.session.load_timeout,
+            decoders=(), tenant=settings.tenant,
+        )  # fmt: skip
+        self._saves = Saves(
+            settings, self._sessions, device, pool, memory, self.stats, self._handoffs
+        )
         self.adapters = Adapters(lambda: hooks.adapters(scheduler))
-        self._prompts = Prompts(settings, namespace, self.adapters, self.stats)
+        self._prompts = Prompts(settings, namespace, self.adapters, self.stats, self._saves.ends)
         # Blocks from another machine may be lost on their way, when it is too late to compute them.
         address = config.address or "unix:"
         self._layerwise = settings.layerwise and address.startswith(("unix:", "/"))
@@ -217,8 +224,13 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
             self.stats.skipped("weights" if self._named else "unnamed")
         self.asks(req, ids, begin)
         prompt, _ = self._asking
-        if prompt is not None:
-            self._lookups.find(prompt, begin, len(ids) // self.block_tokens)
+        first, usable = begin // self.block_tokens, len(ids) // self.block_tokens
+        if prompt is not None and not self._comes(prompt, first, usable):
+            self._lookups.find(prompt, begin, usable)
+
+    def _comes(self, prompt: Prompt, first: int, usable: int) -> bool:
+        """Whether blocks `first` to `usable` are still to come from another engine."""
+        return first < usable and self._handoffs.waits(prompt, prompt.handoff, first, usable)
 
     def waits(self, rid: str) -> bool:
         """Whether a request is to be left in the queue for now. All ranks must ask."""
@@ -236,7 +248,8 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
             return []
         size, page = self.block_tokens, self._pool.memory.page_tokens
         usable = (begin + pages * page) // size
-        found = self._lookups.find(prompt, begin, usable)
+        comes = self._comes(prompt, begin // size, usable)
+        found = None if comes else self._lookups.find(prompt, begin, usable)
         prompt.waits = found is None
         if found is None:
             return []
@@ -333,13 +346,30 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
     def step_begins(self, batch: Any) -> None:
         """A batch is about to be computed."""
         tokens, before = 0, 0.0
-        modes = (ForwardMode.EXTEND, ForwardMode.MIXED)
-        if batch.forward_mode in modes and batch.hicache_consumer_index < 0:
+        computes = batch.forward_mode in (ForwardMode.EXTEND, ForwardMode.MIXED)
+        if computes:
+            self._announce(batch)
+        if computes and batch.hicache_consumer_index < 0:
             tokens = sum(batch.extend_lens)
             pairs = zip(batch.prefix_lens, batch.extend_lens, strict=True)
             before = sum(looked_back(new, start) for start, new in pairs)
         with self._stream():
             self._times.begin(tokens, before)
+
+    @_guarded(None)
+    def _announce(self, batch: Any) -> None:
+        """Say what is to come of prompts that another engine goes on with.
+
+        What the tree had of one is in the store, or never comes: it was offered once.
+        """
+        for req, begin in zip(batch.reqs, batch.prefix_lens, strict=True):
+            prompt = self._prompts.known(req.rid)
+            if prompt is None or not self._pool.saves or self.leaves(req):
+                continue
+            if prompt.wishes.do_remote_decode and prompt.handoff.announced is None:
+                prompt.know(np.array(req.origin_input_ids, np.int64))
+                tokens, first = len(req.origin_input_ids), begin // self.block_tokens
+                self._handoffs.announce(prompt, prompt.handoff, tokens, first)
 
     @_guarded(None)
     def step_ends(self) -> None:
@@ -383,14 +413,15 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
     @_guarded(0)
     def num_completed_offloads(self) -> int:
         """How many have ended, from the oldest on; SGLang asks in every step."""
-        if self._metrics is not None:
-            self._tell(self._metrics)
+        self._look_after()
         return self._saves.ended
 
     @_guarded(None)
-    def _tell(self, metrics: Metrics) -> None:
+    def _look_after(self) -> None:
         # On its own: pages stay locked while SGLang is not told that their saves have ended.
-        metrics.tell()
+        if self._metrics is not None:
+            self._metrics.tell()
+        self._prompts.sweep()
 
     @_guarded(False)
     def pop_completed_offload(self) -> bool:
@@ -438,6 +469,7 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
     @_guarded(None)
     def close(self) -> None:
         """Let the last saves end, and close."""
+        self._handoffs.close()
         self.layer_done_counter.close()
         self._saves.close()
         self._device.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from kvstore.blocks.keys import MAX_TOKEN, Media
 from kvstore.blocks.spec import Namespace
 from kvstore.blocks.weights import weights_digest
+from kvstore.connectors.common.handoffs import HandOff
 from kvstore.connectors.common.identity import started
 from kvstore.connectors.common.media import feed
 from kvstore.connectors.common.requests import Asked
@@ -92,6 +93,9 @@ class Prompt(Asked):
     """What the model is given of images and the like, by its content."""
     waits: bool = False
     """Whether the store is to be asked again in a moment."""
+    handoff: HandOff = field(default_factory=HandOff)
+    ended: bool = False
+    """Nothing more comes of it than what is being saved."""
 
     def know(self, ids: NDArray[np.int64]) -> None:
         """Take in its tokens, from the first on; they grow as it is computed."""
@@ -155,8 +159,11 @@ class Prompts:
     """Requests as the store sees them. Used by one thread."""
 
     def __init__(
-        self, settings: Settings, namespace: Namespace, adapters: Adapters, stats: Stats
-    ) -> None:
+        self, settings: Settings, namespace: Namespace, adapters: Adapters, stats: Stats,
+        ended: Callable[[Prompt], object] = lambda _: None,
+    ) -> None:  # fmt: skip
+        """`ended` is told of each that is forgotten."""
+        self._ended = ended
         self._settings = settings
         self._namespace = namespace
         self._adapters = adapters
@@ -164,11 +171,13 @@ class Prompts:
         self._known: OrderedDict[str, tuple[ref[Any], Prompt | None]] = OrderedDict()
         self._meant: OrderedDict[int, str] = OrderedDict()
         """What stands for numbers beyond tokens in SGLang's tree; empty: more than one thing."""
+        self._left: deque[tuple[str, ref[Any]]] = deque()
         self._quiet = QuietLog(_log)
         self.uncomputed = Uncomputed(_left)
 
     def known(self, rid: str) -> Prompt | None:
         """A request that has come up; None: it has not, or it goes without the store."""
+        self.sweep()
         found = self._known.get(rid)
         return None if found is None else found[1]
 
@@ -179,6 +188,7 @@ class Prompts:
         """
         known = self._known.get(req.rid)
         if known is None or known[0]() is not req:  # Callers choose names, and may do so again.
+            self.forget(req.rid)
             try:
                 found = self._take(req, weights)
             except (SpecError, OSError) as e:
@@ -189,7 +199,7 @@ class Prompts:
             self._known[req.rid] = known
             self.uncomputed.add(req.rid, known)
             if len(self._known) > _MOST:
-                self.uncomputed.remove(self._known.popitem(last=False)[0])
+                self.forget(next(iter(self._known)))
         return known[1]
 
     def _take(self, req: Any, weights: str) -> Prompt:
@@ -214,8 +224,12 @@ class Prompts:
         wishes, wrong = wishes_of(given)
         if wishes.tenant is not None:
             wrong.append("tenant: SGLang's own cache knows none; give a cache_salt")
+        if wishes.remote_decoder is not None:
+            self._stats.handed("refused")
+            wrong.append("remote_decoder: SGLang offers a block once, so all go to one store")
         if unknown := [str(name) for name in given or () if name not in Wishes.model_fields]:
-            known = ", ".join(name for name in Wishes.model_fields if name != "tenant")
+            none = ("tenant", "remote_decoder")
+            known = ", ".join(name for name in Wishes.model_fields if name not in none)
             wrong.append(f"{unknown!r:.200} are not known; known are {known}")
         if wrong:
             words = "; ".join(wrong)
@@ -240,7 +254,7 @@ class Prompts:
                 before = self._meant.pop(number, digest)
                 self._meant[number] = digest if before == digest else ""
                 if before != digest:
-                    self._known.clear()  # Of those, some may share it.
+                    self.clear()  # Of those, some may share it.
                     raise SpecError("the name of an image or the like has stood for another")
             for first, last in item.offsets:
                 length = last - first + 1
@@ -250,18 +264,27 @@ class Prompts:
         return tuple(found)
 
     def _gone(self, rid: str, req: ref[Any]) -> None:
-        """SGLang has let go of a request, which may have ended without a word."""
-        known = self._known.get(rid)
-        if known is not None and known[0] is req:
-            self.forget(rid)
+        """SGLang has let go of a request; in whichever thread, amid whatever that does."""
+        self._left.append((rid, req))
+
+    def sweep(self) -> None:
+        """Forget requests that SGLang has let go of: those that ended without a word."""
+        while self._left:
+            rid, req = self._left.popleft()
+            known = self._known.get(rid)
+            if known is not None and known[0] is req:
+                self.forget(rid)
 
     def forget(self, rid: str) -> None:
         """A request has ended."""
-        self._known.pop(rid, None)
+        _, prompt = self._known.pop(rid, (None, None))
         self.uncomputed.remove(rid)
+        if prompt is not None:
+            self._ended(prompt)
 
     def clear(self, *, emptied: bool = False) -> None:
         """Forget all requests; SGLang's tree may have been `emptied`."""
-        self._known.clear()
+        for rid in list(self._known):
+            self.forget(rid)
         if emptied:
             self._meant.clear()

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from kvstore.client.arrivals import Gates
 from kvstore.connectors.common.device import Device
+from kvstore.connectors.common.handoffs import HandOffs
 from kvstore.connectors.common.pins import Pins
 from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.settings import Settings
@@ -62,8 +63,10 @@ class Saves:
         pool: Pool,
         memory: Sequence[PagedMemory],
         stats: Stats,
+        handoffs: HandOffs,
     ) -> None:
         """`memory` has the pool's pages, in the parts that the store has of them."""
+        self._handoffs = handoffs
         session = settings.config.session
         self._published = session.publish_tokens
         self._sessions = sessions
@@ -132,6 +135,18 @@ class Saves:
                 self._pins.keep(offload.prompt, offload.last)
         finally:
             offload.whole = blocks == len(job.keys)
+            if offload.prompt is not None:
+                self._hand_on(offload.prompt)
+
+    def ends(self, prompt: Prompt) -> None:
+        """A request has ended: when its saves have, too, none of its blocks is to come."""
+        prompt.ended = True
+        self._hand_on(prompt)
+
+    def _hand_on(self, prompt: Prompt) -> None:
+        # Whichever of the two threads comes second sees what the first one has written.
+        if prompt.ended and all(one.prompt is not prompt for one in list(self._saving.values())):
+            self._handoffs.end(prompt.handoff)
 
     @property
     def ended(self) -> int:

@@ -9,10 +9,10 @@ from typing import Any, Final
 from vllm.distributed.kv_events import BlockStored
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
+from kvstore.connectors.common.handoffs import HandOff
 from kvstore.connectors.common.requests import Asked
 from kvstore.connectors.common.transfers import Job
 from kvstore.connectors.vllm.blending import Blending
-from kvstore.connectors.vllm.disaggregated import HandOff
 
 MEDIUM: Final = "KVSTORE"
 

@@ -22,6 +22,7 @@ from vllm.v1.request import RequestStatus
 
 from kvstore.blocks.spec import Described, Namespace
 from kvstore.client.prefill import looked_back
+from kvstore.connectors.common.handoffs import HandOffs
 from kvstore.connectors.common.pins import Pins
 from kvstore.connectors.common.requests import Found, Lookups
 from kvstore.connectors.common.sessions import Sessions
@@ -30,7 +31,7 @@ from kvstore.connectors.common.stats import Stats
 from kvstore.connectors.common.transfers import NO_PAGES, Job
 from kvstore.connectors.common.uncomputed import Uncomputed
 from kvstore.connectors.vllm.blend_scheduler import BlendScheduler
-from kvstore.connectors.vllm.disaggregated import HandOffs
+from kvstore.connectors.vllm.disaggregated import Answers
 from kvstore.connectors.vllm.inputs import Inputs, Unkeyed
 from kvstore.connectors.vllm.layout import Pages
 from kvstore.connectors.vllm.messages import Blend, Ready, Registered, Report, Step
@@ -103,12 +104,11 @@ class SchedulerSide:
             self._sessions,
             self.stats,
             settings.config.session.load_timeout,
-            engine=config.kv_transfer_config.engine_id if config is not None else "",
-            ranks=ranks,
-            node=settings.node,
             decoders=settings.decoders,
             tenant=settings.tenant,
         )
+        engine = config.kv_transfer_config.engine_id if config is not None else ""
+        self._answers = Answers(engine, ranks, settings.node)
         self._tracked: dict[str, Tracked] = {}
         self._ended: dict[str, Any] = {}
         """Finished requests of which jobs or pages are left."""
@@ -482,7 +482,7 @@ class SchedulerSide:
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return False, None
-        told = self._handoffs.told(request, tracked, tracked.handoff)
+        told = self._answers.told(request, tracked, tracked.handoff)
         self._handoffs.taken(tracked, tracked.handoff)
         stays = self._stays(tracked, ids)
         if not tracked.saving:

@@ -12,22 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvstore.blocks.keys import partial_key, prompt_extras
-from kvstore.connectors.common.requests import Asked
 from kvstore.copier.base import PagedMemory
 
 TAIL_SECONDS: Final = 60.0
 """How long it is kept for whoever goes on with it."""
-
-
-def tail_key(asked: Asked, start: int, end: int) -> bytes:
-    """The key of tokens `start` to `end` of a prompt, a block but for some at its end."""
-    keys, number = asked.extend_keys(), start // asked.namespace.block_tokens
-    extras = prompt_extras(
-        asked.namespace.block_tokens, range(number, number + 1), **asked.extras
-    ).get(0, [])
-    parent = keys[number - 1] if number else None
-    return partial_key(asked.namespace, asked.tokens[start:end], extras=extras, parent=parent)
 
 
 def filled(rows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -17,6 +17,7 @@ from tests.engines.model_tools import model
 
 BLOCK: Final = 64
 LONGEST: Final = 2560
+_APART: Final = {"skip_load": True, "skip_save": True}
 _PATIENT: Final = {"session__lookup_timeout": 10.0, "planner__mode": "load"}
 
 
@@ -99,9 +100,9 @@ class Vllm:
             }
         )
 
-    def generate(self, prompt: list[int], *, alone: bool = False) -> dict[str, Any]:
-        wishes = {"skip_load": True, "skip_save": True} if alone else None
-        said = self._obey(self._engine, {"do": "generate", "prompts": [prompt], "wishes": wishes})
+    def generate(self, prompt: list[int], *, alone: bool = False, **wishes: bool) -> dict[str, Any]:
+        asked = _APART if alone else wishes or None
+        said = self._obey(self._engine, {"do": "generate", "prompts": [prompt], "wishes": asked})
         return {"tokens": said["tokens"][0], "cached": said["cached"][0]}
 
     def forget(self) -> None:
@@ -122,10 +123,9 @@ class Sglang:
             SETTINGS | settings | linked(address, **_PATIENT)
         )
 
-    def generate(self, prompt: list[int], *, alone: bool = False) -> dict[str, Any]:
-        apart = {"kvstore": {"skip_load": True, "skip_save": True}}
-        wishes = {"sampling_params": {"custom_params": apart}} if alone else {}
-        said = self._generate(self._engine, [prompt], 16, wishes)
+    def generate(self, prompt: list[int], *, alone: bool = False, **wishes: bool) -> dict[str, Any]:
+        params = {"custom_params": {"kvstore": _APART if alone else wishes}}
+        said = self._generate(self._engine, [prompt], 16, {"sampling_params": params})
         return {"tokens": said["tokens"][0], "cached": said["cached"][0]}
 
     def forget(self) -> None:

@@ -165,6 +165,8 @@ class Request(SimpleNamespace):
 
     output_ids = ()
 
+    output_ids = ()
+
 
 def test_media_are_named_by_what_the_model_is_given() -> None:
     prompts = Prompts(
@@ -222,6 +224,7 @@ def test_media_are_named_by_what_the_model_is_given() -> None:
         ),
         ({"ttl": "x", "pin": -1, "n": 1}, ("ttl is 'x'", "pin is -1", "['n'] are not known")),
         ({"tenant": "a"}, ("give a cache_salt",)),
+        ({"remote_decoder": "tcp://there:1"}, ("all go to one store",)),
     ],
 )
 def test_all_that_is_wrong_with_wishes_is_said_at_once(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from kvstore.connectors.sglang.identity import _NEUTRAL, _NEUTRAL_ENVIRONMENT
 from kvstore.connectors.sglang.linker import KVStoreLinker
 from kvstore.connectors.sglang.loading import LayerCounter, Load
 from kvstore.connectors.sglang.prompts import Adapters, Prompts
+from kvstore.connectors.sglang.saving import Offload, Saves
 from kvstore.connectors.sglang.tree import KVStoreWrapper
 
 pytestmark = pytest.mark.sglang
@@ -44,9 +46,10 @@ class Request(SimpleNamespace):
         super().__init__(**plain | given | changes)
 
 
-def prompts() -> Prompts:
+def prompts(ended: Callable[[Any], object] = lambda _: None) -> Prompts:
     space = Namespace(ModelIdentity("model"), "", 4)
-    return Prompts(settings_of({}, engine="sglang", place="test"), space, Adapters(dict), Stats(4))
+    settings = settings_of({}, engine="sglang", place="test")
+    return Prompts(settings, space, Adapters(dict), Stats(4), ended)
 
 
 def test_prompts_that_wait_for_the_engine_are_known() -> None:
@@ -64,6 +67,29 @@ def test_prompts_that_wait_for_the_engine_are_known() -> None:
     assert known.uncomputed.beside(first.name) == (200 - 16, 100)
     requests[3].output_ids.append(1)
     assert known.uncomputed.beside(first.name) == (100 - 16, 100)
+
+
+def test_what_is_announced_ends_with_a_request_and_its_saves() -> None:
+    ended = list[Any]()
+    saves: Any = object.__new__(Saves)
+    saves._handoffs, saves._pins = SimpleNamespace(end=ended.append), SimpleNamespace()
+    known = prompts(saves.ends)
+    requests = [Request(name) for name in "abc"]
+    first, second, third = (known.of(req, "") for req in requests)
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    saves._saving = {1: Offload(1, first), 2: Offload(1, first), 3: Offload(1, second)}
+    known.forget("a")
+    known.forget("a")
+    for number in (1, 2):
+        assert ended == []
+        saves._saved(Job(number, "tree", "", [b"key"], np.zeros((1, 1), np.int64)), 0, ())
+    assert ended == [first.handoff]
+    saves._saved(Job(3, "tree", "", [b"key"], np.zeros((1, 1), np.int64)), 0, ())
+    assert ended == [first.handoff], "the second one goes on"
+    known.clear()
+    assert ended == [first.handoff, second.handoff, third.handoff]
 
 
 class Blocks:

@@ -132,3 +132,14 @@ def test_each_engine_reads_what_each_has_written(children: dict[str, Child]) -> 
         "transformers": True, "sglang": True, "vllm": False,
     }  # fmt: skip
     assert numbers["vllm"]["close"]
+
+
+def test_what_one_engine_prefills_another_goes_on_with(children: dict[str, Child]) -> None:
+    for start, (prefill, decode) in enumerate([("vllm", "sglang"), ("sglang", "vllm")]):
+        prompt = document(470, 100 + 50 * start)
+        own = children[decode].ask("generate", prompt=prompt, alone=True)
+        children[decode].ask("forget")
+        children[prefill].ask("generate", prompt=prompt, do_remote_decode=True)
+        # At once, as a proxy asks: the last blocks are still being saved.
+        found = children[decode].ask("generate", prompt=prompt, do_remote_prefill=True)
+        assert (found["tokens"], found["cached"]) == (own["tokens"], 448), (prefill, decode)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Iterator
 from typing import Any, Final
 
 import pytest
 
 from tests.engines.model_tools import document
 from tests.engines.sglang_tools import Engine, linked
-from tests.session_tools import Served, eventually
+from tests.session_tools import Served, eventually, no_leases
 
 pytestmark = pytest.mark.sglang
 
 WHOLE: Final = 1478
 """Tokens of the prompt, 23 blocks and a rest."""
+TOKENS: Final = 6
 
 
 def stored(served: Served) -> int:
@@ -24,6 +28,17 @@ def stored(served: Served) -> int:
 def saved(served: Served, blocks: int) -> None:
     """Wait until the store has so many blocks."""
     eventually(lambda: stored(served) >= blocks, 60)
+
+
+@pytest.fixture(scope="module")
+def other(sglang_store: Served) -> Iterator[Engine]:
+    """One with smaller pages, which computes prompts piece by piece; the last test kills it."""
+    with Engine(linked(sglang_store), page_size=16, chunked_prefill_size=128) as engine:
+        yield engine
+
+
+def wish(**wishes: Any) -> dict[str, Any]:
+    return {"sampling_params": {"custom_params": {"kvstore": wishes}}}
 
 
 @pytest.fixture(scope="module")
@@ -65,19 +80,63 @@ def test_another_process_loads_it(
     assert back["cached"][0] >= 1600
 
 
-def test_a_prefix_that_ends_within_a_block(sglang_linked: Engine, sglang_store: Served) -> None:
+def test_a_prefix_that_ends_within_a_block(
+    sglang_linked: Engine, sglang_store: Served, other: Engine
+) -> None:
     text = document(700)[::-1]  # of no other test
     before = stored(sglang_store)
     whole = sglang_linked.generate(text)
     saved(sglang_store, before + 10)
-    with Engine(linked(sglang_store), page_size=16) as other:
-        # Its own cache has 7 pages, one block and three quarters of the next.
-        other.generate(
-            text[:113], sampling_params={"custom_params": {"kvstore": {"skip_load": True}}}
-        )
-        found = other.generate(text)
-        assert found["tokens"] == whole["tokens"]
-        assert found["cached"] == [640]
+    # Its own cache has 7 pages, one block and three quarters of the next.
+    other.generate(text[:113], **wish(skip_load=True))
+    found = other.generate(text)
+    assert found["tokens"] == whole["tokens"]
+    assert found["cached"] == [640]
+
+
+def came(decode: Engine, reason: str = "came") -> float:
+    return decode.metrics().get(f"kvstore_remote_prefills_total.{reason}", 0)
+
+
+def test_many_requests_that_another_engine_prefills(
+    sglang_linked: Engine, sglang_store: Served, sglang_plain: Engine, other: Engine
+) -> None:
+    text = document(1500)[::-1]
+    lengths = [64, 65, 128, 129, *range(33, 173, 5)]
+    prompts = [text[n * 38 : n * 38 + length] for n, length in enumerate(lengths)]
+    expected = sglang_plain.generate(*prompts, max_tokens=TOKENS)["tokens"]
+    computed = other.generate(*prompts, max_tokens=1, **wish(do_remote_decode=True))
+    assert computed["tokens"] == [tokens[:1] for tokens in expected]
+    # At once: the last saves are under way.
+    before = came(sglang_linked)
+    found = sglang_linked.generate(*prompts, max_tokens=TOKENS, **wish(do_remote_prefill=True))
+    assert found["tokens"] == expected
+    # All but what lies behind the last whole block, and the last token.
+    assert found["cached"] == [(length - 1) // 64 * 64 for length in lengths]
+    whole = sum(length > 64 for length in lengths)
+    eventually(lambda: came(sglang_linked) == before + whole, 10)
+    eventually(lambda: no_leases(sglang_store))
+
+
+def test_a_prefill_that_dies_is_completed_by_the_decode(
+    sglang_linked: Engine, sglang_store: Served, sglang_plain: Engine, other: Engine
+) -> None:
+    prompt = document(WHOLE)[::-1]
+    expected = sglang_plain.generate(prompt, max_tokens=TOKENS)["tokens"]
+    missing = came(sglang_linked, "missing")
+    other.order(prompt, max_tokens=1, **wish(do_remote_decode=True))
+    eventually(lambda: not no_leases(sglang_store))
+    before = stored(sglang_store)
+    # It is asked early, and waits for what is announced.
+    sglang_linked.order(prompt, max_tokens=TOKENS, **wish(do_remote_prefill=True))
+    eventually(lambda: stored(sglang_store) > before)
+    assert other._process.pid is not None
+    os.killpg(other._process.pid, signal.SIGKILL)
+    found = sglang_linked.answer()
+    assert found["tokens"] == expected
+    assert 0 < found["cached"][0] < (WHOLE - 1) // 64 * 64
+    eventually(lambda: came(sglang_linked, "missing") == missing + 1, 10)
+    eventually(lambda: no_leases(sglang_store))
 
 
 def test_salts_and_extra_keys_keep_prompts_apart(
@@ -98,9 +157,6 @@ def test_salts_and_extra_keys_keep_prompts_apart(
 
 
 def test_wishes_of_single_requests(sglang_linked: Engine, sglang_store: Served) -> None:
-    def wish(**wishes: Any) -> dict[str, Any]:
-        return {"sampling_params": {"custom_params": {"kvstore": wishes}}}
-
     text = document(300, 900)
     before = stored(sglang_store)
     sglang_linked.generate(text, **wish(skip_save=True))

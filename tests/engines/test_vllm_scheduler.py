@@ -20,12 +20,12 @@ from kvstore.benchmarks.served import free_port
 from kvstore.blocks.keys import block_keys, partial_key, prompt_extras
 from kvstore.blocks.spec import Part
 from kvstore.client.session import Loaded
+from kvstore.connectors.common import handoffs
 from kvstore.connectors.common import sessions as vllm_sessions
 from kvstore.connectors.common.requests import Found
 from kvstore.connectors.common.settings import settings_of
 from kvstore.connectors.common.stats import Stats, nothing
 from kvstore.connectors.common.uncomputed import Uncomputed
-from kvstore.connectors.vllm import disaggregated
 from kvstore.connectors.vllm.inputs import Inputs
 from kvstore.connectors.vllm.layout import Pages
 from kvstore.connectors.vllm.messages import Report
@@ -498,7 +498,7 @@ def test_a_prefill_on_another_node_is_fetched_as_soon_as_it_is_there(
     stores: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for patience in ("_FETCHED", "_TAIL_FETCHED"):
-        monkeypatch.setattr(disaggregated, patience, 2 * PATIENCE)
+        monkeypatch.setattr(handoffs, patience, 2 * PATIENCE)
     ports = [free_port() for _ in range(2)]
     peers = {"nodes": [f"tcp://127.0.0.1:{port}" for port in ports], "probe_seconds": 5.0}
     here, there = (
@@ -516,7 +516,7 @@ def test_a_prefill_on_another_node_is_fetched_as_soon_as_it_is_there(
         keys = producer.keys(tokens)
         save(producer, [*keys, partial_key(namespace(), tokens[-3:], parent=keys[-1])])
         assert answered(side, asked) == len(tokens) - 1, "with what is behind the last whole block"
-        monkeypatch.setattr(disaggregated, "_FETCHED", 0.2)
+        monkeypatch.setattr(handoffs, "_FETCHED", 0.2)
         never = request("never", [*prompt(73, 4), 7], **promised)
         assert answered(side, never) == 0
     side.close()

@@ -15,6 +15,7 @@ TOLD = {"do_remote_prefill": True, "remote_engine_id": "p"}
 ASKED = {
     "prompt": "long", "max_tokens": 9, "max_completion_tokens": 9, "min_tokens": 3, "stream": True,
     "stream_options": {"include_usage": True}, "kv_transfer_params": {"ttl": 5.0},
+    "custom_params": {"kvstore": {"pin": 1.0}},
 }  # fmt: skip
 
 
@@ -79,7 +80,10 @@ def test_a_request_is_prefilled_and_then_decoded(example: Callable[[str], Module
             wishes = first["kv_transfer_params"]
             assert (wishes["do_remote_decode"], wishes["ttl"]) == (True, 5.0)
             assert wishes["remote_decoder"] == "tcp://there:1"
-            assert then == ASKED | {"kv_transfer_params": TOLD | {"ttl": 5.0}}
+            custom = {"kvstore": {"pin": 1.0, "do_remote_prefill": True}}
+            told = {"kv_transfer_params": TOLD | {"ttl": 5.0}, "custom_params": custom}
+            assert then == ASKED | told
+            assert first["custom_params"]["kvstore"]["do_remote_decode"] is True
             # A request that is refused is not asked twice.
             servers.status = 400
             async with client.post("/v1/completions", json=ASKED) as answer:
