@@ -28,7 +28,7 @@ from kvstore.blocks.spec import ModelIdentity, Namespace, block_tokens_for, chec
 from kvstore.codecs.quantized import quantised
 from kvstore.connectors.common.settings import PREFIX, Settings, settings_of
 from kvstore.connectors.vllm.contract import check
-from kvstore.connectors.vllm.identity import identity_of
+from kvstore.connectors.vllm.identity import draft_name, identity_of
 from kvstore.connectors.vllm.inputs import Inputs
 from kvstore.connectors.vllm.layout import pages_of
 from kvstore.connectors.vllm.scheduler import SchedulerSide
@@ -82,14 +82,19 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         transfer = self._kv_transfer_config
         settings = settings_of(transfer.kv_connector_extra_config, engine="vllm", place=PLACE)
         shards = settings.config.session.head_shards
-        pages = pages_of(vllm_config, kv_cache_config)
+        draft, unnamed = "", None
+        try:
+            draft = draft_name(vllm_config, settings.revision)
+        except (SpecError, OSError) as e:
+            unnamed = e
+        pages = pages_of(vllm_config, kv_cache_config, draft)
         others = tuple(replace(other, shards=shards) for other in pages.others)
         pages = replace(pages, shards=shards, others=others)
         for name in ("store_dtype", "codec", "layerwise"):
             if getattr(settings, name) and (pages.others or pages.window):
                 raise ConfigError(
-                    f"{PLACE}: {PREFIX}vllm.{name} is for models whose layers are all of one kind; "
-                    "leave it out, or use --disable-hybrid-kv-cache-manager"
+                    f"{PLACE}: {PREFIX}vllm.{name} is for models whose layers are all of one kind, "
+                    "without a draft model; leave it out, or use --disable-hybrid-kv-cache-manager"
                 )
         if settings.store_dtype:
             pages = pages.stored_as(settings.store_dtype)
@@ -114,6 +119,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         worker = role != KVConnectorRole.SCHEDULER
         identity, core, named = ModelIdentity("unnamed"), engine_core(), True
         try:
+            if unnamed is not None:
+                raise unnamed
             revision, stored = settings.revision, settings.codec or settings.store_dtype
             identity = identity_of(vllm_config, dtype, revision, stored, worker=worker)
             if core is None and not worker:

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable
+from copy import copy
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +29,7 @@ from kvstore.connectors.common.identity import (
     identity,
     type_name,
 )
+from kvstore.connectors.vllm.drafts import has_draft
 from kvstore.errors import SpecError
 
 # Fields of vLLM's configuration that change no value of the KV cache, or that other entries cover
@@ -66,6 +68,12 @@ _AS_ALL: Final = re.compile(r"auto|hf|(fast)?safetensors|instanttensor")
 """Those that read the files that every engine reads, as they are."""
 _OF_LOADING: Final = re.compile(r"concurrency|enable_\w+|memory_limit|num_threads")
 """What loaders are told that changes no weight."""
+_OF_GUESSING: Final = re.compile(
+    r"enforce_eager|model|.*tensor_parallel_size|(moe|attention)_backend|max_model_len|disable_.*"
+    r"|(code_)?revision|use_local_.*|(prompt|suffix|target|rejection|synthetic)_.*|enable_adaptive_.*"
+    r"|draft_(model|parallel|load)_config|draft_sample_method|dspark_draft_topk|num_speculative_.*"
+)
+"""What drafting is told that changes no value of a draft's KV, or is covered otherwise."""
 
 
 def identity_of(
@@ -103,6 +111,44 @@ def identity_of(
         code="" if revision else _code(vllm_config),
         implementation=_implementation(model.architecture, named=bool(revision)),
     )
+
+
+def draft_name(vllm_config: Any, revision: str = "") -> str:
+    """What tells a draft model's KV from that of others with the same target; empty: there is none.
+
+    Its configuration counts as its file has it, since a worker writes to its own; and the release
+    of vLLM, since drafts are compared with nothing. `revision` as in `identity_of`.
+
+    Raises:
+        SpecError: it cannot be told from others.
+        OSError: a file cannot be read.
+    """
+    speculative = vllm_config.speculative_config
+    if not has_draft(vllm_config):
+        return ""
+    model, load = speculative.draft_model_config, speculative.draft_load_config
+    own = copy(vllm_config)
+    own.model_config, own.load_config = model, load or vllm_config.load_config
+    told: dict[str, Any] = {
+        "vllm": vllm.__version__,
+        "architecture": str(model.architecture),
+        "dtype": type_name(model.dtype),
+        "quantization": model.quantization or "",
+        "cache": str(vllm_config.cache_config.cache_dtype),
+        "weights": revision or _weights(own),
+        "code": "" if revision else _code(own),
+    }
+    if not revision:
+        folder = _folder(own, model.model, model.revision)
+        places = [folder / name for name in ("config.json", "params.json")]
+        told["config"] = [place.read_text("utf-8") for place in places if place.exists()]
+    if getattr(model.hf_config, "num_nextn_predict_layers", 1) > 1:  # Those beyond are idle.
+        told["guesses"] = str(speculative.num_speculative_tokens)
+    for field in fields(speculative):
+        value = getattr(speculative, field.name)
+        if not _OF_GUESSING.fullmatch(field.name) and not _is_unset(field, value):
+            told[field.name] = value
+    return config_digest(told)[:16]
 
 
 def _told(digest: Callable[[], str], otherwise: str | bool) -> str:

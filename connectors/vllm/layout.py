@@ -38,6 +38,7 @@ from kvstore.blocks.spec import (
 )
 from kvstore.codecs.quantized import quantised
 from kvstore.connectors.common.shards import shards_of
+from kvstore.connectors.vllm.drafts import split
 from kvstore.connectors.vllm.states import (
     LOOKS_BACK,
     check_state,
@@ -80,6 +81,8 @@ class Pages:
     """Which of vLLM's groups of layers this is."""
     window: int = 0
     """Tokens that its layers look back on; 0: all."""
+    drafts: bool = False
+    """Whether they are a draft model's."""
     others: tuple[Pages, ...] = ()
     """The engine's other groups, each with pages of its own."""
 
@@ -142,8 +145,8 @@ class Pages:
         return [shard for part in self.stored for shard in self._shards_of(part)]
 
 
-def pages_of(vllm_config: Any, kv_cache_config: Any) -> Pages:
-    """What the engine's configuration says about its pages.
+def pages_of(vllm_config: Any, kv_cache_config: Any, draft: str = "") -> Pages:
+    """What the engine's configuration says about its pages; `draft` names a draft model's KV.
 
     Raises:
         SpecError: a kind of cache, or of parallelism, that this connector would not get right.
@@ -152,15 +155,22 @@ def pages_of(vllm_config: Any, kv_cache_config: Any) -> Pages:
     groups = kv_cache_config.kv_cache_groups
     if not groups:
         raise SpecError("the model has no KV cache; leave out --kv-transfer-config")
-    for group in groups:
-        _check_spec(group.kv_cache_spec, vllm_config.cache_config)
     if vllm_config.parallel_config.pipeline_parallel_size > 1 and len(groups) > 1:
         raise SpecError(
             f"the model has {len(groups)} KV cache groups, which pipeline stages would divide; use "
             "--disable-hybrid-kv-cache-manager, or --pipeline-parallel-size 1"
         )
-    made = [_group(vllm_config, kv_cache_config, number) for number in range(len(groups))]
-    first, *others = sorted(made, key=lambda one: (one.window > 0, one.number))
+    kinds = [(n, *kind) for n, each in enumerate(groups) for kind in split(vllm_config, each)]
+    own = [drafts for _, _, drafts, _ in kinds].count(False)
+    apart = own < len(kinds)  # Else nothing is shared with those that draft otherwise.
+    made = [
+        _group(
+            vllm_config, kv_cache_config, number, names, spec,
+            draft=draft if drafts or not apart else "", drafts=drafts, alone=own == 1,
+        )
+        for number, names, drafts, spec in kinds
+    ]  # fmt: skip
+    first, *others = sorted(made, key=lambda one: (one.window > 0, one.drafts, one.number))
     pages = replace(first, others=tuple(others))
     sliding = any(one.parts[0].group.kind == "sliding" for one in made)
     if pages.recurrent and (sliding or len({one.page_tokens for one in made}) > 1):
@@ -171,45 +181,52 @@ def pages_of(vllm_config: Any, kv_cache_config: Any) -> Pages:
     return pages
 
 
-def _group(vllm_config: Any, kv_cache_config: Any, number: int) -> Pages:
-    group, alone = (
-        kv_cache_config.kv_cache_groups[number],
-        len(kv_cache_config.kv_cache_groups) == 1,
-    )
-    spec = group.kv_cache_spec
+def _group(
+    vllm_config: Any, kv_cache_config: Any, number: int, names: Sequence[str], spec: Any, *,
+    draft: str, drafts: bool, alone: bool,
+) -> Pages:  # fmt: skip
+    _check_spec(spec, vllm_config.cache_config)
     ranks = vllm_config.parallel_config.tensor_parallel_size
-    layers = ",".join(map(_index, group.layer_names))
+    layers, whose = ",".join(map(_index, names)), f"draft {draft} " if draft else ""
     if is_state(spec):
-        held = state_parts(spec, len(group.layer_names), f"recurrent {layers}", ranks)
+        held = state_parts(spec, len(names), f"{whose}recurrent {layers}", ranks)
         return Pages(
-            held, spec.block_size, ranks // len(held), held, group.layer_names,
-            number=number, window=LOOKS_BACK,
+            held, spec.block_size, ranks // len(held), held, names,
+            number=number, window=LOOKS_BACK, drafts=drafts,
         )  # fmt: skip
     window = int(spec.sliding_window) if type(spec) is SlidingWindowSpec else 0
     mla = isinstance(spec, MLAAttentionSpec)
-    total = 1 if mla else vllm_config.model_config.get_total_num_kv_heads()
+    model = (
+        vllm_config.speculative_config.draft_model_config if drafts else vllm_config.model_config
+    )
+    total = 1 if mla else model.get_total_num_kv_heads()
     shards = min(ranks, total)
     if ranks % shards or total % shards:
         raise SpecError(
             f"{total} KV heads on {ranks} tensor-parallel ranks are not supported; use a "
             f"--tensor-parallel-size that {total} divides, or that divides {total}"
         )
+    if drafts and spec.num_kv_heads * shards != total:
+        raise SpecError(
+            f"a draft model of {total} KV heads with {spec.num_kv_heads} on each of {ranks} ranks "
+            "is not supported; leave out draft_tensor_parallel_size"
+        )
     channels, dtype = _content(spec)
     # A private packing has nothing to describe: one run of bytes per page and layer.
     kind: Kind = "sliding" if window else "mla" if mla else "full"
     # Releases of vLLM may divide layers in other ways.
-    name = "full" if alone and not window else f"{kind} {layers}"
+    name = whose + ("full" if alone and not window and not drafts else f"{kind} {layers}")
     layout = _layout(vllm_config, kv_cache_config, spec)
     parts = []
-    for start, end in _stages(vllm_config, len(group.layer_names)):
+    for start, end in _stages(vllm_config, len(names)):
         shape = Group(
             end - start, spec.num_heads, channels, dtype, name=name, kind=kind, first_layer=start
         )
         parts += [Part(shape, layout, Shard(index, shards)) for index in range(shards)]
     held = tuple(parts)
     return Pages(
-        held, spec.block_size, ranks // shards, held, group.layer_names,
-        number=number, window=window,
+        held, spec.block_size, ranks // shards, held, names,
+        number=number, window=window, drafts=drafts,
     )  # fmt: skip
 
 
@@ -240,13 +257,6 @@ def _check_engine(vllm_config: Any) -> None:
         size = getattr(parallel, name, 1)
         if size > 1:
             raise SpecError(f"{flag} is {size}; this connector supports only 1")
-    speculative = vllm_config.speculative_config
-    method = None if speculative is None else speculative.method
-    if method not in (None, "ngram", "ngram_gpu", "suffix"):
-        raise SpecError(
-            f"speculative decoding by {method!r} keeps KV of a draft model, which this connector "
-            "does not store; use ngram or suffix, or none"
-        )
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         raise SpecError(
             "calculate_kv_scales makes KV depend on the first requests an engine has seen; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -43,6 +44,8 @@ class Tracked(Asked):
     saving: set[int] = field(default_factory=set)
     """Numbers of the jobs among those that are not done."""
     failures: int = 0
+    drafted: int = sys.maxsize
+    """Of how many of its tokens the draft model, if there is one, has KV."""
     sure: bool = False
     """The adapter that is named in its keys is the one that it was computed with."""
     tainted: bool = False

@@ -18,19 +18,21 @@ class Saves:
     """Jobs that save. Used by the scheduler's thread.
 
     `groups` look back on all tokens, `windows` knows of those that do not; `numbers` counts all
-    jobs. `events` are those of what is new, None: nobody wants them.
+    jobs. `events` are those of what is new, None: nobody wants them. The KV of the last `unsettled`
+    tokens is written again.
     """
 
     def __init__(
         self, settings: Settings, block_tokens: int, page_tokens: int, ranks: int, inputs: Inputs,
         groups: Sequence[Pages], windows: Windows | None, numbers: Iterator[int], *, events: bool,
+        unsettled: int = 0,
     ) -> None:  # fmt: skip
         self._published = settings.config.session.publish_tokens
         self._block_tokens, self._page_tokens = block_tokens, page_tokens
         self._ranks = ranks
         self._inputs = inputs
         self._groups, self._windows = groups, windows
-        self._numbers = numbers
+        self._numbers, self._unsettled = numbers, unsettled
         self.events: list[Any] | None = [] if events else None
         self._running: dict[int, Saving] = {}
         self._new: list[Job] = []
@@ -44,7 +46,8 @@ class Saves:
         block that has some is not whole yet.
         """
         size = self._block_tokens
-        known = min(computed, len(tracked.tokens), tracked.exact) // size
+        settled = min(computed, len(tracked.tokens)) - self._unsettled
+        known = max(0, min(settled, tracked.exact, tracked.drafted)) // size
         hands_on = tracked.wishes.do_remote_decode and tracked.handoff.partial
         # Not later: what lies behind it then is the request's own.
         tail = hands_on and computed == tracked.request.num_prompt_tokens

@@ -32,6 +32,7 @@ from kvstore.connectors.common.transfers import NO_PAGES, Job
 from kvstore.connectors.common.uncomputed import Uncomputed
 from kvstore.connectors.vllm.blend_scheduler import BlendScheduler
 from kvstore.connectors.vllm.disaggregated import Answers
+from kvstore.connectors.vllm.drafts import Drafting
 from kvstore.connectors.vllm.inputs import Inputs, Unkeyed
 from kvstore.connectors.vllm.layout import Pages
 from kvstore.connectors.vllm.messages import Blend, Ready, Registered, Report, Step
@@ -78,6 +79,9 @@ class SchedulerSide:
         self._ranks = ranks
         self._may_load, self._may_save = loads, saves
         self._inputs, self._watch = inputs, watch
+        self._drafting = Drafting.of(config)
+        self._rested = False
+        """Whether vLLM's own cache may have pages that a draft model has computed nothing of."""
         self._full = pages.full
         """Groups of layers that look back on all tokens."""
         kept = self._full or pages.windowed
@@ -88,7 +92,7 @@ class SchedulerSide:
         self._sessions = Sessions(settings.config, namespace, parts)
         self._windows: Windows | None = None
         if pages.windowed:
-            self._windows = Windows(settings, namespace, pages.windowed)
+            self._windows = Windows(settings, namespace, pages.windowed, self._drafting.ahead)
         self._session = self._sessions.open(settings.tenant)
         self.stats = Stats(namespace.block_tokens)
         alone = self._windows is None and len(self._full) == 1
@@ -117,7 +121,7 @@ class SchedulerSide:
         self._numbers = itertools.count(1)
         self._saves = Saves(
             settings, self._block_tokens, self._page_tokens, ranks, inputs, self._full,
-            self._windows, self._numbers, events=events,
+            self._windows, self._numbers, events=events, unsettled=self._drafting.unsettled,
         )  # fmt: skip
         self._loads: list[Job] = []
         self._held: set[str] = set()
@@ -197,6 +201,8 @@ class SchedulerSide:
         """How many tokens beyond `computed` will be loaded; None: ask again later."""
         more, later = self._match(request, computed)
         tracked = self._tracked.get(request.request_id)
+        if tracked is not None and self._rested:
+            tracked.asked = max(tracked.asked, -(-computed // self._block_tokens))
         if more is None or tracked is None or tracked.blending is None or tracked.tainted:
             return more, later
         if not self._may_load or tracked.wishes.skip_load:
@@ -236,7 +242,10 @@ class SchedulerSide:
             return None, False
         end = first + len(found.tiers)
         found.tail = tail and tracked.handoff.came and end == usable
-        more = (request.num_tokens - 1 if found.tail else end * size) - computed
+        # What a draft has seen behind the last token is not in its key.
+        ahead = self._drafting.ahead
+        whole = request.num_tokens - max(1, ahead) if found.tail else end * size - ahead
+        more = whole - computed
         return (more, not self._layered(tracked, found)) if more > 0 else (0, False)
 
     def _layered(self, tracked: Tracked, found: Found) -> bool:
@@ -352,11 +361,16 @@ class SchedulerSide:
                 self._tracked[name].asked = 0  # What was waiting to be saved is dropped.
         state, prompt, before = output.kv_connector_block_state, 0, 0.0
         blends, pieces = list[Blend](), list[Registered]()
+        rests = self._drafting.rests(output)
+        self._rested |= rests
         for name, scheduled in output.num_scheduled_tokens.items():
             tracked = self._tracked.get(name)
             if tracked is None:
                 continue
             request = tracked.request
+            if rests:
+                sound = request.num_computed_tokens - self._drafting.guesses
+                tracked.drafted = min(tracked.drafted, sound)
             new = max(0, min(_left(request), scheduled))
             prompt += new
             before += looked_back(new, request.num_computed_tokens)
@@ -445,13 +459,14 @@ class SchedulerSide:
         blocks = promise.first + (promise.arrived or 0)
         arrived = 0 if promise.void else blocks * self._block_tokens
         if not promise.void and blocks > promise.first:
-            tracked.came = promise.first, min(blocks, promise.end // self._block_tokens)
+            end = (promise.end + self._drafting.ahead) // self._block_tokens
+            tracked.came = promise.first, min(blocks, end)
         if arrived >= promise.end:
             return
         tracked.failures += 1
         if tracked.blending is not None:
             tracked.blending.drop("prefix")
-        kept = promise.start if layered else max(promise.start, arrived)
+        kept = promise.start if layered else max(promise.start, arrived - self._drafting.ahead)
         if promise.void or self._windows is not None:
             kept = 0  # Windows behind fewer tokens are not there.
         self._quiet.warning(

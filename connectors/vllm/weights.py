@@ -58,28 +58,29 @@ class WeightsWatch:
         self._adapter_loads = adapter_loads
         self._cause = ""
         self._name: str | None = ""
-        self._model: Any = None
+        self._models: list[Any] = []
         if core is not None:
             executor = core.model_executor
             self._collective_rpc = executor.collective_rpc
             executor.collective_rpc = self._rpc
-            self._model = None if isinstance(core, EngineCoreProc) else _model(executor)
+            self._models = [] if isinstance(core, EngineCoreProc) else _models(executor)
         self._tensors = self._look()
-        if self._model is not None:
-            load_weights = self._model.load_weights
+        for model in self._models:
+            model.load_weights = self._heard(model.load_weights)
 
-            def heard(*args: Any, **kwargs: Any) -> Any:
-                self._cause = self._cause or "load_weights"
-                return load_weights(*args, **kwargs)
+    def _heard(self, load_weights: Callable[..., Any]) -> Callable[..., Any]:
+        def heard(*args: Any, **kwargs: Any) -> Any:
+            self._cause = self._cause or "load_weights"
+            return load_weights(*args, **kwargs)
 
-            self._model.load_weights = heard
+        return heard
 
     def changed(self, *, again: bool = True) -> bool:
         """Whether the weights have been changed since the last call.
 
         Not `again`: nobody has had a chance to write to them in place.
         """
-        if self._model is not None and again:
+        if self._models and again:
             before, self._tensors = self._tensors, self._look()
             if self._tensors != before:
                 self._cause = self._cause or "a change of the model in place"
@@ -109,11 +110,9 @@ class WeightsWatch:
 
     def _look(self) -> list[tuple[object, ...]]:
         """Where the weights lie, and how often they were written to; hooks, code and numbers."""
-        if self._model is None:
-            return []
-        tensors = (*self._model.parameters(), *self._model.buffers())
+        tensors = [t for model in self._models for t in (*model.parameters(), *model.buffers())]
         seen: list[tuple[object, ...]] = [(t.data_ptr(), t._version) for t in tensors]
-        for module in self._model.modules():
+        for module in (module for model in self._models for module in model.modules()):
             own, impl = vars(module), vars(module).get("impl")
             numbers = [*own.values(), *(vars(impl).values() if hasattr(impl, "__dict__") else ())]
             seen.append((
@@ -140,8 +139,11 @@ class WeightsWatch:
         return self._collective_rpc(method, timeout, args, kwargs, **how)
 
 
-def _model(executor: Any) -> Any:
-    """The model of an engine whose only worker is in this process."""
+def _models(executor: Any) -> list[Any]:
+    """The model, and its draft model, of an engine whose only worker is in this process."""
     worker = getattr(getattr(executor, "driver_worker", None), "worker", None)
     runner = getattr(worker, "model_runner", None)
-    return None if runner is None else runner.get_model()
+    if runner is None:
+        return []
+    draft = getattr(getattr(runner, "drafter", None), "model", None)
+    return [runner.get_model(), *([draft] if hasattr(draft, "load_weights") else [])]

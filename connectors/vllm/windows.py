@@ -37,10 +37,13 @@ Rows = tuple[NDArray[np.int64], ...]
 class Windows:
     """What the scheduler knows of these groups. Used by one thread."""
 
-    def __init__(self, settings: Settings, namespace: Namespace, groups: Sequence[Pages]) -> None:
+    def __init__(
+        self, settings: Settings, namespace: Namespace, groups: Sequence[Pages], ahead: int = 0
+    ) -> None:
+        """A prompt is continued `ahead` tokens before the end of its last block."""
         self._groups = groups
         self._size = namespace.block_tokens
-        self._longest = max(group.window for group in groups)
+        self._longest = max(group.window for group in groups) + ahead
         parts = [part for group in groups for part in group.all_stored()]
         self._sessions = Sessions(settings.config, namespace, parts)
         self._sessions.open(settings.tenant)

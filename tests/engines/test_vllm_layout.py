@@ -346,13 +346,6 @@ def test_parallelism_that_would_go_wrong_is_refused(settings: dict[str, int], wo
         pages_of(engine(**settings), config(full()))
 
 
-def test_draft_models_are_refused() -> None:
-    drafting = engine()
-    drafting.speculative_config = SimpleNamespace(method="eagle3")
-    with pytest.raises(SpecError, match="eagle3"):
-        pages_of(drafting, config(full()))
-
-
 def test_groups_of_layers_have_parts_of_their_own() -> None:
     """Named by their layers, which releases of vLLM may group in other ways."""
     names = [["model.layers.0.attn", "model.layers.1.attn"], ["model.layers.2.attn"]]

@@ -186,7 +186,7 @@ def _metrics(llm: Any) -> dict[str, Any]:
 
     values: dict[str, float] = {}
     for family in REGISTRY.collect():
-        if not family.name.startswith(("kvstore", "vllm:num_preemptions")):
+        if not family.name.startswith(("kvstore", "vllm:num_preemptions", "vllm:spec_decode_num")):
             continue
         for sample in family.samples:
             if sample.name.endswith(("_bucket", "_created")):
