@@ -1,4 +1,4 @@
-"""Native core: block copies, XXH3 checksums and token-chain keys.
+"""Native core: block copies, XXH3 checksums, token-chain keys and the policy ``forecast``.
 
 Addresses are plain integers (``array.ctypes.data``, ``tensor.data_ptr()``); the caller keeps the
 memory alive and mapped during the call. Sizes are in bytes. Every argument is checked before any

@@ -9,7 +9,9 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <set>
+#include <stack>
 #include <stdexcept>
 
 #include "asked.hpp"
@@ -21,6 +23,7 @@ namespace kvstore {
 namespace {
 
 constexpr double kRests = 0.25;  // seconds until one that was in use is looked at again
+constexpr std::size_t kChunk = 1024;  // items: what grows is short, and grows in no time
 constexpr double kNever = -std::numeric_limits<double>::infinity();
 
 // Salted by Python, so nobody makes two that are the same.
@@ -68,21 +71,23 @@ struct Place {
 class Forecast {
  public:
   explicit Forecast(std::shared_ptr<Asked> asked) : asked_(std::move(asked)), rings_(classes()) {}
+  Forecast(const Forecast&) = delete;
+  Forecast& operator=(const Forecast&) = delete;
 
-  std::size_t size() const { return items_.size() - free_.size(); }
+  std::size_t size() const { return begun_ - free_.size(); }
 
   void add(nb::object node, nb::handle /*older_than*/) {
-    const std::size_t number = free_.empty() ? items_.size() : free_.back();
+    const std::size_t number = free_.empty() ? begun_ : free_.top();
     const nb::object owner = node.attr("owner");
     const Name block = name_of(owner.attr("key")), part = name_of(owner.attr("variant"));
     node.attr("mark") = number;
     node.attr("after") = true;  // so that its owner sees that it is here
-    if (free_.empty()) {
-      items_.emplace_back();
-    } else {
-      free_.pop_back();
+    if (!free_.empty()) {
+      free_.pop();
+    } else if (begun_++ % kChunk == 0) {
+      items_.push_back(std::make_unique<Item[]>(kChunk));
     }
-    Item& item = items_[number];
+    Item& item = items_[number / kChunk][number % kChunk];
     item.node = std::move(node);
     item.part = part;
     item.name = object_name(block, part);
@@ -116,7 +121,7 @@ class Forecast {
     drop_if_empty(item.name);
     const Name above = item.above;
     item = Item();
-    free_.push_back(number);
+    free_.push(number);
     if (above == 0) return;
     Place& before = places_.of(above)[above];
     if (--before.behind == 0 && before.item != nullptr && before.item->ring == &inner_) {
@@ -164,10 +169,11 @@ class Forecast {
 
   Item& of(nb::handle node) {
     const auto number = nb::cast<std::size_t>(node.attr("mark"));
-    if (number >= items_.size() || !items_[number].node.is(node)) {
-      throw std::invalid_argument("the node is not here");
+    if (number < begun_) {
+      Item& item = items_[number / kChunk][number % kChunk];
+      if (item.node.is(node)) return item;
     }
-    return items_[number];
+    throw std::invalid_argument("the node is not here");
   }
 
   // Its block came, or was asked for.
@@ -245,8 +251,9 @@ class Forecast {
   std::shared_ptr<Asked> asked_;
   std::vector<Ring> rings_;  // of classes
   Ring cold_, inner_, resting_;
-  std::deque<Item> items_;
-  std::vector<std::size_t> free_;
+  std::vector<std::unique_ptr<Item[]>> items_;  // the first so many of them were ever used
+  std::size_t begun_ = 0;
+  std::stack<std::size_t> free_;
   Tables<Place> places_;
   std::int64_t order_ = 0, first_passed_ = 0;
   std::size_t turn_ = 0;
