@@ -295,16 +295,25 @@ class Session:
         return self._view.loading(keys, memory, page_ids, timeout, Gates(after, then), load)
 
     def acquire(
-        self, keys: Sequence[bytes], *, holes: bool = False, timeout: float | None = None
+        self,
+        keys: Sequence[bytes],
+        *,
+        holes: bool = False,
+        timeout: float | None = None,
+        announced: bool = False,
     ) -> Held:
         """Bring blocks to memory and hold them there: those that come within `timeout` seconds.
 
         As far as the first that is missing; with `holes`, all that there are, for caches that do
-        not need a whole prefix. Release what is returned.
+        not need a whole prefix. With `announced`, blocks that are on their way are waited for
+        first. Release what is returned.
         """
         join_keys(keys)
         held = Held(self._view, list(keys))
-        deadline = time.monotonic() + seconds(timeout, self._config.session.load_timeout)
+        limit = seconds(timeout, self._config.session.load_timeout)
+        deadline = time.monotonic() + limit
+        if announced:
+            self.lookup(keys, again=True, holes=True, wait=limit)
         with self._client.using(self._view) as link:
             if link is None:
                 held.reason = "unavailable"

@@ -61,6 +61,23 @@ def test_blocks_are_waited_for_while_their_producer_makes_progress(
         announced.release()
 
 
+def test_they_are_held_once_they_have_come(served: Served, asker: Session) -> None:
+    keys = asker.keys(prompt(1, 4))
+    with served.session(BIG) as producer, ThreadPoolExecutor(1) as threads:
+        producer.announce(keys)
+        with asker.acquire(keys) as held:
+            assert held.here == ()
+        asked = threads.submit(asker.acquire, keys, announced=True, timeout=PATIENCE)
+        for key in keys[:3]:
+            time.sleep(0.1)
+            assert not asked.done()
+            save(producer, [key])
+        assert not asked.done()
+        producer.close()  # The last does not come any more.
+        with asked.result(PATIENCE / 4) as held:
+            assert held.here == (0, 1, 2)
+
+
 def test_a_producer_that_gives_up_dies_or_never_saves_is_not_waited_for(
     served: Served, asker: Session
 ) -> None:
