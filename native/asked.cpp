@@ -86,7 +86,8 @@ void Asked::ask(const std::vector<Name>& names, Name parent, double now) {
       known_.of(name)[name] = std::prev(order_.end());
     }
     Known& known = *order_.back();
-    const auto often = static_cast<std::size_t>(above(uses_, ++known.uses));
+    known.uses = std::min(known.uses + 1, uses_.back());  // no more are told apart
+    const auto often = static_cast<std::size_t>(above(uses_, known.uses));
     std::shared_ptr<Group>& group = mine[often];
     if (group == nullptr) {
       group = std::make_shared<Group>(Group{static_cast<int>(often) * kinds_ + kind, now});

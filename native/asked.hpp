@@ -16,11 +16,17 @@ namespace kvstore {
 // A hash that names a block, or an object; 0 is none.
 using Name = std::uint64_t;
 
-// Many small tables for what may be millions: none takes long to grow.
+// Many small tables for what may be millions: none takes long to grow, or much room before.
 template <class T>
 class Tables {
  public:
-  std::unordered_map<Name, T>& of(Name name) { return tables_[name >> 56]; }
+  using Table = std::unordered_map<Name, T>;
+
+  Table& of(Name name) {
+    auto& table = tables_[name >> 56];
+    if (table == nullptr) table = std::make_unique<Table>();
+    return *table;
+  }
   T* find(Name name) {
     auto& table = of(name);
     const auto found = table.find(name);
@@ -28,7 +34,7 @@ class Tables {
   }
 
  private:
-  std::array<std::unordered_map<Name, T>, 256> tables_;
+  std::array<std::unique_ptr<Table>, 256> tables_;
 };
 
 // Blocks that one request left in one class: `size` once, `left` were not asked for since.

@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <limits>
 #include <memory>
 #include <set>
@@ -23,7 +24,7 @@ namespace kvstore {
 namespace {
 
 constexpr double kRests = 0.25;  // seconds until one that was in use is looked at again
-constexpr std::size_t kChunk = 1024;  // items: what grows is short, and grows in no time
+constexpr int kMoves = 512;  // items that are put elsewhere at a time: under a millisecond
 constexpr double kNever = -std::numeric_limits<double>::infinity();
 
 // Salted by Python, so nobody makes two that are the same.
@@ -55,11 +56,12 @@ using Ring = std::set<Rank>;
 // A node that is here; `above` names the object before it, if that is known.
 struct Item {
   nb::object node;
-  Name name = 0, part = 0, above = 0;
+  Name block = 0, part = 0, above = 0;
   std::shared_ptr<Known> known;
   bool cold = false;
   Ring* ring = nullptr;
   Ring::iterator rank;
+  Name name() const { return object_name(block, part); }
 };
 
 // An object that is here, or others before which it stands.
@@ -74,32 +76,32 @@ class Forecast {
   Forecast(const Forecast&) = delete;
   Forecast& operator=(const Forecast&) = delete;
 
-  std::size_t size() const { return begun_ - free_.size(); }
+  std::size_t size() const { return items_.size() - free_.size(); }
 
   void add(nb::object node, nb::handle /*older_than*/) {
-    const std::size_t number = free_.empty() ? begun_ : free_.top();
+    const std::size_t number = free_.empty() ? items_.size() : free_.top();
     const nb::object owner = node.attr("owner");
     const Name block = name_of(owner.attr("key")), part = name_of(owner.attr("variant"));
     node.attr("mark") = number;
     node.attr("after") = true;  // so that its owner sees that it is here
-    if (!free_.empty()) {
+    if (free_.empty()) {
+      items_.emplace_back();
+    } else {
       free_.pop();
-    } else if (begun_++ % kChunk == 0) {
-      items_.push_back(std::make_unique<Item[]>(kChunk));
     }
-    Item& item = items_[number / kChunk][number % kChunk];
+    Item& item = items_[number];
     item.node = std::move(node);
+    item.block = block;
     item.part = part;
-    item.name = object_name(block, part);
-    places_.of(item.name)[item.name].item = &item;
+    places_.of(item.name())[item.name()].item = &item;
     asked_->hold(size());
-    use(item, block);
+    use(item);
   }
 
   void touch(nb::handle node) {
     Item& item = of(node);
     item.cold = false;
-    use(item, name_of(node.attr("owner").attr("key")));
+    use(item);
   }
 
   void renew(nb::handle node) { settle(of(node)); }  // the newest of its time
@@ -116,10 +118,10 @@ class Forecast {
     node.attr("after") = nb::none();
     if (offered_ == &item) offered_ = nullptr;
     item.ring->erase(item.rank);
-    Place& place = places_.of(item.name)[item.name];
+    const Name name = item.name(), above = item.above;
+    Place& place = places_.of(name)[name];
     if (place.item == &item) place.item = nullptr;
-    drop_if_empty(item.name);
-    const Name above = item.above;
+    drop_if_empty(name);
     item = Item();
     free_.push(number);
     if (above == 0) return;
@@ -133,8 +135,8 @@ class Forecast {
   // Whether what is to come is worth less than the least that would have to go.
   bool refuses(nb::handle newcomer, nb::handle victim, double now) {
     const auto coming = asked_->find(name_of(newcomer.attr("key")));
-    const Item& item = of(victim);
-    const Group* going = item.known == nullptr ? nullptr : item.known->group.get();
+    Item& item = of(victim);
+    const Group* going = group_of(item);
     if (coming == nullptr || going == nullptr || item.cold) return false;
     return coming->group->at == going->at ||
            asked_->worth(going->cls, now - going->at) > asked_->worth(coming->group->cls, 0.0);
@@ -148,7 +150,7 @@ class Forecast {
     now_ = now;
     offered_ = nullptr;
     first_passed_ = ++order_;
-    while (!resting_.empty()) {
+    for (int moves = kMoves; moves > 0 && !resting_.empty(); --moves) {
       const Rank& first = *resting_.begin();
       if (first.at <= now && now < first.at + kRests) break;
       settle(*first.item);
@@ -169,16 +171,21 @@ class Forecast {
 
   Item& of(nb::handle node) {
     const auto number = nb::cast<std::size_t>(node.attr("mark"));
-    if (number < begun_) {
-      Item& item = items_[number / kChunk][number % kChunk];
-      if (item.node.is(node)) return item;
-    }
+    if (number < items_.size() && items_[number].node.is(node)) return items_[number];
     throw std::invalid_argument("the node is not here");
   }
 
+  // What its block is in by now: nothing if nobody asked for it, or nobody remembers.
+  const Group* group_of(Item& item) {
+    if (item.known == nullptr || item.known->group == nullptr) {
+      item.known = asked_->find(item.block);
+    }
+    return item.known == nullptr ? nullptr : item.known->group.get();
+  }
+
   // Its block came, or was asked for.
-  void use(Item& item, Name block) {
-    item.known = asked_->find(block);
+  void use(Item& item) {
+    item.known = asked_->find(item.block);
     if (item.above == 0 && item.known != nullptr && item.known->parent != 0) {
       item.above = object_name(item.known->parent, item.part);
       Place& before = places_.of(item.above)[item.above];
@@ -189,13 +196,13 @@ class Forecast {
 
   // Put it where it belongs, `first` of those of its time.
   void settle(Item& item, bool first = false) {
-    const Group* group = item.known == nullptr ? nullptr : item.known->group.get();
+    const Group* group = group_of(item);
     const std::int64_t order = first ? -++order_ : ++order_;
     const double at = group == nullptr ? kNever : group->at;
     if (item.cold) {
       move(item, cold_, 0.0, -order);  // the last one to cool goes first
     } else {
-      const Place* const place = places_.find(item.name);
+      const Place* const place = places_.find(item.name());
       const bool inner = place != nullptr && place->behind > 0;
       move(item, inner ? inner_ : rings_[group == nullptr ? 0 : group->cls], at, order);
     }
@@ -211,10 +218,12 @@ class Forecast {
     if (!cold_.empty()) return cold_.begin()->item;
     Item* least = nullptr;
     double least_worth = 0.0;
+    int moves = kMoves;
     for (Ring& ring : rings_) {
-      Item* const item = oldest(ring);
-      if (item == nullptr || item->rank->at == newcomer_) continue;  // as all others in there
-      const Group* group = item->known == nullptr ? nullptr : item->known->group.get();
+      Item* const item = oldest(ring, moves);
+      const Group* group = item == nullptr ? nullptr : group_of(*item);
+      // Where the oldest is the newcomer's, so are all.
+      if (item == nullptr || (group != nullptr && group->at == newcomer_)) continue;
       const double worth = group == nullptr ? 0.0 : asked_->worth(group->cls, now_ - group->at);
       if (least == nullptr || worth < least_worth) least = item, least_worth = worth;
     }
@@ -228,13 +237,15 @@ class Forecast {
     return passed ? nullptr : resting_.begin()->item;
   }
 
-  // Of a class, once those have moved on whose blocks were asked for since, or are forgotten.
-  Item* oldest(Ring& ring) {
-    while (!ring.empty()) {
+  // Of a class, once those have moved on whose blocks were asked for since, or are forgotten: as
+  // many as may.
+  Item* oldest(Ring& ring, int& moves) {
+    for (; !ring.empty(); --moves) {
       Item* const item = ring.begin()->item;
-      const Group* group = item->known == nullptr ? nullptr : item->known->group.get();
+      const Group* group = group_of(*item);
       const double at = group == nullptr ? kNever : group->at;
-      if (&rings_[group == nullptr ? 0 : group->cls] == &ring && item->rank->at == at) return item;
+      const bool here = &rings_[group == nullptr ? 0 : group->cls] == &ring && item->rank->at == at;
+      if (here || moves <= 0) return item;
       settle(*item);
     }
     return nullptr;
@@ -251,8 +262,7 @@ class Forecast {
   std::shared_ptr<Asked> asked_;
   std::vector<Ring> rings_;  // of classes
   Ring cold_, inner_, resting_;
-  std::vector<std::unique_ptr<Item[]>> items_;  // the first so many of them were ever used
-  std::size_t begun_ = 0;
+  std::deque<Item> items_;  // None moves as it grows.
   std::stack<std::size_t> free_;
   Tables<Place> places_;
   std::int64_t order_ = 0, first_passed_ = 0;

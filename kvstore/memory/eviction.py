@@ -13,8 +13,6 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 import msgspec
 
-from kvstore.slices import tables
-
 
 class Node(msgspec.Struct, gc=False, eq=False, kw_only=True):
     """What a policy orders; its fields are the policy's, and a node has one policy at a time."""
@@ -125,12 +123,13 @@ class S3Fifo(Generic[N]):
     _MAIN: Final = 4  # in a mark, beside the uses
     _MOVES: Final = 256
     """Objects that are given another round at most, so that one call for a victim is short."""
+    _TABLES: Final = 256
 
     def __init__(self, ghost: Callable[[N], Hashable] = hash) -> None:
         self._small: Ring[N] = Ring()
         self._main: Ring[N] = Ring()
         self._ghosts: Ring[Ghost] = Ring()
-        self._ghost_of: list[dict[Hashable, Ghost]] = tables()
+        self._ghost_of: dict[int, dict[Hashable, Ghost]] = {}  # many tables, none of them long
         self._ghost = ghost
 
     def add(self, node: N, older_than: N | None = None) -> None:
@@ -182,7 +181,7 @@ class S3Fifo(Generic[N]):
         yield from [node for node in (*self._small, *self._main) if node not in seen]
 
     def _table(self, name: Hashable) -> dict[Hashable, Ghost]:
-        return self._ghost_of[(hash(name) >> 32) % len(self._ghost_of)]
+        return self._ghost_of.setdefault((hash(name) >> 32) % self._TABLES, {})
 
     def _forget(self, name: Hashable) -> bool:
         """Whether there was such a ghost."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import itertools
+import mmap
 import random
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from kvstore.benchmarks.policy import Block
 from kvstore.memory.eviction import EvictionPolicy, Lru, Node, S3Fifo
 from kvstore.memory.forecast import Forecast
 from kvstore.memory.habits import Habits
@@ -243,6 +246,23 @@ def test_nodes_take_their_own_memory_and_no_time_of_the_garbage_collector(make: 
     tracemalloc.stop()
     assert after - before < 10_000
     assert not any(map(gc.is_tracked, nodes))
+
+
+@pytest.mark.parametrize("name", ["lru", "s3fifo", "forecast"])
+def test_a_policy_with_little_in_it_is_small(name: str) -> None:
+    """Each tenant has one for each tier."""
+    habits = Habits(lambda: 0.0)
+    make, node = slot_policy(name, lambda: habits), Block(key=b"key")
+    before, policies = _resident(), []
+    for _ in range(1000):
+        policies.append(policy := make())
+        policy.add(node)
+        policy.remove(node, evicted=True)
+    assert _resident() - before < 16 << 20
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def test_what_is_remembered_never_stops_the_loop_to_grow() -> None:

@@ -222,6 +222,28 @@ def test_what_is_passed_over_is_left_alone_for_a_while() -> None:
     assert list(first) == [], "others were let in"
 
 
+def test_however_many_are_in_use_each_is_named_once_and_again_later() -> None:
+    now = 0.0
+    policy = Forecast(Habits(lambda: now, None, at_once))
+    blocks = [Block(key=b"%d" % n) for n in range(2000)]
+    for block in blocks:
+        policy.add(block)
+    for _ in range(3):
+        found = list(policy.candidates())
+        assert len(found) == len(blocks)
+        assert set(found) == set(blocks)
+        now += 1
+
+
+def test_a_block_that_was_first_asked_for_when_it_was_here_is_worth_something() -> None:
+    policy = Forecast(habits := Habits(lambda: 0.0, None, at_once))
+    blocks = [Block(key=key) for key in (b"asked for", b"other")]
+    for block in blocks:
+        policy.add(block)
+    habits.asked([b"asked for"])
+    assert next(policy.candidates()) is blocks[1]
+
+
 def test_two_of_one_name_and_blocks_that_come_before_themselves_do_no_harm() -> None:
     policy = Forecast(habits := Habits(lambda: 0.0, None, at_once))
     habits.asked([b"own"], b"own")
