@@ -81,8 +81,9 @@ class HandOffs:
         self._announcer = ThreadPoolExecutor(1, thread_name_prefix="kvstore-announce")
         """In a thread: no step waits for a store that hangs."""
 
-    def begin(self, asked: Asked, own: HandOff, prompt_tokens: int, *, cuts: bool) -> None:
-        """A request has come; `cuts`: a block that is not whole can be handed on.
+    def begin(self, asked: Asked, own: HandOff, prompt_tokens: int, *, again: int | None) -> None:
+        """A request has come, of whose prompt the last tokens, `again` of them, are computed again
+        wherever it goes on; None: a block that is not whole cannot be handed on.
 
         No address counts because a request says so.
         """
@@ -96,7 +97,7 @@ class HandOffs:
         size, wishes = asked.namespace.block_tokens, asked.wishes
         start = (prompt_tokens - 1) // size * size
         shared = wishes.do_remote_decode or wishes.do_remote_prefill
-        if cuts and shared and prompt_tokens - start > 1:
+        if again is not None and shared and prompt_tokens - start > again:
             own.lacks = start + size - prompt_tokens
             own.partial = own.lacks > 0
             whole = asked.extend_keys()[start // size : prompt_tokens // size]

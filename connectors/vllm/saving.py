@@ -49,8 +49,8 @@ class Saves:
         settled = min(computed, len(tracked.tokens)) - self._unsettled
         known = max(0, min(settled, tracked.exact, tracked.drafted)) // size
         hands_on = tracked.wishes.do_remote_decode and tracked.handoff.partial
-        # Not later: what lies behind it then is the request's own.
-        tail = hands_on and computed == tracked.request.num_prompt_tokens
+        # Not later: what lies behind it then is the request's own. Nor without the draft's part.
+        tail = hands_on and computed == tracked.request.num_prompt_tokens <= tracked.drafted
         if (known <= tracked.asked and not tail) or tracked.wishes.skip_save:
             return
         if tracked.tainted or not self._is_sure(tracked):

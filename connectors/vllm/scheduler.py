@@ -244,9 +244,14 @@ class SchedulerSide:
         found.tail = tail and tracked.handoff.came and end == usable
         # What a draft has seen behind the last token is not in its key.
         ahead = self._drafting.ahead
-        whole = request.num_tokens - max(1, ahead) if found.tail else end * size - ahead
+        whole = request.num_tokens - self._again if found.tail else end * size - ahead
         more = whole - computed
         return (more, not self._layered(tracked, found)) if more > 0 else (0, False)
+
+    @property
+    def _again(self) -> int:
+        """Tokens at the end of a prompt that are computed, whatever is stored."""
+        return max(1, self._drafting.ahead)
 
     def _layered(self, tracked: Tracked, found: Found) -> bool:
         """Whether the step that computes the rest takes the layers as they arrive."""
@@ -290,7 +295,7 @@ class SchedulerSide:
             tracked,
             tracked.handoff,
             request.num_prompt_tokens,
-            cuts=self._cuts and tracked.blending is None,
+            again=self._again if self._cuts and tracked.blending is None else None,
         )
         self._tracked[name] = tracked
         return tracked

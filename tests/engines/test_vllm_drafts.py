@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import RequestStatus
 
+from kvstore.blocks.keys import partial_key
 from kvstore.connectors.common import identity as common_identity
 from kvstore.connectors.vllm.drafts import Drafting
 from kvstore.connectors.vllm.identity import draft_name, identity_of
@@ -30,7 +31,7 @@ from tests.engines import test_vllm_identity as named
 from tests.engines import test_vllm_scheduler as scheduling
 from tests.engines.test_vllm_layout import ALL_LAYERS, HEADS, PAGE, WIDTH, config, engine, full, mla
 from tests.engines.vllm_tools import Engine, document, model, small_model, transfer
-from tests.session_tools import BLOCK_TOKENS, Stores, eventually, prompt, save
+from tests.session_tools import BLOCK_TOKENS, Stores, eventually, namespace, prompt, save
 
 pytestmark = pytest.mark.vllm
 
@@ -379,4 +380,51 @@ def test_what_of_a_draft_is_not_settled_is_not_loaded_nor_saved(stores: Stores) 
     assert saved("cached then", 2 * size, 2 * size, size + 1) == 2
     side._saves._unsettled = 2
     assert saved("chain", 0, 4 * size) == 3
+    side.close()
+
+
+def test_the_end_of_a_prompt_is_handed_on_with_its_draft_or_not_at_all(stores: Stores) -> None:
+    """Nothing else ever has its name: neither another block, nor one without the draft's part."""
+    served, size = stores.serve("8MiB"), BLOCK_TOKENS
+    side = scheduling.scheduler(served)
+
+    def saved(name: str, behind: int, computed: int) -> list[list[int]]:
+        """Pages that a step saves as a block that is not whole, after so many tokens of others."""
+        one = scheduling.request(name, [*prompt(5, 4), *range(behind)], do_remote_decode=True)
+        one.num_computed_tokens, one.status = 4 * size, RequestStatus.RUNNING
+        side.arrived(one)
+        side.match(one, 4 * size)
+        step = side.step(
+            SimpleNamespace(
+                preempted_req_ids=(),
+                kv_connector_block_state=SimpleNamespace(get_block_ids=lambda _: ([*range(16)],)),
+                total_num_scheduled_tokens=behind,
+                num_scheduled_tokens={name: behind, "other": 1},
+                scheduled_new_reqs=[],
+                scheduled_cached_reqs=SimpleNamespace(
+                    req_ids=[name, "other"], num_computed_tokens=[4 * size, computed]
+                ),
+            )
+        )
+        return [job.pages.ravel().tolist() for job in step.saves if job.lacks]
+
+    side._drafting = Drafting(ahead=1, guesses=3, longest=8 * size)
+    pages = saved("both", 2, 0)
+    assert [set(one) for one in pages] == [{4 * size // side._page_tokens}]
+    assert saved("the draft rests", 2, 8 * size) == []
+    side.close()
+
+    side = scheduling.scheduler(served)
+    side._drafting, side._saves._unsettled = Drafting(ahead=3, guesses=3, longest=8 * size), 2
+    assert saved("chain", 3, 0) == []
+    for behind, found in ((3, 4 * size - 3), (4, 4 * size + 1)):
+        tokens = [*prompt(6 + behind, 4), *range(behind)]
+        with served.session() as session:
+            keys = session.keys(tokens)
+            save(session, [*keys, partial_key(namespace(), tokens[-behind:], parent=keys[-1])])
+        one = scheduling.request(f"decoded {behind}", tokens, do_remote_prefill=True)
+        assert scheduling.answered(side, one) == found
+        blocks = SimpleNamespace(get_block_ids=lambda: ([*range(16)],))
+        side.allocated(one, blocks, found)
+        assert side._loads[-1].keys[:4] == keys
     side.close()
