@@ -1,6 +1,7 @@
 #include "asked.hpp"
 
 #include <algorithm>
+#include <stdexcept>
 #include <utility>
 
 namespace kvstore {
@@ -25,6 +26,7 @@ Asked::Asked(std::vector<int> uses, int turns, std::vector<int> fresh, std::vect
       edges_(std::move(edges)),
       kinds_(turns_ * (static_cast<int>(fresh_.size()) + 1)),
       limit_(kFewest) {
+  if (uses_.empty() || turns_ < 1) throw std::invalid_argument("give some uses, and turns");
   const auto places = static_cast<std::size_t>(classes()) * static_cast<std::size_t>(ages());
   seen.assign(2 * places, 0.0);
   worth_of.assign(places, 0.0);

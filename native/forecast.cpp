@@ -34,6 +34,12 @@ Name name_of(nb::handle key) {
   return hash == 0 ? 1 : static_cast<Name>(hash);
 }
 
+// Anything else has no place in an order.
+double time_of(double now) {
+  if (!std::isfinite(now)) throw std::invalid_argument("no time");
+  return now;
+}
+
 // Of a block's object of one part.
 Name object_name(Name block, Name part) {
   const Name name = block ^ (part * 0x9E3779B97F4A7C15u);
@@ -147,7 +153,7 @@ class Forecast {
     const auto coming =
         newcomer.is_none() ? nullptr : asked_->find(name_of(newcomer.attr("key")));
     newcomer_ = coming == nullptr ? std::nan("") : coming->group->at;
-    now_ = now;
+    now_ = time_of(now);
     offered_ = nullptr;
     first_passed_ = ++order_;
     for (int moves = kMoves; moves > 0 && !resting_.empty(); --moves) {
@@ -290,7 +296,7 @@ void unpack(const nb::bytes& bytes, std::vector<double>& numbers) {
 void ask(Asked& asked, const nb::iterable& keys, const nb::bytes& parent, double now) {
   std::vector<Name> names;
   for (const nb::handle key : keys) names.push_back(name_of(key));
-  asked.ask(names, parent.size() == 0 ? 0 : name_of(parent), now);
+  asked.ask(names, parent.size() == 0 ? 0 : name_of(parent), time_of(now));
 }
 
 nb::object find(Asked& asked, nb::handle key) {

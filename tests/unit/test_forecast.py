@@ -259,6 +259,14 @@ def test_two_of_one_name_and_blocks_that_come_before_themselves_do_no_harm() -> 
     assert list(policy.candidates()) == [blocks[2]]
 
 
+def test_a_time_that_is_none_is_refused() -> None:
+    habits = Habits(lambda: math.nan, None, at_once)
+    with pytest.raises(ValueError, match="no time"):
+        habits.asked([b"key"])
+    with pytest.raises(ValueError, match="no time"):
+        Forecast(habits).candidates()
+
+
 def test_what_was_learned_survives(tmp_path: Path) -> None:
     path, now = tmp_path / "habits.kv", 0.0
     learned = Habits(lambda: now, path, at_once)
