@@ -45,7 +45,7 @@ _METHODS: Final[dict[str, dict[str, str]]] = {
         "root_node_handle": "self extra_key",
     },
     TREE: {"checkpoint_into_tree": "self req"},
-    ADDER: {"add_one_req": "self req"},
+    ADDER: {"add_one_req": "self req", "preempt_to_schedule": "self req"},
     SCHEDULER: {
         "run_batch": "self batch",
         "_prefetch_kvcache": "self req",

@@ -47,6 +47,7 @@ def install() -> None:
     contract.check()
     hooks: list[tuple[str, str, Callable[..., Any], HookType]] = [
         (contract.ADDER, "add_one_req", _add, HookType.AROUND),
+        (contract.ADDER, "preempt_to_schedule", _preempt, HookType.AROUND),
         (contract.TREE, "checkpoint_into_tree", _insert, HookType.AROUND),
         (contract.SCHEDULER, "run_batch", _run, HookType.AROUND),
         (contract.SCHEDULER, "_prefetch_kvcache", _arrive, HookType.BEFORE),
@@ -116,7 +117,8 @@ def _ours(tree_cache: Any) -> Any:
 def _add(add: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     """A request whose blocks are still on their way stays in the queue; the next one's turn."""
     linker = _ours(adder.tree_cache)
-    if linker is None or not linker.waits(req.rid):
+    seated = getattr(adder, "_kvstore_unseated", None) is not req
+    if linker is None or (not linker.waits(req.rid) and seated):
         return add(adder, req, *args, **kwargs)
     alone = not adder.can_run_list and (
         adder.running_batch is None or adder.running_batch.is_empty()
@@ -125,6 +127,17 @@ def _add(add: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: An
         adder._kvstore_idled = True
         time.sleep(_IDLE)
     return AddReqResult.CONTINUE
+
+
+def _preempt(preempt: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    """No running request gives way to one whose blocks are still on their way: SGLang looks at it,
+    and it stays in the queue, even if they have come by then.
+    """
+    linker = _ours(adder.tree_cache)
+    if linker is None or not linker.waits(req.rid):
+        return preempt(adder, req, *args, **kwargs)
+    adder._kvstore_unseated = req
+    return True
 
 
 def _insert(insert: Callable[..., Any], tree: Any, req: Any, *args: Any, **kwargs: Any) -> Any:

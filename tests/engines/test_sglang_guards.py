@@ -259,6 +259,28 @@ def test_the_scheduler_rests_once_for_all_that_wait(monkeypatch: pytest.MonkeyPa
         rests.clear()
 
 
+def test_nobody_gives_way_to_a_request_that_waits() -> None:
+    gave, added, waits = list[str](), list[str](), {"waits": True, "runs": False}
+    linker = SimpleNamespace(weights_change=None, waits=lambda rid: waits[rid])
+    tree = SimpleNamespace(linker=SimpleNamespace(cache_linker=linker))
+    adder = SimpleNamespace(tree_cache=tree, running_batch=None, can_run_list=["another"])
+
+    def admit(rid: str, *, comes: bool = False) -> Any:
+        """As SGLang's scheduler does where the batch is full."""
+        req = SimpleNamespace(rid=rid)
+        if not hooks._preempt(lambda _, req: gave.append(req.rid) or True, adder, req):
+            return None
+        waits[rid] = waits[rid] and not comes  # It has looked at it once more.
+        return hooks._add(lambda _, req: added.append(req.rid), adder, req)
+
+    assert admit("waits") is AddReqResult.CONTINUE
+    admit("runs")
+    assert admit("waits", comes=True) is AddReqResult.CONTINUE, "no place has been made for it"
+    assert gave == added == ["runs"]
+    admit("waits")
+    assert gave == added == ["runs", "waits"]
+
+
 @pytest.mark.parametrize(
     "name",
     [
