@@ -137,6 +137,7 @@ def draft_name(vllm_config: Any, revision: str = "") -> str:
         "cache": str(vllm_config.cache_config.cache_dtype),
         "weights": revision or _weights(own),
         "code": "" if revision else _code(own),
+        "max_model_len": model.max_model_len if depends_on_length(model.hf_config) else 0,
     }
     if not revision:
         folder = _folder(own, model.model, model.revision)

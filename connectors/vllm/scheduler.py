@@ -364,6 +364,7 @@ class SchedulerSide:
         for name in output.preempted_req_ids or ():
             if name in self._tracked:
                 self._tracked[name].asked = 0  # What was waiting to be saved is dropped.
+                self._uncomputed.add(name, self._tracked[name].request)
         state, prompt, before = output.kv_connector_block_state, 0, 0.0
         blends, pieces = list[Blend](), list[Registered]()
         rests = self._drafting.rests(output)

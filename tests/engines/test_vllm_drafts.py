@@ -338,6 +338,8 @@ def test_a_drafts_name_covers_all_that_its_kv_depends_on(
         drafts(draft, kv_cache_dtype="fp8"),
     ]
     assert len({draft_name(one) for one in [first, *others]}) == 5
+    scaled = named.edited(draft, tmp_path / "scaled", rope_scaling={"type": "dynamic", "factor": 2})
+    assert len({draft_name(drafts(scaled, max_model_len=n)) for n in (128, 256)}) == 2
     assert draft_name(first, "v1") != draft_name(first, "v2")
     (moved / "model.safetensors").unlink()
     with pytest.raises(SpecError, match="no files of weights"):

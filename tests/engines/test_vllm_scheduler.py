@@ -155,6 +155,14 @@ def test_the_planner_is_told_of_prompts_that_wait_and_of_mixed_steps(side: Sched
     )
     assert step.prompt_tokens == 20 + size - 8
     assert step.looked_back == 20 * 10 + (size - 8) * (8 + (size - 8) / 2)
+    prompts[2].num_computed_tokens = 0  # It is computed once more.
+    nothing_runs = SimpleNamespace(
+        preempted_req_ids={"q2"}, kv_connector_block_state=state, total_num_scheduled_tokens=0,
+        num_scheduled_tokens={},
+    )  # fmt: skip
+    assert side._uncomputed.beside(second.name) == (size, 0)
+    side.step(nothing_runs)
+    assert side._uncomputed.beside(second.name) == (2 * size, 0)
     for one in prompts:
         side.finished(one, [list(range(16))])
     assert side._uncomputed.beside(first.name) == (0, 0)
