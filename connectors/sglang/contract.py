@@ -49,6 +49,7 @@ _METHODS: Final[dict[str, dict[str, str]]] = {
     SCHEDULER: {
         "run_batch": "self batch",
         "_prefetch_kvcache": "self req",
+        "can_schedule_lora_req": "self req running_loras",
         "handle_rpc_request": "self recv_req",
         "load_lora_adapter": "self recv_req",
         "load_lora_adapter_from_tensors": "self recv_req",

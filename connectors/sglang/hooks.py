@@ -51,6 +51,7 @@ def install() -> None:
         (contract.TREE, "checkpoint_into_tree", _insert, HookType.AROUND),
         (contract.SCHEDULER, "run_batch", _run, HookType.AROUND),
         (contract.SCHEDULER, "_prefetch_kvcache", _arrive, HookType.BEFORE),
+        (contract.SCHEDULER, "can_schedule_lora_req", _count_adapters, HookType.BEFORE),
         (contract.SCHEDULER, "handle_rpc_request", _call, HookType.BEFORE),
         (contract.SCHEDULER, "load_lora_adapter", _load_adapter, HookType.BEFORE),
         (contract.SCHEDULER, "load_lora_adapter_from_tensors", _load_tensors, HookType.BEFORE),
@@ -120,6 +121,7 @@ def _add(add: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: An
     seated = getattr(adder, "_kvstore_unseated", None) is not req
     if linker is None or (not linker.waits(req.rid) and seated):
         return add(adder, req, *args, **kwargs)
+    linker.counted = linker.new_adapter
     alone = not adder.can_run_list and (
         adder.running_batch is None or adder.running_batch.is_empty()
     )
@@ -169,6 +171,18 @@ def _arrive(linker: Any, scheduler: Any, req: Any, *args: Any, **kwargs: Any) ->
     key = RadixKey(array("q", ids.tobytes()), req.extra_key, cache_salt=req.cache_salt)
     begin = int(scheduler.tree_cache.tree_core.match_full_device_prefix(key)[0])
     linker.arrives(req, ids, begin)
+
+
+@_before
+def _count_adapters(linker: Any, _: Any, req: Any, running_loras: set[str | None]) -> None:
+    """SGLang counts the adapter of each request that it looks at, as that of one that runs: if the
+    request waits, others need not wait with it.
+    """
+    counted, linker.counted = linker.counted, None
+    if counted is not None and counted[0] is running_loras:
+        running_loras.discard(counted[1])
+    new = req.lora_id not in running_loras
+    linker.new_adapter = (running_loras, req.lora_id) if new else None
 
 
 @_before

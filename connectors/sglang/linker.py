@@ -85,6 +85,11 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
     model or layout is raised at start.
     """
 
+    new_adapter: tuple[set[str | None], str | None] | None = None
+    """Adapters in use, and the one that the request being looked at adds to them."""
+    counted: tuple[set[str | None], str | None] | None = None
+    """The same of the request before, which waits."""
+
     def __init__(
         self,
         server_args: Any,

@@ -248,7 +248,7 @@ def test_weights_that_are_overwritten_by_a_check_have_changed() -> None:
 def test_the_scheduler_rests_once_for_all_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     rests: list[float] = []
     monkeypatch.setattr(hooks.time, "sleep", rests.append)
-    linker = SimpleNamespace(weights_change=None, waits=lambda rid: True)
+    linker = SimpleNamespace(weights_change=None, waits=lambda rid: True, new_adapter=None)
     tree = SimpleNamespace(linker=SimpleNamespace(cache_linker=linker))
     for running, count in (([], 1), (["another"], 0)):
         adder = SimpleNamespace(tree_cache=tree, running_batch=None, can_run_list=running)
@@ -259,9 +259,37 @@ def test_the_scheduler_rests_once_for_all_that_wait(monkeypatch: pytest.MonkeyPa
         rests.clear()
 
 
+def test_adapters_of_requests_that_wait_are_not_counted() -> None:
+    linker = SimpleNamespace(
+        weights_change=None, waits=lambda rid: "waits" in rid, new_adapter=None, counted=None
+    )
+    tree = SimpleNamespace(linker=SimpleNamespace(cache_linker=linker))
+    adder = SimpleNamespace(tree_cache=tree, running_batch=None, can_run_list=["another"])
+    scheduler, counts = SimpleNamespace(tree_cache=tree), list[list[str]]()
+
+    def look(running: set[Any], *requests: tuple[str, str]) -> None:
+        """As SGLang's scheduler does at its queue."""
+        counts.clear()
+        for rid, adapter in requests:
+            req = SimpleNamespace(rid=rid, lora_id=adapter)
+            hooks._count_adapters(scheduler, req, running)
+            counts.append(sorted(running))
+            hooks._add(lambda *args: None, adder, req)
+            running.add(adapter)
+
+    look({"a"}, ("waits", "b"), ("waits too", "a"), ("waits still", "c"), ("runs", "d"))
+    assert counts == [["a"], ["a"], ["a"], ["a"]]
+    look({"a"}, ("runs", "b"), ("waits", "b"), ("runs too", "c"), ("waits", "e"))
+    assert counts == [["a"], ["a", "b"], ["a", "b"], ["a", "b", "c"]]
+    look({"e"}, ("runs", "b"))
+    assert counts == [["e"]], "it runs by now"
+
+
 def test_nobody_gives_way_to_a_request_that_waits() -> None:
     gave, added, waits = list[str](), list[str](), {"waits": True, "runs": False}
-    linker = SimpleNamespace(weights_change=None, waits=lambda rid: waits[rid])
+    linker = SimpleNamespace(
+        weights_change=None, waits=lambda rid: waits[rid], new_adapter=None, counted=None
+    )
     tree = SimpleNamespace(linker=SimpleNamespace(cache_linker=linker))
     adder = SimpleNamespace(tree_cache=tree, running_batch=None, can_run_list=["another"])
 
