@@ -129,7 +129,13 @@ class HandOffs:
                 wait=_ROUND, position=first, before=keys[:first], source=source,
             )  # fmt: skip
             expected = min(promised, usable + len(tail)) - first if source else 0
-            own.waiting = self._threads.submit(self._wait, look, usable - first, expected, own.over)
+            try:
+                own.waiting = self._threads.submit(
+                    self._wait, look, usable - first, expected, own.over
+                )
+            except RuntimeError:  # No thread is to be had; nothing of ours ends the scheduler.
+                own.waiting = Future()
+                own.waiting.set_result(("unavailable", False))
         if not own.waiting.done():
             return True
         if not own.over.is_set():

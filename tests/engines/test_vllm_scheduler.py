@@ -446,6 +446,18 @@ def test_a_prefill_elsewhere_is_waited_for_while_something_comes(
     assert outcomes == {"missing": 1, "came": 1, "stalled": 1}
 
 
+def test_a_prefill_elsewhere_is_not_waited_for_without_a_thread(
+    side: SchedulerSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(side._handoffs._threads, "submit", refuse)
+    assert answered(side, request("alone", [*prompt(74, 4), 7], do_remote_prefill=True)) == 0
+    counts = (side.stats.take() or nothing())["counts"]
+    assert counts["kvstore_remote_prefills.unavailable"] == 1
+
+
 def test_what_came_from_the_store_is_not_offered_to_it(served: Served, side: SchedulerSide) -> None:
     """Nor told of: an event is of what is new."""
     with served.session() as session:
