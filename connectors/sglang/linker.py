@@ -230,9 +230,9 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
         self.asks(req, ids, begin)
         prompt, _ = self._asking
         first, usable = begin // self.block_tokens, len(ids) // self.block_tokens
-        if prompt is not None:
-            comes = self._comes(prompt, first, usable)
-            prompt.waits = comes or self._lookups.find(prompt, begin, usable) is None
+        if prompt is not None and not self._comes(prompt, first, usable):
+            # It does not wait yet: SGLang may never look it up, as in a session that streams.
+            self._lookups.find(prompt, begin, usable)
 
     def _comes(self, prompt: Prompt, first: int, usable: int) -> bool:
         """Whether blocks `first` to `usable` are still to come from another engine."""
