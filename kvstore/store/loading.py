@@ -135,17 +135,17 @@ class Loading(Leases):
         if asked:
             reason = PROBING
         elif not again:
-            self.count_lookup(tiers, reason, keys, namespace)
+            yield from self.counting_lookup(tiers, reason, keys, namespace)
         self.histograms.observe("seconds.lookup", self._clock() - started)
         return tiers, reason
 
-    def count_lookup(
+    def counting_lookup(
         self,
         tiers: Sequence[int],
         reason: str,
         keys: Sequence[bytes],
         namespace: Namespace | None = None,
-    ) -> None:
+    ) -> Work[None]:
         """Count a request by what was found of its blocks at first."""
         block_tokens = 0 if namespace is None else namespace.block_tokens
         counters = self.counters
@@ -157,7 +157,7 @@ class Loading(Leases):
             counters.add("hit.tokens", place.name, by=blocks * block_tokens)
         if reason:
             counters.add("lookup.miss", reason)
-        self.movement.asked(keys)
+        yield from self.movement.asking(keys)
         if self.traced is not None and namespace is not None:
             self.traced(keys, namespace)
 
@@ -336,8 +336,7 @@ class Loading(Leases):
             if lease.released:
                 break
             if running.reads:
-                loaded = (blocks[i][0].name.key for i in some if blocks[i])
-                self.movement.asked(list(loaded), loaded=True)
+                self.movement.loaded(blocks[i][0].name.key for i in some if blocks[i])
                 for i in some:
                     if not blocks[i]:
                         continue

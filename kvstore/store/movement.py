@@ -32,6 +32,8 @@ _BYTES_PER_MEMORY: Final = 1 << 16
 """Of the arena, for every block whose end is remembered: some 0.3 % of it go into that."""
 _BYTES_PER_USE: Final = 1 << 11
 """Of the arena, for every key that is known to have been asked for: 0.4 % of it go into that."""
+_NOTED: Final = 256
+"""Keys that are noted at a time: a millisecond."""
 
 _TYPICAL: Final = 1 << 20
 """Bytes of an object by which tiers are put into an order."""
@@ -292,12 +294,19 @@ class Movement:
         rule = self.admission.rule
         return [lower for lower in self.lowers.values() if rule(lower.name) == "reused"]
 
-    def asked(self, keys: Sequence[bytes], *, loaded: bool = False) -> None:
-        """A request looks for these blocks, be they here or not, or has `loaded` them."""
-        if self._judging:
-            self.uses.note(keys, "loaded" if loaded else "looked")
-        if not loaded and (habits := self._told) is not None:
+    def asking(self, keys: Sequence[bytes]) -> Work[None]:
+        """A request looks for these blocks, be they here or not."""
+        for first in range(0, len(keys) if self._judging else 0, _NOTED):
+            if first:
+                yield
+            self.uses.note(keys[first : first + _NOTED], "looked")
+        if (habits := self._told) is not None:
             habits.asked(keys)
+
+    def loaded(self, keys: Iterable[bytes]) -> None:
+        """A request has loaded these blocks."""
+        if self._judging:
+            self.uses.note(keys, "loaded")
 
     def saves(self, keys: Sequence[bytes], parent: bytes) -> None:
         """Blocks are about to be saved, of which a request may not have asked for all."""

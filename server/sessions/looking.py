@@ -45,10 +45,10 @@ class LookingConnection(PooledConnection):
         wait = max(0.0, request.wait) if request.holes else store.probing.seconds  # NaN: no wait
         until = started + min(wait, protocol.MAX_WAIT)
 
-        def told(tiers: list[int], reason: str) -> Message:
+        def telling(tiers: list[int], reason: str) -> Work[Message]:
             codes = bytes(tiers)
             if uncounted:
-                store.count_lookup(tiers, reason, keys, namespace)
+                yield from store.counting_lookup(tiers, reason, keys, namespace)
             if not request.again:
                 self._note("lookup", namespace, len(keys), by_tier(codes), reason, started)
             found = self._found(codes, reason)
@@ -71,12 +71,12 @@ class LookingConnection(PooledConnection):
                 tiers, reason = await paced(look(again=True))
                 ended = time.monotonic()
                 if not _on_the_way(tiers, reason) or ended >= until:
-                    return told(tiers, reason)
+                    return await paced(telling(tiers, reason))
                 pause = max(min(2 * pause, PENDING_POLL), _PENDING_SHARE * (ended - looked))
 
         most = MAX_POLLING if store.probing.on else _MAX_LOOKING
         if wait <= 0 or not _on_the_way(tiers, reason) or owner.looking >= most:
-            return told(tiers, reason)
+            return (yield from telling(tiers, reason))
         owner.looking += 1
         waiting = self._later(request_id, partial(look_again, tiers, reason))
         waiting.add_done_callback(self._looked)

@@ -193,6 +193,18 @@ def test_a_block_that_is_asked_for_in_memory_is_written_then(disk: Bench) -> Non
     assert [e.name.key for e in select(disk.store, Selection(tier=DISK))] == keys(1)
 
 
+def test_a_long_prompt_is_noted_a_little_at_a_time(disk: Bench) -> None:
+    disk.store.movement.admission = Admission(below={"disk": "reused"})
+    uses, chain = disk.store.movement.uses, keys(*range(1000))
+    uses.note(chain)
+    before, most = 0, 0
+    for _ in disk.store.looking_up(chain, [PART], NAMESPACE):
+        noted = sum(map(uses.again, chain))
+        most, before = max(most, noted - before), noted
+    assert 0 < most <= 256
+    assert all(map(uses.again, chain))
+
+
 def test_uses_are_remembered_in_bounded_memory() -> None:
     uses = Uses(64)
     uses.note(keys(*range(1000)))
