@@ -110,7 +110,7 @@ def test_processes_that_die_are_started_anew(
     if dies:
         with pytest.raises(StoreUnavailable):
             reader.read(agent, spans({5: 6}), soon(1.0))
-    time.sleep(0.1)
+    eventually(lambda: reads(helpers))  # Whoever asks before it is seen to be gone gets nothing.
     reader.read(served.agent, spans({5: 11}), soon())
     assert arenas[1].view(5 * PIECE, PIECE) == arenas[0].view(11 * PIECE, PIECE)
 
