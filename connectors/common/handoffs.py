@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
 from kvstore.blocks.keys import partial_key, prompt_extras
 from kvstore.client.session import Announced, Lookup
@@ -22,6 +22,8 @@ from kvstore.connectors.common.requests import Asked
 from kvstore.connectors.common.sessions import Sessions
 from kvstore.connectors.common.stats import Stats
 from kvstore.telemetry import QuietLog
+
+Result = TypeVar("Result")
 
 _log = logging.getLogger("kvstore.handoffs")
 
@@ -111,7 +113,7 @@ class HandOffs:
         if not isinstance(session, str):
             whole = prompt_tokens // asked.namespace.block_tokens
             keys = asked.extend_keys()[first:whole] + [own.tail] * own.partial
-            own.announced = self._announcer.submit(session.announce, keys)
+            own.announced = _submit(self._announcer, session.announce, keys)
 
     def waits(self, asked: Asked, own: HandOff, first: int, usable: int) -> bool:
         """Whether blocks `first` to `usable` are still to come from the other engine."""
@@ -129,18 +131,15 @@ class HandOffs:
                 wait=_ROUND, position=first, before=keys[:first], source=source,
             )  # fmt: skip
             expected = min(promised, usable + len(tail)) - first if source else 0
-            try:
-                own.waiting = self._threads.submit(
-                    self._wait, look, usable - first, expected, own.over
-                )
-            except RuntimeError:  # No thread is to be had; nothing of ours ends the scheduler.
-                own.waiting = Future()
-                own.waiting.set_result(("unavailable", False))
+            own.waiting = _submit(
+                self._threads, self._wait, look, usable - first, expected, own.over
+            )
         if not own.waiting.done():
             return True
         if not own.over.is_set():
             own.over.set()
-            outcome, own.came = own.waiting.result()
+            failed = own.waiting.exception() is not None
+            outcome, own.came = ("unavailable", False) if failed else own.waiting.result()
             self._stats.handed(outcome)
         return False
 
@@ -178,7 +177,7 @@ class HandOffs:
         session = self._sessions.get(asked.namespace.tenant) if own.partial else ""
         if asked.wishes.do_remote_prefill and not isinstance(session, str):
             own.partial = False
-            self._announcer.submit(session.remove, [own.tail])
+            _submit(self._announcer, session.remove, [own.tail])
 
     def end(self, own: HandOff) -> None:
         """Nothing more comes of this request, and it waits for nothing."""
@@ -190,6 +189,18 @@ class HandOffs:
         """Wait for nothing any more."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._announcer.shutdown(wait=False, cancel_futures=True)
+
+
+def _submit(
+    threads: ThreadPoolExecutor, call: Callable[..., Result], *given: object
+) -> Future[Result]:
+    """What will come of a call; without a thread to be had, that: it ends no scheduler."""
+    try:
+        return threads.submit(call, *given)
+    except RuntimeError as e:
+        none = Future[Result]()
+        none.set_exception(e)
+        return none
 
 
 def _release(announced: Future[Announced]) -> None:

@@ -456,6 +456,12 @@ def test_a_prefill_elsewhere_is_not_waited_for_without_a_thread(
     assert answered(side, request("alone", [*prompt(74, 4), 7], do_remote_prefill=True)) == 0
     counts = (side.stats.take() or nothing())["counts"]
     assert counts["kvstore_remote_prefills.unavailable"] == 1
+    monkeypatch.setattr(side._handoffs._announcer, "submit", refuse)
+    tracked = side._track(request("first", prompt(75, 4), do_remote_decode=True))
+    assert tracked is not None
+    side._handoffs.announce(tracked, tracked.handoff, len(tracked.tokens))
+    assert tracked.handoff.announced is not None
+    side._handoffs.end(tracked.handoff)
 
 
 def test_what_came_from_the_store_is_not_offered_to_it(served: Served, side: SchedulerSide) -> None:
