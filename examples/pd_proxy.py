@@ -73,6 +73,13 @@ class Proxy:
             body = None
         if not isinstance(body, dict):
             raise web.HTTPBadRequest(text="the body is no JSON object")
+        custom = body.get("custom_params") or {}
+        wishes = {"kv_transfer_params": body.get("kv_transfer_params"), "custom_params": custom}
+        if isinstance(custom, dict):
+            wishes["custom_params: kvstore"] = custom.get("kvstore")
+        for name, given in wishes.items():
+            if given and not isinstance(given, dict):
+                raise web.HTTPBadRequest(text=f"{name} is no JSON object")
         headers = {name: request.headers[name] for name in HEADERS if name in request.headers}
         url, store = next(self._decode)
         asks = {"remote_decoder": store} if store else {}

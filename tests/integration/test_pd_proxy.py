@@ -107,6 +107,15 @@ def test_a_request_is_prefilled_and_then_decoded(example: Callable[[str], Module
                 assert await answer.json() == {"data": ["a model"]}
             async with client.post("/v1/completions", data=b"no json") as answer:
                 assert answer.status == 400
+            wrong: list[dict[str, Any]] = [
+                {"kv_transfer_params": [1]},
+                {"custom_params": "x"},
+                {"custom_params": {"kvstore": 1}},
+            ]
+            for one in wrong:
+                async with client.post("/v1/completions", json=ASKED | one) as answer:
+                    assert answer.status == 400
+                    assert next(iter(one)) in await answer.text()
             await ends[1].close()
             async with client.get("/v1/models") as answer:
                 assert answer.status == 502
