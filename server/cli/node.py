@@ -121,7 +121,7 @@ def sessions(link: Link) -> None:
 
 def leases(
     link: Link,
-    session: Annotated[int | None, opt("Only of this session.", min=1, max=_MAX_NUMBER)] = None,
+    session: Annotated[int | None, opt("Only of one session.", min=1, max=_MAX_NUMBER)] = None,
     owner: Annotated[str | None, opt("Only pins of this owner.")] = None,
 ) -> None:
     """List the leases of sessions and pins."""
