@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 ROOT: Final = Path(__file__).parents[2]
 RANK: Final = 8
 """Of adapters."""
+APART: Final[dict[str, Any]] = {"skip_load": True, "skip_save": True}
+"""What a request wishes that has nothing to do with the store."""
 
 
 def model() -> Path:

@@ -13,11 +13,10 @@ import os
 import sys
 from typing import Any, Final
 
-from tests.engines.model_tools import model
+from tests.engines.model_tools import APART, model
 
 BLOCK: Final = 64
 LONGEST: Final = 2560
-_APART: Final = {"skip_load": True, "skip_save": True}
 _PATIENT: Final = {"session__lookup_timeout": 10.0, "planner__mode": "load"}
 
 
@@ -101,7 +100,7 @@ class Vllm:
         )
 
     def generate(self, prompt: list[int], *, alone: bool = False, **wishes: bool) -> dict[str, Any]:
-        asked = _APART if alone else wishes or None
+        asked = APART if alone else wishes or None
         said = self._obey(self._engine, {"do": "generate", "prompts": [prompt], "wishes": asked})
         return {"tokens": said["tokens"][0], "cached": said["cached"][0]}
 
@@ -124,7 +123,7 @@ class Sglang:
         )
 
     def generate(self, prompt: list[int], *, alone: bool = False, **wishes: bool) -> dict[str, Any]:
-        params = {"custom_params": {"kvstore": _APART if alone else wishes}}
+        params = {"custom_params": {"kvstore": APART if alone else wishes}}
         said = self._generate(self._engine, [prompt], 16, {"sampling_params": params})
         return {"tokens": said["tokens"][0], "cached": said["cached"][0]}
 

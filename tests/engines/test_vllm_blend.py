@@ -22,7 +22,7 @@ from kvstore.connectors.vllm.blending import Blending
 from kvstore.connectors.vllm.layout import Pages
 from kvstore.connectors.vllm.messages import Blended
 from kvstore.errors import SpecError
-from tests.engines.model_tools import document, model
+from tests.engines.model_tools import APART, document, model
 from tests.engines.test_vllm_layerwise import damage
 from tests.engines.vllm_tools import Engine, transfer
 from tests.session_tools import Served, Stores
@@ -33,7 +33,6 @@ HEAD: Final = 64
 """Tokens that prompts begin with alike: a block."""
 LENGTHS: Final = (150, 130, 141)
 """Of the pieces; none is a multiple of a page."""
-ALONE: Final[dict[str, Any]] = {"skip_load": True, "skip_save": True}
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +146,7 @@ def test_all_rows_are_a_prefill(
 ) -> None:
     prompt = registered.prompt(2, 0, first=901)
     engine.forget()
-    plain = engine.generate(prompt, max_tokens=length, wishes=ALONE, logprobs=5)
+    plain = engine.generate(prompt, max_tokens=length, wishes=APART, logprobs=5)
     tokens, told, logprobs = approximate(engine, prompt, length, **wishes)
     assert tokens == plain["tokens"][0]
     promised = HEAD + LENGTHS[2] + LENGTHS[0]
@@ -239,13 +238,13 @@ def test_an_exact_prefix_comes_first(engine: Engine, registered: Texts) -> None:
             break
     assert told["recomputed"] == LENGTHS[0] + LENGTHS[1]
     engine.forget()
-    assert [tokens] == engine.generate(prompt, max_tokens=6, wishes=ALONE)["tokens"]
+    assert [tokens] == engine.generate(prompt, max_tokens=6, wishes=APART)["tokens"]
 
 
 def test_pieces_of_another_tenant_are_missing(engine: Engine, registered: Texts) -> None:
     prompt = registered.prompt(0, 2, first=903)
     engine.forget()
-    plain = engine.generate(prompt, max_tokens=6, wishes=ALONE)["tokens"][0]
+    plain = engine.generate(prompt, max_tokens=6, wishes=APART)["tokens"][0]
     for place, missed, why in (
         ({"pieces": registered.spans(0, 2)}, 2, "missed"),
         ({}, 0, "no_pieces"),
@@ -296,7 +295,7 @@ def test_a_mix_of_exact_blended_and_aborted_requests(engine: Engine, registered:
     only = registered.prompt(2, 0, 1, first=920)
     engine.forget()
     expected = [
-        engine.generate(prompt, max_tokens=8, wishes=ALONE)["tokens"][0] for prompt in exact
+        engine.generate(prompt, max_tokens=8, wishes=APART)["tokens"][0] for prompt in exact
     ]
     alone = approximate(engine, only, 8, recompute=0.2)[0]
     chance = random.Random(5)
@@ -379,7 +378,7 @@ def test_what_fails_is_computed(
 ) -> None:
     prompt = registered.prompt(1, 0, 2, first=905)
     engine.forget()
-    plain = engine.generate(prompt, max_tokens=6, wishes=ALONE)["tokens"][0]
+    plain = engine.generate(prompt, max_tokens=6, wishes=APART)["tokens"][0]
     if what == "lost":
         damage(served, 1 << 12)
     else:
@@ -402,7 +401,7 @@ def test_what_fails_is_computed(
 def test_a_sampled_answer_is_compared_with_the_exact_one(engine: Engine, registered: Texts) -> None:
     prompt = registered.prompt(2, 0, first=907)
     engine.forget()
-    plain = engine.generate(prompt, max_tokens=1, wishes=ALONE, logprobs=5)["logprobs"][0][0]
+    plain = engine.generate(prompt, max_tokens=1, wishes=APART, logprobs=5)["logprobs"][0][0]
     before = approximate(engine, prompt, selection="none")
     engine.tell(_within, "shadow")
     engine.answer()
@@ -426,7 +425,7 @@ def test_a_sampled_answer_is_compared_with_the_exact_one(engine: Engine, registe
 def test_what_saves_little_is_exact(engine: Engine, registered: Texts) -> None:
     prompt, nothing = registered.prompt(0, first=908), {"reused": 0, "recomputed": 0, "pieces": 0}
     engine.forget()
-    plain = engine.generate(prompt, max_tokens=4, wishes=ALONE)["tokens"][0]
+    plain = engine.generate(prompt, max_tokens=4, wishes=APART)["tokens"][0]
     for asks, reason in (
         ({"pieces": [[HEAD, HEAD + 63]]}, "short"),
         ({"pieces": registered.spans(0), "recompute": 0.2}, "small_saving"),

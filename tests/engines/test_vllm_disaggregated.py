@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import pytest
 
+from tests.engines.model_tools import APART
 from tests.engines.vllm_tools import Engine, document, transfer
 from tests.session_tools import Served, Stores, eventually, no_leases
 from tests.tcp_tools import TCP
@@ -27,7 +28,6 @@ PREFILL: Final[dict[str, Any]] = {
     "remote_host": None,
     "remote_port": None,
 }
-APART: Final[dict[str, Any]] = {"skip_load": True, "skip_save": True}
 
 
 @pytest.fixture(scope="module")

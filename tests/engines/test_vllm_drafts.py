@@ -29,6 +29,7 @@ from kvstore.connectors.vllm.layout import pages_of
 from kvstore.errors import SpecError
 from tests.engines import test_vllm_identity as named
 from tests.engines import test_vllm_scheduler as scheduling
+from tests.engines.model_tools import APART
 from tests.engines.test_vllm_layout import ALL_LAYERS, HEADS, PAGE, WIDTH, config, engine, full, mla
 from tests.engines.vllm_tools import Engine, document, model, small_model, transfer
 from tests.session_tools import BLOCK_TOKENS, Stores, eventually, namespace, prompt, save
@@ -45,7 +46,6 @@ SIZES: Final[dict[str, Any]] = {
     "max_position_embeddings": 2048,
     "initializer_range": 0.3,  # large, so that each token depends on all those before it
 }
-ALONE: Final = {"skip_load": True, "skip_save": True}
 
 
 def target(folder: Path, kind: str = "Llama") -> Any:
@@ -153,7 +153,7 @@ def test_a_hit_brings_what_the_draft_model_needs(
 
         def plain(prompt: list[int]) -> dict[str, Any]:
             engine.forget()
-            return answer(engine, prompt, wishes=ALONE)
+            return answer(engine, prompt, wishes=APART)
 
         own = [plain(prompt) for prompt in prompts]
         assert [one["cached"] for one in own] == [[0]] * 3

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any
 
 import pytest
 
 from tests.engines.fault_tools import TOKENS, Serving
+from tests.engines.model_tools import APART
 from tests.engines.vllm_tools import Engine, transfer
 from tests.session_tools import Served, Stores, eventually
 
 pytestmark = pytest.mark.vllm
-
-APART: Final[dict[str, Any]] = {"skip_load": True, "skip_save": True}
 
 
 class ServingVLLM(Serving):

@@ -8,6 +8,7 @@ import pytest
 
 from kvstore.benchmarks.figures import BenchmarkError
 from kvstore.transport.channel import Channel
+from tests.engines.model_tools import APART
 from tests.engines.vllm_tools import Engine, document, transfer
 from tests.session_tools import PATIENCE, Served, Stores, eventually
 
@@ -76,8 +77,7 @@ def test_layers_are_computed_as_they_arrive(engine: Engine) -> None:
 
 def test_many_requests_in_one_step(engine: Engine) -> None:
     prompts = [[*prompt(2)[: 200 + 60 * n], 4000 + n] for n in range(8)]
-    plain = {"skip_load": True, "skip_save": True}
-    expected = engine.generate(*prompts, max_tokens=24, wishes=plain)["tokens"]
+    expected = engine.generate(*prompts, max_tokens=24, wishes=APART)["tokens"]
     engine.forget()
     assert engine.generate(*prompts, max_tokens=24)["tokens"] == expected
     stored(engine, prompts[-1], 576)

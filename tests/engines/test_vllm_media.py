@@ -7,6 +7,7 @@ from typing import Final
 
 import pytest
 
+from tests.engines.model_tools import APART
 from tests.engines.vllm_tools import Engine, document, model, transfer
 from tests.session_tools import Stores, eventually
 
@@ -108,6 +109,5 @@ def test_a_prompt_hits_with_the_same_sound_only(stores: Stores, tmp_path: Path) 
             named = {"uuid": "recording-1", "salt": "named", "wishes": {"skip_save": True}} | more
             other = engine.generate(prompt, tone=900, **named)
             assert other["cached"][0] <= BEFORE
-            apart = {"skip_load": True, "skip_save": True}
-            right = engine.generate(prompt, tone=900, salt="apart", wishes=apart)
+            right = engine.generate(prompt, tone=900, salt="apart", wishes=APART)
             assert other["tokens"] == right["tokens"] != low["tokens"]

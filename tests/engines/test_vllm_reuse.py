@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.engines.model_tools import APART
 from tests.engines.vllm_tools import Engine, document, model, small_model, transfer
 from tests.session_tools import Served, Stores
 
@@ -93,7 +94,7 @@ def test_blocks_serve_engines_of_other_tensor_parallel_sizes(served: Served) -> 
     """One rank's to three ranks, and back: SmolLM2 has three KV heads, each stored by itself."""
     connector = transfer(address=address(served), session__head_shards=3)
     one_wrote, three_wrote = document(460), document(460, start=1000)
-    alone: Any = {"wishes": {"skip_load": True, "skip_save": True}}
+    alone: Any = {"wishes": APART}
     with Engine(connector, block_size=64) as one:
         own = one.generate(three_wrote, **alone)["tokens"]
         one.generate(one_wrote)

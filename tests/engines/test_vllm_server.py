@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.engines.model_tools import APART
 from tests.engines.server_tools import EngineServer
 from tests.engines.vllm_tools import ENVIRONMENT, document, model, transfer
 from tests.session_tools import ROOT, Served, Stores, eventually
@@ -72,9 +73,7 @@ def test_the_second_server_answers_from_what_the_first_computed(
     warm = other.complete(prompt)["choices"][0]["text"]
     assert warm == cold
     assert other.metric("kvstore_loaded_tokens_total") == 1152
-    apart = other.complete(
-        prompt, cache_salt="x", kv_transfer_params={"skip_load": True, "skip_save": True}
-    )
+    apart = other.complete(prompt, cache_salt="x", kv_transfer_params=APART)
     assert apart["choices"][0]["text"] == cold
     assert other.metric("kvstore_loaded_tokens_total") == 1152
 
@@ -153,9 +152,8 @@ def test_requests_that_are_given_up_leave_nothing_behind(
         # Pages in use: those of ended requests are all given back.
         eventually(lambda server=server: server.metric("vllm:kv_cache_usage_perc{") == 0, 60)
     answers = {server.complete(prompts[0])["choices"][0]["text"] for server in (one, other)}
-    apart = {"skip_load": True, "skip_save": True}
     answers.add(
-        one.complete(prompts[0], cache_salt="y", kv_transfer_params=apart)["choices"][0]["text"]
+        one.complete(prompts[0], cache_salt="y", kv_transfer_params=APART)["choices"][0]["text"]
     )
     assert len(answers) == 1
     eventually(lambda: served.stats()["leases"] == 0)

@@ -18,6 +18,7 @@ from kvstore.blocks.spec import ModelIdentity, Namespace
 from kvstore.connectors.common import identity as common_identity
 from kvstore.connectors.transformers.model import cache_part, model_identity
 from kvstore.connectors.vllm.identity import identity_of
+from tests.engines.model_tools import APART
 from tests.engines.vllm_tools import Engine, document, small_model, transfer
 from tests.session_tools import Served, Stores, eventually
 
@@ -25,7 +26,6 @@ pytestmark = pytest.mark.vllm
 
 SETTINGS: Final = {"block_size": 32, "max_model_len": 1024, "skip_tokenizer_init": True}
 USABLE: Final = 256
-APART: Final = {"skip_load": True, "skip_save": True}
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,13 @@ def at_once(task: Callable[[], None]) -> None:
     task()
 
 
+def held(policy: Forecast, names: Iterable[bytes]) -> list[Block]:
+    blocks = [Block(key=name) for name in names]
+    for block in blocks:
+        policy.add(block)
+    return blocks
+
+
 # --- traces ---------------------------------------------------------------------------------------
 
 
@@ -210,9 +217,7 @@ def test_a_young_block_with_none_behind_it_any_more_hides_no_older_one() -> None
 def test_what_is_passed_over_is_left_alone_for_a_while() -> None:
     now = 0.0
     policy = Forecast(Habits(lambda: now, None, at_once))
-    blocks = [Block(key=b"%d" % n) for n in range(8)]
-    for block in blocks:
-        policy.add(block)
+    blocks = held(policy, (b"%d" % n for n in range(8)))
     assert list(islice(policy.candidates(), 3)) == blocks[:3]
     assert list(policy.candidates())[:6] == blocks[2:]
     now = 1.0
@@ -225,9 +230,7 @@ def test_what_is_passed_over_is_left_alone_for_a_while() -> None:
 def test_however_many_are_in_use_each_is_named_once_and_again_later() -> None:
     now = 0.0
     policy = Forecast(Habits(lambda: now, None, at_once))
-    blocks = [Block(key=b"%d" % n) for n in range(2000)]
-    for block in blocks:
-        policy.add(block)
+    blocks = held(policy, (b"%d" % n for n in range(2000)))
     for _ in range(3):
         found = list(policy.candidates())
         assert len(found) == len(blocks)
@@ -237,9 +240,7 @@ def test_however_many_are_in_use_each_is_named_once_and_again_later() -> None:
 
 def test_a_block_that_was_first_asked_for_when_it_was_here_is_worth_something() -> None:
     policy = Forecast(habits := Habits(lambda: 0.0, None, at_once))
-    blocks = [Block(key=key) for key in (b"asked for", b"other")]
-    for block in blocks:
-        policy.add(block)
+    blocks = held(policy, (b"asked for", b"other"))
     habits.asked([b"asked for"])
     assert next(policy.candidates()) is blocks[1]
 
@@ -247,9 +248,7 @@ def test_a_block_that_was_first_asked_for_when_it_was_here_is_worth_something() 
 def test_two_of_one_name_and_blocks_that_come_before_themselves_do_no_harm() -> None:
     policy = Forecast(habits := Habits(lambda: 0.0, None, at_once))
     habits.asked([b"own"], b"own")
-    blocks = [Block(key=key) for key in (b"own", b"own", b"other")]
-    for block in blocks:
-        policy.add(block)
+    blocks = held(policy, (b"own", b"own", b"other"))
     policy.remove(blocks[1])
     policy.touch(blocks[0])
     assert set(policy.candidates()) == {blocks[0], blocks[2]}
