@@ -24,6 +24,7 @@ from kvstore.store.loading import Acquired
 from kvstore.store.movement import Movement
 from kvstore.store.opening import Below, OpenTier
 from kvstore.store.pins import Pins
+from kvstore.store.retiring import retiring
 from kvstore.store.selection import Selection, candidates
 from kvstore.store.store import Store
 from kvstore.tiers.base import Held, Host, Job, JobDone, ObjectName, State, Tier
@@ -125,6 +126,7 @@ class WholeStore(Store):
     clear = at_once(Store.clearing)
     pin = at_once(Store.pinning)
     release = at_once(Store.releasing)
+    retire = at_once(retiring)
 
 
 class WholePins(Pins):

@@ -1,10 +1,11 @@
-"""Blocks that requests want kept: one lease for each request, of all that is saved of it."""
+"""Blocks that requests want kept, by one lease each of all that is saved of it, or not any more."""
 
 from __future__ import annotations
 
 import heapq
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -60,6 +61,19 @@ class Pins:
         heapq.heappush(self._kept, _Kept(now + seconds, asked.pin))
         while self._kept and self._kept[0].until < now:
             heapq.heappop(self._kept).pin.release()
+
+    def over(self, asked: Asked) -> None:
+        """A request has ended, and all is saved of it: if it is the last one of its conversation,
+        what that alone has used goes first.
+        """
+        if asked.is_last and asked.keys:
+            with suppress(RuntimeError):  # The engine ends.
+                self._thread.submit(self._retire, asked.namespace.tenant, asked.keys)
+
+    def _retire(self, tenant: str, keys: Sequence[bytes]) -> None:
+        session = self._sessions.get(tenant)
+        if not isinstance(session, str):  # Else nothing was saved of it.
+            session.retire(keys)
 
     def close(self) -> None:
         """Pin what still waits, and end. Before the sessions are."""

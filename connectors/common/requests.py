@@ -84,6 +84,13 @@ class Asked:
     """The store was asked and has answered, so it has counted the request."""
     pin: Pin | None = None
     """What keeps blocks of it, if it wishes that."""
+    closed: bool = False
+    """So is the session of the engine's that it is the last one of."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether nothing follows its conversation, here or in another engine."""
+        return self.closed or (self.wishes.last and not self.wishes.do_remote_decode)
 
     def extend_keys(self) -> list[bytes]:
         """The keys of all whole blocks whose tokens are known."""

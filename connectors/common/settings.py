@@ -114,18 +114,19 @@ class Wishes(_Strict):
     """What a request asks of the store, through `kv_transfer_params`.
 
     `skip_save` and `skip_load` leave the store out; `ttl` seconds after a save its blocks expire;
-    `pin` seconds long they are not evicted; `tenant` owns the blocks; `priority` orders transfers
-    that wait (lower first); `remote_kv_source` is the node of the pool that has its blocks, by name
-    or address, as a router says. `do_remote_decode`: another engine goes on with it after this one,
-    the one with the daemon `remote_decoder` if given;
-    `do_remote_prefill`: another one has computed its prompt, or is about to, and
-    `remote_num_tokens` of it.
+    `pin` seconds long they are not evicted; `last`: nothing follows this conversation, so once the
+    request has ended, what that alone has used goes first; `tenant` owns the blocks; `priority`
+    orders transfers that wait (lower first); `remote_kv_source` is the node of the pool that has
+    its blocks, by name or address, as a router says. `do_remote_decode`: another engine goes on
+    with it after this one, the one with the daemon `remote_decoder` if given; `do_remote_prefill`:
+    another one has computed its prompt, or is about to, and `remote_num_tokens` of it.
     """
 
     skip_save: bool = False
     skip_load: bool = False
     ttl: Seconds | None = None
     pin: Seconds | None = None
+    last: bool = False
     tenant: Tenant | None = None
     priority: int = 0
     remote_kv_source: Name | None = None

@@ -57,6 +57,8 @@ _METHODS: Final[dict[str, dict[str, str]]] = {
     },
     UPDATER: {name: "self recv_req" for name in (*UPDATES, "release_memory_occupation")},
 }
+SESSIONS: Final[dict[str, dict[str, str]]] = {TREE: {"release_radix_session": "self session_id"}}
+"""What the connector does without, where it differs: nobody tells it then that sessions end."""
 _LINKER: Final = {
     "lookup": "self rid transfers",
     "load": "self rid transfers",

@@ -20,6 +20,7 @@ from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from kvstore.connectors.common.contract import difference
 from kvstore.connectors.sglang import contract
 from kvstore.connectors.sglang.tree import KVStoreWrapper
 from kvstore.errors import SpecError
@@ -57,6 +58,10 @@ def install() -> None:
         (contract.SCHEDULER, "load_lora_adapter_from_tensors", _load_tensors, HookType.BEFORE),
         (contract.UPDATER, "release_memory_occupation", _release, HookType.BEFORE),
     ]
+    if words := difference(contract.SESSIONS):
+        _log.warning("ends of sessions are not noticed: %s", contract.differs(words))
+    else:
+        hooks.append((contract.TREE, "release_radix_session", _close, HookType.BEFORE))
     hooks += [(contract.UPDATER, name, _update(name), HookType.BEFORE) for name in contract.UPDATES]
     targets: dict[str, tuple[Any, HookType]] = {
         f"{owner.replace(':', '.')}.{name}": (hook, kind) for owner, name, hook, kind in hooks
@@ -107,6 +112,12 @@ def _before(hook: Callable[..., None]) -> Callable[..., None]:
             _log.exception("SGLang goes on without a hook of the store's")
 
     return call
+
+
+def _close(tree: Any, session_id: Any, *args: Any, **kwargs: Any) -> None:
+    linker = _ours(tree)
+    if linker is not None:
+        linker.closes(session_id)
 
 
 def _ours(tree_cache: Any) -> Any:

@@ -442,6 +442,11 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]
         self._prompts.forget(rid)
 
     @_guarded(None)
+    def closes(self, session: str) -> None:
+        """A session of SGLang's ends."""
+        self._prompts.close(session)
+
+    @_guarded(None)
     def weights_change(self, cause: str) -> None:
         """The weights are about to be changed: what comes has no name until the tree is empty."""
         if self._weights is not None:

@@ -38,6 +38,8 @@ _log = logging.getLogger("sglang.srt.kvstore.prompts")
 
 _MOST: Final = 4096
 """Requests that are remembered."""
+_MOST_SESSIONS: Final = 1024
+"""Sessions of which the last request is remembered."""
 _MOST_NUMBERS: Final = 1 << 18
 """Numbers for images that are remembered, four for each."""
 
@@ -138,6 +140,12 @@ def _left(known: tuple[ref[Any], Prompt | None]) -> tuple[int, bool] | None:
     return max(0, len(prompt.ids) - stored), prompt.waits
 
 
+def _session_of(req: Any) -> str | None:
+    """The session of SGLang's that a request is in."""
+    session: str | None = getattr(req, "session_id", None)
+    return session or getattr(getattr(req, "session", None), "session_id", None)
+
+
 def _content(item: Any) -> str:
     """What the model is given of an image or the like.
 
@@ -171,6 +179,8 @@ class Prompts:
         self._known: OrderedDict[str, tuple[ref[Any], Prompt | None]] = OrderedDict()
         self._meant: OrderedDict[int, str] = OrderedDict()
         """What stands for numbers beyond tokens in SGLang's tree; empty: more than one thing."""
+        self._sessions: OrderedDict[str, Prompt] = OrderedDict()
+        """The last request of each."""
         self._left: deque[tuple[str, ref[Any]]] = deque()
         self._quiet = QuietLog(_log)
         self.uncomputed = Uncomputed(_left)
@@ -198,6 +208,12 @@ class Prompts:
             known = ref(req, partial(self._gone, req.rid)), found
             self._known[req.rid] = known
             self.uncomputed.add(req.rid, known)
+            session = _session_of(req)
+            if session is not None and found is not None:
+                self._sessions.pop(session, None)
+                self._sessions[session] = found
+                if len(self._sessions) > _MOST_SESSIONS:
+                    self._sessions.popitem(last=False)
             if len(self._known) > _MOST:
                 self.forget(next(iter(self._known)))
         return known[1]
@@ -281,6 +297,16 @@ class Prompts:
         self.uncomputed.remove(rid)
         if prompt is not None:
             self._ended(prompt)
+            prompt.ids = np.empty(0, np.int64)  # Its session may keep the rest for long.
+            prompt.tokens = np.empty(0, np.uint32)
+
+    def close(self, session: str) -> None:
+        """A session has ended, and so does the conversation that its last request is of."""
+        prompt = self._sessions.pop(session, None)
+        if prompt is not None:
+            prompt.closed = True
+            if prompt.ended:
+                self._ended(prompt)
 
     def clear(self, *, emptied: bool = False) -> None:
         """Forget all requests; SGLang's tree may have been `emptied`."""

@@ -147,6 +147,7 @@ class Saves:
         # Whichever of the two threads comes second sees what the first one has written.
         if prompt.ended and all(one.prompt is not prompt for one in list(self._saving.values())):
             self._handoffs.end(prompt.handoff)
+            self._pins.over(prompt)
 
     @property
     def ended(self) -> int:

@@ -449,7 +449,7 @@ class SchedulerSide:
         if tracked is not None and not tracked.saving:
             self._pins.keep(tracked, tracked.asked)
             if self._tracked.get(tracked.request.request_id) is not tracked:
-                self._handoffs.end(tracked.handoff)
+                self._over(tracked)
 
     def _arrived(self, tracked: Tracked) -> None:
         """A load has ended: hold the promise, or take back what did not come.
@@ -507,7 +507,7 @@ class SchedulerSide:
         self._handoffs.taken(tracked, tracked.handoff)
         stays = self._stays(tracked, ids)
         if not tracked.saving:
-            self._handoffs.end(tracked.handoff)
+            self._over(tracked)
         blended = self._blends.finished(tracked.blending)
         return stays, (told or {}) | (blended or {}) or None
 
@@ -523,6 +523,11 @@ class SchedulerSide:
         self._held.add(request.request_id)
         self._ended[request.request_id] = request
         return True
+
+    def _over(self, tracked: Tracked) -> None:
+        """A request has ended, and so have its saves."""
+        self._handoffs.end(tracked.handoff)
+        self._pins.over(tracked)
 
     def frees_pages_soon(self) -> bool:
         """Whether pages of finished requests come free without a preemption."""

@@ -386,6 +386,19 @@ class Session:
         joined, ttl = join_keys(keys[: protocol.MAX_KEYS]), seconds(ttl, longest=_AGES)
         return self._leased(Pin, lambda handle, lease: protocol.Pin(handle, lease, joined, ttl))
 
+    def retire(self, keys: Sequence[bytes]) -> None:
+        """Say that a conversation has ended, whose blocks these are, from its start.
+
+        What it alone has used goes before all others, from its end on, unless it is used again.
+        """
+        joined = join_keys(keys[-(protocol.MAX_KEYS // len(self.parts)) :])
+        with self._client.using(self._view) as link:
+            if link is not None:
+                channel, handle = link
+                channel.notify(protocol.Retire(handle, joined))
+            else:
+                self.counters.add("retire.failed", "unavailable")
+
     def announce(self, keys: Sequence[bytes]) -> Announced:
         """Say that these blocks are to be saved, by this process or others: whoever looks them up
         with `holes` may wait for them.

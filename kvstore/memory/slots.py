@@ -78,7 +78,7 @@ def slot_policy(name: str, habits: Callable[[], Habits]) -> Callable[[], Evictio
     return policies[name]
 
 
-_LENT, _LENT_AND_USED = -1, -2
+_LENT, _LENT_AND_USED, _COOLED = -1, -2, -3
 """In place of when a slot was used."""
 
 
@@ -225,7 +225,7 @@ class SlotPool(Generic[T]):
         """The slot's object is whole: from now on it is up for eviction, the newest of all.
 
         Or the next one `older_than` another of its size, where that is still there. One that is
-        `lent` is to go first once it was used (`cool`), unless it is used again.
+        `lent` is to go first once it was used (`was_lent`, `cool`), unless it is used again.
         """
         if older_than is not None and not older_than.admitted:
             older_than = None
@@ -242,13 +242,19 @@ class SlotPool(Generic[T]):
         if slot.after is not None:  # admitted
             self._classes[slot.nbytes].policy.touch(slot)
 
-    def cool(self, slot: Slot[T]) -> bool:
-        """Nobody uses the object any more: whether it was lent, and so goes before all others."""
-        if slot.used != _LENT_AND_USED:
-            return False
-        slot.used = 0
-        self._classes[slot.nbytes].policy.cool(slot)
-        return True
+    def was_lent(self, slot: Slot[T]) -> bool:
+        """Whether the slot's object was, and was used since."""
+        return slot.used == _LENT_AND_USED
+
+    def cooled(self, slot: Slot[T]) -> bool:
+        """Whether the slot's object, which was not lent, was cooled and not used since."""
+        return slot.used == _COOLED
+
+    def cool(self, slot: Slot[T]) -> None:
+        """The slot's object goes before all others, until it is used."""
+        slot.used = 0 if slot.used == _LENT_AND_USED else _COOLED
+        if slot.admitted:
+            self._classes[slot.nbytes].policy.cool(slot)
 
     def renew(self, slot: Slot[T]) -> None:
         """The slot's object, admitted before, is the newest of all again."""

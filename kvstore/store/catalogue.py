@@ -47,6 +47,9 @@ class Place(Protocol):
     def touch(self, entry: Entry, *, used: bool) -> None:
         """An object that lies there is the last to go; `used`: it was."""
 
+    def cool(self, entry: Entry) -> None:
+        """An object that lies there is the first to go."""
+
     def stamp(self, entry: Entry) -> None:
         """An object that lies there expires at another time."""
 
@@ -148,6 +151,19 @@ class Catalogue:
         self.places[tier].touch(entry, used=used)
         if entry.lies_in(tier):  # The tier may have found that it is lost.
             entry.account.tenant.share(tier).touched(entry, used=used)
+
+    def cool_in(self, entry: Entry, tier: int) -> None:
+        """An object is the first to go in a tier that has it."""
+        self.places[tier].cool(entry)
+        if entry.lies_in(tier):
+            entry.account.tenant.share(tier).cool(entry)
+
+    def retire(self, entry: Entry) -> None:
+        """An object goes before all others, in tiers that it is on its way to as well, until it is
+        used. Call again where it has come to one.
+        """
+        for tier in members(entry.tiers):
+            self.cool_in(entry, tier)
 
     def set_ttl(self, entry: Entry, seconds: float | None) -> None:
         """Let an object expire `seconds` from now, or never."""

@@ -16,6 +16,11 @@ IN_MEMORY: Final = 1 << MEMORY
 """Sets of tiers are numbers: that of a tier is a bit."""
 BELOW: Final = ~IN_MEMORY
 
+SEVERAL: Final = b""
+"""In place of the key of the block behind another: several conversations go on from there."""
+_ENDED: Final = b"."
+"""Before that key: a request ended there. With nothing after it, none went on."""
+
 
 def members(tiers: int) -> Iterator[int]:
     """The numbers of a set of tiers, in their order."""
@@ -33,9 +38,10 @@ class Entry(Node, gc=False, eq=False):
     promoted from (MISS: none), `slot` its place in the arena, `origin` the shared tier that it was
     found in (MISS: it was saved here). Bytes that are whole never change.
     `created`, `used` and `expires` (inf: never) are in monotonic seconds; `recorded` is what the
-    tiers below were told of `expires`. `due` and the links belong to `Expiry`, `beside` to the
+    tiers below were told of `expires`. `mark` and the links belong to `Expiry`, `beside` to the
     index, `copies` to accounts, `writes` to `WriteBehind`; `account` is set once it is indexed.
-    `segment` has the keys of the segment that it belongs to, empty if that is not known.
+    `segment` has the keys of the segment that it belongs to, empty if that is not known; `behind`
+    what `followed` has told of it.
 
     There may be millions, so the garbage collector does not know them: whoever takes one out of
     sight unties it from its slots.
@@ -47,12 +53,12 @@ class Entry(Node, gc=False, eq=False):
     used: float = 0.0
     expires: float = math.inf
     recorded: float = math.inf
-    due: int | None = None
     variant: bytes = b""
     account: NamespaceUsage = None  # type: ignore[assignment]
     beside: Entry | None = None
     copies: Copy | None = None
     segment: tuple[bytes, ...] = ()
+    behind: bytes | None = None
     checksum: int | None = None
     slot: Slot[Entry] | None = None
     tiers: int = 0
@@ -109,6 +115,27 @@ class Entry(Node, gc=False, eq=False):
     def idle(self) -> bool:
         """Whether nobody reads, writes or moves it."""
         return not (self.readers or self.writer or self.waiting or self.writing)
+
+    @property
+    def ended(self) -> bool:
+        """Whether a request is known to have ended here."""
+        return self.behind is not None and len(self.behind) % 2 == 1  # Keys are even.
+
+    @property
+    def follower(self) -> bytes | None:
+        """The key of the only block that is known to have come behind it; None: none is."""
+        if self.ended:
+            return (self.behind or b"")[1:] or None
+        return self.behind
+
+    def followed(self, key: bytes | None) -> None:
+        """A request goes on with the block of `key` behind this one; None: it ends here."""
+        ended, follower = self.ended, self.follower
+        if follower == SEVERAL or (ended if key is None else follower not in (None, key)):
+            self.behind = SEVERAL
+        else:
+            once = ended or key is None
+            self.behind = (_ENDED if once else b"") + (key or follower or b"")
 
     def lies_in(self, tier: int) -> bool:
         """Whether a tier holds the whole object."""

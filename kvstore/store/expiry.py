@@ -45,16 +45,16 @@ class Expiry:
             while (ring := self._due.get(second)) is not None:
                 entry = ring.oldest
                 yield entry
-                if entry.due == second:
+                if entry.after is not None and entry.mark == second:
                     self._look(entry, now + _PAUSE)
         self._next = math.floor(now)
 
     def _look(self, entry: Entry, at: float) -> None:
-        if entry.due is not None:
-            ring = self._due[entry.due]
+        if entry.after is not None:  # It is due in that second.
+            ring = self._due[entry.mark]
             ring.remove(entry)
             if not ring:
-                del self._due[entry.due]
-        entry.due = None if at == math.inf else max(math.ceil(at), self._next)
-        if entry.due is not None:
-            self._due.setdefault(entry.due, Ring()).add(entry)
+                del self._due[entry.mark]
+        if at < math.inf:
+            entry.mark = max(math.ceil(at), self._next)
+            self._due.setdefault(entry.mark, Ring()).add(entry)

@@ -163,6 +163,11 @@ class Guarded:
         """See `Tier.touch`."""
         self._call("touch", names, used=used)
 
+    def cool(self, names: Sequence[ObjectName]) -> None:
+        """See `Tier`; not all have it."""
+        if hasattr(self.tier, "cool"):
+            self._call("cool", names)
+
     def expire(self, held: Sequence[Held]) -> None:
         """See `Tier.expire`."""
         self._call("expire", held)

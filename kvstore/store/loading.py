@@ -135,7 +135,7 @@ class Loading(Leases):
         if asked:
             reason = PROBING
         elif not again:
-            yield from self.counting_lookup(tiers, reason, keys, namespace)
+            yield from self.counting_lookup(tiers, reason, keys, parts, namespace)
         self.histograms.observe("seconds.lookup", self._clock() - started)
         return tiers, reason
 
@@ -144,6 +144,7 @@ class Loading(Leases):
         tiers: Sequence[int],
         reason: str,
         keys: Sequence[bytes],
+        parts: Sequence[Part],
         namespace: Namespace | None = None,
     ) -> Work[None]:
         """Count a request by what was found of its blocks at first."""
@@ -158,6 +159,9 @@ class Loading(Leases):
         if reason:
             counters.add("lookup.miss", reason)
         yield from self.movement.asking(keys)
+        if tiers and MISS not in tiers and PENDING not in tiers:
+            for entry in self._block(keys[len(tiers) - 1], parts, self._within(namespace)):
+                entry.followed(keys[len(tiers)] if len(tiers) < len(keys) else None)
         if self.traced is not None and namespace is not None:
             self.traced(keys, namespace)
 

@@ -140,6 +140,11 @@ class Lower(Road):
         if self.tier is not None:
             self.tier.touch([self.name_of(entry)], used=used)
 
+    def cool(self, entry: Entry) -> None:
+        """See `Place`."""
+        if self.tier is not None:
+            self.tier.cool([self.name_of(entry)])
+
     def stamp(self, entry: Entry) -> None:
         """See `Place`."""
         if self.tier is not None:
@@ -169,7 +174,7 @@ class Lower(Road):
         for number, entry in enumerate(reversed(batch.entries)):
             if number % FEW == 0:
                 yield
-            if entry.lies_in(self.number):
+            if entry.lies_in(self.number) and not self.memory.cooled(entry):
                 self.catalogue.touch_in(entry, self.number, used=False)
 
     # -- what others put there -------------------------------------------------------------------

@@ -91,6 +91,15 @@ class Memory:
         if entry.slot is not None:
             self.pool.touch(entry.slot)
 
+    def cool(self, entry: Entry) -> None:
+        """See `Place`."""
+        if entry.slot is not None:
+            self.pool.cool(entry.slot)
+
+    def cooled(self, entry: Entry) -> bool:
+        """Whether an object that lies there has been, and was not used since."""
+        return entry.slot is not None and self.pool.cooled(entry.slot)
+
     def stamp(self, entry: Entry) -> None:
         """See `Place`: what is in memory does not outlive the daemon, which knows."""
 

@@ -117,8 +117,8 @@ class Movement:
 
     def cool(self, entry: Entry) -> None:
         """Nobody reads an entry any more: if it was lent, it is to go before all others."""
-        if entry.slot is not None and entry.in_memory and self.memory.pool.cool(entry.slot):
-            entry.account.tenant.share(MEMORY).cool(entry)
+        if entry.slot is not None and entry.in_memory and self.memory.pool.was_lent(entry.slot):
+            self.catalogue.cool_in(entry, MEMORY)
 
     def touch(self, entries: Sequence[Entry]) -> None:
         """These entries, in the order of their blocks, were used."""

@@ -97,6 +97,9 @@ class Store(Loading):
         segments = None
         if self.movement.segmented or self.catalogue.heads.on:
             segments = continued(index, namespace, keys, saving.position, saving.parent, within)
+        for before in index.of(saving.parent) if saving.parent and keys else ():
+            if before.account is within:
+                before.followed(keys[0])
         known: list[Entry | None] = []
         for number, key in enumerate(keys):
             known += [index.usable(key, part, within) for part in parts]
@@ -116,9 +119,10 @@ class Store(Loading):
                     return [NO_ROOM] * len(known), "released"
             block: list[Entry] = []
             for part, nbytes, entry in zip(parts, sizes, found, strict=False):
+                busy: Entry | None = None
                 if entry is not None and not entry.gone:
                     answer = HAVE
-                elif index.get(key, part, self._within(namespace)) is not None:
+                elif busy := index.get(key, part, self._within(namespace)):
                     answer = BUSY
                 else:
                     answer = NO_ROOM
@@ -134,6 +138,8 @@ class Store(Loading):
                         refused += 1
                         if refused <= _REFUSALS:  # The rest would have all else forgotten.
                             self.history.record(key, namespace, refusal)
+                if number + 1 < len(keys) and (here := entry or busy):
+                    here.followed(keys[number + 1])
                 if entry is not None and segments is not None:
                     segments.join(entry, number)
                     if answer == HAVE:

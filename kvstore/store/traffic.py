@@ -331,6 +331,8 @@ class Writes:
                 entry.segment = job.name.keys
             entry.checksum = job.checksum
             catalogue.whole(entry, road.number)
+            if road.memory.cooled(entry):  # In memory, too, where it was in use until now.
+                catalogue.retire(entry)
             catalogue.counters.add("write.bytes", road.name, by=entry.nbytes)
             catalogue.histograms.observe(f"seconds.{road.name}_write", seconds)
             catalogue.histograms.observe(f"bytes.{road.name}_write", entry.nbytes)

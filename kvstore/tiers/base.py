@@ -217,6 +217,9 @@ class Tier(Protocol):
     prompt. A `put` brings whole ones, their objects in order. Names of what it may hold are
     `InSegment`; it holds no others. A delete may take the rest of the segment along.
 
+    One that evicts may have a method `cool(names)`: these go before all others, until they are
+    used.
+
     Reasons why jobs fail. Both: `closed`; `io_error`; `stalled`, the medium does not answer;
     `away`, nor does the part of it where the object belongs, but others do; `refused`, a mistake in
     the job. put: `no_room`, nothing more can be evicted; `worth_less`, than

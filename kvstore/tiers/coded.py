@@ -230,6 +230,11 @@ class CodedTier:
         """See `Tier.touch`."""
         self._inner.touch(self._both(names), used=used)
 
+    def cool(self, names: Sequence[ObjectName]) -> None:
+        """See `Tier`; not all have it."""
+        if cool := getattr(self._inner, "cool", None):
+            cool(self._both(names))
+
     def expire(self, held: Sequence[Held]) -> None:
         """See `Tier.expire`."""
         both = list(held)

@@ -317,6 +317,15 @@ class Pin(Message, tag="pin"):
     ttl: float
 
 
+class Retire(Message, tag="retire"):
+    """A conversation has ended, whose blocks these are, from its start: what it alone has used goes
+    before all others. Sent without wanting a reply.
+    """
+
+    handle: int
+    keys: bytes
+
+
 class Count(Message, tag="count"):
     """How many blocks a request concerned."""
 
@@ -454,7 +463,8 @@ class Failure(Message, tag="failure"):
 # The last three of each belong on data connections.
 Request = (
     Hello | Open | Close | Lookup | Announce | Reserve | Commit | Acquire | Release | Prefetch | Pin
-    | Flush | Clear | Remove | Stats | Control | Follow | Find | Where | Renew | Attach | Put | Get
+    | Retire | Flush | Clear | Remove | Stats | Control | Follow | Find | Where | Renew
+    | Attach | Put | Get
 )  # fmt: skip
 Reply = (
     Welcome | Opened | Found | Reserved | Committed | Held | Count | Flushed | StatsReply

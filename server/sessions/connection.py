@@ -212,7 +212,7 @@ class Connection(asyncio.Protocol, ABC):
 
     def _named(
         self, request: protocol.Lookup | protocol.Reserve | protocol.Acquire | protocol.Prefetch
-        | protocol.Pin | protocol.Find | protocol.Announce | protocol.Remove,
+        | protocol.Pin | protocol.Find | protocol.Announce | protocol.Remove | protocol.Retire,
     ) -> Work[tuple[Namespace, tuple[Part, ...], list[bytes]]]:  # fmt: skip
         """What a request is about: of what namespace, which parts of which blocks."""
         namespace, parts = self._handle_of(request.handle)

@@ -48,7 +48,7 @@ class LookingConnection(PooledConnection):
         def telling(tiers: list[int], reason: str) -> Work[Message]:
             codes = bytes(tiers)
             if uncounted:
-                yield from store.counting_lookup(tiers, reason, keys, namespace)
+                yield from store.counting_lookup(tiers, reason, keys, parts, namespace)
             if not request.again:
                 self._note("lookup", namespace, len(keys), by_tier(codes), reason, started)
             found = self._found(codes, reason)

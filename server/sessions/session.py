@@ -25,6 +25,7 @@ from kvstore.slices import Work
 from kvstore.store.entry import Entry
 from kvstore.store.leases import LeaseKind, Saving
 from kvstore.store.loading import Acquired
+from kvstore.store.retiring import retiring
 from kvstore.transport import protocol
 from kvstore.transport.protocol import Failure, Message
 
@@ -117,6 +118,10 @@ class SessionConnection(LookingConnection):
                     self, request.lease, keys, parts, request.ttl, namespace
                 )
                 return protocol.Count(pinned)
+            case protocol.Retire():
+                self.grant.check(Role.WRITE, "retiring")
+                namespace, parts, keys = yield from self._named(request)
+                return protocol.Count((yield from retiring(store, keys, parts, namespace)))
             case protocol.Open():
                 return self._open(request, nbytes)
             case protocol.Close():

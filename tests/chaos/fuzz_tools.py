@@ -230,6 +230,7 @@ def _request(rng: random.Random) -> Message:
             protocol.Flush(rng.choice((0.0, 0.01, float("nan"), -1.0))),
             protocol.Clear(handle),
             protocol.Remove(handle, keys),
+            protocol.Retire(handle, keys),
             protocol.Stats(),
             Hello(protocol.VERSION, "again", 1),
         ]

@@ -18,6 +18,7 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCache
 
 from kvstore.blocks.keys import block_keys, prompt_extras
 from kvstore.blocks.spec import ModelIdentity, Namespace
+from kvstore.connectors.common.contract import difference
 from kvstore.connectors.common.settings import settings_of
 from kvstore.connectors.common.stats import Stats
 from kvstore.connectors.sglang import contract
@@ -32,6 +33,7 @@ SPACE = Namespace(ModelIdentity("model"), "", 4)
 
 def test_this_sglang_is_the_one_it_is_written_for() -> None:
     contract.check()
+    assert difference(contract.SESSIONS) == ""
 
 
 @pytest.mark.parametrize(

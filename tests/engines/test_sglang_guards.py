@@ -72,7 +72,8 @@ def test_prompts_that_wait_for_the_engine_are_known() -> None:
 def test_what_is_announced_ends_with_a_request_and_its_saves() -> None:
     ended = list[Any]()
     saves: Any = object.__new__(Saves)
-    saves._handoffs, saves._pins = SimpleNamespace(end=ended.append), SimpleNamespace()
+    saves._handoffs = SimpleNamespace(end=ended.append)
+    saves._pins = SimpleNamespace(over=lambda prompt: None)
     known = prompts(saves.ends)
     requests = [Request(name) for name in "abc"]
     first, second, third = (known.of(req, "") for req in requests)
@@ -90,6 +91,28 @@ def test_what_is_announced_ends_with_a_request_and_its_saves() -> None:
     assert ended == [first.handoff], "the second one goes on"
     known.clear()
     assert ended == [first.handoff, second.handoff, third.handoff]
+
+
+def test_a_closed_session_ends_its_last_request_once_its_saves_have() -> None:
+    over = list[Any]()
+    saves: Any = object.__new__(Saves)
+    saves._handoffs = SimpleNamespace(end=lambda handoff: None)
+    saves._pins = SimpleNamespace(over=lambda prompt: over.append((prompt.name, prompt.is_last)))
+    known = prompts(saves.ends)
+    requests = [Request(name) for name in "abc"]
+    for request in requests[:2]:
+        request.session_id = "one"
+    requests[2].session_id, requests[2].session = None, SimpleNamespace(session_id="two")
+    first, second, third = (known.of(request, "") for request in requests)
+    saves._saving = {1: Offload(1, second)}
+    known.clear()
+    known.close("one")
+    assert over == [("a", False), ("c", False)]
+    saves._saved(Job(1, "tree", "", [b"key"], np.zeros((1, 1), np.int64)), 0, ())
+    known.close("one")
+    known.close("two")
+    assert over[2:] == [("b", True), ("c", True)]
+    assert [one is not None and one.closed for one in (first, second, third)] == [False, True, True]
 
 
 class Blocks:

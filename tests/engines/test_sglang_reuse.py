@@ -169,3 +169,29 @@ def test_wishes_of_single_requests(sglang_linked: Engine, sglang_store: Served) 
     sglang_linked.forget()
     assert sglang_linked.generate(text, **wish(priority="high"))["cached"] == [256]
     eventually(lambda: sglang_store.stats()["pinned_bytes"] > 0, 10)
+
+
+def test_conversations_end_with_their_sessions_or_because_they_say_so(
+    sglang_linked: Engine, sglang_store: Served
+) -> None:
+    system = [901, *document(127, 50)]
+    other, first = ([*system, number, *document(99, number)] for number in (902, 903))
+    second = [*first, *document(100, 400)]
+    before = sglang_store.stats()["counters"]
+
+    def retired(conversations: int, blocks: int) -> None:
+        def counted() -> bool:
+            counts = sglang_store.stats()["counters"]
+            more = [counts.get(n, 0) - before.get(n, 0) for n in ("retire.shared", "retire.blocks")]
+            return more == [conversations, blocks]
+
+        eventually(counted, 30)
+
+    session = sglang_linked.call("open_session", capacity_of_str_len=10_000)
+    sglang_linked.generate(other)
+    sglang_linked.generate(first, session_params={"id": session})
+    sglang_linked.generate(second, session_params={"id": session})
+    sglang_linked.call("close_session", session_id=session)
+    retired(1, 3)  # Of five, two of which are the system's.
+    sglang_linked.generate([*other, *document(100, 500)], **wish(last=True))
+    retired(2, 6)

@@ -104,6 +104,24 @@ def test_pins_are_held(engine: Engine, served: Served) -> None:
     eventually(pinned)
 
 
+def test_a_conversation_that_has_ended_goes_first_but_for_what_it_shares(
+    engine: Engine, served: Served
+) -> None:
+    system = fresh(20, 128)
+    other, first = ([*system, *fresh(number, 100)] for number in (21, 22))
+    engine.generate(other, max_tokens=2)
+    (answer,) = engine.generate(first, max_tokens=30)["tokens"]
+    second = [*first, *answer, *fresh(23, 100)]
+    engine.generate(second, max_tokens=2, wishes={"last": True})
+
+    def counted() -> bool:
+        counts = served.stats()["counters"]
+        own = len(second) // 64 - len(system) // 64
+        return bool(counts.get("retire.blocks") == own and counts["retire.shared"] == 1)
+
+    eventually(counted)
+
+
 def test_blocks_expire_at_the_end_of_their_time(engine: Engine) -> None:
     before = engine.metrics()["kvstore_saved_tokens_total"]
     engine.generate(fresh(10), max_tokens=2, wishes={"ttl": 2})

@@ -281,6 +281,24 @@ def test_a_pin_keeps_its_blocks(stores: Stores) -> None:
         assert session.lookup(keys).blocks == 0
 
 
+def test_what_an_ended_conversation_alone_has_used_goes_first(stores: Stores) -> None:
+    served = stores.serve(SMALL)
+    with served.session(BIG) as session:
+        system, one, other = (session.keys(prompt(n, 2)) for n in (1, 2, 3))
+        for own in (other, one):
+            have = session.lookup(system + own).blocks
+            save(session, (system + own)[have:], parent=system[1] if have else b"", position=have)
+        with served.session(BIG, tenant="another") as stranger:
+            stranger.retire(system + one)
+        session.retire(system + one)
+        counts = session.stats()["counters"]  # Requests are answered in turn.
+        assert [counts[f"retire.{name}"] for name in ("blocks", "shared", "absent")] == [2, 1, 1]
+        save(session, session.keys(prompt(4, 4)))
+        assert session.known(system + other + one) == [True] * 4 + [False] * 2
+    session.retire(one)
+    assert session.counters.snapshot()["retire.failed.unavailable"] == 1
+
+
 def test_keys_that_are_none_are_refused_where_they_come_in(stores: Stores) -> None:
     """The daemon would end the connection, for all threads that use it."""
     wrong = [[bytes(31)], [bytes(16), bytes(48)], [b""], [bytes(32), bytes(33)], ["k" * 32]]

@@ -268,6 +268,7 @@ SESSION: Final[dict[type, Asked | None]] = {
     protocol.Flush: Asked("read", protocol.Flush(9.0), protocol.Flushed(0)),
     protocol.Clear: Asked("write", protocol.Clear(0), protocol.Count(0)),
     protocol.Remove: Asked("write", protocol.Remove(0, THEIR_JOINED), protocol.Count(0)),
+    protocol.Retire: Asked("write", protocol.Retire(0, THEIR_JOINED), protocol.Count(0)),
     protocol.Find: Asked(
         "read", protocol.Find(0, THEIR_JOINED), protocol.Holds(bytes(len(THEIR_KEYS)), b"", b"")
     ),

@@ -41,6 +41,7 @@ REQUESTS: list[Message] = [
     protocol.Flush(1.5),
     protocol.Clear(0),
     protocol.Remove(0, KEYS),
+    protocol.Retire(0, KEYS),
     protocol.Stats(),
     protocol.Control(),
     protocol.Find(0, bytes(32)),

@@ -249,6 +249,13 @@ class SlabTier:
             if slot is not None and slot.admitted:
                 change(slot)
 
+    def cool(self, names: Sequence[ObjectName]) -> None:
+        """See `Tier`."""
+        for name in names:
+            slot = self._place_of(name)
+            if slot is not None:
+                self._pool.cool(slot)
+
     def expire(self, held: Sequence[Held]) -> None:
         """See `Tier.expire`."""
         for one in held:
