@@ -14,7 +14,7 @@ import typer
 
 from kvstore.benchmarks.figures import Report
 from kvstore.commands import grouped, opt, size_option
-from kvstore.traces import TraceError
+from kvstore.traces import TraceError, read_trace
 
 bench_app = typer.Typer(
     invoke_without_command=True,
@@ -226,8 +226,21 @@ def engine(
         Literal["default", "one"], opt("As the engine runs them, or all in one.")
     ] = "default",
     apart: Annotated[bool, opt("Prefill in one, decode in another, instead.", "--apart")] = False,
+    trace: Annotated[
+        Path | None, opt("Serve these requests to vLLM instead.", exists=True, dir_okay=False)
+    ] = None,
+    policies: Annotated[
+        list[str] | None, opt("Of memory, with --trace; may be repeated.", "--policy")
+    ] = None,
+    blocks: Annotated[
+        list[int] | None, opt("Of memory, with --trace; may be repeated.", min=1, max=1 << 20)
+    ] = None,
+    speed: Annotated[float, opt("With --trace: times as fast.", min=0.01, max=1e4)] = 1.0,
 ) -> None:
-    """First tokens and throughput of a real engine, plain, with KVStore and with others."""
+    """First tokens and throughput of a real engine, plain, with KVStore and with others.
+
+    With --trace, what policies of eviction find of requests at their own times (docs/policy.md).
+    """
     found = importlib.util.find_spec(name)
     if found is None or found.origin is None:
         typer.echo(
@@ -237,11 +250,14 @@ def engine(
         )
         raise typer.Exit(2)
     from kvstore.benchmarks import apart as handing_on
+    from kvstore.benchmarks import chats
     from kvstore.benchmarks import serving as bench
     from kvstore.benchmarks.serving_load import Size
     from kvstore.benchmarks.sglang_engine import SGLANG
     from kvstore.benchmarks.vllm_engine import VLLM
 
+    if trace is not None and name != "vllm":
+        raise typer.BadParameter("it is for vLLM", param_hint="--trace")
     kind = {"vllm": VLLM, "sglang": SGLANG}[name]
     if processes == "one" and kind.one_process is None:
         raise typer.BadParameter(f"{kind.name} never runs in one process", param_hint="--processes")
@@ -250,6 +266,18 @@ def engine(
         raise typer.BadParameter(_NO_MODEL, param_hint="--model")
     quick, laps = how.quick, how.samples or (1 if how.quick else 2)
     with Report("engine", samples=laps, as_json=how.as_json) as report:
+        if trace is not None:
+            try:
+                asked = read_trace(trace)
+            except TraceError as e:
+                raise typer.BadParameter(str(e), param_hint="--trace") from None
+            size = Size.chosen(chats.longest(asked), requests or 16, quick=True)
+            setup = bench.Setup(kind, str(chosen), dtype, processes == "one", size)
+            chats.run(
+                report, setup, asked, policies=policies or ["lru", "forecast"],
+                blocks=blocks or [1000], speed=speed,
+            )  # fmt: skip
+            return
         size = Size.chosen(
             tokens or (768 if quick else 1408), requests or (4 if quick else 8), quick=quick
         )

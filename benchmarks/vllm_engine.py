@@ -77,7 +77,7 @@ def make(settings: dict[str, Any]) -> tuple[Any, Said, Callable[[], object]]:
     from vllm.platforms import current_platform
 
     on_cpu = current_platform.is_cpu()
-    page = _CPU_PAGE if on_cpu else _GPU_PAGE
+    page = settings.pop("page", _CPU_PAGE if on_cpu else _GPU_PAGE)
     room, longest, requests = (settings.pop(name) for name in ("room", "longest", "requests"))
     settings["dtype"] = settings["dtype"] or ("float32" if on_cpu else "auto")
     started = time.perf_counter()

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, Final, cast
@@ -14,6 +15,7 @@ from typing import Any, Final, cast
 import pytest
 from typer.testing import CliRunner
 
+from kvstore.benchmarks import chats
 from kvstore.benchmarks.apart import measure
 from kvstore.benchmarks.command import bench_app
 from kvstore.benchmarks.figures import BenchmarkError, Report
@@ -27,6 +29,7 @@ from kvstore.benchmarks.serving_engine import (
 )
 from kvstore.benchmarks.serving_load import Chat, Documents, Size, Unseen
 from kvstore.benchmarks.vllm_engine import VLLM, connector
+from kvstore.traces import Request
 from tests.engines.vllm_tools import model
 
 pytestmark = pytest.mark.vllm
@@ -156,6 +159,48 @@ def test_what_handing_on_costs(capfd: pytest.CaptureFixture[str]) -> None:
     after, pushed = [(figure["value"], figure["limit"]) for figure in figures]
     assert after == pytest.approx((3000.0, 2300.0))
     assert pushed == pytest.approx((5000.0, 4200.0), abs=50), "late by a second, and the copy"
+
+
+class Remembering(Pretended):
+    """An engine that finds whatever it was asked before."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.asked: list[tuple[float, list[list[int]]]] = []
+
+    def generate(self, prompts: list[list[int]], tokens: int, *wishes: Any) -> Answered:
+        before = {tuple(ids[:n]) for _, some in self.asked for ids in some for n in (32, 64, 96)}
+        self.asked.append((time.monotonic(), prompts))
+        cached = [sum(32 for n in (32, 64, 96) if tuple(ids[:n]) in before) for ids in prompts]
+        return Answered(0.0, [0.5] * len(prompts), cached, [[7]] * len(prompts), [True])
+
+
+def test_a_trace_is_asked_at_its_times() -> None:
+    keys = [bytes([number]) * 32 for number in range(5)]
+    trace = [
+        Request(0.0, tuple(keys[:3]), 0),
+        Request(1.0, (*keys[:2], keys[3]), 0),
+        Request(1.0, (keys[4],), 0),
+        Request(9.0, tuple(keys[:3]), 0),
+    ]
+    engine = Remembering()
+    with Report("engine", samples=1, as_json=True) as report:
+        started = time.monotonic()
+        rate, first = chats.serve(report, cast(Any, engine), trace, 10.0)
+    assert [len(prompts) for _, prompts in engine.asked] == [1, 2, 1]
+    for (at, _), due in zip(engine.asked, (0.0, 0.1, 0.9), strict=True):
+        assert at - started >= due - 0.001
+    assert rate == pytest.approx((2 + 3) / 10)
+    assert min(first) >= 0.5
+    assert all(len(ids) < chats.longest(trace) for _, some in engine.asked for ids in some)
+
+
+def test_traces_that_are_none_are_refused(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"time": 1, "keys": ["0a"]}\n{"time": 0, "keys": ["0a"]}\n')
+    refused = CliRunner().invoke(bench_app, ["engine", "--trace", str(trace)])
+    assert refused.exit_code == 2
+    assert "goes backwards, from 1.0 s to 0.0 s" in refused.output
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
