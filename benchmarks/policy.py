@@ -15,6 +15,7 @@ from kvstore.benchmarks.made import made_trace
 from kvstore.memory.eviction import EvictionPolicy, Node
 from kvstore.memory.habits import Habits
 from kvstore.memory.slots import slot_policy
+from kvstore.slices import finish
 from kvstore.store.history import Uses
 from kvstore.traces import Request, read_trace
 
@@ -141,7 +142,7 @@ class Home:
             else:
                 break
         if self._habits is not None:
-            self._habits.asked(keys)
+            finish(self._habits.asked(keys))
         if self._uses is not None:
             self._uses.note(keys)
         for place in (self.memory, self.disk, self._shared):
@@ -210,7 +211,7 @@ def costs(trace: Sequence[Request], blocks: int) -> tuple[float, float]:
     saving = [0.0, 0.0]
     for request in trace:
         now, started = request.at, time.thread_time()
-        habits.asked(request.keys)
+        finish(habits.asked(request.keys))
         telling += time.thread_time() - started
         for number, place in enumerate(places):
             place.use(request.keys)

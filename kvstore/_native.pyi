@@ -184,8 +184,11 @@ class Asked:
     ) -> None: ...
     def __len__(self) -> int: ...
     def __contains__(self, key: bytes) -> bool: ...
-    def ask(self, keys: Iterable[bytes], parent: bytes, now: float) -> None:
-        """A request asks for these blocks, its whole prompt, or what comes after ``parent``."""
+    def ask(self, keys: Iterable[bytes], parent: bytes, now: float) -> Iterator[None]:
+        """A request asks for these blocks, its whole prompt, or what comes after ``parent``.
+
+        Each step deals with some of them.
+        """
 
     def waited(self, now: float) -> bytes:
         """How much was not used by each age of each class: it is forgotten, or waits still."""

@@ -2,54 +2,42 @@
 // again (kvstore/memory/habits.py learns from that). All of it belongs to one thread.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
-#include <deque>
-#include <list>
-#include <memory>
-#include <unordered_map>
 #include <vector>
+
+#include "records.hpp"
 
 namespace kvstore {
 
-// A hash that names a block, or an object; 0 is none.
-using Name = std::uint64_t;
-
-// Many small tables for what may be millions: none takes long to grow, or much room before.
-template <class T>
-class Tables {
- public:
-  using Table = std::unordered_map<Name, T>;
-
-  Table& of(Name name) {
-    auto& table = tables_[name >> 56];
-    if (table == nullptr) table = std::make_unique<Table>();
-    return *table;
-  }
-  T* find(Name name) {
-    auto& table = of(name);
-    const auto found = table.find(name);
-    return found == table.end() ? nullptr : &found->second;
-  }
-
- private:
-  std::array<std::unique_ptr<Table>, 256> tables_;
-};
-
 // Blocks that one request left in one class: `size` once, `left` were not asked for since.
 struct Group {
-  int cls;
-  double at;
-  std::int64_t left = 0, size = 0;
+  Name name = 0;  // none has any
+  double at = 0.0;
+  std::uint64_t request = 0;
+  Number next = kNone;
+  std::uint32_t left = 0, size = 0;
+  std::uint16_t cls = 0;
+  bool waits = true;  // is looked at by lessons
 };
 
-// A block that requests asked for, the name of the one before it, and its group: none once it is
-// forgotten.
+// A block that requests asked for, and the name of the one before it.
 struct Known {
-  Name name, parent;
-  int turn, uses = 0;
-  std::shared_ptr<Group> group;
+  Name name = 0, parent = 0;
+  Number next = kNone, older = kNone, newer = kNone, group = kNone;
+  std::uint8_t turn = 1, uses = 0;
+};
+static_assert(sizeof(Known) <= 40, "many more are remembered than are here");
+
+// A request that is being told of: the first `old` blocks were known, and `told` are dealt with.
+struct Asking {
+  std::vector<Name> names;
+  Name parent;
+  double now;
+  std::uint64_t request;
+  std::vector<Number> groups;  // by uses
+  std::size_t old = 0, told = 0;
+  int turn = 1, kind = -1;
 };
 
 // `uses`, `turns`, `fresh` and `edges` say where classes and ages begin; see habits.py.
@@ -62,11 +50,16 @@ class Asked {
 
   // Some place holds so many blocks: as many times more are remembered.
   void hold(std::size_t blocks);
+  std::size_t size() const { return size_; }
   // None if nobody remembers it.
-  std::shared_ptr<Known> find(Name name);
-  std::size_t size() const { return order_.size(); }
+  Number find(Name name) const { return known_.find(name); }
+  Name parent_of(Number known) const { return known_[known].parent; }
+  // Null if nobody remembers the block; `known` may be where it was found before.
+  const Group* group_of(Name block, Number& known) const;
   // A request asks for these blocks, its whole prompt, or what comes after `parent`.
-  void ask(const std::vector<Name>& names, Name parent, double now);
+  Asking ask(std::vector<Name> names, Name parent, double now);
+  // Deal with some more of it, as of one time with the rest; whether there is more.
+  bool go_on(Asking& asking);
 
   // How much was used by each age of each class, then how much was not and is forgotten.
   std::vector<double> seen;
@@ -78,10 +71,12 @@ class Asked {
   double worth(int cls, double waited) const { return worth_of[place(cls, waited)]; }
 
  private:
-  using Order = std::list<std::shared_ptr<Known>>;
-
   std::size_t place(int cls, double waited) const;
-  void leave(const Group& group, double blocks, bool used, double now);
+  void count(const Group& group, double blocks, bool used, double now);
+  void leave(Number group, bool used, double now);
+  Number begin_group(int cls, const Asking& asking);
+  void append(Number number);
+  void unlink(const Known& known);
   void forget_oldest(double now);
 
   std::vector<int> uses_;
@@ -89,10 +84,13 @@ class Asked {
   std::vector<int> fresh_;
   std::vector<double> edges_;
   int kinds_;
-  std::size_t limit_;
-  Order order_;  // oldest first
-  Tables<Order::iterator> known_;
-  std::deque<std::shared_ptr<Group>> groups_;
+  std::size_t limit_, size_ = 0;
+  Records<Known> known_;
+  Number oldest_ = kNone, newest_ = kNone;
+  Records<Group> groups_;  // Those that wait are linked, in the order in which they began.
+  Number first_ = kNone, last_ = kNone;
+  std::size_t waiting_ = 0;
+  std::uint64_t requests_ = 0;
 };
 
 }  // namespace kvstore

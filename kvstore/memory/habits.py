@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from kvstore import _native
 from kvstore.files import open_own
+from kvstore.slices import Work
 
 _log: Final = logging.getLogger("kvstore.store")
 
@@ -42,6 +43,8 @@ _EDGES: Final = [0.25 * 2 ** (n / 2) for n in range(_AGES - 1)]
 _FIRST: Final = 32
 _EVERY: Final = 500
 """Requests between two lessons, at least and at most."""
+_SLICE: Final = 4096
+"""Blocks that are looked for at a time: half a millisecond."""
 _FADE: Final = 0.95
 """What is left of all that was seen after a lesson."""
 
@@ -83,25 +86,26 @@ class Habits:
 
     # -- requests ---------------------------------------------------------------------------------
 
-    def saved(self, keys: Sequence[bytes], parent: bytes) -> None:
+    def saved(self, keys: Sequence[bytes], parent: bytes) -> Work[None]:
         """Blocks are saved; those that no request has asked for came of the one before them."""
         for number, key in enumerate(keys):
             if key not in self.blocks:
-                self.asked(keys[number:], keys[number - 1] if number else parent)
+                yield from self.asked(keys[number:], keys[number - 1] if number else parent)
                 return
+            if number % _SLICE == _SLICE - 1:
+                yield
 
-    def asked(self, keys: Sequence[bytes], parent: bytes = b"") -> None:
+    def asked(self, keys: Sequence[bytes], parent: bytes = b"") -> Work[None]:
         """A request asks for these blocks, its whole prompt, or what comes after `parent`."""
         if not keys:
             return
-        now = self.clock()
-        self.blocks.ask(keys, parent, now)
+        yield from self.blocks.ask(keys, parent, self.clock())
         self._requests += 1
         if self._requests >= self._next and not self._learning:
             self._next = self._requests + max(_FIRST, min(self._requests // 2, _EVERY))
             self._learning = True
             seen = self._seen
-            waited = np.frombuffer(self.blocks.waited(now)).reshape(seen[1].shape)
+            waited = np.frombuffer(self.blocks.waited(self.clock())).reshape(seen[1].shape)
             self.blocks.seen = (seen * _FADE).tobytes()
             self._elsewhere(lambda: self._lesson(seen, waited))
 

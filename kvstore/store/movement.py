@@ -301,17 +301,17 @@ class Movement:
                 yield
             self.uses.note(keys[first : first + _NOTED], "looked")
         if (habits := self._told) is not None:
-            habits.asked(keys)
+            yield from habits.asked(keys)
 
     def loaded(self, keys: Iterable[bytes]) -> None:
         """A request has loaded these blocks."""
         if self._judging:
             self.uses.note(keys, "loaded")
 
-    def saves(self, keys: Sequence[bytes], parent: bytes) -> None:
+    def saves(self, keys: Sequence[bytes], parent: bytes) -> Work[None]:
         """Blocks are about to be saved, of which a request may not have asked for all."""
         if (habits := self._told) is not None:
-            habits.saved(keys, parent)
+            yield from habits.saved(keys, parent)
 
     def pump(self) -> None:
         """Send objects down that are to be written, as far as queues allow."""

@@ -92,7 +92,7 @@ class Store(Loading):
         elif self.movement.admission.refuses(namespace.tenant):
             refusal = "admission"
         index = self.index
-        self.movement.saves(keys, saving.parent)
+        yield from self.movement.saves(keys, saving.parent)
         within = self._within(namespace)
         segments = None
         if self.movement.segmented or self.catalogue.heads.on:

@@ -17,6 +17,7 @@ from kvstore.benchmarks.made import made_trace
 from kvstore.benchmarks.policy import Block, Tiers, clairvoyant, replay
 from kvstore.memory.forecast import Forecast
 from kvstore.memory.habits import _EDGES, CLASSES, Habits
+from kvstore.slices import finish
 from kvstore.traces import Request, TraceError, read_trace
 from tests.store_tools import NAMESPACE, PART, Bench, keys
 from tests.trace_tools import plain_clairvoyant, plain_lru
@@ -157,7 +158,7 @@ def test_only_blocks_with_none_behind_them_go() -> None:
     for request in made_trace(300):
         now = request.at
         above |= dict(zip(request.keys[1:], request.keys, strict=False))
-        habits.asked(request.keys)
+        finish(habits.asked(request.keys))
         for key in request.keys:
             if key in here:
                 policy.touch(here[key])
@@ -187,7 +188,7 @@ def test_a_young_block_with_none_behind_it_any_more_hides_no_older_one() -> None
     here: dict[bytes, Block] = {}
 
     def ask(*names: bytes) -> None:
-        habits.asked(names)
+        finish(habits.asked(names))
         for name in names:
             if name in here:
                 policy.touch(here[name])
@@ -241,13 +242,47 @@ def test_however_many_are_in_use_each_is_named_once_and_again_later() -> None:
 def test_a_block_that_was_first_asked_for_when_it_was_here_is_worth_something() -> None:
     policy = Forecast(habits := Habits(lambda: 0.0, None, at_once))
     blocks = held(policy, (b"asked for", b"other"))
-    habits.asked([b"asked for"])
+    finish(habits.asked([b"asked for"]))
     assert next(policy.candidates()) is blocks[1]
+
+
+def test_requests_told_of_in_turns_are_still_one_each_at_one_time() -> None:
+    now = 0.0
+    policy = Forecast(habits := Habits(lambda: now, None, at_once))
+    long, other = keys(*range(3000)), keys(*range(5000, 6000))
+    held(policy, (*long, *other))  # So that all of them are remembered.
+    finish(habits.asked(long[:900]))
+    first = habits.asked(long)
+    for _ in range(4):
+        next(first)
+    now = 5.0
+    second, steps = habits.asked(other), 4
+    for _ in first:
+        steps += 1
+        next(second, None)
+    assert steps > 5
+    finish(second)
+    found = [habits.blocks.find(key) for key in long]
+    assert None not in found
+    assert len(set(found[:900])) == len(set(found[900:])) == 1, "one class, at one time"
+    assert {at for _, at in filter(None, found)} == {0.0}
+    assert {at for _, at in filter(None, map(habits.blocks.find, other))} == {5.0}
+
+
+def test_what_another_request_asked_for_at_the_same_time_may_go() -> None:
+    policy = Forecast(habits := Habits(lambda: 0.0, None, at_once))
+    for name in (b"other", b"own"):
+        finish(habits.asked([name, name + b", new"]))
+    blocks = held(policy, (b"own", b"other"))
+    newcomer = Block(key=b"own, new")
+    assert list(policy.candidates(newcomer)) == blocks[::-1]
+    assert not policy.refuses(newcomer, blocks[1])
+    assert policy.refuses(newcomer, blocks[0]), "of the same request"
 
 
 def test_two_of_one_name_and_blocks_that_come_before_themselves_do_no_harm() -> None:
     policy = Forecast(habits := Habits(lambda: 0.0, None, at_once))
-    habits.asked([b"own"], b"own")
+    finish(habits.asked([b"own"], b"own"))
     blocks = held(policy, (b"own", b"own", b"other"))
     policy.remove(blocks[1])
     policy.touch(blocks[0])
@@ -261,7 +296,7 @@ def test_two_of_one_name_and_blocks_that_come_before_themselves_do_no_harm() -> 
 def test_a_time_that_is_none_is_refused() -> None:
     habits = Habits(lambda: math.nan, None, at_once)
     with pytest.raises(ValueError, match="no time"):
-        habits.asked([b"key"])
+        finish(habits.asked([b"key"]))
     with pytest.raises(ValueError, match="no time"):
         Forecast(habits).candidates()
 
@@ -271,7 +306,7 @@ def test_what_was_learned_survives(tmp_path: Path) -> None:
     learned = Habits(lambda: now, path, at_once)
     for request in made_trace(300):
         now = request.at
-        learned.asked(request.keys)
+        finish(learned.asked(request.keys))
     again = Habits(lambda: now, path, at_once)
     assert again.problem is None
     assert again.blocks.worth != Habits(lambda: now, None, at_once).blocks.worth
@@ -286,5 +321,5 @@ def test_what_was_learned_survives(tmp_path: Path) -> None:
 def test_what_is_known_is_bounded() -> None:
     habits = Habits(lambda: 0.0, None, at_once)
     for first in range(0, 20_000, 100):
-        habits.asked(keys(*range(first, first + 100)))
+        finish(habits.asked(keys(*range(first, first + 100))))
     assert len(habits.blocks) == 4096
