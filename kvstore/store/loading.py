@@ -159,7 +159,7 @@ class Loading(Leases):
         if reason:
             counters.add("lookup.miss", reason)
         yield from self.movement.asking(keys)
-        if tiers and MISS not in tiers and PENDING not in tiers:
+        if tiers and tiers[-1] not in (MISS, PENDING):
             for entry in self._block(keys[len(tiers) - 1], parts, self._within(namespace)):
                 entry.followed(keys[len(tiers)] if len(tiers) < len(keys) else None)
         if self.traced is not None and namespace is not None:
