@@ -33,6 +33,21 @@ Asked::Asked(std::vector<int> uses, int turns, std::vector<int> fresh, std::vect
   const auto places = static_cast<std::size_t>(classes()) * static_cast<std::size_t>(ages());
   seen.assign(2 * places, 0.0);
   worth_of.assign(places, 0.0);
+  double begin = 0.0;
+  for (const double end : edges_) {
+    middles_.push_back((begin + end) / 2);
+    begin = end;
+  }
+  middles_.push_back(1.5 * begin);
+}
+
+double Asked::worth(int cls, double waited) const {
+  const double* const worth = &worth_of[static_cast<std::size_t>(cls) * middles_.size()];
+  const auto next = static_cast<std::size_t>(above(middles_, waited));
+  if (next == 0 || next == middles_.size()) return worth[next == 0 ? 0 : next - 1];
+  const double length = middles_[next] - middles_[next - 1];
+  const double share = length > 0 ? (waited - middles_[next - 1]) / length : 0.0;
+  return worth[next - 1] + share * (worth[next] - worth[next - 1]);
 }
 
 void Asked::hold(std::size_t blocks) {

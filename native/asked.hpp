@@ -66,9 +66,10 @@ class Asked {
   // The second half of that, with those that wait still, and have waited so long at least.
   std::vector<double> waited(double now) const;
 
-  // What blocks of each class and age are worth.
+  // What blocks of each class are worth in the middle of each age.
   std::vector<double> worth_of;
-  double worth(int cls, double waited) const { return worth_of[place(cls, waited)]; }
+  // In between, something in between.
+  double worth(int cls, double waited) const;
 
  private:
   std::size_t place(int cls, double waited) const;
@@ -82,7 +83,7 @@ class Asked {
   std::vector<int> uses_;
   int turns_;
   std::vector<int> fresh_;
-  std::vector<double> edges_;
+  std::vector<double> edges_, middles_;
   int kinds_;
   std::size_t limit_, size_ = 0;
   Records<Known> known_;

@@ -31,9 +31,9 @@ _log: Final = logging.getLogger("kvstore.store")
 
 _Floats = npt.NDArray[np.float64]
 
-_USES: Final = (2, 3, 5)  # Each is where the next class begins.
+_USES: Final = (2, 3, 5, 9, 17)  # Each is where the next class begins.
 _TURNS: Final = 4
-_NEW: Final = (2, 4, 8, 16, 48)
+_NEW: Final = (2, 4, 8, 16, 32, 64)
 _KINDS: Final = _TURNS * (len(_NEW) + 1)
 CLASSES: Final = (len(_USES) + 1) * _KINDS
 _AGES: Final = 36
