@@ -82,13 +82,13 @@ def open_store(
 
 
 def _habits(config: Config) -> Habits | None:
-    """What policies know of blocks, if one asks; it is kept beside the slab, where there is one."""
-    if "forecast" not in (config.memory.policy, config.disk.policy):
+    """What policies know of blocks, if one asks; it is kept beside the first slab, if there is one."""
+    slabs = [tier.options for tier in config.below if tier.kind == "slab"]
+    if "forecast" not in (config.memory.policy, *(slab["policy"] for slab in slabs)):
         return None
     from kvstore.memory.habits import Habits
 
-    folder = config.disk.path
-    habits = Habits(path=None if folder is None else folder / "habits.kv")
+    habits = Habits(path=slabs[0]["path"] / "habits.kv" if slabs else None)
     if habits.problem is not None:
         _log.warning("what was learned of blocks is not used: %s", habits.problem)
     return habits

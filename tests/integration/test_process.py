@@ -386,3 +386,21 @@ def test_upkeep_that_dies_is_heard_and_begins_anew(stores: Stores) -> None:
     said = served.log.read_text()
     assert "upkeep died of an error of ours; it is begun anew" in said
     assert "ValueError: the first time" in said
+
+
+def test_what_was_learned_of_blocks_lies_beside_the_first_slab(stores: Stores) -> None:
+    folder = stores.folder / "slab"
+    slab = {"kind": "slab", "options": {"path": str(folder), "size": "8MiB"}}
+    served, habits = stores.serve(tiers=[slab]), folder / "habits.kv"
+    with served.session() as one:
+        for number in range(40):
+            one.lookup(one.keys(prompt(number, 2)))
+    eventually(habits.is_file)
+    unused = "what was learned of blocks is not used"
+    served.stop()
+    served.restart()
+    assert unused not in served.log.read_text()
+    served.stop()
+    habits.write_bytes(habits.read_bytes()[:-1])
+    served.restart()
+    assert unused in served.log.read_text()
