@@ -211,7 +211,7 @@ def test_bytes_of_a_token_by_the_model(tmp_path: Path, monkeypatch: pytest.Monke
 def planned(told: Told, trace: Path, folder: Path, *words: object) -> tuple[str, Config]:
     """What is said, and the configuration that it makes."""
     now = folder / "now.yaml"
-    now.write_text("memory: {size: 1GiB}\n")
+    now.write_text("memory: {size: 1GiB, policy: lru}\n")
     text = told.text("plan", "-c", now, "--trace", trace, "--token-bytes", "16KiB", *words)
     file = folder / "kvstore.yaml"
     file.write_text(text)
