@@ -104,7 +104,7 @@ class _Space(Section):
 
     size: Size
     chunk: Size = Field(0, description="bytes given to one size class at a time; 0 picks it")
-    policy: PolicyName = Field("forecast", description="what to evict first: forecast, lru or s3fifo")
+    policy: PolicyName = Field("forecast", description="what to evict first: forecast, lru, s3fifo")
 
     @field_validator("chunk")
     @classmethod

@@ -82,7 +82,7 @@ def open_store(
 
 
 def _habits(config: Config) -> Habits | None:
-    """What policies know of blocks, if one asks; it is kept beside the first slab, if there is one."""
+    """What policies know of blocks, if one asks; it lies beside the first slab, if there is one."""
     slabs = [tier.options for tier in config.below if tier.kind == "slab"]
     if "forecast" not in (config.memory.policy, *(slab["policy"] for slab in slabs)):
         return None
