@@ -48,6 +48,9 @@ _SLICE: Final = 4096
 _FADE: Final = 0.95
 """What is left of all that was seen after a lesson."""
 
+_CHANCE: Final = 0.06
+"""Of a use within an age of which nothing is known."""
+
 _MAGIC: Final = b"KVSHABIT\x01\0\0\0\0\0\0\0"
 _SUM: Final = 32
 _HIGHEST: Final = 1e12
@@ -129,7 +132,11 @@ class Habits:
         reached = np.cumsum((used + waited)[:, ::-1], 1)[:, ::-1] - 0.5 * waited
         # Classes that have seen little are taken to be as those they are like: by uses first, then
         # by factors for turns and for new blocks, fitted in turn.
-        all_of = (used.sum(0) + 0.24) / (reached.sum(0) + 4)
+        # Nothing is kept for longer than was seen to pay: ages that few have reached are as the one
+        # before, and no better than at first.
+        all_of, before = np.empty(_AGES), _CHANCE
+        for age, (hits, blocks) in enumerate(zip(used.sum(0), reached.sum(0), strict=True)):
+            before = all_of[age] = (hits + 4 * min(before, _CHANCE)) / (blocks + 4)
         shape = (len(_USES) + 1, _TURNS, len(_NEW) + 1)
         by_uses = used.reshape(*shape, _AGES).sum((1, 2))
         base = (by_uses + 10 * all_of) / (reached.reshape(*shape, _AGES).sum((1, 2)) + 10)

@@ -230,7 +230,7 @@ class SlotPool(Generic[T]):
         if older_than is not None and not older_than.admitted:
             older_than = None
         self._clock += older_than is None
-        slot.used = self._clock if older_than is None else older_than.used
+        slot.used = self._clock if older_than is None else max(0, older_than.used)
         if lent:
             slot.used = _LENT
         self._classes[slot.nbytes].policy.add(slot, older_than)

@@ -131,7 +131,7 @@ class Entry(Node, gc=False, eq=False):
     def followed(self, key: bytes | None) -> None:
         """A request goes on with the block of `key` behind this one; None: it ends here."""
         if key is not None and self.behind in (None, key):  # As of most.
-            self.behind = key
+            self.behind = self.behind or key
             return
         ended, follower = self.ended, self.follower
         if follower == SEVERAL or (ended if key is None else follower not in (None, key)):

@@ -12,7 +12,7 @@ from typing import Final
 
 from kvstore.slices import FEW, Work
 from kvstore.store.catalogue import Catalogue
-from kvstore.store.entry import Entry
+from kvstore.store.entry import SEVERAL, Entry
 from kvstore.store.guard import Guarded
 from kvstore.tiers.base import MISS, Held, InSegment, plain
 
@@ -90,6 +90,7 @@ class Finding:
         segment = found.name.keys if isinstance(found.name, InSegment) else ()
         if known is None:
             entry = Entry(plain(found.name), found.nbytes, now)
+            entry.behind = SEVERAL  # Nobody knows who went on from there.
             entry.segment = segment
             entry.checksum = found.checksum
             entry.created, entry.recorded = now - age, now + left

@@ -138,7 +138,7 @@ class Store(Loading):
                         refused += 1
                         if refused <= _REFUSALS:  # The rest would have all else forgotten.
                             self.history.record(key, namespace, refusal)
-                if number + 1 < len(keys) and (here := entry or busy):
+                if number + 1 < len(keys) and (here := busy or entry):
                     here.followed(keys[number + 1])
                 if entry is not None and segments is not None:
                     segments.join(entry, number)

@@ -135,6 +135,24 @@ def test_forecast_finds_more_than_lru_through_a_real_store() -> None:
     assert refused > none == 0
 
 
+@pytest.mark.parametrize("gap", [1.0, 10.0, 60.0])
+def test_prompts_that_never_come_again_do_not_have_later_ones_refused(gap: float) -> None:
+    """What was never used is not worth more the older it gets."""
+
+    def prompt(name: str, blocks: int) -> tuple[bytes, ...]:
+        return tuple(hashlib.sha256(f"{name} {n}".encode()).digest() for n in range(blocks))
+
+    once = [Request(gap * n, prompt(f"once {n}", 20), 0) for n in range(800)]
+    twice = [
+        Request(800 * gap + 200 * n + pause, prompt(f"twice {n}", 30), 0)
+        for n in range(30)
+        for pause in (0, 60)
+    ]
+    lru, forecast = (replay(once + twice, Tiers(200, one)).memory for one in ("lru", "forecast"))
+    assert lru == 30 * 30
+    assert forecast >= 0.95 * lru
+
+
 # --- forecast -------------------------------------------------------------------------------------
 
 
