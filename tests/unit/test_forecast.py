@@ -135,16 +135,66 @@ def test_forecast_finds_more_than_lru_through_a_real_store() -> None:
     assert refused > none == 0
 
 
+def made(name: str, blocks: int) -> tuple[bytes, ...]:
+    return tuple(hashlib.sha256(f"{name} {n}".encode()).digest() for n in range(blocks))
+
+
+def documents(chance: random.Random, popular: float) -> list[Request]:
+    """A question each second on one of 200 documents, of which some are more popular."""
+    weights = [1 / (rank + 1) ** popular for rank in range(200)]
+    asked = chance.choices(range(200), weights, k=1500)
+    return [
+        Request(float(n), made(f"document {d}", 5 + d % 40) + made(f"question {n}", 2), 0)
+        for n, d in enumerate(asked)
+    ]
+
+
+def agents(chance: random.Random) -> list[Request]:
+    """Many steps of a few seconds each, all with what came before."""
+    steps: list[Request] = []
+    for agent in range(80):
+        at, chain = 10.0 * agent, made("system", 10) + made(f"task {agent}", 10)
+        for step in range(chance.randint(3, 30)):
+            steps.append(Request(at, chain, 0))
+            chain += made(f"step {agent} {step}", chance.randint(1, 6))
+            at += chance.expovariate(1 / 10)
+    return sorted(steps, key=lambda one: one.at)
+
+
+def scan(count: int) -> list[Request]:
+    """Prompts that nobody asks for again."""
+    return [Request(n + 0.5, made(f"scan {n}", 30), 0) for n in range(count)]
+
+
+def then(first: list[Request], second: list[Request]) -> list[Request]:
+    """One workload after the other."""
+    return first + [one._replace(at=one.at + first[-1].at + 1) for one in second]
+
+
+@pytest.mark.parametrize(
+    ("workload", "more"), [("alike", 0), ("popular", 5), ("agents", -1), ("mixed", 5), ("turns", 1)]
+)
+def test_forecast_loses_little_and_gains_much(workload: str, more: float) -> None:
+    """Percent of all blocks, beside LRU, whatever is asked for."""
+    chance = random.Random(1)
+    trace = {
+        "alike": lambda: documents(chance, 0.0),
+        "popular": lambda: documents(chance, 1.0),
+        "agents": lambda: agents(chance),
+        "mixed": lambda: sorted(documents(chance, 0.8) + scan(700), key=lambda one: one.at),
+        "turns": lambda: then(then(scan(500), agents(chance)), documents(chance, 0.8)),
+    }[workload]()
+    for size in (300, 1000):
+        lru, forecast = (100 * replay(trace, Tiers(size, one)).rate for one in ("lru", "forecast"))
+        assert forecast >= lru + (more if size == 300 else -1), (size, lru, forecast)
+
+
 @pytest.mark.parametrize("gap", [1.0, 10.0, 60.0])
 def test_prompts_that_never_come_again_do_not_have_later_ones_refused(gap: float) -> None:
     """What was never used is not worth more the older it gets."""
-
-    def prompt(name: str, blocks: int) -> tuple[bytes, ...]:
-        return tuple(hashlib.sha256(f"{name} {n}".encode()).digest() for n in range(blocks))
-
-    once = [Request(gap * n, prompt(f"once {n}", 20), 0) for n in range(800)]
+    once = [Request(gap * n, made(f"once {n}", 20), 0) for n in range(800)]
     twice = [
-        Request(800 * gap + 200 * n + pause, prompt(f"twice {n}", 30), 0)
+        Request(800 * gap + 200 * n + pause, made(f"twice {n}", 30), 0)
         for n in range(30)
         for pause in (0, 60)
     ]
