@@ -20,6 +20,7 @@ from kvstore.traces import Request
 _BLOCK: Final = 32
 """Tokens: the least that vLLM has pages for on CPUs."""
 _AT_ONCE: Final = 64
+_POLICIES: Final = ("lru", "forecast")
 _OWED: Final = 0.95
 """Found under an engine, of what is found where nothing takes time: one may ask again before a save
 has come."""
@@ -32,7 +33,7 @@ def longest(trace: Sequence[Request]) -> int:
 
 def run(
     report: Report, setup: Setup, trace: Sequence[Request], *,
-    policies: Sequence[str], blocks: Sequence[int], speed: float,
+    blocks: Sequence[int], speed: float,
 ) -> None:  # fmt: skip
     """Serve a trace, `speed` times as fast as it was, over so many blocks of memory.
 
@@ -46,7 +47,7 @@ def run(
         block_bytes = engine.said.token_bytes * _BLOCK
     for count in blocks:
         limit: float | None = None
-        for policy in policies:
+        for policy in _POLICIES:
             with served(memory={"size": count * block_bytes, "policy": policy}) as daemon:
                 made = setup.kind.connector(
                     KVSTORE, address=str(daemon.config.address), memory=0, folder=Path()
@@ -65,7 +66,7 @@ def run(
             limit = limit or mean
             report.duration(
                 "first token, mean", Samples((mean,)), limit, unit="ms",
-                against=f"with {policies[0]}", **said,
+                against=f"with {_POLICIES[0]}", **said,
             )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def _bench_size(text: str) -> int:
 
 def _finite(value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no time")
+        raise typer.BadParameter(f"{value} is not finite")
     return value
 
 
@@ -229,13 +229,12 @@ def engine(
     trace: Annotated[
         Path | None, opt("Serve these requests to vLLM instead.", exists=True, dir_okay=False)
     ] = None,
-    policies: Annotated[
-        list[str] | None, opt("Of memory, with --trace; may be repeated.", "--policy")
-    ] = None,
     blocks: Annotated[
         list[int] | None, opt("Of memory, with --trace; may be repeated.", min=1, max=1 << 20)
     ] = None,
-    speed: Annotated[float, opt("With --trace: times as fast.", min=0.01, max=1e4)] = 1.0,
+    speed: Annotated[
+        float, opt("With --trace: times as fast.", min=0.01, max=1e4, callback=_finite)
+    ] = 1.0,
 ) -> None:
     """First tokens and throughput of a real engine, plain, with KVStore and with others.
 
@@ -273,10 +272,7 @@ def engine(
                 raise typer.BadParameter(str(e), param_hint="--trace") from None
             size = Size.chosen(chats.longest(asked), requests or 16, quick=True)
             setup = bench.Setup(kind, str(chosen), dtype, processes == "one", size)
-            chats.run(
-                report, setup, asked, policies=policies or ["lru", "forecast"],
-                blocks=blocks or [1000], speed=speed,
-            )  # fmt: skip
+            chats.run(report, setup, asked, blocks=blocks or [1000], speed=speed)
             return
         size = Size.chosen(
             tokens or (768 if quick else 1408), requests or (4 if quick else 8), quick=quick

@@ -399,7 +399,7 @@ VALUES: dict[str, list[str]] = {
     "--gpu-hour": NO_NUMBER, "--prefill": NO_NUMBER, "--memory-price": NO_NUMBER,
     "--disk-price": NO_NUMBER, "--shared-price": NO_NUMBER, "--drive-tbw": NO_NUMBER,
     "--drive-price": NO_NUMBER,
-    "--engine": NO_CHOICE, "--processes": NO_CHOICE,
+    "--engine": NO_CHOICE, "--processes": NO_CHOICE, "--speed": NO_NUMBER,
     "--minutes": ["", "-1", "nan", "inf", "1e9", "x"], "--seconds": ["", "-1", "nan", "inf", "1e9"],
 }  # fmt: skip
 """What every option and argument must refuse; a new one needs a line."""
